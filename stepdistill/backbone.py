@@ -1,0 +1,172 @@
+"""One frozen network and its roles: the only file that knows PEFT.
+
+A role is what a distillation method switches between (teacher, student, fake score, average). Normally it is a named
+LoRA on the frozen base, and the teacher is the base with every adapter off. The hazards of that are met here, once:
+
+- PEFT's own switches (`set_adapter`, `disable_adapters`) flip `requires_grad`, which drops the gradients of a graph
+  that is still alive, without a word. Roles are switched by the layers' active names instead, and no flag moves.
+- Gradient checkpointing computes a block again during backward, under whichever role is active then. The
+  checkpoint function installed here remembers the role of the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from hashlib import sha256
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stepdistill.roles import TEACHER, Copy, Ema, Lora, LoraSpec, Module, Role
+
+
+class Backbone(nn.Module):
+    """A frozen denoiser and the roles on it.
+
+    Args:
+        net: the pipeline's network. It is frozen, and put in evaluation mode for good: roles are compared by
+            subtraction, so nothing may be random.
+        spec: rank, alpha and targets.
+        targets: the family's LoRA targets, used where `spec` names none.
+        seed: keys the initial LoRA weights, together with the role's name.
+    """
+
+    def __init__(self, net: nn.Module, spec: LoraSpec, targets: Sequence[str], seed: int = 0) -> None:
+        super().__init__()
+        self.net = net.requires_grad_(False).eval()
+        self.spec = spec
+        self.targets = tuple(targets)
+        self.seed = seed
+        self.declared: dict[str, Role] = {}
+        self.others = nn.ModuleDict()  # Copy and Module roles, and the averages of copies
+        self._layers: list[BaseTunerLayer] = []
+        self._current: tuple[str, bool] = (TEACHER, True)
+
+    def add(self, name: str, role: Role) -> None:
+        """Declare a role. A LoRA starts at zero, so that it equals the teacher bit for bit."""
+        if name == TEACHER or name in self.declared:
+            raise ValueError(f"role {name!r} exists already: have {[TEACHER, *self.declared]}")
+        self.declared[name] = role
+        match role:
+            case Copy():
+                network = deepcopy(self.net) if role.source is None else role.source()
+                self.others[name] = network.float().eval().requires_grad_(True)
+            case Module():
+                self.others[name] = role.build()
+            case Ema(of=of) if of not in self.declared or of == name:
+                raise ValueError(f"role {name!r} averages {of!r}, which is not declared before it")
+            case Ema(of=of) if of in self.others:
+                self.others[name] = deepcopy(self.others[of]).requires_grad_(False)
+            case Ema(of=of):
+                self._add_adapter(name, self.spec.of(of), trainable=False)
+                self.load_state(name, self.state(of))
+            case Lora():
+                self._add_adapter(name, self.spec.of(name), trainable=True)
+
+    def _add_adapter(self, name: str, spec: LoraSpec, trainable: bool) -> None:
+        config = LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.alpha or spec.rank,  # pyright: ignore[reportArgumentType]
+            target_modules=list(spec.target_modules or self.targets),
+            lora_dropout=0.0,
+        )
+        flags = {p: p.requires_grad for p in self.net.parameters()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big"))
+            self.net.add_adapter(config, adapter_name=name)  # pyright: ignore[reportCallIssue]
+        for p in self.parameters_of(name).values():
+            p.data = p.data.float()  # PEFT gives an adapter the base's half precision
+            p.requires_grad_(trainable)
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+        self._layers = [m for m in self.net.modules() if isinstance(m, BaseTunerLayer)]
+        self._switch(*self._current)
+
+    def _switch(self, name: str, grad: bool) -> None:
+        self._current = (name, grad)
+        off = name == TEACHER or name in self.others
+        for layer in self._layers:
+            layer._disable_adapters = off
+            if not off:
+                layer._active_adapter = [name]
+
+    @contextmanager
+    def use(self, name: str, grad: bool = True) -> Iterator[nn.Module]:
+        """The network of a role, for calls inside the context; everything is as before when it closes.
+
+        With `grad=False` the role's own weights take no gradient, while one to the inputs still flows.
+        """
+        before = self._current
+        params = list(self.parameters_of(name).values()) if not grad else []
+        flags = [p.requires_grad for p in params]
+        try:
+            self._switch(name, grad)
+            for p in params:
+                p.requires_grad_(False)
+            yield self.others[name] if name in self.others else self.net
+        finally:
+            for p, flag in zip(params, flags, strict=True):
+                p.requires_grad_(flag)
+            self._switch(*before)
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """A role's own parameters by name, trainable or averaged. The teacher's are never given: it has none."""
+        if name == TEACHER:
+            return {}
+        if name in self.others:
+            return dict(self.others[name].named_parameters())
+        return {key: p for key, p in self.net.named_parameters() if f".{name}." in key}
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """A role's tensors under names that do not hold the role's name."""
+        if name in self.others:
+            return dict(self.others[name].state_dict())
+        return get_peft_model_state_dict(self.net, adapter_name=name)
+
+    def load_state(self, name: str, state: dict[str, Tensor]) -> None:
+        """Copy tensors into a role; a missing or foreign key is an error."""
+        if name in self.others:
+            self.others[name].load_state_dict(state)
+            return
+        own = self.state(name)
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())
+            raise ValueError(
+                f"role {name!r} holds {len(own)} tensors, the given state {len(state)}; {len(odd)} names differ, the "
+                f"first {odd[0]!r}. Was it trained with another lora.rank or lora.target_modules?"
+            )
+        set_peft_model_state_dict(self.net, state, adapter_name=name)
+
+    def lora_config(self, name: str) -> dict:
+        """The role's PEFT config as plain data, for LoRA metadata."""
+        return self.net.peft_config[name].to_dict()  # pyright: ignore[reportIndexIssue, reportCallIssue]
+
+    @torch.no_grad()
+    def average(self, stepped: Sequence[str]) -> None:
+        """Move the averages whose sources have just stepped."""
+        for name, role in self.declared.items():
+            if isinstance(role, Ema) and role.of in stepped:
+                means = [p.data for p in self.parameters_of(name).values()]
+                values = [p.data for p in self.parameters_of(role.of).values()]
+                torch._foreach_lerp_(means, values, 1 - role.decay)
+
+    def enable_checkpointing(self) -> None:
+        """Trade time for memory: blocks are computed again in backward, under the role of their forward pass."""
+
+        def run(block: Callable, *args: object) -> object:
+            name, grad = self._current
+
+            def again(*inputs: object) -> object:
+                with self.use(name, grad):
+                    return block(*inputs)
+
+            return checkpoint(again, *args, use_reentrant=False)
+
+        for net in [self.net, *self.others.values()]:
+            if isinstance(net, type(self.net)):
+                net.enable_gradient_checkpointing(run)  # pyright: ignore[reportCallIssue]

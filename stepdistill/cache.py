@@ -1,0 +1,191 @@
+"""Encode once: prompt embeddings and picture latents, kept in memory and, where wanted, on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepdistill.errors import StepdistillError, problem
+
+logger = logging.getLogger(__name__)
+FLUSH = 256  # new rows after which a file is written
+
+Row = dict[str, Tensor]
+
+
+class _Stored(NamedTuple):
+    """Where a row lies: its file, its number there, the names of its tensors."""
+
+    file: safe_open
+    number: int
+    names: list[str]
+
+
+class RowStore:
+    """Rows of named tensors by id: in memory, and in files of a folder, each written once, whole or not at
+    all.
+
+    A file carries its key; files of another key are not read, and stay. Several processes may share a folder.
+
+    Args:
+        folder: where the files go; None keeps the rows in memory only.
+        key: digest of all that the rows depend on: the encoder's weights, for pictures the source's digest.
+    """
+
+    def __init__(self, folder: Path | None, key: str) -> None:
+        self.folder = folder
+        self.key = key
+        self._rows: dict[str, Row] = {}
+        self._new: list[str] = []
+        self._stored: dict[str, _Stored] = {}
+        files = sorted(folder.glob("*.safetensors")) if folder else []
+        others = sum(not self._open(path) for path in files)
+        if others:
+            logger.warning(
+                "ignoring %d cache files in %s: another model or data set made them", others, folder
+            )
+
+    def _open(self, path: Path) -> bool:
+        """Take up a file's rows; False where its key is another."""
+        try:
+            file = safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            logger.warning("cannot read cache file %s (%s): encoding again what it held", path, error)
+            return True
+        metadata = file.metadata() or {}
+        if metadata.get("key") != self.key:
+            return False
+        names = json.loads(metadata["names"])
+        self._stored.update(
+            {row: _Stored(file, n, names) for n, row in enumerate(json.loads(metadata["ids"]))}
+        )
+        return True
+
+    def missing(self, ids: Iterable[str]) -> list[str]:
+        """The ids without a row, each once, in the order of their first appearance."""
+        return [row for row in dict.fromkeys(ids) if row not in self._rows and row not in self._stored]
+
+    def add(self, ids: Sequence[str], columns: Row) -> None:
+        """Keep row n of every tensor (len(ids), ...) under id n, on the cpu."""
+        for name, column in columns.items():
+            if len(column) != len(ids):
+                got = f"{len(column)} rows of {name!r} for {len(ids)} inputs"
+                raise ValueError(
+                    problem(got, "one row an input", "rows are kept one by one", "correct the encoder")
+                )
+        for n, row in enumerate(ids):
+            # a clone, since a slice would keep the whole batch alive
+            self._rows[row] = {name: column[n].detach().cpu().clone() for name, column in columns.items()}
+        self._new += ids
+        if len(self._new) >= FLUSH:
+            self.save()
+
+    def rows(self, ids: Sequence[str]) -> Row:
+        """The rows of `ids`, stacked to (len(ids), ...) by name, on the cpu."""
+        found = [self._row(row) for row in ids]
+        shapes = {tuple((name, tuple(tensor.shape)) for name, tensor in row.items()) for row in found}
+        if len(shapes) > 1:
+            got = f"rows of shapes {sorted(shapes)[:2]}"
+            todo = "pad prompts to one length, and keep a batch in one bucket"
+            raise StepdistillError(problem(got, "one shape", "a batch is one tensor", todo))
+        return {name: torch.stack([row[name] for row in found]) for name in found[0]}
+
+    def _row(self, row: str) -> Row:
+        if row in self._rows:
+            return self._rows[row]
+        file, number, names = self._stored[row]
+        return {name: file.get_tensor(f"{number}.{name}") for name in names}
+
+    def save(self) -> None:
+        """Write what is new. Where the disk refuses, say so and go on in memory: nothing but time is lost."""
+        if self.folder is None or not self._new:
+            return
+        rows = [self._rows[row] for row in self._new]
+        tensors = {f"{n}.{name}": tensor for n, row in enumerate(rows) for name, tensor in row.items()}
+        metadata = {"key": self.key, "ids": json.dumps(self._new), "names": json.dumps(list(rows[0]))}
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        part = path.with_suffix(".part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, part, metadata)
+            os.replace(part, path)
+        except (OSError, SafetensorError) as error:
+            if part.exists():
+                part.unlink()
+            logger.warning("cannot write the cache to %s (%s): keeping it in memory only", self.folder, error)
+            self.folder = None
+        self._new = []
+
+
+class PromptCache:
+    """Prompt embeddings, each prompt encoded once.
+
+    Args:
+        encode: prompts to named tensors, each (len(prompts), ...) with the same trailing shape for every
+            prompt.
+        folder: keeps them for the next run; None for memory only.
+        key: digest of the text encoders' weights.
+        batch_size: most prompts in one call of `encode`. Where a kernel's rounding depends on the batch's
+            size, 1 makes an embedding independent of the prompts that were missing with it.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[list[str]], dict[str, Tensor]],
+        folder: Path | None,
+        key: str,
+        batch_size: int = 32,
+    ) -> None:
+        self.encode = encode
+        self.batch_size = batch_size
+        self.store = RowStore(folder, key)
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Named tensors (len(prompts), ...) on the cpu, in the dtype of `encode`."""
+        missing = self.store.missing(prompts)
+        for start in range(0, len(missing), self.batch_size):
+            batch = missing[start : start + self.batch_size]
+            self.store.add(batch, self.encode(batch))
+        return self.store.rows(prompts)
+
+    def save(self) -> None:
+        """Write to the folder what is new since the last time; it also happens every 256 prompts."""
+        self.store.save()
+
+
+class LatentCache:
+    """Latents of pictures by item number, each picture encoded once.
+
+    It freezes crop and flip of an item at their first draw, so it is for sources with `center_crop` and
+    without `random_flip` (or for whoever draws by item): else what an item gives would depend on when it came
+    first.
+
+    Args:
+        folder: keeps them for the next run; None for memory only.
+        key: digest of the autoencoder's weights and of the source (`Source.digest`).
+    """
+
+    def __init__(self, folder: Path | None, key: str) -> None:
+        self.store = RowStore(folder, key)
+
+    def __call__(self, items: Sequence[int], encode_missing: Callable[[list[int]], Tensor]) -> Tensor:
+        """(len(items), C, h, w) on the cpu; `encode_missing` turns distinct items into (n, C, h, w)."""
+        ids = [str(item) for item in items]
+        missing = self.store.missing(ids)
+        if missing:
+            self.store.add(missing, {"latents": encode_missing([int(item) for item in missing])})
+        return self.store.rows(ids)["latents"]
+
+    def save(self) -> None:
+        """Write to the folder what is new since the last time; it also happens every 256 items."""
+        self.store.save()

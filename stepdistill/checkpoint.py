@@ -1,0 +1,133 @@
+"""Checkpoints: written aside and renamed, listed with their hashes, rotated; a broken one is passed over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepdistill.errors import CheckpointError, problem
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """All finished checkpoint folders, oldest first."""
+    found = [f for f in output_dir.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=step_of)
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save(folder: Path, roles: Mapping[str, Mapping[str, Tensor]], optimizers: Any, state: Mapping[str, Any]) -> bool:
+    """Write a checkpoint: each role's tensors, the optimizers' states, and plain facts.
+
+    It appears under its name only when it is whole. Where the disk refuses, the part is removed, the older
+    checkpoints stay, and the answer is False.
+    """
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        for name, tensors in roles.items():
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part / f"{name}.safetensors")
+        torch.save(optimizers, part / "optimizers.pt")
+        (part / "state.json").write_text(json.dumps(dict(state), indent=1))
+        listed = {file.name: _digest(file) for file in sorted(part.iterdir())}
+        (part / MANIFEST).write_text(json.dumps(listed, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
+        shutil.rmtree(part, ignore_errors=True)
+        logger.error("cannot write %s (%s): the last good checkpoint stays", folder, error)
+        return False
+    return True
+
+
+def broken(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder; None where every file is as it was written."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    for name, digest in listed.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _digest(file) != digest:
+            return f"{name} is not as it was written"
+    return None
+
+
+def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Any, dict[str, Any]]:
+    """(roles, optimizers, state) of a whole checkpoint, on the cpu."""
+    roles = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
+    optimizers = torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
+    return roles, optimizers, json.loads((folder / "state.json").read_text())
+
+
+def find(output_dir: Path, wanted: str) -> Path | None:
+    """The checkpoint to go on from: a path, or `latest`, which passes over broken ones and says so.
+
+    None where `latest` finds no checkpoint at all: the run then starts from the beginning.
+    """
+    if wanted != "latest":
+        folder = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
+        reason = broken(folder) if folder.is_dir() else "there is no such folder"
+        if reason:
+            have = ", ".join(f.name for f in checkpoints(output_dir)) or "none"
+            raise CheckpointError(
+                problem(
+                    f"checkpoint {wanted!r}: {reason}",
+                    "a whole checkpoint folder",
+                    "a run can only go on from what was written completely",
+                    f"use `latest` or one of those in {output_dir}: {have}",
+                )
+            )
+        return folder
+    found = checkpoints(output_dir)
+    for folder in reversed(found):
+        reason = broken(folder)
+        if reason is None:
+            return folder
+        logger.warning("passing over %s: %s; trying the one before it", folder, reason)
+    if found:
+        raise CheckpointError(
+            problem(
+                f"{len(found)} checkpoints in {output_dir}, none of them whole",
+                "at least one",
+                "there is nothing to go on from",
+                "start again with another train.output_dir",
+            )
+        )
+    return None
+
+
+def rotate(output_dir: Path, limit: int | None, keep: Path | None) -> None:
+    """Remove the oldest checkpoints beyond `limit`; never the one that this run went on from."""
+    if limit is None:
+        return
+    found = [folder for folder in checkpoints(output_dir) if folder != keep]
+    for folder in found[: max(0, len(found) - limit)]:
+        shutil.rmtree(folder, ignore_errors=True)

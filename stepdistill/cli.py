@@ -1,0 +1,166 @@
+"""The `stepdistill` command: train, init, data check, verify. Heavy imports wait inside the subcommands."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from stepdistill import config, families, methods
+from stepdistill.errors import StepdistillError
+
+TRAIN = """\
+overrides come after CONFIG and win over it:
+  train.learning_rate=1e-4      any key by its path; lists as in YAML: train.prompts="[a cat, a dog]"
+  --learning_rate 1e-4          the end of a path, where only one path ends so (else an error lists them)
+  --learning_rate=1e-4          the same
+  --gradient_checkpointing      a boolean alone means true
+  method.type=my_package.Mine   another class; the keys below it are that class's
+
+examples:
+  stepdistill train configs/quickstart.yaml --dry-run
+  accelerate launch -m stepdistill train configs/quickstart.yaml --max_train_steps 200 train.seed=1
+"""
+
+INIT = """\
+methods: {methods}
+families: {families}
+Each name is a module; module.Class picks one of several classes, my_package.mine.Mine is a class of your own.
+
+example:
+  stepdistill init {example} > mine.yaml && stepdistill train mine.yaml --dry-run
+"""
+
+CHECK = """\
+Reads the config's data source as training would, and names the first bad sample. Overrides are those of
+`stepdistill train`.
+
+example:
+  stepdistill data check mine.yaml --prompts_file prompts.txt
+"""
+
+VERIFY = """\
+Loads the folder into a fresh plain Diffusers pipeline and compares it with the student that was trained;
+prints the largest difference. The exit status is 1 where it is above the tolerance.
+
+example:
+  stepdistill verify runs/mine
+"""
+
+
+def train(argv: Sequence[str]) -> None:
+    """`stepdistill train` with these arguments: CONFIG, overrides, `--dry-run`."""
+    main(["train", *argv])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command. What the user can put right is printed without a traceback, with exit status 2."""
+    parser = _parser()
+    args, overrides = parser.parse_known_args(argv)
+    if overrides and args.run not in (_train, _check):
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    try:
+        args.run(args, overrides)
+    except StepdistillError as error:
+        print(f"stepdistill: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "stepdistill",
+        description="Turn a 20-50-step diffusion pipeline into a 1-8-step one.",
+        epilog="example:\n  stepdistill train configs/quickstart.yaml\n\n`stepdistill COMMAND --help`: more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = _command(commands, "train", _train, "train a few-step student from a config", TRAIN)
+    command.usage = "stepdistill train CONFIG [key=value | --key value]... [--dry-run]"
+    command.add_argument("config", metavar="CONFIG", help="YAML file; `stepdistill init` writes one")
+    command.add_argument("--dry-run", action="store_true", help="stop at the config and the memory it needs")
+
+    names = {"methods": _modules(methods), "families": _modules(families)}
+    example = " ".join(found[0] for found in names.values() if found)
+    epilog = INIT.format(example=example, **{key: ", ".join(found) for key, found in names.items()})
+    command = _command(commands, "init", _init, "print a commented config", epilog)
+    command.add_argument("method", metavar="METHOD")
+    command.add_argument("family", metavar="FAMILY")
+    command.add_argument("data", metavar="DATA", nargs="?", default="prompts", help="default: prompts")
+
+    data = commands.add_parser("data", help="look at a data source", description="Look at a data source.")
+    checks = data.add_subparsers(metavar="COMMAND", required=True)
+    command = _command(checks, "check", _check, "read all of it, before anything is trained", CHECK)
+    command.usage = "stepdistill data check CONFIG [key=value | --key value]..."
+    command.add_argument("config", metavar="CONFIG", help="YAML file")
+
+    command = _command(commands, "verify", _verify, "prove that plain Diffusers loads a student", VERIFY)
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="the output_dir of a run")
+    command.add_argument("--tolerance", type=float, default=1e-5, help="largest difference (default: 1e-5)")
+    return parser
+
+
+def _modules(package: ModuleType) -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base"]
+
+
+Run = Callable[[argparse.Namespace, list[str]], None]
+
+
+def _command(
+    group: argparse._SubParsersAction, name: str, run: Run, summary: str, epilog: str
+) -> argparse.ArgumentParser:
+    command = group.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.run import Run, distill, dry_run
+
+    run = config.load(Run, args.config, overrides)
+    if os.environ.get("RANK", "0") == "0":  # one process of those that a launcher started
+        print(config.to_yaml(run), flush=True)
+    if args.dry_run:
+        print(dry_run(run))
+    else:
+        distill(run)
+
+
+def _init(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.run import Run
+    from stepdistill.schema import fields
+    from stepdistill.template import find, template
+
+    bases = fields(Run)
+    names = {"family": args.family, "method": args.method, "data": args.data}
+    chosen = {key: find(bases[key], name) for key, name in names.items()}
+    print("# accelerate launch -m stepdistill train THIS_FILE\n")
+    print(template(Run, chosen), end="")
+
+
+def _check(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.data import check
+    from stepdistill.run import Run
+
+    print(check(config.load(Run, args.config, overrides).data))
+
+
+def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.student import verify
+
+    difference = verify(args.folder)
+    print(f"largest difference between plain Diffusers and the trained student: {difference:.3g}")
+    if not difference <= args.tolerance:
+        raise SystemExit(1)

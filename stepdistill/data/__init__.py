@@ -1,0 +1,30 @@
+"""Where prompts, pictures and latents come from: sources, the order of a run, and their check."""
+
+from stepdistill.data.base import BadSample, PromptsOf, Sample, Source, sample_rng
+from stepdistill.data.check import check
+from stepdistill.data.folder import ImageFolder
+from stepdistill.data.hub import HubDataset
+from stepdistill.data.images import ImageSource
+from stepdistill.data.latents import Latents
+from stepdistill.data.prompts import Prompts
+from stepdistill.data.samples import TeacherSamples
+from stepdistill.data.shards import Shards
+from stepdistill.data.stream import Stream, loader
+
+__all__ = [
+    "BadSample",
+    "HubDataset",
+    "ImageFolder",
+    "ImageSource",
+    "Latents",
+    "Prompts",
+    "PromptsOf",
+    "Sample",
+    "Shards",
+    "Source",
+    "Stream",
+    "TeacherSamples",
+    "check",
+    "loader",
+    "sample_rng",
+]

@@ -1,0 +1,138 @@
+"""A source: a list of samples that can be read in any order, so that a run can start at any of them."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge, Le
+from torch import Tensor
+
+from stepdistill.errors import DataError
+
+
+class BadSample(DataError):
+    """One item that cannot be used, such as a picture that does not decode. Built from its name and the
+    reason.
+
+    A run puts the next good item of the same bucket in its place; any other `DataError` stops the run.
+    """
+
+    def __str__(self) -> str:
+        return ": ".join(str(part) for part in self.args)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one position of a batch is made from.
+
+    Args:
+        prompt: the caption; empty where it was dropped.
+        pixels: (3, H, W) float32 in [-1, 1].
+        latents: (C, h, w), already in the network's scale.
+        noise: (C, h, w), what the teacher made the latents from.
+        item: index in the source of what was read: not the one asked for where that was bad.
+    """
+
+    prompt: str
+    pixels: Tensor | None = None
+    latents: Tensor | None = None
+    noise: Tensor | None = None
+    item: int = -1
+
+
+def sample_rng(seed: int, position: int) -> random.Random:
+    """The draws of one sample: a function of the seed and of `step * global_batch + j` alone."""
+    return random.Random(int.from_bytes(hashlib.sha256(f"{seed}:{position}".encode()).digest(), "big"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(ABC):
+    """Samples by index. Nothing is read before the first use of `len`, `buckets` or `sample`.
+
+    Args:
+        proportion_empty_prompts: share of samples, in [0, 1], whose caption is dropped.
+    """
+
+    provides: ClassVar[frozenset[str]]
+    proportion_empty_prompts: Annotated[float, Ge(0), Le(1)] = 0.0
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of items, at least 1.
+
+        Raises:
+            DataError: nothing is there, or it has the wrong shape (columns, captions, files).
+        """
+
+    @abstractmethod
+    def captions(self, i: int) -> Sequence[str]:
+        """Every caption of item i, at least one; a sample takes one of them at random."""
+
+    @abstractmethod
+    def sample(self, i: int, rng: random.Random) -> Sample:
+        """Item i; `rng` decides on caption, crop and flip only.
+
+        Raises:
+            BadSample: this item cannot be used, others may.
+        """
+
+    @abstractmethod
+    def name(self, i: int) -> str:
+        """What to call item i in a message: its file, its line."""
+
+    @abstractmethod
+    def stamp(self, i: int) -> str:
+        """Text that changes with item i's content: its caption, or its file's name, size and date."""
+
+    def buckets(self) -> Sequence[int]:
+        """For each item the id of its (H, W) bucket. A batch is of one bucket."""
+        return bytes(len(self))  # a sequence of zeros, one byte each
+
+    def size(self, i: int) -> tuple[int, int] | None:
+        """(H, W) of item i's picture as stored, in pixels; None for a source without pictures."""
+        return None
+
+    def prompt(self, i: int, rng: random.Random) -> str:
+        """Item i's caption: one of several, or empty. Always two draws, so that no option moves another's."""
+        choice, dropped = rng.random(), rng.random()
+        captions = self.captions(i)
+        return "" if dropped < self.proportion_empty_prompts else captions[int(choice * len(captions))]
+
+    def digest(self) -> str:
+        """Hex digest of the settings and of every item's stamp: the data's part of a cache key."""
+        content = hashlib.sha256(repr(self).encode())
+        for i in range(len(self)):
+            content.update(f"\0{self.stamp(i)}".encode())
+        return content.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsOf(Source):
+    """Only the captions of another source, for a method that needs no pictures: none is read or decoded.
+
+    Args:
+        source: where the captions are; its own `proportion_empty_prompts` holds.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts"})
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def captions(self, i: int) -> Sequence[str]:
+        return self.source.captions(i)
+
+    def sample(self, i: int, rng: random.Random) -> Sample:
+        return Sample(prompt=self.source.prompt(i, rng), item=i)
+
+    def name(self, i: int) -> str:
+        return self.source.name(i)
+
+    def stamp(self, i: int) -> str:
+        return self.source.stamp(i)

@@ -1,0 +1,121 @@
+"""Read every sample of a source once and say what is there, before a GPU is touched."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from stepdistill.data.base import BadSample, Source
+from stepdistill.errors import DataError, problem
+
+NAMED = 5  # bad samples that the report lists
+
+
+class _Facts(NamedTuple):
+    shape: tuple[int, ...]
+    size: tuple[int, int] | None
+    words: list[int]
+    bad: BadSample | None
+    error: DataError | None
+
+
+class _Examiner(Dataset[_Facts]):
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> _Facts:
+        try:
+            words = [len(caption.split()) for caption in self.source.captions(i)]
+            sample = self.source.sample(i, random.Random(0))
+        except BadSample as error:
+            return _Facts((), None, [], error, None)
+        except DataError as error:
+            return _Facts((), None, [], None, error)
+        tensor = sample.latents if sample.pixels is None else sample.pixels
+        return _Facts(() if tensor is None else tuple(tensor.shape), self.source.size(i), words, None, None)
+
+
+class _Tally:
+    """Running sums over the facts of all samples."""
+
+    def __init__(self) -> None:
+        self.bad: list[BadSample] = []
+        self.words: list[int] = []
+        self.sides: list[int] = []
+        self.enlarged = 0
+        self.shapes: Counter[tuple[int, ...]] = Counter()
+
+    def add(self, facts: _Facts) -> None:
+        if facts.bad is not None:
+            self.bad.append(facts.bad)
+            return
+        self.words += facts.words
+        self.shapes[facts.shape] += 1
+        if facts.size is not None:
+            self.sides.append(min(facts.size))
+            self.enlarged += any(have < want for have, want in zip(facts.size, facts.shape[1:], strict=True))
+
+    def lines(self) -> Iterator[str]:
+        usable = self.shapes.total()
+        if self.sides:
+            yield f"  pictures: shorter side {_spread(self.sides)} px; {self.enlarged} smaller than the crop"
+        shapes = [
+            f"{'x'.join(map(str, shape))}: {count}" for shape, count in self.shapes.most_common() if shape
+        ]
+        if shapes:
+            yield f"  shapes ({'C x h x w' if not self.sides else '3 x H x W'}): {', '.join(shapes)}"
+        spread, empty = _spread(self.words), self.words.count(0)
+        yield f"  captions: {len(self.words)} for {usable} samples, {spread} words, {empty} empty"
+        if self.bad:
+            yield f"  unusable: {len(self.bad)}, in training the next good sample stands in"
+            yield from (f"    {error}" for error in self.bad[:NAMED])
+            if len(self.bad) > NAMED:
+                yield f"    ... and {len(self.bad) - NAMED} more"
+
+
+def _as_it_is(facts: _Facts) -> _Facts:
+    return facts
+
+
+def _spread(values: Sequence[int]) -> str:
+    ordered = sorted(values)
+    return f"{ordered[0]} to {ordered[-1]} (median {ordered[len(ordered) // 2]})"
+
+
+def check(source: Source, strict: bool = False, workers: int = 0) -> str:
+    """Decode every sample as training would, and report counts, sizes, buckets, captions and what is broken.
+
+    Args:
+        source: the source.
+        strict: whether one unusable sample is an error.
+        workers: reading processes; 0 reads in this one.
+
+    Returns:
+        the report, a few lines of text.
+
+    Raises:
+        DataError: nothing usable is there, columns or captions are wrong; the first bad sample is named.
+    """
+    total = len(source)
+    source.buckets()  # before the workers start, so that they find it done
+    tally = _Tally()
+    facts: _Facts
+    read = DataLoader(_Examiner(source), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    for facts in tqdm(read, "samples", total=total):
+        if facts.error is not None:
+            raise facts.error
+        tally.add(facts)
+    if tally.bad and (strict or len(tally.bad) == total):
+        got = f"{len(tally.bad)} of {total} samples unusable, first {tally.bad[0]}"
+        expected = "every sample usable (strict)" if strict else "usable samples"
+        raise DataError(problem(got, expected, "they cannot be trained on", "mend or remove them"))
+    head = f"{type(source).__name__}: {total} samples, {total - len(tally.bad)} usable"
+    return "\n".join([head, *tally.lines()])

@@ -1,0 +1,120 @@
+"""A folder of pictures, captioned by a table or by a text file beside each."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO
+
+from stepdistill.data.captions import as_captions, read_table, read_text, require_columns
+from stepdistill.data.images import IMAGE_SUFFIXES, ImageSource
+from stepdistill.errors import DataError, problem
+
+logger = logging.getLogger(__name__)
+TABLES = ("metadata.jsonl", "metadata.csv")
+Captioned = dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder(ImageSource):
+    """The jpg, jpeg, png and webp files below a folder.
+
+    Args:
+        train_data_dir: the folder. With `metadata.jsonl` or `metadata.csv` at its top, the rows' `file_name`
+            (relative to the folder) and `caption_column` say what is used; without, `cat.txt` is the caption
+            of `cat.jpg`.
+    """
+
+    train_data_dir: str
+
+    @cached_property
+    def _captioned(self) -> list[tuple[str, tuple[str, ...]]]:
+        folder = Path(self.train_data_dir)
+        if not folder.is_dir():
+            todo = "check data.train_data_dir"
+            raise DataError(problem(folder, "a folder of pictures", "there is no such folder", todo))
+        names = _picture_names(folder)
+        if not names:
+            got = f"no {', '.join(IMAGE_SUFFIXES)} file below {folder}"
+            raise DataError(
+                problem(got, "pictures", "there is nothing to train on", "check data.train_data_dir")
+            )
+        tables = [folder / name for name in TABLES if (folder / name).exists()]
+        if len(tables) > 1:
+            got = f"both {TABLES[0]} and {TABLES[1]} in {folder}"
+            raise DataError(
+                problem(got, "one of them", "they may disagree", "remove the one that is out of date")
+            )
+        captions = (
+            _by_table(tables[0], names, self.caption_column) if tables else _by_text_files(folder, names)
+        )
+        return list(captions.items())[: self.max_train_samples]
+
+    def __len__(self) -> int:
+        return len(self._captioned)
+
+    def captions(self, i: int) -> Sequence[str]:
+        return self._captioned[i][1]
+
+    def name(self, i: int) -> str:
+        return str(Path(self.train_data_dir, self._captioned[i][0]))
+
+    def stamp(self, i: int) -> str:
+        name, captions = self._captioned[i]
+        facts = os.stat(Path(self.train_data_dir, name))
+        return "\0".join((name, str(facts.st_size), str(facts.st_mtime_ns), *captions))
+
+    def open(self, i: int) -> IO[bytes]:
+        return open(self.name(i), "rb")
+
+
+def _picture_names(folder: Path) -> list[str]:
+    """Relative names of all pictures, sorted, so that item numbers are the same on every machine."""
+    names: list[str] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        pictures = (name for name in files if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES)
+        names += [
+            Path(place, name).relative_to(folder).as_posix() for name in pictures if not name.startswith(".")
+        ]
+    return sorted(names)
+
+
+def _by_table(table: Path, names: list[str], caption_column: str) -> Captioned:
+    have, captioned = set(names), Captioned()
+    for number, row in enumerate(read_table(table), start=1):
+        where = f"{table} row {number}"
+        require_columns(row, ["file_name", caption_column], where)
+        name, captions = str(row["file_name"]).removeprefix("./"), as_captions(row[caption_column])
+        if name not in have:
+            got = f"{where} with file_name {name!r}"
+            why = "that file is not in the folder"
+            raise DataError(problem(got, f"a picture below {table.parent}", why, "add it or remove the row"))
+        if not captions:
+            got = f"{where} ({name}) with {caption_column} {row[caption_column]!r}"
+            raise DataError(
+                problem(got, "a text or a list of texts", "every picture needs a caption", "write one")
+            )
+        captioned[name] = captioned.get(name, ()) + captions
+    if not captioned:
+        raise DataError(
+            problem(f"no row in {table}", "one a picture", "there is nothing to train on", "fill it")
+        )
+    if len(captioned) < len(names):
+        left = [name for name in names if name not in captioned]
+        logger.warning("%d pictures have no row in %s and are left out, first %s", len(left), table, left[0])
+    return captioned
+
+
+def _by_text_files(folder: Path, names: list[str]) -> Captioned:
+    texts = {name: (folder / name).with_suffix(".txt") for name in names}
+    lacking = [name for name, text in texts.items() if not text.exists()]
+    if lacking:
+        got = f"{folder / lacking[0]} without a caption ({len(lacking)} of {len(names)} pictures)"
+        todo = f"write that file, or {TABLES[0]} with file_name and a caption column at the top of the folder"
+        raise DataError(problem(got, f"{texts[lacking[0]].name} beside it", "training needs a caption", todo))
+    return {name: (read_text(text).strip(),) for name, text in texts.items()}

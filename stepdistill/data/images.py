@@ -1,0 +1,177 @@
+"""Pictures to pixels: decode, orient, flatten, resize, crop, flip; and the buckets of equal shape."""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import log
+from multiprocessing.pool import ThreadPool
+from typing import IO, Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from annotated_types import Ge
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from stepdistill.data.base import BadSample, Sample, Source
+from stepdistill.errors import DataError, problem
+
+Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap the sides
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """The picture in 8-bit RGB: transparency over white, 16-bit grey scaled (a convert would clip it)."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def cover(image: Image.Image, size: tuple[int, int], interpolation: Interpolation) -> Image.Image:
+    """Resize, keeping the aspect, to the smallest picture that holds `size` (H, W)."""
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    new = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    return image if new == image.size else image.resize(new, Image.Resampling[interpolation.upper()])
+
+
+def crop(image: Image.Image, size: tuple[int, int], down: float, across: float) -> Image.Image:
+    """The (H, W) window at shares `down` and `across`, in [0, 1), of the offsets that there are."""
+    top = int(down * (image.height - size[0] + 1))
+    left = int(across * (image.width - size[1] + 1))
+    return image.crop((left, top, left + size[1], top + size[0]))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture to (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)
+
+
+def bucket_shapes(resolution: int, step: int) -> list[tuple[int, int]]:
+    """(H, W) of every bucket: multiples of `step`, area at most `resolution**2`, aspect at most 4.
+
+    Raises:
+        DataError: `step` does not divide `resolution`.
+    """
+    if resolution % step:
+        got = f"resolution {resolution} and bucket_step {step}"
+        why = "the square is one of the buckets"
+        raise DataError(problem(got, "a step that divides the resolution", why, "change data.bucket_step"))
+    wide = [
+        (resolution**2 // width // step * step, width)
+        for width in range(resolution, 2 * resolution + 1, step)
+    ]
+    # at equal height the wider one uses more of the area
+    widest = {height: (height, width) for height, width in wide if height}
+    return sorted({*widest.values(), *((width, height) for height, width in widest.values())})
+
+
+def nearest(shapes: Sequence[tuple[int, int]], size: tuple[int, int]) -> int:
+    """Index of the shape (H, W) whose aspect is closest to that of `size`, by ratio."""
+    aspect = log(size[0] / size[1])
+    return min(range(len(shapes)), key=lambda b: abs(log(shapes[b][0] / shapes[b][1]) - aspect))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource(Source):
+    """Pictures with captions, whatever they are stored in.
+
+    A picture is turned upright, flattened on white, resized until its shorter side is `resolution` (until it
+    covers its bucket), cropped, perhaps mirrored.
+
+    Args:
+        resolution: side of the square crop in pixels; with buckets, the side of a square of the same area.
+        caption_column: column of the captions where they come in a table.
+        center_crop: take the middle instead of a random window.
+        random_flip: mirror half of the samples.
+        interpolation: resampling filter.
+        aspect_buckets: crop to the nearest of several aspect ratios instead of a square; reads every header
+            at start.
+        bucket_step: multiple of every bucket's sides in pixels; divides `resolution`.
+        max_train_samples: use the first so many only.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "images"})
+    resolution: Annotated[int, Ge(1)]
+    caption_column: str = "text"
+    center_crop: bool = False
+    random_flip: bool = False
+    interpolation: Interpolation = "lanczos"
+    aspect_buckets: bool = False
+    bucket_step: Annotated[int, Ge(1)] = 64
+    max_train_samples: Annotated[int, Ge(1)] | None = None
+
+    @abstractmethod
+    def open(self, i: int) -> IO[bytes]:
+        """The encoded picture of item i, to be closed by the caller."""
+
+    def picture(self, i: int) -> Image.Image:
+        """Item i upright in RGB, at its own size.
+
+        Raises:
+            BadSample: it does not decode.
+        """
+        try:
+            with self.open(i) as file, Image.open(file) as image:
+                return flatten(ImageOps.exif_transpose(image))
+        except BadSample:
+            raise
+        except Exception as error:  # decoders fail in many ways: OSError, SyntaxError, struct.error, EOFError
+            raise BadSample(self.name(i), f"{type(error).__name__}: {error}") from error
+
+    def size(self, i: int) -> tuple[int, int] | None:
+        """(H, W) from the header alone, upright; None where there is no header to read."""
+        try:
+            with self.open(i) as file, Image.open(file) as image:
+                # a PNG may keep its EXIF behind the pixels, and reading it would decode them
+                turned = image.format != "PNG" and image.getexif().get(ORIENTATION, 1) >= 5
+                return (image.width, image.height) if turned else (image.height, image.width)
+        except Exception:
+            return None
+
+    @cached_property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(H, W) of each bucket id."""
+        if not self.aspect_buckets:
+            return [(self.resolution, self.resolution)]
+        return bucket_shapes(self.resolution, self.bucket_step)
+
+    @cached_property
+    def _bucket_of(self) -> Sequence[int]:
+        count = len(self)
+        if not self.aspect_buckets:
+            return bytes(count)
+        with ThreadPool(8) as pool:
+            sizes = pool.imap(self.size, range(count), chunksize=64)
+            sizes = tqdm(sizes, "reading picture sizes", total=count, delay=2)
+            found = [nearest(self.shapes, size) if size else -1 for size in sizes]
+        # a picture without a header joins the fullest bucket, where a good one can stand in for it
+        counts = Counter(b for b in found if b >= 0) or Counter([0])
+        fullest = counts.most_common(1)[0][0]
+        return array("i", [fullest if b < 0 else b for b in found])
+
+    def buckets(self) -> Sequence[int]:
+        return self._bucket_of
+
+    def sample(self, i: int, rng: random.Random) -> Sample:
+        prompt = self.prompt(i, rng)
+        # always drawn, so that switching an option off moves no other draw
+        down, across, mirrored = rng.random(), rng.random(), rng.random() < 0.5
+        size = self.shapes[self._bucket_of[i]]
+        if self.center_crop:
+            down = across = 0.5
+        image = crop(cover(self.picture(i), size, self.interpolation), size, down, across)
+        if self.random_flip and mirrored:
+            image = ImageOps.mirror(image)
+        return Sample(prompt=prompt, pixels=to_tensor(image), item=i)

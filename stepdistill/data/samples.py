@@ -1,0 +1,142 @@
+"""Training from prompts alone: the teacher's own samples, kept as pairs of noise and latents."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stepdistill.data.base import Sample, Source, sample_rng
+from stepdistill.errors import DataError, problem
+
+CHUNK = 64
+BUNDLED = Path(__file__).parent.parent / "tiny"
+
+
+def noise_of(seed: int, i: int, shape: Sequence[int]) -> Tensor:
+    """The starting noise of sample i: a function of (seed, i) alone, so that it need not be stored."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSamples(Source):
+    """Latents that the teacher makes from a source's prompts, before training starts and once only.
+
+    Args:
+        source: the prompts.
+        folder: where the samples are kept. What lies there is used where teacher, prompts and settings are the
+            same, and refused where they are not. A run that was cut goes on where it was.
+        count: number of samples.
+        num_inference_steps: deterministic solver steps of the teacher (DDIM; Euler for a flow).
+        guidance_scale: of the teacher.
+        seed: of the noises.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "latents", "noise"})
+    source: Source
+    folder: str
+    count: int = 2048
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    seed: int = 0
+
+    @property
+    def path(self) -> Path:
+        """The folder; `tiny-sd-samples` and `tiny-sd3-samples` are bundled."""
+        bundled = BUNDLED / self.folder
+        return bundled if self.folder.startswith("tiny-") and bundled.is_dir() else Path(self.folder)
+
+    def facts(self, teacher: str) -> dict[str, object]:
+        """What the samples depend on."""
+        prompts = [self.prompt_of(i) for i in range(self.count)]
+        return {
+            "teacher": teacher,
+            "prompts": sha256("\n".join(prompts).encode()).hexdigest()[:16],
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seed,
+            "count": self.count,
+        }
+
+    def fill(
+        self,
+        generate: Callable[[list[str], Tensor], Tensor],
+        shape: Sequence[int],
+        teacher: str,
+        rank: int,
+        world: int,
+    ) -> None:
+        """Make what is missing: chunk files of 64 samples, shared out among the processes.
+
+        Args:
+            generate: prompts and noise (B, C, h, w) to latents.
+            shape: (C, h, w).
+            teacher: digest of the teacher's weights.
+        """
+        facts, stored = self.facts(teacher), self.path / "samples.json"
+        if stored.exists() and (have := json.loads(stored.read_text())) != facts:
+            odd = [key for key in facts if have.get(key) != facts[key]]
+            raise DataError(
+                problem(
+                    f"samples in {self.path} with other {', '.join(odd)}: {[have.get(k) for k in odd]}",
+                    f"{[facts[k] for k in odd]}",
+                    "pairs of another teacher or setting would teach the wrong thing",
+                    "name another data.folder, or remove this one",
+                )
+            )
+        missing = [k for k in range(-(-self.count // CHUNK)) if not self._chunk(k).exists()]
+        if not missing:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        stored.write_text(json.dumps(facts, indent=1) + "\n")
+        for k in tqdm(missing[rank::world], desc="Teacher samples", unit="batch", disable=rank > 0):
+            ids = range(k * CHUNK, min((k + 1) * CHUNK, self.count))
+            noise = torch.stack([noise_of(self.seed, i, shape) for i in ids])
+            latents = generate([self.prompt_of(i) for i in ids], noise)
+            part = self._chunk(k).with_suffix(".part")
+            save_file({"latents": latents.half().cpu().contiguous()}, part)
+            part.replace(self._chunk(k))
+
+    def _chunk(self, k: int) -> Path:
+        return self.path / f"chunk-{k:05d}.safetensors"
+
+    @cached_property
+    def _latents(self) -> Tensor:
+        parts = []
+        for k in range(-(-self.count // CHUNK)):
+            with safe_open(self._chunk(k), "pt") as file:
+                parts.append(file.get_tensor("latents"))
+        return torch.cat(parts)
+
+    def prompt_of(self, i: int) -> str:
+        """The prompt of sample i: the source's items in turn."""
+        return self.source.prompt(i % len(self.source), sample_rng(self.seed, i))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def captions(self, i: int) -> Sequence[str]:
+        return [self.prompt_of(i)]
+
+    def sample(self, i: int, rng: random.Random) -> Sample:
+        latents = self._latents[i].float()
+        return Sample(
+            prompt=self.prompt(i, rng), latents=latents, noise=noise_of(self.seed, i, latents.shape), item=i
+        )
+
+    def name(self, i: int) -> str:
+        return f"sample {i} of {self.path}"
+
+    def stamp(self, i: int) -> str:
+        return self.prompt_of(i)

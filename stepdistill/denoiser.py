@@ -1,0 +1,78 @@
+"""A denoiser: a role of the backbone that answers `(x_t, t, condition)` with an `Estimate`; and its wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.backbone import Backbone
+from stepdistill.prediction import Estimate, Kind, estimate
+from stepdistill.schedule import NoiseSchedule, expand
+
+Condition = Mapping[str, Tensor]
+Call = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
+
+
+class Denoise(Protocol):
+    """Anything that estimates: x_t (B, C, H, W), t (B,) in scheduler timesteps, tensors of B rows in `cond`."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate: ...
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A role's network as an estimator.
+
+    Args:
+        call: the family's way to call the network.
+        dtype: precision of the network's arithmetic; estimates are always float32.
+        grad: whether the role's own weights take gradients.
+    """
+
+    backbone: Backbone
+    role: str
+    schedule: NoiseSchedule
+    kind: Kind
+    call: Call
+    dtype: torch.dtype = torch.float32
+    grad: bool = True
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        with (
+            self.backbone.use(self.role, self.grad) as net,
+            torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16)),
+        ):
+            y = self.call(net, x_t, t, cond)
+        return estimate(self.kind, y, x_t, t, self.schedule)
+
+    def frozen(self) -> Denoiser:
+        """The same role with gradients to its inputs only."""
+        return replace(self, grad=False)
+
+
+def guided(denoise: Denoise, null: Condition, scale: float | Tensor) -> Denoise:
+    """Classifier-free guidance, `uncond + scale (cond - uncond)`, in one batched call (scale 1 is none).
+
+    Applied to (x0, eps), which equals applying it to any network output: each conversion is affine with a part in
+    `x_t` that does not depend on the output. Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, in Imagen's scale.
+
+    Args:
+        null: the unconditional embeddings, one row or B rows.
+        scale: one number, or one per sample (B,).
+    """
+    if isinstance(scale, float | int) and scale == 1:
+        return denoise
+
+    def call(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        batch = len(x_t)
+        both = {key: torch.cat([null[key].expand_as(value), value]) for key, value in cond.items()}
+        est = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        w = expand(scale, x_t) if isinstance(scale, Tensor) else scale
+        mixed = (value[:batch] + w * (value[batch:] - value[:batch]) for value in est)
+        return Estimate(*mixed)
+
+    return call

@@ -1,0 +1,28 @@
+"""Errors that a user can cause, and put right: the commands print them as one block, without a traceback."""
+
+from __future__ import annotations
+
+
+class StepdistillError(Exception):
+    """Base of every error that the input causes: a config, a data set, a folder, a diverging run."""
+
+
+class ConfigError(StepdistillError, ValueError):
+    """A config that cannot be built; its message lists every problem by path."""
+
+
+class DataError(StepdistillError):
+    """A data source that is missing, empty, broken or not what the method needs."""
+
+
+class CheckpointError(StepdistillError):
+    """A checkpoint or student folder that is missing, cut short or of another run."""
+
+
+class NonFiniteLoss(StepdistillError):
+    """A loss that is NaN or infinite; its message names step, batch and term."""
+
+
+def problem(got: object, expected: object, why: str, todo: str) -> str:
+    """One sentence in the order of every error here: got, expected, why it matters, what to do."""
+    return f"got {got}, expected {expected}: {why}; {todo}"

@@ -1,0 +1,127 @@
+"""Pictures and figures of teacher and student, made by plain Diffusers pipelines: what users will get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stepdistill.data.samples import noise_of
+from stepdistill.metrics.cost import Cost, count_calls
+from stepdistill.metrics.features import to_uint8
+
+SEED_A, SEED_B = 1, 2  # the reference's noises, and those of every row
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to sample: a scheduler and the keyword arguments of the pipeline's call."""
+
+    name: str
+    scheduler: SchedulerMixin
+    call: Mapping[str, Any]
+
+
+def network_of(pipe: DiffusionPipeline) -> torch.nn.Module:
+    """The pipeline's denoiser."""
+    return pipe.components["unet"] if "unet" in pipe.components else pipe.components["transformer"]
+
+
+def generate(
+    pipe: DiffusionPipeline, row: Row, prompts: Sequence[str], seed: int, batch: int = 64, progress: bool = False
+) -> tuple[Tensor, Cost]:
+    """Pictures (N, 3, H, W) uint8 of the prompts, and what they cost.
+
+    Picture i starts from `noise_of(seed, i)` and draws fresh noise from a generator of its own, so it depends on
+    neither the batch size nor the other prompts.
+    """
+    net = network_of(pipe)
+    side = net.config["sample_size"]
+    shape = (net.config["in_channels"], side, side)
+    pipe.scheduler = row.scheduler
+    pipe.set_progress_bar_config(disable=True)
+    pictures = []
+    with count_calls(net) as cost, torch.no_grad():
+        for start in tqdm(range(0, len(prompts), batch), desc=row.name, disable=not progress, leave=False):
+            ids = range(start, min(start + batch, len(prompts)))
+            made = pipe(
+                [prompts[i] for i in ids],
+                latents=torch.stack([noise_of(seed, i, shape) for i in ids]).to(pipe.device),
+                generator=[torch.Generator().manual_seed(7_919 * seed + i) for i in ids],
+                height=side * pipe.vae_scale_factor,
+                width=side * pipe.vae_scale_factor,
+                output_type="pt",
+                **row.call,
+            ).images
+            pictures.append(to_uint8(made.float().cpu().clamp(0, 1)))
+    return torch.cat(pictures), cost
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features of a teacher's pictures under fixed prompts and seeds.
+
+    Args:
+        features: by name, each (N, D): `reference` (full steps, seeds A), `floor` (full steps, seeds B), and any
+            stock few-step rows at seeds B.
+        prompts: N prompts.
+        facts: what the features depend on: extractor, teacher, steps, guidance.
+    """
+
+    features: dict[str, Tensor]
+    prompts: list[str]
+    facts: dict[str, str]
+
+    def save(self, file: Path) -> None:
+        """Write one safetensors file, features in half precision."""
+        tensors = {key: value.half().contiguous() for key, value in self.features.items()}
+        save_file(tensors, file, {**self.facts, "prompts": "\n".join(self.prompts)})
+
+    @classmethod
+    def load(cls, file: Path) -> Reference:
+        """Read what `save` wrote."""
+        with safe_open(file, "pt") as stored:
+            facts = dict(stored.metadata())
+            features = {key: stored.get_tensor(key).float() for key in stored.keys()}  # noqa: SIM118
+        return cls(features, facts.pop("prompts").split("\n"), facts)
+
+
+def grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], scale: int = 1) -> Image.Image:
+    """A sheet of pictures: a labelled line for each row, the same prompt and seed below each caption.
+
+    Args:
+        rows: label and pictures (columns, 3, H, W) uint8.
+        scale: how many times larger the pictures are drawn.
+    """
+    height, width = (scale * side for side in rows[0][1].shape[-2:])
+    cell, left, top = max(width, 96) + 6, 150, 34
+    sheet = Image.new("RGB", (left + cell * len(captions), top + (height + 6) * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, caption in enumerate(captions):
+        lines = _wrapped(caption, 16)[:2]
+        pen.multiline_text((left + column * cell, 4), "\n".join(lines), fill="black", spacing=2)
+    for line, (label, pictures) in enumerate(rows):
+        y = top + line * (height + 6)
+        pen.multiline_text((6, y + height // 2 - 12), label, fill="black", spacing=2)
+        for column, picture in enumerate(pictures):
+            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left + column * cell, y))
+    return sheet
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], joined] if len(joined) <= width or not lines[-1] else [*lines, word]
+    return lines

@@ -1,0 +1,163 @@
+"""What a family of pipelines must say about itself; loading is common to all."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Condition
+from stepdistill.errors import ConfigError, problem
+from stepdistill.prediction import Kind
+from stepdistill.sampling import Sampler
+from stepdistill.schedule import NoiseSchedule
+
+BUNDLED = Path(__file__).parent.parent / "tiny"
+BUNDLED_NAMES = ("tiny-sd", "tiny-sd3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(ABC):
+    """A pipeline family around one teacher. Subclasses are final.
+
+    Args:
+        pretrained_teacher_model: a pipeline folder, a hub id, a single `.safetensors` file, or the name of a
+            bundled teacher (`tiny-sd`, `tiny-sd3`).
+        revision: branch, tag or commit of a hub id.
+        variant: file variant, such as `fp16`.
+        single_file_config: a pipeline folder or hub id whose configs go with a single file.
+        teacher_loras: LoRA folders or files fused into the teacher before anything else.
+    """
+
+    network_name: ClassVar[str]
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+
+    pretrained_teacher_model: str
+    revision: str | None = None
+    variant: str | None = None
+    single_file_config: str | None = None
+    teacher_loras: tuple[str, ...] = ()
+
+    def location(self) -> str:
+        """Where the teacher lies: a path or a hub id. Raises ConfigError for what can be neither."""
+        name = self.pretrained_teacher_model
+        path = BUNDLED / name if name in BUNDLED_NAMES else Path(name)
+        if path.is_dir() and not (path / "model_index.json").exists():
+            raise ConfigError(
+                problem(
+                    f"the folder {path} without a model_index.json",
+                    "a pipeline folder, as `pipe.save_pretrained(folder)` writes it",
+                    "the teacher is a whole Diffusers pipeline, with its text encoders, autoencoder and scheduler",
+                    "point family.pretrained_teacher_model at the folder that holds model_index.json",
+                )
+            )
+        hub_like = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and path.suffix != ".safetensors"
+        if not path.exists() and not hub_like:
+            raise ConfigError(
+                problem(
+                    f"family.pretrained_teacher_model {name!r}, which does not exist",
+                    f"a pipeline folder, a .safetensors file, a hub id such as owner/name, or one of {BUNDLED_NAMES}",
+                    "there is nothing to distil without the teacher",
+                    "check the path: it is read relative to the working directory",
+                )
+            )
+        return str(path) if path.exists() else name
+
+    def load(self) -> DiffusionPipeline:
+        """The teacher's whole pipeline in float32, with its LoRAs fused in."""
+        where = self.location()
+        if where.endswith(".safetensors"):
+            pipe = self.pipeline_class.from_single_file(  # pyright: ignore[reportAttributeAccessIssue]
+                where, config=self.single_file_config, torch_dtype=torch.float32
+            )
+        else:
+            pipe = self.pipeline_class.from_pretrained(
+                where, revision=self.revision, variant=self.variant, torch_dtype=torch.float32
+            )
+        for lora in self.teacher_loras:
+            pipe.load_lora_weights(lora)
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
+        return pipe
+
+    def network(self, pipe: DiffusionPipeline) -> nn.Module:
+        """The denoiser among the pipeline's components."""
+        return pipe.components[self.network_name]
+
+    def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a picture of `height` x `width` pixels."""
+        scale = pipe.vae_scale_factor
+        if height % scale or width % scale:
+            raise ConfigError(
+                problem(
+                    f"pictures of {height} x {width} pixels",
+                    f"sides that {scale} divides",
+                    f"the autoencoder shrinks each side {scale} times",
+                    f"choose a resolution that is a multiple of {scale}",
+                )
+            )
+        return (self.network(pipe).config["in_channels"], height // scale, width // scale)
+
+    @abstractmethod
+    def schedule(self, pipe: DiffusionPipeline) -> NoiseSchedule:
+        """The noise process, with the pipeline scheduler's exact levels."""
+
+    @abstractmethod
+    def kind(self, pipe: DiffusionPipeline) -> Kind:
+        """What the network predicts."""
+
+    @abstractmethod
+    def lora_targets(self, net: nn.Module) -> list[str]:
+        """Full names of the layers that get a LoRA; none whose output is never used."""
+
+    @abstractmethod
+    def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
+        """Embeddings of prompts, one row each; "" is the unconditional one."""
+
+    @abstractmethod
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """The network's raw output for x_t (B, C, H, W) and t (B,) in scheduler timesteps."""
+
+    @abstractmethod
+    def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
+        """Latents (B, C, h, w) in the network's scale from pixels (B, 3, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1], not clamped, from latents in the network's scale."""
+
+    @abstractmethod
+    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
+        """A stock Diffusers scheduler that samples as `sampler` says, and the keyword arguments that the pipeline's
+        call needs so that it visits exactly `sampler.timesteps`. Raises ConfigError where there is none."""
+
+    @abstractmethod
+    def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+        """Write `pytorch_lora_weights.safetensors` with its metadata, as the pipeline's loader reads it."""
+
+
+def named(net: nn.Module, endings: Sequence[str], kinds: tuple[type[nn.Module], ...]) -> list[str]:
+    """Full names of the layers of `kinds` whose name is, or ends in a dot and, one of `endings`."""
+    found = [
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, kinds) and any(name == end or name.endswith("." + end) for end in endings)
+    ]
+    if not found:
+        raise ConfigError(
+            problem(
+                f"no layer of {type(net).__name__} matching {list(endings)}",
+                "at least one",
+                "the LoRA needs a place",
+                "name layers of this network in lora.target_modules",
+            )
+        )
+    return found

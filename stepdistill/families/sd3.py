@@ -1,0 +1,106 @@
+"""Stable Diffusion 3 and 3.5: a transformer on a rectified flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Condition
+from stepdistill.errors import ConfigError, problem
+from stepdistill.families.base import Family, named
+from stepdistill.prediction import Kind
+from stepdistill.sampling import Sampler
+from stepdistill.schedule import Rectified
+
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    *("norm1.linear", "norm1_context.linear", "context_embedder", "proj_out"),
+    *("timestep_embedder.linear_1", "timestep_embedder.linear_2", "text_embedder.linear_1", "text_embedder.linear_2"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StableDiffusion3(Family):
+    """Stable Diffusion 3 and 3.5 pipelines, with or without the T5 text encoder."""
+
+    network_name: ClassVar[str] = "transformer"
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
+
+    def schedule(self, pipe: DiffusionPipeline) -> Rectified:
+        if pipe.scheduler.config.use_dynamic_shifting:
+            raise ConfigError(
+                problem(
+                    "a scheduler with use_dynamic_shifting",
+                    "one fixed shift",
+                    "the solver's grid must be the same for every picture size",
+                    "set use_dynamic_shifting to false and shift to the value for your resolution",
+                )
+            )
+        return Rectified(pipe.scheduler.config.shift)
+
+    def kind(self, pipe: DiffusionPipeline) -> Kind:
+        return "flow"
+
+    def lora_targets(self, net: nn.Module) -> list[str]:
+        found = named(net, TARGETS, (nn.Linear,))
+        # the last block's text stream ends in its attention: queries of text tokens reach no output
+        last = len(net.get_submodule("transformer_blocks")._modules) - 1
+        return [name for name in found if name != f"transformer_blocks.{last}.attn.add_q_proj"]
+
+    @torch.no_grad()
+    def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
+        states, _, pooled, _ = pipe.encode_prompt(
+            list(prompts), None, None, device=pipe.device, do_classifier_free_guidance=False
+        )
+        return {"states": states, "pooled": pooled}
+
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return net(
+            x_t,
+            timestep=t,
+            encoder_hidden_states=cond["states"],
+            pooled_projections=cond["pooled"],
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
+        config = pipe.vae.config
+        latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
+        return (latents.float() - config.shift_factor) * config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+        config = pipe.vae.config
+        latents = latents / config.scaling_factor + config.shift_factor
+        return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0].float()
+
+    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
+        if sampler.eta not in (0, 1):
+            raise ConfigError(
+                problem(
+                    f"eta {sampler.eta} for a flow student",
+                    "0 (Euler) or 1 (noise again from clean data)",
+                    "Diffusers has no flow scheduler that goes only part of the way back",
+                    "set method.eta to 0 or 1",
+                )
+            )
+        # shift 1: explicit sigmas are warped by the shift, and would no longer be the trained ones
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=sampler.eta == 1)
+        return scheduler, {
+            "sigmas": [t / 1000 for t in sampler.timesteps],
+            "num_inference_steps": len(sampler.timesteps),
+        }
+
+    def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+        StableDiffusion3Pipeline.save_lora_weights(
+            folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=config
+        )

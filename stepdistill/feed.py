@@ -1,0 +1,110 @@
+"""From samples to micro-batches: prompts become embeddings and pictures latents, each once where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from stepdistill.cache import LatentCache, PromptCache
+from stepdistill.data import Sample, Source, Stream, loader
+from stepdistill.denoiser import Condition
+from stepdistill.errors import ConfigError, problem
+from stepdistill.families.base import Family
+from stepdistill.methods.base import Batch
+from stepdistill.spec import TrainSpec
+
+
+def provided(source: Source) -> set[str]:
+    """What methods may ask of a source: pictures give latents too, latents with their noise are pairs."""
+    have = set(source.provides)
+    have |= {"latents"} if "images" in have else set()
+    return have | ({"pairs"} if {"latents", "noise"} <= have else set())
+
+
+def check_needs(source: Source, needs: frozenset[str], method: str) -> None:
+    """Raise ConfigError where the source lacks what the method needs."""
+    missing = needs - provided(source)
+    if missing:
+        raise ConfigError(
+            problem(
+                f"a {type(source).__name__} source, which gives {sorted(provided(source))}",
+                f"one that gives {sorted(missing)}",
+                f"{method} trains on it",
+                "use an image source, or stepdistill.data.TeacherSamples around your prompts",
+            )
+        )
+
+
+class Feed:
+    """Embeddings, latents and micro-batches for one process.
+
+    Args:
+        digest: of the teacher's weights; keys the caches.
+        device: where batches go.
+    """
+
+    def __init__(
+        self, family: Family, pipe: DiffusionPipeline, spec: TrainSpec, digest: str, device: torch.device
+    ) -> None:
+        self.family, self.pipe, self.spec, self.digest, self.device = family, pipe, spec, digest, device
+        folder = Path(spec.cache_dir) if spec.cache_dir else None
+        self.prompts = PromptCache(
+            lambda prompts: dict(family.condition(pipe, prompts)), folder and folder / "prompts", digest
+        )
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """Embeddings on the device, each prompt encoded once."""
+        return {key: value.to(self.device) for key, value in self.prompts(prompts).items()}
+
+    def batches(self, source: Source, start: int, rank: int, world: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each step from `start` on, without end."""
+        spec = self.spec
+        size, parts = spec.train_batch_size, spec.gradient_accumulation_steps
+        whole = size * parts * world
+        # sample j of a global batch goes to one micro-batch of one process; which one changes nothing
+        places = [list(range((rank * parts + part) * size, (rank * parts + part + 1) * size)) for part in range(parts)]
+        stream = Stream(source, whole, spec.seed)
+        folder = Path(spec.cache_dir) / "latents" if spec.cache_dir else None
+        cache = LatentCache(folder, f"{self.digest}/{source.digest()}") if spec.cache_latents else None
+        read = loader(stream, start, places, spec.dataloader_num_workers, spec.seed)
+        step = start
+        while True:
+            yield [self._batch(next(read), [step * whole + j for j in place], cache) for place in places]
+            step += 1
+
+    def _batch(self, samples: list[Sample], index: Sequence[int], cache: LatentCache | None) -> Batch:
+        cond = self.condition([sample.prompt for sample in samples])
+        first = samples[0]
+        latents = None
+        if first.latents is not None:
+            latents = torch.stack([s.latents for s in samples if s.latents is not None]).float()
+        elif first.pixels is not None:
+            latents = self._encode(samples, cache)
+        side = self.spec.resolution
+        if latents is not None:
+            shape = tuple(latents.shape[1:])
+        else:
+            net = self.family.network(self.pipe)
+            pixels = side or net.config["sample_size"] * self.pipe.vae_scale_factor
+            shape = self.family.latent_shape(self.pipe, pixels, pixels)
+        noise = None if first.noise is None else torch.stack([s.noise for s in samples if s.noise is not None])
+        return Batch(tuple(index), cond, shape, _to(latents, self.device), _to(noise, self.device))
+
+    def _encode(self, samples: list[Sample], cache: LatentCache | None) -> Tensor:
+        pixels = torch.stack([s.pixels for s in samples if s.pixels is not None])
+        if cache is None:
+            return self.family.encode(self.pipe, pixels.to(self.device))
+        place = {sample.item: n for n, sample in enumerate(samples)}
+
+        def encode(items: list[int]) -> Tensor:
+            return self.family.encode(self.pipe, pixels[[place[item] for item in items]].to(self.device)).cpu()
+
+        return cache([sample.item for sample in samples], encode)
+
+
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)

@@ -1,0 +1,44 @@
+"""What a run tells: `metrics.jsonl` always, and accelerate's trackers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+
+
+class Logs:
+    """Scalars to `metrics.jsonl` and to every tracker; pictures to every tracker that shows them.
+
+    Args:
+        start: rows of later steps, left by a run that was cut after its last checkpoint, are dropped.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, start: int) -> None:
+        self.accelerator = accelerator
+        self.file = folder / "metrics.jsonl"
+        if accelerator.is_main_process:
+            rows = self.file.read_text().splitlines() if self.file.exists() and start else []
+            kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= start]
+            self.file.write_text("".join(row + "\n" for row in kept))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One row of scalars for a finished step."""
+        if self.accelerator.is_main_process:
+            with self.file.open("a") as stream:
+                stream.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(dict(values), step=step)
+
+    def pictures(self, step: int, title: str, images: Sequence[Image.Image]) -> None:
+        """A list of pictures under one title."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                array = np.stack([np.asarray(image) for image in images])
+                tracker.writer.add_images(title, array, step, dataformats="NHWC")
+            if tracker.name in ("wandb", "trackio"):
+                module = __import__(tracker.name)
+                tracker.log({title: [module.Image(image) for image in images]}, step=step)

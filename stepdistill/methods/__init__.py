@@ -1,0 +1,1 @@
+"""One paper family a file: hyper-parameters, roles, and the updates in the paper's order."""

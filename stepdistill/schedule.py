@@ -1,0 +1,121 @@
+"""The noise process: `x_t = alpha_t x0 + sigma_t eps`, with time in the units of the pipeline's scheduler.
+
+A time is a float tensor of the scheduler's timesteps: 0 ... 999 for a variance-preserving table, `1000 sigma` in
+0 ... 1000 for a rectified flow. Time 0 of a table is still noisy (`sigma_0` = 0.029 for Stable Diffusion); clean data
+is `None`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+def expand(value: Tensor, like: Tensor) -> Tensor:
+    """`value` (B,) with as many trailing axes of length one as `like` (B, ...) needs."""
+    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
+
+
+class NoiseSchedule(ABC):
+    """Signal and noise levels by time."""
+
+    @abstractmethod
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """`(alpha_t, sigma_t)`, each of `t`'s shape, float32 (float64 where `t` is)."""
+
+    @abstractmethod
+    def time(self, log_snr: Tensor) -> Tensor:
+        """The time whose `log(alpha_t / sigma_t)` is `log_snr` (natural logarithm of amplitudes, not powers)."""
+
+    @abstractmethod
+    def grid(self, n: int) -> Tensor:
+        """`n + 1` ascending times: the end of the last solver step, then the `n` starts of an n-step solver."""
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor | None) -> Tensor:
+        """`alpha_t x0 + sigma_t eps` for x0, eps (B, ...) and t (B,); `t=None` is clean data, `x0` itself.
+
+        With an estimate's (x0, eps) this is the DDIM step to `t` (Song et al. 2021, https://arxiv.org/abs/2010.02502,
+        eq. 12 at eta 0), and the Euler step of a rectified flow.
+        """
+        if t is None:
+            return x0
+        alpha_t, sigma_t = self(t)
+        return expand(alpha_t, x0) * x0 + expand(sigma_t, x0) * eps
+
+    def renoise(self, x_t: Tensor, t: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        """Carry `x_t` up to the noisier time `s` by the forward process with fresh noise `z`.
+
+        `x_s = (alpha_s / alpha_t) x_t + sqrt(sigma_s^2 - (alpha_s sigma_t / alpha_t)^2) z`.
+        """
+        alpha_t, sigma_t = self(t)
+        alpha_s, sigma_s = self(s)
+        ratio = alpha_s / alpha_t
+        std = (sigma_s**2 - (ratio * sigma_t) ** 2).clamp(min=0).sqrt()
+        return expand(ratio, x_t) * x_t + expand(std, x_t) * z
+
+
+class DiscreteVP(NoiseSchedule):
+    """A scheduler's exact table of `alphas_cumprod`, interpolated in log-SNR between its entries.
+
+    Args:
+        alphas_cumprod: (T,) decreasing, in [0, 1).
+    """
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        table = alphas_cumprod.detach().double().cpu()
+        self.log_snr = 0.5 * (table.log() - (1 - table).log())
+        self.steps = len(table)
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        table = self.log_snr.to(t.device)
+        exact = t.double().clamp(0, self.steps - 1)
+        low = exact.floor().long()
+        high = (low + 1).clamp(max=self.steps - 1)
+        share = exact - low
+        # where, not lerp: a zero-terminal-SNR table ends at -inf, and 0 * inf is nan
+        mixed = torch.where(share == 0, table[low], table[low] * (1 - share) + table[high] * share)
+        kind = torch.float64 if t.dtype == torch.float64 else torch.float32
+        return torch.sigmoid(2 * mixed).sqrt().to(kind), torch.sigmoid(-2 * mixed).sqrt().to(kind)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        table = self.log_snr.to(log_snr.device).flip(0)  # ascending
+        wanted = log_snr.double()
+        high = torch.searchsorted(table, wanted).clamp(1, self.steps - 1)
+        share = (wanted - table[high - 1]) / (table[high] - table[high - 1])
+        return (self.steps - high - share.clamp(0, 1)).to(log_snr.dtype)
+
+    def grid(self, n: int) -> Tensor:
+        if n < 1 or self.steps % n:
+            divisors = [k for k in range(1, 201) if self.steps % k == 0]
+            raise ValueError(
+                f"a grid of {n} steps does not divide the table's {self.steps} entries: its times would not be those "
+                f"that the schedulers visit. Choose one of {divisors}"
+            )
+        return torch.cat([torch.zeros(1), torch.arange(1, n + 1) * float(self.steps // n) - 1])
+
+
+class Rectified(NoiseSchedule):
+    """The straight path `alpha = 1 - t / 1000`, `sigma = t / 1000`.
+
+    Args:
+        shift: where the solver's grid is dense; `sigma = shift u / (1 + (shift - 1) u)` for uniform u
+            (Esser et al. 2024, https://arxiv.org/abs/2403.03206, section 5.3.2).
+    """
+
+    def __init__(self, shift: float = 1.0) -> None:
+        self.shift = shift
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = t if t.dtype == torch.float64 else t.float()
+        return 1 - sigma / 1000, sigma / 1000
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return 1000 * torch.sigmoid(-log_snr)
+
+    def grid(self, n: int) -> Tensor:
+        if n < 1:
+            raise ValueError(f"a grid of {n} steps: at least 1 is needed")
+        u = torch.arange(n + 1, dtype=torch.float64) / n
+        return (1000 * self.shift * u / (1 + (self.shift - 1) * u)).float()

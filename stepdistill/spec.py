@@ -1,0 +1,101 @@
+"""The `train` section of a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stepdistill.schema import Factory
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """How to train; the names are those of diffusers' training scripts.
+
+    Args:
+        output_dir: the student folder to write.
+        seed: keys every random draw of the run.
+        max_train_steps: number of steps; a step is one call of the method.
+        train_batch_size: samples of one micro-batch on one process.
+        gradient_accumulation_steps: micro-batches of a step.
+        learning_rate: of every role whose optimizer names no other.
+        lr_scheduler: constant, constant_with_warmup, linear, cosine, cosine_with_restarts or polynomial.
+        lr_warmup_steps: steps until the full rate.
+        optimizer: any optimizer by dotted path, with its arguments beside `type`.
+        optimizers: another one for single roles, by role name.
+        max_grad_norm: gradients are clipped to this norm, per role; none for no clipping.
+        mixed_precision: no, bf16 or fp16, of the frozen base and of arithmetic; none takes accelerate's. What is
+            trained is float32.
+        gradient_checkpointing: less memory, about a third more time.
+        torch_compile: compile the network; not yet run on a GPU.
+        allow_tf32: TF32 matrix products on CUDA.
+        enable_xformers_memory_efficient_attention: CUDA only; the default is torch's own attention.
+        resolution: side in pixels where the data has no pictures; none takes the network's own.
+        cache_latents: encode each picture once, with its first crop and flip.
+        cache_dir: keeps embeddings and latents for the next run; none for memory only.
+        dataloader_num_workers: processes that read pictures.
+        checkpointing_steps: steps between checkpoints; none writes only the last.
+        checkpoints_total_limit: older checkpoints beyond this many are removed.
+        resume_from_checkpoint: a checkpoint folder, or `latest`.
+        overwrite_output_dir: start anew in the folder of an earlier run.
+        report_to: tensorboard, wandb, trackio or none, or a list; metrics.jsonl is always written.
+        tracker_project_name: project at the tracker.
+        validation_prompts: drawn at fixed seeds, under the student's own contract.
+        validation_steps: steps between validations; none draws only the final ones.
+        validation_seed: of the validation pictures.
+        teacher_steps: steps of the teacher's row in the pictures.
+        teacher_guidance_scale: of the teacher's row.
+        eval_samples: pictures for eval.json after training; 0 for none.
+        eval_reference: the teacher's reference features, as `eval/reference.py` writes them.
+        push_to_hub: upload the student folder when it is finished.
+        hub_model_id: repository to upload to; none makes one from the folder's name.
+        hub_token: access token; better left to `hf auth login`.
+    """
+
+    output_dir: str
+    seed: int = 0
+    max_train_steps: int = 1000
+    train_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0
+    optimizer: Factory = Factory("torch.optim.AdamW", {"weight_decay": 0.0})
+    optimizers: dict[str, Factory] | None = None
+    max_grad_norm: float | None = 1.0
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    allow_tf32: bool = False
+    enable_xformers_memory_efficient_attention: bool = False
+    resolution: int | None = None
+    cache_latents: bool = False
+    cache_dir: str | None = None
+    dataloader_num_workers: int = 0
+    checkpointing_steps: int | None = 500
+    checkpoints_total_limit: int | None = None
+    resume_from_checkpoint: str | None = None
+    overwrite_output_dir: bool = False
+    report_to: str | tuple[str, ...] = "tensorboard"
+    tracker_project_name: str = "stepdistill"
+    validation_prompts: tuple[str, ...] = ()
+    validation_steps: int | None = None
+    validation_seed: int = 0
+    teacher_steps: int = 50
+    teacher_guidance_scale: float = 7.5
+    eval_samples: int = 0
+    eval_reference: str | None = None
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_token: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if self.learning_rate < 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}: expected 0 or more")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ValueError(
+                f"checkpoints_total_limit is {self.checkpoints_total_limit}: expected at least 1, or none for all"
+            )

@@ -1,0 +1,127 @@
+"""A commented config, written from the signatures and docstrings of the classes it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Literal, get_args, get_origin
+
+from omegaconf import OmegaConf
+
+from stepdistill.config import to_node
+from stepdistill.errors import ConfigError
+from stepdistill.schema import Factory, Hint, Value, arms, dotted, fields, is_structure, nearest, pick
+
+REQUIRED = "(required) "
+EXAMPLES = {str: "CHANGE-ME", Path: "CHANGE-ME", bool: False, int: 1, float: 1.0, NoneType: None, dict: {}}
+
+
+def template(schema: type, chosen: Mapping[str, type]) -> str:
+    """YAML that `load` accepts for `schema`, with every default written out and every field explained.
+
+    Args:
+        chosen: the class of some keys of `schema`; another key of an abstract class takes the first subclass.
+    """
+    return "\n".join(_block(schema, dataclasses.MISSING, chosen)) + "\n"
+
+
+def find(base: type, name: str) -> type:
+    """The subclass of `base` that `name` means: a module beside `base`, `module.Class`, or a dotted path.
+
+    Raises:
+        ConfigError: with the names there are.
+    """
+    home = importlib.import_module(base.__module__)
+    package = home if "__path__" in vars(home) else importlib.import_module(home.__name__.rpartition(".")[0])
+    modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    head, dot, _ = name.partition(".")
+    if dot:
+        return pick([base], f"{package.__name__}.{name}" if head in modules else name)
+    if head not in modules:
+        known = ", ".join(modules)
+        raise ConfigError(f"{name}: unknown;{nearest(name, modules)} {package.__name__} has: {known}")
+    module = importlib.import_module(f"{package.__name__}.{head}")
+    classes = [cls for cls in _heirs(base) if cls.__module__ == module.__name__]
+    if len(classes) != 1:
+        has = ", ".join(f"{head}.{cls.__name__}" for cls in classes) or "none"
+        raise ConfigError(f"{name}: expected a module with one {base.__name__}, it has: {has}")
+    return classes[0]
+
+
+def _heirs(base: type) -> list[type]:
+    """The finished subclasses of `base` that are imported, in the order of their definition."""
+    below = [heir for cls in base.__subclasses__() for heir in [cls, *_heirs(cls)]]
+    return [cls for cls in below if not inspect.isabstract(cls)]
+
+
+def _block(cls: type, value: Value, chosen: Mapping[str, type]) -> list[str]:
+    """The lines of a class, with the fields of `value` where it is an instance."""
+    lines, said, hints = [], _arguments(cls), fields(cls)
+    for field in dataclasses.fields(cls):
+        if field.name not in hints:
+            continue
+        default = getattr(value, field.name) if dataclasses.is_dataclass(value) else _default(field)
+        text = (REQUIRED if default is dataclasses.MISSING else "") + said.get(field.name, "")
+        lines += textwrap.wrap(text, 100, initial_indent="# ", subsequent_indent="# ")
+        lines += _entry(cls, field.name, hints[field.name], default, chosen.get(field.name))
+    return lines
+
+
+def _entry(owner: type, name: str, hint: Hint, default: Value, chosen: type | None) -> list[str]:
+    bases = [arm for arm in arms(hint) if is_structure(arm) and arm is not Factory]
+    cls, others = chosen, []
+    if cls is None and dataclasses.is_dataclass(default) and not isinstance(default, Factory):
+        cls = type(default)
+    elif cls is None and default is dataclasses.MISSING and bases:
+        heirs = [heir for heir in _heirs(bases[0]) if heir is not owner]  # a wrapper around itself has no end
+        cls, *others = heirs if heirs and inspect.isabstract(bases[0]) else [pick(bases[:1], None)]
+    if cls is None:
+        return _plain(name, to_node(_example(hint) if default is dataclasses.MISSING else default, hint))
+    head = [] if bases == [cls] else [f"type: {dotted(cls)}"]
+    summary = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0]
+    if not summary.startswith(f"{cls.__name__}("):  # what `dataclass` writes where there is no docstring
+        head += textwrap.wrap(summary, 100, initial_indent="# ", subsequent_indent="# ")
+    head += [f"# or type: {dotted(other)}" for other in others]
+    value = default if isinstance(default, cls) else dataclasses.MISSING
+    body = head + _block(cls, value, {})
+    return ["", f"{name}:" if body else f"{name}: {{}}", *(f"  {line}" for line in body)]
+
+
+def _plain(name: str, node: Value) -> list[str]:
+    if isinstance(node, str):
+        return OmegaConf.to_yaml(OmegaConf.create({name: node})).splitlines()
+    return [f"{name}: {json.dumps(node, ensure_ascii=False)}"]
+
+
+def _default(field: dataclasses.Field) -> Value:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _example(hint: Hint) -> Value:
+    """A value that a field without a default accepts."""
+    kind = arms(hint)[0]
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        return get_args(kind)[0]
+    if get_origin(kind) in (list, tuple):
+        return [_example(arg) for arg in get_args(kind) if arg is not ...]
+    return EXAMPLES[get_origin(kind) or kind]
+
+
+def _arguments(cls: type) -> dict[str, str]:
+    """The `Args:` sections of a class and its bases, by name."""
+    found = {}
+    for base in reversed(cls.__mro__):
+        section = re.search(r"^Args:\n((?:    .*\n?)+)", inspect.cleandoc(base.__doc__ or ""), re.M)
+        rows = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section[1] if section else "", re.M)
+        found |= {name: " ".join(text.split()) for name, text in rows}
+    return found

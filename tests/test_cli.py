@@ -1,0 +1,329 @@
+"""The command: what it hands on, what it prints, how it ends. The library behind it is a toy."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from stepdistill import cli, config
+from stepdistill.config import Factory
+from stepdistill.errors import ConfigError, DataError, NonFiniteLoss
+from stepdistill.schema import fields, locate
+from stepdistill.template import find, template
+
+ROOT = Path(__file__).parents[1]
+
+BASE = '''
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+@dataclass(frozen=True, kw_only=True)
+class Part(ABC):
+    """A part.
+
+    Args:
+        size: how large it is,
+            in metres.
+    """
+
+    size: float
+
+    @abstractmethod
+    def area(self) -> float: ...
+'''
+ONE = '''
+"""One part."""
+from dataclasses import dataclass
+from typing import Literal
+from toy.base import Part
+
+@dataclass(frozen=True, kw_only=True)
+class Round(Part):
+    """A round part,
+    with no corner.
+
+    Args:
+        path: where it lies: here or there.
+        colour: `red` or `blue`.
+    """
+
+    path: str
+    colour: Literal["red", "blue"] = "blue"
+    ends: tuple[float, ...] = (1.0, 1e-5)
+    note: str | None = None
+
+    def area(self) -> float:
+        return 3.0
+'''
+TWO = '''
+from dataclasses import dataclass
+from toy.base import Part
+
+@dataclass(frozen=True, kw_only=True)
+class Square(Part):
+    def area(self) -> float:
+        return 4.0
+
+@dataclass(frozen=True, kw_only=True)
+class Around(Part):
+    inner: Part
+
+    def area(self) -> float:
+        return 5.0
+'''
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The loop.
+
+    Args:
+        learning_rate: step size of the optimizer.
+        output_dir: folder that is written.
+    """
+
+    output_dir: Path
+    learning_rate: float = 1e-4
+    seed: int = 0
+    allow_tf32: bool = False
+    optimizer: Factory = Factory("torch.optim.AdamW", {"weight_decay": 0.01})
+    threshold: float = float("inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    rank: int = 64
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A toy package of parts, and in place of the library's own `run`, `data` and `student` a record of calls."""
+    for name, text in {"__init__": "", "base": BASE, "one": ONE, "two": TWO}.items():
+        (tmp_path / "toy").mkdir(exist_ok=True)
+        (tmp_path / "toy" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("toy", "toy.base", "toy.one", "toy.two"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    part = locate("toy.base.Part")
+    run_class = dataclass(frozen=True, kw_only=True)(
+        type(
+            "Run",
+            (),
+            {
+                "__annotations__": {"family": part, "method": part, "data": part, "train": Train, "lora": Lora},
+                "lora": field(default_factory=lambda: Lora(rank=5)),
+                "__module__": __name__,
+            },
+        )
+    )
+    calls: list[tuple[str, object]] = []
+
+    def distill(run: object) -> Path:
+        calls.append(("distill", run))
+        return Path("out")
+
+    def dry_run(run: object) -> str:
+        calls.append(("dry_run", run))
+        return "student 3 MB"
+
+    def check(source: object) -> str:
+        calls.append(("check", source))
+        return "12 samples"
+
+    stubs = {
+        "run": {"Run": run_class, "distill": distill, "dry_run": dry_run},
+        "data": {"check": check},
+        "student": {"verify": lambda folder: float(folder.name)},
+    }
+    for name, members in stubs.items():
+        module = types.ModuleType(f"stepdistill.{name}")
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, f"stepdistill.{name}", module)
+    return types.SimpleNamespace(Run=run_class, part=part, calls=calls, run=sys.modules["stepdistill.run"])
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    text = "".join(f"{key}: {{type: toy.two.Square, size: 2}}\n" for key in ("family", "method", "data"))
+    (tmp_path / "mine.yaml").write_text(f"{text}train: {{output_dir: a}}\n")
+    return str(tmp_path / "mine.yaml")
+
+
+def ended(*argv: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    return caught.value.code
+
+
+def test_help_comes_without_the_heavy_libraries() -> None:
+    code = """
+import sys, time
+from stepdistill.cli import main
+for argv in ["--help"], ["train", "--help"], ["init", "--help"], ["data", "check", "--help"], ["verify", "--help"]:
+    try:
+        main(argv)
+    except SystemExit as ended:
+        assert ended.code == 0
+heavy = {"torch", "numpy", "diffusers", "transformers", "peft", "datasets", "accelerate"} & set(sys.modules)
+assert not heavy, heavy
+assert time.process_time() < 1, time.process_time()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: stepdistill") == 5
+    assert done.stdout.count("example") >= 5
+    assert "--learning_rate 1e-4" in done.stdout
+
+
+def test_train_prints_the_resolved_config_and_distils_it(library, path, capsys) -> None:
+    cli.main(["train", path, "--learning_rate", "1e-3", "train.seed=-3", "--allow_tf32=true"])
+    ((what, run),) = library.calls
+    assert what == "distill"
+    assert (run.train.learning_rate, run.train.seed, run.train.allow_tf32) == (1e-3, -3, True)
+    assert capsys.readouterr().out.strip() == config.to_yaml(run).strip()
+
+
+@pytest.mark.parametrize("place", [0, 1, 3, 4])
+def test_dry_run_stops_before_distilling_wherever_it_stands(library, path, capsys, place: int) -> None:
+    argv = [path, "--output_dir", "-1e-3", "train.seed=4"]
+    cli.train([*argv[:place], "--dry-run", *argv[place:]])
+    ((what, run),) = library.calls
+    assert what == "dry_run"
+    assert (run.train.output_dir, run.train.seed) == (Path("-1e-3"), 4)
+    assert capsys.readouterr().out.endswith("student 3 MB\n")
+
+
+def test_only_the_first_process_prints_the_config(library, path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    cli.main(["train", path])
+    assert capsys.readouterr().out == ""
+    assert library.calls
+
+
+def test_input_errors_are_one_block_with_status_2(library, path, capsys) -> None:
+    assert ended("train", path, "--learning_rat", "3", "train.seed=x") == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert lines[0] == f"stepdistill: {path}: 2 problems"
+    assert lines[1].startswith("  --learning_rat: unknown; did you mean learning_rate?")
+    assert lines[2].startswith("  train.seed: got 'x' (str), expected int")
+    assert "Traceback" not in captured.err
+    assert not library.calls
+
+
+def test_an_error_of_the_run_is_told_from_a_defect(library, path, capsys, monkeypatch) -> None:
+    def diverge(run: object) -> Path:
+        raise NonFiniteLoss("step 3: loss is nan")
+
+    monkeypatch.setattr(library.run, "distill", diverge)
+    assert ended("train", path) == 2
+    assert capsys.readouterr().err == "stepdistill: step 3: loss is nan\n"
+
+    def defect(run: object) -> Path:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(library.run, "distill", defect)
+    with pytest.raises(ValueError, match="a defect"):
+        cli.main(["train", path])
+
+
+def test_a_config_is_needed_and_other_commands_take_no_overrides(library, capsys) -> None:
+    assert ended("train") == 2
+    assert ended("train", "absent.yaml") == 2
+    assert "expected a YAML file" in capsys.readouterr().err
+    assert ended("verify", "0", "--seed", "3") == 2
+    assert "unrecognized arguments: --seed 3" in capsys.readouterr().err
+
+
+def test_data_check_hands_on_the_source_alone(library, path, capsys, monkeypatch) -> None:
+    cli.main(["data", "check", path, "data.size=9"])
+    ((what, source),) = library.calls
+    assert what == "check"
+    assert source.size == 9.0
+    assert capsys.readouterr().out == "12 samples\n"
+
+    def bad(source: object) -> str:
+        raise DataError("sample 3: no caption")
+
+    monkeypatch.setattr(sys.modules["stepdistill.data"], "check", bad)
+    assert ended("data", "check", path) == 2
+    assert capsys.readouterr().err == "stepdistill: sample 3: no caption\n"
+
+
+def test_verify_fails_above_the_tolerance_and_for_nan(library, capsys) -> None:
+    cli.main(["verify", "9e-6"])
+    assert "9e-06" in capsys.readouterr().out
+    assert ended("verify", "2e-5") == 1
+    cli.main(["verify", "2e-5", "--tolerance", "1e-4"])
+    assert ended("verify", "nan") == 1
+
+
+@pytest.mark.parametrize("launcher", ["train/distill.py", "stepdistill"])
+def test_launchers_are_the_same_command(library, path, monkeypatch, launcher: str) -> None:
+    first = [] if launcher.endswith(".py") else ["train"]
+    monkeypatch.setattr(sys, "argv", [launcher, *first, path, "--dry-run"])
+    if first:
+        runpy.run_module(launcher, run_name="__main__")
+    else:
+        runpy.run_path(str(ROOT / launcher), run_name="__main__")
+    assert [what for what, _ in library.calls] == ["dry_run"]
+
+
+def test_the_script_opens_with_its_command() -> None:
+    first = (ROOT / "train" / "distill.py").read_text().splitlines()[0]
+    assert first == '"""accelerate launch train/distill.py configs/quickstart.yaml'
+
+
+def test_init_prints_a_config_that_loads_to_the_defaults(library, tmp_path, capsys) -> None:
+    cli.main(["init", "one", "two.Square", "toy.two.Around"])
+    text = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(text)
+    run = config.load(library.Run, tmp_path / "printed.yaml")
+    round_part, square, around = (locate(f"toy.{name}") for name in ("one.Round", "two.Square", "two.Around"))
+    assert run.method == round_part(path=run.method.path, size=run.method.size)
+    assert type(run.family) is square
+    assert type(run.data) is around
+    assert type(run.data.inner) is not around
+    assert run.train == Train(output_dir=run.train.output_dir)
+    assert run.lora == Lora(rank=5)
+
+
+def test_init_explains_every_field_from_the_docstrings(library, capsys) -> None:
+    cli.main(["init", "one", "two.Square", "one"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "# accelerate launch -m stepdistill train THIS_FILE"
+    assert lines[lines.index("path: CHANGE-ME") - 1] == "# (required) where it lies: here or there."
+    assert lines[lines.index("size: 1.0") - 1] == "# (required) how large it is, in metres."
+    assert lines[lines.index("colour: blue") - 1] == "# `red` or `blue`."
+    assert lines[lines.index("learning_rate: 0.0001") - 1] == "# step size of the optimizer."
+    assert lines[lines.index("type: toy.one.Round") + 1] == "# A round part, with no corner."
+    assert not any("Square(" in line for line in lines)
+
+
+def test_init_names_the_classes_there_are(library, capsys) -> None:
+    assert ended("init", "two", "one") == 2
+    assert "two: expected a module with one Part, it has: two.Square, two.Around" in capsys.readouterr().err
+    assert ended("init", "onne", "one") == 2
+    assert "onne: unknown; did you mean one? toy has: base, one, two" in capsys.readouterr().err
+    assert ended("init", "one.Rond", "one") == 2
+    assert "did you mean Round?" in capsys.readouterr().err
+
+
+def test_an_unchosen_abstract_field_takes_a_subclass_and_names_the_others(library, tmp_path) -> None:
+    find(library.part, "two.Square")
+    text = template(library.Run, {})
+    assert "type: toy.two.Square\n" in text
+    assert "# or type: toy.two.Around\n" in text
+    (tmp_path / "printed.yaml").write_text(text)
+    assert set(vars(config.load(library.Run, tmp_path / "printed.yaml"))) == set(fields(library.Run))
+
+
+def test_an_abstract_field_without_a_subclass_is_an_error(library) -> None:
+    with pytest.raises(ConfigError, match="got no `type`"):
+        template(library.Run, {})

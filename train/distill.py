@@ -1,0 +1,11 @@
+"""accelerate launch train/distill.py configs/quickstart.yaml
+
+Distil the teacher of a config into a few-step student. Overrides follow it: `train.seed=1`, `--seed 1`.
+`--dry-run` stops at the resolved config and the memory it needs; `--help` says more.
+"""
+
+import sys
+
+from stepdistill.cli import train
+
+train(sys.argv[1:])
