@@ -11,6 +11,7 @@ LoRA on the frozen base, and the teacher is the base with every adapter off. The
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -76,7 +77,8 @@ class Backbone(nn.Module):
             lora_dropout=0.0,
         )
         flags = {p: p.requires_grad for p in self.net.parameters()}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are the point
             torch.manual_seed(int.from_bytes(sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big"))
             self.net.add_adapter(config, adapter_name=name)  # pyright: ignore[reportCallIssue]
         for p in self.parameters_of(name).values():

@@ -166,9 +166,8 @@ class PromptCache:
 class LatentCache:
     """Latents of pictures by item number, each picture encoded once.
 
-    It freezes crop and flip of an item at their first draw, so it is for sources with `center_crop` and
-    without `random_flip` (or for whoever draws by item): else what an item gives would depend on when it came
-    first.
+    An item's picture must be the same each time: read it through `stepdistill.data.FixedCrops`, or with
+    `center_crop` and without `random_flip`.
 
     Args:
         folder: keeps them for the next run; None for memory only.

@@ -159,8 +159,6 @@ def _override(
 
 def _path(name: str, known: Mapping[str, Hint], problems: list[str]) -> str | None:
     """The one path that ends in `name`; None, with the problem noted, where there is none or several."""
-    if "." in name and name in known:
-        return name
     ends = [path for path in known if f".{path}".endswith(f".{name}")]
     if len(ends) == 1:
         return ends[0]
@@ -240,7 +238,7 @@ def _value(hint: Hint, node: Value, path: str, log: _Log) -> Value:
     plain = [arm for arm in members if not structures(arm)]
     if not plain:
         wanted = f"a mapping for {describe(hint)}: write its keys (and `type:`) below"
-        log.problems.append(f"{path}: got {node!r}, expected {wanted}")
+        log.problems.append(f"{path}: got {node!r}, expected {wanted if bases else describe(hint)}")
         return None
     try:
         # strict as JSON: a list may be a tuple and text a path, but nothing becomes a number by accident

@@ -19,6 +19,10 @@ class CheckpointError(StepdistillError):
     """A checkpoint or student folder that is missing, cut short or of another run."""
 
 
+class StudentError(StepdistillError):
+    """A student folder that plain Diffusers does not reproduce, or that does not fit the pipeline."""
+
+
 class NonFiniteLoss(StepdistillError):
     """A loss that is NaN or infinite; its message names step, batch and term."""
 

@@ -137,7 +137,7 @@ def measure(
 
 
 def _print(run: Run, out: Path, summary: Mapping[str, Any]) -> None:
-    sampler = json.loads((out / student.CONTRACT).read_text())
+    contract = student.read_contract(out)
     print(f"\nStudent: {out}   (plain Diffusers differs from it by {summary['proof']:.1e})")
     for row in summary.get("rows", []):
         value = row["excess"]
@@ -146,4 +146,4 @@ def _print(run: Run, out: Path, summary: Mapping[str, Any]) -> None:
             f"  {row['name']:<20} calls {row['calls']:4.0f}  nfe {row['nfe']:5.0f}  "
             f"{1000 * row['seconds_per_image']:7.2f} ms an image  excess {value['value']:7.1f}{spread}"
         )
-    print(student.snippet(sampler, out))
+    print("\nDraw with it:\n\n" + student.snippet(contract, out.resolve()))

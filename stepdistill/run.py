@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from stepdistill import checkpoint, config, distributed, report, student
 from stepdistill.backbone import Backbone
@@ -164,19 +167,33 @@ def prepare(run: Run) -> Stage:
         log_with=[t for t in trackers if t != "none"] or None,
         project_dir=spec.output_dir,
     )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ConfigError(
+            problem(
+                f"{started} processes that do not know of each other",
+                "one process group",
+                "each would train alone and write the same folder",
+                "without a GPU set ACCELERATE_USE_CPU=true; see configs/accelerate",
+            )
+        )
     if not accelerator.is_main_process:
         logging.getLogger("stepdistill").setLevel(logging.ERROR)
+    diffusers_logging.set_verbosity_error()  # its hints are about loading, which is checked by the proof
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     set_seed(spec.seed)  # for libraries; methods draw from `Play`
     torch.backends.cuda.matmul.allow_tf32 = spec.allow_tf32
     pipe = family.load()
-    student.warn_of_licence(family, pipe)
+    student.warn_of_licence(family)
     digest = student.base_hash(pipe, family)
     dtype = DTYPES[accelerator.mixed_precision]
     net = family.network(pipe)
     if spec.enable_xformers_memory_efficient_attention:
         net.enable_xformers_memory_efficient_attention()  # pyright: ignore[reportCallIssue]
     pipe.to(accelerator.device)
-    net.to(dtype)
+    if dtype != torch.float32:
+        net.to(dtype)
     targets = family.lora_targets(net)
     backbone = Backbone(net, run.lora, targets, spec.seed)
     feed = Feed(family, pipe, spec, digest, accelerator.device)

@@ -46,7 +46,7 @@ def few_step(
     for i, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
         t, s = (torch.full((len(x_t),), time, device=x_t.device) for time in (now, then))
         est = denoise(x_t, t, cond)
-        low = torch.floor((1 - sampler.eta) * s)
+        low = torch.floor((1 - sampler.eta) * s) if sampler.eta > 0 else s  # a flow's is no integer
         x_t = est.x0 if sampler.clean and low[0] == 0 else schedule.add_noise(est.x0, est.eps, low)
         if sampler.eta > 0 and then > 0:
             z = torch.randn_like(x_t) if noise is None else noise(i)

@@ -80,7 +80,8 @@ class DiscreteVP(NoiseSchedule):
         return torch.sigmoid(2 * mixed).sqrt().to(kind), torch.sigmoid(-2 * mixed).sqrt().to(kind)
 
     def time(self, log_snr: Tensor) -> Tensor:
-        table = self.log_snr.to(log_snr.device).flip(0)  # ascending
+        # ascending; a zero-terminal-SNR table starts at -inf, and inf / inf is nan
+        table = self.log_snr.to(log_snr.device).flip(0).clamp(min=-1e4)
         wanted = log_snr.double()
         high = torch.searchsorted(table, wanted).clamp(1, self.steps - 1)
         share = (wanted - table[high - 1]) / (table[high] - table[high - 1])

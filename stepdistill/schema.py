@@ -52,7 +52,7 @@ class Factory:
 
     def __call__(self, *args: Value, **kwargs: Value) -> Value:
         """Call it; the config's own keyword arguments win over `kwargs`."""
-        return locate(self.type)(*args, **{**self.kwargs, **kwargs})
+        return locate(self.type)(*args, **{**kwargs, **self.kwargs})
 
 
 def fields(cls: type) -> dict[str, Hint]:
@@ -81,15 +81,16 @@ def arms(hint: Hint) -> list[Hint]:
 
 def describe(hint: Hint) -> str:
     """An annotation as a message shows it."""
-    if get_origin(hint) is Annotated:
-        return describe(get_args(hint)[0])
-    if get_origin(hint) in (Union, UnionType):
-        return " | ".join(describe(arm) for arm in get_args(hint))
-    if hint is NoneType:
-        return "null"
-    if isinstance(hint, type) and not get_args(hint):
-        return hint.__name__
-    return str(hint).replace("typing.", "")
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return describe(args[0])
+    if origin in (Union, UnionType):
+        return " | ".join(describe(arm) for arm in args)
+    if hint is NoneType or hint is ...:
+        return "null" if hint is NoneType else "..."
+    if isinstance(origin, type):
+        return f"{origin.__name__}[{', '.join(describe(arg) for arg in args)}]"
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def dotted(cls: type) -> str:

@@ -18,7 +18,18 @@ from omegaconf import OmegaConf
 
 from stepdistill.config import to_node
 from stepdistill.errors import ConfigError
-from stepdistill.schema import Factory, Hint, Value, arms, dotted, fields, is_structure, nearest, pick
+from stepdistill.schema import (
+    Factory,
+    Hint,
+    Value,
+    arms,
+    dotted,
+    fields,
+    is_structure,
+    nearest,
+    pick,
+    structures,
+)
 
 REQUIRED = "(required) "
 EXAMPLES = {str: "CHANGE-ME", Path: "CHANGE-ME", bool: False, int: 1, float: 1.0, NoneType: None, dict: {}}
@@ -28,7 +39,8 @@ def template(schema: type, chosen: Mapping[str, type]) -> str:
     """YAML that `load` accepts for `schema`, with every default written out and every field explained.
 
     Args:
-        chosen: the class of some keys of `schema`; another key of an abstract class takes the first subclass.
+        chosen: the class of some keys of `schema`; another key of an abstract class takes the subclass that
+            needs least.
     """
     return "\n".join(_block(schema, dataclasses.MISSING, chosen)) + "\n"
 
@@ -49,16 +61,30 @@ def find(base: type, name: str) -> type:
         known = ", ".join(modules)
         raise ConfigError(f"{name}: unknown;{nearest(name, modules)} {package.__name__} has: {known}")
     module = importlib.import_module(f"{package.__name__}.{head}")
-    classes = [cls for cls in _heirs(base) if cls.__module__ == module.__name__]
+    classes = [cls for cls in heirs(base) if cls.__module__ == module.__name__]
     if len(classes) != 1:
         has = ", ".join(f"{head}.{cls.__name__}" for cls in classes) or "none"
         raise ConfigError(f"{name}: expected a module with one {base.__name__}, it has: {has}")
     return classes[0]
 
 
-def _heirs(base: type) -> list[type]:
+def _simplest(base: type) -> list[type]:
+    """The finished subclasses of `base`, first the one that needs the fewest values and no other object."""
+
+    def needs(cls: type) -> tuple[bool, int]:
+        hints = fields(cls)
+        required = [f.name for f in dataclasses.fields(cls) if f.init and _default(f) is dataclasses.MISSING]
+        return any(structures(hints[name]) for name in required), len(required)
+
+    found = sorted(heirs(base), key=needs)
+    if not found or needs(found[0])[0]:  # wrappers around one another have no end
+        raise ConfigError(f"{base.__name__} has no subclass that stands alone; name one")
+    return found
+
+
+def heirs(base: type) -> list[type]:
     """The finished subclasses of `base` that are imported, in the order of their definition."""
-    below = [heir for cls in base.__subclasses__() for heir in [cls, *_heirs(cls)]]
+    below = [heir for cls in base.__subclasses__() for heir in [cls, *heirs(cls)]]
     return [cls for cls in below if not inspect.isabstract(cls)]
 
 
@@ -66,33 +92,40 @@ def _block(cls: type, value: Value, chosen: Mapping[str, type]) -> list[str]:
     """The lines of a class, with the fields of `value` where it is an instance."""
     lines, said, hints = [], _arguments(cls), fields(cls)
     for field in dataclasses.fields(cls):
-        if field.name not in hints:
-            continue
-        default = getattr(value, field.name) if dataclasses.is_dataclass(value) else _default(field)
-        text = (REQUIRED if default is dataclasses.MISSING else "") + said.get(field.name, "")
-        lines += textwrap.wrap(text, 100, initial_indent="# ", subsequent_indent="# ")
-        lines += _entry(cls, field.name, hints[field.name], default, chosen.get(field.name))
+        if field.init:
+            default = getattr(value, field.name) if dataclasses.is_dataclass(value) else _default(field)
+            text, hint = said.get(field.name, ""), hints[field.name]
+            lines += _entry(field.name, text, hint, default, chosen.get(field.name))
     return lines
 
 
-def _entry(owner: type, name: str, hint: Hint, default: Value, chosen: type | None) -> list[str]:
+def _entry(name: str, text: str, hint: Hint, default: Value, chosen: type | None) -> list[str]:
+    """The lines of one field: its comment, its key, and what is below."""
+    missing = default is dataclasses.MISSING
     bases = [arm for arm in arms(hint) if is_structure(arm) and arm is not Factory]
     cls, others = chosen, []
     if cls is None and dataclasses.is_dataclass(default) and not isinstance(default, Factory):
         cls = type(default)
-    elif cls is None and default is dataclasses.MISSING and bases:
-        heirs = [heir for heir in _heirs(bases[0]) if heir is not owner]  # a wrapper around itself has no end
-        cls, *others = heirs if heirs and inspect.isabstract(bases[0]) else [pick(bases[:1], None)]
+    elif cls is None and missing and bases:
+        cls, *others = _simplest(bases[0]) if inspect.isabstract(bases[0]) else [bases[0]]
     if cls is None:
-        return _plain(name, to_node(_example(hint) if default is dataclasses.MISSING else default, hint))
-    head = [] if bases == [cls] else [f"type: {dotted(cls)}"]
-    summary = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0]
-    if not summary.startswith(f"{cls.__name__}("):  # what `dataclass` writes where there is no docstring
-        head += textwrap.wrap(summary, 100, initial_indent="# ", subsequent_indent="# ")
-    head += [f"# or type: {dotted(other)}" for other in others]
-    value = default if isinstance(default, cls) else dataclasses.MISSING
-    body = head + _block(cls, value, {})
-    return ["", f"{name}:" if body else f"{name}: {{}}", *(f"  {line}" for line in body)]
+        node = to_node(_example(hint) if missing else default, hint)
+        return [*_comment(f"{REQUIRED}{text}" if missing else text), *_plain(name, node)]
+    body = [] if bases == [cls] else [f"type: {dotted(cls)}"]
+    body += [f"# or type: {dotted(other)}" for other in others]
+    body += _block(cls, default if isinstance(default, cls) else dataclasses.MISSING, {})
+    below = textwrap.indent("\n".join(body), "  ").splitlines()
+    return ["", *_comment(text), *_comment(_summary(cls)), f"{name}:" if body else f"{name}: {{}}", *below]
+
+
+def _summary(cls: type) -> str:
+    """The first paragraph of a class's docstring, or nothing where `dataclass` wrote a signature instead."""
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    return "" if doc.startswith(f"{cls.__name__}(") else doc.split("\n\n")[0]
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(text, 100, initial_indent="# ", subsequent_indent="# ")
 
 
 def _plain(name: str, node: Value) -> list[str]:

@@ -71,7 +71,11 @@ class Team:
         own = {id(p) for p in named.values()}
         named |= {f"base/{key}": p for key, p in self.backbone.net.named_parameters() if id(p) not in own}
         with torch.no_grad():
-            return {key: p.double().sum() for key, p in named.items()}
+            # weighted, since Adam's first steps are +-lr, which a plain sum can miss
+            return {
+                key: p.flatten().double() @ torch.linspace(1, 2, p.numel(), dtype=torch.float64, device=p.device)
+                for key, p in named.items()
+            }
 
     def state(self) -> dict[str, dict]:
         """What the optimizers and schedules need to go on."""

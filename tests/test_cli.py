@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import runpy
 import subprocess
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,8 @@ import pytest
 from stepdistill import cli, config
 from stepdistill.config import Factory
 from stepdistill.errors import ConfigError, DataError, NonFiniteLoss
-from stepdistill.schema import fields, locate
-from stepdistill.template import find, template
+from stepdistill.schema import dotted, fields, locate
+from stepdistill.template import find, heirs, template
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,7 +63,7 @@ class Round(Part):
     def area(self) -> float:
         return 3.0
 '''
-TWO = '''
+TWO = """
 from dataclasses import dataclass
 from toy.base import Part
 
@@ -76,7 +78,7 @@ class Around(Part):
 
     def area(self) -> float:
         return 5.0
-'''
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ class Lora:
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A toy package of parts, and in place of the library's own `run`, `data` and `student` a record of calls."""
+    """A toy package of parts, and a record of calls in place of `run`, `data` and `student`."""
     for name, text in {"__init__": "", "base": BASE, "one": ONE, "two": TWO}.items():
         (tmp_path / "toy").mkdir(exist_ok=True)
         (tmp_path / "toy" / f"{name}.py").write_text(text)
@@ -111,16 +113,10 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("toy", "toy.base", "toy.one", "toy.two"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     part = locate("toy.base.Part")
-    run_class = dataclass(frozen=True, kw_only=True)(
-        type(
-            "Run",
-            (),
-            {
-                "__annotations__": {"family": part, "method": part, "data": part, "train": Train, "lora": Lora},
-                "lora": field(default_factory=lambda: Lora(rank=5)),
-                "__module__": __name__,
-            },
-        )
+    lora = field(default_factory=lambda: Lora(rank=5))
+    parts = [(key, part) for key in ("family", "method", "data")]
+    run_class = make_dataclass(
+        "Run", [*parts, ("train", Train), ("lora", Lora, lora)], frozen=True, kw_only=True
     )
     calls: list[tuple[str, object]] = []
 
@@ -165,9 +161,9 @@ def test_help_comes_without_the_heavy_libraries() -> None:
     code = """
 import sys, time
 from stepdistill.cli import main
-for argv in ["--help"], ["train", "--help"], ["init", "--help"], ["data", "check", "--help"], ["verify", "--help"]:
+for command in [], ["train"], ["init"], ["data", "check"], ["verify"]:
     try:
-        main(argv)
+        main([*command, "--help"])
     except SystemExit as ended:
         assert ended.code == 0
 heavy = {"torch", "numpy", "diffusers", "transformers", "peft", "datasets", "accelerate"} & set(sys.modules)
@@ -257,10 +253,10 @@ def test_data_check_hands_on_the_source_alone(library, path, capsys, monkeypatch
 
 
 def test_verify_fails_above_the_tolerance_and_for_nan(library, capsys) -> None:
-    cli.main(["verify", "9e-6"])
-    assert "9e-06" in capsys.readouterr().out
-    assert ended("verify", "2e-5") == 1
-    cli.main(["verify", "2e-5", "--tolerance", "1e-4"])
+    cli.main(["verify", "9e-5"])
+    assert "9e-05" in capsys.readouterr().out
+    assert ended("verify", "2e-4") == 1
+    cli.main(["verify", "2e-4", "--tolerance", "1e-3"])
     assert ended("verify", "nan") == 1
 
 
@@ -302,7 +298,8 @@ def test_init_explains_every_field_from_the_docstrings(library, capsys) -> None:
     assert lines[lines.index("size: 1.0") - 1] == "# (required) how large it is, in metres."
     assert lines[lines.index("colour: blue") - 1] == "# `red` or `blue`."
     assert lines[lines.index("learning_rate: 0.0001") - 1] == "# step size of the optimizer."
-    assert lines[lines.index("type: toy.one.Round") + 1] == "# A round part, with no corner."
+    assert lines[lines.index("method:") - 1] == "# A round part, with no corner."
+    assert lines[lines.index("method:") + 1] == "type: toy.one.Round"
     assert not any("Square(" in line for line in lines)
 
 
@@ -325,5 +322,31 @@ def test_an_unchosen_abstract_field_takes_a_subclass_and_names_the_others(librar
 
 
 def test_an_abstract_field_without_a_subclass_is_an_error(library) -> None:
-    with pytest.raises(ConfigError, match="got no `type`"):
+    with pytest.raises(ConfigError, match="Part has no subclass that stands alone"):
         template(library.Run, {})
+
+
+def test_init_of_every_method_and_family_and_source_loads(tmp_path, capsys) -> None:
+    from stepdistill.feed import check_needs
+    from stepdistill.run import Run
+
+    names: dict[str, list[str]] = {}
+    for key, base in fields(Run).items():
+        package = base.__module__.removesuffix(".base")
+        if key in ("family", "method", "data"):
+            for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+                importlib.import_module(f"{package}.{module.name}")
+            names[key] = [dotted(cls) for cls in heirs(base) if cls.__module__.startswith(package)]
+    assert all(names.values())
+    runs = [(method, family) for method in names["method"] for family in names["family"]]
+    sources = [(names["method"][0], names["family"][0], source) for source in names["data"]]
+    for argv in [*runs, *sources]:
+        cli.main(["init", *argv])
+        (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+        run = config.load(Run, tmp_path / "printed.yaml")
+        made = (run.method, run.family, run.data)
+        assert tuple(dotted(type(part)) for part in made[: len(argv)]) == argv
+        (tmp_path / "resolved.yaml").write_text(config.to_yaml(run))
+        assert config.load(Run, tmp_path / "resolved.yaml") == run
+        if len(argv) == 2:  # the default source serves every method
+            check_needs(run.data, run.method.needs, argv[0])

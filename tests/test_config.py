@@ -51,6 +51,7 @@ class Table(Noise):
 class Mixed(Noise):
     parts: tuple[Noise, ...]
     named: dict[str, Noise] = field(default_factory=dict)
+    pair: tuple[Noise, Ema] | None = None
 
     def scale(self) -> float:
         return sum(part.scale() for part in self.parts)
@@ -209,13 +210,13 @@ def test_values_keep_their_type(write, line: str, name: str, value: object) -> N
         ("revision: 12", "train.revision", "put text in quotes"),
         ("mixed_precision: no", "train.mixed_precision", "put text in quotes"),
         ("mixed_precision: fp8", "train.mixed_precision", "'no', 'fp16' or 'bf16'"),
-        ("validation_prompts: a cat", "train.validation_prompts", "expected tuple[str, ...]; write a list: [a cat]"),
+        ("validation_prompts: a cat", "train.validation_prompts", "write a list: [a cat]"),
         ("validation_prompts: [a cat, 3]", "train.validation_prompts", "[1] Input should be a valid string"),
         ("share: 1.5", "train.share", "less than or equal to 1"),
         ("optimizer: torch.optim.AdamW", "train.optimizer", "expected a mapping for Factory"),
         ("optimizer: {weight_decay: 0.1}", "train.optimizer", "the dotted path of a class or function"),
         ("optimizer: {type: torch.optim.AdmW}", "train.optimizer", "did you mean AdamW?"),
-        ("optimizer: {type: torch.optim.AdamW, weight_decy: 0}", "train.optimizer", "did you mean weight_decay?"),
+        ("optimizer: {type: torch.optim.AdamW, weight_decy: 0}", "train.optimizer", "mean weight_decay?"),
         ("optimizer: {type: torch.optim.AdamW, weight_decay: true}", "train.optimizer", "expected a number"),
     ],
 )
@@ -279,6 +280,17 @@ def test_a_type_must_lead_to_a_finished_subclass(write, node: str, words: str) -
     assert words in line
 
 
+def test_a_tuple_of_objects_has_its_length(write) -> None:
+    table = f"{{type: {HERE}.Table}}"
+    text = f"noise: {{type: {HERE}.Mixed, parts: [], pair: [%s]}}\ntrain: {{output_dir: a}}\n"
+    assert load(Run, write(text % f"{table}, {{decay: 0.5}}")).noise.pair == (Table(), Ema(decay=0.5))
+    (line,) = refused(write(text % table))
+    assert line.startswith("noise.pair: got [")
+    assert "expected tuple[Noise, Ema] | null" in line
+    (line,) = refused(write(text % f"{table}, {{decay: x}}"))
+    assert line.startswith("noise.pair[1].decay: got 'x' (str), expected float")
+
+
 def test_a_module_that_lacks_a_package_says_which(write, tmp_path, monkeypatch) -> None:
     (tmp_path / "needy.py").write_text("import package_that_is_absent\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -288,7 +300,12 @@ def test_a_module_that_lacks_a_package_says_which(write, tmp_path, monkeypatch) 
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("a: [1,\n", "is not YAML"), ("- a\n", "expected keys"), ("a: 1\na: 2\n", "duplicate key"), ("x: ${y}", "${")],
+    [
+        ("a: [1,\n", "is not YAML"),
+        ("- a\n", "expected keys"),
+        ("a: 1\na: 2\n", "duplicate key"),
+        ("x: ${y}", "${"),
+    ],
 )
 def test_files_that_are_no_config(write, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match="config.yaml") as caught:
@@ -307,7 +324,14 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
 
 def test_overrides_by_path_by_leaf_and_alone(write) -> None:
     path = write(GOOD)
-    given = ["train.learning_rate=2e-4", "--max_train_steps", "7", "--shift=5", "--allow_tf32", "lora.roles.fake.rank=3"]
+    given = [
+        "train.learning_rate=2e-4",
+        "--max_train_steps",
+        "7",
+        "--shift=5",
+        "--allow_tf32",
+        "lora.roles.fake.rank=3",
+    ]
     run = load(Run, path, given)
     assert run.train.learning_rate == 2e-4
     assert run.train.max_train_steps == 7
@@ -316,7 +340,9 @@ def test_overrides_by_path_by_leaf_and_alone(write) -> None:
     assert run.lora == Lora(roles={"fake": Lora(rank=3)})
     assert load(Run, path, ["--allow_tf32", "false"]).train.allow_tf32 is False
     assert load(Run, path, ["--compile", "--max_train_steps", "7"]).train.compile is True
-    assert load(Run, path, ["--train.seed", "-4", "seed=2", "seed=3"]) == load(Run, path, ["train.seed=-4", "seed=3"])
+    assert load(Run, path, ["--train.seed", "-4", "seed=2", "seed=3"]) == load(
+        Run, path, ["train.seed=-4", "seed=3"]
+    )
     assert load(Run, None, [f"noise.type={HERE}.Table", "--output_dir", "a"]).train.output_dir == Path("a")
 
 
@@ -368,7 +394,17 @@ def test_resolved_yaml_loads_to_an_equal_instance(write) -> None:
             guidance_scale=(2.0, float("inf")),
             revision="1e4",
             resume="007",
-            validation_prompts=("yes", "???", "a ${b} \\ c", "null", "two\nlines", "x: y", " #", "-" * 200, ""),
+            validation_prompts=(
+                "yes",
+                "???",
+                "a ${b} \\ c",
+                "null",
+                "two\nlines",
+                "x: y",
+                " #",
+                "-" * 200,
+                "",
+            ),
             report_to=frozenset({"wandb", "tensorboard"}),
             spacing=Spacing.LEADING,
             optimizer=Factory("torch.optim.AdamW", {"betas": (0.9, 0.95), "weight_decay": 1e-2}),
@@ -388,6 +424,12 @@ def test_type_is_written_only_where_there_is_a_choice() -> None:
     assert f"noise:\n  type: {HERE}.Table\n" in text
     assert f"average:\n  type: {HERE}.Ema\n" in text
     assert "optimizer:\n    type: torch.optim.AdamW\n" in text
+
+
+def test_sets_are_written_in_order() -> None:
+    names = {"wandb", "tensorboard", "comet", "swanlab", "trackio"}
+    text = to_yaml(Run(noise=Table(), train=Train(output_dir=Path("a"), report_to=frozenset(names))))
+    assert [word for word in text.replace("-", " ").split() if word in names] == sorted(names)
 
 
 def test_digest_names_the_content() -> None:

@@ -1,6 +1,6 @@
 """Where prompts, pictures and latents come from: sources, the order of a run, and their check."""
 
-from stepdistill.data.base import BadSample, PromptsOf, Sample, Source, sample_rng
+from stepdistill.data.base import BadSample, FixedCrops, PromptsOf, Sample, Source, sample_rng
 from stepdistill.data.check import check
 from stepdistill.data.folder import ImageFolder
 from stepdistill.data.hub import HubDataset
@@ -13,6 +13,7 @@ from stepdistill.data.stream import Stream, loader
 
 __all__ = [
     "BadSample",
+    "FixedCrops",
     "HubDataset",
     "ImageFolder",
     "ImageSource",

@@ -6,7 +6,7 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Le
@@ -111,12 +111,18 @@ class Source(ABC):
         return content.hexdigest()
 
 
+def _prompt_of(outer: Source, inner: Source, i: int, rng: random.Random) -> str:
+    """The inner source's prompt by the inner source's draws, dropped by one more at the outer one's share."""
+    prompt = inner.prompt(i, rng)
+    return "" if rng.random() < outer.proportion_empty_prompts else prompt
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptsOf(Source):
     """Only the captions of another source, for a method that needs no pictures: none is read or decoded.
 
     Args:
-        source: where the captions are; its own `proportion_empty_prompts` holds.
+        source: where the captions are; the shares of empty prompts of both apply.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts"})
@@ -129,10 +135,46 @@ class PromptsOf(Source):
         return self.source.captions(i)
 
     def sample(self, i: int, rng: random.Random) -> Sample:
-        return Sample(prompt=self.source.prompt(i, rng), item=i)
+        return Sample(prompt=_prompt_of(self, self.source, i, rng), item=i)
 
     def name(self, i: int) -> str:
         return self.source.name(i)
 
     def stamp(self, i: int) -> str:
         return self.source.stamp(i)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedCrops(Source):
+    """An image source whose crop and flip belong to the item instead of to the position in the run.
+
+    Only then can an item's latents be cached: else what the cache holds would depend on where the item came
+    first, and would change with a resume or with the number of processes. Captions are drawn as before.
+
+    Args:
+        source: the pictures; the shares of empty prompts of both apply.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "images"})
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def captions(self, i: int) -> Sequence[str]:
+        return self.source.captions(i)
+
+    def sample(self, i: int, rng: random.Random) -> Sample:
+        return replace(self.source.sample(i, sample_rng(0, i)), prompt=_prompt_of(self, self.source, i, rng))
+
+    def name(self, i: int) -> str:
+        return self.source.name(i)
+
+    def stamp(self, i: int) -> str:
+        return self.source.stamp(i)
+
+    def buckets(self) -> Sequence[int]:
+        return self.source.buckets()
+
+    def size(self, i: int) -> tuple[int, int] | None:
+        return self.source.size(i)

@@ -81,8 +81,8 @@ class _Tally:
                 yield f"    ... and {len(self.bad) - NAMED} more"
 
 
-def _as_it_is(facts: _Facts) -> _Facts:
-    return facts
+def _only(batch: list[_Facts]) -> _Facts:
+    return batch[0]
 
 
 def _spread(values: Sequence[int]) -> str:
@@ -108,7 +108,7 @@ def check(source: Source, strict: bool = False, workers: int = 0) -> str:
     source.buckets()  # before the workers start, so that they find it done
     tally = _Tally()
     facts: _Facts
-    read = DataLoader(_Examiner(source), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    read = DataLoader(_Examiner(source), num_workers=workers, collate_fn=_only)
     for facts in tqdm(read, "samples", total=total):
         if facts.error is not None:
             raise facts.error

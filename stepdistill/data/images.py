@@ -38,6 +38,17 @@ def flatten(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def header_size(file: IO[bytes]) -> tuple[int, int] | None:
+    """(H, W) of an encoded picture, upright, from its header alone; None where it does not read."""
+    try:
+        with Image.open(file) as image:
+            # a PNG may keep its EXIF behind the pixels, and reading it would decode them
+            turned = image.format != "PNG" and image.getexif().get(ORIENTATION, 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception:  # as many kinds as there are decoders
+        return None
+
+
 def cover(image: Image.Image, size: tuple[int, int], interpolation: Interpolation) -> Image.Image:
     """Resize, keeping the aspect, to the smallest picture that holds `size` (H, W)."""
     height, width = size
@@ -131,13 +142,11 @@ class ImageSource(Source):
             raise BadSample(self.name(i), f"{type(error).__name__}: {error}") from error
 
     def size(self, i: int) -> tuple[int, int] | None:
-        """(H, W) from the header alone, upright; None where there is no header to read."""
+        """(H, W) from the header alone, upright; None where it does not read."""
         try:
-            with self.open(i) as file, Image.open(file) as image:
-                # a PNG may keep its EXIF behind the pixels, and reading it would decode them
-                turned = image.format != "PNG" and image.getexif().get(ORIENTATION, 1) >= 5
-                return (image.width, image.height) if turned else (image.height, image.width)
-        except Exception:
+            with self.open(i) as file:
+                return header_size(file)
+        except (OSError, BadSample):
             return None
 
     @cached_property

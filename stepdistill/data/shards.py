@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import json
 import logging
 from bisect import bisect_right
@@ -11,10 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import numpy as np
-from PIL.ContainerIO import ContainerIO
 from tqdm import tqdm
 
 from stepdistill.data.base import BadSample
@@ -84,10 +84,8 @@ class Shards(ImageSource):
 
     def captions(self, i: int) -> Sequence[str]:
         path, index, row = self._place(i)
-        with _window(path, index.captions[row]) as file:
-            content = file.read()
         try:
-            text = content.decode("utf-8")
+            text = _read(path, index.captions[row]).decode("utf-8")
             if CAPTION_SUFFIXES[index.kinds[row]] != "json":
                 return (text.strip(),)
             table = json.loads(text)
@@ -113,12 +111,19 @@ class Shards(ImageSource):
 
     def open(self, i: int) -> IO[bytes]:
         path, index, row = self._place(i)
-        return _window(path, index.pictures[row])
+        return io.BytesIO(_read(path, index.pictures[row]))
+
+    def size(self, i: int) -> tuple[int, int] | None:
+        _, index, row = self._place(i)
+        height, width = index.sizes[row].tolist()
+        return (height, width) if height else None
 
 
-def _window(path: Path, span: Sequence[int]) -> IO[bytes]:
+def _read(path: Path, span: np.ndarray) -> bytes:
     # opened anew each time: a shared file position would not survive the fork into workers
-    return cast("IO[bytes]", ContainerIO(open(path, "rb"), int(span[0]), int(span[1])))
+    with open(path, "rb") as file:
+        file.seek(int(span[0]))
+        return file.read(int(span[1]))
 
 
 def _find(pattern: str) -> list[Path]:

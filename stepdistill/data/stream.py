@@ -72,8 +72,7 @@ class _Batch(NamedTuple):
     samples: list[Sample]
     errors: list[DataError]
     bad: list[BadSample]
-    pixels: Tensor | None
-    latents: Tensor | None
+    tensors: dict[str, Tensor]
 
 
 class _Reader(Dataset[_Loaded]):
@@ -108,26 +107,25 @@ def _same_bucket(buckets: Sequence[int], item: int) -> Iterator[int]:
 
 
 def _pack(loaded: list[_Loaded]) -> _Batch:
-    """One tensor a micro-batch: each that a worker sends costs the receiver a file descriptor."""
+    """One tensor a kind and micro-batch: each that a worker sends costs the receiver a file descriptor."""
     samples = [result for result, _ in loaded if isinstance(result, Sample)]
-    light = [replace(sample, pixels=None, latents=None) for sample in samples]
     errors = [result for result, _ in loaded if isinstance(result, DataError)]
     bad = [error for _, skipped in loaded for error in skipped]
-    pixels, latents = _stack([s.pixels for s in samples]), _stack([s.latents for s in samples])
-    return _Batch(light, errors, bad, pixels, latents)
+    rows = [_tensors(sample) for sample in samples]
+    tensors = {name: torch.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+    light = [replace(sample, pixels=None, latents=None, noise=None) for sample in samples]
+    return _Batch(light, errors, bad, tensors)
 
 
 def _unpack(batch: _Batch) -> list[Sample]:
-    nothing = [None] * len(batch.samples)
-    pixels = nothing if batch.pixels is None else batch.pixels.unbind()
-    latents = nothing if batch.latents is None else batch.latents.unbind()
-    parts = zip(batch.samples, pixels, latents, strict=True)
-    return [replace(sample, pixels=x, latents=z) for sample, x, z in parts]
+    columns = {name: tensor.unbind() for name, tensor in batch.tensors.items()}
+    rows = [{name: column[n] for name, column in columns.items()} for n in range(len(batch.samples))]
+    return [replace(sample, **row) for sample, row in zip(batch.samples, rows, strict=True)]
 
 
-def _stack(tensors: list[Tensor | None]) -> Tensor | None:
-    there = [tensor for tensor in tensors if tensor is not None]
-    return torch.stack(there) if there else None
+def _tensors(sample: Sample) -> dict[str, Tensor]:
+    tensors = {"pixels": sample.pixels, "latents": sample.latents, "noise": sample.noise}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _ignore_signals(worker: int) -> None:

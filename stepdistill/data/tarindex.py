@@ -12,16 +12,25 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from stepdistill.data.images import IMAGE_SUFFIXES
+from stepdistill.data.images import IMAGE_SUFFIXES, header_size
 from stepdistill.errors import DataError, problem
 
 logger = logging.getLogger(__name__)
 CAPTION_SUFFIXES = ("txt", "caption", "json")
 VERSION = 1
-Span = tuple[int, int]
+
+
+class _Member(NamedTuple):
+    """A member: its span is offset and size in bytes, its size height and width from a picture's header."""
+
+    key: str
+    suffix: str
+    span: tuple[int, int]
+    size: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,8 @@ class ShardIndex:
         strays: keys without a picture.
         keys: n sample keys.
         pictures: (n, 2) offset and size in bytes.
-        captions: (n, 2), likewise.
+        sizes: (n, 2) height and width from the pictures' headers, 0 where one does not read.
+        captions: (n, 2), as pictures.
         kinds: (n,) number of the caption's suffix in CAPTION_SUFFIXES, -1 where there is no caption.
     """
 
@@ -41,6 +51,7 @@ class ShardIndex:
     strays: list[str]
     keys: list[str]
     pictures: np.ndarray
+    sizes: np.ndarray
     captions: np.ndarray
     kinds: np.ndarray
 
@@ -82,6 +93,7 @@ def shard_index(shard: Path) -> ShardIndex:
         strays=content["strays"],
         keys=content["keys"],
         pictures=np.asarray(content["pictures"], dtype=np.int64).reshape(-1, 2),
+        sizes=np.asarray(content["sizes"], dtype=np.int32).reshape(-1, 2),
         captions=np.asarray(content["captions"], dtype=np.int64).reshape(-1, 2),
         kinds=np.asarray(content["kinds"], dtype=np.int8),
     )
@@ -113,57 +125,51 @@ def _write(place: Path, content: dict) -> bool:
 
 
 def _scan(shard: Path, stamp: list[int]) -> dict:
-    content: dict[str, list] = {
-        "stamp": stamp,
-        "strays": [],
-        "keys": [],
-        "pictures": [],
-        "captions": [],
-        "kinds": [],
-    }
-    for key, spans in _samples(shard):
-        picture = next((spans[suffix] for suffix in IMAGE_SUFFIXES if suffix in spans), None)
+    names = ("strays", "keys", "pictures", "sizes", "captions", "kinds")
+    content: dict[str, list] = {"stamp": stamp, **{name: [] for name in names}}
+    for key, members in _samples(shard):
+        picture = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
         if picture is None:
             content["strays"].append(key)
             continue
-        kind = next((n for n, suffix in enumerate(CAPTION_SUFFIXES) if suffix in spans), -1)
+        kind = next((n for n, suffix in enumerate(CAPTION_SUFFIXES) if suffix in members), -1)
         content["keys"].append(key)
-        content["pictures"].append(picture)
-        content["captions"].append(spans[CAPTION_SUFFIXES[kind]] if kind >= 0 else (0, 0))
+        content["pictures"].append(picture.span)
+        content["sizes"].append(picture.size or (0, 0))
+        content["captions"].append(members[CAPTION_SUFFIXES[kind]].span if kind >= 0 else (0, 0))
         content["kinds"].append(kind)
     return content
 
 
-def _samples(shard: Path) -> Iterator[tuple[str, dict[str, Span]]]:
+def _samples(shard: Path) -> Iterator[tuple[str, dict[str, _Member]]]:
     """Neighbouring members of one key, by suffix: webdataset's rule."""
-    key, spans = "", dict[str, Span]()
-    for name, span in _members(shard):
-        match = re.match(r"((?:.*/|)[^./][^.]*)\.([^/]*)$", name)
-        if not match:
-            continue
-        suffix = match[2].lower()
-        if match[1] != key:
-            if spans:
-                yield key, spans
-            key, spans = match[1], {}
-        if suffix in spans:
-            got = f"{shard} with {name} twice"
-            raise DataError(
-                problem(got, "each member once", "one of them would be lost", "write the shard again")
-            )
-        spans[suffix] = span
-    if spans:
-        yield key, spans
+    key, members = "", dict[str, _Member]()
+    for member in _members(shard):
+        if member.key != key:
+            if members:
+                yield key, members
+            key, members = member.key, {}
+        if member.suffix in members:
+            got = f"{shard} with {key}.{member.suffix} twice"
+            why = "one of them would be lost"
+            raise DataError(problem(got, "each member once", why, "write the shard again"))
+        members[member.suffix] = member
+    if members:
+        yield key, members
 
 
-def _members(shard: Path) -> Iterator[tuple[str, Span]]:
+def _members(shard: Path) -> Iterator[_Member]:
     try:
         with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
-                    yield member.name, (member.offset_data, member.size)
+            for info in tar:
+                match = re.match(r"((?:.*/|)[^./][^.]*)\.([^/]*)$", info.name)
+                if not match or not info.isreg() or re.match(r"__[^/]*__($|/)", info.name):
+                    continue
+                suffix = match[2].lower()
+                file = tar.extractfile(info) if suffix in IMAGE_SUFFIXES else None
+                size = header_size(file) if file else None
+                yield _Member(match[1], suffix, (info.offset_data, info.size), size)
     except tarfile.TarError as error:
+        got, why = f"{shard}: {error}", "it is read by offset"
         todo = "decompress it, or fetch it again"
-        raise DataError(
-            problem(f"{shard}: {error}", "an uncompressed tar file", "it is read by offset", todo)
-        ) from None
+        raise DataError(problem(got, "an uncompressed tar file", why, todo)) from None

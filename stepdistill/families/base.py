@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
@@ -76,12 +75,10 @@ class Family(ABC):
         where = self.location()
         if where.endswith(".safetensors"):
             pipe = self.pipeline_class.from_single_file(  # pyright: ignore[reportAttributeAccessIssue]
-                where, config=self.single_file_config, torch_dtype=torch.float32
+                where, config=self.single_file_config
             )
         else:
-            pipe = self.pipeline_class.from_pretrained(
-                where, revision=self.revision, variant=self.variant, torch_dtype=torch.float32
-            )
+            pipe = self.pipeline_class.from_pretrained(where, revision=self.revision, variant=self.variant)
         for lora in self.teacher_loras:
             pipe.load_lora_weights(lora)
             pipe.fuse_lora()

@@ -1,8 +1,7 @@
 """A point mass for each prompt: `x0 = cond["mean"]`, whatever `x_t` is.
 
-Trajectories are straight, so the teacher is every method's fixed point, and its loss at the start is zero: exactly
-for jumps along the trajectory. LCM's target for the first grid step is the still noisy state at time 0, which leaves
-`sigma_0^2` there.
+Trajectories are straight, so the teacher is every method's fixed point and its loss at the start is zero.
+Only LCM's target for the first grid step, the still noisy state at time 0, leaves `sigma_0^2` there.
 """
 
 from __future__ import annotations

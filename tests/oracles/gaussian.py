@@ -1,8 +1,9 @@
 """Closed forms for data `x0 ~ N(mean, std^2)` per coordinate, on any noise schedule, in float64.
 
-The marginal at t is `N(alpha_t mean, S_t^2)` with `S_t^2 = alpha_t^2 std^2 + sigma_t^2`, so the teacher, its ODE, its
-solver and everything distilled from it by least squares are affine in `x_t - alpha_t mean`; a *gain* is the factor.
-The embedding of a prompt is its mean, `cond["mean"]`, so that guidance and the routing of prompts have closed forms.
+The marginal at t is `N(alpha_t mean, S_t^2)` with `S_t^2 = alpha_t^2 std^2 + sigma_t^2`, so the teacher,
+its ODE, its solver and all that least squares distils from it are affine in `x_t - alpha_t mean`; a *gain* is
+that factor. The embedding of a prompt is its mean, `cond["mean"]`, so that guidance and the routing of
+prompts have closed forms too.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class GaussianTeacher:
         return Estimate(cond["mean"] + alpha_t * self.std**2 * centred, sigma_t * centred)
 
 
-def ode_map(schedule: NoiseSchedule, mean: float, std: float, x_t: Tensor, t: float, s: float | None) -> Tensor:
+def ode_map(
+    schedule: NoiseSchedule, mean: float, std: float, x_t: Tensor, t: float, s: float | None
+) -> Tensor:
     """The probability-flow ODE's exact map from t to s (None: to clean data)."""
     alpha_t, alpha_s = levels(schedule, t)[0], levels(schedule, s)[0]
     gain = marginal_std(schedule, std, s) / marginal_std(schedule, std, t)
@@ -74,12 +77,12 @@ def guided_mean(uncond: float, cond: float, scale: float) -> float:
 
 
 def trajectory_slopes(schedule: NoiseSchedule, std: float, n: int, segments: int) -> Tensor:
-    """(n + 1,) slopes `kappa_i` of the student `x0 = mean + kappa_i (x - alpha_i mean)` that TCD and TSCD converge to.
+    """(n + 1,) slopes of the student `x0 = mean + kappa_i (x - alpha_i mean)` that TCD and TSCD converge to.
 
-    The jump of such a student from i to s multiplies by `Gamma_i(s) = r + b kappa_i`, with `r = sigma_s / sigma_i`
-    and `b = alpha_s - alpha_i r`. Its target multiplies by `gamma_i Gamma_{i-1}(s)`, gamma_i being the teacher's step
-    and `Gamma_{i-1}(i-1) = 1`. kappa_i is the least-squares slope over s, uniform on the grid from the lower edge of
-    i's segment to i - 1.
+    The jump of such a student from i to s multiplies by `Gamma_i(s) = r + b kappa_i`, with
+    `r = sigma_s / sigma_i` and `b = alpha_s - alpha_i r`. Its target multiplies by `gamma_i Gamma_{i-1}(s)`,
+    where gamma_i is the teacher's step and `Gamma_{i-1}(i-1) = 1`. kappa_i is the least-squares slope over s,
+    uniform on the grid from the lower edge of i's segment to i - 1.
     """
     alpha, sigma = schedule(schedule.grid(n).double())
     slopes = torch.zeros(n + 1, dtype=torch.float64)
@@ -92,7 +95,8 @@ def trajectory_slopes(schedule: NoiseSchedule, std: float, n: int, segments: int
 
         r, b = parts(i - 1)
         onward = torch.where(s == i - 1, 1.0, r + b * slopes[i - 1])
-        step = (alpha[i - 1] * alpha[i] * std**2 + sigma[i - 1] * sigma[i]) / ((alpha[i] * std) ** 2 + sigma[i] ** 2)
+        variance = (alpha[i] * std) ** 2 + sigma[i] ** 2
+        step = (alpha[i - 1] * alpha[i] * std**2 + sigma[i - 1] * sigma[i]) / variance
         r, b = parts(i)
         slopes[i] = (b * (step * onward - r)).sum() / b.square().sum()
     return slopes

@@ -26,7 +26,7 @@ class Mixture:
     stds: tuple[float, ...] = (0.3, 0.5)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        weights, means, stds = (torch.tensor(v, dtype=torch.float64) for v in (self.weights, self.means, self.stds))
+        weights, means, stds = torch.tensor([self.weights, self.means, self.stds], dtype=torch.float64)
         return weights, means, stds
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:

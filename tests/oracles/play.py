@@ -1,13 +1,13 @@
 """Run a method's own `updates` against closed forms: a `Play` with scripted draws and fake denoisers.
 
-What is tested is the production code of the method, down to the loss it yields; only the networks and the random
-draws are replaced. Everything is in float64.
+What runs is the method as it ships, down to the loss it yields; only networks and random draws are replaced.
+Everything is in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -51,28 +51,37 @@ def column(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1, 1)
 
 
+def spoken(kind: Kind, est: Estimate, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+    """What a network of this kind puts out, from the definitions and not by `stepdistill.prediction`."""
+    x0, eps = est
+    return {"epsilon": eps, "sample": x0, "v_prediction": alpha_t * eps - sigma_t * x0, "flow": eps - x0}[
+        kind
+    ]
+
+
 @dataclass(frozen=True)
 class Network:
-    """A denoiser that first speaks a network's language, then is converted as `Denoiser` converts.
-
-    The outputs are written out from their definitions, not by `stepdistill.prediction`.
-    """
+    """A closed form that speaks as a network of some kind, and is converted as `Denoiser` converts."""
 
     denoise: Denoise
     kind: Kind
     schedule: NoiseSchedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
-        x0, eps = self.denoise(x_t, t, cond)
-        alpha_t, sigma_t = (expand(v, x_t) for v in self.schedule(t))
-        outputs = {"epsilon": eps, "sample": x0, "v_prediction": alpha_t * eps - sigma_t * x0, "flow": eps - x0}
-        return estimate(self.kind, outputs[self.kind], x_t, t, self.schedule)
+        y = spoken(self.kind, self.denoise(x_t, t, cond), *(expand(v, x_t) for v in self.schedule(t)))
+        return estimate(self.kind, y, x_t, t, self.schedule)
+
+
+def consistency(end: str = "clean", segments: int = 1, n: int = 50, **more: object) -> Consistency:
+    """With what closed forms speak about: the squared loss, and no guidance unless it is given."""
+    terms = {"loss_type": "l2", "guidance_scale": 1.0} | more
+    return Consistency(end=end, segments=(segments,), num_ddim_timesteps=n, **terms)
 
 
 class Tabular:
-    """A student with an affine output `y = offset_j + slope_j x` for each time j of a grid, and none elsewhere.
+    """A student with the output `y = offset_j + slope_j x` at each time j of a grid, and none elsewhere.
 
-    It holds the optimum for Gaussian data, so what training converges to shows with no capacity error.
+    For Gaussian data it holds the optimum, so what training converges to shows with no error of capacity.
     """
 
     def __init__(self, schedule: NoiseSchedule, n: int, kind: Kind = "sample") -> None:
@@ -88,7 +97,7 @@ class Tabular:
         return estimate(self.kind, y, x_t, t, self.schedule)
 
     def fit(self, j: int, loss: Tensor) -> None:
-        """Exact least squares at time j: one Newton step of a loss that is quadratic in the offset and the slope."""
+        """Exact least squares at time j: one Newton step on a loss that is quadratic in offset and slope."""
         parameters = (self.offset, self.slope)
         gradient = [g[j] for g in torch.autograd.grad(loss, parameters, create_graph=True)]
         rows = [torch.autograd.grad(g, parameters, retain_graph=True) for g in gradient]
@@ -133,6 +142,17 @@ class Rows:
     guidance: Tensor | None = None
 
 
+def teacher_table(schedule: NoiseSchedule, n: int, mean: float, std: float) -> Tabular:
+    """The student that is the teacher of Gaussian data, at the start of training."""
+    student = Tabular(schedule, n)
+    alpha_t, sigma_t = schedule(student.times)
+    slope = alpha_t * std**2 / ((alpha_t * std) ** 2 + sigma_t**2)
+    with torch.no_grad():
+        student.slope.copy_(slope)
+        student.offset.copy_(mean * (1 - alpha_t * slope))
+    return student
+
+
 def update(
     method: Consistency,
     schedule: NoiseSchedule,
@@ -149,9 +169,16 @@ def update(
         "guidance_scale": half if rows.guidance is None else rows.guidance,
     }
     play = Scripted(
-        schedule, {"mean": column(null)}, roles.__getitem__, nn.ModuleDict().__getitem__, 0, step,  # pyright: ignore
-        torch.device("cpu"), draws, rows.eps,
-    )  # fmt: skip
+        schedule=schedule,
+        null={"mean": column(null)},
+        denoiser=roles.__getitem__,
+        module=nn.ModuleDict().__getitem__,
+        seed=0,
+        step=step,
+        device=torch.device("cpu"),
+        draws=draws,
+        eps=rows.eps,
+    )
     batch = Batch(tuple(range(len(rows.i))), {"mean": rows.mean}, (1, 1, 1), latents=rows.x0)
     (only,) = method.updates(play, batch, step)
     return only
@@ -159,13 +186,16 @@ def update(
 
 def product(i: Tensor, chance: Tensor, mean: float, guidance: tuple[float, ...] = (0.5,)) -> Rows:
     """Every pair of (i, chance) with two states of either sign and with each guidance draw."""
-    pairs = [(k, u, g, sign) for k, u in zip(i, chance, strict=True) for g in guidance for sign in (-1.0, 1.0)]
-    index, chances, draws, signs = (torch.tensor(v, dtype=torch.float64) for v in zip(*pairs, strict=True))
-    sign = column(*signs.tolist())
+    pairs = zip(i.tolist(), chance.tolist(), strict=True)
+    rows = [(*pair, g, sign) for pair in pairs for g in guidance for sign in (-1.0, 1.0)]
+    index, chances, draws, signs = torch.tensor(rows, dtype=torch.float64).T
+    sign = signs.reshape(-1, 1, 1, 1)
     return Rows(index.long(), mean + 0.5 * sign, sign, torch.full_like(sign, mean), chances, draws)
 
 
-def step_rows(method: Consistency, i: int, segments: int, mean: float, guidance: tuple[float, ...] = (0.5,)) -> Rows:
+def step_rows(
+    method: Consistency, i: int, segments: int, mean: float, guidance: tuple[float, ...] = (0.5,)
+) -> Rows:
     """Rows for grid step i: each end time that its segment allows, equally often."""
     count = i % (method.num_ddim_timesteps // segments) + 1 if method.end == "any" else 1
     chance = (torch.arange(count, dtype=torch.float64) + 0.5) / count
@@ -174,8 +204,8 @@ def step_rows(method: Consistency, i: int, segments: int, mean: float, guidance:
 
 def every_step(method: Consistency, segments: int, mean: float) -> Rows:
     """The rows of all grid steps in one batch."""
-    parts = [step_rows(method, i, segments, mean) for i in range(method.num_ddim_timesteps)]
-    return Rows(*(torch.cat([getattr(p, name) for p in parts]) for name in Rows.__dataclass_fields__))
+    parts = [astuple(step_rows(method, i, segments, mean)) for i in range(method.num_ddim_timesteps)]
+    return Rows(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def sweep(
@@ -188,8 +218,10 @@ def sweep(
     guidance: tuple[float, ...] = (0.5,),
     segments: int | None = None,
 ) -> Tabular:
-    """Train a tabular student to convergence, exactly: its targets only look down the grid, so one upward sweep of
-    least squares on the losses that the method yields does it."""
+    """Train a tabular student to convergence, exactly.
+
+    Targets only look down the grid, so one upward sweep of least squares on the method's losses does it.
+    """
     student = Tabular(schedule, method.num_ddim_timesteps, kind)
     roles = {"teacher": teacher, "student": student, "ema": student}
     for i in range(method.num_ddim_timesteps):
@@ -198,22 +230,20 @@ def sweep(
     return student
 
 
-def landing(method: Consistency, student: Denoise, schedule: NoiseSchedule, x: Tensor, t: float, s: float) -> Tensor:
-    """Where the method's jump from t to s takes `x`, for the prompt 0."""
-    times = [torch.full((len(x),), value, dtype=torch.float64) for value in (t, s)]
-    est = student(x, times[0], {"mean": torch.zeros_like(x)})
-    return method.jump(est, x, *times, schedule).detach()
-
-
-def affine(method: Consistency, student: Denoise, schedule: NoiseSchedule, t: float, s: float) -> tuple[float, float]:
-    """`(gain, offset)` of the jump from t to s, for a student that is affine."""
-    zero, one = landing(method, student, schedule, column(0.0, 1.0), t, s).flatten().tolist()
+def affine(
+    method: Consistency, student: Tabular, schedule: NoiseSchedule, t: float, s: float
+) -> tuple[float, float]:
+    """`(gain, offset)` of the method's jump from t to s."""
+    x, times = column(0.0, 1.0), [torch.full((2,), value, dtype=torch.float64) for value in (t, s)]
+    zero, one = method.jump(student(x, times[0], {}), x, *times, schedule).flatten().tolist()
     return one - zero, zero
 
 
 def solved(method: Consistency, schedule: NoiseSchedule, teacher: Denoise) -> Denoise:
-    """The student that LCM (`end: clean`) or PCM (`end: edge`) converges to, for any teacher: its estimate makes the
-    jump land where the teacher's solver does, step by step on the training grid."""
+    """The student that LCM (`end: clean`) or PCM (`end: edge`) converges to, for any teacher.
+
+    Its estimate makes the jump land where the teacher's solver lands, step by step on the training grid.
+    """
     n = method.num_ddim_timesteps
     times, length = schedule.grid(n).tolist(), n // method.segments[0]
 

@@ -1,0 +1,188 @@
+"""The model card of a student folder: a snippet that runs as pasted, the sampling contract, the licence."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError, safe_dump
+
+from stepdistill.contract import Contract, teacher
+from stepdistill.families.base import BUNDLED_NAMES, Family
+
+logger = logging.getLogger(__name__)
+
+# the hub refuses any other value of `license:`, which then is `other` with a `license_name`
+HUB_LICENCES = re.compile(
+    r"apache-2\.0|mit|openrail(\+\+)?|creativeml-openrail-m|bigscience-openrail-m|cc0-1\.0|cc"
+    r"|cc-by(-nc)?(-sa|-nd)?-[234]\.0|[al]?gpl(-[23]\.[01])?|bsd(-[23]-clause)?|unlicense|other|unknown"
+)
+
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ name }} in {{ steps }}
+
+A LoRA with which {{ base }} draws a picture in {{ steps }}. Distilled with stepdistill by the method
+`{{ method }}`; plain Diffusers loads it.
+{% if grid %}
+![Pictures of teacher and student by the same prompts and seeds](samples/grid.png)
+{% endif %}
+## How to use
+
+```python
+{{ snippet }}
+```
+
+## Sampling contract
+
+The student was trained for these values; with another sampler or other timesteps it draws worse. They are in
+`distill_config.json`, too, for programs.
+
+| | |
+| --- | --- |
+{% for key, value in rows %}| {{ key }} | {{ value }} |
+{% endfor %}
+{% if difference is not none %}
+This folder, loaded into a plain pipeline, was compared with the student that was trained: the largest
+difference is {{ "%.1e" | format(difference) }} of the teacher's largest value.
+{% else %}
+**This folder has not been compared with the student that was trained.**
+{% endif %}
+## Base model and licence
+
+The base model is {{ base }}. {% if licence -%}
+Its licence is `{{ licence }}`. This student is derived from it, and the licence applies here as well.
+{%- else -%}
+Its licence is not known to the program that wrote this card. This student is derived from it: look the
+licence up, for it applies here as well.
+{%- endif %}
+
+## Training
+
+```yaml
+{{ recipe }}
+```
+"""
+
+
+def write_card(folder: Path, contract: Contract, address: str | None = None) -> None:
+    """Write `README.md` into a student folder; shows `samples/grid.png` where the folder has it.
+
+    Args:
+        address: what the snippet loads the student from, such as a hub id; None is the folder itself.
+    """
+    base, licence = contract.base_model, contract.licence
+    hub = base not in BUNDLED_NAMES and not Path(base).exists()
+    known = licence is not None and HUB_LICENCES.fullmatch(licence)
+    data = ModelCardData(
+        base_model=base if hub else None,  # the hub takes nothing but its own ids
+        library_name="diffusers",
+        license=licence if known or licence is None else "other",
+        license_name=None if known else licence,
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "lora", "template:sd-lora", "stepdistill", "step-distillation"],
+    )
+    n = len(contract.timesteps)
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        name=base.rpartition("/")[2],
+        base=f"[{base}](https://huggingface.co/{base})" if hub else f"`{base}`",
+        steps=f"{n} step{'s' * (n > 1)}",
+        method=str(contract.method["type"]).rpartition(".")[2],
+        grid=(folder / "samples" / "grid.png").exists(),
+        snippet=snippet(contract, address or folder.resolve()),
+        rows=_rows(contract),
+        difference=contract.proof.difference if contract.proof else None,
+        licence=licence,
+        recipe=safe_dump(contract.method, sort_keys=False).strip(),
+    )
+    card.save(folder / "README.md")
+
+
+def _rows(contract: Contract) -> list[tuple[str, str]]:
+    """The contract's table."""
+    height, width = contract.resolution
+    scale, lora = contract.guidance_scale, contract.lora
+    return [
+        ("scheduler", f"`{contract.scheduler['_class_name']}`, configured in `scheduler/`"),
+        ("timesteps", ", ".join(f"{t:g}" for t in contract.timesteps)),
+        ("noise levels (sigma)", ", ".join(f"{sigma:.4g}" for sigma in contract.sigmas)),
+        ("prediction type", contract.prediction_type),
+        ("eta (share noised again)", f"{contract.eta:g}"),
+        ("guidance_scale", f"{scale:g}" + (" (none: guidance is in the weights)" if scale == 1 else "")),
+        ("negative prompts", "work" if contract.negative_prompt else "have no effect"),
+        ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, strength {lora.strength:g}"),
+        ("resolution", f"{width} x {height} pixels"),
+        ("precision in training", contract.dtype),
+    ]
+
+
+def snippet(contract: Contract, address: Path | str) -> str:
+    """Python that draws a picture with nothing but Diffusers; `address` is the student's folder or hub id."""
+    family = teacher(contract)
+    where, pipeline = family.location(), family.pipeline_class.__name__
+    scheduler = contract.scheduler["_class_name"]
+    names = ("revision", "variant") if not where.endswith(".safetensors") else ()
+    given = {name: vars(family)[name] for name in names} | {"config": family.single_file_config}
+    args = [repr(where), *(f"{name}={value!r}" for name, value in given.items() if value is not None)]
+    args += [f"{name}=None" for name in contract.base_without]
+    load = "from_single_file" if where.endswith(".safetensors") else "from_pretrained"
+    lines = [
+        "import torch",
+        f"from diffusers import {', '.join(sorted([pipeline, scheduler]))}",
+        "",
+        f"student = {str(address)!r}",
+        f"pipe = {pipeline}.{load}({', '.join(args)})",
+        f'pipe.to("cuda" if torch.cuda.is_available() else "cpu", torch.{contract.dtype})',
+    ]
+    for lora in family.teacher_loras:  # parts of the teacher, below the student
+        lines += [f"pipe.load_lora_weights({lora!r})", "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
+    call = "".join(f"    {key}={value!r},\n" for key, value in contract.call.items())
+    lines += [
+        "pipe.load_lora_weights(student)",
+        f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")',
+        "",
+        f'image = pipe(\n    "red apple",\n{call}    generator=torch.manual_seed(0),\n).images[0]',
+        'image.save("student.png")',
+    ]
+    return "\n".join(lines)
+
+
+def licence_of(family: Family) -> str | None:
+    """The licence that the teacher's own model card names; None where there is no card, or none in it."""
+    where = family.location()
+    readme = Path(where) / "README.md"
+    if Path(where).exists() and not readme.exists():
+        return None
+    try:
+        # a local card is a file; anything else is a hub id
+        data = ModelCard.load(str(readme) if readme.exists() else where, ignore_metadata_errors=True).data
+    except (OSError, ValueError, YAMLError) as error:
+        logger.warning("cannot read the licence in the model card of %s: %s", where, error)
+        return None
+    licence = data.get("license_name") if data.get("license") == "other" else data.get("license")
+    return ", ".join(licence) if isinstance(licence, list) else licence
+
+
+def is_non_commercial(licence: str) -> bool:
+    """Whether the identifier or name of a licence excludes commercial use, or allows nothing but research."""
+    words = re.sub(r"[\s_]+", "-", licence.lower())
+    return re.search(r"(^|[^a-z])nc($|[^a-z])|non-?commercial|research|academic", words) is not None
+
+
+def warn_of_licence(family: Family) -> None:
+    """Warn where the teacher, and with it every student, is not for commercial use."""
+    licence = licence_of(family)
+    if licence is not None and is_non_commercial(licence):
+        logger.warning(
+            "the licence of the teacher %s is %s, which excludes commercial use: students are derived from "
+            "their teacher, and fall under the same terms",
+            family.pretrained_teacher_model,
+            licence,
+        )

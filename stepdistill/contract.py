@@ -1,0 +1,184 @@
+"""The sampling contract of a student, `distill_config.json`.
+
+It holds what a pipeline must be told so that it visits exactly the noise levels that the student was trained
+on, and where the student comes from.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from stepdistill.errors import StudentError, problem
+from stepdistill.families.base import BUNDLED_NAMES, Family
+from stepdistill.prediction import Kind
+from stepdistill.schema import pick
+
+CONTRACT = "distill_config.json"
+SCHEMA = 1
+SAMPLED = 1024  # values of each tensor that the base's hash sees
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The LoRA in the folder. `strength` is the adapter weight to load it with; alpha is in its metadata."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """A comparison of the folder in a plain pipeline with the student in memory.
+
+    Args:
+        difference: largest difference of the final latents, over the largest absolute value of the teacher's.
+        tolerance: what it may be in `dtype`.
+        dtype: precision of the network in both; all other arithmetic is float32.
+        timesteps: what the plain pipeline passed to the network.
+        seed: of the starting noise.
+    """
+
+    difference: float
+    tolerance: float
+    dtype: str
+    timesteps: tuple[float, ...]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """`distill_config.json`: how a student is sampled, and where it comes from.
+
+    Args:
+        schema_version: of this format; another one is refused.
+        kind: what the folder holds.
+        method: class and hyper-parameters.
+        base_model: hub id, absolute path, or name of a bundled teacher.
+        base_hash: `base_hash` of the base in each precision that it may be loaded in, by name.
+        base_without: parts that this base lacks though its pipeline asks for them; they are passed as None.
+        family: class and arguments; `teacher` builds it.
+        prediction_type: of the network.
+        timesteps, sigmas: where each step starts, as trained, in the scheduler's time and as `sigma_t` of
+            `x_t = alpha_t x0 + sigma_t eps`.
+        clean: whether the last step returns x0; else it ends at time 0 of the table, which is still noisy.
+        scheduler: class (`_class_name`) and config.
+        call: keyword arguments of the pipeline's call.
+        guidance_scale: of `uncond + w (cond - uncond)`; 1 is none.
+        guidance_embedding: what a network with a guidance input is told; None where it has none.
+        guidance_range: the scales that an adapter takes; None where it takes none.
+        eta: share of each step that is noised again.
+        negative_prompt: whether negative prompts have an effect.
+        resolution: height and width in pixels.
+        dtype: precision of the base in training.
+        licence: of the base; None is unknown.
+        versions: of the libraries that wrote the folder.
+        proof: None where the folder was never compared with the trained student.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA
+    kind: Literal["lora"] = "lora"
+    method: dict[str, Any]
+    base_model: str
+    base_hash: dict[str, str]
+    base_without: tuple[str, ...]
+    family: dict[str, Any]
+    prediction_type: Kind
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    clean: bool
+    scheduler: dict[str, Any]
+    call: dict[str, Any]
+    guidance_scale: float
+    guidance_embedding: float | None = None
+    guidance_range: tuple[float, float] | None = None
+    eta: float
+    negative_prompt: bool
+    lora: Adapter
+    resolution: tuple[int, int]
+    dtype: str
+    licence: str | None
+    versions: dict[str, str]
+    proof: Proof | None = None
+
+
+FORMAT = TypeAdapter(Contract)
+
+
+def read_contract(folder: Path | str) -> Contract:
+    """The contract of a student folder. Raises StudentError where it is missing, broken or too new."""
+    path = Path(folder) / CONTRACT
+    todo = "give the output_dir of a finished run"
+    try:
+        text = path.read_text()
+        version = dict(json.loads(text)).get("schema_version")
+    except (OSError, ValueError, TypeError) as error:
+        why = f"it says how the student is sampled ({error})"
+        raise StudentError(problem(f"no readable {path}", "a sampling contract", why, todo)) from error
+    if version != SCHEMA:
+        why, todo = "its fields may mean other things", "install the stepdistill that wrote it"
+        raise StudentError(problem(f"schema version {version} in {path}", str(SCHEMA), why, todo))
+    try:
+        return FORMAT.validate_json(text, strict=True)
+    except ValidationError as error:
+        why = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise StudentError(problem(f"odd contents of {path}", "a sampling contract", why, todo)) from error
+
+
+def save(folder: Path, contract: Contract) -> None:
+    """Write the contract into a student folder."""
+    (folder / CONTRACT).write_bytes(FORMAT.dump_json(contract, indent=1) + b"\n")
+
+
+def teacher(contract: Contract) -> Family:
+    """The family that a contract names, with its arguments. Raises ConfigError where there is none such."""
+    node = dict(contract.family)
+    family: type[Family] = pick([Family], node.pop("type", None))
+    return TypeAdapter(family).validate_python(node)
+
+
+def missing(pipe: DiffusionPipeline) -> tuple[str, ...]:
+    """Parts that the pipeline's class demands and this one lacks, such as SD3's largest text encoder."""
+    optional = pipe._optional_components
+    return tuple(name for name, part in pipe.components.items() if part is None and name not in optional)
+
+
+def absolute(family: Family) -> Family:
+    """The family with its local paths made absolute, so that they hold in any working directory."""
+
+    def path(text: str) -> str:
+        return str(Path(text).resolve()) if Path(text).exists() and text not in BUNDLED_NAMES else text
+
+    return replace(
+        family,
+        pretrained_teacher_model=path(family.pretrained_teacher_model),
+        single_file_config=path(family.single_file_config) if family.single_file_config else None,
+        teacher_loras=tuple(path(lora) for lora in family.teacher_loras),
+    )
+
+
+def base_hash(pipe: DiffusionPipeline, family: Family, dtype: torch.dtype = torch.float32) -> str:
+    """sha256 of the base's denoiser in `dtype`: names, shapes and some 1,024 spread values of every tensor.
+
+    Adapters on it do not count. A sample tells checkpoints apart and takes no time. Precision counts: weights
+    that were loaded in another one are compared by the hash of that one.
+    """
+    state = family.network(pipe).state_dict()
+    base = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
+    digest = sha256()
+    for key in sorted(base):
+        flat = base[key].detach().flatten()
+        some = flat[:: max(1, len(flat) // SAMPLED)].to("cpu", dtype).contiguous()
+        digest.update(f"{key} {tuple(base[key].shape)}".encode() + some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,121 @@
+"""The proof of a student folder: a plain pipeline with the folder draws what the student in memory draws."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from stepdistill.backbone import Backbone
+from stepdistill.contract import Contract, Proof
+from stepdistill.denoiser import Denoiser, guided
+from stepdistill.errors import StudentError, problem
+from stepdistill.families.base import Family
+from stepdistill.roles import TEACHER
+from stepdistill.sampling import Sampler, few_step
+
+PROMPTS = ("red apple", "")
+# half precision turns rounding in the seventh digit into rounding in the third, and the steps carry it on
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@torch.no_grad()
+def prove(
+    contract: Contract,
+    family: Family,
+    plain: DiffusionPipeline,
+    pipe: DiffusionPipeline,
+    backbone: Backbone,
+    role: str,
+    seed: int,
+) -> Proof:
+    """Sample the student in memory and the one in `plain` from the same noises; compare the final latents.
+
+    In half precision the networks run in it, and all other arithmetic is float32 on both sides.
+
+    Args:
+        plain: a pipeline of float32 weights that has loaded the student folder. It is spoilt for other use.
+        pipe: the pipeline that `backbone` belongs to.
+        seed: of the starting noise and of the fresh noise between steps.
+
+    Raises:
+        StudentError: the plain pipeline passes other timesteps to the network than the contract's.
+    """
+    parameter = next(backbone.net.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    plain.to(device)
+    plain.set_progress_bar_config(disable=True)
+    shape = family.latent_shape(plain, *contract.resolution)
+    noise = torch.randn(len(PROMPTS), *shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    half = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with half:
+        cond, null = family.condition(plain, PROMPTS), family.condition(plain, [""])
+    sampler = Sampler(contract.timesteps, contract.eta, contract.clean, contract.guidance_scale)
+    schedule, kind = family.schedule(pipe), family.kind(pipe)
+
+    def sample(name: str) -> Tensor:
+        denoiser = Denoiser(backbone, name, schedule, kind, family.call, dtype, grad=False)
+        with _seeded(seed, device):
+            return few_step(guided(denoiser, null, sampler.guidance_scale), schedule, sampler, noise, cond)
+
+    ours, taught = sample(role), sample(TEACHER)
+    visited = _watch(family.network(plain))
+    with half, _seeded(seed, device):
+        theirs = plain(  # pyright: ignore[reportCallIssue]
+            list(PROMPTS), latents=noise, output_type="latent", **contract.call
+        ).images
+    _compare(visited, contract.timesteps)
+    return Proof(
+        difference=((theirs - ours).abs().max() / taught.abs().max()).item(),
+        tolerance=TOLERANCE[dtype],
+        dtype=str(dtype).removeprefix("torch."),
+        timesteps=tuple(visited),
+        seed=seed,
+    )
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The global generator at `seed`, inside only.
+
+    Both samplers draw their fresh noise from it, in the same order: not every pipeline hands a generator on
+    to its scheduler (Stable Diffusion 3's does not).
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _watch(net: nn.Module) -> list[float]:
+    """A list that will hold the timestep of every call of `net`, whose output is float32 from now on."""
+    visited: list[float] = []
+    signature = inspect.signature(net.forward)
+
+    def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        visited.append(float(signature.bind(*args, **kwargs).arguments["timestep"].flatten()[0]))
+
+    def after(_: nn.Module, args: tuple, output: tuple) -> tuple:
+        return (output[0].float(),)  # or the scheduler would calculate in half precision, which ours does not
+
+    net.register_forward_pre_hook(before, with_kwargs=True)
+    net.register_forward_hook(after)
+    return visited
+
+
+def _compare(visited: Sequence[float], trained: Sequence[float]) -> None:
+    same = [math.isclose(a, b, rel_tol=1e-6) for a, b in zip(visited, trained, strict=False)]
+    if len(visited) != len(trained) or not all(same):
+        raise StudentError(
+            problem(
+                f"timesteps {list(visited)} in a plain pipeline",
+                f"{list(trained)}, those of training",
+                "the student is good at the noise levels that it was trained on, and at no others",
+                "correct `call` in distill_config.json and the scheduler, or the family that wrote them",
+            )
+        )

@@ -1,0 +1,241 @@
+"""Roles on one backbone are separate networks, bit for bit; and the hazards of switching are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from tiny import FAMILIES, awake, backbone, batch, pipeline, play
+from torch import nn
+
+from stepdistill.backbone import Backbone
+from stepdistill.denoiser import guided
+from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.consistency import Consistency
+from stepdistill.roles import TEACHER, Copy, Ema, Lora, Module, Role
+
+LCM = Consistency(num_ddim_timesteps=10, guidance_scale=3.0, ema_decay=0.9, target="ema", loss_type="l2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversarial(Method):
+    """Two trained roles and the teacher: a critic learns to score what the student makes, and the reverse.
+
+    The student's gradient goes through the critic, in two phases.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"latents"})
+
+    def roles(self) -> dict[str, Role]:
+        return {"student": Lora(), "fake": Lora()}
+
+    def exported(self) -> str:
+        return "student"
+
+    def sampler(self, schedule, steps=None):
+        raise AssertionError
+
+    def check(self, schedule) -> None:
+        pass
+
+    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+        t = torch.full((len(batch.index),), 500.0)
+        teacher = guided(play.denoiser(TEACHER), play.null, 2.0)
+        xg = play.denoiser("student")(batch.latents, t, batch.cond).x0
+        xd = xg.detach().requires_grad_()
+        x_t = play.schedule.add_noise(xd, play.noise(batch, "score"), t)
+        with torch.no_grad():
+            real = teacher(x_t, t, batch.cond).x0
+        gap = play.denoiser("fake").frozen()(x_t, t, batch.cond).x0 - real
+        (v,) = torch.autograd.grad(gap.square().mean(), xd)
+        yield Update(("student",), (xg * v).sum())
+        x_t = play.schedule.add_noise(xd.detach(), play.noise(batch, "critic"), t)
+        fake = play.denoiser("fake")(x_t, t, batch.cond)
+        yield Update(("fake",), (fake.x0 - xd.detach()).square().mean())
+
+
+def gradients(method: Method, name: str, pipe, bones, micro_batches: int) -> dict[str, torch.Tensor]:
+    """Each update's gradients of its roles, as the trainer gathers them."""
+    batches = [batch(name, pipe, first=2 * k) for k in range(micro_batches)]
+    turns = [method.updates(play(name, pipe, bones), part, 0) for part in batches]
+    found: dict[str, torch.Tensor] = {}
+    number = 0
+    while True:
+        roles: tuple[str, ...] = ()
+        for turn in turns:
+            update = next(turn, None)
+            if update is not None:
+                (update.loss / micro_batches).backward()
+                roles = update.roles
+        if not roles:
+            return found
+        for role in roles:
+            bone = bones if isinstance(bones, Backbone) else bones[role]
+            for key, p in bone.parameters_of(role).items():
+                found[f"{number}/{role}/{key}"] = p.grad.clone()
+        for bone in [bones] if isinstance(bones, Backbone) else bones.values():
+            for p in bone.parameters():
+                p.grad = None
+        number += 1
+
+
+def shared_and_separate(method: Method, name: str, checkpointing: bool):
+    pipe = pipeline(name)
+    net = FAMILIES[name].network(pipe)
+    separate = {TEACHER: backbone(name, _with(pipe, name, deepcopy(net)))}
+    for role in method.roles():
+        separate[role] = backbone(name, _with(pipe, name, deepcopy(net)))
+    shared = backbone(name, pipe)
+    for role, kind in method.roles().items():
+        shared.add(role, kind)
+        awake(shared, role)
+        separate[role].add(role, Lora())  # an average is only read here
+        separate[role].load_state(role, shared.state(role))
+    if checkpointing:
+        for bone in [shared, *separate.values()]:
+            bone.enable_checkpointing()
+    return pipe, shared, separate
+
+
+def _with(pipe, name: str, net: nn.Module):
+    other = deepcopy(pipe)
+    other.register_modules(**{FAMILIES[name].network_name: net})
+    return other
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("method", [LCM, Adversarial()], ids=["lcm", "adversarial"])
+def test_roles_equal_copies(method, name, micro_batches, checkpointing):
+    pipe, shared, separate = shared_and_separate(method, name, checkpointing)
+    ours = gradients(method, name, pipe, shared, micro_batches)
+    theirs = gradients(method, name, pipe, separate, micro_batches)
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert all(value.abs().sum() > 0 for value in ours.values())
+
+
+def test_switching_away_before_backward_loses_no_gradient():
+    """PEFT's own switch would: T7, T8 and T9 of the users' study."""
+    for checkpointing in (False, True):
+        pipe = pipeline("sd")
+        bone = backbone("sd", pipe)
+        bone.add("student", Lora())
+        bone.add("fake", Lora())
+        awake(bone, "student")
+        if checkpointing:
+            bone.enable_checkpointing()
+        part, scene = batch("sd", pipe), play("sd", pipe, bone)
+        t = torch.full((2,), 300.0)
+        loss = scene.denoiser("student")(part.latents, t, part.cond).x0.square().mean()
+        with torch.no_grad():
+            scene.denoiser(TEACHER)(part.latents, t, part.cond)
+            scene.denoiser("fake")(part.latents, t, part.cond)
+        with bone.use("fake"):
+            loss.backward()
+        assert all(p.grad is not None for p in bone.parameters_of("student").values())
+        assert all(p.grad is None for p in bone.parameters_of("fake").values())
+        assert all(p.requires_grad for r in ("student", "fake") for p in bone.parameters_of(r).values())
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_a_lora_begins_as_the_teacher_and_the_teacher_stays(name):
+    pipe = pipeline(name)
+    part = batch(name, pipe)
+    t = torch.full((2,), 700.0)
+    net = FAMILIES[name].network(pipe)
+    with torch.no_grad():
+        plain = FAMILIES[name].call(net, part.latents, t, part.cond)
+    bone = backbone(name, pipe)
+    bone.add("student", Lora())
+
+    def call(role):
+        with torch.no_grad(), bone.use(role) as own:
+            return FAMILIES[name].call(own, part.latents, t, part.cond)
+
+    assert torch.equal(call("student"), plain) and torch.equal(call(TEACHER), plain)
+    awake(bone, "student")
+    assert torch.equal(call(TEACHER), plain)
+    assert not torch.allclose(call("student"), plain, atol=1e-3)
+
+
+def test_frozen_gives_gradients_to_inputs_only():
+    pipe = pipeline("sd")
+    bone = backbone("sd", pipe)
+    bone.add("fake", Lora())
+    awake(bone, "fake")
+    for checkpointing in (False, True):
+        if checkpointing:
+            bone.enable_checkpointing()
+        part = batch("sd", pipe)
+        x = part.latents.clone().requires_grad_()
+        play("sd", pipe, bone).denoiser("fake").frozen()(x, torch.full((2,), 300.0), part.cond).x0.sum().backward()
+        assert x.grad is not None and x.grad.abs().sum() > 0
+        assert all(p.grad is None and p.requires_grad for p in bone.parameters_of("fake").values())
+
+
+def test_use_restores_everything_after_an_error():
+    bone = backbone("sd", pipeline("sd"))
+    bone.add("student", Lora())
+    with pytest.raises(RuntimeError, match="inside"), bone.use("student", grad=False):
+        raise RuntimeError("inside")
+    assert bone._current == (TEACHER, True)
+    assert all(p.requires_grad for p in bone.parameters_of("student").values())
+
+
+def test_average_moves_once_and_only_with_its_source():
+    bone = backbone("sd", pipeline("sd"))
+    bone.add("student", Lora())
+    bone.add("ema", Ema("student", 0.75))
+    assert not any(p.requires_grad for p in bone.parameters_of("ema").values())
+    before = {key: p.clone() for key, p in bone.state("ema").items()}
+    awake(bone, "student", 1.0)
+    bone.average(["fake"])
+    assert all(torch.equal(before[key], p) for key, p in bone.state("ema").items())
+    bone.average(["student"])
+    for key, value in bone.state("student").items():
+        torch.testing.assert_close(bone.state("ema")[key], 0.75 * before[key] + 0.25 * value)
+
+
+def test_copies_and_modules_are_roles_too():
+    pipe = pipeline("sd")
+    bone = backbone("sd", pipe)
+    bone.add("student", Copy())
+    bone.add("ema", Ema("student", 0.5))
+    bone.add("head", Module(lambda: nn.Linear(3, 1)))
+    part, scene = batch("sd", pipe), play("sd", pipe, bone)
+    t = torch.full((2,), 300.0)
+    student, teacher = (scene.denoiser(r)(part.latents, t, part.cond).x0 for r in ("student", TEACHER))
+    assert torch.equal(student, teacher)
+    student.sum().backward()
+    assert all(p.grad is not None for p in bone.parameters_of("student").values())
+    assert len(bone.parameters_of("head")) == 2 and all(p.requires_grad for p in bone.parameters_of("head").values())
+    assert bone.parameters_of(TEACHER) == {}
+
+
+def test_initial_weights_depend_on_seed_and_name_only():
+    first, second = (backbone("sd", pipeline("sd")) for _ in range(2))
+    first.add("student", Lora())
+    torch.rand(7)
+    second.add("other", Lora())
+    second.add("student", Lora())
+    one, two = first.state("student"), second.state("student")
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    other = second.state("other")
+    assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+def test_misuse_says_what_is_wrong():
+    bone = backbone("sd", pipeline("sd"))
+    bone.add("student", Lora())
+    with pytest.raises(ValueError, match="exists already"):
+        bone.add("student", Lora())
+    with pytest.raises(ValueError, match="not declared before"):
+        bone.add("ema", Ema("nobody", 0.9))
+    with pytest.raises(ValueError, match="names differ"):
+        bone.load_state("student", {})

@@ -1,0 +1,293 @@
+"""The loop's promises: accumulation, processes and resume change nothing; bad ends lose nothing."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import awake, backbone, batch, pipeline, play
+
+from stepdistill import checkpoint, trainer
+from stepdistill.config import to_yaml
+from stepdistill.data import Prompts, TeacherSamples
+from stepdistill.errors import CheckpointError, ConfigError, NonFiniteLoss, StepdistillError
+from stepdistill.families.sd import StableDiffusion
+from stepdistill.methods.base import Update
+from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.regression import Regression
+from stepdistill.roles import Lora, LoraSpec
+from stepdistill.run import Run, distill
+from stepdistill.schema import Factory
+from stepdistill.spec import TrainSpec
+
+LCM = Consistency(num_ddim_timesteps=10, guidance_scale=3.0, ema_decay=0.9, loss_type="l2")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    pipeline("sd").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("samples") / "kept"
+
+
+def make(teacher: Path, samples: Path, out: Path, method=LCM, **train) -> Run:
+    given = {
+        "output_dir": str(out),
+        "max_train_steps": 4,
+        "train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "checkpointing_steps": 1,
+        "teacher_steps": 5,
+    }
+    return Run(
+        family=StableDiffusion(pretrained_teacher_model=str(teacher)),
+        method=method,
+        data=TeacherSamples(
+            source=Prompts(prompts=("red apple", "rose", "octopus")),
+            folder=str(samples),
+            count=16,
+            num_inference_steps=2,
+            guidance_scale=3.0,
+        ),
+        lora=LoraSpec(rank=4),
+        train=TrainSpec(**(given | train)),
+    )
+
+
+def weights(out: Path, step: int = 4, role: str = "student") -> torch.Tensor:
+    state = load_file(out / f"checkpoint-{step}" / f"{role}.safetensors")
+    return torch.cat([value.flatten() for _, value in sorted(state.items())])
+
+
+@pytest.fixture(scope="module")
+def whole(teacher, samples, tmp_path_factory) -> Path:
+    """A run of four steps from beginning to end."""
+    return distill(make(teacher, samples, tmp_path_factory.mktemp("whole") / "out"))
+
+
+def test_a_run_leaves_a_student_folder(whole):
+    names = {file.name for file in whole.iterdir()}
+    expected = {"pytorch_lora_weights.safetensors", "distill_config.json", "scheduler", "README.md", "config.yaml"}
+    assert expected | {"metrics.jsonl", "checkpoint-1", "checkpoint-4"} <= names
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all({"loss", "lr", "grad_norm/student"} <= row.keys() for row in rows)
+
+
+def test_resume_is_bit_for_bit(teacher, samples, whole, tmp_path):
+    """4 steps = 2 + resume + 2: weights, averages, optimizer and metrics."""
+    out = tmp_path / "out"
+    distill(make(teacher, samples, out, max_train_steps=2))
+    distill(make(teacher, samples, out, resume_from_checkpoint="latest"))
+    for role in ("student", "ema"):
+        assert torch.equal(weights(out, 4, role), weights(whole, 4, role))
+    ours, theirs = (torch.load(f / "checkpoint-4" / "optimizers.pt", weights_only=True) for f in (out, whole))
+    for key, state in theirs["student"]["optimizer"]["state"].items():
+        assert all(torch.equal(value, ours["student"]["optimizer"]["state"][key][name]) for name, value in state.items())
+    losses = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (out, whole)]
+    assert losses[0] == losses[1]
+
+
+# regression, whose error is of the latents' own size: LCM's at the start is a small difference of two outputs, and
+# single precision leaves 3e-6 of it
+REGRESSION = Regression(num_inference_steps=2)
+
+
+@pytest.fixture(scope="module")
+def regressed(teacher, samples, tmp_path_factory) -> Path:
+    """Two steps of regression by one process in one batch."""
+    out = tmp_path_factory.mktemp("regressed") / "out"
+    return distill(make(teacher, samples, out, REGRESSION, max_train_steps=2))
+
+
+def test_accumulation_changes_nothing(teacher, samples, regressed, tmp_path):
+    split = {"train_batch_size": 1, "gradient_accumulation_steps": 4, "max_train_steps": 2}
+    _same_gradients(distill(make(teacher, samples, tmp_path / "out", REGRESSION, **split)), regressed)
+
+
+@pytest.mark.slow
+def test_two_processes_change_nothing(teacher, samples, regressed, tmp_path):
+    run = make(teacher, samples, tmp_path / "out", REGRESSION, train_batch_size=2, max_train_steps=2)
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(run))
+    launch = Path(__file__).parent.parent / "configs" / "accelerate" / "two_processes_cpu.yaml"
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(launch)]
+    done = subprocess.run([*command, "-m", "stepdistill", "train", str(file)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _same_gradients(tmp_path / "out", regressed)
+
+
+def _same_gradients(ours: Path, theirs: Path) -> None:
+    """Adam's first moments: after one step the gradient itself, after two also that of what the first step made."""
+    for step in (1, 2):
+        one, two = (
+            torch.cat([value["exp_avg"].flatten() for value in state["student"]["optimizer"]["state"].values()])
+            for f in (ours, theirs)
+            for state in [torch.load(f / f"checkpoint-{step}" / "optimizers.pt", weights_only=True)]
+        )
+        assert (one - two).norm() <= 1e-6 * two.norm(), (step, (one - two).norm() / two.norm())
+
+
+def test_micro_batches_keep_no_graph(monkeypatch):
+    """The graph of one micro-batch is gone before the next is built."""
+    pipe = pipeline("sd")
+    team = trainer.Team(backbone("sd", pipe))
+    team.backbone.add("student", Lora())
+    awake(team.backbone, "student")
+    team.optimizers["student"] = torch.optim.SGD(list(team.params("student").values()), lr=0.0)
+    team.schedulers["student"] = torch.optim.lr_scheduler.ConstantLR(team.optimizers["student"])
+    alive: list[int] = []
+
+    class Counting:
+        def updates(self, scene, part, step):
+            gc.collect()
+            alive.append(sum(isinstance(o, torch.Tensor) and o.grad_fn is not None for o in gc.get_objects()))
+            yield from replace(LCM, ema_decay=None).updates(scene, part, step)
+
+    loop = trainer.Loop(
+        method=Counting(),  # pyright: ignore
+        team=team,
+        spec=TrainSpec(output_dir="unused"),
+        play=lambda step: play("sd", pipe, team.backbone, step),
+        batches=iter(()),
+        logs=None,  # pyright: ignore
+        validate=lambda step: None,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        facts={},
+        device=torch.device("cpu"),
+    )
+    loop.one_step(0, [batch("sd", pipe, first=2 * k) for k in range(4)], {"student": 0})
+    # what is left is the suspended generator's own loss and output, whose buffers backward has freed
+    assert all(after - before <= 4 for before, after in zip(alive[:-1], alive[1:], strict=True)), alive
+
+
+class Poisoned(Regression):
+    """Its loss is not a number in the third step."""
+
+    def updates(self, play, batch, step):
+        for update in Regression.updates(self, play, batch, step):
+            yield Update(update.roles, update.loss * (float("nan") if step == 2 else 1.0), update.logs)
+
+
+def test_a_non_finite_loss_stops_and_saves(teacher, samples, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(NonFiniteLoss, match="step 3.*student"):
+        distill(make(teacher, samples, out, Poisoned(num_inference_steps=2), checkpointing_steps=None))
+    assert checkpoint.broken(out / "checkpoint-2") is None
+    assert torch.load(out / "non_finite.pt", weights_only=True)["step"] == 2
+    assert torch.isfinite(weights(out, 2)).all()
+
+
+class Interrupted(Regression):
+    """A signal arrives in its second step."""
+
+    def updates(self, play, batch, step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        yield from Regression.updates(self, play, batch, step)
+
+
+def test_a_signal_finishes_the_step_and_saves(teacher, samples, tmp_path):
+    out = tmp_path / "out"
+    distill(make(teacher, samples, out, Interrupted(num_inference_steps=2), checkpointing_steps=None))
+    assert [f.name for f in checkpoint.checkpoints(out)] == ["checkpoint-2"]
+    assert not (out / "pytorch_lora_weights.safetensors").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_signal_leaves_at_once():
+    stop = trainer.Stop()
+    stop(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop(signal.SIGINT, None)
+
+
+class Dead(Regression):
+    """Its loss does not reach the student."""
+
+    def updates(self, play, batch, step):
+        for update in Regression.updates(self, play, batch, step):
+            yield Update(update.roles, update.loss.detach().requires_grad_(), update.logs)
+
+
+def test_a_role_without_gradients_is_an_error(teacher, samples, tmp_path):
+    with pytest.raises(StepdistillError, match="no gradient for"):
+        distill(make(teacher, samples, tmp_path / "out", Dead()))
+
+
+def test_a_student_that_does_not_move_is_an_error(teacher, samples, tmp_path):
+    frozen = Factory("torch.optim.SGD", {"lr": 1e-30})
+    with pytest.raises(StepdistillError, match="did not move"):
+        distill(make(teacher, samples, tmp_path / "out", optimizer=frozen))
+
+
+def test_the_folder_of_another_run_is_refused(teacher, samples, whole):
+    with pytest.raises(ConfigError, match="holds another run.*resume_from_checkpoint"):
+        distill(make(teacher, samples, whole))
+
+
+def test_another_global_batch_cannot_resume(teacher, samples, whole):
+    with pytest.raises(ConfigError, match="global batch of 2"):
+        distill(make(teacher, samples, whole, train_batch_size=2, resume_from_checkpoint="latest"))
+
+
+def test_samples_of_other_settings_are_refused(teacher, samples, whole, tmp_path):
+    run = make(teacher, samples, tmp_path / "out")
+    with pytest.raises(StepdistillError, match="guidance_scale"):
+        distill(replace(run, data=replace(run.data, guidance_scale=5.0)))
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, step: int) -> None:
+    assert checkpoint.save(folder / f"checkpoint-{step}", {"student": {"a": torch.ones(3) * step}}, {}, {"step": step})
+
+
+def test_a_checkpoint_cut_short_is_passed_over(tmp_path, caplog):
+    for step in (5, 10):
+        save(tmp_path, step)
+    file = tmp_path / "checkpoint-10" / "student.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    assert checkpoint.find(tmp_path, "latest") == tmp_path / "checkpoint-5"
+    assert "checkpoint-10" in caplog.text and "not as it was written" in caplog.text
+    with pytest.raises(CheckpointError, match="checkpoint-10"):
+        checkpoint.find(tmp_path, "checkpoint-10")
+    (tmp_path / "checkpoint-5" / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="none of them whole"):
+        checkpoint.find(tmp_path, "latest")
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, caplog):
+    save(tmp_path, 5)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert not checkpoint.save(tmp_path / "checkpoint-10", {"student": {"a": torch.ones(3)}}, {}, {"step": 10})
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-5"] and "No space left" in caplog.text
+    assert checkpoint.find(tmp_path, "latest") == tmp_path / "checkpoint-5"
+
+
+def test_rotation_spares_the_source_of_a_resume(tmp_path):
+    for step in (5, 10, 100, 20):
+        save(tmp_path, step)
+    checkpoint.rotate(tmp_path, 2, tmp_path / "checkpoint-5")
+    assert [f.name for f in checkpoint.checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-20", "checkpoint-100"]
