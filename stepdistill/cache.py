@@ -51,9 +51,7 @@ class RowStore:
         files = sorted(folder.glob("*.safetensors")) if folder else []
         others = sum(not self._open(path) for path in files)
         if others:
-            logger.warning(
-                "ignoring %d cache files in %s: another model or data set made them", others, folder
-            )
+            logger.warning("ignoring %d cache files in %s: another model or data set made them", others, folder)
 
     def _open(self, path: Path) -> bool:
         """Take up a file's rows; False where its key is another."""
@@ -66,9 +64,7 @@ class RowStore:
         if metadata.get("key") != self.key:
             return False
         names = json.loads(metadata["names"])
-        self._stored.update(
-            {row: _Stored(file, n, names) for n, row in enumerate(json.loads(metadata["ids"]))}
-        )
+        self._stored.update({row: _Stored(file, n, names) for n, row in enumerate(json.loads(metadata["ids"]))})
         return True
 
     def missing(self, ids: Iterable[str]) -> list[str]:
@@ -80,9 +76,7 @@ class RowStore:
         for name, column in columns.items():
             if len(column) != len(ids):
                 got = f"{len(column)} rows of {name!r} for {len(ids)} inputs"
-                raise ValueError(
-                    problem(got, "one row an input", "rows are kept one by one", "correct the encoder")
-                )
+                raise ValueError(problem(got, "one row an input", "rows are kept one by one", "correct the encoder"))
         for n, row in enumerate(ids):
             # a clone, since a slice would keep the whole batch alive
             self._rows[row] = {name: column[n].detach().cpu().clone() for name, column in columns.items()}

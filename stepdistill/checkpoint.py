@@ -40,7 +40,9 @@ def _digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def save(folder: Path, roles: Mapping[str, Mapping[str, Tensor]], optimizers: Any, state: Mapping[str, Any]) -> bool:
+def save(
+    folder: Path, roles: Mapping[str, Mapping[str, Tensor]], optimizers: Mapping[str, object], state: Mapping[str, Any]
+) -> bool:
     """Write a checkpoint: each role's tensors, the optimizers' states, and plain facts.
 
     It appears under its name only when it is whole. Where the disk refuses, the part is removed, the older
@@ -51,7 +53,10 @@ def save(folder: Path, roles: Mapping[str, Mapping[str, Tensor]], optimizers: An
     try:
         part.mkdir(parents=True)
         for name, tensors in roles.items():
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part / f"{name}.safetensors")
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+                part / f"{name}.safetensors",
+            )
         torch.save(optimizers, part / "optimizers.pt")
         (part / "state.json").write_text(json.dumps(dict(state), indent=1))
         listed = {file.name: _digest(file) for file in sorted(part.iterdir())}

@@ -125,9 +125,7 @@ def _at(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _override(
-    schema: type, tree: DictConfig, overrides: Sequence[str], problems: list[str]
-) -> Mapping[str, Hint]:
+def _override(schema: type, tree: DictConfig, overrides: Sequence[str], problems: list[str]) -> Mapping[str, Hint]:
     """Put the overrides into `tree`, classes first: they decide which names there are. Returns the leaves."""
     classes = [text for text in overrides if re.match(r"[\w.]*\btype=", text)]
     for text in classes:

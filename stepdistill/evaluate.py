@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -28,7 +27,7 @@ class Row:
     """One way to sample: a scheduler and the keyword arguments of the pipeline's call."""
 
     name: str
-    scheduler: SchedulerMixin
+    scheduler: Any
     call: Mapping[str, Any]
 
 
@@ -38,7 +37,12 @@ def network_of(pipe: DiffusionPipeline) -> torch.nn.Module:
 
 
 def generate(
-    pipe: DiffusionPipeline, row: Row, prompts: Sequence[str], seed: int, batch: int = 64, progress: bool = False
+    pipe: DiffusionPipeline,
+    row: Row,
+    prompts: Sequence[str],
+    seed: int,
+    batch: int = 64,
+    progress: bool = False,
 ) -> tuple[Tensor, Cost]:
     """Pictures (N, 3, H, W) uint8 of the prompts, and what they cost.
 
@@ -46,15 +50,16 @@ def generate(
     neither the batch size nor the other prompts.
     """
     net = network_of(pipe)
-    side = net.config["sample_size"]
-    shape = (net.config["in_channels"], side, side)
+    config = pipe.components["unet" if "unet" in pipe.components else "transformer"].config
+    side = config["sample_size"]
+    shape = (config["in_channels"], side, side)
     pipe.scheduler = row.scheduler
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     with count_calls(net) as cost, torch.no_grad():
         for start in tqdm(range(0, len(prompts), batch), desc=row.name, disable=not progress, leave=False):
             ids = range(start, min(start + batch, len(prompts)))
-            made = pipe(
+            made = pipe(  # pyright: ignore[reportCallIssue]
                 [prompts[i] for i in ids],
                 latents=torch.stack([noise_of(seed, i, shape) for i in ids]).to(pipe.device),
                 generator=[torch.Generator().manual_seed(7_919 * seed + i) for i in ids],

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepdistill.cache import LatentCache, PromptCache
-from stepdistill.data import Sample, Source, Stream, loader
+from stepdistill.data import FixedCrops, Sample, Source, Stream, loader
 from stepdistill.denoiser import Condition
 from stepdistill.errors import ConfigError, problem
 from stepdistill.families.base import Family
@@ -67,6 +67,8 @@ class Feed:
         whole = size * parts * world
         # sample j of a global batch goes to one micro-batch of one process; which one changes nothing
         places = [list(range((rank * parts + part) * size, (rank * parts + part + 1) * size)) for part in range(parts)]
+        if spec.cache_latents and "images" in source.provides:
+            source = FixedCrops(source=source)  # else a latent would depend on where its picture came first
         stream = Stream(source, whole, spec.seed)
         folder = Path(spec.cache_dir) / "latents" if spec.cache_dir else None
         cache = LatentCache(folder, f"{self.digest}/{source.digest()}") if spec.cache_latents else None
@@ -88,8 +90,7 @@ class Feed:
         if latents is not None:
             shape = tuple(latents.shape[1:])
         else:
-            net = self.family.network(self.pipe)
-            pixels = side or net.config["sample_size"] * self.pipe.vae_scale_factor
+            pixels = side or self.family.native_side(self.pipe)
             shape = self.family.latent_shape(self.pipe, pixels, pixels)
         noise = None if first.noise is None else torch.stack([s.noise for s in samples if s.noise is not None])
         return Batch(tuple(index), cond, shape, _to(latents, self.device), _to(noise, self.device))

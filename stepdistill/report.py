@@ -49,7 +49,11 @@ def student_row(run: Run, pipe: DiffusionPipeline, steps: int) -> Row:
     """The student in `steps` steps, by a stock scheduler."""
     sampler = run.method.sampler(run.family.schedule(pipe), steps)
     scheduler, call = run.family.scheduler(pipe, sampler)
-    return Row(f"student, {steps} step{'s' * (steps > 1)}", scheduler, call | {"guidance_scale": sampler.guidance_scale})
+    return Row(
+        f"student, {steps} step{'s' * (steps > 1)}",
+        scheduler,
+        call | {"guidance_scale": sampler.guidance_scale},
+    )
 
 
 def finish(stage: Stage, logs: Logs) -> None:
@@ -76,8 +80,10 @@ def finish(stage: Stage, logs: Logs) -> None:
         pipe.to(stage.accelerator.device)
     if spec.validation_prompts:
         prompts = list(spec.validation_prompts)
-        made = [(row.name.replace(", ", "\n"), generate(pipe, row, prompts, spec.validation_seed)[0])
-                for pipe, row in ((teacher, full), (teacher, few), *((plain, row) for row in rows))]
+        made = [
+            (row.name.replace(", ", "\n"), generate(pipe, row, prompts, spec.validation_seed)[0])
+            for pipe, row in ((teacher, full), (teacher, few), *((plain, row) for row in rows))
+        ]
         scale = max(1, 96 // made[0][1].shape[-1])
         grid(made, prompts, scale).save(out / "samples" / "grid.png")
     summary: dict[str, Any] = {"proof": difference}
@@ -93,9 +99,7 @@ def finish(stage: Stage, logs: Logs) -> None:
 
 
 def _resolution(stage: Stage) -> tuple[int, int]:
-    side = stage.run.train.resolution or (
-        stage.run.family.network(stage.pipe).config["sample_size"] * stage.pipe.vae_scale_factor
-    )
+    side = stage.run.train.resolution or stage.run.family.native_side(stage.pipe)
     return side, side
 
 
@@ -112,7 +116,12 @@ def measure(
     n = min(run.train.eval_samples, len(reference.prompts))
     ref, floor = (reference.features[key][:n] for key in ("reference", "floor"))
     prompts, features = reference.prompts[:n], EfficientNetLite0()
-    found: dict[str, Any] = {"schema": "stepdistill.eval/0", "n": n, "features": features.id, **reference.facts}
+    found: dict[str, Any] = {
+        "schema": "stepdistill.eval/0",
+        "n": n,
+        "features": features.id,
+        **reference.facts,
+    }
     found["rows"] = []
     for pipe, row in [(teacher, taught["few"]), *((plain, row) for row in rows)]:
         images, cost = generate(pipe, row, prompts, SEED_B, progress=True)
@@ -129,8 +138,16 @@ def measure(
             }
         )
     images, cost = generate(teacher, taught["full"], prompts[:64], SEED_B)
-    found["rows"].insert(0, {"name": taught["full"].name, "excess": {"value": 0.0}, "calls": cost.calls,
-                             "nfe": cost.rows / len(images), "seconds_per_image": cost.seconds / len(images)})
+    found["rows"].insert(
+        0,
+        {
+            "name": taught["full"].name,
+            "excess": {"value": 0.0},
+            "calls": cost.calls,
+            "nfe": cost.rows / len(images),
+            "seconds_per_image": cost.seconds / len(images),
+        },
+    )
     found["created"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     found["torch"] = torch.__version__
     return found

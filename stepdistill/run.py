@@ -132,7 +132,7 @@ def _divisor(steps: int) -> int:
 
 def latent_shape(run: Run, pipe: DiffusionPipeline) -> tuple[int, ...]:
     """(C, H, W) of latents where no picture says so."""
-    side = run.train.resolution or run.family.network(pipe).config["sample_size"] * pipe.vae_scale_factor
+    side = run.train.resolution or run.family.native_side(pipe)
     return run.family.latent_shape(pipe, side, side)
 
 
@@ -154,7 +154,12 @@ def check(run: Run) -> None:
         )
     if spec.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
         raise ConfigError(
-            problem("xformers attention without CUDA", "a CUDA device", "xformers has no kernel here", "switch it off")
+            problem(
+                "xformers attention without CUDA",
+                "a CUDA device",
+                "xformers has no kernel here",
+                "switch it off",
+            )
         )
 
 

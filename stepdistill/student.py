@@ -7,13 +7,11 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import peft
 import torch
-import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from pydantic import TypeAdapter
@@ -47,6 +45,7 @@ from stepdistill.schema import dotted, locate
 
 logger = logging.getLogger(__name__)
 WEIGHTS = "pytorch_lora_weights.safetensors"
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
 def write(
@@ -144,13 +143,11 @@ def _contract(
         guidance_scale=scale,
         eta=sampler.eta,
         negative_prompt=scale > 1,
-        lora=Adapter(
-            rank=lora["r"], alpha=float(lora["lora_alpha"]), target_modules=tuple(lora["target_modules"])
-        ),
+        lora=Adapter(rank=lora["r"], alpha=float(lora["lora_alpha"]), target_modules=tuple(lora["target_modules"])),
         resolution=resolution,
         dtype="float32",
         licence=None,
-        versions={m.__name__: m.__version__ for m in (stepdistill, torch, diffusers, transformers, peft)},
+        versions={"stepdistill": stepdistill.__version__} | {name: version(name) for name in LIBRARIES},
     )
 
 
@@ -220,9 +217,7 @@ def load_student(
     return dict(contract.call)
 
 
-def _load(
-    pipe: DiffusionPipeline, folder: Path, contract: Contract, family: Family, adapter_name: str
-) -> None:
+def _load(pipe: DiffusionPipeline, folder: Path, contract: Contract, family: Family, adapter_name: str) -> None:
     net: Any = family.network(pipe)
     loader: Any = pipe  # LoRA loading is a mixin of the pipeline's class
     active = list(net.active_adapters()) if family.network_name in loader.get_list_adapters() else []
@@ -288,8 +283,6 @@ def start_from(backbone: Backbone, source: str, family: Family, role: str = "stu
     config = backbone.lora_config(role)
     ratio = scale * config["r"] / config["lora_alpha"]
     state = {key: value * ratio if ".lora_B." in key else value for key, value in state.items()}
-    averages = [
-        key for key, other in backbone.declared.items() if isinstance(other, Ema) and other.of == role
-    ]
+    averages = [key for key, other in backbone.declared.items() if isinstance(other, Ema) and other.of == role]
     for name in [role, *averages]:
         _load_state(backbone, name, state, path)

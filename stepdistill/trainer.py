@@ -144,9 +144,7 @@ class Loop:
     def fit(self) -> bool:
         """Train to `max_train_steps`; False where a signal ended it before (a checkpoint is then written)."""
         spec, rank = self.spec, distributed.world()[0]
-        bar = tqdm(
-            total=spec.max_train_steps, initial=self.start, desc="Steps", disable=rank > 0, dynamic_ncols=True
-        )
+        bar = tqdm(total=spec.max_train_steps, initial=self.start, desc="Steps", disable=rank > 0, dynamic_ncols=True)
         before, stepped = self.team.fingerprint(), dict.fromkeys(self.team.optimizers, 0)
         with Stop().listening() as stop, bar:
             for step in range(self.start, spec.max_train_steps):
@@ -221,7 +219,7 @@ class Loop:
             norm = nn.utils.clip_grad_norm_(list(params.values()), self.spec.max_grad_norm or float("inf"))
             self.scaler.step(optimizer)
             values[f"grad_norm/{role}"] = norm.item()
-            values["lr"] = self.team.schedulers[role].get_last_lr()[0]
+            values["lr"] = float(self.team.schedulers[role].get_last_lr()[0])
         self.scaler.update()
         self.team.backbone.average(roles)
         self.team.zero()

@@ -115,9 +115,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     part = locate("toy.base.Part")
     lora = field(default_factory=lambda: Lora(rank=5))
     parts = [(key, part) for key in ("family", "method", "data")]
-    run_class = make_dataclass(
-        "Run", [*parts, ("train", Train), ("lora", Lora, lora)], frozen=True, kw_only=True
-    )
+    run_class = make_dataclass("Run", [*parts, ("train", Train), ("lora", Lora, lora)], frozen=True, kw_only=True)
     calls: list[tuple[str, object]] = []
 
     def distill(run: object) -> Path:

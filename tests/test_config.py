@@ -340,9 +340,7 @@ def test_overrides_by_path_by_leaf_and_alone(write) -> None:
     assert run.lora == Lora(roles={"fake": Lora(rank=3)})
     assert load(Run, path, ["--allow_tf32", "false"]).train.allow_tf32 is False
     assert load(Run, path, ["--compile", "--max_train_steps", "7"]).train.compile is True
-    assert load(Run, path, ["--train.seed", "-4", "seed=2", "seed=3"]) == load(
-        Run, path, ["train.seed=-4", "seed=3"]
-    )
+    assert load(Run, path, ["--train.seed", "-4", "seed=2", "seed=3"]) == load(Run, path, ["train.seed=-4", "seed=3"])
     assert load(Run, None, [f"noise.type={HERE}.Table", "--output_dir", "a"]).train.output_dir == Path("a")
 
 

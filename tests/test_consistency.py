@@ -18,9 +18,11 @@ from oracles.play import (
     Network,
     affine,
     column,
+    consistency,
     product,
     stable_diffusion,
     sweep,
+    teacher_table,
     update,
 )
 from torch import Tensor
@@ -165,9 +167,7 @@ def test_ends_stay_in_the_segment_and_meet_each_time_equally():
             assert tscd.ends(torch.full((count,), i), chance, segments).tolist() == list(range(lowest, i + 1))
             largest = torch.tensor([0.0, 1 - 2**-24])  # what a float32 draw can be
             assert tscd.ends(torch.full((2,), i), largest, segments).tolist() == [lowest, i]
-            assert consistency("edge", segments).ends(torch.tensor([i]), largest[1:], segments).tolist() == [
-                lowest
-            ]
+            assert consistency("edge", segments).ends(torch.tensor([i]), largest[1:], segments).tolist() == [lowest]
 
 
 def test_stages_follow_each_other():
@@ -217,3 +217,22 @@ def test_phases_begin_where_ddim_steps(n, phases):
 def test_segments_that_do_not_divide_the_grid_are_refused(n, segments):
     with pytest.raises(ValueError, match=f"do not divide num_ddim_timesteps {n}"):
         Consistency(end="edge", segments=segments, stage_steps=1, num_ddim_timesteps=n)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"segments": (2,), "end": "clean"}, "one segment"),
+        ({"segments": (2, 1), "end": "any"}, "stage_steps"),
+        ({"target": "ema", "ema_decay": None}, "ema_decay"),
+        ({"eta": 1.5}, r"\[0, 1\]"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(wrong, match):
+    with pytest.raises(ValueError, match=match):
+        Consistency(**wrong)
+
+
+def test_a_grid_that_the_table_does_not_hold_is_refused_before_training():
+    with pytest.raises(ValueError, match="does not divide the table's 1000 entries"):
+        Consistency(num_ddim_timesteps=48).check(SD)

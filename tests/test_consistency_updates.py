@@ -18,6 +18,7 @@ from oracles.play import (
     column,
     consistency,
     every_step,
+    joined,
     product,
     solved,
     stable_diffusion,
@@ -32,6 +33,7 @@ from stepdistill.methods.base import Batch, Play
 from stepdistill.methods.consistency import Consistency
 from stepdistill.prediction import Estimate
 from stepdistill.sampling import few_step, follow
+from stepdistill.schedule import DiscreteVP
 
 SD, MEAN, NULL, STD = stable_diffusion(), 0.7, -0.4, 0.6
 TEACHER = GaussianTeacher(SD, STD)
@@ -58,9 +60,7 @@ def test_as_many_segments_as_steps_leave_nothing_to_learn(end):
     assert at_the_start(consistency(end, 20, n=20, guidance_scale=2.0), 20)[0] > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("end", "segments"), [("clean", 1), ("any", 1), ("any", 10), ("edge", 1), ("edge", 10)]
-)
+@pytest.mark.parametrize(("end", "segments"), [("clean", 1), ("any", 1), ("any", 10), ("edge", 1), ("edge", 10)])
 def test_elsewhere_the_teacher_is_no_fixed_point(end, segments):
     loss, gradient = at_the_start(consistency(end, segments, n=20), segments)
     assert loss > 1e-6 and gradient > 1e-5
@@ -80,7 +80,7 @@ def test_the_rollout_is_the_fixed_point_for_two_modes(end, segments, name):
 
 
 def test_two_modes_stay_two():
-    """The ODE's quantile map, and the 50-step solver that LCM ends at; a mean-seeking student gives 0.54 always."""
+    """The ODE's quantile map, and the 50-step solver that LCM ends at; a mean-seeking one gives 0.54."""
     flow, lcm, x = Flow(), consistency(), column(-1.5, -0.2, 0.4, 2.0)
     teacher, solver = Mixture(flow), [-1.2076421, 0.7268602, 1.2003669, 2.0903927]
     close(teacher.ode_map(x, 1000.0, None).flatten(), [-1.2289427, 0.7278068, 1.2097080, 2.1226278], 1e-7)
@@ -97,9 +97,8 @@ def test_two_modes_stay_two():
 
 def prompts(method: Consistency, segments: int = 1) -> Rows:
     """Every grid step and end, for three prompts side by side."""
-    parts = [every_step(method, segments, mean) for mean in (MEAN, -1.3, 2.0)]
-    whole = (torch.cat([getattr(p, name) for p in parts]) for name in ("i", "x0", "eps", "mean", "chance"))
-    return replace(Rows(*whole), x0=torch.cat([p.mean for p in parts]))
+    rows = joined([every_step(method, segments, mean) for mean in (MEAN, -1.3, 2.0)])
+    return replace(rows, x0=rows.mean)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -107,9 +106,7 @@ def prompts(method: Consistency, segments: int = 1) -> Rows:
 def test_point_masses_are_fixed(end, segments, name):
     schedule, method = SCHEDULES[name], consistency(end, segments, n=20)
     point = Dirac(schedule)
-    assert (
-        update(method, schedule, {"teacher": point, "student": point}, prompts(method, segments)).loss < 1e-28
-    )
+    assert update(method, schedule, {"teacher": point, "student": point}, prompts(method, segments)).loss < 1e-28
 
 
 def test_swapped_prompts_are_noticed():
@@ -123,27 +120,23 @@ def test_swapped_prompts_are_noticed():
 
 
 def test_lcm_sees_a_point_masss_noise_at_its_first_step_only():
-    lcm = consistency(n=20)
+    lcm, roles = consistency(n=20), {"teacher": Dirac(SD), "student": Dirac(SD)}
     rows = prompts(lcm)
-    roles = {"teacher": Dirac(SD), "student": Dirac(SD)}
-    first = rows.i == 0
-    cut = [
-        Rows(*(getattr(rows, k)[m] for k in ("i", "x0", "eps", "mean", "chance"))) for m in (first, ~first)
-    ]
-    close(update(lcm, SD, roles, cut[0]).loss, levels(SD, 0.0)[1] ** 2, 2e-6)
-    assert update(lcm, SD, roles, cut[1]).loss < 1e-10
+    close(update(lcm, SD, roles, rows.where(rows.i == 0)).loss, levels(SD, 0.0)[1] ** 2, 2e-6)
+    assert update(lcm, SD, roles, rows.where(rows.i > 0)).loss < 1e-10
 
 
-def test_guidance_enters_where_the_target_is_the_solvers_state():
-    """With point masses, only samples that jump no further than the teacher's step see guidance at the start."""
-    method = consistency("any", n=20, guidance_scale=3.0)
-    roles = {"teacher": Dirac(SD), "student": Dirac(SD)}
+@pytest.mark.parametrize("end", ["clean", "any", "edge"])
+def test_guidance_enters_at_the_end_of_the_grid(end):
+    """At the start, with point masses, the first grid step of a flow alone shows the guided mean."""
+    schedule, method = Flow(), consistency(end, n=20, guidance_scale=3.0)
+    roles = {"teacher": Dirac(schedule), "student": Dirac(schedule)}
     rows = prompts(method)
-    ends = method.ends(rows.i, rows.chance, 1)
-    for here, seen in ((ends == rows.i, True), (ends < rows.i, False)):
-        part = Rows(*(getattr(rows, k)[here] for k in ("i", "x0", "eps", "mean", "chance")))
-        loss = update(method, SD, roles, part, null=NULL).loss
-        assert (loss > 1e-4) if seen else (loss < 1e-28)
+    ends = torch.zeros_like(rows.i) if end == "clean" else method.ends(rows.i, rows.chance, 1)
+    first, later = rows.where(rows.i == 0), rows.where((rows.i > 0) & (ends == 0))
+    shift = guided_mean(NULL, first.mean, 3.0) - first.mean
+    close(update(method, schedule, roles, first, null=NULL).loss, shift.square().mean(), 1e-3)
+    assert update(method, schedule, roles, later, null=NULL).loss < 1e-8
 
 
 # Guidance
@@ -178,10 +171,10 @@ def test_guidance_is_one_call_and_none_is_none():
 
     x, cond, null = column(0.1, 0.2), {"mean": column(MEAN, -1.0)}, {"mean": column(NULL)}
     assert guided(counted, null, 1) is counted
-    mixed = guided(counted, null, torch.tensor([1.0, 4.0]))(x, torch.tensor([499.0, 19.0]), cond)
+    mixed = guided(counted, null, column(1.0, 4.0).flatten())(x, column(499.0, 19.0).flatten(), cond)
     assert sizes == [(4, 4, 4)]
     for row, (t, mean) in enumerate(((499.0, MEAN), (19.0, guided_mean(NULL, -1.0, 4.0)))):
-        truth = TEACHER(x[row], torch.tensor([t]), {"mean": torch.tensor(mean)})
+        truth = TEACHER(x[row : row + 1], column(t).flatten(), {"mean": column(mean)})
         close([mixed.x0[row].item(), mixed.eps[row].item()], [truth.x0.item(), truth.eps.item()])
 
 
@@ -196,9 +189,7 @@ def production(seed: int = 0, step: int = 0) -> Play:
 
 def batch(first: int, size: int) -> Batch:
     index = tuple(range(first, first + size))
-    return Batch(
-        index, {"mean": torch.full((size, 1, 1, 1), MEAN)}, (1, 2, 2), latents=torch.ones(size, 1, 2, 2)
-    )
+    return Batch(index, {"mean": torch.full((size, 1, 1, 1), MEAN)}, (1, 2, 2), latents=torch.ones(size, 1, 2, 2))
 
 
 def test_the_scale_is_drawn_for_each_sample():
@@ -253,7 +244,7 @@ def test_the_target_carries_no_graph(end):
         torch.cat(torch.autograd.grad(update(method, SD, roles, rows).loss, (student.offset, student.slope)))
         for method in (own, other)
     ]
-    assert gradients[1].abs().max() > 1e-3
+    assert gradients[1].abs().max() > 1e-4
     close(gradients[0], gradients[1], 1e-15)
     loss = update(other, SD, roles, rows).loss
     assert torch.autograd.grad(loss, average.slope, allow_unused=True) == (None,)
@@ -273,8 +264,6 @@ def test_the_target_is_the_average_if_asked():
 
 
 def test_single_precision_is_the_same_update():
-    from stepdistill.schedule import DiscreteVP
-
     for end in ("clean", "any", "edge"):
         method = consistency(end, n=20, guidance_scale=7.5)
         rows = every_step(method, 1, MEAN)
@@ -289,22 +278,3 @@ def test_a_batch_without_latents_is_refused():
     bare = replace(batch(0, 2), latents=None)
     with pytest.raises(ValueError, match="the batch has none"):
         next(consistency().updates(production(), bare, 0))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "match"),
-    [
-        ({"segments": (2,), "end": "clean"}, "one segment"),
-        ({"segments": (2, 1), "end": "any"}, "stage_steps"),
-        ({"target": "ema", "ema_decay": None}, "ema_decay"),
-        ({"eta": 1.5}, r"\[0, 1\]"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(wrong, match):
-    with pytest.raises(ValueError, match=match):
-        Consistency(**wrong)
-
-
-def test_a_grid_that_the_table_does_not_hold_is_refused_before_training():
-    with pytest.raises(ValueError, match="does not divide the table's 1000 entries"):
-        Consistency(num_ddim_timesteps=48).check(SD)

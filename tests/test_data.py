@@ -138,9 +138,7 @@ def test_four_micro_batches_equal_four_processes_and_one_big_batch() -> None:
     micro = take(20, loader(stream, 0, [[0, 1], [2, 3], [4, 5], [6, 7]], 0, seed=7))
     ranks = [take(5, loader(stream, 0, [[2 * r, 2 * r + 1]], 0, seed=7)) for r in range(4)]
     for step in range(5):
-        alone = [
-            stream.source.sample(i, sample_rng(7, 8 * step + j)) for j, i in enumerate(stream.items(step))
-        ]
+        alone = [stream.source.sample(i, sample_rng(7, 8 * step + j)) for j, i in enumerate(stream.items(step))]
         expected = told(alone)
         assert told(whole[step]) == expected
         assert told([s for batch in micro[4 * step : 4 * step + 4] for s in batch]) == expected

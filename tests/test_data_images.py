@@ -124,9 +124,7 @@ def test_fixed_crops_depend_on_the_item_alone_and_captions_do_not(tmp_path: Path
     for source, kinds in ((moving, 30), (fixed, 1)):
         samples = [source.sample(2, sample_rng(0, position)) for position in range(30)]
         assert len({s.pixels.numpy().tobytes() for s in samples if s.pixels is not None}) >= kinds / 2
-        assert (len({s.pixels.numpy().tobytes() for s in samples if s.pixels is not None}) == 1) == (
-            kinds == 1
-        )
+        assert (len({s.pixels.numpy().tobytes() for s in samples if s.pixels is not None}) == 1) == (kinds == 1)
         assert {s.prompt for s in samples} == {"1", "2"}
         assert all(s.item == 2 for s in samples)
     assert fixed.buckets() == moving.buckets() and fixed.digest() != moving.digest()
@@ -169,9 +167,7 @@ def test_pictures_go_to_the_nearest_aspect_and_batches_have_one_shape(tmp_path: 
 # folders
 
 
-def test_captions_from_a_table_or_beside_the_pictures(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_captions_from_a_table_or_beside_the_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder(tmp_path / "sub", b=noise(8, 8))
     folder(tmp_path, a=noise(8, 8))
     folder(tmp_path / ".hidden", c=noise(8, 8))

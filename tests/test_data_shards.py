@@ -78,9 +78,7 @@ def test_random_access_equals_webdataset(tmp_path: Path, caplog: pytest.LogCaptu
     assert check(source, strict=True, workers=1).startswith("Shards: 6 samples, 6 usable")
 
 
-def test_a_shard_is_indexed_once_and_again_when_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_is_indexed_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = shard(tmp_path / "a.tar", x__png=encoded(noise(8, 8)), x__txt=b"one")
     source = Shards(train_shards_path_or_url=str(path), resolution=8)
     assert len(source) == 1

@@ -43,9 +43,7 @@ def test_prompts_from_every_kind_of_file(tmp_path: Path) -> None:
         ("p.pdf", "x", "a .txt, .csv or .jsonl file"),
     ],
 )
-def test_prompt_files_that_cannot_be_used(
-    tmp_path: Path, name: str, content: str | bytes | None, message: str
-) -> None:
+def test_prompt_files_that_cannot_be_used(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):

@@ -129,9 +129,7 @@ def test_scripts_hold_no_class(folder: str):
         assert not [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ClassDef)], file
 
 
-@pytest.mark.parametrize(
-    "config", found(ROOT / "configs", "**/*.yaml"), ids=lambda f: str(f.relative_to(ROOT))
-)
+@pytest.mark.parametrize("config", found(ROOT / "configs", "**/*.yaml"), ids=lambda f: str(f.relative_to(ROOT)))
 def test_config_opens_with_its_command(config: Path):
     first = config.read_text().splitlines()[0]
     assert re.match(r"# ([A-Z_]+=\S+ )?(accelerate launch|python) ", first), first

@@ -52,14 +52,10 @@ def test_between_entries_log_snr_is_linear():
 
 def test_outside_the_table_is_its_nearest_end():
     schedule = stable_diffusion()
-    close(
-        torch.stack(schedule(torch.tensor([-5.0, 1200.0]))), torch.stack(schedule(torch.tensor([0.0, 999.0])))
-    )
+    close(torch.stack(schedule(torch.tensor([-5.0, 1200.0]))), torch.stack(schedule(torch.tensor([0.0, 999.0]))))
 
 
-@pytest.mark.parametrize(
-    "schedule", [stable_diffusion(), Flow(1.0), Flow(3.0)], ids=["table", "flow", "shifted"]
-)
+@pytest.mark.parametrize("schedule", [stable_diffusion(), Flow(1.0), Flow(3.0)], ids=["table", "flow", "shifted"])
 def test_time_inverts_the_levels(schedule):
     t = torch.tensor([0.5, 3.0, 17.25, 500.0, 640.7, 999.0]).double()
     close(schedule.time(snr(schedule, t)), t, 1e-8)
@@ -82,9 +78,7 @@ def test_a_zero_terminal_snr_table_gives_no_nan():
     close([alpha_t[-1].item(), sigma_t[-1].item()], [0.0, 1.0], 0)
     log_snr = snr(schedule, t)
     close(schedule.time(log_snr)[[0, 1, 2, 4]], t[[0, 1, 2, 4]], 1e-8)
-    below = schedule.time(
-        log_snr[2].float() - torch.tensor([1e-6, 1.0, 10.0, torch.inf])
-    )  # below the last entry
+    below = schedule.time(log_snr[2].float() - torch.tensor([1e-6, 1.0, 10.0, torch.inf]))  # below the last entry
     assert below.isfinite().all() and (below >= 998).all() and (below.diff() >= 0).all()
 
 

@@ -23,9 +23,7 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         got = f"{path} with byte {error.object[error.start]:#04x} at offset {error.start}"
-        raise DataError(
-            problem(got, "UTF-8 text", "captions go to a tokenizer", "save it as UTF-8")
-        ) from None
+        raise DataError(problem(got, "UTF-8 text", "captions go to a tokenizer", "save it as UTF-8")) from None
     except OSError as error:
         why = error.strerror or str(error)
         raise DataError(problem(path, "a readable file", why, "check the path")) from None

@@ -67,9 +67,7 @@ class _Tally:
         usable = self.shapes.total()
         if self.sides:
             yield f"  pictures: shorter side {_spread(self.sides)} px; {self.enlarged} smaller than the crop"
-        shapes = [
-            f"{'x'.join(map(str, shape))}: {count}" for shape, count in self.shapes.most_common() if shape
-        ]
+        shapes = [f"{'x'.join(map(str, shape))}: {count}" for shape, count in self.shapes.most_common() if shape]
         if shapes:
             yield f"  shapes ({'C x h x w' if not self.sides else '3 x H x W'}): {', '.join(shapes)}"
         spread, empty = _spread(self.words), self.words.count(0)

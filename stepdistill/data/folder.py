@@ -40,18 +40,12 @@ class ImageFolder(ImageSource):
         names = _picture_names(folder)
         if not names:
             got = f"no {', '.join(IMAGE_SUFFIXES)} file below {folder}"
-            raise DataError(
-                problem(got, "pictures", "there is nothing to train on", "check data.train_data_dir")
-            )
+            raise DataError(problem(got, "pictures", "there is nothing to train on", "check data.train_data_dir"))
         tables = [folder / name for name in TABLES if (folder / name).exists()]
         if len(tables) > 1:
             got = f"both {TABLES[0]} and {TABLES[1]} in {folder}"
-            raise DataError(
-                problem(got, "one of them", "they may disagree", "remove the one that is out of date")
-            )
-        captions = (
-            _by_table(tables[0], names, self.caption_column) if tables else _by_text_files(folder, names)
-        )
+            raise DataError(problem(got, "one of them", "they may disagree", "remove the one that is out of date"))
+        captions = _by_table(tables[0], names, self.caption_column) if tables else _by_text_files(folder, names)
         return list(captions.items())[: self.max_train_samples]
 
     def __len__(self) -> int:
@@ -78,9 +72,7 @@ def _picture_names(folder: Path) -> list[str]:
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         pictures = (name for name in files if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES)
-        names += [
-            Path(place, name).relative_to(folder).as_posix() for name in pictures if not name.startswith(".")
-        ]
+        names += [Path(place, name).relative_to(folder).as_posix() for name in pictures if not name.startswith(".")]
     return sorted(names)
 
 
@@ -96,14 +88,10 @@ def _by_table(table: Path, names: list[str], caption_column: str) -> Captioned:
             raise DataError(problem(got, f"a picture below {table.parent}", why, "add it or remove the row"))
         if not captions:
             got = f"{where} ({name}) with {caption_column} {row[caption_column]!r}"
-            raise DataError(
-                problem(got, "a text or a list of texts", "every picture needs a caption", "write one")
-            )
+            raise DataError(problem(got, "a text or a list of texts", "every picture needs a caption", "write one"))
         captioned[name] = captioned.get(name, ()) + captions
     if not captioned:
-        raise DataError(
-            problem(f"no row in {table}", "one a picture", "there is nothing to train on", "fill it")
-        )
+        raise DataError(problem(f"no row in {table}", "one a picture", "there is nothing to train on", "fill it"))
     if len(captioned) < len(names):
         left = [name for name in names if name not in captioned]
         logger.warning("%d pictures have no row in %s and are left out, first %s", len(left), table, left[0])

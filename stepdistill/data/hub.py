@@ -43,9 +43,7 @@ class HubDataset(ImageSource):
             import datasets
         except ImportError:
             todo = "pip install 'stepdistill[data]'"
-            raise DataError(
-                problem("no package datasets", "it installed", "it reads this source", todo)
-            ) from None
+            raise DataError(problem("no package datasets", "it installed", "it reads this source", todo)) from None
         try:
             table = _load(self.dataset_name, self.dataset_config_name, self.split)
         except Exception as error:  # datasets raises anything from ValueError to its builders' own errors

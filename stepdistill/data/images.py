@@ -79,10 +79,7 @@ def bucket_shapes(resolution: int, step: int) -> list[tuple[int, int]]:
         got = f"resolution {resolution} and bucket_step {step}"
         why = "the square is one of the buckets"
         raise DataError(problem(got, "a step that divides the resolution", why, "change data.bucket_step"))
-    wide = [
-        (resolution**2 // width // step * step, width)
-        for width in range(resolution, 2 * resolution + 1, step)
-    ]
+    wide = [(resolution**2 // width // step * step, width) for width in range(resolution, 2 * resolution + 1, step)]
     # at equal height the wider one uses more of the area
     widest = {height: (height, width) for height, width in wide if height}
     return sorted({*widest.values(), *((width, height) for height, width in widest.values())})

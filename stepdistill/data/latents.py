@@ -49,9 +49,7 @@ class Latents(Source):
             ) from None
         if len(shape) != 4 or not shape[0]:
             got = f"{path} with keys {keys}, {KEY} of shape {list(shape)}"
-            raise DataError(
-                problem(got, f"{KEY} of shape (N, C, h, w), N > 0", "a sample is one (C, h, w)", todo)
-            )
+            raise DataError(problem(got, f"{KEY} of shape (N, C, h, w), N > 0", "a sample is one (C, h, w)", todo))
         return shape
 
     @cached_property
@@ -62,17 +60,13 @@ class Latents(Source):
             try:
                 cells = json.loads(read_text(listed))
             except json.JSONDecodeError as error:
-                raise DataError(
-                    problem(f"{listed}: {error}", "JSON", "it does not parse", "write it again")
-                ) from None
+                raise DataError(problem(f"{listed}: {error}", "JSON", "it does not parse", "write it again")) from None
             captions = [as_captions(cell) for cell in (cells if isinstance(cells, list) else ())]
         else:
             captions = [(line,) for line in read_text(plain).removesuffix("\n").split("\n")]
         if len(captions) != count or not all(captions):
             empty = [n for n, texts in enumerate(captions) if not texts]
-            got = (
-                f"{len(captions)} captions for {count} latents in {self.folder}, without a text: {empty[:5]}"
-            )
+            got = f"{len(captions)} captions for {count} latents in {self.folder}, without a text: {empty[:5]}"
             why = "caption n belongs to latent n"
             raise DataError(problem(got, "one a latent", why, "write prompts.txt or captions.json again"))
         return captions

@@ -34,19 +34,13 @@ class Prompts(Source):
     def _captions(self) -> list[tuple[str, ...]]:
         if (self.prompts_file is None) == (not self.prompts):
             got = f"prompts_file={self.prompts_file!r} and {len(self.prompts)} prompts"
-            raise DataError(
-                problem(got, "one of the two", "a run has one list of prompts", "set data.prompts_file")
-            )
-        found = (
-            self._read(Path(self.prompts_file)) if self.prompts_file else [(text,) for text in self.prompts]
-        )
+            raise DataError(problem(got, "one of the two", "a run has one list of prompts", "set data.prompts_file"))
+        found = self._read(Path(self.prompts_file)) if self.prompts_file else [(text,) for text in self.prompts]
         kept = [tuple(text.strip() for text in captions if text.strip()) for captions in found]
         kept = [captions for captions in kept if captions]
         if not kept:
             got = f"no prompt in {self.prompts_file or 'prompts'}"
-            raise DataError(
-                problem(got, "at least one", "there is nothing to train on", "write one prompt a line")
-            )
+            raise DataError(problem(got, "at least one", "there is nothing to train on", "write one prompt a line"))
         return kept
 
     def _read(self, path: Path) -> list[tuple[str, ...]]:

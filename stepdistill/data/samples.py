@@ -131,9 +131,7 @@ class TeacherSamples(Source):
 
     def sample(self, i: int, rng: random.Random) -> Sample:
         latents = self._latents[i].float()
-        return Sample(
-            prompt=self.prompt(i, rng), latents=latents, noise=noise_of(self.seed, i, latents.shape), item=i
-        )
+        return Sample(prompt=self.prompt(i, rng), latents=latents, noise=noise_of(self.seed, i, latents.shape), item=i)
 
     def name(self, i: int) -> str:
         return f"sample {i} of {self.path}"

@@ -51,21 +51,15 @@ class Shards(ImageSource):
         if not any(index.keys for _, index in shards):
             got = f"{len(strays)} samples, none with a picture, in {self.train_shards_path_or_url}"
             why = "there is nothing to train on"
-            raise DataError(
-                problem(got, f"members named .{', .'.join(IMAGE_SUFFIXES)}", why, "check the shards")
-            )
+            raise DataError(problem(got, f"members named .{', .'.join(IMAGE_SUFFIXES)}", why, "check the shards"))
         if strays:
-            logger.warning(
-                "%d samples have no picture and are left out, first %s of %s", len(strays), *strays[0][::-1]
-            )
+            logger.warning("%d samples have no picture and are left out, first %s of %s", len(strays), *strays[0][::-1])
         for path, index in shards:
             lacking = np.flatnonzero(index.kinds == -1)
             if len(lacking):
                 got = f"sample {index.keys[lacking[0]]!r} of {path} without a caption ({len(lacking)} there)"
                 todo = "write the missing captions into the shards"
-                raise DataError(
-                    problem(got, f"a member of {CAPTION_SUFFIXES}", "training needs captions", todo)
-                )
+                raise DataError(problem(got, f"a member of {CAPTION_SUFFIXES}", "training needs captions", todo))
         return shards
 
     @cached_property
@@ -96,9 +90,7 @@ class Shards(ImageSource):
             require_columns(columns, [self.caption_column], f"the .json of {self.name(i)}")
         captions = as_captions(table[self.caption_column]) if self.caption_column in columns else ()
         if not captions:
-            raise BadSample(
-                self.name(i), f"no text under {self.caption_column!r} in its .json, which has {columns}"
-            )
+            raise BadSample(self.name(i), f"no text under {self.caption_column!r} in its .json, which has {columns}")
         return captions
 
     def name(self, i: int) -> str:
@@ -128,18 +120,14 @@ def _read(path: Path, span: np.ndarray) -> bytes:
 
 def _find(pattern: str) -> list[Path]:
     if "://" in pattern or pattern.startswith("pipe:"):
-        why = (
-            "samples are read at random, so that a run can start at any of them, and each would be a request"
-        )
+        why = "samples are read at random, so that a run can start at any of them, and each would be a request"
         raise DataError(problem(pattern, "local tar files", why, "download the shards first"))
     paths: list[Path] = []
     for one in expand_braces(pattern):
         found = sorted(glob.glob(one)) if any(sign in one for sign in "*?[") else [one]
         if not found or not Path(found[0]).is_file():
             got = f"{one}, where there is no file"
-            todo = (
-                "check data.train_shards_path_or_url, such as 'shards/{00000..00012}.tar' or 'shards/*.tar'"
-            )
+            todo = "check data.train_shards_path_or_url, such as 'shards/{00000..00012}.tar' or 'shards/*.tar'"
             raise DataError(problem(got, "tar shards", "a missing shard would change the data set", todo))
         paths += map(Path, found)
     return paths

@@ -34,9 +34,7 @@ class Stream:
 
     def __init__(self, source: Source, global_batch: int, seed: int) -> None:
         if global_batch < 1:
-            raise DataError(
-                problem(global_batch, "a global batch of at least 1", "a step needs samples", "raise it")
-            )
+            raise DataError(problem(global_batch, "a global batch of at least 1", "a step needs samples", "raise it"))
         self.source = source
         self.global_batch = global_batch
         self.seed = seed

@@ -89,6 +89,10 @@ class Family(ABC):
         """The denoiser among the pipeline's components."""
         return pipe.components[self.network_name]
 
+    def native_side(self, pipe: DiffusionPipeline) -> int:
+        """The side in pixels that the network was trained at."""
+        return pipe.components[self.network_name].config["sample_size"] * pipe.vae_scale_factor
+
     def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a picture of `height` x `width` pixels."""
         scale = pipe.vae_scale_factor
@@ -101,7 +105,7 @@ class Family(ABC):
                     f"choose a resolution that is a multiple of {scale}",
                 )
             )
-        return (self.network(pipe).config["in_channels"], height // scale, width // scale)
+        return (pipe.components[self.network_name].config["in_channels"], height // scale, width // scale)
 
     @abstractmethod
     def schedule(self, pipe: DiffusionPipeline) -> NoiseSchedule:

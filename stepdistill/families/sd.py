@@ -65,7 +65,7 @@ class StableDiffusion(Family):
             key: pipe.scheduler.config[key]
             for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
         }
-        table |= {"prediction_type": self.kind(pipe), "clip_sample": False, "set_alpha_to_one": False}
+        table |= {"prediction_type": self.kind(pipe), "clip_sample": False, "set_alpha_to_one": sampler.clean}
         table |= {"rescale_betas_zero_snr": pipe.scheduler.config.get("rescale_betas_zero_snr", False)}
         if sampler.eta == 1 and sampler.clean:
             return LCMScheduler(**table), {"timesteps": times, "num_inference_steps": len(times)}
@@ -80,4 +80,5 @@ class StableDiffusion(Family):
         return TCDScheduler(**table), {"timesteps": times, "num_inference_steps": len(times), "eta": 0.0}
 
     def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=state, unet_lora_adapter_metadata=config)
+        layers: dict[str, nn.Module | Tensor] = {**state}
+        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config)

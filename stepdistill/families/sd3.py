@@ -23,7 +23,12 @@ TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     *("norm1.linear", "norm1_context.linear", "context_embedder", "proj_out"),
-    *("timestep_embedder.linear_1", "timestep_embedder.linear_2", "text_embedder.linear_1", "text_embedder.linear_2"),
+    *(
+        "timestep_embedder.linear_1",
+        "timestep_embedder.linear_2",
+        "text_embedder.linear_1",
+        "text_embedder.linear_2",
+    ),
 )
 
 
@@ -101,6 +106,7 @@ class StableDiffusion3(Family):
         }
 
     def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+        layers: dict[str, nn.Module | Tensor] = {**state}
         StableDiffusion3Pipeline.save_lora_weights(
-            folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=config
+            folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
         )

@@ -11,8 +11,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stepdistill.roles import Role
 from stepdistill.denoiser import Condition, Denoiser
+from stepdistill.roles import Role
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import NoiseSchedule
 

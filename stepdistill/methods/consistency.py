@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepdistill.roles import TEACHER, Ema, Lora, Role
 from stepdistill.denoiser import guided
 from stepdistill.losses import Distance, distance
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.prediction import Estimate
+from stepdistill.roles import TEACHER, Ema, Lora, Role
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import DiscreteVP, NoiseSchedule, expand
 
@@ -105,11 +105,11 @@ class Consistency(Method):
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         steps = steps or self.num_inference_steps
+        if steps > self.num_ddim_timesteps:
+            raise ValueError(f"{steps} sampling steps on a grid of {self.num_ddim_timesteps}: times would come twice")
         grid = schedule.grid(self.num_ddim_timesteps).flip(0)[:-1]
-        if self.end == "edge":  # equal steps, as DDIM's trailing spacing and the trained edges have them
-            times = schedule.grid(steps).flip(0)[:-1]
-        else:  # grid points, as LCMScheduler and TCDScheduler choose them
-            times = grid[torch.from_numpy(np.floor(np.linspace(0, len(grid), steps, endpoint=False))).long()]
+        # the grid's own times, as LCMScheduler and TCDScheduler choose them; DDIM's trailing ones where steps divide N
+        times = grid[torch.from_numpy(np.floor(np.linspace(0, len(grid), steps, endpoint=False))).long()]
         eta = {"clean": 1.0, "any": self.eta, "edge": 0.0}[self.end]
         clean = self.end == "clean" or not isinstance(schedule, DiscreteVP)
         return Sampler(tuple(times.tolist()), eta, clean, self.sampling_guidance_scale)

@@ -54,7 +54,7 @@ class Regression(Method):
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         times = schedule.grid(steps or self.num_inference_steps).flip(0)[:-1]
-        return Sampler(tuple(times.tolist()), eta=0.0, clean=False)
+        return Sampler(tuple(times.tolist()), eta=0.0, clean=True)
 
     def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
         if batch.latents is None or batch.noise is None:

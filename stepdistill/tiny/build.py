@@ -1,12 +1,14 @@
+# pyright: reportArgumentType=false
+# Diffusers annotates its constructors more narrowly than it calls them.
 """Small pipelines with random weights, built from configs alone: the shape of the bundled teachers, and of tests."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -31,13 +33,16 @@ def tokenizer(captions: Iterable[str], size: int = 2000) -> CLIPTokenizer:
     bpe.train_from_iterator(
         sorted(captions),
         trainers.BpeTrainer(
-            vocab_size=size - len(ends), initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+            vocab_size=size - len(ends),
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
         ),
     )
-    vocab = {token: i for i, token in enumerate(sorted(bpe.get_vocab(), key=lambda token: bpe.token_to_id(token)))}
+    vocab = {token: i for i, token in enumerate(sorted(bpe.get_vocab(), key=bpe.get_vocab().__getitem__))}
     for symbol in sorted(alphabet):  # a word of one byte that training never saw must still have an id
         vocab.setdefault(symbol + "</w>", len(vocab))
-    merges = __import__("json").loads(bpe.to_str())["model"]["merges"]
+    merges = json.loads(bpe.to_str())["model"]["merges"]
     # the ends come last, as in CLIP: the pooled state is read at the largest id
     for end in ends:
         vocab[end] = len(vocab)
@@ -169,8 +174,3 @@ def words(folder: Path | None = None) -> list[str]:
 
         return [f"{drawing.name} {drawing.subgroup}" for drawing in emoji.drawings()]
     return [line for file in sorted(folder.glob("*.txt")) for line in file.read_text().splitlines()]
-
-
-def seeded(seed: int) -> None:
-    """Seed the weights that the functions above draw."""
-    torch.manual_seed(seed)

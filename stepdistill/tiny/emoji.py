@@ -23,7 +23,17 @@ from torch import Tensor
 HERE = Path(__file__).parent
 SIDE = 72  # pixels of a drawing in the sheet
 COLUMNS = 40
-SKIPPED = {"country-flag", "subdivision-flag", "flag", "keycap", "alphanum", "family", "skin-tone", "gender", "hotel"}
+SKIPPED = {
+    "country-flag",
+    "subdivision-flag",
+    "flag",
+    "keycap",
+    "alphanum",
+    "family",
+    "skin-tone",
+    "gender",
+    "hotel",
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,9 @@ def picture(source: Image.Image, drawing: Drawing, rng: random.Random, size: int
         colour = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.5), rng.uniform(0.8, 1.0))
     ground = Image.new("RGB", (size, size), tuple(round(255 * c) for c in colour))
     # premultiplied by PIL's "RGBa", so that transparent pixels lend no colour to the edges
-    drawn = drawn.convert("RGBa").resize((side, side), Image.Resampling.BOX if side * 2 == SIDE else Image.Resampling.LANCZOS)
+    drawn = drawn.convert("RGBa").resize(
+        (side, side), Image.Resampling.BOX if side * 2 == SIDE else Image.Resampling.LANCZOS
+    )
     drawn = drawn.convert("RGBA")
     ground.paste(drawn, (rng.randint(0, size - side), rng.randint(0, size - side)), drawn)
     return ground

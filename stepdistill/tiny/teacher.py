@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def train_vae(spec: Teacher, folder: Path) -> AutoencoderKL:
         x = emoji.pixels([emoji.picture(source, rng.choice(drawn), rng) for _ in range(spec.train_batch_size)])
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
+            posterior = vae.encode(x, return_dict=False)[0]
             y = vae.decode(posterior.sample()).sample
         error = (y.float() - x).square().mean()
         loss = (y.float() - x).abs().mean() + error + 1e-6 * posterior.kl().mean()
@@ -76,7 +77,9 @@ def train_vae(spec: Teacher, folder: Path) -> AutoencoderKL:
     x = emoji.pixels([emoji.picture(source, rng.choice(drawn), rng) for _ in range(512)])
     with torch.no_grad():
         latents = vae.encode(x).latent_dist.mode()
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5), shift_factor=round(latents.mean().item(), 5))
+    vae.register_to_config(
+        scaling_factor=round(1 / latents.std().item(), 5), shift_factor=round(latents.mean().item(), 5)
+    )
     vae.half().save_pretrained(folder)
     return AutoencoderKL.from_pretrained(folder)
 
@@ -180,7 +183,13 @@ def train(spec: Teacher) -> Path:
         start, seconds = saved["step"], saved["seconds"]
     drawn = emoji.drawings()
     began = time.time()
-    bar = tqdm(range(start, spec.max_train_steps), initial=start, total=spec.max_train_steps, desc="denoiser", mininterval=10)
+    bar = tqdm(
+        range(start, spec.max_train_steps),
+        initial=start,
+        total=spec.max_train_steps,
+        desc="denoiser",
+        mininterval=10,
+    )
     mean = 0.0
     for step in bar:
         torch.manual_seed(spec.seed * 1_000_003 + step)
@@ -204,7 +213,13 @@ def train(spec: Teacher) -> Path:
             saved |= {"schedule": schedule.state_dict(), "step": step + 1, "seconds": spent}
             torch.save(saved, state.with_suffix(".new"))
             state.with_suffix(".new").replace(state)
-            save(pipe, params, average, out, {"steps": step + 1, "seconds": round(spent), "loss": round(mean, 4)})
+            save(
+                pipe,
+                params,
+                average,
+                out,
+                {"steps": step + 1, "seconds": round(spent), "loss": round(mean, 4)},
+            )
     return out
 
 
@@ -220,8 +235,6 @@ def save(pipe: DiffusionPipeline, params: list[nn.Parameter], average: list[Tens
     pipe.save_pretrained(out)
     denoiser = pipe.components["unet"] if "unet" in pipe.components else pipe.components["transformer"]
     name = "unet" if "unet" in pipe.components else "transformer"
-    from copy import deepcopy
-
     deepcopy(denoiser).half().save_pretrained(out / name)
     deepcopy(pipe.vae).half().save_pretrained(out / "vae")
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")

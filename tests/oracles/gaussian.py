@@ -48,9 +48,7 @@ class GaussianTeacher:
         return Estimate(cond["mean"] + alpha_t * self.std**2 * centred, sigma_t * centred)
 
 
-def ode_map(
-    schedule: NoiseSchedule, mean: float, std: float, x_t: Tensor, t: float, s: float | None
-) -> Tensor:
+def ode_map(schedule: NoiseSchedule, mean: float, std: float, x_t: Tensor, t: float, s: float | None) -> Tensor:
     """The probability-flow ODE's exact map from t to s (None: to clean data)."""
     alpha_t, alpha_s = levels(schedule, t)[0], levels(schedule, s)[0]
     gain = marginal_std(schedule, std, s) / marginal_std(schedule, std, t)

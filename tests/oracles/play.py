@@ -54,9 +54,7 @@ def column(*values: float) -> Tensor:
 def spoken(kind: Kind, est: Estimate, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
     """What a network of this kind puts out, from the definitions and not by `stepdistill.prediction`."""
     x0, eps = est
-    return {"epsilon": eps, "sample": x0, "v_prediction": alpha_t * eps - sigma_t * x0, "flow": eps - x0}[
-        kind
-    ]
+    return {"epsilon": eps, "sample": x0, "v_prediction": alpha_t * eps - sigma_t * x0, "flow": eps - x0}[kind]
 
 
 @dataclass(frozen=True)
@@ -102,6 +100,7 @@ class Tabular:
         gradient = [g[j] for g in torch.autograd.grad(loss, parameters, create_graph=True)]
         rows = [torch.autograd.grad(g, parameters, retain_graph=True) for g in gradient]
         hessian = torch.stack([torch.stack([value[j] for value in row]) for row in rows])
+        assert hessian.diagonal().min() > 1e-15, f"the loss of step {j - 1} does not depend on the student at {j}"
         move = torch.linalg.solve(hessian, torch.stack(gradient).detach())
         with torch.no_grad():
             self.offset[j] -= move[0]
@@ -114,12 +113,16 @@ class Scripted(Play):
 
     draws: Mapping[str, Tensor]
     eps: Tensor
+    common: float = 0.5
 
     def draw(self, batch: Batch, purpose: str) -> Tensor:
         return self.draws[purpose]
 
     def noise(self, batch: Batch, purpose: str) -> Tensor:
         return self.eps
+
+    def shared(self, purpose: str) -> float:
+        return self.common
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,10 @@ class Rows:
     mean: Tensor
     chance: Tensor | None = None
     guidance: Tensor | None = None
+
+    def where(self, mask: Tensor) -> Rows:
+        """The rows that `mask` (B,) keeps."""
+        return Rows(*(value if value is None else value[mask] for value in astuple(self)))
 
 
 def teacher_table(schedule: NoiseSchedule, n: int, mean: float, std: float) -> Tabular:
@@ -193,9 +200,7 @@ def product(i: Tensor, chance: Tensor, mean: float, guidance: tuple[float, ...] 
     return Rows(index.long(), mean + 0.5 * sign, sign, torch.full_like(sign, mean), chances, draws)
 
 
-def step_rows(
-    method: Consistency, i: int, segments: int, mean: float, guidance: tuple[float, ...] = (0.5,)
-) -> Rows:
+def step_rows(method: Consistency, i: int, segments: int, mean: float, guidance: tuple[float, ...] = (0.5,)) -> Rows:
     """Rows for grid step i: each end time that its segment allows, equally often."""
     count = i % (method.num_ddim_timesteps // segments) + 1 if method.end == "any" else 1
     chance = (torch.arange(count, dtype=torch.float64) + 0.5) / count
@@ -204,8 +209,12 @@ def step_rows(
 
 def every_step(method: Consistency, segments: int, mean: float) -> Rows:
     """The rows of all grid steps in one batch."""
-    parts = [astuple(step_rows(method, i, segments, mean)) for i in range(method.num_ddim_timesteps)]
-    return Rows(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return joined([step_rows(method, i, segments, mean) for i in range(method.num_ddim_timesteps)])
+
+
+def joined(parts: list[Rows]) -> Rows:
+    """Several batches as one."""
+    return Rows(*(torch.cat(values) for values in zip(*map(astuple, parts), strict=True)))
 
 
 def sweep(
@@ -230,9 +239,7 @@ def sweep(
     return student
 
 
-def affine(
-    method: Consistency, student: Tabular, schedule: NoiseSchedule, t: float, s: float
-) -> tuple[float, float]:
+def affine(method: Consistency, student: Tabular, schedule: NoiseSchedule, t: float, s: float) -> tuple[float, float]:
     """`(gain, offset)` of the method's jump from t to s."""
     x, times = column(0.0, 1.0), [torch.full((2,), value, dtype=torch.float64) for value in (t, s)]
     zero, one = method.jump(student(x, times[0], {}), x, *times, schedule).flatten().tolist()

@@ -52,9 +52,7 @@ def table() -> Table:
     return Table(ddim().alphas_cumprod)
 
 
-def loop(
-    scheduler: SchedulerMixin, denoise: Denoise, kind: Kind, schedule: NoiseSchedule, x: Tensor, **step
-) -> Tensor:
+def loop(scheduler: SchedulerMixin, denoise: Denoise, kind: Kind, schedule: NoiseSchedule, x: Tensor, **step) -> Tensor:
     """A pipeline's sampling loop: a network's output at each of the scheduler's timesteps, then its step."""
     for t in scheduler.timesteps:
         time = t.double().expand(len(x))

@@ -1,0 +1,29 @@
+"""Measure the README's tables: `python eval/tables.py consistency`, then `python eval/tables.py --render`.
+
+A table is resumed row by row: what `eval/results/NAME.json` holds already is not measured again. The embedded
+benchmark: R is the teacher at full steps with seeds A, the floor F the same with seeds B against R, every row uses
+seeds B, and excess = FD(row, R) - F with a 20-block jackknife interval, N pictures over the table's prompts.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from stepdistill.tiny import tables
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", choices=sorted(tables.TABLES))
+    parser.add_argument("--render", action="store_true", help="write the tables into README.md")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--teacher", choices=sorted(tables.TEACHERS), help="only this one")
+    args = parser.parse_args()
+    results = Path(__file__).parent / "results"
+    if args.name:
+        tables.measure(args.name, results, args.threads, args.teacher)
+    if args.render:
+        readme = Path(__file__).parent.parent / "README.md"
+        readme.write_text(tables.render(readme.read_text(), results))
+    if not (args.name or args.render):
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)

@@ -1,0 +1,265 @@
+"""The embedded benchmark: rows of figures about the bundled teachers and the students of `configs/tables/`."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from stepdistill import config, report, student
+from stepdistill.evaluate import SEED_A, SEED_B, Reference, Row, generate, network_of
+from stepdistill.metrics.features import EfficientNetLite0
+from stepdistill.metrics.frechet import Stats, diversity, excess, frechet, paired
+from stepdistill.run import Run, distill
+from stepdistill.schedule import DiscreteVP
+from stepdistill.tiny import emoji
+
+N = 2048
+SHIPPED = 256  # rows of the features that the quickstart compares with
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent.parent / "configs" / "tables"
+STEPS = (1, 2, 4, 8)
+TEACHERS = {"tiny-sd": "sd.StableDiffusion", "tiny-sd3": "sd3.StableDiffusion3"}
+
+
+def prompts(n: int = N) -> list[str]:
+    """The benchmark's prompts: the subgroups with at least 16 drawings, in turn."""
+    pool = emoji.prompts()
+    return [pool[i % len(pool)] for i in range(n)]
+
+
+@cache
+def extractor() -> EfficientNetLite0:
+    """The benchmark's features, 64 pixels."""
+    return EfficientNetLite0()
+
+
+@cache
+def data_features(seed: int) -> Tensor:
+    """Features of drawings that belong to each prompt, drawn and augmented at random."""
+    rng, source = random.Random(seed), emoji.sheet()
+    pool: dict[str, list[emoji.Drawing]] = {}
+    for drawing in emoji.drawings():
+        pool.setdefault(drawing.subgroup, []).append(drawing)
+    made = emoji.pixels([emoji.picture(source, rng.choice(pool[prompt]), rng) for prompt in prompts()])
+    return extractor()((made * 127.5 + 127.5).round().to(torch.uint8))
+
+
+def reference(name: str, run: Run, work: Path) -> Reference:
+    """Features of the teacher at full steps, seeds A and B; measured once, a part of them shipped."""
+    file = work / f"{name}-reference.safetensors"
+    if file.exists():
+        return Reference.load(file)
+    pipe = run.family.load()
+    row = report.teacher_row(run, pipe, run.train.teacher_steps, f"{name}, seeds")
+    made = {
+        key: extractor()(generate(pipe, row, prompts(), seed, progress=True)[0])
+        for key, seed in (("reference", SEED_A), ("floor", SEED_B))
+    }
+    facts = {
+        "teacher": name,
+        "teacher_sha256": student.base_hash(pipe, run.family),
+        "teacher_steps": str(run.train.teacher_steps),
+        "teacher_guidance_scale": str(run.train.teacher_guidance_scale),
+        "features": extractor().id,
+    }
+    found = Reference(made, prompts(), facts)
+    work.mkdir(parents=True, exist_ok=True)
+    found.save(file)
+    Reference({k: v[:SHIPPED] for k, v in made.items()}, prompts(SHIPPED), facts).save(
+        HERE / f"{name}-reference.safetensors"
+    )
+    return Reference.load(file)
+
+
+def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Row]]:
+    """The teacher's stock few-step samplers: DDIM trailing and DPM-Solver++, or Euler with and without shift."""
+    scale = run.train.teacher_guidance_scale
+    for steps in STEPS:
+        if isinstance(run.family.schedule(pipe), DiscreteVP):
+            yield steps, report.teacher_row(run, pipe, steps, "DDIM, trailing")
+            dpm = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+            yield (
+                steps,
+                Row("DPM-Solver++ 2M, trailing", dpm, {"num_inference_steps": steps, "guidance_scale": scale}),
+            )
+        else:
+            yield steps, report.teacher_row(run, pipe, steps, "Euler, the teacher's shift")
+            plain = FlowMatchEulerDiscreteScheduler(shift=1.0)
+            call = {"sigmas": [1 - i / steps for i in range(steps)], "num_inference_steps": steps}
+            yield steps, Row("Euler, no shift", plain, call | {"guidance_scale": scale})
+
+
+def figures(pipe: DiffusionPipeline, row: Row, ref: Reference) -> dict[str, Any]:
+    """Excess, paired distance, diversity over the teacher's, and cost of one way to sample."""
+    images, cost = generate(pipe, row, ref.prompts, SEED_B, progress=True)
+    made, n = extractor()(images), len(images)
+    places = torch.tensor([sorted(set(ref.prompts)).index(prompt) for prompt in ref.prompts])
+    interval = excess(made, ref.features["reference"], ref.features["floor"])
+    batches = -(-n // 64)
+    return {
+        "n": n,
+        "seeds": [SEED_A, SEED_B],
+        "excess": interval.value,
+        "ci95": [interval.low, interval.high],
+        "paired": paired(made, ref.features["floor"]),
+        "diversity": diversity(made, places) / diversity(ref.features["floor"], places),
+        "calls": cost.calls / batches,
+        "nfe": cost.rows / n,
+        "seconds_per_image": cost.seconds / n,
+    }
+
+
+class Results:
+    """`eval/results/NAME.json`: rows by key, added one by one by any number of processes."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def _locked(self) -> Iterator[dict[str, Any]]:
+        with self.file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def once(self, key: str, make: Callable[[], Mapping[str, Any]], **facts: object) -> None:
+        """Measure a row unless it is there already with the same facts."""
+        with self._locked() as rows:
+            if key in rows and all(rows[key].get(name) == value for name, value in facts.items()):
+                return
+        row = {**facts, **make()}
+        with self._locked() as rows:
+            rows[key] = row
+            part = self.file.with_suffix(".part")
+            part.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
+            part.replace(self.file)
+        print(f"{key}: {json.dumps(row)}", flush=True)
+
+
+def recipes(name: str) -> dict[str, Path]:
+    """The student configs of one teacher, by method."""
+    found = sorted(CONFIGS.glob(f"{name.replace('-', '_')}_*.yaml"))
+    if not found:
+        raise SystemExit(f"no config {CONFIGS}/{name.replace('-', '_')}_*.yaml")
+    return {file.stem.removeprefix(name.replace("-", "_") + "_"): file for file in found}
+
+
+def measure_teacher(name: str, results: Results, work: Path) -> None:
+    """Distance to the data, diversity, and every stock sampler of a teacher."""
+    run = config.load(Run, next(iter(recipes(name).values())), [])
+    ref, pipe = reference(name, run, work), run.family.load()
+    places = torch.tensor([sorted(set(ref.prompts)).index(prompt) for prompt in ref.prompts])
+    facts = {
+        "teacher": name,
+        "hash": ref.facts["teacher_sha256"][:16],
+        "guidance": run.train.teacher_guidance_scale,
+    }
+
+    def full() -> dict[str, Any]:
+        data, floor = data_features(0), ref.features["floor"]
+        return {
+            "n": N,
+            "steps": run.train.teacher_steps,
+            "parameters": sum(p.numel() for p in network_of(pipe).parameters()),
+            "training": json.loads((HERE / name / "training.json").read_text()),
+            "fd_to_data": frechet(Stats.of(floor), Stats.of(data)),
+            "fd_data_to_data": frechet(Stats.of(data_features(1)), Stats.of(data)),
+            "floor": frechet(Stats.of(floor), Stats.of(ref.features["reference"])),
+            "diversity_of_data": diversity(floor, places) / diversity(data, places),
+        }
+
+    results.once(f"{name}/full", full, **facts)
+    for steps, row in stock_rows(run, pipe):
+        results.once(f"{name}/{row.name}/{steps}", partial(figures, pipe, row, ref), **facts, steps=steps)
+
+
+def measure_students(name: str, results: Results, work: Path) -> None:
+    """Train each student that is missing, and sample it in 1, 2, 4 and 8 steps through plain Diffusers."""
+    for method, file in recipes(name).items():
+        run = config.load(Run, file, [])
+        out = Path(run.train.output_dir)
+        if not (out / student.CONTRACT).exists():
+            distill(config.load(Run, file, ["train.resume_from_checkpoint=latest"]))
+        ref, pipe = reference(name, run, work), run.family.load()
+        student.load_student(pipe, out)
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        facts = {
+            "teacher": name,
+            "config": config.digest(run),
+            "train_steps": run.train.max_train_steps,
+            "train_seconds": round(sum(row["seconds"] for row in rows)),
+        }
+        for steps in STEPS:
+            row = report.student_row(run, pipe, steps)
+            results.once(f"{name}/{method}/{steps}", partial(figures, pipe, row, ref), **facts, steps=steps)
+
+
+TABLES: dict[str, Callable[[str, Results, Path], None]] = {
+    "teachers": measure_teacher,
+    "consistency": measure_students,
+}
+
+
+def measure(table: str, results: Path, threads: int, only: str | None = None) -> None:
+    """Measure a table for every bundled teacher, or for one."""
+    torch.set_num_threads(threads)
+    for name in [only] if only else TEACHERS:
+        TABLES[table](name, Results(results / f"{table}.json"), Path("runs/tables"))
+
+
+def render(text: str, results: Path) -> str:
+    """The text with each `<!-- table NAME -->` ... `<!-- end -->` block made anew from its file."""
+
+    def block(found: re.Match[str]) -> str:
+        name = found[1]
+        rows = json.loads((results / f"{name}.json").read_text())
+        return f"<!-- table {name} -->\n{RENDERERS[name](rows)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def _teachers(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["| teacher | parameters | trained | distance to data (data to itself) | diversity over data's | floor F |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for key, row in rows.items():
+        if key.endswith("/full"):
+            trained = f"{row['training']['steps']} steps, {row['training']['seconds'] / 60:.0f} min"
+            lines.append(
+                f"| {row['teacher']} | {row['parameters'] / 1e6:.2f} M | {trained} | {row['fd_to_data']:.0f} "
+                f"({row['fd_data_to_data']:.0f}) | {row['diversity_of_data']:.2f} | {row['floor']:.0f} |"
+            )
+    return "\n".join(lines + ["", *_by_steps({k: v for k, v in rows.items() if not k.endswith("/full")})])
+
+
+def _by_steps(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(key.rpartition("/")[0] for key in rows))
+    lines = ["| excess [95 %] | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in STEPS) + " |"]
+    lines += ["| --- " * (len(STEPS) + 1) + "|"]
+    for name in names:
+        cells = []
+        for steps in STEPS:
+            row = rows.get(f"{name}/{steps}")
+            cells.append(f"{row['excess']:.0f} [{row['ci95'][0]:.0f}, {row['ci95'][1]:.0f}]" if row else "")
+        lines.append(f"| {name.replace('/', ': ')} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _consistency(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    return "\n".join(_by_steps(rows))
+
+
+RENDERERS: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], str]] = {
+    "teachers": _teachers,
+    "consistency": _consistency,
+}

@@ -1,0 +1,287 @@
+"""Which test kills which bug: each bug is planted in the library, one edit each, and a test must fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import test_consistency as fixed
+import test_consistency_updates as single
+import test_losses
+import test_prediction
+import test_regression
+import test_sampling
+import test_schedule
+from oracles import close
+from oracles.planted import planted
+from oracles.play import stable_diffusion
+from torch import nn
+
+from stepdistill import denoiser, losses, prediction, sampling
+from stepdistill.backbone import Backbone
+from stepdistill.methods.base import Play
+from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.regression import Regression
+from stepdistill.roles import Copy, Ema, LoraSpec
+from stepdistill.schedule import DiscreteVP, NoiseSchedule, Rectified
+
+
+def averages() -> None:
+    """`mean <- decay mean + (1 - decay) value`, after a step of the source and of no other role."""
+    bone = Backbone(nn.Linear(2, 2), LoraSpec(), ())
+    bone.add("student", Copy())
+    bone.add("ema", Ema("student", 0.9))
+    before = bone.parameters_of("ema")["weight"].clone()
+    bone.parameters_of("student")["weight"].data += 1.0
+    bone.average(["other"])
+    close(bone.parameters_of("ema")["weight"], before, 0)
+    bone.average(["student"])
+    close(bone.parameters_of("ema")["weight"], before + 0.1, 1e-6)
+
+
+@dataclass(frozen=True)
+class Bug:
+    """An edit of one function, and the test that must fail under it."""
+
+    function: Callable
+    old: str
+    new: str
+    test: Callable[[], None]
+
+
+GUIDED = single.test_the_guided_mean
+LCM = fixed.test_lcm_converges_to_fifty_ddim_steps
+TCD = fixed.test_tcd_converges_to_its_own_biased_point
+KINDS = fixed.test_every_prediction_type_converges_to_the_same
+ENDS = fixed.test_ends_stay_in_the_segment_and_meet_each_time_equally
+UPDATES = Consistency.updates
+MIX = "value[:batch] + w * (value[batch:] - value[:batch])"
+TEACHER_STEP = "x_u = schedule.add_noise(*teacher(x_t, t, cond), u)"
+
+BUGS = {
+    # guidance
+    "1 + w for w": Bug(denoiser.guided, MIX, MIX.replace("w *", "(1 + w) *"), GUIDED),
+    "cond and uncond swapped": Bug(denoiser.guided, MIX, "value[batch:] + w * (value[:batch] - value[batch:])", GUIDED),
+    "prompts in the wrong half": Bug(
+        denoiser.guided, "[null[key].expand_as(value), value]", "[value, null[key].expand_as(value)]", GUIDED
+    ),
+    "guidance left out": Bug(UPDATES, "self._guidance(play, batch)", "1.0", GUIDED),
+    "one scale for the batch": Bug(
+        Consistency._guidance,
+        'play.draw(batch, "guidance_scale")',
+        'play.draw(batch, "guidance_scale")[:1]',
+        single.test_a_hidden_scale_is_averaged,
+    ),
+    "the range's upper end left out": Bug(
+        Consistency._guidance, "(high - low) *", "low *", single.test_a_hidden_scale_is_averaged
+    ),
+    # the teacher's step
+    "predecessor one too low": Bug(UPDATES, "grid[i + 1], grid[i]", "grid[i + 1], grid[(i - 1).clamp(min=0)]", LCM),
+    "grid one too low": Bug(UPDATES, "grid[i + 1], grid[i]", "grid[i], grid[(i - 1).clamp(min=0)]", LCM),
+    "solver skipped": Bug(UPDATES, TEACHER_STEP, "x_u = x_t", LCM),
+    "solver replaced by data": Bug(
+        UPDATES, TEACHER_STEP, 'x_u = schedule.add_noise(latents_of(batch), play.noise(batch, "eps"), u)', LCM
+    ),
+    "teacher told the end time": Bug(UPDATES, "teacher(x_t, t, cond)", "teacher(x_t, u, cond)", LCM),
+    "solver on the student": Bug(UPDATES, "play.denoiser(TEACHER)", 'play.denoiser("student")', LCM),
+    "levels of a step at its start": Bug(UPDATES, TEACHER_STEP, TEACHER_STEP[:-2] + "t)", LCM),
+    # the target
+    "target at the wrong time": Bug(UPDATES, "(x_u, u, cond), x_u, u, s,", "(x_u, t, cond), x_u, u, s,", LCM),
+    "target from the state before": Bug(UPDATES, "(x_u, u, cond), x_u, u, s,", "(x_t, t, cond), x_t, t, s,", LCM),
+    "target not detached": Bug(
+        UPDATES,
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+        lambda: single.test_the_target_carries_no_graph("any"),
+    ),
+    "target never the average": Bug(
+        UPDATES,
+        "play.denoiser(self.target)",
+        'play.denoiser("student")',
+        single.test_the_target_is_the_average_if_asked,
+    ),
+    "prompts lost on the way to the target": Bug(
+        UPDATES,
+        "play.denoiser(self.target)(x_u, u, cond)",
+        "play.denoiser(self.target)(x_u, u, {k: v.flip(0) for k, v in cond.items()})",
+        lambda: single.test_point_masses_are_fixed("any", 1, "table"),
+    ),
+    "target where the jump has no length": Bug(
+        UPDATES, "expand(s == u, x_u), x_u, target", "expand(s <= u, x_u), x_u, target", TCD
+    ),
+    "average the wrong way round": Bug(Backbone.average, "1 - role.decay", "role.decay", averages),
+    "average of every step": Bug(Backbone.average, "and role.of in stepped", "", averages),
+    # the student's jump
+    "boundary head dropped": Bug(
+        Consistency.jump,
+        "0.25 / scaled * x_t + 10 * expand(t, x_t) / scaled.sqrt() * est.x0",
+        "est.x0",
+        fixed.test_at_time_zero_the_student_is_the_identity,
+    ),
+    "boundary head of other scale": Bug(
+        Consistency.jump,
+        "(10 * expand(t, x_t)) ** 2",
+        "expand(t, x_t) ** 2",
+        fixed.test_the_boundary_head_is_lcms,
+    ),
+    "jump to its own time": Bug(Consistency.jump, "est.eps, s)", "est.eps, t)", TCD),
+    # segments and phases
+    "an edge belongs to the segment above": Bug(
+        Consistency.ends, "i // length * length", "(i + 1) // length * length", ENDS
+    ),
+    "ends below the segment": Bug(Consistency.ends, "edge = i // length * length", "edge = i // length * 0", ENDS),
+    "the shortest jump never drawn": Bug(Consistency.ends, "(i - edge + 1)", "(i - edge)", ENDS),
+    "end drawn with the start": Bug(UPDATES, 'play.draw(batch, "s")', 'play.draw(batch, "t")', TCD),
+    "stage never changes": Bug(
+        UPDATES,
+        "self.segments_at(step)",
+        "self.segments[0]",
+        fixed.test_the_stage_decides_the_ends_of_an_update,
+    ),
+    "phases as long as their number": Bug(
+        Consistency.ends,
+        "self.num_ddim_timesteps // segments",
+        "segments",
+        lambda: fixed.test_pcm_is_the_solver_sample_for_sample(4, "table"),
+    ),
+    # prediction types
+    "v with the wrong sign": Bug(prediction.row, "return -sigma_t, alpha_t", "return sigma_t, alpha_t", KINDS),
+    "v taken for epsilon": Bug(prediction.row, "return -sigma_t, alpha_t", "return zero, one", KINDS),
+    "flow with the wrong sign": Bug(prediction.row, "return -one, one", "return one, -one", KINDS),
+    "x0 of the wrong row": Bug(prediction.estimate, "q * x_t - sigma_t * y", "q * x_t - alpha_t * y", KINDS),
+    "eps of the wrong sign": Bug(
+        prediction.estimate,
+        "alpha_t * y - p * x_t",
+        "alpha_t * y + p * x_t",
+        test_prediction.test_the_step_of_every_kind_is_ddims,
+    ),
+    "levels in half precision": Bug(
+        prediction.estimate,
+        "expand(v, x_t) for v in schedule(t)",
+        "expand(v, x_t).bfloat16() for v in schedule(t)",
+        test_prediction.test_half_inputs_are_converted_in_float32,
+    ),
+    # the noise process
+    "powers for amplitudes": Bug(
+        NoiseSchedule.add_noise,
+        "alpha_t, sigma_t = self(t)",
+        "alpha_t, sigma_t = (v**2 for v in self(t))",
+        LCM,
+    ),
+    "leading for trailing": Bug(
+        DiscreteVP.grid,
+        "torch.arange(1, n + 1) * float(self.steps // n) - 1",
+        "torch.arange(n) * float(self.steps // n) + 1",
+        lambda: test_schedule.test_students_visit_the_times_of_their_scheduler(4),
+    ),
+    "no interpolation": Bug(
+        DiscreteVP.__call__,
+        "share = exact - low",
+        "share = 0 * exact",
+        test_schedule.test_between_entries_log_snr_is_linear,
+    ),
+    "shift left out of the grid": Bug(
+        Rectified.grid,
+        "1000 * self.shift * u / (1 + (self.shift - 1) * u)",
+        "1000 * u",
+        lambda: test_sampling.test_a_flow_is_the_euler_scheduler(3.0),
+    ),
+    "inverse of the levels upside down": Bug(
+        DiscreteVP.time,
+        "self.steps - high - share",
+        "self.steps - high + share",
+        lambda: test_schedule.test_time_inverts_the_levels(stable_diffusion()),
+    ),
+    "noise added as if from clean data": Bug(
+        NoiseSchedule.renoise,
+        "(sigma_s**2 - (ratio * sigma_t) ** 2)",
+        "(((sigma_s - sigma_t) / (1 - sigma_t)) ** 2)",
+        test_schedule.test_renoising_a_flow_from_a_half_to_three_quarters,
+    ),
+    # samplers
+    "LCM student under DDIM": Bug(
+        Consistency.sampler,
+        '"clean": 1.0',
+        '"clean": 0.0',
+        lambda: test_sampling.test_lcm_is_lcm_scheduler("epsilon", (2,)),
+    ),
+    "LCM ends on time 0": Bug(
+        Consistency.sampler,
+        'self.end == "clean" or not isinstance(schedule, DiscreteVP)',
+        "False",
+        lambda: test_sampling.test_lcm_is_lcm_scheduler("epsilon", (1,)),
+    ),
+    "TCD ends on clean data": Bug(
+        Consistency.sampler,
+        'self.end == "clean" or not isinstance(schedule, DiscreteVP)',
+        "True",
+        lambda: test_sampling.test_tcd_is_tcd_scheduler(0.3, (1,)),
+    ),
+    "LCM's times rounded up": Bug(
+        Consistency.sampler,
+        "np.floor(",
+        "np.ceil(",
+        lambda: test_schedule.test_students_visit_the_times_of_their_scheduler(4),
+    ),
+    "eta upside down": Bug(
+        sampling.few_step,
+        "(1 - sampler.eta) * s",
+        "sampler.eta * s",
+        lambda: test_sampling.test_tcd_is_tcd_scheduler(0.3, (2,)),
+    ),
+    "a flow's times made whole": Bug(
+        sampling.few_step,
+        "torch.floor((1 - sampler.eta) * s) if sampler.eta > 0 else s",
+        "torch.floor((1 - sampler.eta) * s)",
+        lambda: test_sampling.test_a_flow_is_the_euler_scheduler(3.0),
+    ),
+    "noise after the last step": Bug(
+        sampling.few_step,
+        "if sampler.eta > 0 and then > 0:",
+        "if sampler.eta > 0:",
+        lambda: test_sampling.test_lcm_is_lcm_scheduler("epsilon", (1,)),
+    ),
+    "the last step of the solver left out": Bug(
+        sampling.follow,
+        "zip(times[:-1], times[1:], strict=True)",
+        "zip(times[:-2], times[1:-1], strict=True)",
+        test_sampling.test_follow_is_the_solver_at_full_steps,
+    ),
+    # losses, draws, regression
+    "Huber not zero at zero": Bug(
+        losses.distance,
+        "(error.square() + huber_c**2).sqrt() - huber_c",
+        "(error.square() + huber_c**2).sqrt()",
+        lambda: test_losses.test_equal_is_zero_with_a_zero_gradient("huber"),
+    ),
+    "draws by place in the batch": Bug(
+        Play.draw,
+        "self._generator(i, purpose)) for i in batch.index",
+        "self._generator(i, purpose)) for i, _ in enumerate(batch.index)",
+        single.test_a_batch_is_its_samples,
+    ),
+    "the same draws at every step": Bug(
+        Play._generator, "{self.seed}/{self.step}/", "{self.seed}/", single.test_a_batch_is_its_samples
+    ),
+    "regression off the student's rollout": Bug(
+        Regression.updates,
+        "follow(student, play.schedule, times[: exit_at + 1], batch.noise, batch.cond)",
+        "batch.noise",
+        lambda: test_regression.test_it_converges_to_the_pairing(2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_the_bug_is_noticed(name):
+    bug = BUGS[name]
+    with planted(bug.function, bug.old, bug.new), pytest.raises(AssertionError):
+        bug.test()
+
+
+def test_a_planted_bug_leaves_no_trace():
+    with planted(losses.distance, "error.square().mean()", "error.mean()"), pytest.raises(AssertionError):
+        test_losses.test_squared()
+    test_losses.test_squared()
+    averages()
