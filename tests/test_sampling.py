@@ -84,7 +84,7 @@ def test_a_flow_is_the_euler_scheduler(shift):
     schedule, x = Flow(shift), start()
     for n in STEPS:
         theirs = stock.loop(stock.euler(n, shift), Mixture(schedule), "flow", schedule, x)
-        method = Consistency(end="edge", num_ddim_timesteps=100, **L2)
+        method = Consistency(end="edge", num_ddim_timesteps=200, **L2)
         close(few_step(Mixture(schedule), schedule, method.sampler(schedule, n), x, {}), theirs, 5e-6)
 
 
