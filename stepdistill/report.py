@@ -22,7 +22,8 @@ from stepdistill.metrics.frechet import excess, paired
 from stepdistill.schedule import DiscreteVP
 
 if TYPE_CHECKING:
-    from stepdistill.run import Run, Stage
+    from stepdistill.run import Run
+    from stepdistill.stage import Stage
 
 FEW = 4  # steps at which teacher and student are compared
 
@@ -86,6 +87,7 @@ def finish(stage: Stage, logs: Logs) -> None:
         ]
         scale = max(1, 96 // made[0][1].shape[-1])
         grid(made, prompts, scale).save(out / "samples" / "grid.png")
+    student.write_card(out, student.read_contract(out))  # again, now that there is a picture
     summary: dict[str, Any] = {"proof": difference}
     if spec.eval_samples and spec.eval_reference:
         summary = measure(run, teacher, plain, {"full": full, "few": few}, rows) | summary
@@ -94,6 +96,7 @@ def finish(stage: Stage, logs: Logs) -> None:
     if spec.push_to_hub:
         api = HfApi(token=spec.hub_token)
         repo = api.create_repo(spec.hub_model_id or out.name, exist_ok=True).repo_id
+        student.write_card(out, student.read_contract(out), address=repo)
         api.upload_folder(repo_id=repo, folder_path=out, ignore_patterns=["checkpoint-*", "runs/*"])
         print(f"uploaded to {repo}")
 

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
-from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from stepdistill import checkpoint, config, distributed, report, student
 from stepdistill.backbone import Backbone
 from stepdistill.data import Source, Stream, TeacherSamples
-from stepdistill.data.samples import noise_of
-from stepdistill.denoiser import Denoiser, guided
 from stepdistill.errors import ConfigError, problem
-from stepdistill.evaluate import grid
 from stepdistill.families.base import Family
-from stepdistill.feed import Feed, check_needs
+from stepdistill.feed import check_needs
 from stepdistill.logs import Logs
-from stepdistill.methods.base import Method, Play
-from stepdistill.metrics.features import to_uint8
-from stepdistill.roles import TEACHER, Ema, LoraSpec
-from stepdistill.sampling import few_step, follow
+from stepdistill.methods.base import Method
+from stepdistill.roles import Ema, LoraSpec
 from stepdistill.spec import TrainSpec
+from stepdistill.stage import Stage, latent_shape, prepare
 from stepdistill.trainer import Loop, Team
 
 logger = logging.getLogger(__name__)
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,85 +43,6 @@ class Run:
     data: Source
     lora: LoraSpec = field(default_factory=LoraSpec)
     train: TrainSpec
-
-
-@dataclass
-class Stage:
-    """The parts of a run on this process: teacher, roles, feed and the ways to call them."""
-
-    run: Run
-    accelerator: Accelerator
-    pipe: DiffusionPipeline
-    digest: str
-    dtype: torch.dtype
-    backbone: Backbone
-    feed: Feed
-
-    def denoiser(self, role: str) -> Denoiser:
-        """A role as an estimator."""
-        family = self.run.family
-        schedule, kind = family.schedule(self.pipe), family.kind(self.pipe)
-        return Denoiser(self.backbone, role, schedule, kind, family.call, self.dtype)
-
-    def play(self, step: int) -> Play:
-        """What the method may touch in a step."""
-        return Play(
-            schedule=self.run.family.schedule(self.pipe),
-            null=self.feed.condition([""]),
-            denoiser=self.denoiser,
-            module=lambda name: self.backbone.others[name],
-            seed=self.run.train.seed,
-            step=step,
-            device=self.accelerator.device,
-        )
-
-    @torch.no_grad()
-    def teach(self, prompts: list[str], noise: Tensor, steps: int, scale: float) -> Tensor:
-        """The teacher's latents by `steps` deterministic guided steps from `noise`."""
-        play = self.play(0)
-        teacher = guided(self.denoiser(TEACHER), play.null, scale)
-        times = play.schedule.grid(steps).flip(0).tolist()
-        return follow(teacher, play.schedule, times, noise.to(self.accelerator.device), self.feed.condition(prompts))
-
-    @torch.no_grad()
-    def draw(self, step: int, logs: Logs) -> None:
-        """Validation pictures at fixed prompts and seeds: the teacher above the student, under its contract."""
-        prompts = list(self.run.train.validation_prompts)
-        if not prompts or not self.accelerator.is_main_process:
-            return
-        spec, family, play = self.run.train, self.run.family, self.play(0)
-        shape = latent_shape(self.run, self.pipe)
-        noise = torch.stack([noise_of(spec.validation_seed, i, shape) for i in range(len(prompts))])
-        noise = noise.to(self.accelerator.device)
-
-        def fresh(i: int) -> Tensor:
-            rows = [noise_of(spec.validation_seed + i + 1, n, shape) for n in range(len(prompts))]
-            return torch.stack(rows).to(self.accelerator.device)
-
-        sampler = self.run.method.sampler(play.schedule)
-        denoise = guided(self.denoiser(self.run.method.exported()), play.null, sampler.guidance_scale)
-        made = few_step(denoise, play.schedule, sampler, noise, self.feed.condition(prompts), fresh)
-        taught = self.teach(prompts, noise, _divisor(spec.teacher_steps), spec.teacher_guidance_scale)
-        rows = [
-            (label, to_uint8((family.decode(self.pipe, latents).cpu() / 2 + 0.5).clamp(0, 1)))
-            for label, latents in (("teacher", taught), (f"student, step {step}", made))
-        ]
-        sheet = grid(rows, prompts)
-        folder = Path(spec.output_dir) / "samples"
-        folder.mkdir(exist_ok=True)
-        sheet.save(folder / f"step-{step:06d}.png")
-        logs.pictures(step, "validation", [sheet])
-
-
-def _divisor(steps: int) -> int:
-    """The largest number of at most `steps` that divides 1,000, the length of the usual table."""
-    return max(n for n in range(1, steps + 1) if 1000 % n == 0)
-
-
-def latent_shape(run: Run, pipe: DiffusionPipeline) -> tuple[int, ...]:
-    """(C, H, W) of latents where no picture says so."""
-    side = run.train.resolution or run.family.native_side(pipe)
-    return run.family.latent_shape(pipe, side, side)
 
 
 def check(run: Run) -> None:
@@ -161,48 +70,6 @@ def check(run: Run) -> None:
                 "switch it off",
             )
         )
-
-
-def prepare(run: Run) -> Stage:
-    """Load the teacher, place it, and build backbone and feed."""
-    spec, family = run.train, run.family
-    trackers = [spec.report_to] if isinstance(spec.report_to, str) else list(spec.report_to)
-    accelerator = Accelerator(
-        mixed_precision=spec.mixed_precision,
-        log_with=[t for t in trackers if t != "none"] or None,
-        project_dir=spec.output_dir,
-    )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
-        raise ConfigError(
-            problem(
-                f"{started} processes that do not know of each other",
-                "one process group",
-                "each would train alone and write the same folder",
-                "without a GPU set ACCELERATE_USE_CPU=true; see configs/accelerate",
-            )
-        )
-    if not accelerator.is_main_process:
-        logging.getLogger("stepdistill").setLevel(logging.ERROR)
-    diffusers_logging.set_verbosity_error()  # its hints are about loading, which is checked by the proof
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    set_seed(spec.seed)  # for libraries; methods draw from `Play`
-    torch.backends.cuda.matmul.allow_tf32 = spec.allow_tf32
-    pipe = family.load()
-    student.warn_of_licence(family)
-    digest = student.base_hash(pipe, family)
-    dtype = DTYPES[accelerator.mixed_precision]
-    net = family.network(pipe)
-    if spec.enable_xformers_memory_efficient_attention:
-        net.enable_xformers_memory_efficient_attention()  # pyright: ignore[reportCallIssue]
-    pipe.to(accelerator.device)
-    if dtype != torch.float32:
-        net.to(dtype)
-    targets = family.lora_targets(net)
-    backbone = Backbone(net, run.lora, targets, spec.seed)
-    feed = Feed(family, pipe, spec, digest, accelerator.device)
-    return Stage(run, accelerator, pipe, digest, dtype, backbone, feed)
 
 
 def distill(run: Run) -> Path:

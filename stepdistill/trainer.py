@@ -61,9 +61,8 @@ class Team:
 
     def zero(self) -> None:
         """Drop every gradient: a role's loss leaves some in the others."""
-        for name in self.optimizers:
-            for p in self.params(name).values():
-                p.grad = None
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
 
     def fingerprint(self) -> dict[str, Tensor]:
         """One number for each tensor, frozen ones too; two of these tell what has moved."""

@@ -90,7 +90,8 @@ def copied(written: dict[str, Path], name: str, to: Path) -> Path:
     [
         ("sd", LCM, "LCMScheduler"),
         ("sd-v", TCD, "TCDScheduler"),
-        ("sd", PCM, "DDIMScheduler"),
+        ("sd", PCM, "TCDScheduler"),
+        ("sd", Regression(ema_decay=None), "DDIMScheduler"),
         ("sd3", LCM, "FlowMatchEulerDiscreteScheduler"),
         ("sd3", replace(TCD, eta=0.0), "FlowMatchEulerDiscreteScheduler"),
         ("sd3", Regression(ema_decay=None), "FlowMatchEulerDiscreteScheduler"),
