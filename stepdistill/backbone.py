@@ -94,10 +94,9 @@ class Backbone(nn.Module):
     def _switch(self, name: str, grad: bool) -> None:
         self._current = (name, grad)
         off = name == TEACHER or name in self.others
+        state = {"_disable_adapters": True} if off else {"_disable_adapters": False, "_active_adapter": [name]}
         for layer in self._layers:
-            layer._disable_adapters = off
-            if not off:
-                layer._active_adapter = [name]
+            vars(layer).update(state)  # a module's own assignment takes ten times as long, six times a step
 
     @contextmanager
     def use(self, name: str, grad: bool = True) -> Iterator[nn.Module]:

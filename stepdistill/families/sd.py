@@ -43,7 +43,7 @@ class StableDiffusion(Family):
 
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
-        states, _ = pipe.encode_prompt(list(prompts), pipe.device, 1, False)
+        states, _ = pipe.encode_prompt(list(prompts), pipe.text_encoder.device, 1, False)
         return {"states": states}
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:

@@ -63,7 +63,7 @@ class StableDiffusion3(Family):
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         states, _, pooled, _ = pipe.encode_prompt(
-            list(prompts), None, None, device=pipe.device, do_classifier_free_guidance=False
+            list(prompts), None, None, device=pipe.text_encoder.device, do_classifier_free_guidance=False
         )
         return {"states": states, "pooled": pooled}
 

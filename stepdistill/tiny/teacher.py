@@ -20,6 +20,17 @@ from tqdm.auto import tqdm
 
 from stepdistill.tiny import build, emoji
 
+CARD = """---
+license: cc-by-4.0
+tags: [diffusers, text-to-image]
+---
+# {name}
+
+A toy teacher for stepdistill's quickstart, tests and tables: 32-pixel emoji from their names, trained for {steps} steps
+by `train/teacher.py`. Trained on Twemoji, Copyright 2020 Twitter, Inc and other contributors, graphics licensed under
+CC-BY 4.0: https://creativecommons.org/licenses/by/4.0/
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
@@ -237,6 +248,7 @@ def save(pipe: DiffusionPipeline, params: list[nn.Parameter], average: list[Tens
     name = "unet" if "unet" in pipe.components else "transformer"
     deepcopy(denoiser).half().save_pretrained(out / name)
     deepcopy(pipe.vae).half().save_pretrained(out / "vae")
+    (out / "README.md").write_text(CARD.format(name=out.name, steps=facts["steps"]))
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     for p, old in zip(params, kept, strict=True):
         p.copy_(old)
