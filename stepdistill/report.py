@@ -35,7 +35,7 @@ def guidance_of(method: Method) -> Any:  # noqa: ANN401
 
 def teacher_row(run: Run, pipe: DiffusionPipeline, steps: int, name: str) -> Row:
     """The teacher by a plain solver on even steps: DDIM with trailing spacing, or Euler."""
-    call = {"num_inference_steps": steps, "guidance_scale": run.train.teacher_guidance_scale}
+    call = {"num_inference_steps": steps, "guidance_scale": run.train.teacher_guidance_scale} | run.family.arguments()
     if isinstance(run.family.schedule(pipe), DiscreteVP):
         scheduler = DDIMScheduler.from_config(
             pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
@@ -50,11 +50,8 @@ def student_row(run: Run, pipe: DiffusionPipeline, steps: int) -> Row:
     """The student in `steps` steps, by a stock scheduler."""
     sampler = run.method.sampler(run.family.schedule(pipe), steps)
     scheduler, call = run.family.scheduler(pipe, sampler)
-    return Row(
-        f"student, {steps} step{'s' * (steps > 1)}",
-        scheduler,
-        call | {"guidance_scale": sampler.guidance_scale},
-    )
+    call |= {"guidance_scale": sampler.guidance_scale} | run.family.arguments()
+    return Row(f"student, {steps} step{'s' * (steps > 1)}", scheduler, call)
 
 
 def finish(stage: Stage, logs: Logs) -> None:

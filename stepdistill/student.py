@@ -139,7 +139,7 @@ def _contract(
         sigmas=tuple(schedule(torch.tensor(sampler.timesteps))[1].tolist()),
         clean=sampler.clean,
         scheduler=json.loads(scheduler.to_json_string()),  # pyright: ignore[reportAttributeAccessIssue]
-        call=call | {"guidance_scale": scale, "height": height, "width": width},
+        call=call | family.arguments() | {"guidance_scale": scale, "height": height, "width": width},
         guidance_scale=scale,
         eta=sampler.eta,
         negative_prompt=scale > 1,

@@ -18,7 +18,7 @@ from stepdistill.tiny import build
 
 FAMILIES: dict[str, Family] = {
     "sd": StableDiffusion(pretrained_teacher_model="tiny-sd"),
-    "sd3": StableDiffusion3(pretrained_teacher_model="tiny-sd3"),
+    "sd3": StableDiffusion3(pretrained_teacher_model="tiny-sd3", max_sequence_length=16),
 }
 
 

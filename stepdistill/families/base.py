@@ -113,6 +113,10 @@ class Family(ABC):
         return (pipe.components[self.network_name].config["in_channels"], height // scale, width // scale)
 
     @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """What the pipeline's call needs besides prompt, sampler and size, for teacher and student alike."""
+
+    @abstractmethod
     def schedule(self, pipe: DiffusionPipeline) -> NoiseSchedule:
         """The noise process, with the pipeline scheduler's exact levels."""
 

@@ -32,6 +32,9 @@ class StableDiffusion(Family):
     network_name: ClassVar[str] = "unet"
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
 
+    def arguments(self) -> dict[str, Any]:
+        return {}
+
     def schedule(self, pipe: DiffusionPipeline) -> DiscreteVP:
         return DiscreteVP(pipe.scheduler.alphas_cumprod)
 

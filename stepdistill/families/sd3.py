@@ -34,10 +34,20 @@ TARGETS = (
 
 @dataclass(frozen=True, kw_only=True)
 class StableDiffusion3(Family):
-    """Stable Diffusion 3 and 3.5 pipelines, with or without the T5 text encoder."""
+    """Stable Diffusion 3 and 3.5 pipelines, with or without the T5 text encoder.
+
+    Args:
+        max_sequence_length: tokens of T5's part of the prompt, zeros where the pipeline goes without T5; the
+            pipeline's own default is 256, the bundled `tiny-sd3` was trained with 16.
+    """
 
     network_name: ClassVar[str] = "transformer"
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
+
+    max_sequence_length: int = 256
+
+    def arguments(self) -> dict[str, Any]:
+        return {"max_sequence_length": self.max_sequence_length}
 
     def schedule(self, pipe: DiffusionPipeline) -> Rectified:
         if pipe.scheduler.config.use_dynamic_shifting:

@@ -84,20 +84,20 @@ def reference(name: str, run: Run, work: Path) -> Reference:
 
 def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Row]]:
     """The teacher's stock few-step samplers: DDIM trailing and DPM-Solver++, or Euler with and without shift."""
-    scale = run.train.teacher_guidance_scale
+    same = {"guidance_scale": run.train.teacher_guidance_scale} | run.family.arguments()
     for steps in STEPS:
         if isinstance(run.family.schedule(pipe), DiscreteVP):
             yield steps, report.teacher_row(run, pipe, steps, "DDIM, trailing")
             dpm = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
             yield (
                 steps,
-                Row("DPM-Solver++ 2M, trailing", dpm, {"num_inference_steps": steps, "guidance_scale": scale}),
+                Row("DPM-Solver++ 2M, trailing", dpm, {"num_inference_steps": steps} | same),
             )
         else:
             yield steps, report.teacher_row(run, pipe, steps, "Euler, the teacher's shift")
             plain = FlowMatchEulerDiscreteScheduler(shift=1.0)
             call = {"sigmas": [1 - i / steps for i in range(steps)], "num_inference_steps": steps}
-            yield steps, Row("Euler, no shift", plain, call | {"guidance_scale": scale})
+            yield steps, Row("Euler, no shift", plain, call | same)
 
 
 def figures(pipe: DiffusionPipeline, row: Row, ref: Reference) -> dict[str, Any]:
