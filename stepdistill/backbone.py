@@ -150,7 +150,7 @@ class Backbone(nn.Module):
 
     def lora_config(self, name: str) -> dict:
         """The role's PEFT config as plain data, for LoRA metadata."""
-        return self.net.peft_config[name].to_dict()  # pyright: ignore[reportIndexIssue, reportCallIssue]
+        return self.net.peft_config[name].to_dict()  # pyright: ignore
 
     @torch.no_grad()
     def average(self, stepped: Sequence[str]) -> None:

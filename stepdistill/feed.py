@@ -52,6 +52,7 @@ class Feed:
     ) -> None:
         self.family, self.pipe, self.spec, self.digest, self.device = family, pipe, spec, digest, device
         folder = Path(spec.cache_dir) if spec.cache_dir else None
+        self.latents: LatentCache | None = None
         self.prompts = PromptCache(
             lambda prompts: dict(family.condition(pipe, prompts)), folder and folder / "prompts", digest
         )
@@ -59,6 +60,12 @@ class Feed:
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Embeddings on the device, each prompt encoded once."""
         return {key: value.to(self.device) for key, value in self.prompts(prompts).items()}
+
+    def save(self) -> None:
+        """Write what the caches hold and have not written."""
+        for cache in (self.prompts, self.latents):
+            if cache is not None:
+                cache.save()
 
     def batches(self, source: Source, start: int, rank: int, world: int) -> Iterator[list[Batch]]:
         """The micro-batches of each step from `start` on, without end."""
@@ -71,21 +78,22 @@ class Feed:
             source = FixedCrops(source=source)  # else a latent would depend on where its picture came first
         stream = Stream(source, whole, spec.seed)
         folder = Path(spec.cache_dir) / "latents" if spec.cache_dir else None
-        cache = LatentCache(folder, f"{self.digest}/{source.digest()}") if spec.cache_latents else None
+        if spec.cache_latents:
+            self.latents = LatentCache(folder, f"{self.digest}/{source.digest()}")
         read = loader(stream, start, places, spec.dataloader_num_workers, spec.seed)
         step = start
         while True:
-            yield [self._batch(next(read), [step * whole + j for j in place], cache) for place in places]
+            yield [self._batch(next(read), [step * whole + j for j in place]) for place in places]
             step += 1
 
-    def _batch(self, samples: list[Sample], index: Sequence[int], cache: LatentCache | None) -> Batch:
+    def _batch(self, samples: list[Sample], index: Sequence[int]) -> Batch:
         cond = self.condition([sample.prompt for sample in samples])
         first = samples[0]
         latents = None
         if first.latents is not None:
             latents = torch.stack([s.latents for s in samples if s.latents is not None]).float()
         elif first.pixels is not None:
-            latents = self._encode(samples, cache)
+            latents = self._encode(samples)
         side = self.spec.resolution
         if latents is not None:
             shape = tuple(latents.shape[1:])
@@ -95,16 +103,16 @@ class Feed:
         noise = None if first.noise is None else torch.stack([s.noise for s in samples if s.noise is not None])
         return Batch(tuple(index), cond, shape, _to(latents, self.device), _to(noise, self.device))
 
-    def _encode(self, samples: list[Sample], cache: LatentCache | None) -> Tensor:
+    def _encode(self, samples: list[Sample]) -> Tensor:
         pixels = torch.stack([s.pixels for s in samples if s.pixels is not None])
-        if cache is None:
+        if self.latents is None:
             return self.family.encode(self.pipe, pixels.to(self.device))
         place = {sample.item: n for n, sample in enumerate(samples)}
 
         def encode(items: list[int]) -> Tensor:
             return self.family.encode(self.pipe, pixels[[place[item] for item in items]].to(self.device)).cpu()
 
-        return cache([sample.item for sample in samples], encode)
+        return self.latents([sample.item for sample in samples], encode)
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -91,7 +91,7 @@ def finish(stage: Stage, logs: Logs) -> None:
         (out / "eval.json").write_text(json.dumps(summary, indent=1) + "\n")
     _print(run, out, summary)
     if spec.push_to_hub:
-        api = HfApi(token=spec.hub_token)
+        api = HfApi()
         repo = api.create_repo(spec.hub_model_id or out.name, exist_ok=True).repo_id
         student.write_card(out, student.read_contract(out), address=repo)
         api.upload_folder(repo_id=repo, folder_path=out, ignore_patterns=["checkpoint-*", "runs/*"])

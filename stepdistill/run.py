@@ -21,7 +21,8 @@ from stepdistill.methods.base import Method
 from stepdistill.roles import Ema, LoraSpec
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import Stage, latent_shape, prepare
-from stepdistill.trainer import Loop, Team
+from stepdistill.team import Team
+from stepdistill.trainer import Loop
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def distill(run: Run) -> Path:
         student.start_from(stage.backbone, run.lora.init_from, run.family)
     loop = assemble(stage, team)
     finished = loop.fit()
+    stage.feed.save()
     accelerator.end_training()
     if finished and accelerator.is_main_process:
         report.finish(stage, loop.logs)

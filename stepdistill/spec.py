@@ -47,9 +47,8 @@ class TrainSpec:
         teacher_guidance_scale: of the teacher's row.
         eval_samples: pictures for eval.json after training; 0 for none.
         eval_reference: the teacher's reference features, as `eval/reference.py` writes them.
-        push_to_hub: upload the student folder when it is finished.
+        push_to_hub: upload the student folder when it is finished, with the token of `hf auth login` or HF_TOKEN.
         hub_model_id: repository to upload to; none makes one from the folder's name.
-        hub_token: access token; better left to `hf auth login`.
     """
 
     output_dir: str
@@ -87,7 +86,6 @@ class TrainSpec:
     eval_reference: str | None = None
     push_to_hub: bool = False
     hub_model_id: str | None = None
-    hub_token: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"):

@@ -7,89 +7,22 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from stepdistill import checkpoint, distributed
-from stepdistill.backbone import Backbone
 from stepdistill.errors import NonFiniteLoss, StepdistillError, problem
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Batch, Method, Play
-from stepdistill.roles import Ema
 from stepdistill.spec import TrainSpec
+from stepdistill.team import Team
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Team:
-    """The trainable roles of a run, with an optimizer and a learning-rate schedule each."""
-
-    backbone: Backbone
-    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
-    schedulers: dict[str, torch.optim.lr_scheduler.LRScheduler] = field(default_factory=dict)
-
-    @classmethod
-    def assemble(cls, backbone: Backbone, method: Method, spec: TrainSpec) -> Team:
-        """Declare the method's roles, give every process rank 0's weights, and build the optimizers."""
-        team = cls(backbone)
-        for name, role in method.roles().items():
-            backbone.add(name, role)
-            distributed.broadcast(list(backbone.parameters_of(name).values()))
-            if isinstance(role, Ema):
-                continue
-            params = list(backbone.parameters_of(name).values())
-            make = (spec.optimizers or {}).get(name, spec.optimizer)
-            team.optimizers[name] = make(params, lr=spec.learning_rate)
-            team.schedulers[name] = get_scheduler(
-                spec.lr_scheduler,
-                team.optimizers[name],
-                num_warmup_steps=spec.lr_warmup_steps,
-                num_training_steps=spec.max_train_steps,
-            )
-        return team
-
-    def params(self, role: str) -> dict[str, nn.Parameter]:
-        """A role's parameters by name."""
-        return self.backbone.parameters_of(role)
-
-    def zero(self) -> None:
-        """Drop every gradient: a role's loss leaves some in the others."""
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-
-    def fingerprint(self) -> dict[str, Tensor]:
-        """One number for each tensor, frozen ones too; two of these tell what has moved."""
-        named = {f"{role}/{key}": p for role in self.backbone.declared for key, p in self.params(role).items()}
-        own = {id(p) for p in named.values()}
-        named |= {f"base/{key}": p for key, p in self.backbone.net.named_parameters() if id(p) not in own}
-        with torch.no_grad():
-            # weighted, since Adam's first steps are +-lr, which a plain sum can miss
-            return {
-                key: p.flatten().double() @ torch.linspace(1, 2, p.numel(), dtype=torch.float64, device=p.device)
-                for key, p in named.items()
-            }
-
-    def state(self) -> dict[str, dict]:
-        """What the optimizers and schedules need to go on."""
-        return {
-            name: {"optimizer": optimizer.state_dict(), "scheduler": self.schedulers[name].state_dict()}
-            for name, optimizer in self.optimizers.items()
-        }
-
-    def load(self, roles: dict[str, dict[str, Tensor]], optimizers: dict[str, dict]) -> None:
-        """Take up a checkpoint."""
-        for name in self.backbone.declared:
-            self.backbone.load_state(name, roles[name])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(optimizers[name]["optimizer"])
-            self.schedulers[name].load_state_dict(optimizers[name]["scheduler"])
 
 
 class Stop:

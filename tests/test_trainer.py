@@ -28,6 +28,7 @@ from stepdistill.roles import Lora, LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.schema import Factory
 from stepdistill.spec import TrainSpec
+from stepdistill.team import Team
 from stepdistill.tiny import build
 
 LCM = Consistency(num_ddim_timesteps=10, guidance_scale=3.0, ema_decay=0.9, loss_type="l2")
@@ -159,7 +160,7 @@ def _same_gradients(ours: Path, theirs: Path) -> None:
 def test_micro_batches_keep_no_graph(monkeypatch):
     """The graph of one micro-batch is gone before the next is built."""
     pipe = pipeline("sd")
-    team = trainer.Team(backbone("sd", pipe))
+    team = Team(backbone("sd", pipe))
     team.backbone.add("student", Lora())
     awake(team.backbone, "student")
     team.optimizers["student"] = torch.optim.SGD(list(team.params("student").values()), lr=0.0)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from stepdistill.data.base import BadSample, Source
+from stepdistill.data.samples import TeacherSamples
 from stepdistill.errors import DataError, problem
 
 NAMED = 5  # bad samples that the report lists
@@ -102,6 +103,8 @@ def check(source: Source, strict: bool = False, workers: int = 0) -> str:
     Raises:
         DataError: nothing usable is there, columns or captions are wrong; the first bad sample is named.
     """
+    if isinstance(source, TeacherSamples):  # the rest the teacher draws when training starts
+        source = source.source
     total = len(source)
     source.buckets()  # before the workers start, so that they find it done
     tally = _Tally()

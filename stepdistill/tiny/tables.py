@@ -49,7 +49,7 @@ def data_features(seed: int) -> Tensor:
     """Features of drawings that belong to each prompt, drawn and augmented at random."""
     rng, source = random.Random(seed), emoji.sheet()
     pool: dict[str, list[emoji.Drawing]] = {}
-    for drawing in emoji.drawings():
+    for drawing in emoji.subjects():
         pool.setdefault(drawing.subgroup, []).append(drawing)
     made = emoji.pixels([emoji.picture(source, rng.choice(pool[prompt]), rng) for prompt in prompts()])
     return extractor()((made * 127.5 + 127.5).round().to(torch.uint8))

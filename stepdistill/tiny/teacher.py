@@ -55,7 +55,7 @@ class Teacher:
     learning_rate: float = 1e-3
     warmup: int = 200
     ema: float = 0.999
-    pictures: int = 24
+    pictures: int = 40
     dropout: float = 0.1
     checkpointing_steps: int = 500
 
@@ -70,9 +70,10 @@ def train_vae(spec: Teacher, folder: Path) -> AutoencoderKL:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, spec.vae_learning_rate, total_steps=spec.vae_steps, pct_start=0.05
     )
+    batch = spec.train_batch_size
     bar = tqdm(range(spec.vae_steps), desc="autoencoder", mininterval=5)
     for _ in bar:
-        x = emoji.pixels([emoji.picture(source, rng.choice(drawn), rng) for _ in range(spec.train_batch_size)])
+        x = emoji.pixels([emoji.picture(source, rng.choice(drawn), rng, least=0.7) for _ in range(batch)])
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x, return_dict=False)[0]
@@ -85,7 +86,7 @@ def train_vae(spec: Teacher, folder: Path) -> AutoencoderKL:
         optimizer.step()
         schedule.step()
         bar.set_postfix(psnr=f"{10 * torch.log10(4 / error.detach()).item():.1f}", refresh=False)
-    x = emoji.pixels([emoji.picture(source, rng.choice(drawn), rng) for _ in range(512)])
+    x = emoji.pixels([emoji.picture(source, rng.choice(drawn), rng, least=0.7) for _ in range(512)])
     with torch.no_grad():
         latents = vae.encode(x).latent_dist.mode()
     vae.register_to_config(
@@ -101,12 +102,12 @@ def encode(spec: Teacher, vae: AutoencoderKL, file: Path) -> Tensor:
     if file.exists():
         return torch.load(file, weights_only=True)
     rng = random.Random(spec.seed + 1)
-    source, drawn = emoji.sheet(), emoji.drawings()
+    source, drawn = emoji.sheet(), emoji.subjects()
     rows = []
     for _ in tqdm(range(spec.pictures), desc="encode", mininterval=5):
         x = emoji.pixels([emoji.picture(source, drawing, rng) for drawing in drawn])
         with torch.autocast("cpu", torch.bfloat16):
-            parts = [vae.encode(part).latent_dist.mode() for part in x.split(64)]
+            parts = [vae.encode(part, return_dict=False)[0].mode() for part in x.split(64)]
         rows.append(torch.cat(parts).half())
     latents = torch.stack(rows)
     torch.save(latents, file)
@@ -192,7 +193,7 @@ def train(spec: Teacher) -> Path:
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         start, seconds = saved["step"], saved["seconds"]
-    drawn = emoji.drawings()
+    drawn = emoji.subjects()
     began = time.time()
     bar = tqdm(
         range(start, spec.max_train_steps),

@@ -1,0 +1,46 @@
+"""The README says what was measured and what is there."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+from stepdistill import config, methods
+from stepdistill.run import Run
+from stepdistill.tiny import tables
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_tables_are_those_of_the_result_files():
+    measured = {file.stem for file in (ROOT / "eval" / "results").glob("*.json")}
+    shown = set(re.findall(r"<!-- table (\w+) -->", README))
+    assert shown == measured & set(tables.TABLES)
+    assert tables.render(README, ROOT / "eval" / "results") == README
+
+
+def test_every_method_is_in_the_readme_and_cites_its_paper():
+    found = [m.name for m in pkgutil.iter_modules(methods.__path__) if m.name != "base"]
+    assert found
+    for name in found:
+        assert f"{name}." in README, name
+        module = importlib.import_module(f"stepdistill.methods.{name}")
+        classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+        assert any("References:" in (c.__doc__ or "") for c in classes), name
+
+
+def test_every_config_builds():
+    files = [f for f in sorted((ROOT / "configs").rglob("*.yaml")) if f.parent.name not in ("accelerate", "teachers")]
+    assert files
+    for file in files:
+        run = config.load(Run, file, [])
+        assert run.train.output_dir.startswith("runs/"), file
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
