@@ -19,6 +19,7 @@ from stepdistill.errors import StepdistillError, problem
 
 logger = logging.getLogger(__name__)
 FLUSH = 256  # new rows after which a file is written
+LIMIT = 4 * 2**30  # bytes of rows in memory beyond which the oldest are dropped; 100,000 prompts of T5 are 500 GB
 
 Row = dict[str, Tensor]
 
@@ -47,6 +48,7 @@ class RowStore:
         self.key = key
         self._rows: dict[str, Row] = {}
         self._new: list[str] = []
+        self._bytes = 0
         self._stored: dict[str, _Stored] = {}
         files = sorted(folder.glob("*.safetensors")) if folder else []
         others = sum(not self._open(path) for path in files)
@@ -79,14 +81,24 @@ class RowStore:
                 raise ValueError(problem(got, "one row an input", "rows are kept one by one", "correct the encoder"))
         for n, row in enumerate(ids):
             # a clone, since a slice would keep the whole batch alive
-            self._rows[row] = {name: column[n].detach().cpu().clone() for name, column in columns.items()}
-        self._new += ids
+            made = {name: column[n].detach().cpu().clone() for name, column in columns.items()}
+            self._bytes += _size(made)
+            self._rows[row] = made
+        self._new += ids if self.folder else []
         if len(self._new) >= FLUSH:
             self.save()
+
+    def _make_room(self) -> None:
+        """Drop the oldest rows beyond the limit; on disk they stay, else they are encoded again."""
+        if self._bytes > LIMIT:
+            self.save()
+        while self._bytes > LIMIT:
+            self._bytes -= _size(self._rows.pop(next(iter(self._rows))))
 
     def rows(self, ids: Sequence[str]) -> Row:
         """The rows of `ids`, stacked to (len(ids), ...) by name, on the cpu."""
         found = [self._row(row) for row in ids]
+        self._make_room()
         shapes = {tuple((name, tuple(tensor.shape)) for name, tensor in row.items()) for row in found}
         if len(shapes) > 1:
             got = f"rows of shapes {sorted(shapes)[:2]}"
@@ -113,12 +125,17 @@ class RowStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, part, metadata)
             os.replace(part, path)
+            self._open(path)
         except (OSError, SafetensorError) as error:
             if part.exists():
                 part.unlink()
             logger.warning("cannot write the cache to %s (%s): keeping it in memory only", self.folder, error)
             self.folder = None
         self._new = []
+
+
+def _size(row: Row) -> int:
+    return sum(tensor.nbytes for tensor in row.values())
 
 
 class PromptCache:

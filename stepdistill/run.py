@@ -104,7 +104,6 @@ def distill(run: Run) -> Path:
     accelerator.end_training()
     if finished and accelerator.is_main_process:
         report.finish(stage, loop.logs)
-    distributed.barrier()
     return out
 
 

@@ -129,3 +129,20 @@ def test_latents_by_item(tmp_path: Path) -> None:
     again = LatentCache(tmp_path, "k")
     assert again([3, 5], encode).shape == (2, 4, 2, 2)
     assert calls == [[7, 3], [5]]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_memory_is_bounded_and_a_dropped_row_comes_back(tmp_path, monkeypatch, on_disk):
+    monkeypatch.setattr(module, "LIMIT", 10 * 4 * 3)
+    made: list[str] = []
+
+    def encode(prompts):
+        made.extend(prompts)
+        return {"states": torch.tensor([[float(p)] * 3 for p in prompts])}
+
+    prompts = PromptCache(encode, tmp_path if on_disk else None, "key")
+    for n in range(40):
+        assert prompts([str(n)])["states"].tolist() == [[n] * 3]
+        assert len(prompts.store._rows) <= 10
+    assert prompts(["0"])["states"].tolist() == [[0] * 3]
+    assert made.count("0") == (1 if on_disk else 2)
