@@ -79,7 +79,7 @@ class Family(ABC):
                 where, config=self.single_file_config
             )
         else:
-            index = dict(self.pipeline_class.load_config(where, revision=self.revision))
+            index: Any = self.pipeline_class.load_config(where, revision=self.revision)
             # Diffusers drops the parts a folder goes without, such as SD3's T5, and then asks for them
             without = {name: None for name, part in index.items() if isinstance(part, list) and part[0] is None}
             pipe = self.pipeline_class.from_pretrained(where, revision=self.revision, variant=self.variant, **without)
