@@ -73,7 +73,12 @@ class StableDiffusion3(Family):
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         states, _, pooled, _ = pipe.encode_prompt(
-            list(prompts), None, None, device=pipe.text_encoder.device, do_classifier_free_guidance=False
+            list(prompts),
+            None,
+            None,
+            device=pipe.text_encoder.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
         )
         return {"states": states, "pooled": pooled}
 

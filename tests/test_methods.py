@@ -1,0 +1,64 @@
+"""Every method on every family: two steps, the student folder, its proof. What is new is found, not listed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+from dataclasses import replace
+
+import pytest
+from tiny import FAMILIES, pipeline
+
+from stepdistill import families, methods
+from stepdistill.data import Prompts, TeacherSamples
+from stepdistill.families.base import Family
+from stepdistill.methods.base import Method
+from stepdistill.roles import LoraSpec
+from stepdistill.run import Run, distill
+from stepdistill.spec import TrainSpec
+
+
+def concrete(package, base) -> list[type]:
+    """The finished subclasses of `base` in a package's modules."""
+    found = []
+    for module in pkgutil.iter_modules(package.__path__):
+        members = vars(importlib.import_module(f"{package.__name__}.{module.name}")).values()
+        found += [c for c in members if inspect.isclass(c) and issubclass(c, base) and not inspect.isabstract(c)]
+    assert found
+    return sorted(set(found), key=lambda cls: cls.__name__)
+
+
+def test_every_family_has_a_tiny_pipeline():
+    assert {type(family) for family in FAMILIES.values()} == set(concrete(families, Family))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", concrete(methods, Method), ids=lambda cls: cls.__name__)
+def test_two_steps_and_a_student(method, name, tmp_path):
+    pipeline(name).save_pretrained(tmp_path / "teacher")
+    out = distill(
+        Run(
+            family=replace(FAMILIES[name], pretrained_teacher_model=str(tmp_path / "teacher")),
+            method=method(),
+            data=TeacherSamples(
+                source=Prompts(prompts=("rose", "octopus")),
+                folder=str(tmp_path / "samples"),
+                count=4,
+                num_inference_steps=2,
+            ),
+            lora=LoraSpec(rank=2, alpha=6),
+            train=TrainSpec(
+                output_dir=str(tmp_path / "out"),
+                max_train_steps=2,
+                train_batch_size=2,
+                learning_rate=1e-2,
+                report_to="none",
+                validation_prompts=("rose", "octopus"),
+                teacher_steps=4,
+            ),
+        )
+    )
+    assert json.loads((out / "distill_config.json").read_text())["proof"] is not None
+    assert (out / "samples" / "grid.png").exists()
