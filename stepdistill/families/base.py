@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
@@ -83,7 +82,9 @@ class Family(ABC):
             # Diffusers drops the parts a folder goes without, such as SD3's T5, and then asks for them
             without = {name: None for name, part in index.items() if isinstance(part, list) and part[0] is None}
             pipe = self.pipeline_class.from_pretrained(where, revision=self.revision, variant=self.variant, **without)
-        pipe.to(torch.float32)  # transformers loads a file of halves in half
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.float()  # transformers loads a file of halves in half
         for lora in self.teacher_loras:
             pipe.load_lora_weights(lora)
             pipe.fuse_lora()

@@ -1,0 +1,1 @@
+"""The bundled teachers and data set of the quickstart, what made them, and the tables about them."""
