@@ -241,7 +241,7 @@ def save(pipe: DiffusionPipeline, params: list[nn.Parameter], average: list[Tens
 
     transformers loads half files in half, which would then meet a float32 UNet.
     """
-    kept = [p.detach().clone() for p in params]
+    trained = [p.detach().clone() for p in params]
     for p, mean in zip(params, average, strict=True):
         p.copy_(mean)
     pipe.save_pretrained(out)
@@ -249,7 +249,10 @@ def save(pipe: DiffusionPipeline, params: list[nn.Parameter], average: list[Tens
     name = "unet" if "unet" in pipe.components else "transformer"
     deepcopy(denoiser).half().save_pretrained(out / name)
     deepcopy(pipe.vae).half().save_pretrained(out / "vae")
+    for file in out.glob("*/config.json"):  # Diffusers and transformers keep the path that a part was read from
+        kept = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
+        file.write_text(json.dumps(kept, indent=2) + "\n")
     (out / "README.md").write_text(CARD.format(name=out.name, steps=facts["steps"]))
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
-    for p, old in zip(params, kept, strict=True):
+    for p, old in zip(params, trained, strict=True):
         p.copy_(old)
