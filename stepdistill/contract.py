@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import DiffusionPipeline
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import nn
 
 from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import BUNDLED_NAMES, Family
@@ -174,7 +175,17 @@ def base_hash(pipe: DiffusionPipeline, family: Family, dtype: torch.dtype = torc
     Adapters on it do not count. A sample tells checkpoints apart and takes no time. Precision counts: weights
     that were loaded in another one are compared by the hash of that one.
     """
-    state = family.network(pipe).state_dict()
+    return _hash(family.network(pipe), dtype)
+
+
+def pipeline_hash(pipe: DiffusionPipeline) -> str:
+    """sha256 of every network of the pipeline, as `base_hash` has it: embeddings and latents depend on them."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return sha256("".join(f"{name} {_hash(part, torch.float32)}" for name, part in parts.items()).encode()).hexdigest()
+
+
+def _hash(net: nn.Module, dtype: torch.dtype) -> str:
+    state = net.state_dict()
     base = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
     digest = sha256()
     for key in sorted(base):

@@ -31,8 +31,8 @@ class Row:
     call: Mapping[str, Any]
 
 
-def network_of(pipe: DiffusionPipeline) -> torch.nn.Module:
-    """The pipeline's denoiser."""
+def network_of(pipe: DiffusionPipeline) -> Any:  # noqa: ANN401
+    """The pipeline's denoiser, a Diffusers model."""
     return pipe.components["unet"] if "unet" in pipe.components else pipe.components["transformer"]
 
 
@@ -50,9 +50,8 @@ def generate(
     neither the batch size nor the other prompts.
     """
     net = network_of(pipe)
-    config = pipe.components["unet" if "unet" in pipe.components else "transformer"].config
-    side = config["sample_size"]
-    shape = (config["in_channels"], side, side)
+    side = net.config["sample_size"]
+    shape = (net.config["in_channels"], side, side)
     pipe.scheduler = row.scheduler
     pipe.set_progress_bar_config(disable=True)
     pictures = []

@@ -43,7 +43,7 @@ class Feed:
     """Embeddings, latents and micro-batches for one process.
 
     Args:
-        digest: of the teacher's weights; keys the caches.
+        digest: of the weights of every part of the pipeline; keys the caches.
         device: where batches go.
     """
 
@@ -56,6 +56,16 @@ class Feed:
         self.prompts = PromptCache(
             lambda prompts: dict(family.condition(pipe, prompts)), folder and folder / "prompts", digest
         )
+
+    @property
+    def side(self) -> int:
+        """Side in pixels where no picture says so."""
+        return self.spec.resolution or self.family.native_side(self.pipe)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of latents where no picture says so."""
+        return self.family.latent_shape(self.pipe, self.side, self.side)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Embeddings on the device, each prompt encoded once."""
@@ -76,10 +86,9 @@ class Feed:
         places = [list(range((rank * parts + part) * size, (rank * parts + part + 1) * size)) for part in range(parts)]
         if spec.cache_latents and "images" in source.provides:
             source = FixedCrops(source=source)  # else a latent would depend on where its picture came first
-        stream = Stream(source, whole, spec.seed)
-        folder = Path(spec.cache_dir) / "latents" if spec.cache_dir else None
-        if spec.cache_latents:
+            folder = Path(spec.cache_dir) / "latents" if spec.cache_dir else None
             self.latents = LatentCache(folder, f"{self.digest}/{source.digest()}")
+        stream = Stream(source, whole, spec.seed)
         read = loader(stream, start, places, spec.dataloader_num_workers, spec.seed)
         step = start
         while True:
@@ -94,12 +103,7 @@ class Feed:
             latents = torch.stack([s.latents for s in samples if s.latents is not None]).float()
         elif first.pixels is not None:
             latents = self._encode(samples)
-        side = self.spec.resolution
-        if latents is not None:
-            shape = tuple(latents.shape[1:])
-        else:
-            pixels = side or self.family.native_side(self.pipe)
-            shape = self.family.latent_shape(self.pipe, pixels, pixels)
+        shape = self.shape if latents is None else tuple(latents.shape[1:])
         noise = None if first.noise is None else torch.stack([s.noise for s in samples if s.noise is not None])
         return Batch(tuple(index), cond, shape, _to(latents, self.device), _to(noise, self.device))
 

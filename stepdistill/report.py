@@ -13,13 +13,15 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from huggingface_hub import HfApi
 
 from stepdistill import student
+from stepdistill.errors import ConfigError, problem
 from stepdistill.evaluate import SEED_B, Reference, Row, generate, grid
-from stepdistill.families.base import BUNDLED
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Method
 from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.frechet import excess, paired
 from stepdistill.schedule import DiscreteVP
+from stepdistill.spec import TrainSpec
+from stepdistill.tiny import bundled
 
 if TYPE_CHECKING:
     from stepdistill.run import Run
@@ -66,9 +68,24 @@ def finish(stage: Stage, logs: Logs) -> None:
         backbone=stage.backbone,
         role=run.method.exported(),
         method=run.method,
-        resolution=_resolution(stage),
+        resolution=(stage.feed.side, stage.feed.side),
         seed=spec.seed,
     )
+    summary: dict[str, Any] = {"proof": difference}
+    if spec.validation_prompts or spec.eval_samples:  # else the pipelines need not be loaded once more
+        summary = _show(stage, out) | summary
+    _print(out, summary)
+    if spec.push_to_hub:
+        api = HfApi()
+        repo = api.create_repo(spec.hub_model_id or out.name, exist_ok=True).repo_id
+        student.write_card(out, student.read_contract(out), address=repo)
+        api.upload_folder(repo_id=repo, folder_path=out, ignore_patterns=["checkpoint-*", "runs/*"])
+        print(f"uploaded to {repo}")
+
+
+def _show(stage: Stage, out: Path) -> dict[str, Any]:
+    """Draw `samples/grid.png` and measure `eval.json`, each where asked; returns what was measured."""
+    run, spec = stage.run, stage.run.train
     teacher, plain = run.family.load(), run.family.load()
     few = teacher_row(run, teacher, FEW, f"teacher, {FEW} steps")
     full = teacher_row(run, teacher, spec.teacher_steps, f"teacher, {spec.teacher_steps} steps")
@@ -84,43 +101,70 @@ def finish(stage: Stage, logs: Logs) -> None:
         ]
         scale = max(1, 96 // made[0][1].shape[-1])
         grid(made, prompts, scale).save(out / "samples" / "grid.png")
-    student.write_card(out, student.read_contract(out))  # again, now that there is a picture
-    summary: dict[str, Any] = {"proof": difference}
-    if spec.eval_samples and spec.eval_reference:
-        summary = measure(run, teacher, plain, {"full": full, "few": few}, rows) | summary
-        (out / "eval.json").write_text(json.dumps(summary, indent=1) + "\n")
-    _print(run, out, summary)
-    if spec.push_to_hub:
-        api = HfApi()
-        repo = api.create_repo(spec.hub_model_id or out.name, exist_ok=True).repo_id
-        student.write_card(out, student.read_contract(out), address=repo)
-        api.upload_folder(repo_id=repo, folder_path=out, ignore_patterns=["checkpoint-*", "runs/*"])
-        print(f"uploaded to {repo}")
+        student.write_card(out, student.read_contract(out))  # again, now that there is a picture
+    if not spec.eval_samples:
+        return {}
+    found = measure(run, reference(run, stage.digest), teacher, plain, {"full": full, "few": few}, rows)
+    (out / "eval.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
-def _resolution(stage: Stage) -> tuple[int, int]:
-    side = stage.run.train.resolution or stage.run.family.native_side(stage.pipe)
-    return side, side
+def reference_file(spec: TrainSpec) -> Path:
+    """Where the teacher's features are; ConfigError where they are not."""
+    file = bundled(spec.eval_reference or "")
+    if not file.is_file():
+        raise ConfigError(
+            problem(
+                f"train.eval_reference {spec.eval_reference!r} with train.eval_samples {spec.eval_samples}",
+                "a file of the teacher's features",
+                "the student's pictures are compared with them",
+                "name a file of `eval/tables.py`, or set train.eval_samples to 0",
+            )
+        )
+    return file
+
+
+def reference(run: Run, digest: str) -> Reference:
+    """The stored features, which must be of this teacher under this guidance and number of steps."""
+    found = Reference.load(reference_file(run.train))
+    wanted = {
+        "teacher_sha256": digest,
+        "teacher_steps": str(run.train.teacher_steps),
+        "teacher_guidance_scale": str(run.train.teacher_guidance_scale),
+    }
+    odd = [key for key, value in wanted.items() if found.facts.get(key) != value]
+    if odd:
+        raise ConfigError(
+            problem(
+                f"train.eval_reference with other {', '.join(odd)}: {[found.facts.get(key) for key in odd]}",
+                f"{[wanted[key] for key in odd]}",
+                "the floor and the excess would be another teacher's",
+                "measure the features again, or set train.eval_samples to 0",
+            )
+        )
+    return found
 
 
 def measure(
-    run: Run, teacher: DiffusionPipeline, plain: DiffusionPipeline, taught: Mapping[str, Row], rows: list[Row]
+    run: Run,
+    stored: Reference,
+    teacher: DiffusionPipeline,
+    plain: DiffusionPipeline,
+    taught: Mapping[str, Row],
+    rows: list[Row],
 ) -> dict[str, Any]:
     """Excess over the teacher's seed-to-seed floor, with 95 % intervals, and cost, at `eval_samples` pictures.
 
     The teacher's full rows come from the stored reference; the few-step rows are drawn here.
     """
-    assert run.train.eval_reference is not None
-    file = Path(run.train.eval_reference)
-    reference = Reference.load(BUNDLED / file.name if file.parent.name == "bundled" else file)
-    n = min(run.train.eval_samples, len(reference.prompts))
-    ref, floor = (reference.features[key][:n] for key in ("reference", "floor"))
-    prompts, features = reference.prompts[:n], EfficientNetLite0()
+    n = min(run.train.eval_samples, len(stored.prompts))
+    ref, floor = (stored.features[key][:n] for key in ("reference", "floor"))
+    prompts, features = stored.prompts[:n], EfficientNetLite0()
     found: dict[str, Any] = {
         "schema": "stepdistill.eval/0",
         "n": n,
         "features": features.id,
-        **reference.facts,
+        **stored.facts,
     }
     found["rows"] = []
     for pipe, row in [(teacher, taught["few"]), *((plain, row) for row in rows)]:
@@ -153,7 +197,7 @@ def measure(
     return found
 
 
-def _print(run: Run, out: Path, summary: Mapping[str, Any]) -> None:
+def _print(out: Path, summary: Mapping[str, Any]) -> None:
     contract = student.read_contract(out)
     print(f"\nStudent: {out}   (plain Diffusers differs from it by {summary['proof']:.1e})")
     for row in summary.get("rows", []):

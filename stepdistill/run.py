@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from stepdistill.logs import Logs
 from stepdistill.methods.base import Method
 from stepdistill.roles import Ema, LoraSpec
 from stepdistill.spec import TrainSpec
-from stepdistill.stage import Stage, latent_shape, prepare
+from stepdistill.stage import Stage, prepare
 from stepdistill.team import Team
 from stepdistill.trainer import Loop
 
@@ -52,6 +53,8 @@ def check(run: Run) -> None:
     run.family.location()
     check_needs(run.data, run.method.needs, type(run.method).__name__)
     Stream(run.data, 1, spec.seed)  # reads the source's index
+    if spec.eval_samples:
+        report.reference_file(spec)
     used = out.exists() and ((out / "metrics.jsonl").exists() or checkpoint.checkpoints(out))
     if used and not spec.resume_from_checkpoint and not spec.overwrite_output_dir:
         raise ConfigError(
@@ -86,13 +89,18 @@ def distill(run: Run) -> Path:
     except ValueError as error:
         raise ConfigError(f"method: {error}") from error
     run.family.scheduler(stage.pipe, run.method.sampler(schedule))  # the student must have one, so ask now
+    if spec.eval_samples:
+        report.reference(run, stage.digest)
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
+        if not spec.resume_from_checkpoint:  # `check` let only an overwritten folder pass
+            for old in checkpoint.checkpoints(out):
+                shutil.rmtree(old)
         (out / "config.yaml").write_text(config.to_yaml(run))
     distributed.barrier()
     if isinstance(run.data, TeacherSamples):
         make = partial(stage.teach, steps=run.data.num_inference_steps, scale=run.data.guidance_scale)
-        run.data.fill(make, latent_shape(run, stage.pipe), stage.digest, rank, processes)
+        run.data.fill(make, stage.feed.shape, stage.digest, rank, processes)
         distributed.barrier()
 
     team = Team.assemble(stage.backbone, run.method, spec)

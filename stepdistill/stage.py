@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from stepdistill import student
 from stepdistill.backbone import Backbone
+from stepdistill.contract import pipeline_hash
 from stepdistill.data.samples import noise_of
 from stepdistill.denoiser import Denoiser, guided
 from stepdistill.errors import ConfigError, problem
@@ -80,7 +81,7 @@ class Stage:
         if not prompts or not self.accelerator.is_main_process:
             return
         spec, family, play = self.run.train, self.run.family, self.play(0)
-        shape = latent_shape(self.run, self.pipe)
+        shape = self.feed.shape
         noise = torch.stack([noise_of(spec.validation_seed, i, shape) for i in range(len(prompts))])
         noise = noise.to(self.accelerator.device)
 
@@ -106,12 +107,6 @@ class Stage:
 def _divisor(steps: int) -> int:
     """The largest number of at most `steps` that divides 1,000, the length of the usual table."""
     return max(n for n in range(1, steps + 1) if 1000 % n == 0)
-
-
-def latent_shape(run: Run, pipe: DiffusionPipeline) -> tuple[int, ...]:
-    """(C, H, W) of latents where no picture says so."""
-    side = run.train.resolution or run.family.native_side(pipe)
-    return run.family.latent_shape(pipe, side, side)
 
 
 def prepare(run: Run) -> Stage:
@@ -153,5 +148,5 @@ def prepare(run: Run) -> Stage:
         net.to(dtype)
     targets = family.lora_targets(net)
     backbone = Backbone(net, run.lora, targets, spec.seed)
-    feed = Feed(family, pipe, spec, digest, accelerator.device)
+    feed = Feed(family, pipe, spec, pipeline_hash(pipe), accelerator.device)
     return Stage(run, accelerator, pipe, digest, dtype, backbone, feed)

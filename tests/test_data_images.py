@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -10,23 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import noise
 from PIL import Image
 from torch import Tensor
 
 from stepdistill.data import FixedCrops, ImageFolder, ImageSource, Stream, check, loader, sample_rng
 from stepdistill.data.images import bucket_shapes
 from stepdistill.errors import DataError
-
-
-def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 3))
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "png") -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
 
 
 def folder(path: Path, **images: Image.Image) -> Path:

@@ -11,26 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
+from pictures import encoded, noise
 from PIL import Image
 from webdataset.compat import WebDataset
 
 from stepdistill.data import HubDataset, Shards, check
 from stepdistill.data.tarindex import expand_braces
 from stepdistill.errors import DataError
-
-
-def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 3))
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "png") -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
-
 
 # shards
 

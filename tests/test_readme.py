@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -20,6 +21,16 @@ def test_tables_are_those_of_the_result_files():
     shown = set(re.findall(r"<!-- table (\w+) -->", README))
     assert shown == measured & set(tables.TABLES)
     assert tables.render(README, ROOT / "eval" / "results") == README
+
+
+def test_a_stale_table_is_noticed(tmp_path):
+    row = {"excess": 12.3, "ci95": [10.0, 15.0]}
+    (tmp_path / "consistency.json").write_text(json.dumps({"tiny-sd/lcm/4": row}))
+    stale = "before\n<!-- table consistency -->\nold figures\n<!-- end -->\nafter\n"
+    made = tables.render(stale, tmp_path)
+    assert made.startswith("before\n") and made.endswith("after\n") and "old" not in made
+    assert "| tiny-sd: lcm |  |  | 12 [10, 15] |  |" in made
+    assert tables.render(made, tmp_path) == made
 
 
 def test_every_method_is_in_the_readme_and_cites_its_paper():

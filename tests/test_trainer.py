@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from stepdistill.methods.base import Update
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.roles import Lora, LoraSpec
-from stepdistill.run import Run, distill
+from stepdistill.run import Run, check, distill
 from stepdistill.schema import Factory
 from stepdistill.spec import TrainSpec
 from stepdistill.team import Team
@@ -264,6 +265,56 @@ def test_samples_of_other_settings_are_refused(teacher, samples, whole, tmp_path
     run = make(teacher, samples, tmp_path / "out")
     with pytest.raises(StepdistillError, match="guidance_scale"):
         distill(replace(run, data=replace(run.data, guidance_scale=5.0)))
+
+
+def test_an_overwritten_folder_keeps_nothing_to_resume(teacher, samples, tmp_path):
+    out = tmp_path / "out"
+    distill(make(teacher, samples, out, REGRESSION, max_train_steps=3))
+    distill(make(teacher, samples, out, REGRESSION, max_train_steps=1, overwrite_output_dir=True))
+    assert [f.name for f in checkpoint.checkpoints(out)] == ["checkpoint-1"]
+
+
+def test_a_missing_reference_is_said_before_anything_is_loaded(teacher, samples, tmp_path):
+    for file in (None, str(tmp_path / "nothing.safetensors")):
+        run = make(teacher, samples, tmp_path / "out", eval_samples=8, eval_reference=file)
+        with pytest.raises(ConfigError, match="eval_reference.*eval_samples to 0"):
+            check(run)
+
+
+def test_another_teacher_s_reference_is_refused_before_training(teacher, samples, tmp_path):
+    run = make(teacher, samples, tmp_path / "out", eval_samples=8, eval_reference="tiny-sd-reference.safetensors")
+    with pytest.raises(ConfigError, match="teacher_sha256"):
+        distill(run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_go_on_where_they_were_cut_and_are_shared_out(tmp_path):
+    source = TeacherSamples(source=Prompts(prompts=("rose", "octopus")), folder=str(tmp_path / "kept"), count=200)
+    seen: list[tuple[int, float]] = []
+
+    def generate(prompts, noise):
+        seen.append((len(prompts), noise[0, 0, 0, 0].item()))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return 2 * noise
+
+    with pytest.raises(KeyboardInterrupt):
+        source.fill(generate, (1, 2, 2), "teacher", 0, 1)
+    for rank in (0, 1):
+        source.fill(generate, (1, 2, 2), "teacher", rank, 2)
+    # each chunk once, but for the one that was cut
+    assert [size for size, _ in seen].count(64) == 4 and [size for size, _ in seen].count(8) == 1
+    assert len({first for _, first in seen}) == 4
+    whole = replace(source, folder=str(tmp_path / "whole"))
+    whole.fill(lambda prompts, noise: 2 * noise, (1, 2, 2), "teacher", 0, 1)
+    for i in (0, 63, 64, 199):
+        one, two = (s.sample(i, random.Random(0)) for s in (source, whole))
+        assert one.prompt == two.prompt and torch.equal(one.latents, two.latents)
+        torch.testing.assert_close(one.latents, 2 * one.noise, rtol=1e-3, atol=1e-3)  # kept as halves
+    (tmp_path / "whole" / "samples.json").unlink()
+    calls: list[int] = []
+    whole.fill(lambda prompts, noise: calls.append(1) or noise, (1, 2, 2), "another teacher", 0, 1)
+    assert len(calls) == 4  # without their facts, chunks are not trusted
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

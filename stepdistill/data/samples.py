@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from stepdistill.data.base import Sample, Source, sample_rng
 from stepdistill.errors import DataError, problem
+from stepdistill.tiny import bundled
 
 CHUNK = 64
-BUNDLED = Path(__file__).parent.parent / "tiny"
 
 
 def noise_of(seed: int, i: int, shape: Sequence[int]) -> Tensor:
@@ -53,9 +53,8 @@ class TeacherSamples(Source):
 
     @property
     def path(self) -> Path:
-        """The folder; `tiny-sd-samples` and `tiny-sd3-samples` are bundled."""
-        bundled = BUNDLED / self.folder
-        return bundled if self.folder.startswith("tiny-") and bundled.is_dir() else Path(self.folder)
+        """The folder; `tiny-sd-samples` is bundled."""
+        return bundled(self.folder)
 
     def facts(self, teacher: str) -> dict[str, object]:
         """What the samples depend on."""
@@ -95,12 +94,15 @@ class TeacherSamples(Source):
                     "name another data.folder, or remove this one",
                 )
             )
-        missing = [k for k in range(-(-self.count // CHUNK)) if not self._chunk(k).exists()]
+        # chunks without their facts are of nobody knows which teacher
+        missing = [k for k in range(-(-self.count // CHUNK)) if not (stored.exists() and self._chunk(k).exists())]
         if not missing:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         stored.write_text(json.dumps(facts, indent=1) + "\n")
-        for k in tqdm(missing[rank::world], desc="Teacher samples", unit="batch", disable=rank > 0):
+        # by number, not by place in the list, which another process may already have shortened
+        mine = [k for k in missing if k % world == rank]
+        for k in tqdm(mine, desc="Teacher samples", unit="batch", disable=rank > 0):
             ids = range(k * CHUNK, min((k + 1) * CHUNK, self.count))
             noise = torch.stack([noise_of(self.seed, i, shape) for i in ids])
             latents = generate([self.prompt_of(i) for i in ids], noise)

@@ -18,8 +18,8 @@ from stepdistill.errors import ConfigError, problem
 from stepdistill.prediction import Kind
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import NoiseSchedule
+from stepdistill.tiny import bundled
 
-BUNDLED = Path(__file__).parent.parent / "tiny"
 BUNDLED_NAMES = ("tiny-sd", "tiny-sd3")
 
 
@@ -48,7 +48,7 @@ class Family(ABC):
     def location(self) -> str:
         """Where the teacher lies: a path or a hub id. Raises ConfigError for what can be neither."""
         name = self.pretrained_teacher_model
-        path = BUNDLED / name if name in BUNDLED_NAMES else Path(name)
+        path = bundled(name)
         if path.is_dir() and not (path / "model_index.json").exists():
             raise ConfigError(
                 problem(

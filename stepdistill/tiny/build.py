@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 
 from diffusers import (
     AutoencoderKL,
@@ -20,6 +19,8 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from stepdistill.tiny import emoji
 
 LENGTH = 16  # tokens of a caption, both ends included
 
@@ -167,10 +168,6 @@ def sd3(
         )
 
 
-def words(folder: Path | None = None) -> list[str]:
-    """Texts for a tokenizer: the emoji names, or the lines of every `.txt` in `folder`."""
-    if folder is None:
-        from stepdistill.tiny import emoji
-
-        return [f"{drawing.name} {drawing.subgroup}" for drawing in emoji.drawings()]
-    return [line for file in sorted(folder.glob("*.txt")) for line in file.read_text().splitlines()]
+def words() -> list[str]:
+    """Texts for the tokenizer: every drawing's name and subgroup."""
+    return [f"{drawing.name} {drawing.subgroup}" for drawing in emoji.drawings()]

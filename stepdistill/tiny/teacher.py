@@ -156,6 +156,18 @@ def denoising_loss(pipe: DiffusionPipeline, x0: Tensor, captions: list[str]) -> 
     return (out.float() - (eps - x0)).square().mean()
 
 
+def networks(spec: Teacher, vae: AutoencoderKL) -> tuple[DiffusionPipeline, nn.ModuleList]:
+    """A pipeline with seeded random weights, and its networks that are trained: denoiser and text towers."""
+    torch.manual_seed(spec.seed)
+    tokens = build.tokenizer(build.words())
+    if spec.pipeline == "sd":
+        pipe = build.sd(tokens, vae)
+        return pipe, nn.ModuleList([pipe.unet, pipe.text_encoder]).train()
+    pipe = build.sd3(tokens, vae)
+    zero_modulation(pipe.transformer)
+    return pipe, nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
+
+
 def train(spec: Teacher) -> Path:
     """Train one teacher and write its pipeline folder. A run that was cut goes on from its last checkpoint."""
     torch.set_num_threads(spec.threads)
@@ -169,14 +181,7 @@ def train(spec: Teacher) -> Path:
     if spec.pipeline == "sd":  # this pipeline knows no shift
         shift = 0.0
 
-    torch.manual_seed(spec.seed)
-    make = {"sd": build.sd, "sd3": build.sd3}[spec.pipeline]
-    pipe = make(build.tokenizer(build.words()), vae)
-    denoiser = pipe.unet if spec.pipeline == "sd" else pipe.transformer
-    towers = [pipe.text_encoder] if spec.pipeline == "sd" else [pipe.text_encoder, pipe.text_encoder_2]
-    if spec.pipeline == "sd3":
-        zero_modulation(denoiser)
-    nets = nn.ModuleList([denoiser, *towers]).train()
+    pipe, nets = networks(spec, vae)
     params = list(nets.parameters())
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(params, lr=spec.learning_rate, weight_decay=0.01, betas=(0.9, 0.99))
@@ -220,18 +225,12 @@ def train(spec: Teacher) -> Path:
         mean += (loss.item() - mean) / min(step - start + 1, 200)
         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
         if (step + 1) % spec.checkpointing_steps == 0 or step + 1 == spec.max_train_steps:
-            spent = seconds + time.time() - began
+            facts = {"steps": step + 1, "seconds": round(seconds + time.time() - began), "loss": round(mean, 4)}
             saved = {"nets": nets.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
-            saved |= {"schedule": schedule.state_dict(), "step": step + 1, "seconds": spent}
+            saved |= {"schedule": schedule.state_dict(), "step": step + 1, "seconds": facts["seconds"]}
             torch.save(saved, state.with_suffix(".new"))
             state.with_suffix(".new").replace(state)
-            save(
-                pipe,
-                params,
-                average,
-                out,
-                {"steps": step + 1, "seconds": round(spent), "loss": round(mean, 4)},
-            )
+            save(pipe, params, average, out, facts)
     return out
 
 
@@ -245,9 +244,8 @@ def save(pipe: DiffusionPipeline, params: list[nn.Parameter], average: list[Tens
     for p, mean in zip(params, average, strict=True):
         p.copy_(mean)
     pipe.save_pretrained(out)
-    denoiser = pipe.components["unet"] if "unet" in pipe.components else pipe.components["transformer"]
     name = "unet" if "unet" in pipe.components else "transformer"
-    deepcopy(denoiser).half().save_pretrained(out / name)
+    deepcopy(pipe.components[name]).half().save_pretrained(out / name)
     deepcopy(pipe.vae).half().save_pretrained(out / "vae")
     for file in out.glob("*/config.json"):  # Diffusers and transformers keep the path that a part was read from
         kept = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
