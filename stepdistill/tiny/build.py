@@ -18,31 +18,41 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from stepdistill.tiny import emoji
 
 LENGTH = 16  # tokens of a caption, both ends included
 
 
-def tokenizer(captions: Iterable[str], size: int = 2000) -> CLIPTokenizer:
+def tokenizer(captions: Iterable[str], size: int = 2226) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-level BPE is trained on `captions` (bit for bit repeatable)."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
     ends = ["<|startoftext|>", "<|endoftext|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
         sorted(captions),
         trainers.BpeTrainer(
             vocab_size=size - len(ends),
             initial_alphabet=alphabet,
+            # every byte that may end a word, also one that training never sees; given here, because the trainer
+            # would number them in an order that changes from process to process, and ties between merges with it
+            special_tokens=[symbol + "</w>" for symbol in alphabet],
             end_of_word_suffix="</w>",
             show_progress=False,
         ),
     )
     vocab = {token: i for i, token in enumerate(sorted(bpe.get_vocab(), key=bpe.get_vocab().__getitem__))}
-    for symbol in sorted(alphabet):  # a word of one byte that training never saw must still have an id
-        vocab.setdefault(symbol + "</w>", len(vocab))
     merges = json.loads(bpe.to_str())["model"]["merges"]
     # the ends come last, as in CLIP: the pooled state is read at the largest id
     for end in ends:
@@ -64,6 +74,21 @@ def text_config(tokens: CLIPTokenizer, width: int, layers: int = 2) -> CLIPTextC
         eos_token_id=tokens.eos_token_id,
         pad_token_id=tokens.pad_token_id,
     )
+
+
+def silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """A one-layer T5 whose states are zeros, as SD3 has them where T5 is left out, and its tokenizer of letters.
+
+    `StableDiffusion3Pipeline.from_pretrained` wants a third tower; what the captions say is learnt by the other two.
+    """
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((chr(i), -4.0) for i in [0x2581, *range(97, 123)])]
+    tokens = T5Tokenizer(vocab=vocab, extra_ids=0)
+    config = T5Config(
+        vocab_size=len(tokens), d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1, tie_word_embeddings=False
+    )
+    encoder = T5EncoderModel(config)
+    nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return encoder, tokens
 
 
 def vae(channels: tuple[int, ...] = (32, 64, 96), latents: int = 4) -> AutoencoderKL:
@@ -139,8 +164,9 @@ def sd3(
     patch: int = 1,
     shift: float = 3.0,
 ) -> StableDiffusion3Pipeline:
-    """A whole `StableDiffusion3Pipeline` (two CLIP towers, no T5) with random weights."""
+    """A whole `StableDiffusion3Pipeline` (two CLIP towers, a silent T5) with random weights."""
     half = width // 2
+    t5, t5_tokens = silent_t5(width)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return StableDiffusion3Pipeline(
@@ -163,8 +189,8 @@ def sd3(
             tokenizer=tokens,
             text_encoder_2=CLIPTextModelWithProjection(text_config(tokens, half)),
             tokenizer_2=tokens,
-            text_encoder_3=None,
-            tokenizer_3=None,
+            text_encoder_3=t5,
+            tokenizer_3=t5_tokens,
         )
 
 

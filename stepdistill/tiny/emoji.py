@@ -9,7 +9,6 @@ Graphics: Twemoji, CC-BY 4.0 (see NOTICE). Names: the `emoji` package. Subgroups
 
 from __future__ import annotations
 
-import colorsys
 import json
 import random
 from dataclasses import dataclass
@@ -35,14 +34,13 @@ SKIPPED = {
     "hotel",
 }
 
-# what the denoisers learn: things with a shape of their own, few enough that a small network knows them well
+# What the denoisers learn: few enough that a small network knows them well.
 SUBJECTS = {
-    *("animal mammal", "animal bird", "animal bug", "animal marine", "animal reptile", "cat face", "heart"),
-    *("food fruit", "food vegetable", "food prepared", "food asian", "food sweet", "drink", "plant flower"),
-    *("plant other", "transport ground", "transport air", "transport water", "sky weather", "clothing"),
-    *("place building", "musical instrument", "sport", "household", "tool", "face smiling", "face affection"),
-    *("face tongue", "face neutral skeptical", "face sleepy", "face unwell", "face glasses", "face concerned"),
+    *("animal mammal", "animal bird", "animal bug", "food fruit", "food vegetable", "drink", "heart", "sky weather"),
+    *("transport ground", "face smiling", "face concerned", "face neutral skeptical"),
 }
+# Half of the grounds are white, the others are three pastels.
+GROUNDS = (*[(255, 255, 255)] * 3, (170, 215, 250), (250, 235, 160), (245, 185, 210))
 
 
 @dataclass(frozen=True)
@@ -97,25 +95,22 @@ def sheet() -> Image.Image:
     return Image.open(HERE / "emoji.webp").convert("RGBA")
 
 
-def picture(
-    source: Image.Image, drawing: Drawing, rng: random.Random, size: int = 32, least: float = 0.85
-) -> Image.Image:
-    """One RGB picture of `size` pixels: scale in [least, 1], any place, mirrored or not, white or pastel ground."""
+def picture(source: Image.Image, drawing: Drawing, rng: random.Random, size: int = 32) -> Image.Image:
+    """One RGB picture of `size` pixels: whole or 7/8 as large in a corner, mirrored or not, on one of `GROUNDS`.
+
+    The choices are few and discrete, so that the law given a prompt has many sharp modes. A small network blurs a
+    continuum of places and colours instead, and blurred teachers have nearly straight paths: nothing to distil.
+    """
     left, top = drawing.index % COLUMNS * SIDE, drawing.index // COLUMNS * SIDE
     drawn = source.crop((left, top, left + SIDE, top + SIDE))
     if rng.random() < 0.5:
         drawn = drawn.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    side = round(size * rng.uniform(least, 1.0))
-    colour = (1.0, 1.0, 1.0)
-    if rng.random() < 0.5:
-        colour = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.5), rng.uniform(0.8, 1.0))
-    ground = Image.new("RGB", (size, size), tuple(round(255 * c) for c in colour))
+    side = rng.choice((size, size * 7 // 8))
+    place = (rng.choice((0, size - side)), rng.choice((0, size - side)))
+    ground = Image.new("RGB", (size, size), rng.choice(GROUNDS))
     # premultiplied by PIL's "RGBa", so that transparent pixels lend no colour to the edges
-    drawn = drawn.convert("RGBa").resize(
-        (side, side), Image.Resampling.BOX if side * 2 == SIDE else Image.Resampling.LANCZOS
-    )
-    drawn = drawn.convert("RGBA")
-    ground.paste(drawn, (rng.randint(0, size - side), rng.randint(0, size - side)), drawn)
+    drawn = drawn.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
+    ground.paste(drawn, place, drawn)
     return ground
 
 

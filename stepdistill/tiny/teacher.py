@@ -30,6 +30,7 @@ A toy teacher for stepdistill's quickstart, tests and tables: 32-pixel emoji fro
 by `train/teacher.py`. Trained on Twemoji, Copyright 2020 Twitter, Inc and other contributors, graphics licensed under
 CC-BY 4.0: https://creativecommons.org/licenses/by/4.0/
 """
+NOTES = {"sd": "", "sd3": "\nPass `max_sequence_length=16` to its call, the length that it was trained with.\n"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Teacher:
     vae_dir: str | None = None
     seed: int = 0
     threads: int = 2
-    vae_steps: int = 1100
+    vae_steps: int = 800
     vae_learning_rate: float = 2e-3
     train_batch_size: int = 64
     max_train_steps: int = 6000
@@ -73,7 +74,7 @@ def train_vae(spec: Teacher, folder: Path) -> AutoencoderKL:
     batch = spec.train_batch_size
     bar = tqdm(range(spec.vae_steps), desc="autoencoder", mininterval=5)
     for _ in bar:
-        x = emoji.pixels([emoji.picture(source, rng.choice(drawn), rng, least=0.7) for _ in range(batch)])
+        x = emoji.pixels([emoji.picture(source, rng.choice(drawn), rng) for _ in range(batch)])
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x, return_dict=False)[0]
@@ -86,7 +87,7 @@ def train_vae(spec: Teacher, folder: Path) -> AutoencoderKL:
         optimizer.step()
         schedule.step()
         bar.set_postfix(psnr=f"{10 * torch.log10(4 / error.detach()).item():.1f}", refresh=False)
-    x = emoji.pixels([emoji.picture(source, rng.choice(drawn), rng, least=0.7) for _ in range(512)])
+    x = emoji.pixels([emoji.picture(source, rng.choice(drawn), rng) for _ in range(512)])
     with torch.no_grad():
         latents = vae.encode(x).latent_dist.mode()
     vae.register_to_config(
@@ -133,7 +134,7 @@ def conditions(pipe: DiffusionPipeline, captions: list[str]) -> tuple[Tensor, Te
         states.append(out.hidden_states[-2])
         pooled.append(out[0])
     state = torch.cat(states, -1)
-    return torch.cat([state, torch.zeros_like(state)], 1), torch.cat(pooled, -1)  # the missing T5's zeros
+    return torch.cat([state, torch.zeros_like(state)], 1), torch.cat(pooled, -1)  # T5's zeros
 
 
 def denoising_loss(pipe: DiffusionPipeline, x0: Tensor, captions: list[str]) -> Tensor:
@@ -231,6 +232,7 @@ def train(spec: Teacher) -> Path:
             torch.save(saved, state.with_suffix(".new"))
             state.with_suffix(".new").replace(state)
             save(pipe, params, average, out, facts)
+            (out / "README.md").write_text(CARD.format(name=out.name, steps=step + 1) + NOTES[spec.pipeline])
     return out
 
 
@@ -250,7 +252,6 @@ def save(pipe: DiffusionPipeline, params: list[nn.Parameter], average: list[Tens
     for file in out.glob("*/config.json"):  # Diffusers and transformers keep the path that a part was read from
         kept = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
         file.write_text(json.dumps(kept, indent=2) + "\n")
-    (out / "README.md").write_text(CARD.format(name=out.name, steps=facts["steps"]))
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     for p, old in zip(params, trained, strict=True):
         p.copy_(old)

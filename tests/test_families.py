@@ -1,0 +1,94 @@
+"""Teachers that are one file in the layout of the original Stable Diffusion release."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from tiny import pipeline
+
+from stepdistill.families.sd import StableDiffusion
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+def unet_key(key: str, layers: int) -> str:
+    """The original name of a weight of a `UNet2DConditionModel` with cross-attention at every level."""
+    for name, old in ENDS.items():
+        if key.startswith(name + "."):
+            return old + key.removeprefix(name)
+    found = re.fullmatch(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(\w+?)\.(\d+)\.(.*)", key)
+    assert found, key
+    side, level, part, number = found[1], int(found[2] or 0), found[3], int(found[4])
+    rest = found[5]
+    if part == "resnets":
+        name, _, last = rest.rpartition(".")
+        rest = f"{RESNET[name]}.{last}"
+    first = level * (layers + 1)
+    if part == "downsamplers":
+        return f"input_blocks.{first + layers + 1}.0.op.{rest.removeprefix('conv.')}"
+    if part == "upsamplers":
+        return f"output_blocks.{first + layers}.2.{rest}"
+    slot = ["resnets", "attentions"].index(part)
+    if side is None:
+        return f"middle_block.{2 * number if slot == 0 else 1}.{rest}"
+    block = f"input_blocks.{first + number + 1}" if side == "down" else f"output_blocks.{first + number}"
+    return f"{block}.{slot}.{rest}"
+
+
+def vae_key(key: str, levels: int) -> str:
+    """The original name of a weight of an `AutoencoderKL` without attention, whose decoder counts from the top."""
+    key = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", key)
+    key = re.sub(r"down_blocks\.(\d)\.resnets\.", r"down.\1.block.", key)
+    key = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", key)
+    key = re.sub(r"up_blocks\.(\d)\.resnets\.", lambda found: f"up.{levels - 1 - int(found[1])}.block.", key)
+    key = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{levels - 1 - int(found[1])}.upsample", key)
+    return key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+
+
+def one_file(pipe: DiffusionPipeline, file: Path) -> None:
+    """Write a pipeline in the original layout."""
+    layers, levels = pipe.unet.config["layers_per_block"], len(pipe.vae.config["block_out_channels"])
+    tower = {"text_model." + key.removeprefix("text_model."): v for key, v in pipe.text_encoder.state_dict().items()}
+    state = {
+        **{f"model.diffusion_model.{unet_key(key, layers)}": v for key, v in pipe.unet.state_dict().items()},
+        **{f"first_stage_model.{vae_key(key, levels)}": v for key, v in pipe.vae.state_dict().items()},
+        **{f"cond_stage_model.transformer.{key}": v for key, v in tower.items()},
+        "alphas_cumprod": pipe.scheduler.alphas_cumprod,
+    }
+    save_file({key: value.contiguous() for key, value in state.items()}, file)
+
+
+def test_a_single_file_is_the_same_teacher(tmp_path: Path) -> None:
+    pipe = pipeline("sd")
+    pipe.save_pretrained(tmp_path / "folder")
+    one_file(pipe, tmp_path / "model.safetensors")
+    family = StableDiffusion(
+        pretrained_teacher_model=str(tmp_path / "model.safetensors"), single_file_config=str(tmp_path / "folder")
+    )
+    loaded = family.load()
+    for name in ("unet", "vae", "text_encoder"):
+        expected, got = pipe.components[name].state_dict(), loaded.components[name].state_dict()
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(value, got[key]) for key, value in expected.items()), name
+    assert torch.equal(loaded.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
+    assert torch.equal(
+        family.condition(loaded, ["red apple"])["states"], family.condition(pipe, ["red apple"])["states"]
+    )

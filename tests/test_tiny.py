@@ -1,0 +1,38 @@
+"""The embedded data and the bundled teachers."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from stepdistill.tiny import build, bundled, emoji
+
+
+def test_the_tokenizer_is_the_same_every_time() -> None:
+    first, second = (build.tokenizer(build.words()).backend_tokenizer.to_str() for _ in range(2))
+    assert first == second
+
+
+def test_a_prompt_of_the_tables_has_many_drawings_and_a_drawing_many_pictures() -> None:
+    drawings = Counter(drawing.subgroup for drawing in emoji.subjects())
+    assert emoji.prompts()
+    assert min(drawings[prompt] for prompt in emoji.prompts()) >= 16
+    rng, sheet, drawing = random.Random(0), emoji.sheet(), emoji.subjects()[0]
+    pictures = {emoji.picture(sheet, drawing, rng).tobytes() for _ in range(200)}
+    assert len(pictures) >= 16
+
+
+@pytest.mark.parametrize("name", ["tiny-sd", "tiny-sd3"])
+def test_plain_diffusers_loads_a_bundled_teacher(name: str) -> None:
+    pipe = DiffusionPipeline.from_pretrained(bundled(name))
+    assert all(part is not None for key, part in pipe.components.items() if key.startswith(("text", "token", "vae")))
+
+
+def test_the_third_tower_of_sd3_is_silent() -> None:
+    encoder, tokens = build.silent_t5(64)
+    ids = tokens(["red apple"], padding="max_length", max_length=16, return_tensors="pt").input_ids
+    assert torch.equal(encoder(ids)[0], torch.zeros(1, 16, 64))
