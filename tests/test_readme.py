@@ -19,17 +19,17 @@ README = (ROOT / "README.md").read_text()
 def test_tables_are_those_of_the_result_files():
     measured = {file.stem for file in (ROOT / "eval" / "results").glob("*.json")}
     shown = set(re.findall(r"<!-- table (\w+) -->", README))
-    assert shown == measured & set(tables.TABLES)
+    assert shown == measured & set(tables.RENDERERS)
     assert tables.render(README, ROOT / "eval" / "results") == README
 
 
 def test_a_stale_table_is_noticed(tmp_path):
-    row = {"excess": 12.3, "ci95": [10.0, 15.0]}
+    row = {"excess": 12.3, "ci95": [10.0, 15.0], "paired": 1.0, "diversity": 0.9, "nfe": 4.0}
     (tmp_path / "consistency.json").write_text(json.dumps({"tiny-sd/lcm/4": row}))
     stale = "before\n<!-- table consistency -->\nold figures\n<!-- end -->\nafter\n"
     made = tables.render(stale, tmp_path)
     assert made.startswith("before\n") and made.endswith("after\n") and "old" not in made
-    assert "| tiny-sd: lcm |  |  | 12 [10, 15] |  |" in made
+    assert "| tiny-sd: lcm |  |  | 12 [10, 15] |  | 1.0 | 0.90 | 4 |" in made
     assert tables.render(made, tmp_path) == made
 
 

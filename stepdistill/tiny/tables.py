@@ -246,13 +246,16 @@ def _teachers(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _by_steps(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(key.rpartition("/")[0] for key in rows))
-    lines = ["| excess [95 %] | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in STEPS) + " |"]
-    lines += ["| --- " * (len(STEPS) + 1) + "|"]
+    heads = [f"{n} step{'s' * (n > 1)}" for n in STEPS]
+    lines = ["| excess [95 %] | " + " | ".join(heads) + " | at 4 steps: paired | diversity | nfe |"]
+    lines += ["| --- " * (len(STEPS) + 4) + "|"]
     for name in names:
         cells = []
         for steps in STEPS:
             row = rows.get(f"{name}/{steps}")
             cells.append(f"{row['excess']:.0f} [{row['ci95'][0]:.0f}, {row['ci95'][1]:.0f}]" if row else "")
+        four = rows.get(f"{name}/4")
+        cells += [f"{four['paired']:.1f}", f"{four['diversity']:.2f}", f"{four['nfe']:.0f}"] if four else [""] * 3
         lines.append(f"| {name.replace('/', ': ')} | " + " | ".join(cells) + " |")
     return lines
 
@@ -261,7 +264,17 @@ def _consistency(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(_by_steps(rows))
 
 
-RENDERERS: dict[str, Callable[[Mapping[str, Mapping[str, Any]]], str]] = {
+def _quickstart(report: Mapping[str, Any]) -> str:
+    lines = ["| | calls | nfe | excess [95 %] |", "| --- | --- | --- | --- |"]
+    for row in report["rows"]:
+        found = row["excess"]
+        sure = f"{found['value']:.0f} [{found['ci95'][0]:.0f}, {found['ci95'][1]:.0f}]" if "ci95" in found else "0"
+        lines.append(f"| {row['name']} | {row['calls']:.0f} | {row['nfe']:.0f} | {sure} |")
+    return "\n".join(lines)
+
+
+RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "quickstart": _quickstart,
     "teachers": _teachers,
     "consistency": _consistency,
 }
