@@ -1,4 +1,4 @@
-"""Train a bundled teacher: `python train/teacher.py configs/teachers/tiny_sd.yaml` (about an hour on 2 cores).
+"""Train a bundled teacher: `python train/teacher.py configs/teachers/tiny_sd.yaml` (about an hour on one core).
 
 The embedded drawings are packed first where the sheet is missing; that needs `pip install -e '.[teachers]'`.
 """
