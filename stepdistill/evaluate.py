@@ -47,12 +47,13 @@ def generate(
     """Pictures (N, 3, H, W) uint8 of the prompts, and what they cost.
 
     Picture i starts from `noise_of(seed, i)` and draws fresh noise from a generator of its own, so it depends on
-    neither the batch size nor the other prompts.
+    neither the batch size nor the other prompts. The pipeline gets its scheduler back: others read the noise
+    process from it.
     """
     net = network_of(pipe)
     side = net.config["sample_size"]
     shape = (net.config["in_channels"], side, side)
-    pipe.scheduler = row.scheduler
+    own, pipe.scheduler = pipe.scheduler, row.scheduler
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     with count_calls(net) as cost, torch.no_grad():
@@ -68,6 +69,7 @@ def generate(
                 **row.call,
             ).images
             pictures.append(to_uint8(made.float().cpu().clamp(0, 1)))
+    pipe.scheduler = own
     return torch.cat(pictures), cost
 
 

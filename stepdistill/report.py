@@ -49,7 +49,7 @@ def teacher_row(run: Run, pipe: DiffusionPipeline, steps: int, name: str) -> Row
 
 
 def student_row(run: Run, pipe: DiffusionPipeline, steps: int) -> Row:
-    """The student in `steps` steps, by a stock scheduler."""
+    """The student in `steps` steps, by a stock scheduler; `pipe` has the teacher's, which knows the noise process."""
     sampler = run.method.sampler(run.family.schedule(pipe), steps)
     scheduler, call = run.family.scheduler(pipe, sampler)
     call |= {"guidance_scale": sampler.guidance_scale} | run.family.arguments()
@@ -90,7 +90,7 @@ def _show(stage: Stage, out: Path) -> dict[str, Any]:
     few = teacher_row(run, teacher, FEW, f"teacher, {FEW} steps")
     full = teacher_row(run, teacher, spec.teacher_steps, f"teacher, {spec.teacher_steps} steps")
     student.load_student(plain, out)
-    rows = [student_row(run, plain, n) for n in (FEW, 2, 1)]
+    rows = [student_row(run, teacher, n) for n in (FEW, 2, 1)]
     for pipe in (teacher, plain):
         pipe.to(stage.accelerator.device)
     if spec.validation_prompts:

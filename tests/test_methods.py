@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 from tiny import FAMILIES, pipeline
 
-from stepdistill import families, methods
+from stepdistill import families, methods, report
 from stepdistill.data import Prompts, TeacherSamples
+from stepdistill.evaluate import generate
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.roles import LoraSpec
@@ -36,7 +37,17 @@ def test_every_family_has_a_tiny_pipeline():
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("method", concrete(methods, Method), ids=lambda cls: cls.__name__)
-def test_two_steps_and_a_student(method, name, tmp_path):
+def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch):
+    drawn = {}
+
+    def recorded(pipe, row, prompts, seed):
+        own = pipe.scheduler
+        made = generate(pipe, row, prompts, seed)
+        assert pipe.scheduler is own  # else the next row takes its noise process from this one's scheduler
+        drawn[row.name] = row.call
+        return made
+
+    monkeypatch.setattr(report, "generate", recorded)
     pipeline(name).save_pretrained(tmp_path / "teacher")
     out = distill(
         Run(
@@ -60,5 +71,7 @@ def test_two_steps_and_a_student(method, name, tmp_path):
             ),
         )
     )
-    assert json.loads((out / "distill_config.json").read_text())["proof"] is not None
+    contract = json.loads((out / "distill_config.json").read_text())
+    assert contract["proof"] is not None
+    assert contract["call"] | drawn["student, 4 steps"] == contract["call"]
     assert (out / "samples" / "grid.png").exists()

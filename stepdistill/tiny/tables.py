@@ -192,6 +192,7 @@ def measure_students(name: str, results: Results, work: Path) -> None:
         if not (out / student.CONTRACT).exists():
             distill(config.load(Run, file, ["train.resume_from_checkpoint=latest"]))
         ref, pipe = reference(name, run, work), run.family.load()
+        sampled = {steps: report.student_row(run, pipe, steps) for steps in STEPS}
         student.load_student(pipe, out)
         pipe.fuse_lora()  # the same student in two thirds of the time
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -201,8 +202,7 @@ def measure_students(name: str, results: Results, work: Path) -> None:
             "train_steps": run.train.max_train_steps,
             "train_seconds": round(sum(row["seconds"] for row in rows)),
         }
-        for steps in STEPS:
-            row = report.student_row(run, pipe, steps)
+        for steps, row in sampled.items():
             results.once(f"{name}/{method}/{steps}", partial(figures, pipe, row, ref), **facts, steps=steps)
 
 
