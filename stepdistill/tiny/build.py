@@ -82,10 +82,7 @@ def silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
     `StableDiffusion3Pipeline.from_pretrained` wants a third tower; what the captions say is learnt by the other two.
     """
     tokens = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
-    config = T5Config(
-        vocab_size=len(tokens), d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1, tie_word_embeddings=False
-    )
-    encoder = T5EncoderModel(config)
+    encoder = T5EncoderModel(T5Config(vocab_size=len(tokens), d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1))
     nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
     return encoder, tokens
 
