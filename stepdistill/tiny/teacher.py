@@ -30,7 +30,7 @@ A toy teacher for stepdistill's quickstart, tests and tables: 32-pixel emoji fro
 by `train/teacher.py`. Trained on Twemoji, Copyright 2020 Twitter, Inc and other contributors, graphics licensed under
 CC-BY 4.0: https://creativecommons.org/licenses/by/4.0/
 """
-NOTES = {"sd": "", "sd3": "\nPass `max_sequence_length=16` to its call, the length that it was trained with.\n"}
+NOTES = {"unet": "", "transformer": "\nPass `max_sequence_length=16` to its call, as in its training.\n"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,6 @@ def train(spec: Teacher) -> Path:
             torch.save(saved, state.with_suffix(".new"))
             state.with_suffix(".new").replace(state)
             save(pipe, params, average, out, facts)
-            (out / "README.md").write_text(CARD.format(name=out.name, steps=step + 1) + NOTES[spec.pipeline])
     return out
 
 
@@ -252,6 +251,7 @@ def save(pipe: DiffusionPipeline, params: list[nn.Parameter], average: list[Tens
     for file in out.glob("*/config.json"):  # Diffusers and transformers keep the path that a part was read from
         kept = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
         file.write_text(json.dumps(kept, indent=2) + "\n")
+    (out / "README.md").write_text(CARD.format(name=out.name, steps=facts["steps"]) + NOTES[name])
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     for p, old in zip(params, trained, strict=True):
         p.copy_(old)
