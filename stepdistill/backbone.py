@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stepdistill.roles import TEACHER, Copy, Ema, Lora, LoraSpec, Module, Role
+from stepdistill.roles import TEACHER, Copy, Ema, Lora, LoraSpec, Module, Role, Tap
 
 
 class Backbone(nn.Module):
@@ -34,14 +34,18 @@ class Backbone(nn.Module):
             subtraction, so nothing may be random.
         spec: rank, alpha and targets.
         targets: the family's LoRA targets, used where `spec` names none.
-        seed: keys the initial LoRA weights, together with the role's name.
+        tap: where heads read its features.
+        seed: keys the initial weights of LoRAs and modules, together with the role's name.
     """
 
-    def __init__(self, net: nn.Module, spec: LoraSpec, targets: Sequence[str], seed: int = 0) -> None:
+    def __init__(
+        self, net: nn.Module, spec: LoraSpec, targets: Sequence[str], tap: Tap | None = None, seed: int = 0
+    ) -> None:
         super().__init__()
         self.net = net.requires_grad_(False).eval()
         self.spec = spec
         self.targets = tuple(targets)
+        self.tap = tap
         self.seed = seed
         self.declared: dict[str, Role] = {}
         self.others = nn.ModuleDict()  # Copy and Module roles, and the averages of copies
@@ -60,7 +64,10 @@ class Backbone(nn.Module):
                 network = deepcopy(self.net) if role.source is None else role.source()
                 self.others[name] = network.float().eval().requires_grad_(True)
             case Module():
-                self.others[name] = role.build()
+                if self.tap is None:
+                    raise ValueError(f"role {name!r} reads features, and this network has no tap")
+                with self._seeded(name):
+                    self.others[name] = role.build(self.tap).to(next(self.net.parameters()).device)
             case Ema(of=of) if of not in self.declared or of == name:
                 raise ValueError(f"role {name!r} averages {of!r}, which is not declared before it")
             case Ema(of=of) if of in self.others:
@@ -79,9 +86,8 @@ class Backbone(nn.Module):
             lora_dropout=0.0,
         )
         flags = {p: p.requires_grad for p in self.net.parameters()}
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with self._seeded(name), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are the point
-            torch.manual_seed(int.from_bytes(sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big"))
             self.net.add_adapter(config, adapter_name=name)  # pyright: ignore[reportCallIssue]
         for p in self.parameters_of(name).values():
             p.data = p.data.float()  # PEFT gives an adapter the base's half precision
@@ -90,6 +96,12 @@ class Backbone(nn.Module):
             p.requires_grad_(flag)
         self._layers = [m for m in self.net.modules() if isinstance(m, BaseTunerLayer)]
         self._switch(*self._current)
+
+    @contextmanager
+    def _seeded(self, name: str) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big"))
+            yield
 
     def _switch(self, name: str, grad: bool) -> None:
         self._current = (name, grad)
@@ -153,10 +165,10 @@ class Backbone(nn.Module):
         return self.net.peft_config[name].to_dict()  # pyright: ignore
 
     @torch.no_grad()
-    def average(self, stepped: Sequence[str]) -> None:
-        """Move the averages whose sources have just stepped."""
+    def average(self, stepped: Sequence[str], step: int) -> None:
+        """Move the averages whose sources have just stepped in `step` (from 0)."""
         for name, role in self.declared.items():
-            if isinstance(role, Ema) and role.of in stepped:
+            if isinstance(role, Ema) and role.of in stepped and (role.until is None or step < role.until):
                 means = [p.data for p in self.parameters_of(name).values()]
                 values = [p.data for p in self.parameters_of(role.of).values()]
                 torch._foreach_lerp_(means, values, 1 - role.decay)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from stepdistill.adversarial import features_before
 from stepdistill.backbone import Backbone
 from stepdistill.prediction import Estimate, Kind, estimate
 from stepdistill.schedule import NoiseSchedule, expand
@@ -48,6 +49,17 @@ class Denoiser:
         ):
             y = self.call(net, x_t, t, cond)
         return estimate(self.kind, y, x_t, t, self.schedule)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """What the network makes of its input halfway, (B, channels, h, w) at the family's tap."""
+        tap = self.backbone.tap
+        if tap is None:
+            raise ValueError(f"role {self.role!r} is asked for features, and its network has no tap")
+        with (
+            self.backbone.use(self.role, self.grad) as net,
+            torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16)),
+        ):
+            return features_before(net, tap, x_t, lambda: self.call(net, x_t, t, cond)).float()
 
     def frozen(self) -> Denoiser:
         """The same role with gradients to its inputs only."""

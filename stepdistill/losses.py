@@ -6,8 +6,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
+
+from stepdistill.prediction import Estimate
+from stepdistill.schedule import DiscreteVP, NoiseSchedule
 
 Distance = Literal["l2", "huber"]
+Adversarial = Literal["softplus", "hinge"]
+Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "softened_reverse_kl", "hellinger", "jeffreys"]
 
 
 def distance(kind: Distance, a: Tensor, b: Tensor, huber_c: float = 1e-3) -> Tensor:
@@ -23,3 +29,57 @@ def distance(kind: Distance, a: Tensor, b: Tensor, huber_c: float = 1e-3) -> Ten
         case "huber":
             return ((error.square() + huber_c**2).sqrt() - huber_c).mean()
     raise ValueError(f"distance {kind!r}: expected l2 or huber")
+
+
+def surrogate(x0: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar whose gradient with respect to `x0` is `gradient / x0.numel()`, and whose value is half its mean square.
+
+    Both (B, ...); only `x0` keeps its graph. Yin et al. 2023, https://arxiv.org/abs/2311.18828, section 3.2.
+    """
+    return 0.5 * distance("l2", x0, (x0 - gradient).detach())
+
+
+def denoising(est: Estimate, x0: Tensor, eps: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Denoising score matching: the mean squared error of the noise, or on a straight path of `eps - x0`.
+
+    Its minimum over networks is the score of what `x0` is drawn from (Vincent 2011). All (B, ...).
+    """
+    if isinstance(schedule, DiscreteVP):
+        return distance("l2", est.eps, eps)
+    return distance("l2", est.eps - est.x0, eps - x0)
+
+
+def generator_loss(kind: Adversarial, fake: Tensor) -> Tensor:
+    """What the student lowers: mean `softplus(-d)` (Goodfellow et al. 2014, non-saturating), or `-d` with hinge."""
+    return softplus(-fake).mean() if kind == "softplus" else -fake.mean()
+
+
+def discriminator_loss(kind: Adversarial, fake: Tensor, real: Tensor) -> Tensor:
+    """What the head lowers; its logits (B, 1) rise for real data. Softplus has `log p_real - log p_fake` as optimum."""
+    if kind == "softplus":
+        return softplus(fake).mean() + softplus(-real).mean()
+    return (1 + fake).relu().mean() + (1 - real).relu().mean()
+
+
+def divergence_weight(kind: Divergence, logits: Tensor) -> Tensor:
+    """`h(r)` of an f-divergence, (B,), for logits `log r` of real over fake, (B, 1); mean 1 over the batch.
+
+    The gradient of `D_f(p_real || p_fake)` is that of the reverse KL weighted by `h(r) = f''(r) r^2`, here up to a
+    constant factor. Logits are clamped to +-10 and ratios to [0.1, 20], as published (f-distill, Xu et al. 2025,
+    https://arxiv.org/abs/2502.15681, section 3 and table 1).
+    """
+    r = logits.detach().float().mean(1).clamp(-10, 10).exp().clamp(0.1, 20)
+    match kind:
+        case "reverse_kl":
+            h = torch.ones_like(r)
+        case "forward_kl":
+            h = r
+        case "jensen_shannon":
+            h = r / (1 + r)
+        case "softened_reverse_kl":
+            h = 1 / (1 + r)
+        case "hellinger":
+            h = r.sqrt()
+        case "jeffreys":
+            h = 1 + r
+    return h / h.mean()

@@ -21,11 +21,13 @@ class Ema:
 
     Args:
         of: the role that is averaged.
-        decay: `mean <- decay mean + (1 - decay) value`, in [0, 1).
+        decay: `mean <- decay mean + (1 - decay) value`, in [0, 1); 0 is a copy.
+        until: the step (from 0) from which on it stays as it is; None never stops.
     """
 
     of: str
     decay: float
+    until: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,30 @@ class Copy:
 
 @dataclass(frozen=True)
 class Module:
-    """A trainable module that is no denoiser, such as a discriminator's head."""
+    """A trainable module that is no denoiser, such as a discriminator's head.
 
-    build: Callable[[], nn.Module]
+    Args:
+        build: makes it for the place where the network's features are read.
+    """
+
+    build: Callable[[Tap], nn.Module]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a family's network is read for features: what comes into one of its modules.
+
+    Args:
+        before: the module's dotted name; nothing from it on is computed.
+        channels: of the features.
+        patch: side, in latent pixels, of the square that one feature stands for.
+        side: of the feature map at the network's native size.
+    """
+
+    before: str
+    channels: int
+    patch: int
+    side: int
 
 
 Role = Lora | Ema | Copy | Module

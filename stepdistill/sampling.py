@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,10 +41,14 @@ def few_step(
     x_t: Tensor,
     cond: Condition,
     noise: Callable[[int], Tensor] | None = None,
+    taken: int | None = None,
 ) -> Tensor:
-    """Sample (B, C, H, W) from pure noise `x_t` of that shape; `noise(i)` gives the fresh noise after step i."""
+    """Sample (B, C, H, W) from pure noise `x_t` of that shape; `noise(i)` gives the fresh noise after step i.
+
+    With `taken` only so many steps are taken: what comes is the input of the next one.
+    """
     times = [*sampler.timesteps, 0.0]
-    for i, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (now, then) in enumerate(list(pairwise(times))[:taken]):
         t, s = (torch.full((len(x_t),), time, device=x_t.device) for time in (now, then))
         est = denoise(x_t, t, cond)
         low = torch.floor((1 - sampler.eta) * s) if sampler.eta > 0 else s  # a flow's is no integer
@@ -59,7 +64,7 @@ def few_step(
 
 def follow(denoise: Denoise, schedule: NoiseSchedule, times: Sequence[float], x_t: Tensor, cond: Condition) -> Tensor:
     """The deterministic first-order solver (DDIM; Euler for a flow) along descending `times`, the last one included."""
-    for now, then in zip(times[:-1], times[1:], strict=True):
+    for now, then in pairwise(times):
         t, s = (torch.full((len(x_t),), float(time), device=x_t.device) for time in (now, then))
         x_t = schedule.add_noise(*denoise(x_t, t, cond), s)
     return x_t

@@ -8,6 +8,7 @@ is `None`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -19,7 +20,12 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
 
 
 class NoiseSchedule(ABC):
-    """Signal and noise levels by time."""
+    """Signal and noise levels by time.
+
+    `span` is the lowest and the highest time.
+    """
+
+    span: tuple[float, float]
 
     @abstractmethod
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,6 +38,14 @@ class NoiseSchedule(ABC):
     @abstractmethod
     def grid(self, n: int) -> Tensor:
         """`n + 1` ascending times: the end of the last solver step, then the `n` starts of an n-step solver."""
+
+    @abstractmethod
+    def spread(self, share: Tensor, low: float, high: float) -> Tensor:
+        """Times (B,) in [low, high] from uniform shares (B,) in [0, 1): as dense there as the solver's grid is."""
+
+    @abstractmethod
+    def check(self, times: Iterable[float]) -> None:
+        """Raise ValueError for times that a network on this schedule was never trained at."""
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor | None) -> Tensor:
         """`alpha_t x0 + sigma_t eps` for x0, eps (B, ...) and t (B,); `t=None` is clean data, `x0` itself.
@@ -67,6 +81,7 @@ class DiscreteVP(NoiseSchedule):
         table = alphas_cumprod.detach().double().cpu()
         self.log_snr = 0.5 * (table.log() - (1 - table).log())
         self.steps = len(table)
+        self.span = (0.0, self.steps - 1.0)
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         table = self.log_snr.to(t.device)
@@ -96,6 +111,14 @@ class DiscreteVP(NoiseSchedule):
             )
         return torch.cat([torch.zeros(1), torch.arange(1, n + 1) * float(self.steps // n) - 1])
 
+    def spread(self, share: Tensor, low: float, high: float) -> Tensor:
+        return (low + share * (high - low + 1)).floor().clamp(max=high)
+
+    def check(self, times: Iterable[float]) -> None:
+        odd = [t for t in times if not 0 <= t < self.steps or t != int(t)]
+        if odd:
+            raise ValueError(f"timesteps {odd}: expected whole numbers in 0 ... {self.steps - 1}, the table's entries")
+
 
 class Rectified(NoiseSchedule):
     """The straight path `alpha = 1 - t / 1000`, `sigma = t / 1000`.
@@ -107,6 +130,7 @@ class Rectified(NoiseSchedule):
 
     def __init__(self, shift: float = 1.0) -> None:
         self.shift = shift
+        self.span = (0.0, 1000.0)
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = t if t.dtype == torch.float64 else t.float()
@@ -120,3 +144,14 @@ class Rectified(NoiseSchedule):
             raise ValueError(f"a grid of {n} steps: at least 1 is needed")
         u = torch.arange(n + 1, dtype=torch.float64) / n
         return (1000 * self.shift * u / (1 + (self.shift - 1) * u)).float()
+
+    def spread(self, share: Tensor, low: float, high: float) -> Tensor:
+        # the range in the grid's own uniform variable: clamping afterwards would heap draws on its ends
+        first, last = (t / (1000 * self.shift - (self.shift - 1) * t) for t in (low, high))
+        u = first + share * (last - first)
+        return 1000 * self.shift * u / (1 + (self.shift - 1) * u)
+
+    def check(self, times: Iterable[float]) -> None:
+        odd = [t for t in times if not 0 <= t <= 1000]
+        if odd:
+            raise ValueError(f"timesteps {odd}: expected numbers in 0 ... 1000, which are 1000 sigma")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,16 +123,18 @@ class Loop:
             distributed.average([total, *logs.values()])
             if not torch.isfinite(total):
                 self._dump(step, number, roles, micro_batches, total)
-            self._apply(roles, values)
+            self._apply(step, roles, values)
             for role in roles:
-                stepped[role] += 1
+                stepped[role] += values[f"grad_norm/{role}"] > 0  # the first scores of VSD are equal, exactly
             values |= {key: value.item() for key, value in logs.items()}
             number += 1
-        for scheduler in self.team.schedulers.values():
-            scheduler.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of")  # rates follow steps; a role may wait for its first
+            for scheduler in self.team.schedulers.values():
+                scheduler.step()
         return values
 
-    def _apply(self, roles: Sequence[str], values: dict[str, float]) -> None:
+    def _apply(self, step: int, roles: Sequence[str], values: dict[str, float]) -> None:
         """Sync, clip, step, average, zero."""
         for role in roles:
             params = self.team.params(role)
@@ -153,7 +156,7 @@ class Loop:
             values[f"grad_norm/{role}"] = norm.item()
             values["lr"] = float(self.team.schedulers[role].get_last_lr()[0])
         self.scaler.update()
-        self.team.backbone.average(roles)
+        self.team.backbone.average(roles, step)
         self.team.zero()
 
     def _moved(self, before: dict[str, Tensor], stepped: dict[str, int]) -> dict[str, Tensor]:

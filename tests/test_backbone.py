@@ -195,9 +195,9 @@ def test_average_moves_once_and_only_with_its_source():
     assert not any(p.requires_grad for p in bone.parameters_of("ema").values())
     before = {key: p.clone() for key, p in bone.state("ema").items()}
     awake(bone, "student", 1.0)
-    bone.average(["fake"])
+    bone.average(["fake"], 0)
     assert all(torch.equal(before[key], p) for key, p in bone.state("ema").items())
-    bone.average(["student"])
+    bone.average(["student"], 0)
     for key, value in bone.state("student").items():
         torch.testing.assert_close(bone.state("ema")[key], 0.75 * before[key] + 0.25 * value)
 
@@ -207,7 +207,7 @@ def test_copies_and_modules_are_roles_too():
     bone = backbone("sd", pipe)
     bone.add("student", Copy())
     bone.add("ema", Ema("student", 0.5))
-    bone.add("head", Module(lambda: nn.Linear(3, 1)))
+    bone.add("head", Module(lambda tap: nn.Linear(tap.side, 1)))
     part, scene = batch("sd", pipe), play("sd", pipe, bone)
     t = torch.full((2,), 300.0)
     student, teacher = (scene.denoiser(r)(part.latents, t, part.cond).x0 for r in ("student", TEACHER))

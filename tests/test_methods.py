@@ -73,5 +73,6 @@ def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch):
     )
     contract = json.loads((out / "distill_config.json").read_text())
     assert contract["proof"] is not None
-    assert contract["call"] | drawn["student, 4 steps"] == contract["call"]
+    steps = len(contract["timesteps"])
+    assert contract["call"] | drawn[f"student, {steps} step{'s' * (steps > 1)}"] == contract["call"]
     assert (out / "samples" / "grid.png").exists()

@@ -34,9 +34,9 @@ def averages() -> None:
     bone.add("ema", Ema("student", 0.9))
     before = bone.parameters_of("ema")["weight"].clone()
     bone.parameters_of("student")["weight"].data += 1.0
-    bone.average(["other"])
+    bone.average(["other"], 0)
     close(bone.parameters_of("ema")["weight"], before, 0)
-    bone.average(["student"])
+    bone.average(["student"], 0)
     close(bone.parameters_of("ema")["weight"], before + 0.1, 1e-6)
 
 

@@ -38,7 +38,8 @@ def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
 
 def backbone(name: str, pipe: DiffusionPipeline, rank: int = 4, alpha: float | None = None) -> Backbone:
     net = FAMILIES[name].network(pipe)
-    return Backbone(net, LoraSpec(rank=rank, alpha=alpha), FAMILIES[name].lora_targets(net))
+    family = FAMILIES[name]
+    return Backbone(net, LoraSpec(rank=rank, alpha=alpha), family.lora_targets(net), family.tap(net))
 
 
 def awake(bone: Backbone, role: str, size: float = 0.05) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stepdistill.denoiser import Condition
 from stepdistill.errors import ConfigError, problem
 from stepdistill.prediction import Kind
+from stepdistill.roles import Tap
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import NoiseSchedule
 from stepdistill.tiny import bundled
@@ -128,6 +129,10 @@ class Family(ABC):
     @abstractmethod
     def lora_targets(self, net: nn.Module) -> list[str]:
         """Full names of the layers that get a LoRA; none whose output is never used."""
+
+    @abstractmethod
+    def tap(self, net: nn.Module) -> Tap:
+        """Where a discriminator's head reads the network's features."""
 
     @abstractmethod
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stepdistill.denoiser import Condition
 from stepdistill.families.base import Family, named
 from stepdistill.prediction import Kind
+from stepdistill.roles import Tap
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import DiscreteVP
 
@@ -43,6 +44,13 @@ class StableDiffusion(Family):
 
     def lora_targets(self, net: nn.Module) -> list[str]:
         return named(net, TARGETS, (nn.Linear, nn.Conv2d))
+
+    def tap(self, net: nn.Module) -> Tap:
+        """The bottleneck, as DMD2 has it."""
+        config: Any = net.config
+        widths = config["block_out_channels"]
+        patch = 2 ** (len(widths) - 1)
+        return Tap("up_blocks.0", widths[-1], patch, config["sample_size"] // patch)
 
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:

@@ -16,6 +16,7 @@ from stepdistill.denoiser import Condition
 from stepdistill.errors import ConfigError, problem
 from stepdistill.families.base import Family, named
 from stepdistill.prediction import Kind
+from stepdistill.roles import Tap
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import Rectified
 
@@ -69,6 +70,12 @@ class StableDiffusion3(Family):
         # the last block's text stream ends in its attention: queries of text tokens reach no output
         last = len(net.get_submodule("transformer_blocks")._modules) - 1
         return [name for name in found if name != f"transformer_blocks.{last}.attn.add_q_proj"]
+
+    def tap(self, net: nn.Module) -> Tap:
+        """The picture's tokens at half the depth."""
+        config: Any = net.config
+        width, patch = config["num_attention_heads"] * config["attention_head_dim"], config["patch_size"]
+        return Tap(f"transformer_blocks.{config['num_layers'] // 2}", width, patch, config["sample_size"] // patch)
 
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +84,10 @@ class Play:
 class Method(ABC):
     """A distillation method. Subclasses are final, hold nothing but hyper-parameters, and cite their paper."""
 
-    # what a sample must carry: "prompts", "latents" (pictures do, too) or "pairs" (latents and their noise)
-    needs: ClassVar[frozenset[str]]
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[str]:
+        """What a sample must carry: "prompts", "latents" (pictures do, too) or "pairs" (latents and their noise)."""
 
     @abstractmethod
     def roles(self) -> dict[str, Role]:

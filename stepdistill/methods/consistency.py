@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -61,8 +61,6 @@ class Consistency(Method):
         num_inference_steps: steps that the contract names.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"latents"})
-
     end: Literal["clean", "any", "edge"] = "clean"
     segments: tuple[int, ...] = (1,)
     stage_steps: int | None = None
@@ -92,6 +90,10 @@ class Consistency(Method):
             raise ValueError("target 'ema' needs an average: give ema_decay, such as 0.95")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}: expected a share in [0, 1]")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"latents"})
 
     def roles(self) -> dict[str, Role]:
         average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -35,12 +34,14 @@ class Regression(Method):
         ema_decay: decay of the average of the student that is exported; none exports the student itself.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
-
     num_inference_steps: int = 4
     loss_type: Distance = "l2"
     huber_c: float = 1e-3
     ema_decay: float | None = 0.99
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"pairs"})
 
     def roles(self) -> dict[str, Role]:
         average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}

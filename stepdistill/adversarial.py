@@ -1,0 +1,75 @@
+"""What an adversarial term needs: features read inside a denoiser, and a head that judges them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from stepdistill.roles import Tap
+
+
+class _Reached(Exception):  # noqa: N818 - it is no error
+    """Carries the features out of a forward pass that ends there."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+
+def features_before(net: nn.Module, tap: Tap, x_t: Tensor, call: Callable[[], object]) -> Tensor:
+    """The features (B, channels, H / patch, W / patch) that come into `tap.before` while `call()` runs `net`.
+
+    The pass ends there: nothing from that module on is computed. The hook sits before a module rather than after
+    one, since what comes after a block may run inside a checkpointed function, which has to be left as it is.
+
+    Args:
+        x_t: (B, C, H, W), what `call` gives the network; it tells the map's size where features are tokens.
+    """
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        raise _Reached(inspect.signature(module.forward).bind(*args, **kwargs).arguments["hidden_states"])
+
+    handle = net.get_submodule(tap.before).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        call()
+    except _Reached as reached:
+        found = reached.features
+    else:
+        raise RuntimeError(f"{type(net).__name__} never reached {tap.before!r}: the tap names another module's input")
+    finally:
+        handle.remove()
+    if found.ndim == 3:  # tokens (B, N, C), row by row
+        height, width = (side // tap.patch for side in x_t.shape[-2:])
+        found = found.transpose(1, 2).reshape(len(found), -1, height, width)
+    return found
+
+
+class Head(nn.Module):
+    """DMD2's discriminator head: halving convolutions down to 4 x 4, one that takes these in, a logit.
+
+    Yin et al. 2024, https://arxiv.org/abs/2405.14867, section 4.3. On larger maps than the native one the logit is
+    the mean over places.
+
+    Args:
+        tap: where the features come from.
+    """
+
+    def __init__(self, tap: Tap) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        side, width = tap.side, tap.channels
+
+        def block(kernel: int, stride: int, padding: int) -> list[nn.Module]:
+            groups = next(n for n in (32, 16, 8, 4, 2, 1) if width % n == 0)
+            return [nn.Conv2d(width, width, kernel, stride, padding), nn.GroupNorm(groups, width), nn.SiLU()]
+
+        while side > 4:
+            layers += block(4, 2, 1)
+            side //= 2
+        layers += [*block(side, side, 0), nn.Conv2d(width, 1, 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B, 1), float32, of features (B, channels, h, w)."""
+        return self.layers(features.float()).mean((2, 3))

@@ -1,0 +1,77 @@
+"""DisBack: first record how the teacher degrades into the initial student, then distil along that path, backwards.
+
+A score far from the student's law is a poor guide. So the fake score is first trained from the teacher to the
+*initial* student, and copies of it on the way are kept as waypoints. Then distribution matching takes these as its
+targets, from the nearest to the student back to the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.vsd import VSD
+from stepdistill.roles import TEACHER, Ema, Role
+from stepdistill.sampling import Sampler
+from stepdistill.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class DisBack(Method):
+    """DisBack around a method of distribution matching.
+
+    References:
+        Distribution backtracking builds a faster convergence trajectory for diffusion distillation, Zhang et al. 2024,
+        https://arxiv.org/abs/2408.15991, algorithms 1 and 2.
+
+    Args:
+        matching: the method that matches; its warm-up is the recording.
+        waypoints: N, copies of the fake score on the way; the last one is where the fake score then starts.
+        recording_steps: i_1, steps from one waypoint to the next, of the fake score alone.
+        backtracking_steps: i_2, steps with each of the targets N - 1, ..., 1 before the teacher itself.
+    """
+
+    matching: DMD2 | VSD = field(default_factory=DMD2)
+    waypoints: int = 5
+    recording_steps: int = 50
+    backtracking_steps: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("waypoints", "recording_steps", "backtracking_steps"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
+        if self.matching.warmup_steps:
+            raise ValueError(
+                f"matching.warmup_steps is {self.matching.warmup_steps}: the recording is the warm-up; use 0"
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.matching.needs
+
+    def roles(self) -> dict[str, Role]:
+        kept: dict[str, Role] = {
+            f"waypoint_{n}": Ema("fake", 0.0, until=n * self.recording_steps) for n in range(1, self.waypoints)
+        }
+        return self.matching.roles() | kept
+
+    def exported(self) -> str:
+        return self.matching.exported()
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        self.matching.check(schedule)
+
+    def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
+        return self.matching.sampler(schedule, steps)
+
+    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+        recording = replace(self.matching, warmup_steps=self.waypoints * self.recording_steps)
+        return recording.towards(self.target(step), play, batch, step)
+
+    def target(self, step: int) -> str:
+        """The role that is the real score in `step` (from 0)."""
+        turn = step - self.waypoints * self.recording_steps
+        left = self.waypoints - 1 - max(turn, 0) // self.backtracking_steps
+        return f"waypoint_{left}" if left > 0 else TEACHER

@@ -1,0 +1,245 @@
+"""Distribution matching with a learned fake score: DMD2.
+
+The student's law is pulled to the teacher's along the gradient of KL(student || teacher), the difference of two
+scores at a noised sample of the student. The teacher gives one of them. The other comes from the fake score, which is
+trained all the time on the student's current samples. These are simulated from prompts as sampling makes them, so no
+data are needed, unless a discriminator is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.adversarial import Head
+from stepdistill.denoiser import Denoiser, guided
+from stepdistill.losses import (
+    Adversarial,
+    Divergence,
+    denoising,
+    discriminator_loss,
+    divergence_weight,
+    generator_loss,
+    surrogate,
+)
+from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.consistency import latents_of
+from stepdistill.roles import TEACHER, Ema, Lora, Module, Role
+from stepdistill.sampling import Sampler, few_step
+from stepdistill.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gan:
+    """The adversarial term of DMD2, on features of noised samples.
+
+    References:
+        Diffusion-GAN, Wang et al. 2022, https://arxiv.org/abs/2206.02262.
+        f-distill, Xu et al. 2025, https://arxiv.org/abs/2502.15681, for `divergence`.
+        Adversarial post-training, Lin et al. 2025, https://arxiv.org/abs/2501.08316, for the approximate R1.
+
+    Args:
+        generator_weight: lambda_g, of the student's term.
+        discriminator_weight: lambda_d, of the head's.
+        features: whose: those of the `fake` score, which then learns to tell, too (the paper); or the `teacher`'s,
+            which stay as they are.
+        loss_type: `softplus` (the paper) or `hinge`.
+        r1_weight: of `(D(x + r1_sigma z) - D(x))^2` at noised real data; 0 is none.
+        r1_sigma: size of that perturbation.
+        divergence: which f-divergence the score term follows, weighted by the discriminator's ratio; needs softplus.
+    """
+
+    generator_weight: float = 1e-3
+    discriminator_weight: float = 1e-2
+    features: Literal["fake", "teacher"] = "fake"
+    loss_type: Adversarial = "softplus"
+    r1_weight: float = 0.0
+    r1_sigma: float = 0.1
+    divergence: Divergence = "reverse_kl"
+
+    def __post_init__(self) -> None:
+        if self.divergence != "reverse_kl" and self.loss_type != "softplus":
+            raise ValueError(f"divergence {self.divergence!r} needs log-ratios, which only loss_type 'softplus' learns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMD2(Method):
+    """DMD2 with a LoRA student and a LoRA fake score on one frozen base.
+
+    References:
+        Improved distribution matching distillation, Yin et al. 2024, https://arxiv.org/abs/2405.14867.
+        One-step diffusion with distribution matching distillation, Yin et al. 2023,
+        https://arxiv.org/abs/2311.18828.
+
+    Args:
+        num_inference_steps: steps of the student, evenly spaced from the noisiest time.
+        timesteps: other starts of the steps, descending, such as [399] for SDXL in one step.
+        eta: share of each step that is noised again: 1 as published, 0 for a deterministic sampler.
+        guidance_scale: w of the teacher's `uncond + w (cond - uncond)`; the fake score is never guided.
+        critic_steps: K, updates of the fake score for each of the student, which comes first.
+        warmup_steps: steps of the fake score alone, before the student's first.
+        t_range: lowest and highest timestep at which the scores are compared.
+        gan: the adversarial term, which needs pictures; none trains on prompts alone.
+        ema_decay: decay of the average of the student that is exported; none exports the student itself.
+    """
+
+    num_inference_steps: int = 4
+    timesteps: tuple[float, ...] | None = None
+    eta: float = 1.0
+    guidance_scale: float = 7.5
+    critic_steps: int = 5
+    warmup_steps: int = 0
+    t_range: tuple[float, float] = (20.0, 980.0)
+    gan: Gan | None = None
+    ema_decay: float | None = 0.99
+
+    def __post_init__(self) -> None:
+        if self.critic_steps < 1:
+            raise ValueError(f"critic_steps is {self.critic_steps}: expected at least 1, else the fake score is stale")
+        check_range(self.t_range)
+        if self.timesteps is not None and (
+            not self.timesteps or list(self.timesteps) != sorted(set(self.timesteps), reverse=True)
+        ):
+            raise ValueError(
+                f"timesteps are {list(self.timesteps)}: expected descending starts of steps, as [999, 499]"
+            )
+        if self.eta not in (0, 1):
+            raise ValueError(f"eta is {self.eta}: expected 1 (noise again) or 0 (deterministic)")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"prompts"} if self.gan is None else {"latents"})
+
+    def roles(self) -> dict[str, Role]:
+        head: dict[str, Role] = {} if self.gan is None else {"head": Module(Head)}
+        average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
+        return {"student": Lora(), "fake": Lora()} | head | average
+
+    def exported(self) -> str:
+        return "student" if self.ema_decay is None else "ema"
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        schedule.check(self.timesteps or ())
+        schedule.check(self.t_range)
+        self.sampler(schedule)
+
+    def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
+        if self.timesteps is not None and steps in (None, len(self.timesteps)):
+            return Sampler(self.timesteps, self.eta, clean=True)
+        return Sampler(tuple(schedule.grid(steps or self.num_inference_steps).flip(0)[:-1].tolist()), self.eta)
+
+    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+        return self.towards(TEACHER, play, batch, step)
+
+    def towards(self, target: str, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+        """The updates of one step, with the role `target` as the real score."""
+        student, turn = play.denoiser("student"), step - self.warmup_steps
+        x_t, t = simulate(play, batch, self.sampler(play.schedule))
+        if turn >= 0 and turn % self.critic_steps == 0:
+            x0 = student(x_t, t, batch.cond).x0
+            loss, logs = self.student_loss(target, play, batch, x0)
+            x0 = x0.detach()
+            yield Update(("student",), loss, logs)
+        else:
+            with torch.no_grad():
+                x0 = student(x_t, t, batch.cond).x0
+        loss = fake_loss(play, batch, x0)
+        if self.gan is None:
+            yield Update(("fake",), loss, {"loss_fake": loss.detach()})
+        else:
+            judged = self.head_loss(self.gan, play, batch, x0)
+            logs = {"loss_fake": loss.detach(), "loss_head": judged.detach()}
+            yield Update(("fake", "head"), loss + self.gan.discriminator_weight * judged, logs)
+
+    def student_loss(self, target: str, play: Play, batch: Batch, x0: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A loss whose gradient with respect to the sample is that of the matching and the adversarial term."""
+        sample = x0.detach()
+        s = play.schedule.spread(play.draw(batch, "score t"), *self.t_range)
+        x_s = play.schedule.add_noise(sample, play.noise(batch, "score eps"), s)
+        with torch.no_grad():
+            real = guided(play.denoiser(target), play.null, self.guidance_scale)(x_s, s, batch.cond).x0
+            fake = play.denoiser("fake")(x_s, s, batch.cond).x0
+            gradient = normalised(sample, fake, real)
+            if self.gan is not None and self.gan.divergence != "reverse_kl":
+                logits = play.module("head")(self.judge(self.gan, play).features(x_s, s, batch.cond))
+                gradient = divergence_weight(self.gan.divergence, logits).reshape(-1, 1, 1, 1) * gradient
+        loss = surrogate(x0, gradient)
+        logs = {"loss": loss.detach()}
+        if self.gan is not None:
+            # in two phases: the judge's graph ends at the sample, so no graph spans two roles
+            sample.requires_grad_()
+            term = generator_loss(self.gan.loss_type, self.logits(self.gan, play, batch, sample, "gan student"))
+            (pull,) = torch.autograd.grad(term, sample)
+            loss = loss + self.gan.generator_weight * (x0 * pull).sum()
+            logs["loss_gan"] = term.detach()
+        return loss, logs
+
+    def head_loss(self, gan: Gan, play: Play, batch: Batch, x0: Tensor) -> Tensor:
+        """The head's loss on noised samples and noised data; with `features: fake` it trains the fake score, too."""
+        data = latents_of(batch)
+        real = self.logits(gan, play, batch, data, "gan real", trained=True)
+        loss = discriminator_loss(gan.loss_type, self.logits(gan, play, batch, x0, "gan fake", trained=True), real)
+        if gan.r1_weight:
+            shaken = self.logits(gan, play, batch, data, "gan real", trained=True, shake=gan.r1_sigma)
+            loss = loss + gan.r1_weight * (shaken - real).square().mean()
+        return loss
+
+    def judge(self, gan: Gan, play: Play, trained: bool = False) -> Denoiser:
+        """The role whose features the head sees."""
+        role = play.denoiser("fake" if gan.features == "fake" else TEACHER)
+        return role if trained else role.frozen()
+
+    def logits(
+        self, gan: Gan, play: Play, batch: Batch, x0: Tensor, purpose: str, trained: bool = False, shake: float = 0.0
+    ) -> Tensor:
+        """The head's logits (B, 1) at `x0` noised by draws of its own."""
+        t = play.schedule.spread(play.draw(batch, f"{purpose} t"), *play.schedule.span)
+        x_t = play.schedule.add_noise(x0, play.noise(batch, f"{purpose} eps"), t)
+        if shake:
+            x_t = x_t + shake * play.noise(batch, f"{purpose} shake")
+        return play.module("head")(self.judge(gan, play, trained).features(x_t, t, batch.cond))
+
+
+def check_range(t_range: tuple[float, float]) -> None:
+    """Raise ValueError for times that do not ascend."""
+    low, high = t_range
+    if not 0 <= low < high:
+        raise ValueError(f"t_range is {list(t_range)}: expected two ascending timesteps, as [20, 980]")
+
+
+def simulate(play: Play, batch: Batch, sampler: Sampler) -> tuple[Tensor, Tensor]:
+    """The input `(x_t, t)` of one of the student's steps, as sampling reaches it from pure noise.
+
+    Backward simulation (DMD2, section 4.4). The step is drawn once for all samples and processes, and those
+    before it are taken without a graph.
+    """
+    k = int(play.shared("step") * len(sampler.timesteps))
+    with torch.no_grad():
+        x_t = few_step(
+            play.denoiser("student"),
+            play.schedule,
+            sampler,
+            play.noise(batch, "start"),
+            batch.cond,
+            lambda i: play.noise(batch, f"again {i}"),
+            taken=k,
+        )
+    return x_t, torch.full((len(x_t),), sampler.timesteps[k], device=x_t.device)
+
+
+def fake_loss(play: Play, batch: Batch, x0: Tensor) -> Tensor:
+    """Denoising score matching of the fake score on the student's samples, at any time of the schedule."""
+    t = play.schedule.spread(play.draw(batch, "fake t"), *play.schedule.span)
+    eps = play.noise(batch, "fake eps")
+    est = play.denoiser("fake")(play.schedule.add_noise(x0, eps, t), t, batch.cond)
+    return denoising(est, x0, eps, play.schedule)
+
+
+def normalised(x0: Tensor, fake: Tensor, real: Tensor) -> Tensor:
+    """`(fake - real) / mean |x0 - real|`, the mean over each sample; Yin et al. 2023, eq. 7 and 8. All (B, ...)."""
+    n = (x0 - real).abs().flatten(1).mean(1).reshape(-1, *[1] * (x0.ndim - 1))
+    return ((fake - real) / n).nan_to_num(0.0, 0.0, 0.0)  # a sample that equals its target has nowhere to go

@@ -1,0 +1,111 @@
+"""Variational score distillation into one step: SwiftBrush, and SNOOPI's PG-SB.
+
+As in `dmd2`, a fake score follows the student's samples, and the student moves along the difference of two scores.
+Here both are guided by the same w, so that the fixed point is the teacher's unguided law whatever w is; w shapes the
+way there. PG-SB draws w anew in every step, the same for both sides. Prompts are all that is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepdistill.denoiser import guided
+from stepdistill.losses import distance, surrogate
+from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.dmd2 import check_range
+from stepdistill.roles import TEACHER, Ema, Lora, Role
+from stepdistill.sampling import Sampler
+from stepdistill.schedule import NoiseSchedule, expand
+
+
+@dataclass(frozen=True, kw_only=True)
+class VSD(Method):
+    """SwiftBrush with a LoRA student and a LoRA fake score on one frozen base.
+
+    References:
+        SwiftBrush, Nguyen & Tran 2023, https://arxiv.org/abs/2312.05239.
+        SNOOPI, Nguyen et al. 2024, https://arxiv.org/abs/2412.02687, section 4.1 (PG-SB).
+
+    Args:
+        guidance_scale: w of `uncond + w (cond - uncond)`, for teacher and fake score; a pair draws it in every step
+            (PG-SB; [0.5, 4] for Stable Diffusion).
+        warmup_steps: steps of the fake score alone, before the student's first.
+        t_range: lowest and highest timestep at which the scores are compared.
+        proportion_empty_prompts: share of steps in which the fake score learns the unconditional law.
+        ema_decay: decay of the average of the student that is exported; none exports the student itself.
+    """
+
+    guidance_scale: float | tuple[float, float] = 4.5
+    warmup_steps: int = 0
+    t_range: tuple[float, float] = (20.0, 980.0)
+    proportion_empty_prompts: float = 0.1
+    ema_decay: float | None = 0.99
+
+    def __post_init__(self) -> None:
+        check_range(self.t_range)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"prompts"})
+
+    def roles(self) -> dict[str, Role]:
+        average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
+        return {"student": Lora(), "fake": Lora()} | average
+
+    def exported(self) -> str:
+        return "student" if self.ema_decay is None else "ema"
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        schedule.check(self.t_range)
+        alpha_t, _ = schedule(torch.tensor(self.sampler(schedule).timesteps[0], dtype=torch.float64))
+        if 0 < alpha_t < 1e-3:
+            raise ValueError(f"alpha is {alpha_t.item():.1e} at the noisiest time: too small to divide by")
+
+    def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
+        return Sampler(tuple(schedule.grid(steps or 1).flip(0)[:-1].tolist()), eta=1.0, clean=True)
+
+    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+        return self.towards(TEACHER, play, batch, step)
+
+    def towards(self, target: str, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+        """The updates of one step, with the role `target` as the real score."""
+        student, z = play.denoiser("student"), play.noise(batch, "start")
+        t = torch.full((len(z),), self.sampler(play.schedule).timesteps[0], device=z.device)
+        if step >= self.warmup_steps:
+            x0 = student(z, t, batch.cond).x0
+            loss = surrogate(x0, self.gradient(target, play, batch, x0.detach()))
+            x0 = x0.detach()
+            yield Update(("student",), loss, {"loss": loss.detach()})
+        else:
+            with torch.no_grad():
+                x0 = student(z, t, batch.cond).x0
+        loss = self.fake_loss(play, batch, x0)
+        yield Update(("fake",), loss, {"loss_fake": loss.detach()})
+
+    @torch.no_grad()
+    def gradient(self, target: str, play: Play, batch: Batch, x0: Tensor) -> Tensor:
+        """`sigma_s^2 (eps_real - eps_fake)` at the noised sample, both guided."""
+        s = play.schedule.spread(play.draw(batch, "score t"), *self.t_range)
+        x_s = play.schedule.add_noise(x0, play.noise(batch, "score eps"), s)
+        w = self._guidance(play)
+        real, fake = (guided(play.denoiser(role), play.null, w)(x_s, s, batch.cond).eps for role in (target, "fake"))
+        return (expand(play.schedule(s)[1], x_s) ** 2 * (real - fake)).nan_to_num(0.0, 0.0, 0.0)
+
+    def fake_loss(self, play: Play, batch: Batch, x0: Tensor) -> Tensor:
+        """Denoising score matching with weight alpha_t^2, in some steps without prompts."""
+        t = play.schedule.spread(play.draw(batch, "fake t"), *play.schedule.span)
+        alpha_t, eps = expand(play.schedule(t)[0], x0), play.noise(batch, "fake eps")
+        empty = play.shared("empty prompt") < self.proportion_empty_prompts
+        cond = {k: play.null[k].expand_as(v) for k, v in batch.cond.items()} if empty else batch.cond
+        est = play.denoiser("fake")(play.schedule.add_noise(x0, eps, t), t, cond)
+        return distance("l2", alpha_t * est.eps, alpha_t * eps)
+
+    def _guidance(self, play: Play) -> float:
+        if isinstance(self.guidance_scale, tuple):
+            low, high = self.guidance_scale
+            return low + (high - low) * play.shared("guidance_scale")
+        return self.guidance_scale
