@@ -277,3 +277,50 @@ def solved(method: Consistency, schedule: NoiseSchedule, teacher: Denoise) -> De
         return Estimate(x0, eps)
 
     return student
+
+
+@dataclass(frozen=True)
+class Drawn(Play):
+    """A play that draws from one generator, for closed forms that are means over many draws.
+
+    Args:
+        source: the generator.
+        fixed: draws (uniform shares) by purpose that are the same for all samples.
+        seen: noise by purpose, as it was drawn last.
+    """
+
+    source: torch.Generator
+    fixed: Mapping[str, float]
+    seen: dict[str, Tensor]
+
+    def draw(self, batch: Batch, purpose: str) -> Tensor:
+        size = len(batch.index)
+        if purpose in self.fixed:
+            return torch.full((size,), self.fixed[purpose], dtype=torch.float64)
+        return torch.rand(size, dtype=torch.float64, generator=self.source)
+
+    def noise(self, batch: Batch, purpose: str) -> Tensor:
+        shape = (len(batch.index), *batch.shape)
+        self.seen[purpose] = torch.randn(shape, dtype=torch.float64, generator=self.source)
+        return self.seen[purpose]
+
+    def shared(self, purpose: str) -> float:
+        if purpose in self.fixed:
+            return self.fixed[purpose]
+        return torch.rand((), generator=self.source).item()
+
+
+def drawn(schedule: NoiseSchedule, roles: Mapping[str, object], seed: int = 0, **fixed: float) -> Drawn:
+    """A play over closed forms by role (the teacher among them), modules too; guidance is against the mean `null`."""
+    return Drawn(
+        schedule=schedule,
+        null={"mean": torch.zeros(1, 1, 1, 1, dtype=torch.float64)},
+        denoiser=roles.__getitem__,  # pyright: ignore[reportArgumentType]
+        module=roles.__getitem__,  # pyright: ignore[reportArgumentType]
+        seed=0,
+        step=0,
+        device=torch.device("cpu"),
+        source=torch.Generator().manual_seed(seed),
+        fixed={key.replace("_", " "): value for key, value in fixed.items()},
+        seen={},
+    )
