@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -16,8 +16,12 @@ from stepdistill.backbone import Backbone
 from stepdistill.denoiser import guided
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.dmd2 import DMD2, Gan
+from stepdistill.methods.vsd import VSD
 from stepdistill.roles import TEACHER, Copy, Ema, Lora, Module, Role
 
+GAN = Gan(r1_weight=0.1, divergence="jensen_shannon")
+DMD = DMD2(num_inference_steps=2, guidance_scale=3.0, critic_steps=1, gan=GAN)
 LCM = Consistency(num_ddim_timesteps=10, guidance_scale=3.0, ema_decay=0.9, target="ema", loss_type="l2")
 
 
@@ -58,6 +62,15 @@ class Adversarial(Method):
         yield Update(("fake",), (fake.x0 - xd.detach()).square().mean())
 
 
+METHODS = {
+    "lcm": LCM,
+    "adversarial": Adversarial(),
+    "dmd2": DMD,
+    "dmd2, teacher's features": replace(DMD, gan=replace(GAN, features="teacher", loss_type="softplus")),
+    "vsd": VSD(guidance_scale=(0.5, 4.0)),
+}
+
+
 def gradients(method: Method, name: str, pipe, bones, micro_batches: int) -> dict[str, torch.Tensor]:
     """Each update's gradients of its roles, as the trainer gathers them."""
     batches = [batch(name, pipe, first=2 * k) for k in range(micro_batches)]
@@ -93,7 +106,7 @@ def shared_and_separate(method: Method, name: str, checkpointing: bool):
     for role, kind in method.roles().items():
         shared.add(role, kind)
         awake(shared, role)
-        separate[role].add(role, Lora())  # an average is only read here
+        separate[role].add(role, kind if isinstance(kind, Module) else Lora())  # an average is only read here
         separate[role].load_state(role, shared.state(role))
     if checkpointing:
         for bone in [shared, *separate.values()]:
@@ -110,7 +123,7 @@ def _with(pipe, name: str, net: nn.Module):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("name", list(FAMILIES))
-@pytest.mark.parametrize("method", [LCM, Adversarial()], ids=["lcm", "adversarial"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_roles_equal_copies(method, name, micro_batches, checkpointing):
     pipe, shared, separate = shared_and_separate(method, name, checkpointing)
     ours = gradients(method, name, pipe, shared, micro_batches)
