@@ -393,4 +393,3 @@ def test_simulated_inputs_have_the_law_that_sampling_makes(schedule, eta):
                 slope = alpha_s * a + sigma_s * (1 - alpha * a) / sigma
                 mean = slope * mean + (alpha_s - sigma_s * alpha / sigma) * b
                 variance *= slope**2
-

@@ -57,6 +57,27 @@ def test_each_update_reaches_all_of_its_roles_and_the_student_only_in_its_turn(m
     assert seen == [(s, r) for s in range(3) for r in ([("student",)] if s in turns else []) + [fake]]
 
 
+def test_only_the_last_call_of_the_student_has_a_graph():
+    """O20: the steps before it are simulated."""
+    _, part, stage = scene(DMD)
+    with_graph = []
+
+    def denoiser(role):
+        def call(x_t, t, cond):
+            if role == "student":
+                with_graph.append(torch.is_grad_enabled())
+            return stage.denoiser(role)(x_t, t, cond)
+
+        return call
+
+    class Last(Play):
+        def shared(self, purpose):
+            return 0.99
+
+    next(DMD.updates(Last(**vars(replace(stage, denoiser=denoiser))), part, 0))
+    assert with_graph == [False, True]
+
+
 @pytest.mark.parametrize("critic_steps", [1, 3, 5])
 def test_the_fake_score_takes_k_steps_for_one_of_the_student_after_its_warm_up(critic_steps):
     method = replace(DMD, critic_steps=critic_steps, warmup_steps=4)

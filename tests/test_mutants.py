@@ -244,8 +244,8 @@ BUGS = {
     ),
     "the last step of the solver left out": Bug(
         sampling.follow,
-        "zip(times[:-1], times[1:], strict=True)",
-        "zip(times[:-2], times[1:-1], strict=True)",
+        "pairwise(times)",
+        "pairwise(times[:-1])",
         test_sampling.test_follow_is_the_solver_at_full_steps,
     ),
     # losses, draws, regression

@@ -1,0 +1,244 @@
+"""Bugs planted in DMD2, VSD and DisBack, among them those of the released code: for each a test must fail."""
+
+from __future__ import annotations
+
+import pytest
+import test_distribution as law
+import test_distribution_updates as plumbing
+from oracles.planted import planted
+from oracles.play import stable_diffusion
+from test_distribution import FLOW, ONE, SD
+from test_distribution_updates import DMD
+from test_mutants import Bug
+
+from stepdistill import adversarial, losses
+from stepdistill.backbone import Backbone
+from stepdistill.methods import dmd2
+from stepdistill.methods.disback import DisBack
+from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.vsd import VSD
+from stepdistill.schedule import DiscreteVP, Rectified
+
+
+def starts() -> None:
+    law.test_equal_scores_give_no_gradient_and_guidance_only_its_own(SD)
+
+
+def divergence() -> None:
+    law.test_the_gradient_is_that_of_the_divergence(SD)
+
+
+def guidance() -> None:
+    law.test_guidance_on_one_side_moves_the_fixed_point(SD)
+
+
+def floor_dmd() -> None:
+    law.test_the_fake_score_has_its_floor_at_the_students_law(ONE, SD)
+
+
+def floor_flow() -> None:
+    law.test_the_fake_score_has_its_floor_at_the_students_law(ONE, FLOW)
+
+
+def floor_vsd() -> None:
+    law.test_the_fake_score_has_its_floor_at_the_students_law(VSD(proportion_empty_prompts=0.0), SD)
+
+
+def judged() -> None:
+    law.test_at_the_optimal_discriminator_the_adversarial_term_is_a_weighted_score_term(SD)
+
+
+def simulated() -> None:
+    law.test_simulated_inputs_have_the_law_that_sampling_makes(SD, 1.0)
+
+
+def trained() -> None:
+    plumbing.test_each_update_reaches_all_of_its_roles_and_the_student_only_in_its_turn(plumbing.GAN, "sd")
+
+
+def prompts_alone() -> None:
+    plumbing.test_prompts_alone_never_touch_data(DMD)
+
+
+MODES = lambda: law.test_modes_are_found_at_high_noise_only("one", (20.0, 120.0), 0.0, 0.0)  # noqa: E731
+TOWARDS, STUDENT, HEAD = DMD2.towards, DMD2.student_loss, DMD2.head_loss
+RATIO = law.test_a_weight_of_the_divergence_multiplies_the_score_term
+COUNT = lambda: plumbing.test_the_fake_score_takes_k_steps_for_one_of_the_student_after_its_warm_up(3)  # noqa: E731
+BACK = plumbing.test_disback_follows_its_waypoints_back_to_the_teacher
+
+BUGS = {
+    # the score term
+    "away from the teacher": Bug(dmd2.normalised, "(fake - real) / n", "(real - fake) / n", guidance),
+    "normalised by the unguided target": Bug(
+        STUDENT, "normalised(sample, fake, real)", "normalised(sample, fake, fake)", guidance
+    ),
+    "one norm for the batch": Bug(
+        dmd2.normalised, ".flatten(1).mean(1).reshape(-1, *[1] * (x0.ndim - 1))", ".mean()", starts
+    ),
+    "norm squared": Bug(
+        dmd2.normalised,
+        "(x0 - real).abs()",
+        "(x0 - real).square()",
+        law.test_the_normaliser_is_the_mean_distance_to_the_guided_target,
+    ),
+    "both sides guided": Bug(
+        STUDENT,
+        'play.denoiser("fake")(x_s, s, batch.cond).x0',
+        'guided(play.denoiser("fake"), play.null, self.guidance_scale)(x_s, s, batch.cond).x0',
+        starts,
+    ),
+    "guidance lost": Bug(STUDENT, "play.null, self.guidance_scale", "play.null, 1.0", starts),
+    "scores at different noise": Bug(
+        STUDENT,
+        'play.denoiser("fake")(x_s, s, batch.cond)',
+        'play.denoiser("fake")(play.schedule.add_noise(sample, play.noise(batch, "more"), s), s, batch.cond)',
+        starts,
+    ),
+    "surrogate without its half": Bug(
+        losses.surrogate, "0.5 * ", "", law.test_the_surrogate_has_the_gradient_and_half_its_square
+    ),
+    "surrogate uphill": Bug(
+        losses.surrogate, "x0 - gradient", "x0 + gradient", law.test_the_surrogate_has_the_gradient_and_half_its_square
+    ),
+    "surrogate's target with a graph": Bug(
+        losses.surrogate, ".detach()", "", law.test_the_surrogate_has_the_gradient_and_half_its_square
+    ),
+    "compared at any time": Bug(VSD.gradient, "*self.t_range", "*play.schedule.span", MODES),
+    # VSD
+    "VSD weighted by the clean share": Bug(VSD.gradient, "play.schedule(s)[1]", "play.schedule(s)[0]", divergence),
+    "VSD guides the teacher alone": Bug(
+        VSD.gradient,
+        "guided(play.denoiser(role), play.null, w)",
+        "guided(play.denoiser(role), play.null, w if role == target else 1.0)",
+        starts,
+    ),
+    "PG-SB draws for each side": Bug(
+        VSD.gradient,
+        "guided(play.denoiser(role), play.null, w)",
+        "guided(play.denoiser(role), play.null, w if role == target else w + 1)",
+        starts,
+    ),
+    "VSD uphill": Bug(VSD.gradient, "(real - fake)", "(fake - real)", divergence),
+    "VSD's fake score without its weight": Bug(
+        VSD.fake_loss, "alpha_t * est.eps, alpha_t * eps", "est.eps, eps", floor_vsd
+    ),
+    "the prompt never dropped": Bug(
+        VSD.fake_loss,
+        "if empty else batch.cond",
+        "if False else batch.cond",
+        lambda: plumbing.test_an_empty_prompt_is_learned_in_its_share_of_steps(0.0),
+    ),
+    # the fake score
+    "fake score on the noise as target of x0": Bug(losses.denoising, "est.eps, eps)", "est.x0, eps)", floor_dmd),
+    "fake score told another time": Bug(dmd2.fake_loss, ", eps, t), t,", ", eps, t), t / 2,", floor_dmd),
+    "a flow's fake score on noise alone": Bug(
+        losses.denoising, "est.eps - est.x0, eps - x0", "est.eps, eps", floor_flow
+    ),
+    "fake score trained through the student": Bug(TOWARDS, "x0 = x0.detach()", "pass", trained),
+    "fake score never trained": Bug(
+        TOWARDS, "loss = fake_loss(play, batch, x0)", "loss = 0 * fake_loss(play, batch, x0)", trained
+    ),
+    "student at every step": Bug(TOWARDS, "turn % self.critic_steps == 0", "True", COUNT),
+    "no warm-up": Bug(TOWARDS, "step - self.warmup_steps", "step", COUNT),
+    # simulation
+    "data in the place of simulation": Bug(
+        TOWARDS,
+        "x_t, t = simulate(play, batch, self.sampler(play.schedule))",
+        "x_t, t = simulate(play, batch, self.sampler(play.schedule)); x_t = x_t + 0 * batch.latents",
+        prompts_alone,
+    ),
+    "one step too far": Bug(dmd2.simulate, "taken=k", "taken=k + 1", simulated),
+    "always the first step": Bug(dmd2.simulate, "taken=k", "taken=0", simulated),
+    "the last start again": Bug(dmd2.simulate, "sampler.timesteps[k]", "sampler.timesteps[0]", simulated),
+    "old noise again": Bug(
+        dmd2.simulate, 'play.noise(batch, f"again {i}")', 'play.noise(batch, "start") * 0', simulated
+    ),
+    "simulation with a graph": Bug(
+        dmd2.simulate,
+        "torch.no_grad()",
+        "torch.enable_grad()",
+        plumbing.test_only_the_last_call_of_the_student_has_a_graph,
+    ),
+    # times
+    "table's last time never drawn": Bug(
+        DiscreteVP.spread, "(high - low + 1)", "(high - low - 100)", lambda: spreads()
+    ),
+    "a flow's shift forgotten": Bug(
+        Rectified.spread, "1000 * self.shift * u / (1 + (self.shift - 1) * u)", "1000 * u", lambda: spreads()
+    ),
+    # the adversarial term
+    "adversarial term uphill": Bug(losses.generator_loss, "softplus(-fake)", "softplus(fake)", judged),
+    "head learns the reverse": Bug(
+        losses.discriminator_loss,
+        "softplus(fake).mean() + softplus(-real).mean()",
+        "softplus(-fake).mean() + softplus(real).mean()",
+        lambda: heads(),
+    ),
+    "hinge on one side": Bug(losses.discriminator_loss, "(1 - real)", "(1 + real)", lambda: heads()),
+    "adversarial term without its weight": Bug(
+        STUDENT, "self.gan.generator_weight * (x0 * pull)", "(x0 * pull)", RATIO
+    ),
+    "R1 at other noise": Bug(
+        HEAD,
+        'data, "gan real", trained=True, shake',
+        'data, "gan shaken", trained=True, shake',
+        plumbing.test_each_term_draws_for_itself,
+    ),
+    "ratio upside down": Bug(
+        losses.divergence_weight,
+        "logits.detach()",
+        "-logits.detach()",
+        lambda: law.test_the_weights_are_those_of_the_divergences("jeffreys", lambda r: (r - 1) * r.log()),
+    ),
+    "tokens in columns": Bug(
+        adversarial.features_before,
+        "reshape(len(found), -1, height, width)",
+        "reshape(len(found), -1, width, height).transpose(2, 3)",
+        lambda: plumbing.test_features_are_those_of_a_whole_pass_which_ends_early("sd3"),
+    ),
+    "hook left behind": Bug(
+        adversarial.features_before,
+        "handle.remove()",
+        "pass",
+        lambda: plumbing.test_features_are_those_of_a_whole_pass_which_ends_early("sd"),
+    ),
+    # DisBack, whose release never changes its target
+    "target stays the teacher": Bug(DisBack.target, 'f"waypoint_{left}" if left > 0 else TEACHER', "TEACHER", BACK),
+    "path the wrong way": Bug(DisBack.target, 'f"waypoint_{left}"', 'f"waypoint_{self.waypoints - left}"', BACK),
+    "target not handed on": Bug(STUDENT, "play.denoiser(target)", "play.denoiser('teacher')", BACK),
+    "waypoints all the same": Bug(Backbone.average, "step < role.until", "True", BACK),
+    "student moves while the way is recorded": Bug(DisBack.updates, "self.waypoints * self.recording_steps", "0", BACK),
+}
+
+
+def spreads() -> None:
+    """Every whole time of a table equally often; a flow's as its grid."""
+    import torch
+
+    table, shares = stable_diffusion(), torch.arange(1000).double() / 1000 + 0.0005
+    assert table.spread(shares, *table.span).tolist() == list(range(1000))
+    assert table.spread(shares, 20.0, 980.0).unique().tolist() == list(range(20, 981))
+    flow = Rectified(3.0)
+    torch.testing.assert_close(flow.spread(torch.arange(5) / 5, *flow.span), flow.grid(5)[:-1])
+    cut = flow.spread(torch.tensor([0.0, 1.0]), 20.0, 980.0)
+    torch.testing.assert_close(cut, torch.tensor([20.0, 980.0]))
+
+
+def heads() -> None:
+    """The head's loss falls when real logits rise and fake ones fall."""
+    import torch
+
+    for kind in ("softplus", "hinge"):
+        good, bad = (losses.discriminator_loss(kind, torch.tensor([[-s]]), torch.tensor([[s]])) for s in (0.5, -0.5))
+        assert good < bad
+        assert losses.generator_loss(kind, torch.tensor([[1.0]])) < losses.generator_loss(kind, torch.tensor([[0.0]]))
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_the_bug_is_noticed(name):
+    bug = BUGS[name]
+    with (
+        planted(bug.function, bug.old, bug.new),
+        pytest.raises((AssertionError, RuntimeError, TypeError, adversarial._Reached)),
+    ):
+        bug.test()
