@@ -25,11 +25,12 @@ def test_tables_are_those_of_the_result_files():
 
 def test_a_stale_table_is_noticed(tmp_path):
     row = {"excess": 12.3, "ci95": [10.0, 15.0], "paired": 1.0, "diversity": 0.9, "nfe": 4.0}
+    row |= {"train_steps": 240, "train_seconds": 150}
     (tmp_path / "consistency.json").write_text(json.dumps({"tiny-sd/lcm/4": row}))
     stale = "before\n<!-- table consistency -->\nold figures\n<!-- end -->\nafter\n"
     made = tables.render(stale, tmp_path)
     assert made.startswith("before\n") and made.endswith("after\n") and "old" not in made
-    assert "| tiny-sd: lcm |  |  | 12 [10, 15] |  | 1.0 | 0.90 | 4 |" in made
+    assert "| tiny-sd: lcm |  |  | 12 [10, 15] |  | 1.0 | 0.90 | 4 | 240 steps, 2.5 min |" in made
     assert tables.render(made, tmp_path) == made
 
 

@@ -1,4 +1,4 @@
-"""The embedded benchmark: rows of figures about the bundled teachers and the students of `configs/tables/`."""
+"""The embedded benchmark: rows of figures about the bundled teachers and the students of `configs/tables/*/`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ N = 2048
 SHIPPED = 256  # rows of the features that the quickstart compares with
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs" / "tables"
-STEPS = (1, 2, 4, 8)
+STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4)}
+DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1}  # steps whose other figures are shown
 TEACHERS = {"tiny-sd": "sd.StableDiffusion", "tiny-sd3": "sd3.StableDiffusion3"}
 
 
@@ -85,7 +86,7 @@ def reference(name: str, run: Run, work: Path) -> Reference:
 def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Row]]:
     """The teacher's stock few-step samplers: DDIM trailing and DPM-Solver++, or Euler with and without shift."""
     same = {"guidance_scale": run.train.teacher_guidance_scale} | run.family.arguments()
-    for steps in STEPS:
+    for steps in STEPS["teachers"]:
         if isinstance(run.family.schedule(pipe), DiscreteVP):
             yield steps, report.teacher_row(run, pipe, steps, "DDIM, trailing")
             dpm = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
@@ -147,17 +148,17 @@ class Results:
         print(f"{key}: {json.dumps(row)}", flush=True)
 
 
-def recipes(name: str) -> dict[str, Path]:
-    """The student configs of one teacher, by method."""
-    found = sorted(CONFIGS.glob(f"{name.replace('-', '_')}_*.yaml"))
+def recipes(name: str, table: str) -> dict[str, Path]:
+    """The student configs of one teacher in one table, by method."""
+    found = sorted((CONFIGS / table).glob(f"{name.replace('-', '_')}_*.yaml"))
     if not found:
-        raise SystemExit(f"no config {CONFIGS}/{name.replace('-', '_')}_*.yaml")
+        raise SystemExit(f"no config {CONFIGS / table}/{name.replace('-', '_')}_*.yaml")
     return {file.stem.removeprefix(name.replace("-", "_") + "_"): file for file in found}
 
 
 def measure_teacher(name: str, results: Results, work: Path) -> None:
     """Distance to the data, diversity, and every stock sampler of a teacher."""
-    run = config.load(Run, next(iter(recipes(name).values())), [])
+    run = config.load(Run, next(iter(recipes(name, "consistency").values())), [])
     ref, pipe = reference(name, run, work), run.family.load()
     places = torch.tensor([sorted(set(ref.prompts)).index(prompt) for prompt in ref.prompts])
     facts = {
@@ -184,15 +185,15 @@ def measure_teacher(name: str, results: Results, work: Path) -> None:
         results.once(f"{name}/{row.name}/{steps}", partial(figures, pipe, row, ref), **facts, steps=steps)
 
 
-def measure_students(name: str, results: Results, work: Path) -> None:
-    """Train each student that is missing, and sample it in 1, 2, 4 and 8 steps through plain Diffusers."""
-    for method, file in recipes(name).items():
+def measure_students(table: str, name: str, results: Results, work: Path) -> None:
+    """Train each student that is missing, and sample it in few steps through plain Diffusers."""
+    for method, file in recipes(name, table).items():
         run = config.load(Run, file, [])
         out = Path(run.train.output_dir)
         if not (out / student.CONTRACT).exists():
             distill(config.load(Run, file, ["train.resume_from_checkpoint=latest"]))
         ref, pipe = reference(name, run, work), run.family.load()
-        sampled = {steps: report.student_row(run, pipe, steps) for steps in STEPS}
+        sampled = {steps: report.student_row(run, pipe, steps) for steps in STEPS[table]}
         student.load_student(pipe, out)
         pipe.fuse_lora()  # the same student in two thirds of the time
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -208,7 +209,8 @@ def measure_students(name: str, results: Results, work: Path) -> None:
 
 TABLES: dict[str, Callable[[str, Results, Path], None]] = {
     "teachers": measure_teacher,
-    "consistency": measure_students,
+    "consistency": partial(measure_students, "consistency"),
+    "distribution": partial(measure_students, "distribution"),
 }
 
 
@@ -241,27 +243,30 @@ def _teachers(rows: Mapping[str, Mapping[str, Any]]) -> str:
                 f"| {row['teacher']} | {row['parameters'] / 1e6:.2f} M | {trained} | {row['fd_to_data']:.0f} "
                 f"({row['fd_data_to_data']:.0f}) | {row['diversity_of_data']:.2f} | {row['floor']:.0f} |"
             )
-    return "\n".join(lines + ["", *_by_steps({k: v for k, v in rows.items() if not k.endswith("/full")})])
+    return "\n".join(lines + ["", _by_steps("teachers", {k: v for k, v in rows.items() if not k.endswith("/full")})])
 
 
-def _by_steps(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _by_steps(table: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line a way to sample, a column a number of steps, and what else was measured at one of these."""
+    columns, chosen = STEPS[table], DETAILED[table]
     names = list(dict.fromkeys(key.rpartition("/")[0] for key in rows))
-    heads = [f"{n} step{'s' * (n > 1)}" for n in STEPS]
-    lines = ["| excess [95 %] | " + " | ".join(heads) + " | at 4 steps: paired | diversity | nfe |"]
-    lines += ["| --- " * (len(STEPS) + 4) + "|"]
+    heads = [f"{n} step{'s' * (n > 1)}" for n in columns]
+    others = [f"at {heads[columns.index(chosen)]}: paired", "diversity", "nfe"]
+    timed = any("train_seconds" in row for row in rows.values())
+    others += ["trained"] * timed
+    lines = [f"| {' | '.join(['excess [95 %]', *heads, *others])} |"]
+    lines += ["| --- " * (len(columns) + len(others) + 1) + "|"]
     for name in names:
         cells = []
-        for steps in STEPS:
+        for steps in columns:
             row = rows.get(f"{name}/{steps}")
             cells.append(f"{row['excess']:.0f} [{row['ci95'][0]:.0f}, {row['ci95'][1]:.0f}]" if row else "")
-        four = rows.get(f"{name}/4")
-        cells += [f"{four['paired']:.1f}", f"{four['diversity']:.2f}", f"{four['nfe']:.0f}"] if four else [""] * 3
+        row = rows.get(f"{name}/{chosen}")
+        cells += [f"{row['paired']:.1f}", f"{row['diversity']:.2f}", f"{row['nfe']:.0f}"] if row else [""] * 3
+        if timed:
+            cells += [f"{row['train_steps']} steps, {row['train_seconds'] / 60:.1f} min" if row else ""]
         lines.append(f"| {name.replace('/', ': ')} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def _consistency(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    return "\n".join(_by_steps(rows))
+    return "\n".join(lines)
 
 
 def _quickstart(report: Mapping[str, Any]) -> str:
@@ -276,5 +281,6 @@ def _quickstart(report: Mapping[str, Any]) -> str:
 RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "quickstart": _quickstart,
     "teachers": _teachers,
-    "consistency": _consistency,
+    "consistency": partial(_by_steps, "consistency"),
+    "distribution": partial(_by_steps, "distribution"),
 }
