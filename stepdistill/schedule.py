@@ -47,6 +47,10 @@ class NoiseSchedule(ABC):
     def check(self, times: Iterable[float]) -> None:
         """Raise ValueError for times that a network on this schedule was never trained at."""
 
+    @abstractmethod
+    def even(self, start: float, n: int) -> tuple[float, ...]:
+        """`n` evenly spaced descending times, of which `start` is the first."""
+
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor | None) -> Tensor:
         """`alpha_t x0 + sigma_t eps` for x0, eps (B, ...) and t (B,); `t=None` is clean data, `x0` itself.
 
@@ -114,6 +118,9 @@ class DiscreteVP(NoiseSchedule):
     def spread(self, share: Tensor, low: float, high: float) -> Tensor:
         return (low + share * (high - low + 1)).floor().clamp(max=high)
 
+    def even(self, start: float, n: int) -> tuple[float, ...]:
+        return tuple(float(int((start + 1) * (n - i) / n) - 1) for i in range(n))  # of 999: 999, 749, 499, 249
+
     def check(self, times: Iterable[float]) -> None:
         odd = [t for t in times if not 0 <= t < self.steps or t != int(t)]
         if odd:
@@ -150,6 +157,9 @@ class Rectified(NoiseSchedule):
         first, last = (t / (1000 * self.shift - (self.shift - 1) * t) for t in (low, high))
         u = first + share * (last - first)
         return 1000 * self.shift * u / (1 + (self.shift - 1) * u)
+
+    def even(self, start: float, n: int) -> tuple[float, ...]:
+        return tuple(start * (n - i) / n for i in range(n))
 
     def check(self, times: Iterable[float]) -> None:
         odd = [t for t in times if not 0 <= t <= 1000]

@@ -290,6 +290,18 @@ def test_times_that_the_schedule_does_not_have_are_refused():
     DMD2(timesteps=(999.5,)).check(flow)
 
 
+def test_other_numbers_of_steps_start_where_the_student_does():
+    table, flow = FAMILIES["sd"].schedule(pipeline("sd")), Rectified(3.0)
+    early = DMD2(timesteps=(799.0,))
+    assert early.sampler(table).timesteps == (799.0,) == VSD(timestep=799.0).sampler(table).timesteps
+    assert early.sampler(table, 4).timesteps == (799.0, 599.0, 399.0, 199.0)
+    assert early.sampler(flow, 2).timesteps == (799.0, 399.5)
+    given = DMD2(timesteps=(999.0, 300.0))
+    assert given.sampler(table, 2).timesteps == given.sampler(table).timesteps == (999.0, 300.0)
+    for steps in (1, 2, 4, 5, 8):  # the times of the schedulers
+        assert DMD2().sampler(table, steps) == VSD().sampler(table, steps)
+
+
 def test_an_adversarial_term_without_pictures_is_refused():
     with pytest.raises(ConfigError, match="latents"):
         check_needs(Prompts(prompts=("rose",)), GAN.needs, "DMD2")

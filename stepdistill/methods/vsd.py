@@ -33,6 +33,7 @@ class VSD(Method):
     Args:
         guidance_scale: w of `uncond + w (cond - uncond)`, for teacher and fake score; a pair draws it in every step
             (PG-SB; [0.5, 4] for Stable Diffusion).
+        timestep: where the one step starts; none is the noisiest time, as published. See `DMD2.timesteps`.
         warmup_steps: steps of the fake score alone, before the student's first.
         t_range: lowest and highest timestep at which the scores are compared.
         proportion_empty_prompts: share of steps in which the fake score learns the unconditional law.
@@ -40,6 +41,7 @@ class VSD(Method):
     """
 
     guidance_scale: float | tuple[float, float] = 4.5
+    timestep: float | None = None
     warmup_steps: int = 0
     t_range: tuple[float, float] = (20.0, 980.0)
     proportion_empty_prompts: float = 0.1
@@ -61,12 +63,14 @@ class VSD(Method):
 
     def check(self, schedule: NoiseSchedule) -> None:
         schedule.check(self.t_range)
+        schedule.check(() if self.timestep is None else (self.timestep,))
         alpha_t, _ = schedule(torch.tensor(self.sampler(schedule).timesteps[0], dtype=torch.float64))
         if 0 < alpha_t < 1e-3:
             raise ValueError(f"alpha is {alpha_t.item():.1e} at the noisiest time: too small to divide by")
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
-        return Sampler(tuple(schedule.grid(steps or 1).flip(0)[:-1].tolist()), eta=1.0, clean=True)
+        start = schedule.span[1] if self.timestep is None else self.timestep
+        return Sampler(schedule.even(start, steps or 1), eta=1.0, clean=True)
 
     def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
         return self.towards(TEACHER, play, batch, step)
