@@ -21,6 +21,7 @@ from stepdistill.evaluate import SEED_A, SEED_B, Reference, Row, generate, netwo
 from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.frechet import Stats, diversity, excess, frechet, paired
 from stepdistill.run import Run, distill
+from stepdistill.sampling import Sampler
 from stepdistill.schedule import DiscreteVP
 from stepdistill.tiny import emoji
 
@@ -30,6 +31,7 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs" / "tables"
 STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4)}
 DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1}  # steps whose other figures are shown
+EARLY = {"distribution": 799.0}  # one step may do better from an earlier time, for any method: shown for all
 TEACHERS = {"tiny-sd": "sd.StableDiffusion", "tiny-sd3": "sd3.StableDiffusion3"}
 
 
@@ -193,18 +195,27 @@ def measure_students(table: str, name: str, results: Results, work: Path) -> Non
         if not (out / student.CONTRACT).exists():
             distill(config.load(Run, file, ["train.resume_from_checkpoint=latest"]))
         ref, pipe = reference(name, run, work), run.family.load()
-        sampled = {steps: report.student_row(run, pipe, steps) for steps in STEPS[table]}
+        sampled = {str(steps): report.student_row(run, pipe, steps) for steps in STEPS[table]}
+        if table in EARLY:
+            scheduler, call = run.family.scheduler(pipe, Sampler((EARLY[table],), eta=1.0))
+            call |= {"guidance_scale": 1.0} | run.family.arguments()
+            sampled[f"1 from {EARLY[table]:g}"] = Row(f"student, from {EARLY[table]:g}", scheduler, call)
         student.load_student(pipe, out)
         pipe.fuse_lora()  # the same student in two thirds of the time
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         facts = {
             "teacher": name,
             "config": config.digest(run),
             "train_steps": run.train.max_train_steps,
-            "train_seconds": round(sum(row["seconds"] for row in rows)),
+            "train_seconds": round(seconds(out) + (seconds(Path(run.lora.init_from)) if run.lora.init_from else 0)),
         }
         for steps, row in sampled.items():
-            results.once(f"{name}/{method}/{steps}", partial(figures, pipe, row, ref), **facts, steps=steps)
+            results.once(f"{name}/{method}/{steps}", partial(figures, pipe, row, ref), **facts, steps=int(steps.split()[0]))
+
+
+def seconds(folder: Path) -> float:
+    """What a run's steps took in all."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return sum(row.get("seconds", 0.0) for row in rows)
 
 
 TABLES: dict[str, Callable[[str, Results, Path], None]] = {
@@ -248,20 +259,21 @@ def _teachers(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _by_steps(table: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     """A line a way to sample, a column a number of steps, and what else was measured at one of these."""
-    columns, chosen = STEPS[table], DETAILED[table]
     names = list(dict.fromkeys(key.rpartition("/")[0] for key in rows))
-    heads = [f"{n} step{'s' * (n > 1)}" for n in columns]
-    others = [f"at {heads[columns.index(chosen)]}: paired", "diversity", "nfe"]
+    heads = {str(n): f"{n} step{'s' * (n > 1)}" for n in STEPS[table]}
+    others = [f"at {heads[str(DETAILED[table])]}: paired", "diversity", "nfe"]
+    if table in EARLY:
+        heads |= {f"1 from {EARLY[table]:g}": f"1 step from {EARLY[table]:g}"}
     timed = any("train_seconds" in row for row in rows.values())
     others += ["trained"] * timed
-    lines = [f"| {' | '.join(['excess [95 %]', *heads, *others])} |"]
-    lines += ["| --- " * (len(columns) + len(others) + 1) + "|"]
+    lines = [f"| {' | '.join(['excess [95 %]', *heads.values(), *others])} |"]
+    lines += ["| --- " * (len(heads) + len(others) + 1) + "|"]
     for name in names:
         cells = []
-        for steps in columns:
+        for steps in heads:
             row = rows.get(f"{name}/{steps}")
             cells.append(f"{row['excess']:.0f} [{row['ci95'][0]:.0f}, {row['ci95'][1]:.0f}]" if row else "")
-        row = rows.get(f"{name}/{chosen}")
+        row = rows.get(f"{name}/{DETAILED[table]}")
         cells += [f"{row['paired']:.1f}", f"{row['diversity']:.2f}", f"{row['nfe']:.0f}"] if row else [""] * 3
         if timed:
             cells += [f"{row['train_steps']} steps, {row['train_seconds'] / 60:.1f} min" if row else ""]
