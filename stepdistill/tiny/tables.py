@@ -190,10 +190,7 @@ def measure_teacher(name: str, results: Results, work: Path) -> None:
 def measure_students(table: str, name: str, results: Results, work: Path) -> None:
     """Train each student that is missing, and sample it in few steps through plain Diffusers."""
     for method, file in recipes(name, table).items():
-        run = config.load(Run, file, [])
-        out = Path(run.train.output_dir)
-        if not (out / student.CONTRACT).exists():
-            distill(config.load(Run, file, ["train.resume_from_checkpoint=latest"]))
+        run, out = config.load(Run, file, []), trained(file)
         ref, pipe = reference(name, run, work), run.family.load()
         sampled = {str(steps): report.student_row(run, pipe, steps) for steps in STEPS[table]}
         if table in EARLY:
@@ -208,8 +205,21 @@ def measure_students(table: str, name: str, results: Results, work: Path) -> Non
             "train_steps": run.train.max_train_steps,
             "train_seconds": round(seconds(out) + (seconds(Path(run.lora.init_from)) if run.lora.init_from else 0)),
         }
-        for steps, row in sampled.items():
-            results.once(f"{name}/{method}/{steps}", partial(figures, pipe, row, ref), **facts, steps=int(steps.split()[0]))
+        for key, row in sampled.items():
+            steps = int(key.split()[0])
+            results.once(f"{name}/{method}/{key}", partial(figures, pipe, row, ref), **facts, steps=steps)
+
+
+def trained(file: Path) -> Path:
+    """The student folder of a config, made where it is missing, after the one that it starts from."""
+    run = config.load(Run, file, [])
+    out = Path(run.train.output_dir)
+    if not (out / student.CONTRACT).exists():
+        for other in CONFIGS.glob("*/*.yaml"):
+            if run.lora.init_from and config.load(Run, other, []).train.output_dir == run.lora.init_from:
+                trained(other)
+        distill(config.load(Run, file, ["train.resume_from_checkpoint=latest"]))
+    return out
 
 
 def seconds(folder: Path) -> float:
