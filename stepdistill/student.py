@@ -27,10 +27,12 @@ from stepdistill.card import warn_of_licence as warn_of_licence
 from stepdistill.config import to_node
 from stepdistill.contract import (
     CONTRACT,
+    STUDENTS,
     Adapter,
     Contract,
     absolute,
     base_hash,
+    is_multi,
     missing,
     read_contract,
     save,
@@ -41,10 +43,12 @@ from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.proof import TOLERANCE, prove
 from stepdistill.roles import Ema, Lora, LoraSpec
+from stepdistill.router import ROUTER
 from stepdistill.schema import dotted, locate
 
 logger = logging.getLogger(__name__)
 WEIGHTS = "pytorch_lora_weights.safetensors"
+PATTERNS = [CONTRACT, WEIGHTS, "scheduler/*", ROUTER, f"{STUDENTS}/*"]  # what loading needs of a hub folder
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
@@ -166,6 +170,8 @@ def verify(folder: Path) -> float:
     Raises:
         StudentError: the folder is no whole student folder, or other noise levels are visited.
     """
+    if is_multi(folder):
+        return max(verify(place) for place in sorted(folder.glob(f"{STUDENTS}/*")))
     contract = read_contract(folder)
     family, lora = teacher(contract), contract.lora
     pipe, plain = family.load(), family.load()
@@ -177,20 +183,23 @@ def verify(folder: Path) -> float:
     return prove(contract, family, plain, pipe, backbone, "student", 0).difference
 
 
-def load_student(
-    pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_name: str = "student"
-) -> dict[str, Any]:
+def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_name: str = "student") -> Any:  # noqa: ANN401
     """Load a student's LoRA and scheduler into a plain pipeline of its base.
 
     Adapters that are active there, such as a style, stay so, at the strength that they have.
 
     Returns:
-        Keyword arguments of the pipeline's call: `pipe(prompt, **load_student(pipe, folder))`.
+        Keyword arguments of the pipeline's call: `pipe(prompt, **load_student(pipe, folder))`. For a folder of
+        several students `stepdistill.multi.Students`, which draw instead: `load_student(pipe, folder)(prompts)`.
 
     Raises:
         StudentError: there is no student, or it does not fit the pipeline.
     """
     folder = _folder(folder_or_hub_id)
+    if is_multi(folder):
+        from stepdistill.multi import load  # it loads each by this function
+
+        return load(pipe, folder, adapter_name)
     contract = read_contract(folder)
     family = teacher(contract)
     name = family.network_name
@@ -246,7 +255,7 @@ def _folder(place: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
         raise StudentError(problem(f"{place}, which does not exist", expected, "there is no student", todo))
     try:
-        return Path(snapshot_download(str(place), allow_patterns=[CONTRACT, WEIGHTS, "scheduler/*"]))
+        return Path(snapshot_download(str(place), allow_patterns=PATTERNS))
     except OSError as error:
         raise StudentError(problem(f"{place}, which is neither", expected, str(error), todo)) from error
 
