@@ -270,7 +270,7 @@ def runs(tmp_path_factory) -> Path:
         distill(
             Run(
                 family=replace(tiny.FAMILIES["sd3"], pretrained_teacher_model=str(place / "teacher")),
-                method=Consistency(ema_decay=None, end="any", eta=0.0, num_inference_steps=2),
+                method=Consistency(ema_decay=None, end="any", eta=0.0, num_inference_steps=2 + k),
                 data=Partition(source=samples, students=2, student=k),
                 lora=LoraSpec(rank=2, alpha=6),
                 train=TrainSpec(
@@ -305,6 +305,8 @@ def drawn(pipe, call, prompts, places) -> Tensor:
 
 def test_runs_share_one_folder_of_samples_and_write_their_router(runs):
     assert len(list((runs / "samples").glob("chunk-*"))) == 1
+    samples = TeacherSamples(source=Prompts(prompts=PROMPTS), folder=str(runs / "not yet"), count=8)
+    assert "4 samples, 4 usable" in check(Partition(source=samples, students=2))  # reads no latents
     routings = [read_routing(runs / str(k)) for k in range(2)]
     assert [routing.student for routing in routings] == [0, 1] and routings[0].router == routings[1].router
     assert {routings[0].router.route(prompt) for prompt in PROMPTS} == {0, 1}
@@ -367,6 +369,9 @@ def test_a_style_and_the_pipeline_itself_are_left_as_they_were(runs, joined, tmp
     assert (made[2] - alone).abs().max() < 1e-4 * alone.abs().max()
     bare = drawn(student.load_student(family(runs).load(), joined), {}, list(PROMPTS), range(4))
     assert (made - bare).abs().max() > 1e-3 * bare.abs().max()
+    with students.use(1):
+        assert pipe.transformer.active_adapters() == ["style", "student-1"]
+        assert pipe.scheduler is students.schedulers[1]
     assert pipe.transformer.active_adapters() == ["style", "student-0"] and pipe.scheduler is students.schedulers[0]
 
 
@@ -414,11 +419,11 @@ def test_the_script_draws_what_each_student_draws_alone(runs, joined, tmp_path, 
         calls += one.calls
         own = [i for i, prompt in enumerate(prompts) if students.router.route(prompt) == k]
         assert own and (pictures[own].int() - alone[own].int()).abs().max() <= 1
-    assert cost.calls == calls == 4
+    assert cost.calls == calls == 5
     out = tmp_path / "drawn.png"
     monkeypatch.setattr(sys, "argv", ["generate.py", str(joined), *prompts, "--seed", "3", "--out", str(out)])
     runpy.run_path(str(ROOT / "sample" / "generate.py"), run_name="__main__")
-    assert np.asarray(Image.open(out)).std() > 0 and "4 calls" in capsys.readouterr().out
+    assert np.asarray(Image.open(out)).std() > 0 and "5 calls" in capsys.readouterr().out
 
 
 def changed(folder: Path, to: Path, **fields) -> Path:
