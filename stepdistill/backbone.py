@@ -35,14 +35,23 @@ class Backbone(nn.Module):
         spec: rank, alpha and targets.
         targets: the family's LoRA targets, used where `spec` names none.
         seed: keys the initial LoRA weights, together with the role's name.
+        narrow: the family's way to make a smaller network like `net`, for copies that ask for one.
     """
 
-    def __init__(self, net: nn.Module, spec: LoraSpec, targets: Sequence[str], seed: int = 0) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        spec: LoraSpec,
+        targets: Sequence[str],
+        seed: int = 0,
+        narrow: Callable[[nn.Module, float], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.net = net.requires_grad_(False).eval()
         self.spec = spec
         self.targets = tuple(targets)
         self.seed = seed
+        self.narrow = narrow
         self.declared: dict[str, Role] = {}
         self.others = nn.ModuleDict()  # Copy and Module roles, and the averages of copies
         self._layers: list[BaseTunerLayer] = []
@@ -57,8 +66,9 @@ class Backbone(nn.Module):
         self._own.clear()
         match role:
             case Copy():
-                network = deepcopy(self.net) if role.source is None else role.source()
-                self.others[name] = network.float().eval().requires_grad_(True)
+                place = next(self.net.parameters()).device
+                network = self._copy(name, role).to(place, torch.float32)
+                self.others[name] = network.eval().requires_grad_(True)
             case Module():
                 self.others[name] = role.build()
             case Ema(of=of) if of not in self.declared or of == name:
@@ -71,6 +81,25 @@ class Backbone(nn.Module):
             case Lora():
                 self._add_adapter(name, self.spec.of(name), trainable=True)
 
+    def _copy(self, name: str, role: Copy) -> nn.Module:
+        if role.source is None and role.width == 1:
+            return deepcopy(self.net)
+        with self._seeded(name):
+            if role.source is not None:
+                return role.source()
+            if self.narrow is None:
+                raise ValueError(
+                    f"role {name!r} has width {role.width}, and this backbone no way to make it: give narrow"
+                )
+            return self.narrow(self.net, role.width)
+
+    @contextmanager
+    def _seeded(self, name: str) -> Iterator[None]:
+        """The global generator at a seed of this role, inside only."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big"))
+            yield
+
     def _add_adapter(self, name: str, spec: LoraSpec, trainable: bool) -> None:
         config = LoraConfig(
             r=spec.rank,
@@ -79,9 +108,8 @@ class Backbone(nn.Module):
             lora_dropout=0.0,
         )
         flags = {p: p.requires_grad for p in self.net.parameters()}
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with self._seeded(name), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are the point
-            torch.manual_seed(int.from_bytes(sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big"))
             self.net.add_adapter(config, adapter_name=name)  # pyright: ignore[reportCallIssue]
         for p in self.parameters_of(name).values():
             p.data = p.data.float()  # PEFT gives an adapter the base's half precision

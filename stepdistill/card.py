@@ -28,7 +28,7 @@ TEMPLATE = """\
 
 # {{ name }} in {{ steps }}
 
-A LoRA with which {{ base }} draws a picture in {{ steps }}. Distilled with stepdistill by the method
+{{ what }} with which {{ base }} draws a picture in {{ steps }}. Distilled with stepdistill by the method
 `{{ method }}`; plain Diffusers loads it.
 {% if grid %}
 ![Pictures of teacher and student by the same prompts and seeds](samples/grid.png)
@@ -116,6 +116,7 @@ def write_card(folder: Path, contract: Contract, address: str | None = None) -> 
         template_str=TEMPLATE,
         **_base(contract),
         steps=f"{n} step{'s' * (n > 1)}",
+        what="A LoRA" if contract.network is None else "A smaller network",
         method=str(contract.method["type"]).rpartition(".")[2],
         grid=(folder / "samples" / "grid.png").exists(),
         snippet=snippet(contract, address or folder.resolve()),
@@ -148,13 +149,14 @@ def _front_matter(contract: Contract | MultiContract) -> ModelCardData:
     """What the hub reads."""
     base, licence = contract.base_model, contract.licence
     known = licence is not None and HUB_LICENCES.fullmatch(licence)
+    lora = [] if isinstance(contract, Contract) and contract.network else ["lora", "template:sd-lora"]
     return ModelCardData(
         base_model=base if _is_hub_id(base) else None,  # the hub takes nothing but its own ids
         library_name="diffusers",
         license=licence if known or licence is None else "other",
         license_name=None if known else licence,
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "lora", "template:sd-lora", "stepdistill", "step-distillation"],
+        tags=["text-to-image", "diffusers", *lora, "stepdistill", "step-distillation"],
     )
 
 
@@ -169,7 +171,7 @@ def _base(contract: Contract | MultiContract) -> dict[str, str]:
 def _rows(contract: Contract) -> list[tuple[str, str]]:
     """The contract's table."""
     height, width = contract.resolution
-    scale, lora = contract.guidance_scale, contract.lora
+    scale = contract.guidance_scale
     return [
         ("scheduler", f"`{contract.scheduler['_class_name']}`, configured in `scheduler/`"),
         ("timesteps", ", ".join(f"{t:g}" for t in contract.timesteps)),
@@ -178,19 +180,29 @@ def _rows(contract: Contract) -> list[tuple[str, str]]:
         ("eta (share noised again)", f"{contract.eta:g}"),
         ("guidance_scale", f"{scale:g}" + (" (none: guidance is in the weights)" if scale == 1 else "")),
         ("negative prompts", "work" if contract.negative_prompt else "have no effect"),
-        ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, strength {lora.strength:g}"),
+        _weights(contract),
         ("resolution", f"{width} x {height} pixels"),
         ("precision in training", contract.dtype),
     ]
 
 
+def _weights(contract: Contract) -> tuple[str, str]:
+    """The row of what was trained."""
+    if lora := contract.lora:
+        return "LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, strength {lora.strength:g}"
+    net = contract.network
+    return "network", f"`{net.class_name}` of {net.parameters / 1e6:.2f} million parameters" if net else ""
+
+
 def snippet(contract: Contract, address: Path | str) -> str:
     """Python that draws a picture with nothing but Diffusers; `address` is the student's folder or hub id."""
-    scheduler = contract.scheduler["_class_name"]
+    scheduler, net, name = contract.scheduler["_class_name"], contract.network, teacher(contract).network_name
     call = "".join(f"    {key}={value!r},\n" for key, value in contract.call.items())
     lines = [
-        *_loading(contract, address, scheduler),
-        "pipe.load_lora_weights(student)",
+        *_loading(contract, address, scheduler, *([net.class_name] if net else [])),
+        f"pipe.{name} = {net.class_name}.from_pretrained(student, subfolder={name!r}).to(pipe.device, pipe.dtype)"
+        if net
+        else "pipe.load_lora_weights(student)",
         f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")',
         "",
         f'image = pipe(\n    "red apple",\n{call}    generator=torch.manual_seed(0),\n).images[0]',

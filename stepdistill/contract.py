@@ -39,6 +39,14 @@ class Adapter:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Network:
+    """The whole network in the folder, in place of the base's: its class in Diffusers, and its size."""
+
+    class_name: str
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Proof:
     """A comparison of the folder in a plain pipeline with the student in memory.
 
@@ -63,7 +71,7 @@ class Contract:
 
     Args:
         schema_version: of this format; another one is refused.
-        kind: what the folder holds.
+        kind: what the folder holds: a LoRA, or a whole network in a subfolder named as the pipeline's.
         method: class and hyper-parameters.
         base_model: hub id, absolute path, or name of a bundled teacher.
         base_hash: `base_hash` of the base in each precision that it may be loaded in, by name.
@@ -80,6 +88,7 @@ class Contract:
         guidance_range: the scales that an adapter takes; None where it takes none.
         eta: share of each step that is noised again.
         negative_prompt: whether negative prompts have an effect.
+        lora, network: one of the two, by `kind`.
         resolution: height and width in pixels.
         dtype: precision of the base in training.
         licence: of the base; None is unknown.
@@ -90,7 +99,7 @@ class Contract:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     schema_version: int = SCHEMA
-    kind: Literal["lora"] = "lora"
+    kind: Literal["lora", "full"] = "lora"
     method: dict[str, Any]
     base_model: str
     base_hash: dict[str, str]
@@ -107,7 +116,8 @@ class Contract:
     guidance_range: tuple[float, float] | None = None
     eta: float
     negative_prompt: bool
-    lora: Adapter
+    lora: Adapter | None
+    network: Network | None = None
     resolution: tuple[int, int]
     dtype: str
     licence: str | None

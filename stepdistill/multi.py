@@ -1,7 +1,8 @@
 """A folder of K students of one teacher: join them, load them into one plain pipeline, send each prompt to its own.
 
 Multi-student distillation, Song et al. 2024, https://arxiv.org/abs/2410.23274: one student a prompt, so that K students
-cost no more time than one, and as LoRAs on one base little more memory.
+cost no more time than one, and as LoRAs on one base little more memory. The paper's smaller students are networks of
+their own, and each takes its memory.
 """
 
 from __future__ import annotations
@@ -45,18 +46,20 @@ class Students:
     """K students in one plain pipeline, and the router between them; `students(prompts)` draws.
 
     Args:
-        pipe: the pipeline that holds their adapters.
-        net: its denoiser.
+        pipe: the pipeline.
+        part: the name of its denoiser.
         router: from a prompt to the number of its student.
-        styles: adapters that were active before, and stay so beside each student's.
-        names, calls, schedulers: adapter, keyword arguments of the call and scheduler of each student.
+        adapters: for each student the adapters to draw with: its own, after those that were active before; none
+            where the students are networks of their own.
+        nets: the denoiser of each student, one and the same where they are adapters.
+        calls, schedulers: keyword arguments of the call and scheduler of each student.
     """
 
     pipe: Any
-    net: Any
+    part: str
     router: Router
-    styles: tuple[str, ...]
-    names: tuple[str, ...]
+    adapters: tuple[tuple[str, ...], ...]
+    nets: tuple[Any, ...]
     calls: tuple[dict[str, Any], ...]
     schedulers: tuple[Any, ...]
 
@@ -70,14 +73,21 @@ class Students:
     @contextmanager
     def use(self, k: int) -> Iterator[None]:
         """The pipeline draws with student k inside, and as before afterwards."""
-        active, scheduler = self.net.active_adapters(), self.pipe.scheduler
+        net, scheduler = self.pipe.components[self.part], self.pipe.scheduler
+        active = net.active_adapters() if self.adapters[k] else []
         try:
-            self.net.set_adapter([*self.styles, self.names[k]])
-            self.pipe.scheduler = self.schedulers[k]
+            self.choose(k)
             yield
         finally:
-            self.net.set_adapter(active)
-            self.pipe.scheduler = scheduler
+            self.pipe.register_modules(**{self.part: net, "scheduler": scheduler})
+            if active:
+                net.set_adapter(active)
+
+    def choose(self, k: int) -> None:
+        """The pipeline draws with student k from now on."""
+        self.pipe.register_modules(**{self.part: self.nets[k], "scheduler": self.schedulers[k]})
+        if self.adapters[k]:
+            self.nets[k].set_adapter(list(self.adapters[k]))
 
     def __call__(self, prompts: Sequence[str] | str, **call: Any) -> Any:  # noqa: ANN401
         """Pictures in the order of the prompts: a list, or one tensor or array by the pipeline's `output_type`.
@@ -119,7 +129,7 @@ def generate_each(students: Students, prompts: Sequence[str], seed: int) -> tupl
     pictures, total = {}, Cost()
     for k, places in students.route(prompts).items():
         call = {key: value for key, value in students.calls[k].items() if key not in ("height", "width")}
-        row = Row(students.names[k], students.schedulers[k], call)
+        row = Row(f"student {k}", students.schedulers[k], call)
         with students.use(k):
             made, cost = generate(students.pipe, row, [prompts[i] for i in places], seed, numbers=places)
         pictures |= dict(zip(places, made, strict=True))
@@ -134,7 +144,8 @@ def _at(values: Any, places: list[int]) -> Any:  # noqa: ANN401
 def load(pipe: DiffusionPipeline, folder: Path, adapter_name: str = "student") -> Students:
     """Load all students of a folder into a plain pipeline of their base, as adapters `student-0` and so on.
 
-    Until something else is chosen the pipeline itself draws with student 0.
+    Networks of their own are placed where the pipeline's is now, so move it before. Until something else is chosen
+    the pipeline itself draws with student 0.
 
     Raises:
         StudentError: the folder is not whole, or does not fit the pipeline.
@@ -143,15 +154,22 @@ def load(pipe: DiffusionPipeline, folder: Path, adapter_name: str = "student") -
     if routing.router.students != contract.students:
         got = f"a router of {routing.router.students} and a contract of {contract.students} students in {folder}"
         raise StudentError(problem(got, "as many", "prompts would go to no one", "join the students again"))
-    names, calls, schedulers = [f"{adapter_name}-{k}" for k in range(contract.students)], [], []
-    for k, name in enumerate(names):
-        calls.append(student.load_student(pipe, folder / STUDENTS / str(k), name))
+    family, places = teacher(contract), [folder / STUDENTS / str(k) for k in range(contract.students)]
+    part, names = family.network_name, [f"{adapter_name}-{k}" for k in range(contract.students)]
+    base, nets, calls, schedulers = pipe.components.get(part), [], [], []
+    for k, place in enumerate(places):
+        if k:  # a whole network has taken its place
+            pipe.register_modules(**{part: base})
+        calls.append(student.load_student(pipe, place, names[k]))
+        nets.append(family.network(pipe))
         schedulers.append(pipe.scheduler)
-    net: Any = teacher(contract).network(pipe)
-    styles = tuple(name for name in net.active_adapters() if name not in names)  # a load leaves on what it finds on
-    net.set_adapter([*styles, names[0]])
-    pipe.scheduler = schedulers[0]
-    return Students(pipe, net, routing.router, styles, tuple(names), tuple(calls), tuple(schedulers))
+    adapters = [()] * len(names)
+    if read_contract(places[0]).kind == "lora":
+        styles = [name for name in nets[0].active_adapters() if name not in names]  # a load leaves on what is on
+        adapters = [(*styles, name) for name in names]
+    found = Students(pipe, part, routing.router, tuple(adapters), tuple(nets), tuple(calls), tuple(schedulers))
+    found.choose(0)
+    return found
 
 
 def join(out: Path, folders: Sequence[Path], move: bool = False) -> Path:
@@ -223,6 +241,7 @@ def _ordered(folders: Sequence[Path]) -> list[Path]:
 def _facts(contract: Contract, routing: Routing) -> dict[str, object]:
     """What all students of a folder have in common, by what to call it."""
     return {
+        "kind": contract.kind,
         "the family of the base": contract.family["type"],
         "the family's arguments": teacher(contract).arguments(),
         "the weights of the base": contract.base_hash,

@@ -192,7 +192,7 @@ def dry_run(run: Run) -> str:
         if isinstance(part, torch.nn.Module) and part is not net:
             size = sum(p.numel() for p in part.parameters())
             rows.append((name, size, 4 * size))
-    backbone = Backbone(net, run.lora, run.family.lora_targets(net), run.train.seed)
+    backbone = Backbone(net, run.lora, run.family.lora_targets(net), run.train.seed, run.family.narrow)
     for name, role in run.method.roles().items():
         backbone.add(name, role)
         size = sum(p.numel() for p in backbone.parameters_of(name).values())

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stepdistill import cli, config, multi, student
+from stepdistill import cli, config, multi, router, student
 from stepdistill.contract import CONTRACT, is_multi, read_contract, read_multi
 from stepdistill.data import ImageFolder, Latents, Partition, Prompts, Stream, TeacherSamples, check, loader, sample_rng
 from stepdistill.errors import ConfigError, DataError, StudentError
@@ -162,7 +162,7 @@ def test_training_and_serving_route_alike(make, tmp_path):
 
 @pytest.mark.parametrize("make", [consecutive, cluster])
 def test_white_space_and_case_make_no_difference(make):
-    router = make(NAMES, 5)
+    made = make(NAMES, 5)
     for prompt in [*NAMES[::7], *UNSEEN]:
         for other in (
             prompt.upper(),
@@ -170,29 +170,32 @@ def test_white_space_and_case_make_no_difference(make):
             prompt.replace(" ", "\u00a0 \t"),
             prompt.replace("\u00e9", "e\u0301"),
         ):
-            assert router.route(other) == router.route(prompt), (prompt, other)
-        assert 0 <= router.route(prompt) < 5
+            assert made.route(other) == made.route(prompt), (prompt, other)
+        assert 0 <= made.route(prompt) < 5
     twice = [prompt.upper() for prompt in NAMES] + [f" {prompt}" for prompt in NAMES]
-    assert make(NAMES + twice, 5) == router
+    assert make(NAMES + twice, 5) == made
 
 
-def test_clusters_do_not_depend_on_the_order_of_prompts():
+@pytest.mark.parametrize("seen", [router.SEEN, 50])  # also where a direction is sought in some prompts only
+def test_clusters_do_not_depend_on_the_order_of_prompts(monkeypatch, seen):
+    monkeypatch.setattr(router, "SEEN", seen)
     shuffled = NAMES.copy()
     random.shuffle(shuffled)
     assert cluster(shuffled, 4) == cluster(NAMES, 4)
 
 
 def test_a_prompt_on_no_list_goes_to_the_nearest():
-    router = consecutive(["tench", "goldfish", "great white shark", "hammerhead shark"], 2)
-    assert [router.route(f"a photo of a {name}") for name in ("tench", "goldfish", "white shark")] == [0, 0, 1]
-    found = {router.route(f"nothing{i}") for i in range(20)}
-    assert found == {0, 1}
+    made = consecutive(["tench", "goldfish", "great white shark", "hammerhead shark"], 2)
+    assert [made.route(f"a photo of a {name}") for name in ("tench", "goldfish", "white shark")] == [0, 0, 1]
+    assert {made.route(f"nothing{i}") for i in range(20)} == {0, 1}
+    for names in (["red plum", "red pear"], ["red pear", "red plum"]):
+        assert consecutive(names, 2).route("red") == 0  # of equally near ones the first
 
 
 def test_clusters_part_prompts_without_a_common_word():
     names = [f"{a}{b}" for a in "abcdefgh" for b in "ijklmnop"]
-    router = cluster(names, 3)
-    assert sorted(sum(router.route(name) == k for name in names) for k in range(3)) == [21, 21, 22]
+    made = cluster(names, 3)
+    assert sorted(sum(made.route(name) == k for name in names) for k in range(3)) == [21, 21, 22]
 
 
 # refusals
@@ -314,11 +317,11 @@ def test_runs_share_one_folder_of_samples_and_write_their_router(runs):
 
 def test_the_router_sends_each_prompt_to_its_student(runs, joined):
     prompts = ["cat face", "RED  apple", "dog face", "green apple", "red apple", "a photo of a dog", "zzz"]
-    router = read_routing(joined).router
+    route = read_routing(joined).router.route
     ours = family(runs).load()
     students = student.load_student(ours, joined)
     made = drawn(students, {}, prompts, range(len(prompts)))
-    numbers, alone = [router.route(prompt) for prompt in prompts], []
+    numbers, alone = [route(prompt) for prompt in prompts], []
     for k in range(2):
         pipe = family(runs).load()
         call = student.load_student(pipe, runs / str(k))
@@ -386,7 +389,7 @@ def test_the_folder_is_whole(runs, joined):
         assert (runs / str(k) / "checkpoint-3").exists() and not (copy / "checkpoint-3").exists()
         assert str(copy) in (copy / "README.md").read_text()
     assert student.verify(joined) < 1e-4
-    with pytest.raises(StudentError, match="kind: Input should be 'lora'"):
+    with pytest.raises(StudentError, match="kind: Input should be 'lora' or 'full'"):
         read_contract(joined)
 
 
@@ -535,8 +538,8 @@ def test_a_bias_learns_the_mean_of_its_part_and_more_students_leave_less(tmp_pat
                 values.var(), abs=1e-12
             )
         # served: each prompt is drawn by the student that the router sends it to
-        router = found[0].router
-        served = np.mean([(biases[router.route(name)][0] - means[name]) ** 2 for name in names])
+        route = found[0].router.route
+        served = np.mean([(biases[route(name)][0] - means[name]) ** 2 for name in names])
         assert served == pytest.approx(np.mean([residual for _, residual in biases]), abs=1e-6)
         left.append(served)
     assert all(more < less for less, more in zip(left[:-1], left[1:], strict=True)) and left[-1] < 1e-12
