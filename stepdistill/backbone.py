@@ -88,9 +88,7 @@ class Backbone(nn.Module):
             if role.source is not None:
                 return role.source()
             if self.narrow is None:
-                raise ValueError(
-                    f"role {name!r} has width {role.width}, and this backbone no way to make it: give narrow"
-                )
+                raise ValueError(f"role {name!r} has width {role.width}, and this backbone was given no `narrow`")
             return self.narrow(self.net, role.width)
 
     @contextmanager
