@@ -48,15 +48,8 @@ from stepdistill.schema import dotted
 from stepdistill.weights import WEIGHTS, into_pipeline, load_network, load_state, read_lora, save_weights
 
 logger = logging.getLogger(__name__)
-PATTERNS = [
-    CONTRACT,
-    WEIGHTS,
-    "scheduler/*",
-    "unet/*",
-    "transformer/*",
-    ROUTER,
-    f"{STUDENTS}/*",
-]  # what loading needs of a hub folder
+# what loading needs of a hub folder
+PATTERNS = [CONTRACT, WEIGHTS, "scheduler/*", "unet/*", "transformer/*", ROUTER, f"{STUDENTS}/*"]
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
@@ -97,10 +90,9 @@ def write(
     weights = save_weights(folder, family, backbone, role)
     scheduler, _ = family.scheduler(pipe, method.sampler(family.schedule(pipe), steps))
     scheduler.save_pretrained(folder / "scheduler")
-
     plain = family.load()
-    contract = _contract(family, pipe, plain, method, steps, weights, resolution)
     dtype = next(backbone.net.parameters()).dtype
+    contract = _contract(family, pipe, plain, method, steps, weights, resolution)
     contract = replace(contract, dtype=_name(dtype), licence=licence or licence_of(family))
     save(folder, contract)
     write_card(folder, contract)

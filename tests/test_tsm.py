@@ -198,6 +198,18 @@ def test_the_average_is_what_is_exported(place):
     assert any(not torch.equal(trained[key], average[key]) for key in stored)
 
 
+def test_a_base_in_half_precision_is_compared_in_it(place, tmp_path):
+    family = run(place, "sd3", "").family
+    pipe = family.load()
+    net = nn.Module.to(family.network(pipe), torch.bfloat16)
+    bone = Backbone(net, LoraSpec(), (), 0, family.narrow)
+    bone.add("student", Copy(width=0.5))
+    assert {p.dtype for p in bone.parameters_of("student").values()} == {torch.float32}
+    options = {"role": "student", "method": TeacherScoreMatching(num_inference_steps=2), "resolution": (32, 32)}
+    assert student.write(tmp_path, family=family, pipe=pipe, backbone=bone, **options) < 1e-5
+    assert read_contract(tmp_path).dtype == "bfloat16"
+
+
 def test_training_goes_on_from_a_folder(place, tmp_path):
     family = run(place, "sd3", "").family
     net = family.network(family.load())

@@ -21,9 +21,13 @@ class TeacherScoreMatching(Method):
     """The first stage of a smaller student: `E_t lambda_t |mu(x_t, t) - mu_teacher(x_t, t)|^2`.
 
     `x_t` is real latents with noise, `mu` the estimate of x0. The loss is the squared distance in x0 and in eps, so
-    `lambda_t = 1 + alpha_t^2 / sigma_t^2`, which is bounded for every prediction type but grows to 1 / alpha_t^2 for
-    one of eps; no weight is given in what was read of the paper. Unlike the denoising loss on the data its least value
-    is 0. The student is a smaller teacher, and needs as many steps; it is exported as a whole network.
+    `lambda_t = 1 + alpha_t^2 / sigma_t^2`; no weight is given in what was read of the paper. It is bounded for every
+    prediction type, and for a table's eps network it is `1 / alpha_t^2`, at most 214, times the distance of outputs.
+    Unlike the denoising loss on the data its least value is 0.
+
+    The student is a smaller teacher, and needs as many steps; it is exported as a whole network. The paper then
+    distils it against the large teacher, for which no method here takes a copy as its student yet. A pipeline saved
+    with the smaller network is a teacher for any method as it is, which is one teacher further from the data.
 
     References:
         Multi-student diffusion distillation, Song et al. 2024, https://arxiv.org/abs/2410.23274: the stage before
@@ -31,7 +35,7 @@ class TeacherScoreMatching(Method):
 
     Args:
         width: the student's share of the teacher's channels, in (0, 1); rounded to what the network allows.
-        guidance_scale: w of `uncond + w (cond - uncond)` in the teacher; 1 matches it without guidance, as the paper.
+        guidance_scale: w of `uncond + w (cond - uncond)` in the teacher; 1 matches it without guidance.
         sampling_guidance_scale: written into the contract; 1 where the teacher was matched with guidance.
         ema_decay: decay of an average of the student, which is what is exported; none exports the student itself.
         num_inference_steps: steps that the contract names.
