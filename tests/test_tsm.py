@@ -132,6 +132,9 @@ def test_networks_of_the_usual_shapes_can_be_narrowed():
         assert 0.2 < sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in net.parameters()) < 0.3
     assert tuple(slim[1].config["block_out_channels"]) == (160, 320, 640, 640)
     assert slim[2].config["num_attention_heads"] == 12
+    with torch.device("meta"):  # every head keeps whole channels
+        odd = tiny.FAMILIES["sd"].narrow(sd2, 0.4).config["block_out_channels"]
+    assert [c % heads for c, heads in zip(odd, (5, 10, 20, 20), strict=True)] == [0, 0, 0, 0]
 
 
 # the folder
