@@ -264,6 +264,8 @@ def test_several_smaller_students_in_one_folder(place, tmp_path, name):
         call = student.load_student(alone, tmp_path / str(students.router.route(prompt)))
         expected = pictures(alone, **call)[i]
         assert (made[i] - expected).abs().max() < 1e-4 * expected.abs().max()
+    with students.use(1):
+        assert students.nets[1] is pipe.components[part]
     assert students.nets[0] is pipe.components[part]
 
 
