@@ -36,10 +36,17 @@ class Backbone(nn.Module):
         targets: the family's LoRA targets, used where `spec` names none.
         tap: where heads read its features.
         seed: keys the initial weights of LoRAs and modules, together with the role's name.
+        narrow: the family's way to make a smaller network like `net`, for copies that ask for one.
     """
 
     def __init__(
-        self, net: nn.Module, spec: LoraSpec, targets: Sequence[str], tap: Tap | None = None, seed: int = 0
+        self,
+        net: nn.Module,
+        spec: LoraSpec,
+        targets: Sequence[str],
+        tap: Tap | None = None,
+        seed: int = 0,
+        narrow: Callable[[nn.Module, float], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.net = net.requires_grad_(False).eval()
@@ -47,6 +54,7 @@ class Backbone(nn.Module):
         self.targets = tuple(targets)
         self.tap = tap
         self.seed = seed
+        self.narrow = narrow
         self.declared: dict[str, Role] = {}
         self.others = nn.ModuleDict()  # Copy and Module roles, and the averages of copies
         self._layers: list[BaseTunerLayer] = []
@@ -61,8 +69,9 @@ class Backbone(nn.Module):
         self._own.clear()
         match role:
             case Copy():
-                network = deepcopy(self.net) if role.source is None else role.source()
-                self.others[name] = network.float().eval().requires_grad_(True)
+                place = next(self.net.parameters()).device
+                network = self._copy(name, role).to(place, torch.float32)
+                self.others[name] = network.eval().requires_grad_(True)
             case Module():
                 if self.tap is None:
                     raise ValueError(f"role {name!r} reads features, and this network has no tap")
@@ -77,6 +86,23 @@ class Backbone(nn.Module):
                 self.load_state(name, self.state(of))
             case Lora():
                 self._add_adapter(name, self.spec.of(name), trainable=True)
+
+    def _copy(self, name: str, role: Copy) -> nn.Module:
+        if role.source is None and role.width == 1:
+            return deepcopy(self.net)
+        with self._seeded(name):
+            if role.source is not None:
+                return role.source()
+            if self.narrow is None:
+                raise ValueError(f"role {name!r} has width {role.width}, and this backbone was given no `narrow`")
+            return self.narrow(self.net, role.width)
+
+    @contextmanager
+    def _seeded(self, name: str) -> Iterator[None]:
+        """The global generator at a seed of this role, inside only."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big"))
+            yield
 
     def _add_adapter(self, name: str, spec: LoraSpec, trainable: bool) -> None:
         config = LoraConfig(
@@ -96,12 +122,6 @@ class Backbone(nn.Module):
             p.requires_grad_(flag)
         self._layers = [m for m in self.net.modules() if isinstance(m, BaseTunerLayer)]
         self._switch(*self._current)
-
-    @contextmanager
-    def _seeded(self, name: str) -> Iterator[None]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big"))
-            yield
 
     def _switch(self, name: str, grad: bool) -> None:
         self._current = (name, grad)

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Template
 from yaml import YAMLError, safe_dump
 
-from stepdistill.contract import Contract, teacher
+from stepdistill.contract import STUDENTS, Contract, MultiContract, read_contract, teacher
 from stepdistill.families.base import BUNDLED_NAMES, Family
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ TEMPLATE = """\
 
 # {{ name }} in {{ steps }}
 
-A LoRA with which {{ base }} draws a picture in {{ steps }}. Distilled with stepdistill by the method
+{{ what }} with which {{ base }} draws a picture in {{ steps }}. Distilled with stepdistill by the method
 `{{ method }}`; plain Diffusers loads it.
 {% if grid %}
 ![Pictures of teacher and student by the same prompts and seeds](samples/grid.png)
@@ -53,6 +54,45 @@ difference is {{ "%.1e" | format(difference) }} of the teacher's largest value.
 {% else %}
 **This folder has not been compared with the student that was trained.**
 {% endif %}
+{{ terms }}
+
+## Training
+
+```yaml
+{{ recipe }}
+```
+"""
+
+MULTI = """\
+---
+{{ card_data }}
+---
+
+# {{ name }} by {{ students }} students
+
+{{ students }} few-step LoRAs with which {{ base }} draws, each for its part of all prompts, and the router that picks
+one by the prompt. Distilled with stepdistill after [Song et al. 2024](https://arxiv.org/abs/2410.23274).
+
+## How to use
+
+```python
+{{ snippet }}
+```
+
+stepdistill reads `router.json` and switches between the LoRAs; each student draws its prompts as one batch, under its
+own sampling contract. For one student alone plain Diffusers is enough, see its card:
+
+| student | steps | difference |
+| --- | --- | --- |
+{% for k, steps, difference in rows %}| [{{ k }}](students/{{ k }}/README.md) | {{ steps }} | {{ difference }} |
+{% endfor %}
+The difference is the largest of a student's folder in a plain pipeline from the student that was trained, over the
+teacher's largest value.
+
+{{ terms }}
+"""
+
+TERMS = """\
 ## Base model and licence
 
 The base model is {{ base }}. {% if licence -%}
@@ -61,12 +101,6 @@ Its licence is `{{ licence }}`. This student is derived from it, and the licence
 Its licence is not known to the program that wrote this card. This student is derived from it: look the
 licence up, for it applies here as well.
 {%- endif %}
-
-## Training
-
-```yaml
-{{ recipe }}
-```
 """
 
 
@@ -76,39 +110,68 @@ def write_card(folder: Path, contract: Contract, address: str | None = None) -> 
     Args:
         address: what the snippet loads the student from, such as a hub id; None is the folder itself.
     """
-    base, licence = contract.base_model, contract.licence
-    hub = base not in BUNDLED_NAMES and not Path(base).exists()
-    known = licence is not None and HUB_LICENCES.fullmatch(licence)
-    data = ModelCardData(
-        base_model=base if hub else None,  # the hub takes nothing but its own ids
-        library_name="diffusers",
-        license=licence if known or licence is None else "other",
-        license_name=None if known else licence,
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "lora", "template:sd-lora", "stepdistill", "step-distillation"],
-    )
     n = len(contract.timesteps)
     card = ModelCard.from_template(
-        data,
+        _front_matter(contract),
         template_str=TEMPLATE,
-        name=base.rpartition("/")[2],
-        base=f"[{base}](https://huggingface.co/{base})" if hub else f"`{base}`",
+        **_base(contract),
         steps=f"{n} step{'s' * (n > 1)}",
+        what="A LoRA" if contract.network is None else "A smaller network",
         method=str(contract.method["type"]).rpartition(".")[2],
         grid=(folder / "samples" / "grid.png").exists(),
         snippet=snippet(contract, address or folder.resolve()),
         rows=_rows(contract),
         difference=contract.proof.difference if contract.proof else None,
-        licence=licence,
         recipe=safe_dump(contract.method, sort_keys=False).strip(),
     )
     card.save(folder / "README.md")
 
 
+def write_multi_card(folder: Path, contract: MultiContract) -> None:
+    """Write `README.md` into a folder of several students."""
+    each = {k: read_contract(folder / STUDENTS / str(k)) for k in range(contract.students)}
+    card = ModelCard.from_template(
+        _front_matter(contract),
+        template_str=MULTI,
+        **_base(contract),
+        students=contract.students,
+        snippet=multi_snippet(contract, folder.resolve()),
+        rows=[(k, len(one.timesteps), f"{one.proof.difference:.1e}") for k, one in each.items() if one.proof],
+    )
+    card.save(folder / "README.md")
+
+
+def _is_hub_id(base: str) -> bool:
+    return base not in BUNDLED_NAMES and not Path(base).exists()
+
+
+def _front_matter(contract: Contract | MultiContract) -> ModelCardData:
+    """What the hub reads."""
+    base, licence = contract.base_model, contract.licence
+    known = licence is not None and HUB_LICENCES.fullmatch(licence)
+    lora = [] if isinstance(contract, Contract) and contract.network else ["lora", "template:sd-lora"]
+    return ModelCardData(
+        base_model=base if _is_hub_id(base) else None,  # the hub takes nothing but its own ids
+        library_name="diffusers",
+        license=licence if known or licence is None else "other",
+        license_name=None if known else licence,
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", *lora, "stepdistill", "step-distillation"],
+    )
+
+
+def _base(contract: Contract | MultiContract) -> dict[str, str]:
+    """What a card says about the base: its name, where it is, its terms."""
+    name, licence = contract.base_model, contract.licence
+    base = f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else f"`{name}`"
+    terms = Template(TERMS).render(base=base, licence=licence)
+    return {"name": name.rpartition("/")[2], "base": base, "terms": terms}
+
+
 def _rows(contract: Contract) -> list[tuple[str, str]]:
     """The contract's table."""
     height, width = contract.resolution
-    scale, lora = contract.guidance_scale, contract.lora
+    scale = contract.guidance_scale
     return [
         ("scheduler", f"`{contract.scheduler['_class_name']}`, configured in `scheduler/`"),
         ("timesteps", ", ".join(f"{t:g}" for t in contract.timesteps)),
@@ -117,17 +180,56 @@ def _rows(contract: Contract) -> list[tuple[str, str]]:
         ("eta (share noised again)", f"{contract.eta:g}"),
         ("guidance_scale", f"{scale:g}" + (" (none: guidance is in the weights)" if scale == 1 else "")),
         ("negative prompts", "work" if contract.negative_prompt else "have no effect"),
-        ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, strength {lora.strength:g}"),
+        _weights(contract),
         ("resolution", f"{width} x {height} pixels"),
         ("precision in training", contract.dtype),
     ]
 
 
+def _weights(contract: Contract) -> tuple[str, str]:
+    """The row of what was trained."""
+    if lora := contract.lora:
+        return "LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, strength {lora.strength:g}"
+    net = contract.network
+    return "network", f"`{net.class_name}` of {net.parameters / 1e6:.2f} million parameters" if net else ""
+
+
 def snippet(contract: Contract, address: Path | str) -> str:
     """Python that draws a picture with nothing but Diffusers; `address` is the student's folder or hub id."""
+    scheduler, net, name = contract.scheduler["_class_name"], contract.network, teacher(contract).network_name
+    call = "".join(f"    {key}={value!r},\n" for key, value in contract.call.items())
+    lines = [
+        *_loading(contract, address, scheduler, *([net.class_name] if net else [])),
+        f"pipe.{name} = {net.class_name}.from_pretrained(student, subfolder={name!r}).to(pipe.device, pipe.dtype)"
+        if net
+        else "pipe.load_lora_weights(student)",
+        f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")',
+        "",
+        f'image = pipe(\n    "red apple",\n{call}    generator=torch.manual_seed(0),\n).images[0]',
+        'image.save("student.png")',
+    ]
+    return "\n".join(lines)
+
+
+def multi_snippet(contract: MultiContract, address: Path | str) -> str:
+    """Python that draws two pictures, each by the student of its prompt."""
+    lines = [
+        "import stepdistill",
+        *_loading(contract, address),
+        "students = stepdistill.load_student(pipe, student)",
+        "",
+        'prompts = ["red apple", "cat face"]',
+        "generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]",
+        "for prompt, image in zip(prompts, students(prompts, generator=generators)):",
+        '    image.save(f"{prompt}.png")',
+    ]
+    return "\n".join(lines)
+
+
+def _loading(contract: Contract | MultiContract, address: Path | str, *imported: str) -> list[str]:
+    """Lines that import, name the student, and load its base."""
     family = teacher(contract)
     where, pipeline = family.location(), family.pipeline_class.__name__
-    scheduler = contract.scheduler["_class_name"]
     names = ("revision", "variant") if not where.endswith(".safetensors") else ()
     given = {name: vars(family)[name] for name in names} | {"config": family.single_file_config}
     args = [repr(where), *(f"{name}={value!r}" for name, value in given.items() if value is not None)]
@@ -135,7 +237,7 @@ def snippet(contract: Contract, address: Path | str) -> str:
     load = "from_single_file" if where.endswith(".safetensors") else "from_pretrained"
     lines = [
         "import torch",
-        f"from diffusers import {', '.join(sorted([pipeline, scheduler]))}",
+        f"from diffusers import {', '.join(sorted([pipeline, *imported]))}",
         "",
         f"student = {str(address)!r}",
         f"pipe = {pipeline}.{load}({', '.join(args)})",
@@ -143,15 +245,7 @@ def snippet(contract: Contract, address: Path | str) -> str:
     ]
     for lora in family.teacher_loras:  # parts of the teacher, below the student
         lines += [f"pipe.load_lora_weights({lora!r})", "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
-    call = "".join(f"    {key}={value!r},\n" for key, value in contract.call.items())
-    lines += [
-        "pipe.load_lora_weights(student)",
-        f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")',
-        "",
-        f'image = pipe(\n    "red apple",\n{call}    generator=torch.manual_seed(0),\n).images[0]',
-        'image.save("student.png")',
-    ]
-    return "\n".join(lines)
+    return lines
 
 
 def licence_of(family: Family) -> str | None:

@@ -1,4 +1,4 @@
-"""The `stepdistill` command: train, init, data check, verify. Heavy imports wait inside the subcommands."""
+"""The `stepdistill` command: train, init, data check, verify, multi. Heavy imports wait inside the subcommands."""
 
 from __future__ import annotations
 
@@ -52,6 +52,15 @@ example:
   stepdistill verify runs/mine
 """
 
+MULTI = """\
+Joins the students of K runs that differ in `data.student` of a stepdistill.data.Partition, in any order. OUT gets
+`students/<k>/`, `router.json`, and a card. `stepdistill.load_student(pipe, OUT)(prompts)` draws each prompt with its
+student.
+
+example:
+  stepdistill multi runs/all runs/part-0 runs/part-1
+"""
+
 
 def train(argv: Sequence[str]) -> None:
     """`stepdistill train` with these arguments: CONFIG, overrides, `--dry-run`."""
@@ -102,6 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "verify", _verify, "prove that plain Diffusers loads a student", VERIFY)
     command.add_argument("folder", metavar="FOLDER", type=Path, help="the output_dir of a run")
     command.add_argument("--tolerance", type=float, default=1e-4, help="largest difference (default: 1e-4)")
+
+    command = _command(commands, "multi", _multi, "join the students of a partition in one folder", MULTI)
+    command.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    command.add_argument("students", metavar="STUDENT", type=Path, nargs="+", help="the output_dir of one run each")
+    command.add_argument("--move", action="store_true", help="move the folders instead of copying what is needed")
     return parser
 
 
@@ -165,3 +179,9 @@ def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
     print(f"largest difference between plain Diffusers and the student's own sampler: {difference:.3g}")
     if not difference <= args.tolerance:
         raise SystemExit(1)
+
+
+def _multi(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.multi import join
+
+    print(f"joined {len(args.students)} students in {join(args.out, args.students, args.move)}")

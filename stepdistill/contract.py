@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,6 +23,7 @@ from stepdistill.prediction import Kind
 from stepdistill.schema import pick
 
 CONTRACT = "distill_config.json"
+STUDENTS = "students"  # the subfolder of a folder of several students
 SCHEMA = 1
 SAMPLED = 1024  # values of each tensor that the base's hash sees
 
@@ -35,6 +36,14 @@ class Adapter:
     alpha: float
     target_modules: tuple[str, ...]
     strength: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """The whole network in the folder, in place of the base's: its class in Diffusers, and its size."""
+
+    class_name: str
+    parameters: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +71,7 @@ class Contract:
 
     Args:
         schema_version: of this format; another one is refused.
-        kind: what the folder holds.
+        kind: what the folder holds: a LoRA, or a whole network in a subfolder named as the pipeline's.
         method: class and hyper-parameters.
         base_model: hub id, absolute path, or name of a bundled teacher.
         base_hash: `base_hash` of the base in each precision that it may be loaded in, by name.
@@ -79,6 +88,7 @@ class Contract:
         guidance_range: the scales that an adapter takes; None where it takes none.
         eta: share of each step that is noised again.
         negative_prompt: whether negative prompts have an effect.
+        lora, network: one of the two, by `kind`.
         resolution: height and width in pixels.
         dtype: precision of the base in training.
         licence: of the base; None is unknown.
@@ -89,7 +99,7 @@ class Contract:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     schema_version: int = SCHEMA
-    kind: Literal["lora"] = "lora"
+    kind: Literal["lora", "full"] = "lora"
     method: dict[str, Any]
     base_model: str
     base_hash: dict[str, str]
@@ -106,7 +116,8 @@ class Contract:
     guidance_range: tuple[float, float] | None = None
     eta: float
     negative_prompt: bool
-    lora: Adapter
+    lora: Adapter | None
+    network: Network | None = None
     resolution: tuple[int, int]
     dtype: str
     licence: str | None
@@ -114,35 +125,82 @@ class Contract:
     proof: Proof | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class MultiContract:
+    """`distill_config.json` of a folder of several students, each in `students/<k>/` with a contract of its own.
+
+    `router.json` says which student draws a prompt. The fields that the students share are those of `Contract`.
+
+    Args:
+        students: how many there are.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA
+    kind: Literal["multi"] = "multi"
+    students: int
+    base_model: str
+    base_hash: dict[str, str]
+    base_without: tuple[str, ...]
+    family: dict[str, Any]
+    dtype: str
+    licence: str | None
+    versions: dict[str, str]
+
+
 FORMAT = TypeAdapter(Contract)
+MULTI = TypeAdapter(MultiContract)
+T = TypeVar("T")
 
 
 def read_contract(folder: Path | str) -> Contract:
     """The contract of a student folder. Raises StudentError where it is missing, broken or too new."""
+    return _read(folder, FORMAT)
+
+
+def read_multi(folder: Path | str) -> MultiContract:
+    """The same of a folder of several students."""
+    return _read(folder, MULTI)
+
+
+def is_multi(folder: Path | str) -> bool:
+    """Whether a folder holds several students. Raises StudentError where it has no contract."""
+    return _parse(folder)[0].get("kind") == "multi"
+
+
+def _parse(folder: Path | str) -> tuple[dict[str, Any], str]:
     path = Path(folder) / CONTRACT
     todo = "give the output_dir of a finished run"
     try:
         text = path.read_text()
-        version = dict(json.loads(text)).get("schema_version")
+        return dict(json.loads(text)), text
     except (OSError, ValueError, TypeError) as error:
         why = f"it says how the student is sampled ({error})"
         raise StudentError(problem(f"no readable {path}", "a sampling contract", why, todo)) from error
+
+
+def _read(folder: Path | str, form: TypeAdapter[T]) -> T:
+    fields, text = _parse(folder)
+    path, version = Path(folder) / CONTRACT, fields.get("schema_version")
     if version != SCHEMA:
         why, todo = "its fields may mean other things", "install the stepdistill that wrote it"
         raise StudentError(problem(f"schema version {version} in {path}", str(SCHEMA), why, todo))
     try:
-        return FORMAT.validate_json(text, strict=True)
+        return form.validate_json(text, strict=True)
     except ValidationError as error:
         why = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        todo = "give the output_dir of a finished run"
         raise StudentError(problem(f"odd contents of {path}", "a sampling contract", why, todo)) from error
 
 
-def save(folder: Path, contract: Contract) -> None:
+def save(folder: Path, contract: Contract | MultiContract) -> None:
     """Write the contract into a student folder."""
-    (folder / CONTRACT).write_bytes(FORMAT.dump_json(contract, indent=1) + b"\n")
+    form: TypeAdapter[Any] = FORMAT if isinstance(contract, Contract) else MULTI
+    (folder / CONTRACT).write_bytes(form.dump_json(contract, indent=1) + b"\n")
 
 
-def teacher(contract: Contract) -> Family:
+def teacher(contract: Contract | MultiContract) -> Family:
     """The family that a contract names, with its arguments. Raises ConfigError where there is none such."""
     node = dict(contract.family)
     family: type[Family] = pick([Family], node.pop("type", None))

@@ -43,12 +43,16 @@ def generate(
     seed: int,
     batch: int = 64,
     progress: bool = False,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[Tensor, Cost]:
     """Pictures (N, 3, H, W) uint8 of the prompts, and what they cost.
 
     Picture i starts from `noise_of(seed, i)` and draws fresh noise from a generator of its own, so it depends on
     neither the batch size nor the other prompts. The pipeline gets its scheduler back: others read the noise
     process from it.
+
+    Args:
+        numbers: i for each picture; None counts them from 0.
     """
     net = network_of(pipe)
     side = net.config["sample_size"]
@@ -58,9 +62,9 @@ def generate(
     pictures = []
     with count_calls(net) as cost, torch.no_grad():
         for start in tqdm(range(0, len(prompts), batch), desc=row.name, disable=not progress, leave=False):
-            ids = range(start, min(start + batch, len(prompts)))
+            ids = (numbers or range(len(prompts)))[start : start + batch]
             made = pipe(  # pyright: ignore[reportCallIssue]
-                [prompts[i] for i in ids],
+                list(prompts[start : start + batch]),
                 latents=torch.stack([noise_of(seed, i, shape) for i in ids]).to(pipe.device),
                 generator=[torch.Generator().manual_seed(7_919 * seed + i) for i in ids],
                 height=side * pipe.vae_scale_factor,

@@ -13,12 +13,14 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from huggingface_hub import HfApi
 
 from stepdistill import student
+from stepdistill.data import Partition, inside
 from stepdistill.errors import ConfigError, problem
 from stepdistill.evaluate import SEED_B, Reference, Row, generate, grid
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Method
 from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.frechet import excess, paired
+from stepdistill.router import ROUTER, Routing
 from stepdistill.schedule import DiscreteVP
 from stepdistill.spec import TrainSpec
 from stepdistill.tiny import bundled
@@ -71,6 +73,10 @@ def finish(stage: Stage, logs: Logs) -> None:
         resolution=(stage.feed.side, stage.feed.side),
         seed=spec.seed,
     )
+    (out / ROUTER).unlink(missing_ok=True)  # of an earlier run in this folder
+    for part in inside(run.data):
+        if isinstance(part, Partition):
+            Routing(part.student, part.router).save(out)
     summary: dict[str, Any] = {"proof": difference}
     if spec.validation_prompts or spec.eval_samples:  # else the pipelines need not be loaded once more
         summary = _show(stage, out) | summary

@@ -36,9 +36,12 @@ class Copy:
 
     Args:
         source: None copies the base; else a function that makes the network.
+        width: below 1, the family's smaller version of the base with about this share of its channels, and fresh
+            weights.
     """
 
     source: Callable[[], nn.Module] | None = None
+    width: float = 1.0
 
 
 @dataclass(frozen=True)

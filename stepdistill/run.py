@@ -13,7 +13,7 @@ import torch
 
 from stepdistill import checkpoint, config, distributed, report, student
 from stepdistill.backbone import Backbone
-from stepdistill.data import Source, Stream, TeacherSamples
+from stepdistill.data import Source, Stream, TeacherSamples, inside
 from stepdistill.errors import ConfigError, problem
 from stepdistill.families.base import Family
 from stepdistill.feed import check_needs
@@ -52,7 +52,9 @@ def check(run: Run) -> None:
     out, spec = Path(run.train.output_dir), run.train
     run.family.location()
     check_needs(run.data, run.method.needs, type(run.method).__name__)
-    Stream(run.data, 1, spec.seed)  # reads the source's index
+    for source in inside(run.data):
+        len(source)  # reads the index, also of a source that the teacher's samples are wrapped around
+    Stream(run.data, 1, spec.seed)
     if spec.eval_samples:
         report.reference_file(spec)
     used = out.exists() and ((out / "metrics.jsonl").exists() or checkpoint.checkpoints(out))
@@ -98,10 +100,11 @@ def distill(run: Run) -> Path:
                 shutil.rmtree(old)
         (out / "config.yaml").write_text(config.to_yaml(run))
     distributed.barrier()
-    if isinstance(run.data, TeacherSamples):
-        make = partial(stage.teach, steps=run.data.num_inference_steps, scale=run.data.guidance_scale)
-        run.data.fill(make, stage.feed.shape, stage.digest, rank, processes)
-        distributed.barrier()
+    for source in inside(run.data):
+        if isinstance(source, TeacherSamples):
+            make = partial(stage.teach, steps=source.num_inference_steps, scale=source.guidance_scale)
+            source.fill(make, stage.feed.shape, stage.digest, rank, processes)
+            distributed.barrier()
 
     team = Team.assemble(stage.backbone, run.method, spec)
     if run.lora.init_from:
@@ -189,7 +192,8 @@ def dry_run(run: Run) -> str:
         if isinstance(part, torch.nn.Module) and part is not net:
             size = sum(p.numel() for p in part.parameters())
             rows.append((name, size, 4 * size))
-    backbone = Backbone(net, run.lora, run.family.lora_targets(net), run.family.tap(net), run.train.seed)
+    targets, tap = run.family.lora_targets(net), run.family.tap(net)
+    backbone = Backbone(net, run.lora, targets, tap, run.train.seed, run.family.narrow)
     for name, role in run.method.roles().items():
         backbone.add(name, role)
         size = sum(p.numel() for p in backbone.parameters_of(name).values())

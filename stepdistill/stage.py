@@ -147,6 +147,6 @@ def prepare(run: Run) -> Stage:
     if dtype != torch.float32:
         net.to(dtype)
     targets = family.lora_targets(net)
-    backbone = Backbone(net, run.lora, targets, family.tap(net), spec.seed)
+    backbone = Backbone(net, run.lora, targets, family.tap(net), spec.seed, family.narrow)
     feed = Feed(family, pipe, spec, pipeline_hash(pipe), accelerator.device)
     return Stage(run, accelerator, pipe, digest, dtype, backbone, feed)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from pydantic import TypeAdapter
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 import stepdistill
 from stepdistill.backbone import Backbone
@@ -27,10 +26,13 @@ from stepdistill.card import warn_of_licence as warn_of_licence
 from stepdistill.config import to_node
 from stepdistill.contract import (
     CONTRACT,
+    STUDENTS,
     Adapter,
     Contract,
+    Network,
     absolute,
     base_hash,
+    is_multi,
     missing,
     read_contract,
     save,
@@ -40,11 +42,14 @@ from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.proof import TOLERANCE, prove
-from stepdistill.roles import Ema, Lora, LoraSpec
-from stepdistill.schema import dotted, locate
+from stepdistill.roles import Copy, Ema, Lora, LoraSpec, Module
+from stepdistill.router import ROUTER
+from stepdistill.schema import dotted
+from stepdistill.weights import WEIGHTS, into_pipeline, load_network, load_state, read_lora, save_weights
 
 logger = logging.getLogger(__name__)
-WEIGHTS = "pytorch_lora_weights.safetensors"
+# what loading needs of a hub folder
+PATTERNS = [CONTRACT, WEIGHTS, "scheduler/*", "unet/*", "transformer/*", ROUTER, f"{STUDENTS}/*"]
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
@@ -65,7 +70,7 @@ def write(
 
     Args:
         pipe: the pipeline that `backbone` trains in; its scheduler is the teacher's.
-        role: the LoRA or average that becomes the student.
+        role: the LoRA, copy or average that becomes the student.
         resolution: height and width in pixels.
         seed: of the comparison's noise.
         steps: of the contract's sampler; None takes the method's.
@@ -78,25 +83,22 @@ def write(
         StudentError: the difference is above 1e-4 (more in half precision), or other noise levels are
             visited. The folder stays, with a contract that says that it was not proven.
     """
-    if role in backbone.others:
-        why, todo = "a student that is a whole network is not written yet", "train the student as a LoRA"
-        raise StudentError(problem(f"role {role!r}, which is no LoRA", "a LoRA or its average", why, todo))
+    if isinstance(backbone.declared[role], Module):
+        why, todo = "it draws nothing", "name the student's role in the method's `exported`"
+        raise StudentError(problem(f"role {role!r}, which is no denoiser", "a LoRA, a copy or an average", why, todo))
     folder.mkdir(parents=True, exist_ok=True)
-    config = backbone.lora_config(role)
-    config["target_modules"] = sorted(config["target_modules"])
-    family.save_lora(folder, backbone.state(role), config)
+    weights = save_weights(folder, family, backbone, role)
     scheduler, _ = family.scheduler(pipe, method.sampler(family.schedule(pipe), steps))
     scheduler.save_pretrained(folder / "scheduler")
-
     plain = family.load()
-    contract = _contract(family, pipe, plain, method, steps, config, resolution)
     dtype = next(backbone.net.parameters()).dtype
+    contract = _contract(family, pipe, plain, method, steps, weights, resolution)
     contract = replace(contract, dtype=_name(dtype), licence=licence or licence_of(family))
     save(folder, contract)
     write_card(folder, contract)
     # the base was rounded in training and the LoRA was not; `net.to` would warn of it
     nn.Module.to(family.network(plain), dtype).float()
-    _load(plain, folder, contract, family, "student")
+    into_pipeline(plain, folder, contract, family, "student")
     proof = prove(contract, family, plain, pipe, backbone, role, seed)
     if not proof.difference <= proof.tolerance:
         raise StudentError(
@@ -119,7 +121,7 @@ def _contract(
     plain: DiffusionPipeline,
     method: Method,
     steps: int | None,
-    lora: Mapping[str, Any],
+    weights: Adapter | Network,
     resolution: tuple[int, int],
 ) -> Contract:
     schedule = family.schedule(pipe)
@@ -129,6 +131,7 @@ def _contract(
     stored = absolute(family)
     arguments = TypeAdapter(type(stored)).dump_python(stored, mode="json")
     return Contract(
+        kind="lora" if isinstance(weights, Adapter) else "full",
         method=to_node(method, Method),
         base_model=stored.pretrained_teacher_model,
         base_hash={_name(dtype): base_hash(plain, family, dtype) for dtype in TOLERANCE},
@@ -143,7 +146,8 @@ def _contract(
         guidance_scale=scale,
         eta=sampler.eta,
         negative_prompt=scale > 1,
-        lora=Adapter(rank=lora["r"], alpha=float(lora["lora_alpha"]), target_modules=tuple(lora["target_modules"])),
+        lora=weights if isinstance(weights, Adapter) else None,
+        network=weights if isinstance(weights, Network) else None,
         resolution=resolution,
         dtype="float32",
         licence=None,
@@ -158,7 +162,7 @@ def _name(dtype: torch.dtype) -> str:
 def verify(folder: Path) -> float:
     """Compare a student folder in a plain pipeline with our own sampler, from the files alone, in float32.
 
-    On one side the LoRA's scale comes from the contract, on the other from the file's metadata.
+    On one side a LoRA's scale comes from the contract, on the other from the file's metadata.
 
     Returns:
         The largest difference of final latents, relative to the teacher's largest value.
@@ -166,31 +170,42 @@ def verify(folder: Path) -> float:
     Raises:
         StudentError: the folder is no whole student folder, or other noise levels are visited.
     """
+    if is_multi(folder):
+        return max(verify(place) for place in sorted(folder.glob(f"{STUDENTS}/*")))
     contract = read_contract(folder)
     family, lora = teacher(contract), contract.lora
     pipe, plain = family.load(), family.load()
-    spec = LoraSpec(rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules)
-    backbone = Backbone(family.network(pipe), spec, lora.target_modules)
-    backbone.add("student", Lora())
-    _load_state(backbone, "student", _read_lora(folder / WEIGHTS, family)[0], folder)
-    _load(plain, folder, contract, family, "student")
+    net = family.network(pipe)
+    if lora is None:
+        backbone = Backbone(net, LoraSpec(), ())
+        backbone.add("student", Copy(partial(load_network, folder, family, net)))
+    else:
+        spec = LoraSpec(rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules)
+        backbone = Backbone(net, spec, lora.target_modules)
+        backbone.add("student", Lora())
+        load_state(backbone, "student", read_lora(folder / WEIGHTS, family)[0], folder)
+    into_pipeline(plain, folder, contract, family, "student")
     return prove(contract, family, plain, pipe, backbone, "student", 0).difference
 
 
-def load_student(
-    pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_name: str = "student"
-) -> dict[str, Any]:
+def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_name: str = "student") -> Any:  # noqa: ANN401
     """Load a student's LoRA and scheduler into a plain pipeline of its base.
 
-    Adapters that are active there, such as a style, stay so, at the strength that they have.
+    Adapters that are active there, such as a style, stay so, at the strength that they have. A student that is a
+    network of its own takes the place of the pipeline's, with whatever was on that.
 
     Returns:
-        Keyword arguments of the pipeline's call: `pipe(prompt, **load_student(pipe, folder))`.
+        Keyword arguments of the pipeline's call: `pipe(prompt, **load_student(pipe, folder))`. For a folder of
+        several students `stepdistill.multi.Students`, which draw instead: `load_student(pipe, folder)(prompts)`.
 
     Raises:
         StudentError: there is no student, or it does not fit the pipeline.
     """
     folder = _folder(folder_or_hub_id)
+    if is_multi(folder):
+        from stepdistill.multi import load  # it loads each by this function
+
+        return load(pipe, folder, adapter_name)
     contract = read_contract(folder)
     family = teacher(contract)
     name = family.network_name
@@ -199,7 +214,7 @@ def load_student(
             problem(
                 f"a {type(pipe).__name__}, which has no {name}",
                 f"a {family.pipeline_class.__name__} or a relative of it",
-                f"the student in {folder} is a LoRA on the {name} of {contract.base_model}",
+                f"the student in {folder} belongs to the {name} of {contract.base_model}",
                 "load that base",
             )
         )
@@ -213,29 +228,8 @@ def load_student(
             contract.base_model,
             name,
         )
-    _load(pipe, folder, contract, family, adapter_name)
+    into_pipeline(pipe, folder, contract, family, adapter_name)
     return dict(contract.call)
-
-
-def _load(pipe: DiffusionPipeline, folder: Path, contract: Contract, family: Family, adapter_name: str) -> None:
-    net: Any = family.network(pipe)
-    loader: Any = pipe  # LoRA loading is a mixin of the pipeline's class
-    active = list(net.active_adapters()) if family.network_name in loader.get_list_adapters() else []
-    try:
-        loader.load_lora_weights(folder, weight_name=WEIGHTS, adapter_name=adapter_name)
-        scheduler = locate(f"diffusers.{contract.scheduler['_class_name']}")
-        pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise StudentError(
-            problem(
-                f"{folder} and a {type(pipe).__name__}, which do not go together",
-                f"a whole student folder and a pipeline of {contract.base_model}",
-                str(error),
-                "check both; where the adapter's name is in use, pass another adapter_name",
-            )
-        ) from error
-    if active:  # loading has switched them off
-        net.set_adapter([*active, adapter_name])
 
 
 def _folder(place: str | Path) -> Path:
@@ -246,43 +240,27 @@ def _folder(place: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
         raise StudentError(problem(f"{place}, which does not exist", expected, "there is no student", todo))
     try:
-        return Path(snapshot_download(str(place), allow_patterns=[CONTRACT, WEIGHTS, "scheduler/*"]))
+        return Path(snapshot_download(str(place), allow_patterns=PATTERNS))
     except OSError as error:
         raise StudentError(problem(f"{place}, which is neither", expected, str(error), todo)) from error
-
-
-def _read_lora(path: Path, family: Family) -> tuple[dict[str, Tensor], float]:
-    """The tensors of a LoRA file under the backbone's names, and alpha / rank of its metadata."""
-    try:
-        with safe_open(path, "pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            facts = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        expected, todo = "a LoRA as Diffusers saves it", "give a student folder or such a file"
-        raise StudentError(problem(f"unreadable {path}", expected, str(error), todo)) from error
-    name = family.network_name
-    scale = facts.get(f"{name}.lora_alpha", 1) / facts.get(f"{name}.r", 1)  # Diffusers takes 1 without
-    return {key.removeprefix(f"{name}."): value for key, value in state.items()}, scale
-
-
-def _load_state(backbone: Backbone, role: str, state: dict[str, Tensor], source: Path) -> None:
-    try:
-        backbone.load_state(role, state)
-    except (ValueError, RuntimeError) as error:
-        raise StudentError(f"{source}: {error}") from error
 
 
 def start_from(backbone: Backbone, source: str, family: Family, role: str = "student") -> None:
     """Load the LoRA of a student folder, hub id or file into `role` and its averages, at the same strength.
 
+    A role that is a network of its own takes the folder's whole network.
+
     Raises:
-        StudentError: it cannot be read, or its rank or layers are not the config's.
+        StudentError: it cannot be read, or its rank, layers or width are not the config's.
     """
     path = Path(source) if source.endswith(".safetensors") else _folder(source) / WEIGHTS
-    state, scale = _read_lora(path, family)
-    config = backbone.lora_config(role)
-    ratio = scale * config["r"] / config["lora_alpha"]
-    state = {key: value * ratio if ".lora_B." in key else value for key, value in state.items()}
+    if role in backbone.others:
+        state = dict(load_network(path.parent, family, backbone.others[role]).state_dict())
+    else:
+        state, scale = read_lora(path, family)
+        config = backbone.lora_config(role)
+        ratio = scale * config["r"] / config["lora_alpha"]
+        state = {key: value * ratio if ".lora_B." in key else value for key, value in state.items()}
     averages = [key for key, other in backbone.declared.items() if isinstance(other, Ema) and other.of == role]
     for name in [role, *averages]:
-        _load_state(backbone, name, state, path)
+        load_state(backbone, name, state, path)

@@ -159,7 +159,7 @@ def test_help_comes_without_the_heavy_libraries() -> None:
     code = """
 import sys, time
 from stepdistill.cli import main
-for command in [], ["train"], ["init"], ["data", "check"], ["verify"]:
+for command in [], ["train"], ["init"], ["data", "check"], ["verify"], ["multi"]:
     try:
         main([*command, "--help"])
     except SystemExit as ended:
@@ -170,8 +170,8 @@ assert time.process_time() < 1, time.process_time()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: stepdistill") == 5
-    assert done.stdout.count("example") >= 5
+    assert done.stdout.count("usage: stepdistill") == 6
+    assert done.stdout.count("example") >= 6
     assert "--learning_rate 1e-4" in done.stdout
 
 

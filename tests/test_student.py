@@ -26,7 +26,7 @@ from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.proof import prove
-from stepdistill.roles import Copy, Ema, Lora
+from stepdistill.roles import Ema, Lora, Module
 
 RANK, ALPHA = 4, 16
 SIZE = (32, 32)
@@ -185,11 +185,11 @@ def test_a_deterministic_scheduler_in_place_of_a_stochastic_one_fails_the_proof(
     assert student.verify(quiet) > 1e-2
 
 
-def test_what_is_no_lora_is_refused(families, tmp_path):
+def test_what_is_no_denoiser_is_refused(families, tmp_path):
     pipe, bone = trained(families["sd3"])
-    bone.add("whole", Copy())
-    with pytest.raises(StudentError, match="role 'whole', which is no LoRA"):
-        options = {"role": "whole", "method": LCM, "resolution": SIZE}
+    bone.add("head", Module(lambda: nn.Linear(1, 1)))
+    with pytest.raises(StudentError, match="role 'head', which is no denoiser"):
+        options = {"role": "head", "method": LCM, "resolution": SIZE}
         student.write(tmp_path, family=families["sd3"], pipe=pipe, backbone=bone, **options)
 
 
@@ -277,7 +277,7 @@ def test_the_contract_survives_json_and_is_checked(written, tmp_path):
     folder = copied(written, "sd3", tmp_path)
     for change, said in [
         ({"schema_version": 2}, "got schema version 2 .*, expected 1"),
-        ({"kind": "full"}, "kind: Input should be 'lora'"),
+        ({"kind": "half"}, "kind: Input should be 'lora' or 'full'"),
         ({"strenght": 0.7}, "strenght: Unexpected keyword argument"),
         ({"timesteps": ["many"]}, "timesteps.0: Input should be a valid number"),
     ]:

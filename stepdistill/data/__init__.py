@@ -1,11 +1,12 @@
 """Where prompts, pictures and latents come from: sources, the order of a run, and their check."""
 
-from stepdistill.data.base import BadSample, FixedCrops, PromptsOf, Sample, Source, sample_rng
+from stepdistill.data.base import BadSample, FixedCrops, PromptsOf, Sample, Source, inside, sample_rng
 from stepdistill.data.check import check
 from stepdistill.data.folder import ImageFolder
 from stepdistill.data.hub import HubDataset
 from stepdistill.data.images import ImageSource
 from stepdistill.data.latents import Latents
+from stepdistill.data.partition import Partition
 from stepdistill.data.prompts import Prompts
 from stepdistill.data.samples import TeacherSamples
 from stepdistill.data.shards import Shards
@@ -18,6 +19,7 @@ __all__ = [
     "ImageFolder",
     "ImageSource",
     "Latents",
+    "Partition",
     "Prompts",
     "PromptsOf",
     "Sample",
@@ -26,6 +28,7 @@ __all__ = [
     "Stream",
     "TeacherSamples",
     "check",
+    "inside",
     "loader",
     "sample_rng",
 ]

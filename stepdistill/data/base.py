@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -109,6 +109,14 @@ class Source(ABC):
         for i in range(len(self)):
             content.update(f"\0{self.stamp(i)}".encode())
         return content.hexdigest()
+
+
+def inside(source: Source) -> Iterator[Source]:
+    """The source, and those that it is wrapped around."""
+    yield source
+    for part in vars(source).values():
+        if isinstance(part, Source):
+            yield from inside(part)
 
 
 def _prompt_of(outer: Source, inner: Source, i: int, rng: random.Random) -> str:

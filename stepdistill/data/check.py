@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from stepdistill.data.base import BadSample, Source
+from stepdistill.data.base import BadSample, PromptsOf, Source, inside
 from stepdistill.data.samples import TeacherSamples
 from stepdistill.errors import DataError, problem
 
@@ -105,6 +105,8 @@ def check(source: Source, strict: bool = False, workers: int = 0) -> str:
     """
     if isinstance(source, TeacherSamples):  # the rest the teacher draws when training starts
         source = source.source
+    elif any(isinstance(part, TeacherSamples) for part in inside(source)):
+        source = PromptsOf(source=source)
     total = len(source)
     source.buckets()  # before the workers start, so that they find it done
     tally = _Tally()

@@ -156,8 +156,23 @@ class Family(ABC):
         call needs so that it visits exactly `sampler.timesteps`. Raises ConfigError where there is none."""
 
     @abstractmethod
+    def narrow(self, net: nn.Module, width: float) -> nn.Module:
+        """A network with the inputs and outputs of `net`, about `width` of its channels (in (0, 1)) and fresh weights.
+
+        What the loss cannot reach is no parameter of it, so that every parameter learns.
+        """
+
+    @abstractmethod
     def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
         """Write `pytorch_lora_weights.safetensors` with its metadata, as the pipeline's loader reads it."""
+
+
+def rebuilt(net: nn.Module, **changes: Any) -> Any:  # noqa: ANN401
+    """A new network of the class and config of `net`, a Diffusers model, with other values of some config keys."""
+    kind: Any = type(net)
+    config: Any = net.config
+    # without its private keys: one lists the defaults that were used, which then would be used again
+    return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")} | changes)
 
 
 def named(net: nn.Module, endings: Sequence[str], kinds: tuple[type[nn.Module], ...]) -> list[str]:

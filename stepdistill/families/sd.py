@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
-from stepdistill.families.base import Family, named
+from stepdistill.families.base import Family, named, rebuilt
 from stepdistill.prediction import Kind
 from stepdistill.roles import Tap
 from stepdistill.sampling import Sampler
@@ -89,6 +90,15 @@ class StableDiffusion(Family):
         if ddim.timesteps.tolist() == times:
             return ddim, {"num_inference_steps": len(times)}
         return TCDScheduler(**table), {"timesteps": times, "num_inference_steps": len(times), "eta": 0.0}
+
+    def narrow(self, net: nn.Module, width: float) -> nn.Module:
+        config: Any = net.config
+        channels = config["block_out_channels"]
+        heads = config["num_attention_heads"] or config["attention_head_dim"]  # the second name means heads, too
+        heads = heads if isinstance(heads, list | tuple) else [heads] * len(channels)
+        units = [math.lcm(config["norm_num_groups"], n) for n in heads]
+        slim = [max(1, round(width * c / unit)) * unit for c, unit in zip(channels, units, strict=True)]
+        return rebuilt(net, block_out_channels=slim)
 
     def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
         layers: dict[str, nn.Module | Tensor] = {**state}

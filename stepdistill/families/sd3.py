@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
 from stepdistill.errors import ConfigError, problem
-from stepdistill.families.base import Family, named
+from stepdistill.families.base import Family, named, rebuilt
 from stepdistill.prediction import Kind
 from stepdistill.roles import Tap
 from stepdistill.sampling import Sampler
@@ -126,6 +126,18 @@ class StableDiffusion3(Family):
             "sigmas": [t / 1000 for t in sampler.timesteps],
             "num_inference_steps": len(sampler.timesteps),
         }
+
+    def narrow(self, net: nn.Module, width: float) -> nn.Module:
+        config: Any = net.config
+        heads = max(1, round(width * config["num_attention_heads"]))
+        inner = heads * config["attention_head_dim"]
+        slim = rebuilt(net, num_attention_heads=heads, caption_projection_dim=inner)
+        last = slim.transformer_blocks[-1].attn
+        for layer in filter(None, (last.add_q_proj, last.norm_added_q)):  # of no effect, see `lora_targets`
+            for name, value in list(layer.named_parameters()):
+                delattr(layer, name)
+                layer.register_buffer(name, value.data)
+        return slim
 
     def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
         layers: dict[str, nn.Module | Tensor] = {**state}

@@ -1,0 +1,80 @@
+"""Teacher score matching: a smaller network learns the teacher's estimates before it is distilled to few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from stepdistill.denoiser import guided
+from stepdistill.losses import distance
+from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.consistency import latents_of
+from stepdistill.roles import TEACHER, Copy, Ema, Role
+from stepdistill.sampling import Sampler
+from stepdistill.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherScoreMatching(Method):
+    """The first stage of a smaller student: `E_t lambda_t |mu(x_t, t) - mu_teacher(x_t, t)|^2`.
+
+    `x_t` is real latents with noise, `mu` the estimate of x0. The loss is the squared distance in x0 and in eps, so
+    `lambda_t = 1 + alpha_t^2 / sigma_t^2`; no weight is given in what was read of the paper. It is bounded for every
+    prediction type, and for a table's eps network it is `1 / alpha_t^2`, at most 214, times the distance of outputs.
+    Unlike the denoising loss on the data its least value is 0.
+
+    The student is a smaller teacher, and needs as many steps; it is exported as a whole network. The paper then
+    distils it against the large teacher, for which no method here takes a copy as its student yet. A pipeline saved
+    with the smaller network is a teacher for any method as it is, which is one teacher further from the data.
+
+    References:
+        Multi-student diffusion distillation, Song et al. 2024, https://arxiv.org/abs/2410.23274: the stage before
+        distribution matching, without which 42 % smaller one-step students had FID 11.67 instead of 2.88.
+
+    Args:
+        width: the student's share of the teacher's channels, in (0, 1); rounded to what the network allows.
+        guidance_scale: w of `uncond + w (cond - uncond)` in the teacher; 1 matches it without guidance.
+        sampling_guidance_scale: written into the contract; 1 where the teacher was matched with guidance.
+        ema_decay: decay of an average of the student, which is what is exported; none exports the student itself.
+        num_inference_steps: steps that the contract names.
+    """
+
+    width: float = 0.5
+    guidance_scale: float = 1.0
+    sampling_guidance_scale: float = 7.5
+    ema_decay: float | None = 0.99
+    num_inference_steps: int = 25
+
+    def __post_init__(self) -> None:
+        if not 0 < self.width < 1:
+            raise ValueError(f"width is {self.width}: expected a share in (0, 1); at 1 the student is the teacher")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"latents"})
+
+    def roles(self) -> dict[str, Role]:
+        average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
+        return {"student": Copy(width=self.width)} | average
+
+    def exported(self) -> str:
+        return "student" if self.ema_decay is None else "ema"
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        schedule.grid(self.num_inference_steps)
+
+    def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
+        times = schedule.grid(steps or self.num_inference_steps).flip(0)[:-1]
+        return Sampler(tuple(times.tolist()), eta=0.0, clean=True, guidance_scale=self.sampling_guidance_scale)
+
+    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+        x0 = latents_of(batch)
+        t = play.schedule.spread(play.draw(batch, "t"), *play.schedule.span)
+        x_t = play.schedule.add_noise(x0, play.noise(batch, "eps"), t)
+        with torch.no_grad():
+            target = guided(play.denoiser(TEACHER), play.null, self.guidance_scale)(x_t, t, batch.cond)
+        est = play.denoiser("student")(x_t, t, batch.cond)
+        loss = distance("l2", est.x0, target.x0) + distance("l2", est.eps, target.eps)
+        yield Update(("student",), loss, {"loss": loss.detach()})

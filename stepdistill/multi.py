@@ -1,0 +1,250 @@
+"""A folder of K students of one teacher: join them, load them into one plain pipeline, send each prompt to its own.
+
+Multi-student distillation, Song et al. 2024, https://arxiv.org/abs/2410.23274: one student a prompt, so that K students
+cost no more time than one, and as LoRAs on one base little more memory. The paper's smaller students are networks of
+their own, and each takes its memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from stepdistill import student
+from stepdistill.card import write_card, write_multi_card
+from stepdistill.contract import (
+    CONTRACT,
+    STUDENTS,
+    Contract,
+    MultiContract,
+    is_multi,
+    read_contract,
+    read_multi,
+    save,
+    teacher,
+)
+from stepdistill.errors import StudentError, problem
+from stepdistill.evaluate import Row, generate
+from stepdistill.metrics.cost import Cost
+from stepdistill.router import Router, Routing, read_routing
+
+EACH = ("generator", "latents", "negative_prompt")  # arguments of a call that may have one entry a prompt
+LEFT_OUT = ("checkpoint-*", "runs")  # parts of a training run that its student does not need
+
+
+@dataclass(frozen=True)
+class Students:
+    """K students in one plain pipeline, and the router between them; `students(prompts)` draws.
+
+    Args:
+        pipe: the pipeline.
+        part: the name of its denoiser.
+        router: from a prompt to the number of its student.
+        adapters: for each student the adapters to draw with: its own, after those that were active before; none
+            where the students are networks of their own.
+        nets: the denoiser of each student, one and the same where they are adapters.
+        calls, schedulers: keyword arguments of the call and scheduler of each student.
+    """
+
+    pipe: Any
+    part: str
+    router: Router
+    adapters: tuple[tuple[str, ...], ...]
+    nets: tuple[Any, ...]
+    calls: tuple[dict[str, Any], ...]
+    schedulers: tuple[Any, ...]
+
+    def route(self, prompts: Sequence[str]) -> dict[int, list[int]]:
+        """The places of each student's prompts in the list, in their order; only students that have any."""
+        places: dict[int, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            places.setdefault(self.router.route(prompt), []).append(place)
+        return places
+
+    @contextmanager
+    def use(self, k: int) -> Iterator[None]:
+        """The pipeline draws with student k inside, and as before afterwards."""
+        net, scheduler = self.pipe.components[self.part], self.pipe.scheduler
+        active = net.active_adapters() if self.adapters[k] else []
+        try:
+            self.choose(k)
+            yield
+        finally:
+            self.pipe.register_modules(**{self.part: net, "scheduler": scheduler})
+            if active:
+                net.set_adapter(active)
+
+    def choose(self, k: int) -> None:
+        """The pipeline draws with student k from now on."""
+        self.pipe.register_modules(**{self.part: self.nets[k], "scheduler": self.schedulers[k]})
+        if self.adapters[k]:
+            self.nets[k].set_adapter(list(self.adapters[k]))
+
+    def __call__(self, prompts: Sequence[str] | str, **call: Any) -> Any:  # noqa: ANN401
+        """Pictures in the order of the prompts: a list, or one tensor or array by the pipeline's `output_type`.
+
+        One call of the pipeline for each student with prompts: adapters cannot change within a batch.
+
+        Args:
+            prompts: N of them.
+            call: further arguments of the pipeline's call, which win over the contract's. A list of N generators
+                or negative prompts, or (N, C, h, w) latents, are shared out with the prompts. With one generator
+                a picture depends on the other prompts; with one each it does not.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        each = {name: call.pop(name) for name in EACH if isinstance(call.get(name), list | tuple | Tensor)}
+        odd = [f"{len(values)} {name}" for name, values in each.items() if len(values) != len(prompts)]
+        if odd or not prompts:
+            why = "they are shared out among the students with the prompts"
+            raise ValueError(
+                problem(odd or "no prompts", f"one for each of {len(prompts)} prompts", why, "give as many")
+            )
+        rows: dict[int, Any] = {}
+        for k, places in self.route(prompts).items():
+            own = {name: _at(values, places) for name, values in each.items()}
+            with self.use(k):
+                made = self.pipe([prompts[i] for i in places], **{**self.calls[k], **call, **own}).images
+            if len(made) != len(places):
+                why = "they are put in the prompts' order"
+                todo = "write a prompt several times instead of asking for several images of it"
+                raise ValueError(problem(f"{len(made)} pictures of {len(places)} prompts", "one each", why, todo))
+            rows |= dict(zip(places, made, strict=True))
+        ordered = [rows[i] for i in range(len(prompts))]
+        if isinstance(ordered[0], Tensor):
+            return torch.stack(ordered)
+        return np.stack(ordered) if isinstance(ordered[0], np.ndarray) else ordered
+
+
+def generate_each(students: Students, prompts: Sequence[str], seed: int) -> tuple[Tensor, Cost]:
+    """What `stepdistill.evaluate.generate` draws, each prompt with its student: the same pictures as of it alone."""
+    pictures, total = {}, Cost()
+    for k, places in students.route(prompts).items():
+        call = {key: value for key, value in students.calls[k].items() if key not in ("height", "width")}
+        row = Row(f"student {k}", students.schedulers[k], call)
+        with students.use(k):
+            made, cost = generate(students.pipe, row, [prompts[i] for i in places], seed, numbers=places)
+        pictures |= dict(zip(places, made, strict=True))
+        total = Cost(total.calls + cost.calls, total.rows + cost.rows, total.seconds + cost.seconds)
+    return torch.stack([pictures[i] for i in range(len(prompts))]), total
+
+
+def _at(values: Any, places: list[int]) -> Any:  # noqa: ANN401
+    return values[places] if isinstance(values, Tensor) else [values[i] for i in places]
+
+
+def load(pipe: DiffusionPipeline, folder: Path, adapter_name: str = "student") -> Students:
+    """Load all students of a folder into a plain pipeline of their base, as adapters `student-0` and so on.
+
+    Networks of their own are placed where the pipeline's is now, so move it before. Until something else is chosen
+    the pipeline itself draws with student 0.
+
+    Raises:
+        StudentError: the folder is not whole, or does not fit the pipeline.
+    """
+    contract, routing = read_multi(folder), read_routing(folder)
+    if routing.router.students != contract.students:
+        got = f"a router of {routing.router.students} and a contract of {contract.students} students in {folder}"
+        raise StudentError(problem(got, "as many", "prompts would go to no one", "join the students again"))
+    family, places = teacher(contract), [folder / STUDENTS / str(k) for k in range(contract.students)]
+    part, names = family.network_name, [f"{adapter_name}-{k}" for k in range(contract.students)]
+    base, nets, calls, schedulers = pipe.components.get(part), [], [], []
+    for k, place in enumerate(places):
+        if k:  # a whole network has taken its place
+            pipe.register_modules(**{part: base})
+        calls.append(student.load_student(pipe, place, names[k]))
+        nets.append(family.network(pipe))
+        schedulers.append(pipe.scheduler)
+    adapters = [()] * len(names)
+    if read_contract(places[0]).kind == "lora":
+        styles = [name for name in nets[0].active_adapters() if name not in names]  # a load leaves on what is on
+        adapters = [(*styles, name) for name in names]
+    found = Students(pipe, part, routing.router, tuple(adapters), tuple(nets), tuple(calls), tuple(schedulers))
+    found.choose(0)
+    return found
+
+
+def join(out: Path, folders: Sequence[Path], move: bool = False) -> Path:
+    """Join the folders of K students into one, `out`, each with its own proof.
+
+    Args:
+        out: a new folder.
+        folders: of the runs over the K parts of one `Partition`, in any order.
+        move: move the folders whole instead of copying what the students need.
+
+    Raises:
+        StudentError: a student is missing, there twice, unproven, or of another teacher or partition.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        why = "what is there would be mixed with the students"
+        raise StudentError(problem(f"{out}, which is not empty", "a new folder", why, "name another"))
+    order = _ordered(folders)
+    for k, folder in enumerate(order):
+        to = out / STUDENTS / str(k)
+        if move:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(folder, to)
+        else:
+            shutil.copytree(folder, to, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        write_card(to, read_contract(to))  # its snippet names the folder
+    first = read_contract(out / STUDENTS / "0")
+    shared = {name: vars(first)[name] for name in vars(first).keys() & MultiContract.__dataclass_fields__.keys()}
+    contract = MultiContract(**{**shared, "kind": "multi", "students": len(order)})
+    routing = Routing(None, read_routing(out / STUDENTS / "0").router)
+    save(out, contract)
+    routing.save(out)
+    write_multi_card(out, contract)
+    return out
+
+
+def _ordered(folders: Sequence[Path]) -> list[Path]:
+    """The folders by number of their student, after every check."""
+    if not folders:
+        raise StudentError(problem("no folder", "those of all students", "there is nothing to join", "name them"))
+    found: dict[int, Path] = {}
+    first: tuple[dict[str, object], Path] | None = None
+    for folder in folders:
+        if is_multi(folder):
+            why, todo = "its students are joined already", f"name the folders in its {STUDENTS}/"
+            raise StudentError(problem(f"{folder}, a folder of several students", "one student", why, todo))
+        contract, routing = read_contract(folder), read_routing(folder)
+        if contract.proof is None:
+            why = f"{folder / CONTRACT} says that it was not compared, or was found different"
+            raise StudentError(problem(f"no proof of {folder}", "one", why, "train it again"))
+        facts = _facts(contract, routing)
+        odd = [name for name in facts if first and facts[name] != first[0][name]]
+        if first and odd:
+            got = f"{folder} and {first[1]}, which differ in {', '.join(odd)}"
+            why = "the students answer for one teacher, each for its part of one partition"
+            raise StudentError(problem(got, "students of one teacher and one partition", why, "train them alike"))
+        first = first or (facts, folder)
+        if routing.student is None or routing.student in found:
+            got = f"student {routing.student} both in {found.get(routing.student or 0)} and in {folder}"
+            raise StudentError(problem(got, "each once", "a part has one student", "name the folder of another"))
+        found[routing.student] = folder
+    count = read_routing(folders[0]).router.students
+    missing = [k for k in range(count) if k not in found]
+    if missing:
+        got = f"{len(folders)} of {count} students, without {missing}"
+        raise StudentError(problem(got, "all", "their prompts would go to no one", "train and name them, too"))
+    return [found[k] for k in range(count)]
+
+
+def _facts(contract: Contract, routing: Routing) -> dict[str, object]:
+    """What all students of a folder have in common, by what to call it."""
+    return {
+        "kind": contract.kind,
+        "the family of the base": contract.family["type"],
+        "the family's arguments": teacher(contract).arguments(),
+        "the weights of the base": contract.base_hash,
+        "the number of students": routing.router.students,
+        "the router": routing.router,
+    }
