@@ -17,10 +17,11 @@ if __name__ == "__main__":
     parser.add_argument("--render", action="store_true", help="write the tables into README.md")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--teacher", choices=sorted(tables.TEACHERS), help="only this one")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these students, as lcm or dmd2")
     args = parser.parse_args()
     results = Path(__file__).parent / "results"
     if args.name:
-        tables.measure(args.name, results, args.threads, args.teacher)
+        tables.measure(args.name, results, args.threads, args.teacher, args.rows)
     if args.render:
         readme = Path(__file__).parent.parent / "README.md"
         readme.write_text(tables.render(readme.read_text(), results))

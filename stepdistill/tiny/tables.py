@@ -6,7 +6,7 @@ import fcntl
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -158,7 +158,7 @@ def recipes(name: str, table: str) -> dict[str, Path]:
     return {file.stem.removeprefix(name.replace("-", "_") + "_"): file for file in found}
 
 
-def measure_teacher(name: str, results: Results, work: Path) -> None:
+def measure_teacher(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
     """Distance to the data, diversity, and every stock sampler of a teacher."""
     run = config.load(Run, next(iter(recipes(name, "consistency").values())), [])
     ref, pipe = reference(name, run, work), run.family.load()
@@ -187,9 +187,11 @@ def measure_teacher(name: str, results: Results, work: Path) -> None:
         results.once(f"{name}/{row.name}/{steps}", partial(figures, pipe, row, ref), **facts, steps=steps)
 
 
-def measure_students(table: str, name: str, results: Results, work: Path) -> None:
+def measure_students(table: str, name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
     """Train each student that is missing, and sample it in few steps through plain Diffusers."""
     for method, file in recipes(name, table).items():
+        if rows and method not in rows:
+            continue
         run, out = config.load(Run, file, []), trained(file)
         ref, pipe = reference(name, run, work), run.family.load()
         sampled = {str(steps): report.student_row(run, pipe, steps) for steps in STEPS[table]}
@@ -228,19 +230,19 @@ def seconds(folder: Path) -> float:
     return sum(row.get("seconds", 0.0) for row in rows)
 
 
-TABLES: dict[str, Callable[[str, Results, Path], None]] = {
+TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "teachers": measure_teacher,
     "consistency": partial(measure_students, "consistency"),
     "distribution": partial(measure_students, "distribution"),
 }
 
 
-def measure(table: str, results: Path, threads: int, only: str | None = None) -> None:
-    """Measure a table for every bundled teacher, or for one."""
+def measure(table: str, results: Path, threads: int, only: str | None = None, rows: Sequence[str] = ()) -> None:
+    """Measure a table for every bundled teacher, or for one; of students all, or those of some configs."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # a quarter of the time on a CPU
     for name in [only] if only else TEACHERS:
-        TABLES[table](name, Results(results / f"{table}.json"), Path("runs/tables"))
+        TABLES[table](name, Results(results / f"{table}.json"), Path("runs/tables"), rows)
 
 
 def render(text: str, results: Path) -> str:
