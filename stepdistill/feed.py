@@ -105,7 +105,8 @@ class Feed:
             latents = self._encode(samples)
         shape = self.shape if latents is None else tuple(latents.shape[1:])
         noise = None if first.noise is None else torch.stack([s.noise for s in samples if s.noise is not None])
-        return Batch(tuple(index), cond, shape, _to(latents, self.device), _to(noise, self.device))
+        prompts = tuple(sample.prompt for sample in samples)
+        return Batch(tuple(index), cond, shape, _to(latents, self.device), _to(noise, self.device), prompts)
 
     def _encode(self, samples: list[Sample]) -> Tensor:
         pixels = torch.stack([s.pixels for s in samples if s.pixels is not None])

@@ -61,6 +61,7 @@ class Stage:
             null=self.feed.condition([""]),
             denoiser=self.denoiser,
             module=lambda name: self.backbone.others[name],
+            decode=lambda latents: self.run.family.decode(self.pipe, latents),
             seed=self.run.train.seed,
             step=step,
             device=self.accelerator.device,

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import FAMILIES, awake, backbone, batch, pipeline, play
+from tiny import FAMILIES, awake, backbone, batch, pipeline, play, tokens
 from torch import nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from stepdistill.adversarial import Head, features_before
 from stepdistill.backbone import Backbone
@@ -18,7 +19,8 @@ from stepdistill.feed import check_needs
 from stepdistill.methods.base import Batch, Method, Play
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2, Gan
-from stepdistill.methods.vsd import VSD
+from stepdistill.methods.vsd import VSD, ClipTerm
+from stepdistill.metrics.clip import clip
 from stepdistill.roles import TEACHER, Ema, Lora, Tap
 from stepdistill.schedule import Rectified
 
@@ -161,6 +163,56 @@ def test_an_empty_prompt_is_learned_in_its_share_of_steps(shared):
     null = stage.null["states"].expand_as(part.cond["states"])
     assert torch.equal(seen["fake"], null) is (shared == 0.0)
     assert not torch.equal(part.cond["states"], null)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> str:
+    """A small random CLIP with all that `from_pretrained` wants."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**shape, "vocab_size": len(tokens()), "max_position_embeddings": 77}
+    vision = {**shape, "image_size": 32, "patch_size": 16}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokens().save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_clip_term_pulls_below_its_threshold_only(clip_folder):
+    """O21: the gradient reaches the student through decoder and CLIP; above the threshold it is exactly that of VSD."""
+    bone, part, stage = scene(VSD())
+    part = replace(part, prompts=("red apple", "cat face"))
+    found = {}
+    for name, term in {
+        "none": None,
+        "above": ClipTerm(pretrained_clip_model=clip_folder, threshold=-1.0),
+        "below": ClipTerm(pretrained_clip_model=clip_folder, threshold=1.0),
+        "weightless": ClipTerm(pretrained_clip_model=clip_folder, threshold=1.0, decay_steps=1),
+    }.items():
+        method = VSD(clip=term)
+        update = next(method.updates(stage, part, int(name == "weightless")))
+        update.loss.backward()
+        found[name] = torch.cat([p.grad.flatten() for p in bone.parameters_of("student").values()])
+        bone.zero_grad(set_to_none=True)
+        assert ("clip" in update.logs) is (term is not None)
+    assert torch.equal(found["none"], found["above"]) and torch.equal(found["none"], found["weightless"])
+    pull = found["below"] - found["none"]
+    assert pull.norm() > 1e-3 * found["none"].norm() and pull.isfinite().all()
+
+
+def test_clip_sees_what_its_own_processor_makes(clip_folder):
+    pictures = torch.rand(2, 3, 32, 32)
+    ours = clip(clip_folder, torch.device("cpu"))(pictures, ["red apple", "cat face"])
+    model, words = CLIPModel.from_pretrained(clip_folder).eval(), tokens()(["red apple", "cat face"], padding=True)
+    plain = CLIPImageProcessor(size={"height": 32, "width": 32}, do_rescale=False, do_center_crop=False)
+    with torch.no_grad():
+        out = model(
+            input_ids=torch.tensor(words["input_ids"]),
+            attention_mask=torch.tensor(words["attention_mask"]),
+            pixel_values=torch.stack([torch.as_tensor(v) for v in plain(list(pictures.numpy())).pixel_values]),
+        )
+    torch.testing.assert_close(ours, (out.image_embeds * out.text_embeds).sum(1), atol=1e-5, rtol=0)
 
 
 def test_disback_follows_its_waypoints_back_to_the_teacher():

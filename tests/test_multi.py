@@ -502,6 +502,7 @@ def bias(part: Partition) -> tuple[float, float]:
         null={},
         denoiser=lambda role: lambda x_t, t, cond: Estimate(value + 0 * x_t, x_t),
         module=nn.ModuleDict().__getitem__,
+        decode=nn.Identity(),
         seed=0,
         step=0,
         device=torch.device("cpu"),

@@ -26,6 +26,7 @@ def update(method: Regression, student: Denoise, share: float, latents: Tensor |
         null={},
         denoiser={"student": student}.__getitem__,
         module=nn.ModuleDict().__getitem__,
+        decode=nn.Identity(),
         seed=0,
         step=0,
         device=torch.device("cpu"),

@@ -46,6 +46,7 @@ def update(method: TeacherScoreMatching, schedule: NoiseSchedule, learner: Denoi
         null=NULL,
         denoiser={"student": learner, "teacher": GaussianTeacher(schedule, STD)}.__getitem__,
         module=nn.ModuleDict().__getitem__,
+        decode=nn.Identity(),
         seed=0,
         step=0,
         device=torch.device("cpu"),

@@ -73,6 +73,7 @@ def play(name: str, pipe: DiffusionPipeline, bones: dict[str, Backbone] | Backbo
         null=family.condition(pipe, [""]),
         denoiser=lambda role: Denoiser(bone(role), role, schedule, family.kind(pipe), family.call),
         module=lambda role: bone(role).others[role],
+        decode=lambda latents: family.decode(pipe, latents),
         seed=0,
         step=step,
         device=torch.device("cpu"),

@@ -85,7 +85,7 @@ class Family(ABC):
             pipe = self.pipeline_class.from_pretrained(where, revision=self.revision, variant=self.variant, **without)
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
-                part.float()  # transformers loads a file of halves in half
+                part.float().requires_grad_(False)  # transformers loads a file of halves in half
         for lora in self.teacher_loras:
             pipe.load_lora_weights(lora)
             pipe.fuse_lora()
@@ -148,7 +148,7 @@ class Family(ABC):
 
     @abstractmethod
     def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1], not clamped, from latents in the network's scale."""
+        """Pixels (B, 3, H, W) in [-1, 1], not clamped, from latents in the network's scale; differentiable."""
 
     @abstractmethod
     def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:

@@ -66,7 +66,6 @@ class StableDiffusion(Family):
         latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
         return latents.float() * pipe.vae.config.scaling_factor
 
-    @torch.no_grad()
     def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
         latents = latents / pipe.vae.config.scaling_factor
         return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0].float()

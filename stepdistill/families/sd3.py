@@ -104,7 +104,6 @@ class StableDiffusion3(Family):
         latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
         return (latents.float() - config.shift_factor) * config.scaling_factor
 
-    @torch.no_grad()
     def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
         config = pipe.vae.config
         latents = latents / config.scaling_factor + config.shift_factor

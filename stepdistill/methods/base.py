@@ -32,6 +32,7 @@ class Batch:
     Args:
         index: the samples' positions in the whole run's stream of data; they key the random draws.
         cond: the family's embeddings, B rows each.
+        prompts: what they are embeddings of, B of them.
         shape: (C, H, W) of one latent.
         latents: (B, C, H, W) clean latents in the network's scale, where the data has them.
         noise: (B, C, H, W) the starting noise that the teacher turned into `latents`, where the data are pairs.
@@ -42,12 +43,13 @@ class Batch:
     shape: tuple[int, ...]
     latents: Tensor | None = None
     noise: Tensor | None = None
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Play:
-    """What a method may touch in one step: denoisers and modules by role, the schedule, the null condition, and
-    randomness.
+    """What a method may touch in one step: denoisers and modules by role, the schedule, the null condition, pixels
+    (B, 3, H, W) in about [-1, 1] from latents, and randomness.
 
     Draws are keyed by (seed, step, sample, purpose), so the number of processes, accumulation, or a term switched
     off change no other draw. No method uses a global generator.
@@ -57,6 +59,7 @@ class Play:
     null: Condition
     denoiser: Callable[[str], Denoiser]
     module: Callable[[str], nn.Module]
+    decode: Callable[[Tensor], Tensor]
     seed: int
     step: int
     device: torch.device

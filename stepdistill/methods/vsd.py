@@ -17,9 +17,34 @@ from stepdistill.denoiser import guided
 from stepdistill.losses import distance, surrogate
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.dmd2 import check_range
+from stepdistill.metrics.clip import clip
 from stepdistill.roles import TEACHER, Ema, Lora, Role
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import NoiseSchedule, expand
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTerm:
+    """SwiftBrush v2's clamped term, `weight max(0, threshold - cos(picture, prompt))`; 0 above the threshold.
+
+    References:
+        SwiftBrush v2, Dao et al. 2024, https://arxiv.org/abs/2408.14176, section 4.2.
+
+    Args:
+        pretrained_clip_model: a folder or hub id.
+        threshold: cosine from which on a picture fits well enough (0.35 published; 0.37 in SNOOPI).
+        weight: at the student's first step.
+        decay_steps: steps in which the weight falls to 0 along a line; none keeps it.
+    """
+
+    pretrained_clip_model: str = "openai/clip-vit-base-patch32"
+    threshold: float = 0.35
+    weight: float = 0.1
+    decay_steps: int | None = None
+
+    def weight_at(self, step: int) -> float:
+        """The weight in the student's `step` (from 0)."""
+        return self.weight * max(0.0, 1 - step / self.decay_steps) if self.decay_steps else self.weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +62,7 @@ class VSD(Method):
         warmup_steps: steps of the fake score alone, before the student's first.
         t_range: lowest and highest timestep at which the scores are compared.
         proportion_empty_prompts: share of steps in which the fake score learns the unconditional law.
+        clip: the clamped CLIP term; none decodes no picture.
         ema_decay: decay of the average of the student that is exported; none exports the student itself.
     """
 
@@ -45,6 +71,7 @@ class VSD(Method):
     warmup_steps: int = 0
     t_range: tuple[float, float] = (20.0, 980.0)
     proportion_empty_prompts: float = 0.1
+    clip: ClipTerm | None = None
     ema_decay: float | None = 0.99
 
     def __post_init__(self) -> None:
@@ -79,11 +106,18 @@ class VSD(Method):
         """The updates of one step, with the role `target` as the real score."""
         student, z = play.denoiser("student"), play.noise(batch, "start")
         t = torch.full((len(z),), self.sampler(play.schedule).timesteps[0], device=z.device)
-        if step >= self.warmup_steps:
+        turn = step - self.warmup_steps
+        if turn >= 0:
             x0 = student(z, t, batch.cond).x0
             loss = surrogate(x0, self.gradient(target, play, batch, x0.detach()))
+            logs = {"loss": loss.detach()}
+            if self.clip is not None:
+                pictures = (play.decode(x0) / 2 + 0.5).clamp(0, 1)
+                cosine = clip(self.clip.pretrained_clip_model, play.device)(pictures, batch.prompts)
+                loss = loss + self.clip.weight_at(turn) * (self.clip.threshold - cosine).relu().mean()
+                logs["clip"] = cosine.detach().mean()
             x0 = x0.detach()
-            yield Update(("student",), loss, {"loss": loss.detach()})
+            yield Update(("student",), loss, logs)
         else:
             with torch.no_grad():
                 x0 = student(z, t, batch.cond).x0

@@ -180,6 +180,7 @@ def update(
         null={"mean": column(null)},
         denoiser=roles.__getitem__,
         module=nn.ModuleDict().__getitem__,
+        decode=nn.Identity(),
         seed=0,
         step=step,
         device=torch.device("cpu"),
@@ -317,6 +318,7 @@ def drawn(schedule: NoiseSchedule, roles: Mapping[str, object], seed: int = 0, *
         null={"mean": torch.zeros(1, 1, 1, 1, dtype=torch.float64)},
         denoiser=roles.__getitem__,  # pyright: ignore[reportArgumentType]
         module=roles.__getitem__,  # pyright: ignore[reportArgumentType]
+        decode=nn.Identity(),
         seed=0,
         step=0,
         device=torch.device("cpu"),
