@@ -1,4 +1,4 @@
-"""The `stepdistill` command: train, init, data check, verify. Heavy imports wait inside the subcommands."""
+"""The `stepdistill` command: train, init, data check, verify, doctor. Heavy imports wait inside the subcommands."""
 
 from __future__ import annotations
 
@@ -52,6 +52,17 @@ example:
   stepdistill verify runs/mine
 """
 
+DOCTOR = """\
+Says in words what rises or falls that should not: losses, gradient norms, and what the watch saw in the pictures (see
+train.validation_steps). The run is compared with the reference curve of its recipe, one of configs/**/curves/*.json or
+FILE. A run that is still going on can be asked about, too. The status is 0 where nothing is off, else 1.
+
+examples:
+  stepdistill doctor runs/mine
+  stepdistill doctor runs/mine --reference configs/curves/quickstart.json
+  stepdistill doctor runs/good --save-curve configs/curves/mine.json
+"""
+
 
 def train(argv: Sequence[str]) -> None:
     """`stepdistill train` with these arguments: CONFIG, overrides, `--dry-run`."""
@@ -102,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "verify", _verify, "prove that plain Diffusers loads a student", VERIFY)
     command.add_argument("folder", metavar="FOLDER", type=Path, help="the output_dir of a run")
     command.add_argument("--tolerance", type=float, default=1e-4, help="largest difference (default: 1e-4)")
+
+    command = _command(commands, "doctor", _doctor, "say what is off with a run", DOCTOR)
+    command.add_argument("folder", metavar="RUN", type=Path, help="the output_dir of a run")
+    command.add_argument("--reference", metavar="FILE", type=Path, help="curve to compare with (default: by recipe)")
+    command.add_argument("--save-curve", metavar="FILE", type=Path, help="write the run's own curve, and no report")
     return parser
 
 
@@ -164,4 +180,16 @@ def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
     difference = verify(args.folder)
     print(f"largest difference between plain Diffusers and the student's own sampler: {difference:.3g}")
     if not difference <= args.tolerance:
+        raise SystemExit(1)
+
+
+def _doctor(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.doctor import examine, save_curve
+
+    if args.save_curve:
+        save_curve(args.folder, args.save_curve)
+        return
+    report, healthy = examine(args.folder, args.reference)
+    print(report)
+    if not healthy:
         raise SystemExit(1)

@@ -52,8 +52,8 @@ MEANING = {
     "gap": (
         "the teacher finds the student's pictures easier than its own: they are smoother and more alike, as before a "
         "collapse; train the critic more often, lower guidance_scale",
-        "the teacher does not take the student's pictures for its own at this noise level (near 1: layout, near 0: "
-        "texture); lower the learning rate, or train longer",
+        "the teacher does not take the student's pictures for its own at this noise level (high: layout, low: "
+        "texture); lower the learning rate or guidance_scale, or train longer",
     ),
 }
 
@@ -126,6 +126,13 @@ def outside(deviations: Sequence[float]) -> list[bool]:
 def alarmed(deviations: Sequence[float]) -> bool:
     """Whether it is out of its band at the last two validations."""
     return len(deviations) >= RUNNING and all(outside(deviations)[-RUNNING:])
+
+
+def told(names: Sequence[str], past: Mapping[str, Sequence[float]]) -> list[str]:
+    """Of these statistics those to speak of: of the gaps, which move together, only the one that is farthest off."""
+    gaps = [name for name in names if name in GAPS]
+    worst = max(gaps, key=lambda name: abs(past[name][-1]), default=None)
+    return [name for name in names if name not in GAPS or name == worst]
 
 
 def score(deviations: Mapping[str, float]) -> float:

@@ -106,9 +106,9 @@ class Watch:
         rows = signs.rows(self.logs.file)
         past = signs.history(rows, spread)
         alarms = [name for name in past if signs.alarmed(past[name])]
-        for name in alarms:
-            if not signs.alarmed(past[name][:-1]):  # it is said once, when it begins
-                logger.warning("step %d, twice running: %s", step, signs.sentence(name, past[name], spread[name]))
+        fresh = [name for name in alarms if not signs.alarmed(past[name][:-1])]  # it is said once, when it begins
+        for name in signs.told(fresh, past):
+            logger.warning("step %d, twice running: %s", step, signs.sentence(name, past[name], spread[name]))
         if step:
             self._keep(step, score)
         plot(rows, spread, self.out / "samples" / "watch.png")
@@ -151,6 +151,7 @@ class Watch:
             "steps": spec.teacher_steps,
             "guidance_scale": spec.teacher_guidance_scale,
             "shape": list(self.stage.feed.shape),
+            "dtype": str(self.stage.dtype),
         }
         stored = Yardstick.read(self.out / "watch.json")
         if stored and stored.facts == facts:
