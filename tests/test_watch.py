@@ -198,10 +198,11 @@ def watch(scene, tmp_path, monkeypatch, caplog):
             if made is None:
                 made = Watch(scene, Logs(scene.accelerator, out, 0), 0)
             else:
-                made.look(step)
+                after.asked.append(made.look(step))
         assert made is not None
         return made, [record.message for record in caplog.records if record.levelno == logging.WARNING]
 
+    after.asked = []
     return after
 
 
@@ -252,12 +253,12 @@ def test_best_is_kept_and_never_the_untrained_one(watch):
     assert not (made.out / "best.part").exists()
 
 
-def test_a_step_is_looked_at_once_and_asks_to_stop(watch):
-    made, _ = watch("teacher", "saturated", "saturated", watch_stop=True)
+def test_it_asks_to_stop_at_an_alarm_and_looks_once_at_a_step(watch):
+    made, _ = watch("teacher", "teacher", "saturated", "saturated", watch_stop=True)
+    assert watch.asked == [False, False, True]
     lines = made.logs.file.read_text().splitlines()
-    assert not made.look(2)
+    assert not made.look(3)
     assert made.logs.file.read_text().splitlines() == lines
-    assert made.look(3)
 
 
 def test_the_gap_is_the_teacher_s_error(scene, watch):
@@ -351,9 +352,10 @@ def test_resume_goes_on_as_if_it_had_never_stopped(whole, tmp_path, monkeypatch)
 
 
 def test_a_far_too_high_learning_rate_stops_the_run(tmp_path, caplog):
-    out = distill(make(out := tmp_path / "out", max_train_steps=12, learning_rate=0.3, watch_stop=True))
+    steps = {"max_train_steps": 18, "validation_steps": 3, "checkpointing_steps": None}
+    out = distill(make(tmp_path / "out", **steps, learning_rate=0.1, watch_stop=True))
     last = looks(out)[-1]["step"]
-    assert 4 <= last < 12
+    assert 6 <= last < 18
     assert (out / f"checkpoint-{last}" / "manifest.json").exists()
     assert not (out / "distill_config.json").exists()
     assert "twice running" in caplog.text and "the watch stops the run" in caplog.text
