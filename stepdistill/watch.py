@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -109,7 +110,7 @@ class Watch:
         fresh = [name for name in alarms if not signs.alarmed(past[name][:-1])]  # it is said once, when it begins
         for name in signs.told(fresh, past):
             logger.warning("step %d, twice running: %s", step, signs.sentence(name, past[name], spread[name]))
-        if step:
+        if step and math.isfinite(score):
             self._keep(step, score)
         plot(rows, spread, self.out / "samples" / "watch.png")
         if alarms and self.spec.watch_stop:

@@ -161,6 +161,7 @@ STUDENTS = {
     "teacher": lambda scene, ids: taught(scene, ids),
     "saturated": saturated,
     "overdone": lambda scene, ids: 1.7 * taught(scene, ids),
+    "nan": lambda scene, ids: taught(scene, ids) * math.nan,
     "collapsed": lambda scene, ids: taught(scene, range(len(ids))),  # one seed for all
     "blurred": lambda scene, ids: F.avg_pool2d(taught(scene, ids), 3, 1, 1, count_include_pad=False),
 }
@@ -251,6 +252,12 @@ def test_best_is_kept_and_never_the_untrained_one(watch):
     scores = {row["step"]: row[SCORE] for row in signs.rows(made.logs.file)}
     assert kept == {"step": 2, "score": scores[2]}
     assert not (made.out / "best.part").exists()
+
+
+def test_a_student_of_nans_is_off_and_never_the_best(watch):
+    made, said = watch("teacher", "nan", "nan", "blurred")
+    assert json.loads((made.out / "best" / "watch.json").read_text())["step"] == 3
+    assert any("the saturation is nan times" in text for text in said)
 
 
 def test_it_asks_to_stop_at_an_alarm_and_looks_once_at_a_step(watch):
