@@ -1,4 +1,4 @@
-"""The `stepdistill` command: train, init, data check, verify, multi. Heavy imports wait inside the subcommands."""
+"""The `stepdistill` command: train, init, data check, verify, doctor, multi. Heavy imports wait inside."""
 
 from __future__ import annotations
 
@@ -61,6 +61,17 @@ example:
   stepdistill multi runs/all runs/part-0 runs/part-1
 """
 
+DOCTOR = """\
+Says in words what rises or falls that should not: losses, gradient norms, and what the watch saw in the pictures (see
+train.validation_steps). The run is compared with the reference curve of its recipe, one of configs/**/curves/*.json or
+FILE. A run that is still going on can be asked about, too. The status is 0 where nothing is off, else 1.
+
+examples:
+  stepdistill doctor runs/mine
+  stepdistill doctor runs/mine --reference configs/curves/quickstart.json
+  stepdistill doctor runs/good --save-curve configs/curves/mine.json
+"""
+
 
 def train(argv: Sequence[str]) -> None:
     """`stepdistill train` with these arguments: CONFIG, overrides, `--dry-run`."""
@@ -116,6 +127,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     command.add_argument("students", metavar="STUDENT", type=Path, nargs="+", help="the output_dir of one run each")
     command.add_argument("--move", action="store_true", help="move the folders instead of copying what is needed")
+
+    command = _command(commands, "doctor", _doctor, "say what is off with a run", DOCTOR)
+    command.add_argument("folder", metavar="RUN", type=Path, help="the output_dir of a run")
+    command.add_argument("--reference", metavar="FILE", type=Path, help="curve to compare with (default: by recipe)")
+    command.add_argument("--save-curve", metavar="FILE", type=Path, help="write the run's own curve, and no report")
     return parser
 
 
@@ -185,3 +201,15 @@ def _multi(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.multi import join
 
     print(f"joined {len(args.students)} students in {join(args.out, args.students, args.move)}")
+
+
+def _doctor(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.doctor import examine, save_curve
+
+    if args.save_curve:
+        save_curve(args.folder, args.save_curve)
+        return
+    report, healthy = examine(args.folder, args.reference)
+    print(report)
+    if not healthy:
+        raise SystemExit(1)

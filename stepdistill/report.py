@@ -16,7 +16,6 @@ from stepdistill import student
 from stepdistill.data import Partition, inside
 from stepdistill.errors import ConfigError, problem
 from stepdistill.evaluate import SEED_B, Reference, Row, generate, grid
-from stepdistill.logs import Logs
 from stepdistill.methods.base import Method
 from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.frechet import excess, paired
@@ -58,11 +57,10 @@ def student_row(run: Run, pipe: DiffusionPipeline, steps: int) -> Row:
     return Row(f"student, {steps} step{'s' * (steps > 1)}", scheduler, call)
 
 
-def finish(stage: Stage, logs: Logs) -> None:
+def finish(stage: Stage) -> None:
     """Write and prove the student folder, draw `samples/grid.png`, measure `eval.json`, print the summary."""
     run, out = stage.run, Path(stage.run.train.output_dir)
     spec = run.train
-    stage.draw(spec.max_train_steps, logs)
     difference = student.write(
         out,
         family=run.family,
@@ -85,7 +83,7 @@ def finish(stage: Stage, logs: Logs) -> None:
         api = HfApi()
         repo = api.create_repo(spec.hub_model_id or out.name, exist_ok=True).repo_id
         student.write_card(out, student.read_contract(out), address=repo)
-        api.upload_folder(repo_id=repo, folder_path=out, ignore_patterns=["checkpoint-*", "runs/*"])
+        api.upload_folder(repo_id=repo, folder_path=out, ignore_patterns=["checkpoint-*", "runs/*", "best/*"])
         print(f"uploaded to {repo}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from stepdistill.spec import TrainSpec
 from stepdistill.stage import Stage, prepare
 from stepdistill.team import Team
 from stepdistill.trainer import Loop
+from stepdistill.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def distill(run: Run) -> Path:
     stage.feed.save()
     accelerator.end_training()
     if finished and accelerator.is_main_process:
-        report.finish(stage, loop.logs)
+        report.finish(stage)
     return out
 
 
@@ -151,7 +151,12 @@ def assemble(stage: Stage, team: Team) -> Loop:
     accelerator.init_trackers(spec.tracker_project_name, config=None)
     _announce(run, team, parts, start)
     batches = stage.feed.batches(run.data, start, accelerator.process_index, accelerator.num_processes)
-    validate: Callable[[int], None] = partial(stage.draw, logs=logs)
+    watch = Watch.begin(stage, logs, start)
+
+    def validate(step: int) -> bool:
+        stage.draw(step, logs)
+        return watch is not None and watch.look(step)
+
     return Loop(
         method=run.method,
         team=team,

@@ -45,6 +45,9 @@ class TrainSpec:
         validation_seed: of the validation pictures.
         teacher_steps: steps of the teacher's row in the pictures.
         teacher_guidance_scale: of the teacher's row.
+        watch_samples: seeds of each validation prompt by which the watch compares student and teacher at every
+            validation; the teacher's are drawn at the start, four times as many. 0 switches it off.
+        watch_stop: end the run, after a checkpoint, when the watch warns.
         eval_samples: pictures for eval.json after training; 0 for none.
         eval_reference: the teacher's reference features, as `eval/reference.py` writes them.
         push_to_hub: upload the student folder when it is finished, with the token of `hf auth login` or HF_TOKEN.
@@ -82,6 +85,8 @@ class TrainSpec:
     validation_seed: int = 0
     teacher_steps: int = 50
     teacher_guidance_scale: float = 7.5
+    watch_samples: int = 4
+    watch_stop: bool = False
     eval_samples: int = 0
     eval_reference: str | None = None
     push_to_hub: bool = False
@@ -97,3 +102,9 @@ class TrainSpec:
             raise ValueError(
                 f"checkpoints_total_limit is {self.checkpoints_total_limit}: expected at least 1, or none for all"
             )
+        if self.watch_samples < 0 or self.watch_samples == 1:
+            raise ValueError(
+                f"watch_samples is {self.watch_samples}: expected 2 or more, since diversity needs pairs; or 0"
+            )
+        if self.watch_stop and not (self.watch_samples and self.validation_steps and self.validation_prompts):
+            raise ValueError("watch_stop without a watch: give validation_steps, validation_prompts and watch_samples")

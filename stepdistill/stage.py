@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from stepdistill.denoiser import Denoiser, guided
 from stepdistill.errors import ConfigError, problem
 from stepdistill.evaluate import grid
 from stepdistill.feed import Feed
+from stepdistill.folder import Base, base_of
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Play
 from stepdistill.metrics.features import to_uint8
@@ -43,10 +45,15 @@ class Stage:
     run: Run
     accelerator: Accelerator
     pipe: DiffusionPipeline
-    digest: str
+    base: Base
     dtype: torch.dtype
     backbone: Backbone
     feed: Feed
+
+    @property
+    def digest(self) -> str:
+        """Of the teacher's network, in float32."""
+        return self.base.hashes["float32"]
 
     def denoiser(self, role: str) -> Denoiser:
         """A role as an estimator."""
@@ -75,27 +82,44 @@ class Stage:
         times = play.schedule.grid(steps).flip(0).tolist()
         return follow(teacher, play.schedule, times, noise.to(self.accelerator.device), self.feed.condition(prompts))
 
+    @property
+    def teacher_steps(self) -> int:
+        """`train.teacher_steps`, or the next smaller number that the teacher's table takes."""
+        return _divisor(self.run.train.teacher_steps)
+
+    def noise(self, seed: int, ids: Iterable[int]) -> Tensor:
+        """Standard normal latents (B, C, H, W); each row depends on `seed` and its own of the B `ids` alone."""
+        rows = [noise_of(seed, i, self.feed.shape) for i in ids]
+        return torch.stack(rows).to(self.accelerator.device)
+
     @torch.no_grad()
+    def sample(self, prompts: list[str], ids: Sequence[int], seed: int) -> Tensor:
+        """The student's latents under its contract; row i starts from the noise of `ids[i]`."""
+        play, method = self.play(0), self.run.method
+        sampler = method.sampler(play.schedule)
+        denoise = guided(self.denoiser(method.exported()), play.null, sampler.guidance_scale)
+
+        def fresh(i: int) -> Tensor:
+            return self.noise(seed + i + 1, ids)
+
+        return few_step(denoise, play.schedule, sampler, self.noise(seed, ids), self.feed.condition(prompts), fresh)
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> Tensor:
+        """Float pictures (B, 3, H, W) in [0, 1] on the cpu."""
+        return (self.run.family.decode(self.pipe, latents).float().cpu() / 2 + 0.5).clamp(0, 1)
+
     def draw(self, step: int, logs: Logs) -> None:
         """Validation pictures at fixed prompts and seeds: the teacher above the student, under its contract."""
         prompts = list(self.run.train.validation_prompts)
         if not prompts or not self.accelerator.is_main_process:
             return
-        spec, family, play = self.run.train, self.run.family, self.play(0)
-        shape = self.feed.shape
-        noise = torch.stack([noise_of(spec.validation_seed, i, shape) for i in range(len(prompts))])
-        noise = noise.to(self.accelerator.device)
-
-        def fresh(i: int) -> Tensor:
-            rows = [noise_of(spec.validation_seed + i + 1, n, shape) for n in range(len(prompts))]
-            return torch.stack(rows).to(self.accelerator.device)
-
-        sampler = self.run.method.sampler(play.schedule)
-        denoise = guided(self.denoiser(self.run.method.exported()), play.null, sampler.guidance_scale)
-        made = few_step(denoise, play.schedule, sampler, noise, self.feed.condition(prompts), fresh)
-        taught = self.teach(prompts, noise, _divisor(spec.teacher_steps), spec.teacher_guidance_scale)
+        spec, ids = self.run.train, range(len(prompts))
+        made = self.sample(prompts, ids, spec.validation_seed)
+        noise = self.noise(spec.validation_seed, ids)
+        taught = self.teach(prompts, noise, self.teacher_steps, spec.teacher_guidance_scale)
         rows = [
-            (label, to_uint8((family.decode(self.pipe, latents).cpu() / 2 + 0.5).clamp(0, 1)))
+            (label, to_uint8(self.pictures(latents)))
             for label, latents in (("teacher", taught), (f"student, step {step}", made))
         ]
         sheet = grid(rows, prompts)
@@ -139,7 +163,7 @@ def prepare(run: Run) -> Stage:
     torch.set_flush_denormal(True)  # on a CPU a trained network's smallest numbers cost a quarter of its time
     pipe = family.load()
     student.warn_of_licence(family)
-    digest = student.base_hash(pipe, family)
+    base = base_of(pipe, family)  # before any rounding
     dtype = DTYPES[accelerator.mixed_precision]
     net = family.network(pipe)
     if spec.enable_xformers_memory_efficient_attention:
@@ -150,4 +174,4 @@ def prepare(run: Run) -> Stage:
     targets = family.lora_targets(net)
     backbone = Backbone(net, run.lora, targets, family.tap(net), spec.seed, family.narrow)
     feed = Feed(family, pipe, spec, pipeline_hash(pipe), accelerator.device)
-    return Stage(run, accelerator, pipe, digest, dtype, backbone, feed)
+    return Stage(run, accelerator, pipe, base, dtype, backbone, feed)

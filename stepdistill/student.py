@@ -2,55 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from pydantic import TypeAdapter
 from torch import nn
 
-import stepdistill
 from stepdistill.backbone import Backbone
 from stepdistill.card import is_non_commercial as is_non_commercial
-from stepdistill.card import licence_of, write_card
 from stepdistill.card import snippet as snippet
 from stepdistill.card import warn_of_licence as warn_of_licence
-from stepdistill.config import to_node
+from stepdistill.card import write_card
 from stepdistill.contract import (
     CONTRACT,
     STUDENTS,
-    Adapter,
-    Contract,
-    Network,
-    absolute,
     base_hash,
     is_multi,
-    missing,
     read_contract,
     save,
     teacher,
 )
 from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import Family
+from stepdistill.folder import base_of, name_of, write_unproven
 from stepdistill.methods.base import Method
-from stepdistill.proof import TOLERANCE, prove
-from stepdistill.roles import Copy, Ema, Lora, LoraSpec, Module
+from stepdistill.proof import prove
+from stepdistill.roles import Copy, Ema, Lora, LoraSpec
 from stepdistill.router import ROUTER
-from stepdistill.schema import dotted
-from stepdistill.weights import WEIGHTS, into_pipeline, load_network, load_state, read_lora, save_weights
+from stepdistill.weights import WEIGHTS, into_pipeline, load_network, load_state, read_lora
 
 logger = logging.getLogger(__name__)
 # what loading needs of a hub folder
 PATTERNS = [CONTRACT, WEIGHTS, "scheduler/*", "unet/*", "transformer/*", ROUTER, f"{STUDENTS}/*"]
-LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
 def write(
@@ -83,19 +71,19 @@ def write(
         StudentError: the difference is above 1e-4 (more in half precision), or other noise levels are
             visited. The folder stays, with a contract that says that it was not proven.
     """
-    if isinstance(backbone.declared[role], Module):
-        why, todo = "it draws nothing", "name the student's role in the method's `exported`"
-        raise StudentError(problem(f"role {role!r}, which is no denoiser", "a LoRA, a copy or an average", why, todo))
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = save_weights(folder, family, backbone, role)
-    scheduler, _ = family.scheduler(pipe, method.sampler(family.schedule(pipe), steps))
-    scheduler.save_pretrained(folder / "scheduler")
     plain = family.load()
+    contract = write_unproven(
+        folder,
+        family=family,
+        pipe=pipe,
+        backbone=backbone,
+        role=role,
+        method=method,
+        resolution=resolution,
+        base=base_of(plain, family, licence),
+        steps=steps,
+    )
     dtype = next(backbone.net.parameters()).dtype
-    contract = _contract(family, pipe, plain, method, steps, weights, resolution)
-    contract = replace(contract, dtype=_name(dtype), licence=licence or licence_of(family))
-    save(folder, contract)
-    write_card(folder, contract)
     # the base was rounded in training and the LoRA was not; `net.to` would warn of it
     nn.Module.to(family.network(plain), dtype).float()
     into_pipeline(plain, folder, contract, family, "student")
@@ -113,50 +101,6 @@ def write(
     save(folder, contract)
     write_card(folder, contract)
     return proof.difference
-
-
-def _contract(
-    family: Family,
-    pipe: DiffusionPipeline,
-    plain: DiffusionPipeline,
-    method: Method,
-    steps: int | None,
-    weights: Adapter | Network,
-    resolution: tuple[int, int],
-) -> Contract:
-    schedule = family.schedule(pipe)
-    sampler = method.sampler(schedule, steps)
-    scheduler, call = family.scheduler(pipe, sampler)
-    scale, (height, width) = sampler.guidance_scale, resolution
-    stored = absolute(family)
-    arguments = TypeAdapter(type(stored)).dump_python(stored, mode="json")
-    return Contract(
-        kind="lora" if isinstance(weights, Adapter) else "full",
-        method=to_node(method, Method),
-        base_model=stored.pretrained_teacher_model,
-        base_hash={_name(dtype): base_hash(plain, family, dtype) for dtype in TOLERANCE},
-        base_without=missing(plain),
-        family={"type": dotted(type(family))} | arguments,
-        prediction_type=family.kind(pipe),
-        timesteps=sampler.timesteps,
-        sigmas=tuple(schedule(torch.tensor(sampler.timesteps))[1].tolist()),
-        clean=sampler.clean,
-        scheduler=json.loads(scheduler.to_json_string()),  # pyright: ignore[reportAttributeAccessIssue]
-        call=call | family.arguments() | {"guidance_scale": scale, "height": height, "width": width},
-        guidance_scale=scale,
-        eta=sampler.eta,
-        negative_prompt=scale > 1,
-        lora=weights if isinstance(weights, Adapter) else None,
-        network=weights if isinstance(weights, Network) else None,
-        resolution=resolution,
-        dtype="float32",
-        licence=None,
-        versions={"stepdistill": stepdistill.__version__} | {name: version(name) for name in LIBRARIES},
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def verify(folder: Path) -> float:
@@ -221,7 +165,7 @@ def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_
     if contract.proof is None:
         logger.warning("%s was never compared with the trained student: try `stepdistill verify`", folder)
     dtype = next(family.network(pipe).parameters()).dtype
-    if contract.base_hash.get(_name(dtype)) != base_hash(pipe, family, dtype):
+    if contract.base_hash.get(name_of(dtype)) != base_hash(pipe, family, dtype):
         logger.warning(
             "the student was distilled from %s, and this pipeline's %s has other weights: with another "
             "checkpoint of the same base it may work a little less well, with another base not at all",

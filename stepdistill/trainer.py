@@ -57,7 +57,7 @@ class Loop:
 
     Args:
         batches: the micro-batches of each step from `start` on.
-        validate: called with a step count where validation is due.
+        validate: called with a step count where validation is due; True asks to stop.
         keep: the checkpoint that the run went on from.
     """
 
@@ -67,7 +67,7 @@ class Loop:
     play: Callable[[int], Play]
     batches: Iterator[list[Batch]]
     logs: Logs
-    validate: Callable[[int], None]
+    validate: Callable[[int], bool]
     scaler: torch.amp.GradScaler
     facts: dict[str, object]
     device: torch.device
@@ -75,7 +75,7 @@ class Loop:
     keep: Path | None = None
 
     def fit(self) -> bool:
-        """Train to `max_train_steps`; False where a signal ended it before (a checkpoint is then written)."""
+        """Train to `max_train_steps`; False where a signal or `validate` ended it before, after a checkpoint."""
         spec, rank = self.spec, distributed.world()[0]
         bar = tqdm(total=spec.max_train_steps, initial=self.start, desc="Steps", disable=rank > 0, dynamic_ncols=True)
         before, stepped = self.team.fingerprint(), dict.fromkeys(self.team.optimizers, 0)
@@ -95,8 +95,10 @@ class Loop:
                     self.save(step + 1)
                 if ending and not done:
                     return False
-                if spec.validation_steps and (step + 1) % spec.validation_steps == 0 and not done:
-                    self.validate(step + 1)
+                due = done or (spec.validation_steps and (step + 1) % spec.validation_steps == 0)
+                if due and distributed.agree(self.validate(step + 1), self.device) and not done:
+                    self.save(step + 1)
+                    return False
         return True
 
     def one_step(self, step: int, micro_batches: Sequence[Batch], stepped: dict[str, int]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class Clip:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self.model = CLIPModel.from_pretrained(name).float().eval().requires_grad_(False).to(device)
+        model: Any = CLIPModel.from_pretrained(name)
+        self.model = model.float().eval().requires_grad_(False).to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         processor = AutoImageProcessor.from_pretrained(name)
         self.mean, self.std = (

@@ -1,0 +1,237 @@
+"""What is off with a run, in words: from its own files, and against the reference curve of its recipe.
+
+Reads `metrics.jsonl`, `config.yaml`, `watch.json` and `distill_config.json`; loads no network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from stepdistill import signs
+from stepdistill.curve import Curve, averages, course, differences, matching
+from stepdistill.errors import CheckpointError, problem
+from stepdistill.signs import PREFIX, SCORE, Yardstick
+
+Rows = Sequence[Mapping[str, float]]
+ENOUGH = 20  # values, below which a trend is not spoken of
+LOSS, NORM = "loss", "grad_norm/"
+
+
+@dataclass
+class Findings:
+    """What is off, and what is only worth knowing; each a sentence or two."""
+
+    off: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What a run left in its folder."""
+
+    folder: Path
+    rows: Rows
+    config: Mapping[str, Any]
+    yardstick: Yardstick | None
+
+    @classmethod
+    def of(cls, folder: Path) -> Remains:
+        """Raises CheckpointError where it is no run's folder, or one without a single step."""
+        rows, file = signs.rows(folder / "metrics.jsonl"), folder / "config.yaml"
+        if not rows or not file.is_file():
+            raise CheckpointError(
+                problem(
+                    f"{folder}, which lacks config.yaml or a metrics.jsonl with a row",
+                    "the output_dir of a run",
+                    "they hold the run's settings and its curves",
+                    "give the folder that train.output_dir named, after the first step",
+                )
+            )
+        return cls(folder, rows, yaml.safe_load(file.read_text()), Yardstick.read(folder / "watch.json"))
+
+
+def examine(folder: Path, reference: Path | None = None) -> tuple[str, bool]:
+    """A report on a run's folder, and whether nothing is off.
+
+    Args:
+        reference: a curve to compare with; None looks for one of the same recipe under `configs/`.
+    """
+    run, found = Remains.of(folder), Findings()
+    curve, where = _reference(run, reference, found)
+    _ending(run, found)
+    _losses(run.rows, curve, found)
+    _gradients(run.rows, found)
+    _watch(run, found)
+    if curve:
+        _compare(run, curve, where, found)
+    total, last = run.config["train"]["max_train_steps"], int(run.rows[-1]["step"])
+    lines = [f"{folder}: {last} of {total} steps" + (f", compared with {where}" if curve else "")]
+    for heading, sentences in (("off", found.off), ("worth knowing", found.notes)):
+        lines += [f"\n{heading}:", *(f"  - {sentence}" for sentence in sentences)] if sentences else []
+    count = len(found.off)
+    lines.append(f"\n{count} thing{'s are' if count > 1 else ' is'} off" if count else "\nnothing is off")
+    return "\n".join(lines), not count
+
+
+def save_curve(folder: Path, file: Path) -> None:
+    """Write a run's curve, for the runs to come of the same recipe."""
+    run = Remains.of(folder)
+    facts = run.yardstick.facts if run.yardstick else {}
+    Curve(course(run.config), averages(run.rows), [dict(row) for row in run.rows if SCORE in row], facts).save(file)
+
+
+def _reference(run: Remains, given: Path | None, found: Findings) -> tuple[Curve | None, Path | None]:
+    """The curve to compare with, and where it lies."""
+    if given:
+        curve = Curve.read(given)
+        odd = differences(course(run.config), curve.course)
+        if odd:
+            found.notes.append(f"the run is not quite that of the reference: {'; '.join(odd)}")
+        return curve, given
+    file, odd = matching(course(run.config), Path("configs"))
+    if file and not odd:
+        return Curve.read(file), file
+    hint = "name one by --reference"
+    if file:
+        hint = f"the nearest is {file}, where {'; '.join(odd)}: name it by --reference"
+    found.notes.append(f"no reference curve of this recipe under configs/; {hint}")
+    return None, None
+
+
+def _ending(run: Remains, found: Findings) -> None:
+    if (run.folder / "non_finite.pt").exists():
+        found.off.append("a loss was not finite: lower train.learning_rate, or use bf16 instead of fp16")
+    contract = run.folder / "distill_config.json"
+    if not contract.exists():
+        found.notes.append("no student is written yet: the run goes on, or was stopped; resume_from_checkpoint: latest")
+    elif json.loads(contract.read_text()).get("proof") is None:
+        found.off.append("the student was never proven in plain Diffusers: run `stepdistill verify` on the folder")
+
+
+def _series(rows: Rows, head: str) -> Iterator[tuple[str, list[float]]]:
+    """The values of every key that begins so."""
+    for key in sorted({key for row in rows for key in row if key.startswith(head)}):
+        yield key, [row[key] for row in rows if key in row]
+
+
+def _quarters(values: Sequence[float]) -> tuple[float, float]:
+    """Medians of the first and the last quarter, which single spikes do not move."""
+    n = max(1, len(values) // 4)
+    return median(values[:n]), median(values[-n:])
+
+
+def _losses(rows: Rows, curve: Curve | None, found: Findings) -> None:
+    for key, values in _series(rows, LOSS):
+        first, last = _quarters(values)
+        if not all(map(math.isfinite, values)):
+            found.off.append(f"{key} is not finite at some step: lower train.learning_rate")
+        elif len(values) < ENOUGH:
+            found.notes.append(f"{key} has {len(values)} values, too few for a trend")
+        elif max(values) - min(values) <= 1e-3 * abs(first):
+            found.off.append(
+                f"{key} does not move: {values[0]:.4g} first, {values[-1]:.4g} last. Nothing is learned: check the "
+                "learning rate, and that the role's gradients are not zero"
+            )
+        elif first > 0 and last > 3 * first and not curve:  # a curve says what is usual, also between stages
+            sentence = f"{key} rises from {first:.4g} to {last:.4g} (medians of the first and last quarter)"
+            if last > 10 * first:
+                found.off.append(f"{sentence}: lower train.learning_rate")
+            else:
+                found.notes.append(f"{sentence}: usual where the method goes on to harder stages, else a bad sign")
+
+
+def _gradients(rows: Rows, found: Findings) -> None:
+    """Spikes, growth and silence of each role's gradient norm, as it was before clipping."""
+    for key, values in _series(rows, NORM):
+        role = key.removeprefix(NORM)
+        if not all(map(math.isfinite, values)):
+            found.off.append(f"gradients of {role} are not finite at some step: lower train.learning_rate")
+            continue
+        if len(values) < ENOUGH:
+            continue
+        first, last = _quarters(values)
+        before = [median(values[max(0, i - 50) : i]) for i in range(10, len(values))]
+        spikes = sum(value > 10 * usual for value, usual in zip(values[10:], before, strict=True))
+        if last < 1e-10:
+            found.off.append(f"gradients of {role} have vanished ({last:.2g}): it no longer learns; its loss is flat")
+        elif last > 10 * first:
+            found.off.append(
+                f"gradients of {role} grow: {first:.3g} in the first quarter, {last:.3g} in the last (medians). It "
+                "diverges: lower train.learning_rate"
+            )
+        if spikes > max(2, 0.02 * len(values)):
+            found.off.append(
+                f"gradients of {role} jump: {spikes} of {len(values)} steps are above 10 times the median of the 50 "
+                "before. Lower train.learning_rate or train.max_grad_norm, or raise the batch size"
+            )
+
+
+def _watch(run: Remains, found: Findings) -> None:
+    looks = [row for row in run.rows if SCORE in row]
+    if not looks or not run.yardstick:
+        found.notes.append("the watch was off: train.validation_steps and train.validation_prompts switch it on")
+        return
+    spread, past = run.yardstick.spread, signs.history(looks, run.yardstick.spread)
+    alarms = [name for name in past if signs.alarmed(past[name])]
+    found.off += [signs.sentence(name, past[name], spread[name]) for name in signs.told(alarms, past)]
+    for name in [name for name in past if name not in alarms]:
+        ever = [row["step"] for i, row in enumerate(looks) if signs.alarmed(past[name][: i + 1])]
+        if ever:
+            found.notes.append(f"the {signs.title(name)} was off at step {ever[-1]:.0f}, and has come back")
+        ratio = looks[-1][PREFIX + name]
+        if signs.outside(past[name])[-1]:
+            found.notes.append(f"the {signs.title(name)} is {ratio:.3g} times the teacher's: once more would be off")
+        elif abs(past[name][-1]) > signs.BAND:
+            found.notes.append(
+                f"the {signs.title(name)} is {ratio:.3g} times the teacher's: not there yet, but no farther off than "
+                "it was"
+            )
+    best = min(looks[1:] or looks, key=lambda row: row[SCORE])
+    if looks[-1][SCORE] > best[SCORE] + 1:
+        found.notes.append(
+            f"best/, of step {best['step']:.0f}, is {best[SCORE]:.2g} spreads from the teacher on average, the last "
+            f"student {looks[-1][SCORE]:.2g}: take best/"
+        )
+
+
+def _compare(run: Remains, curve: Curve, where: Path | None, found: Findings) -> None:
+    """The last quarter of the run beside the same steps of the curve; the last common look at pictures."""
+    end = min(run.rows[-1]["step"], curve.training[-1]["step"])
+    for head, factor in ((LOSS, 2.0), (NORM, 4.0)):
+        for key, _ in _series(run.rows, head):
+            ours, theirs = (
+                [row[key] for row in rows if key in row and 0.75 * end < row["step"] <= end]
+                for rows in (run.rows, curve.training)
+            )
+            if not ours or not theirs or not sum(theirs):
+                continue
+            ratio = (sum(ours) / len(ours)) / (sum(theirs) / len(theirs))
+            if not 1 / factor <= ratio <= factor:
+                found.off.append(
+                    f"{key} is {ratio:.2g} times that of {where} at the same steps; another seed differs by less than "
+                    f"{factor:g}. Compare the settings with the recipe's"
+                )
+    facts = run.yardstick.facts if run.yardstick else {}
+    keys = ("teacher_sha256", "prompts", "samples", "steps", "guidance_scale")
+    if not run.yardstick or any(facts.get(key) != curve.facts.get(key) for key in keys):
+        found.notes.append("pictures are not compared with the reference's, whose prompts or teacher are others")
+        return
+    theirs = {row["step"]: row for row in curve.watch}
+    common = [row for row in run.rows if SCORE in row and row["step"] in theirs]
+    for name in run.yardstick.spread if common else ():
+        spread = run.yardstick.spread[name]
+        row = common[-1]
+        mine, usual = row[PREFIX + name], theirs[row["step"]][PREFIX + name]
+        if not abs(signs.deviation(mine, spread) - signs.deviation(usual, spread)) <= signs.BAND:
+            found.off.append(
+                f"the {signs.title(name)} is {mine:.3g} times the teacher's at step {row['step']:.0f}, and "
+                f"{usual:.3g} times in {where}: {signs.meaning(name, mine > usual)}"
+            )

@@ -1,0 +1,120 @@
+"""Writing the files of a student folder: weights, scheduler, contract and card. `stepdistill.student` proves them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from pydantic import TypeAdapter
+
+import stepdistill
+from stepdistill.backbone import Backbone
+from stepdistill.card import licence_of, write_card
+from stepdistill.config import to_node
+from stepdistill.contract import Adapter, Contract, Network, absolute, base_hash, missing, save
+from stepdistill.errors import StudentError, problem
+from stepdistill.families.base import Family
+from stepdistill.methods.base import Method
+from stepdistill.proof import TOLERANCE
+from stepdistill.roles import Module
+from stepdistill.schema import dotted
+from stepdistill.weights import save_weights
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a contract says of the base, read before a run rounds or changes it.
+
+    Args:
+        hashes: `base_hash` by precision.
+        without: parts that it lacks though its pipeline asks for them.
+        licence: None where it is not known.
+    """
+
+    hashes: dict[str, str]
+    without: tuple[str, ...]
+    licence: str | None
+
+
+def base_of(pipe: DiffusionPipeline, family: Family, licence: str | None = None) -> Base:
+    """The facts of a float32 pipeline; `licence` None reads the base's model card."""
+    hashes = {name_of(dtype): base_hash(pipe, family, dtype) for dtype in TOLERANCE}
+    return Base(hashes, missing(pipe), licence or licence_of(family))
+
+
+def write_unproven(
+    folder: Path,
+    *,
+    family: Family,
+    pipe: DiffusionPipeline,
+    backbone: Backbone,
+    role: str,
+    method: Method,
+    resolution: tuple[int, int],
+    base: Base,
+    steps: int | None = None,
+) -> Contract:
+    """Write a student folder as `write` does, without the pipeline and the time that its proof takes."""
+    if isinstance(backbone.declared[role], Module):
+        why, todo = "it draws nothing", "name the student's role in the method's `exported`"
+        raise StudentError(problem(f"role {role!r}, which is no denoiser", "a LoRA, a copy or an average", why, todo))
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = save_weights(folder, family, backbone, role)
+    scheduler, _ = family.scheduler(pipe, method.sampler(family.schedule(pipe), steps))
+    scheduler.save_pretrained(folder / "scheduler")
+    dtype = next(backbone.net.parameters()).dtype
+    contract = replace(_contract(family, pipe, base, method, steps, weights, resolution), dtype=name_of(dtype))
+    save(folder, contract)
+    write_card(folder, contract)
+    return contract
+
+
+def _contract(
+    family: Family,
+    pipe: DiffusionPipeline,
+    base: Base,
+    method: Method,
+    steps: int | None,
+    weights: Adapter | Network,
+    resolution: tuple[int, int],
+) -> Contract:
+    schedule = family.schedule(pipe)
+    sampler = method.sampler(schedule, steps)
+    scheduler, call = family.scheduler(pipe, sampler)
+    scale, (height, width) = sampler.guidance_scale, resolution
+    stored = absolute(family)
+    arguments = TypeAdapter(type(stored)).dump_python(stored, mode="json")
+    return Contract(
+        kind="lora" if isinstance(weights, Adapter) else "full",
+        method=to_node(method, Method),
+        base_model=stored.pretrained_teacher_model,
+        base_hash=base.hashes,
+        base_without=base.without,
+        family={"type": dotted(type(family))} | arguments,
+        prediction_type=family.kind(pipe),
+        timesteps=sampler.timesteps,
+        sigmas=tuple(schedule(torch.tensor(sampler.timesteps))[1].tolist()),
+        clean=sampler.clean,
+        scheduler=json.loads(scheduler.to_json_string()),  # pyright: ignore[reportAttributeAccessIssue]
+        call=call | family.arguments() | {"guidance_scale": scale, "height": height, "width": width},
+        guidance_scale=scale,
+        eta=sampler.eta,
+        negative_prompt=scale > 1,
+        lora=weights if isinstance(weights, Adapter) else None,
+        network=weights if isinstance(weights, Network) else None,
+        resolution=resolution,
+        dtype="float32",
+        licence=base.licence,
+        versions={"stepdistill": stepdistill.__version__} | {name: version(name) for name in LIBRARIES},
+    )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Such as `float32`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,167 @@
+"""The signs of collapse: how far a student's statistics lie from its teacher's, when that is too far, and in words.
+
+A ratio student / teacher is read on a logarithmic scale in units of the teacher's own seed-to-seed spread, so that
+half and double are equally far: `z = log(ratio) / spread`. Plain Python; nothing here needs the network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+BAND = 5.0  # spreads of the teacher
+RUNNING = 2  # validations in a row
+FLOOR = 0.01  # smallest relative spread: a teacher that always draws the same is no reason to ask for the impossible
+PREFIX, SCORE = "watch/", "watch/score"
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the schedule at which the score gap is measured
+PICTURE = ("saturation", "luminance", "contrast", "high_frequency", "diversity")
+GAPS = tuple(f"gap_{level:g}" for level in LEVELS)
+STATISTICS = (*PICTURE, *GAPS)
+
+# statistic: what too low usually means and what to do, and the same for too high
+MEANING = {
+    "saturation": (
+        "colours wash out: the student averages several answers; train longer, or on targets that are less random",
+        "colours burn: guidance is too strong or counted twice, or the critic lags behind the student; lower "
+        "guidance_scale, train the critic more often, or lower the learning rate",
+    ),
+    "luminance": (
+        "pictures darken: the student drifts uncorrected; lower the learning rate, train the critic more often",
+        "pictures brighten: the student drifts uncorrected; lower the learning rate, train the critic more often",
+    ),
+    "contrast": (
+        "pictures turn flat: the student averages several answers; train longer, or on targets that are less random",
+        "shadows and lights burn out: guidance is too strong, or the learning rate too high; lower them",
+    ),
+    "high_frequency": (
+        "pictures blur: the student averages several answers, or has learned too little yet; train longer, with more "
+        "steps, or with an adversarial term",
+        "noise or hard edges: the learning rate is too high, guidance too strong, or the last step does not end clean; "
+        "lower them, or compare the sampler with the contract",
+    ),
+    "diversity": (
+        "all seeds give nearly one picture, which is collapse: the critic lags or is off, or guidance is too strong; "
+        "train the critic more often, lower guidance_scale, and go back to best/",
+        "pictures of one prompt have less in common than the teacher's: the prompt is heeded too little, or the "
+        "learning rate is too high; lower it, or raise guidance_scale",
+    ),
+    "gap": (
+        "the teacher finds the student's pictures easier than its own: they are smoother and more alike, as before a "
+        "collapse; train the critic more often, lower guidance_scale",
+        "the teacher does not take the student's pictures for its own at this noise level (high: layout, low: "
+        "texture); lower the learning rate or guidance_scale, or train longer",
+    ),
+}
+
+
+def meaning(name: str, high: bool) -> str:
+    """What it usually means that a statistic is too low or too high, and what to do."""
+    return MEANING["gap" if name in GAPS else name][high]
+
+
+def title(name: str) -> str:
+    """A statistic's name in a sentence."""
+    if name in GAPS:
+        return f"score gap at {float(name.removeprefix('gap_')):.0%} of the schedule"
+    return name.replace("_", "-") + (" energy" if name == "high_frequency" else "")
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The teacher's own statistics.
+
+    Args:
+        mean: of each statistic.
+        spread: relative standard deviation of each from one set of seeds to another of the student's size.
+        facts: what they depend on: teacher, prompts, seeds, steps, guidance.
+    """
+
+    mean: Mapping[str, float]
+    spread: Mapping[str, float]
+    facts: Mapping[str, Any]
+
+    def save(self, file: Path) -> None:
+        """Write it as JSON, every digit of it."""
+        file.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, file: Path) -> Yardstick | None:
+        """What `save` wrote; None where there is none or where it is broken."""
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def deviation(ratio: float, spread: float) -> float:
+    """`log(ratio) / spread`, a ratio below 1/1000 counting as that; nan for nan."""
+    return math.log(ratio if math.isnan(ratio) else max(ratio, 1e-3)) / spread
+
+
+def band(earlier: Sequence[float]) -> tuple[float, float]:
+    """Between which deviations a statistic may lie, after the earlier ones of the run, the first from before training.
+
+    Five spreads to both sides of the teacher. A student starts elsewhere, though: an untrained one is blurred and
+    pale by rights, and a good one may stay a little so. So on each side the band reaches from the nearest that the
+    student has been to the teacher on that side, and it closes behind a student that comes nearer: what is reported
+    is moving away by five spreads, not the distance that is still to go. A student that was inside once has the plain
+    band of five. The sides are separate, so passing the teacher by and ending far beyond is not excused by having
+    started far before it.
+    """
+    low = min((max(0.0, -z) for z in earlier), default=math.inf)
+    high = min((max(0.0, z) for z in earlier), default=math.inf)
+    return -BAND - low, BAND + high
+
+
+def outside(deviations: Sequence[float]) -> list[bool]:
+    """For each validation whether the statistic is out of its band; nan is."""
+    bands = [band(deviations[:i]) for i in range(len(deviations))]
+    return [not low <= z <= high for z, (low, high) in zip(deviations, bands, strict=True)]
+
+
+def alarmed(deviations: Sequence[float]) -> bool:
+    """Whether it is out of its band at the last two validations."""
+    return len(deviations) >= RUNNING and all(outside(deviations)[-RUNNING:])
+
+
+def told(names: Sequence[str], past: Mapping[str, Sequence[float]]) -> list[str]:
+    """Of these statistics those to speak of: of the gaps, which move together, only the one that is farthest off."""
+    gaps = [name for name in names if name in GAPS]
+    worst = max(gaps, key=lambda name: abs(past[name][-1]), default=None)
+    return [name for name in names if name not in GAPS or name == worst]
+
+
+def score(deviations: Mapping[str, float]) -> float:
+    """The mean distance from the teacher, in spreads; about 0.8 for the teacher itself under other seeds."""
+    return sum(abs(z) for z in deviations.values()) / len(deviations)
+
+
+def rows(file: Path) -> list[dict[str, float]]:
+    """The rows of `metrics.jsonl`, those of one step merged, in order; a last line cut short is left out."""
+    merged: dict[int, dict[str, float]] = {}
+    lines = file.read_text().splitlines() if file.exists() else []
+    for line in lines:
+        if line.endswith("}"):
+            row = json.loads(line)
+            merged.setdefault(row["step"], {}).update(row)
+    return [merged[step] for step in sorted(merged)]
+
+
+def history(found: Sequence[Mapping[str, float]], spread: Mapping[str, float]) -> dict[str, list[float]]:
+    """Deviations of every statistic, one for each row that has them."""
+    looks = [row for row in found if SCORE in row]
+    return {name: [deviation(row[PREFIX + name], spread[name]) for row in looks] for name in spread}
+
+
+def sentence(name: str, deviations: Sequence[float], spread: float) -> str:
+    """What is off, how far, what usually causes it, what to do."""
+    z = deviations[-1]
+    low, high = (math.exp(limit * spread) for limit in band(deviations[:-1]))
+    return (
+        f"the {title(name)} is {math.exp(z * spread):.3g} times the teacher's, allowed are {low:.3g} to {high:.3g}: "
+        f"{meaning(name, not z < 0)}"
+    )

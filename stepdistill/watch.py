@@ -1,0 +1,199 @@
+"""A watch against collapse, for every method: at each validation the student's pictures beside the teacher's.
+
+On fixed prompts and seeds, never fitted to: the ratios student / teacher of saturation, luminance, contrast,
+high-frequency energy and pairwise diversity, and of the teacher's own denoising error on the samples at a few noise
+levels, the score gap: 1 where the teacher takes the student's samples for its own. `stepdistill.signs` says when that
+is too far.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stepdistill import signs
+from stepdistill.folder import write_unproven
+from stepdistill.logs import Logs
+from stepdistill.metrics import pictures
+from stepdistill.plot import plot
+from stepdistill.roles import TEACHER
+from stepdistill.signs import LEVELS, PREFIX, SCORE, Yardstick
+
+if TYPE_CHECKING:
+    from stepdistill.stage import Stage
+
+logger = logging.getLogger(__name__)
+SETS = 4  # independent sets of the teacher's pictures, each of the student's size
+FIXED = 1000  # the gap's noises have seeds from here on, clear of the noises between the student's steps
+
+
+def statistics(drawn: Tensor) -> dict[str, Tensor]:
+    """Each statistic of pictures, by prompt (P,). drawn: (S, P, 3, H, W) in [0, 1], S seeds of each of P prompts."""
+    return {
+        "saturation": pictures.saturation(drawn).mean(0),
+        "luminance": pictures.luminance(drawn).mean(0),
+        "contrast": pictures.contrast(drawn).mean(0),
+        "high_frequency": pictures.high_frequency(drawn).mean(0),
+        "diversity": pictures.diversity(drawn),
+    }
+
+
+def yardstick(sets: Sequence[Mapping[str, Tensor]], facts: Mapping[str, object]) -> Yardstick:
+    """Mean and relative spread of the sets' statistics, each (P,).
+
+    A set's value is the mean over the P prompts, which are fixed. So its variance is that of the seeds within each
+    prompt, averaged over prompts, over P: with K sets that rests on P (K - 1) differences instead of K - 1.
+    """
+    mean, spread = {}, {}
+    for name in sets[0]:
+        table = torch.stack([one[name] for one in sets]).double()  # (K, P)
+        mean[name] = table.mean().item()
+        std = (table.var(0).mean() / table.shape[1]).sqrt().item()
+        spread[name] = max(std / max(mean[name], 1e-12), signs.FLOOR)
+    return Yardstick(mean, spread, facts)
+
+
+def ratios(found: Mapping[str, Tensor], teacher: Yardstick) -> dict[str, float]:
+    """Student / teacher of every statistic, each averaged over prompts."""
+    return {name: value.double().mean().item() / max(teacher.mean[name], 1e-12) for name, value in found.items()}
+
+
+class Watch:
+    """The watch of one run; on the main process only.
+
+    What it knows is in the run's folder: the teacher's statistics in `watch.json`, the history in `metrics.jsonl`,
+    the best student so far in `best/`. So a resumed run goes on as if it had never stopped.
+
+    Args:
+        start: the step that the run begins at. 0 drops what an earlier run left, and measures the untrained student.
+    """
+
+    def __init__(self, stage: Stage, logs: Logs, start: int) -> None:
+        self.stage, self.logs = stage, logs
+        self.spec = stage.run.train
+        self.out = Path(self.spec.output_dir)
+        if start == 0:
+            shutil.rmtree(self.out / "best", ignore_errors=True)
+        self.prompts = list(self.spec.validation_prompts)
+        self.teacher = self._yardstick()
+        due = start % (self.spec.validation_steps or 1) == 0
+        if due or not any(SCORE in row for row in signs.rows(logs.file)):
+            self.look(start)  # before training, or what a signal left undone after the checkpoint
+
+    @classmethod
+    def begin(cls, stage: Stage, logs: Logs, start: int) -> Watch | None:
+        """A watch where the config has validations and prompts and this process is the main one, else None."""
+        spec = stage.run.train
+        asked = spec.validation_steps and spec.validation_prompts and spec.watch_samples
+        return cls(stage, logs, start) if asked and stage.accelerator.is_main_process else None
+
+    def look(self, step: int) -> bool:
+        """Measure, log, warn, keep the best and plot; whether the run should stop. A step is measured once."""
+        if any(row["step"] == step and SCORE in row for row in signs.rows(self.logs.file)):
+            return False
+        found = ratios(self._measure(self._student, 0), self.teacher)
+        spread = self.teacher.spread
+        score = signs.score({name: signs.deviation(found[name], spread[name]) for name in found})
+        self.logs.write(step, {PREFIX + name: value for name, value in found.items()} | {SCORE: score})
+        rows = signs.rows(self.logs.file)
+        past = signs.history(rows, spread)
+        alarms = [name for name in past if signs.alarmed(past[name])]
+        fresh = [name for name in alarms if not signs.alarmed(past[name][:-1])]  # it is said once, when it begins
+        for name in signs.told(fresh, past):
+            logger.warning("step %d, twice running: %s", step, signs.sentence(name, past[name], spread[name]))
+        if step and math.isfinite(score):
+            self._keep(step, score)
+        plot(rows, spread, self.out / "samples" / "watch.png")
+        if alarms and self.spec.watch_stop:
+            names = ", ".join(signs.title(name) for name in alarms)
+            logger.warning("the watch stops the run at step %d, after a checkpoint: %s", step, names)
+        return bool(alarms) and self.spec.watch_stop
+
+    def _keep(self, step: int, score: float) -> None:
+        """Write the exported role to `best/` where no student of this run had a lower score."""
+        best, part = self.out / "best", self.out / "best.part"
+        stored = best / "watch.json"
+        if stored.exists() and not score < json.loads(stored.read_text())["score"]:
+            return
+        stage = self.stage
+        shutil.rmtree(part, ignore_errors=True)
+        write_unproven(
+            part,
+            family=stage.run.family,
+            pipe=stage.pipe,
+            backbone=stage.backbone,
+            role=stage.run.method.exported(),
+            method=stage.run.method,
+            resolution=(stage.feed.side, stage.feed.side),
+            base=stage.base,
+        )
+        (part / "watch.json").write_text(json.dumps({"step": step, "score": score}) + "\n")
+        shutil.rmtree(best, ignore_errors=True)
+        os.replace(part, best)
+
+    def _yardstick(self) -> Yardstick:
+        """The teacher's statistics: those in the folder where they are of the same teacher and settings."""
+        spec = self.spec
+        facts = {
+            "teacher_sha256": self.stage.digest,
+            "prompts": self.prompts,
+            "seed": spec.validation_seed,
+            "samples": spec.watch_samples,
+            "sets": SETS,
+            "steps": spec.teacher_steps,
+            "guidance_scale": spec.teacher_guidance_scale,
+            "shape": list(self.stage.feed.shape),
+            "dtype": str(self.stage.dtype),
+        }
+        stored = Yardstick.read(self.out / "watch.json")
+        if stored and stored.facts == facts:
+            return stored
+        print("watch: drawing the teacher's own pictures, to know how much they differ from seed to seed", flush=True)
+        made = yardstick([self._measure(self._teach, k) for k in range(1, SETS + 1)], facts)
+        made.save(self.out / "watch.json")
+        return made
+
+    def _teach(self, ids: Sequence[int]) -> Tensor:
+        spec = self.spec
+        noise = self.stage.noise(spec.validation_seed, ids)
+        return self.stage.teach(self.prompts, noise, self.stage.teacher_steps, spec.teacher_guidance_scale)
+
+    def _student(self, ids: Sequence[int]) -> Tensor:
+        return self.stage.sample(self.prompts, ids, self.spec.validation_seed)
+
+    def _measure(self, make: Callable[[Sequence[int]], Tensor], number: int) -> dict[str, Tensor]:
+        """All statistics (P,) of one set of pictures; set 0 is the student's, the others the teacher's.
+
+        One seed of all prompts at a time, which takes no more memory than a validation's pictures do.
+        """
+        prompts, seeds = len(self.prompts), self.spec.watch_samples
+        drawn, errors = [], []
+        for j in range(seeds):
+            first = (number * seeds + j) * prompts
+            latents = make(range(first, first + prompts))
+            drawn.append(self.stage.pictures(latents))
+            errors.append(self._errors(latents, range(j * prompts, (j + 1) * prompts)))
+        gaps = {name: torch.stack([one[name] for one in errors]).mean(0) for name in signs.GAPS}
+        return statistics(torch.stack(drawn)) | gaps
+
+    @torch.no_grad()
+    def _errors(self, x0: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:
+        """The teacher's mean squared error (P,) in the noise at each level, one call a level, without guidance."""
+        play, cond = self.stage.play(0), self.stage.feed.condition(self.prompts)
+        top = play.schedule.grid(1)[-1].item()
+        found = {}
+        for number, (name, level) in enumerate(zip(signs.GAPS, LEVELS, strict=True)):
+            eps = self.stage.noise(self.spec.validation_seed + FIXED + number, ids)
+            t = torch.full((len(x0),), level * top, device=x0.device)
+            est = play.denoiser(TEACHER)(play.schedule.add_noise(x0, eps, t), t, cond)
+            found[name] = (est.eps - eps).square().mean((1, 2, 3)).cpu()
+        return found
