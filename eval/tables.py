@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from stepdistill.tiny import tables
+from stepdistill.tiny import render, tables
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,7 +24,7 @@ if __name__ == "__main__":
         tables.measure(args.name, results, args.threads, args.teacher, args.rows)
     if args.render:
         readme = Path(__file__).parent.parent / "README.md"
-        readme.write_text(tables.render(readme.read_text(), results))
+        readme.write_text(render.render(readme.read_text(), results))
     if not (args.name or args.render):
         parser.print_help(sys.stderr)
         raise SystemExit(2)

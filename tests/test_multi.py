@@ -339,6 +339,19 @@ def test_the_router_sends_each_prompt_to_its_student(runs, joined):
     assert (few - made[order[:3]]).abs().max() < 1e-4 * made.abs().max()
 
 
+def test_generators_are_shared_out_with_the_prompts(runs, joined):
+    students = student.load_student(family(runs).load(), joined)
+    prompts = ["cat face", "red apple", "dog face"]
+
+    def noises(*seeds: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    made = students(prompts, generator=noises(0, 1, 2), output_type="latent")
+    for i, prompt in enumerate(prompts):
+        alone = students([prompt], generator=noises(i), output_type="latent")[0]
+        assert (made[i] - alone).abs().max() < 1e-4 * alone.abs().max()
+
+
 def test_pictures_come_in_the_form_that_is_asked_for(runs, joined):
     students = student.load_student(family(runs).load(), joined)
     students.pipe.set_progress_bar_config(disable=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stepdistill import config, methods
 from stepdistill.run import Run
-from stepdistill.tiny import tables
+from stepdistill.tiny import render
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -19,8 +19,8 @@ README = (ROOT / "README.md").read_text()
 def test_tables_are_those_of_the_result_files():
     measured = {file.stem for file in (ROOT / "eval" / "results").glob("*.json")}
     shown = set(re.findall(r"<!-- table (\w+) -->", README))
-    assert shown == measured & set(tables.RENDERERS)
-    assert tables.render(README, ROOT / "eval" / "results") == README
+    assert shown == measured & set(render.RENDERERS)
+    assert render.render(README, ROOT / "eval" / "results") == README
 
 
 def test_a_stale_table_is_noticed(tmp_path):
@@ -28,10 +28,10 @@ def test_a_stale_table_is_noticed(tmp_path):
     row |= {"train_steps": 240, "train_seconds": 150}
     (tmp_path / "consistency.json").write_text(json.dumps({"tiny-sd/lcm/4": row}))
     stale = "before\n<!-- table consistency -->\nold figures\n<!-- end -->\nafter\n"
-    made = tables.render(stale, tmp_path)
+    made = render.render(stale, tmp_path)
     assert made.startswith("before\n") and made.endswith("after\n") and "old" not in made
     assert "| tiny-sd: lcm |  |  | 12 [10, 15] |  | 1.0 | 0.90 | 4 | 240 steps, 2.5 min |" in made
-    assert tables.render(made, tmp_path) == made
+    assert render.render(made, tmp_path) == made
 
 
 def test_every_method_is_in_the_readme_and_cites_its_paper():

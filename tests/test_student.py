@@ -187,7 +187,7 @@ def test_a_deterministic_scheduler_in_place_of_a_stochastic_one_fails_the_proof(
 
 def test_what_is_no_denoiser_is_refused(families, tmp_path):
     pipe, bone = trained(families["sd3"])
-    bone.add("head", Module(lambda: nn.Linear(1, 1)))
+    bone.add("head", Module(lambda tap: nn.Linear(1, 1)))
     with pytest.raises(StudentError, match="role 'head', which is no denoiser"):
         options = {"role": "head", "method": LCM, "resolution": SIZE}
         student.write(tmp_path, family=families["sd3"], pipe=pipe, backbone=bone, **options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -24,14 +23,12 @@ from stepdistill.run import Run, distill
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import DiscreteVP
 from stepdistill.tiny import emoji
+from stepdistill.tiny.render import EARLY, STEPS
 
 N = 2048
 SHIPPED = 256  # rows of the features that the quickstart compares with
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs" / "tables"
-STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4)}
-DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1}  # steps whose other figures are shown
-EARLY = {"distribution": 799.0}  # one step may do better from an earlier time, for any method: shown for all
 TEACHERS = {"tiny-sd": "sd.StableDiffusion", "tiny-sd3": "sd3.StableDiffusion3"}
 
 
@@ -243,68 +240,3 @@ def measure(table: str, results: Path, threads: int, only: str | None = None, ro
     torch.set_flush_denormal(True)  # a quarter of the time on a CPU
     for name in [only] if only else TEACHERS:
         TABLES[table](name, Results(results / f"{table}.json"), Path("runs/tables"), rows)
-
-
-def render(text: str, results: Path) -> str:
-    """The text with each `<!-- table NAME -->` ... `<!-- end -->` block made anew from its file."""
-
-    def block(found: re.Match[str]) -> str:
-        name = found[1]
-        rows = json.loads((results / f"{name}.json").read_text())
-        return f"<!-- table {name} -->\n{RENDERERS[name](rows)}\n<!-- end -->"
-
-    return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
-
-
-def _teachers(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["| teacher | parameters | trained | distance to data (data to itself) | diversity over data's | floor F |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
-    for key, row in rows.items():
-        if key.endswith("/full"):
-            trained = f"{row['training']['steps']} steps, {row['training']['seconds'] / 60:.0f} min"
-            lines.append(
-                f"| {row['teacher']} | {row['parameters'] / 1e6:.2f} M | {trained} | {row['fd_to_data']:.0f} "
-                f"({row['fd_data_to_data']:.0f}) | {row['diversity_of_data']:.2f} | {row['floor']:.0f} |"
-            )
-    return "\n".join(lines + ["", _by_steps("teachers", {k: v for k, v in rows.items() if not k.endswith("/full")})])
-
-
-def _by_steps(table: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line a way to sample, a column a number of steps, and what else was measured at one of these."""
-    names = list(dict.fromkeys(key.rpartition("/")[0] for key in rows))
-    heads = {str(n): f"{n} step{'s' * (n > 1)}" for n in STEPS[table]}
-    others = [f"at {heads[str(DETAILED[table])]}: paired", "diversity", "nfe"]
-    if table in EARLY:
-        heads |= {f"1 from {EARLY[table]:g}": f"1 step from {EARLY[table]:g}"}
-    timed = any("train_seconds" in row for row in rows.values())
-    others += ["trained"] * timed
-    lines = [f"| {' | '.join(['excess [95 %]', *heads.values(), *others])} |"]
-    lines += ["| --- " * (len(heads) + len(others) + 1) + "|"]
-    for name in names:
-        cells = []
-        for steps in heads:
-            row = rows.get(f"{name}/{steps}")
-            cells.append(f"{row['excess']:.0f} [{row['ci95'][0]:.0f}, {row['ci95'][1]:.0f}]" if row else "")
-        row = rows.get(f"{name}/{DETAILED[table]}")
-        cells += [f"{row['paired']:.1f}", f"{row['diversity']:.2f}", f"{row['nfe']:.0f}"] if row else [""] * 3
-        if timed:
-            cells += [f"{row['train_steps']} steps, {row['train_seconds'] / 60:.1f} min" if row else ""]
-        lines.append(f"| {name.replace('/', ': ')} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _quickstart(report: Mapping[str, Any]) -> str:
-    lines = ["| | calls | nfe | excess [95 %] |", "| --- | --- | --- | --- |"]
-    for row in report["rows"]:
-        found = row["excess"]
-        sure = f"{found['value']:.0f} [{found['ci95'][0]:.0f}, {found['ci95'][1]:.0f}]" if "ci95" in found else "0"
-        lines.append(f"| {row['name']} | {row['calls']:.0f} | {row['nfe']:.0f} | {sure} |")
-    return "\n".join(lines)
-
-
-RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "quickstart": _quickstart,
-    "teachers": _teachers,
-    "consistency": partial(_by_steps, "consistency"),
-    "distribution": partial(_by_steps, "distribution"),
-}
