@@ -66,7 +66,7 @@ def write_unproven(
         raise StudentError(problem(f"role {role!r}, which is no denoiser", "a LoRA, a copy or an average", why, todo))
     folder.mkdir(parents=True, exist_ok=True)
     weights = save_weights(folder, family, backbone, role)
-    scheduler, _ = family.scheduler(pipe, method.sampler(family.schedule(pipe), steps))
+    scheduler, _ = family.scheduler(pipe, method.sampler(family.schedule(pipe.scheduler), steps))
     scheduler.save_pretrained(folder / "scheduler")
     dtype = next(backbone.net.parameters()).dtype
     contract = replace(_contract(family, pipe, base, method, steps, weights, resolution), dtype=name_of(dtype))
@@ -84,7 +84,7 @@ def _contract(
     weights: Adapter | Network,
     resolution: tuple[int, int],
 ) -> Contract:
-    schedule = family.schedule(pipe)
+    schedule = family.schedule(pipe.scheduler)
     sampler = method.sampler(schedule, steps)
     scheduler, call = family.scheduler(pipe, sampler)
     scale, (height, width) = sampler.guidance_scale, resolution

@@ -57,7 +57,7 @@ def prove(
     with half:
         cond, null = family.condition(plain, PROMPTS), family.condition(plain, [""])
     sampler = Sampler(contract.timesteps, contract.eta, contract.clean, contract.guidance_scale)
-    schedule, kind = family.schedule(pipe), family.kind(pipe)
+    schedule, kind = family.schedule(pipe.scheduler), family.kind(pipe)
 
     def sample(name: str) -> Tensor:
         denoiser = Denoiser(backbone, name, schedule, kind, family.call, dtype, grad=False)

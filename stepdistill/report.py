@@ -39,7 +39,7 @@ def guidance_of(method: Method) -> Any:  # noqa: ANN401
 def teacher_row(run: Run, pipe: DiffusionPipeline, steps: int, name: str) -> Row:
     """The teacher by a plain solver on even steps: DDIM with trailing spacing, or Euler."""
     call = {"num_inference_steps": steps, "guidance_scale": run.train.teacher_guidance_scale} | run.family.arguments()
-    if isinstance(run.family.schedule(pipe), DiscreteVP):
+    if isinstance(run.family.schedule(pipe.scheduler), DiscreteVP):
         scheduler = DDIMScheduler.from_config(
             pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
         )
@@ -51,7 +51,7 @@ def teacher_row(run: Run, pipe: DiffusionPipeline, steps: int, name: str) -> Row
 
 def student_row(run: Run, pipe: DiffusionPipeline, steps: int) -> Row:
     """The student in `steps` steps, by a stock scheduler; `pipe` has the teacher's, which knows the noise process."""
-    sampler = run.method.sampler(run.family.schedule(pipe), steps)
+    sampler = run.method.sampler(run.family.schedule(pipe.scheduler), steps)
     scheduler, call = run.family.scheduler(pipe, sampler)
     call |= {"guidance_scale": sampler.guidance_scale} | run.family.arguments()
     return Row(f"student, {steps} step{'s' * (steps > 1)}", scheduler, call)

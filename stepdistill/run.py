@@ -19,6 +19,7 @@ from stepdistill.feed import check_needs
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Method
 from stepdistill.roles import Ema, LoraSpec
+from stepdistill.schedule import NoiseSchedule
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import Stage, prepare
 from stepdistill.team import Team
@@ -50,7 +51,9 @@ class Run:
 def check(run: Run) -> None:
     """Everything that can be known wrong before anything is loaded."""
     out, spec = Path(run.train.output_dir), run.train
-    run.family.location()
+    scheduler = run.family.load_scheduler()
+    if scheduler is not None:
+        check_method(run, run.family.schedule(scheduler))
     check_needs(run.data, run.method.needs, type(run.method).__name__)
     for source in inside(run.data):
         len(source)  # reads the index, also of a source that the teacher's samples are wrapped around
@@ -78,6 +81,14 @@ def check(run: Run) -> None:
         )
 
 
+def check_method(run: Run, schedule: NoiseSchedule) -> None:
+    """Raise ConfigError where the method cannot run on the teacher's noise process."""
+    try:
+        run.method.check(schedule)
+    except ValueError as error:
+        raise ConfigError(f"method: {error}") from error
+
+
 def distill(run: Run) -> Path:
     """Train, write the student folder, prove that plain Diffusers loads it, and report. Returns the folder."""
     check(run)
@@ -85,11 +96,8 @@ def distill(run: Run) -> Path:
     spec, accelerator = run.train, stage.accelerator
     out = Path(spec.output_dir)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    schedule = run.family.schedule(stage.pipe)
-    try:
-        run.method.check(schedule)
-    except ValueError as error:
-        raise ConfigError(f"method: {error}") from error
+    schedule = run.family.schedule(stage.pipe.scheduler)
+    check_method(run, schedule)
     run.family.scheduler(stage.pipe, run.method.sampler(schedule))  # the student must have one, so ask now
     if spec.eval_samples:
         report.reference(run, stage.digest)

@@ -58,13 +58,13 @@ class Stage:
     def denoiser(self, role: str) -> Denoiser:
         """A role as an estimator."""
         family = self.run.family
-        schedule, kind = family.schedule(self.pipe), family.kind(self.pipe)
+        schedule, kind = family.schedule(self.pipe.scheduler), family.kind(self.pipe)
         return Denoiser(self.backbone, role, schedule, kind, family.call, self.dtype)
 
     def play(self, step: int) -> Play:
         """What the method may touch in a step."""
         return Play(
-            schedule=self.run.family.schedule(self.pipe),
+            schedule=self.run.family.schedule(self.pipe.scheduler),
             null=self.feed.condition([""]),
             denoiser=self.denoiser,
             module=lambda name: self.backbone.others[name],

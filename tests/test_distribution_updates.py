@@ -22,7 +22,9 @@ from stepdistill.methods.dmd2 import DMD2, Gan
 from stepdistill.methods.vsd import VSD, ClipTerm
 from stepdistill.metrics.clip import clip
 from stepdistill.roles import TEACHER, Ema, Lora, Tap
+from stepdistill.run import Run, distill
 from stepdistill.schedule import Rectified
+from stepdistill.spec import TrainSpec
 
 DMD = DMD2(num_inference_steps=2, guidance_scale=3.0, critic_steps=2)
 GAN = replace(DMD, gan=Gan())
@@ -330,7 +332,7 @@ def test_what_cannot_be_is_refused(make, words):
 
 
 def test_times_that_the_schedule_does_not_have_are_refused():
-    table, flow = FAMILIES["sd"].schedule(pipeline("sd")), Rectified(3.0)
+    table, flow = FAMILIES["sd"].schedule(pipeline("sd").scheduler), Rectified(3.0)
     for times in ((1000.0,), (999.0, 499.5)):
         with pytest.raises(ValueError, match="table's entries"):
             DMD2(timesteps=times).check(table)
@@ -343,7 +345,7 @@ def test_times_that_the_schedule_does_not_have_are_refused():
 
 
 def test_other_numbers_of_steps_start_where_the_student_does():
-    table, flow = FAMILIES["sd"].schedule(pipeline("sd")), Rectified(3.0)
+    table, flow = FAMILIES["sd"].schedule(pipeline("sd").scheduler), Rectified(3.0)
     early = DMD2(timesteps=(799.0,))
     assert early.sampler(table).timesteps == (799.0,) == VSD(timestep=799.0).sampler(table).timesteps
     assert early.sampler(table, 4).timesteps == (799.0, 599.0, 399.0, 199.0)
@@ -357,3 +359,17 @@ def test_other_numbers_of_steps_start_where_the_student_does():
 def test_an_adversarial_term_without_pictures_is_refused():
     with pytest.raises(ConfigError, match="latents"):
         check_needs(Prompts(prompts=("rose",)), GAN.needs, "DMD2")
+
+
+def test_times_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(Family, "load", lambda self: pytest.fail("loaded"))
+    for name, times, words in (("tiny-sd", (1200.0,), "table's entries"), ("tiny-sd3", (1200.0,), "1000 sigma")):
+        with pytest.raises(ConfigError, match=words):
+            distill(
+                Run(
+                    family=replace(FAMILIES[name.removeprefix("tiny-")], pretrained_teacher_model=name),
+                    method=DMD2(timesteps=times),
+                    data=Prompts(prompts=("rose",)),
+                    train=TrainSpec(output_dir=str(tmp_path / "out")),
+                )
+            )

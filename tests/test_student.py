@@ -109,7 +109,7 @@ def test_a_fresh_plain_pipeline_draws_what_was_trained(families, tmp_path, name,
     assert contract.proof and contract.proof.difference == difference
     assert contract.scheduler["_class_name"] == scheduler
     assert (contract.lora.rank, contract.lora.alpha, contract.lora.strength) == (RANK, ALPHA, 1.0)
-    times = method.sampler(family.schedule(family.load())).timesteps
+    times = method.sampler(family.schedule(family.load().scheduler)).timesteps
     assert len(times) == 4 and contract.timesteps == times
     assert contract.proof.timesteps == (pytest.approx(times, rel=1e-6, abs=0) if name == "sd3" else times)
 
@@ -117,7 +117,7 @@ def test_a_fresh_plain_pipeline_draws_what_was_trained(families, tmp_path, name,
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_a_plain_pipeline_visits_the_trained_times_and_no_others(families, written, name):
     family, folder = families[name], written[name]
-    times = LCM.sampler(family.schedule(family.load())).timesteps
+    times = LCM.sampler(family.schedule(family.load().scheduler)).timesteps
     pipe, seen = family.load(), []
 
     def before(_, args, kwargs):

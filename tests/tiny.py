@@ -63,7 +63,7 @@ def batch(name: str, pipe: DiffusionPipeline, size: int = 2, first: int = 0) -> 
 def play(name: str, pipe: DiffusionPipeline, bones: dict[str, Backbone] | Backbone, step: int = 0) -> Play:
     """A `Play` over one shared backbone, or over one backbone for each role."""
     family = FAMILIES[name]
-    schedule = family.schedule(pipe)
+    schedule = family.schedule(pipe.scheduler)
 
     def bone(role: str) -> Backbone:
         return bones if isinstance(bones, Backbone) else bones[role]

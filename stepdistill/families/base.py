@@ -19,6 +19,7 @@ from stepdistill.prediction import Kind
 from stepdistill.roles import Tap
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import NoiseSchedule
+from stepdistill.schema import locate
 from stepdistill.tiny import bundled
 
 BUNDLED_NAMES = ("tiny-sd", "tiny-sd3")
@@ -92,6 +93,15 @@ class Family(ABC):
             pipe.unload_lora_weights()
         return pipe
 
+    def load_scheduler(self) -> Any:  # noqa: ANN401
+        """The teacher's scheduler alone, from its few bytes; None for a single file, which keeps it inside."""
+        where = self.location()
+        if where.endswith(".safetensors"):
+            return None
+        index: Any = self.pipeline_class.load_config(where, revision=self.revision)
+        kind = locate(f"diffusers.{index['scheduler'][1]}")
+        return kind.from_pretrained(where, subfolder="scheduler", revision=self.revision)
+
     def network(self, pipe: DiffusionPipeline) -> nn.Module:
         """The denoiser among the pipeline's components."""
         return pipe.components[self.network_name]
@@ -119,8 +129,8 @@ class Family(ABC):
         """What the pipeline's call needs besides prompt, sampler and size, for teacher and student alike."""
 
     @abstractmethod
-    def schedule(self, pipe: DiffusionPipeline) -> NoiseSchedule:
-        """The noise process, with the pipeline scheduler's exact levels."""
+    def schedule(self, scheduler: Any) -> NoiseSchedule:  # noqa: ANN401
+        """The noise process, with the exact levels of the pipeline's scheduler."""
 
     @abstractmethod
     def kind(self, pipe: DiffusionPipeline) -> Kind:

@@ -37,8 +37,8 @@ class StableDiffusion(Family):
     def arguments(self) -> dict[str, Any]:
         return {}
 
-    def schedule(self, pipe: DiffusionPipeline) -> DiscreteVP:
-        return DiscreteVP(pipe.scheduler.alphas_cumprod)
+    def schedule(self, scheduler: Any) -> DiscreteVP:  # noqa: ANN401
+        return DiscreteVP(scheduler.alphas_cumprod)
 
     def kind(self, pipe: DiffusionPipeline) -> Kind:
         return pipe.scheduler.config.prediction_type

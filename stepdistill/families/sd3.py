@@ -50,8 +50,8 @@ class StableDiffusion3(Family):
     def arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self.max_sequence_length}
 
-    def schedule(self, pipe: DiffusionPipeline) -> Rectified:
-        if pipe.scheduler.config.use_dynamic_shifting:
+    def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
+        if scheduler.config.use_dynamic_shifting:
             raise ConfigError(
                 problem(
                     "a scheduler with use_dynamic_shifting",
@@ -60,7 +60,7 @@ class StableDiffusion3(Family):
                     "set use_dynamic_shifting to false and shift to the value for your resolution",
                 )
             )
-        return Rectified(pipe.scheduler.config.shift)
+        return Rectified(scheduler.config.shift)
 
     def kind(self, pipe: DiffusionPipeline) -> Kind:
         return "flow"

@@ -86,7 +86,7 @@ def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Row]]:
     """The teacher's stock few-step samplers: DDIM trailing and DPM-Solver++, or Euler with and without shift."""
     same = {"guidance_scale": run.train.teacher_guidance_scale} | run.family.arguments()
     for steps in STEPS["teachers"]:
-        if isinstance(run.family.schedule(pipe), DiscreteVP):
+        if isinstance(run.family.schedule(pipe.scheduler), DiscreteVP):
             yield steps, report.teacher_row(run, pipe, steps, "DDIM, trailing")
             dpm = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
             yield (
