@@ -124,14 +124,20 @@ class Students:
         return np.stack(ordered) if isinstance(ordered[0], np.ndarray) else ordered
 
 
-def generate_each(students: Students, prompts: Sequence[str], seed: int) -> tuple[Tensor, Cost]:
-    """What `stepdistill.evaluate.generate` draws, each prompt with its student: the same pictures as of it alone."""
+def generate_each(
+    students: Students, prompts: Sequence[str], seed: int, row: Row | None = None
+) -> tuple[Tensor, Cost]:
+    """What `stepdistill.evaluate.generate` draws, each prompt with its student: the same pictures as of it alone.
+
+    Args:
+        row: how all of them sample; None is each under its own contract.
+    """
     pictures, total = {}, Cost()
     for k, places in students.route(prompts).items():
         call = {key: value for key, value in students.calls[k].items() if key not in ("height", "width")}
-        row = Row(f"student {k}", students.schedulers[k], call)
+        own = row or Row(f"student {k}", students.schedulers[k], call)
         with students.use(k):
-            made, cost = generate(students.pipe, row, [prompts[i] for i in places], seed, numbers=places)
+            made, cost = generate(students.pipe, own, [prompts[i] for i in places], seed, numbers=places)
         pictures |= dict(zip(places, made, strict=True))
         total = Cost(total.calls + cost.calls, total.rows + cost.rows, total.seconds + cost.seconds)
     return torch.stack([pictures[i] for i in range(len(prompts))]), total

@@ -16,9 +16,11 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchE
 from torch import Tensor
 
 from stepdistill import config, report, student
+from stepdistill.data import Partition
 from stepdistill.evaluate import SEED_A, SEED_B, Reference, Row, generate, network_of
 from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.frechet import Stats, diversity, excess, frechet, paired
+from stepdistill.multi import Students, generate_each, join
 from stepdistill.run import Run, distill
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import DiscreteVP
@@ -100,13 +102,18 @@ def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Row]]:
             yield steps, Row("Euler, no shift", plain, call | same)
 
 
-def figures(pipe: DiffusionPipeline, row: Row, ref: Reference) -> dict[str, Any]:
+def figures(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> dict[str, Any]:
     """Excess, paired distance, diversity over the teacher's, and cost of one way to sample."""
-    images, cost = generate(pipe, row, ref.prompts, SEED_B, progress=True)
+    if isinstance(drawer, Students):
+        images, cost = generate_each(drawer, ref.prompts, SEED_B, row)
+        groups = [len(places) for places in drawer.route(ref.prompts).values()]
+    else:
+        images, cost = generate(drawer, row, ref.prompts, SEED_B, progress=True)
+        groups = [len(images)]
     made, n = extractor()(images), len(images)
     places = torch.tensor([sorted(set(ref.prompts)).index(prompt) for prompt in ref.prompts])
     interval = excess(made, ref.features["reference"], ref.features["floor"])
-    batches = -(-n // 64)
+    batches = sum(-(-group // 64) for group in groups)
     return {
         "n": n,
         "seeds": [SEED_A, SEED_B],
@@ -196,8 +203,10 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
             scheduler, call = run.family.scheduler(pipe, Sampler((EARLY[table],), eta=1.0))
             call |= {"guidance_scale": 1.0} | run.family.arguments()
             sampled[f"1 from {EARLY[table]:g}"] = Row(f"student, from {EARLY[table]:g}", scheduler, call)
-        student.load_student(pipe, out)
-        pipe.fuse_lora()  # the same student in two thirds of the time
+        loaded = student.load_student(pipe, out)
+        drawer = loaded if isinstance(loaded, Students) else pipe
+        if drawer is pipe:
+            pipe.fuse_lora()  # the same student in two thirds of the time
         facts = {
             "teacher": name,
             "config": config.digest(run),
@@ -206,7 +215,7 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
         }
         for key, row in sampled.items():
             steps = int(key.split()[0])
-            results.once(f"{name}/{method}/{key}", partial(figures, pipe, row, ref), **facts, steps=steps)
+            results.once(f"{name}/{method}/{key}", partial(figures, drawer, row, ref), **facts, steps=steps)
 
 
 def trained(file: Path) -> Path:
@@ -217,14 +226,22 @@ def trained(file: Path) -> Path:
         for other in CONFIGS.glob("*/*.yaml"):
             if run.lora.init_from and config.load(Run, other, []).train.output_dir == run.lora.init_from:
                 trained(other)
-        distill(config.load(Run, file, ["train.resume_from_checkpoint=latest"]))
+        if not isinstance(run.data, Partition):
+            distill(config.load(Run, file, ["train.resume_from_checkpoint=latest"]))
+            return out
+        parts = [Path(f"{out}-part-{k}") for k in range(run.data.students)]
+        for k, part in enumerate(parts):
+            own = [f"data.student={k}", f"train.output_dir={part}", "train.resume_from_checkpoint=latest"]
+            if not (part / student.CONTRACT).exists():
+                distill(config.load(Run, file, own))
+        join(out, parts)
     return out
 
 
 def seconds(folder: Path) -> float:
-    """What a run's steps took in all."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return sum(row.get("seconds", 0.0) for row in rows)
+    """What the steps of a run, or of the runs of several students, took in all."""
+    lines = [line for file in folder.rglob("metrics.jsonl") for line in file.read_text().splitlines()]
+    return sum(json.loads(line).get("seconds", 0.0) for line in lines)
 
 
 TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
