@@ -184,7 +184,9 @@ def test_guidance_is_one_call_and_none_is_none():
 def production(seed: int = 0, step: int = 0) -> Play:
     roles = {"teacher": TEACHER, "student": Mixture(SD)}
     null = {"mean": column(NULL)}
-    return Play(SD, null, roles.__getitem__, nn.ModuleDict().__getitem__, seed, step, torch.device("cpu"))
+    return Play(
+        SD, null, roles.__getitem__, nn.ModuleDict().__getitem__, nn.Identity(), seed, step, torch.device("cpu")
+    )
 
 
 def batch(first: int, size: int) -> Batch:
