@@ -53,14 +53,7 @@ SIDES = ("reference", "ours")
 CAUSES = ("forward", "backward", "clip, optimizer", "rest")
 MEASURED = ("static MiB", "peak MiB", "beyond imports", "calls", "rows")
 WARM, CYCLES = 1, 24
-
-
-SETUPS = {
-    "SD 1.5": Setup(),
-    "tiny": Setup(
-        partial(build.unet, (64, 112), 128), torch.float32, build.LENGTH, LoraSpec.rank, TrainSpec.train_batch_size
-    ),
-}
+SETUPS = {"SD 1.5": Setup(), "tiny": Setup(partial(build.unet, (64, 112), 128), torch.float32, build.LENGTH)}
 
 
 def method(setup: Setup) -> DMD2:
@@ -185,7 +178,8 @@ def alone(name: str, setup: Setup) -> dict[str, float]:
         row.update(side.measure())
         row["static MiB"] = held.bytes() / 2**20
 
-    return row | beyond(work) | row
+    peaks = beyond(work)
+    return row | peaks
 
 
 def full_fine_tune(setup: Setup) -> float:
@@ -244,17 +238,16 @@ def main() -> None:
         size, side = sys.argv[1].split("/")
         print(json.dumps(alone(side, SETUPS[size])))
         return
-    # first: a process begins with the peak of the one that starts it
-    apart = {
-        size: {side: memory(Path(__file__), [f"{size}/{side}"], rounds)[f"{size}/{side}"] for side in SIDES}
-        for size, rounds in (("tiny", 3), ("SD 1.5", 1))
-    }
     large, small = SETUPS["SD 1.5"], SETUPS["tiny"]
-    cycles = interleaved({side: make(side, small)[0] for side in SIDES}, WARM, CYCLES)
+    apart: dict[str, Rows] = {}
     for size, setup in SETUPS.items():
+        # before this process grows: one begins with the peak of the one that starts it. Once: bytes repeat
+        found = memory(Path(__file__), [f"{size}/{side}" for side in SIDES], rounds=1)
+        apart[size] = {side: found[f"{size}/{side}"] for side in SIDES}
         print(f"{size}: DMD2, {setup.critic_steps} critic steps, batch {setup.batch}, LoRAs of rank {setup.rank}")
-        print(table(apart[size], MEASURED, 1))
+        print(table(apart[size], MEASURED, 1), flush=True)
     print(f"SD 1.5 trained in full, without activations: {full_fine_tune(large) * 1024:.1f} MiB")
+    cycles = interleaved({side: make(side, small)[0] for side in SIDES}, WARM, CYCLES)
     print("ms of a cycle: median and half the distance between the quartiles")
     for size, rows in (("SD 1.5", apart["SD 1.5"]), ("tiny", cycles)):
         print(f"{size}\n{table(rows, (*CAUSES, CPU, WALL), 1e3)}")
