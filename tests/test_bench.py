@@ -1,19 +1,28 @@
-"""The side-by-side counts what it says, and its two sides compute the same loss. Times are left to the script."""
+"""The side-by-sides count what they say, and their two sides compute the same losses. Times are left to scripts."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from peft import set_peft_model_state_dict
+from tiny import awake
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
 import consistency_step as bench
+import dmd2_memory as cycle
+import dmd2_plain as plain
 
 from stepdistill.data import Stream
+from stepdistill.methods.base import Batch, Play
+from stepdistill.tiny import build
 
 SMALL = bench.Setup(channels=(32, 32), width=32, vae=(16, 16, 16), rank=4, batch=2, warm=1, steps=1)
 
@@ -61,3 +70,87 @@ def test_both_sides_compute_the_same_loss(teacher):
         loss = reference.loss(torch.stack(pixels), list(prompts), index, play.noise(batch, "eps"))
     (update,) = stage.run.method.updates(play, batch, 0)
     assert update.loss.item() == pytest.approx(loss.item(), rel=1e-4)
+
+
+CYCLE = plain.Setup(partial(build.unet, (32, 32), 32), torch.float32, tokens=5, rank=4, batch=2, critic_steps=3)
+
+
+def drawn(play: Play, batch: Batch) -> plain.Draws:
+    """The draws that our side makes, for the reference."""
+    taken = int(play.shared("step") * len(plain.TIMES))
+    return plain.Draws(
+        taken,
+        play.noise(batch, "start"),
+        [play.noise(batch, f"again {i}") for i in range(taken)],
+        (plain.LOW + play.draw(batch, "score t") * (plain.HIGH - plain.LOW + 1)).long(),
+        play.noise(batch, "score eps"),
+        (play.draw(batch, "fake t") * 1000).long(),
+        play.noise(batch, "fake eps"),
+    )
+
+
+def test_both_sides_train_dmd2_alike():
+    """The same losses for two cycles, and so the same updates."""
+    loop, reference = cycle.production(CYCLE), plain.Reference(CYCLE)
+    for role, net in (("student", reference.student), ("fake", reference.fake)):
+        awake(loop.team.backbone, role)
+        set_peft_model_state_dict(net, loop.team.backbone.state(role))
+    stepped = {"student": 0, "fake": 0}
+    for step in range(2 * CYCLE.critic_steps):
+        (batch,) = next(loop.batches)
+        values = loop.one_step(step, [batch], stepped)
+        losses = reference.step(step, batch.cond["states"], drawn(loop.play(step), batch))
+        ours = [values[key] for key in ("loss", "loss_fake") if key in values]
+        assert len(losses) == 1 + (step % CYCLE.critic_steps == 0)
+        assert ours == pytest.approx(losses, rel=1e-4)
+    assert stepped == {"student": 2, "fake": 2 * CYCLE.critic_steps}
+
+
+def adapter(net: nn.Module, rank: int) -> tuple[int, int]:
+    """Numbers and tensors of a LoRA, from the layers' shapes."""
+    layers = [net.get_submodule(name) for name in plain.FAMILY.lora_targets(net)]
+    return sum(rank * (m.weight[0].numel() + m.weight.shape[0]) for m in layers), 2 * len(layers)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_static_memory_is_all_that_stays(dtype, size):
+    setup = replace(CYCLE, dtype=dtype)
+    net = setup.network()
+    base, (numbers, tensors) = size * sum(p.numel() for p in net.parameters()), adapter(net, setup.rank)
+    trained = 2 * (plain.FULL * numbers + 4 * tensors)  # Adam counts the steps of each tensor in a float32
+    for name, networks in (("reference", 3), ("ours", 1)):
+        side, held = cycle.make(name, setup)
+        side.measure()
+        assert held.bytes() == networks * base + trained, name
+
+
+def test_static_memory_at_full_size():
+    """SD 1.5 with LoRAs of rank 32: the target, as arithmetic."""
+    with torch.device("meta"):
+        net = plain.stable_diffusion()
+    base = sum(p.numel() for p in net.parameters())
+    assert base == 859_520_964
+    trained = 2 * plain.FULL * adapter(net, 32)[0]
+    assert (2 * base + trained) / (3 * 2 * base + trained) <= 0.46
+    assert cycle.full_fine_tune(plain.Setup()) == pytest.approx((32 + 2) * base / 2**30)
+
+
+def test_a_cycle_of_dmd2_in_the_fewest_calls():
+    rows = {
+        side: [cycle.make(side, CYCLE)[0].measure() | {"static MiB": 1.0, "beyond imports": 2.0}]
+        for side in cycle.SIDES
+    }
+    steps = range(1, 1 + CYCLE.critic_steps)
+    taken = sum(int(cycle.scene(CYCLE, None, {}, i).shared("step") * len(plain.TIMES)) for i in steps)
+    # each step the student and the fake score; in one both scores, too: the teacher with and without the prompt
+    fewest = taken + 2 * CYCLE.critic_steps + 2
+    assert taken > 0
+    line = json.loads(json.dumps(cycle.summary(CYCLE, rows, rows, rows)))
+    assert line["calls"] == line["tiny"]["calls"] == {"reference": fewest + 1, "ours": fewest}
+    assert line["rows"] == dict.fromkeys(cycle.SIDES, (fewest + 1) * CYCLE.batch)
+    assert line["name"] == "dmd2_memory" and line["static_ratio"] == line["peak_ratio"] == 1
+    assert {"time_ratio", "full_fine_tune_gib", "static_mib", "peak_mib", "machine"} < line.keys()
+    assert {"static_ratio", "peak_ratio", "time_ratio"} < line["tiny"].keys()
+    for (row,) in rows.values():
+        assert sum(row[cause] for cause in cycle.CAUSES) == pytest.approx(row[bench.CPU])
+        assert all(row[cause] > 0 for cause in cycle.CAUSES)

@@ -181,7 +181,7 @@ def test_micro_batches_keep_no_graph(monkeypatch):
         play=lambda step: play("sd", pipe, team.backbone, step),
         batches=iter(()),
         logs=None,  # pyright: ignore
-        validate=lambda step: None,
+        validate=lambda step: False,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         facts={},
         device=torch.device("cpu"),
