@@ -146,7 +146,7 @@ def test_a_cycle_of_dmd2_in_the_fewest_calls():
     fewest = taken + 2 * CYCLE.critic_steps + 2
     assert taken > 0
     line = json.loads(json.dumps(cycle.summary(CYCLE, rows, rows, rows)))
-    assert line["calls"] == line["tiny"]["calls"] == {"reference": fewest + 1, "ours": fewest}
+    assert line["calls"] == {"reference": fewest + 1, "ours": fewest}
     assert line["rows"] == dict.fromkeys(cycle.SIDES, (fewest + 1) * CYCLE.batch)
     assert line["name"] == "dmd2_memory" and line["static_ratio"] == line["peak_ratio"] == 1
     assert {"time_ratio", "full_fine_tune_gib", "static_mib", "peak_mib", "machine"} < line.keys()

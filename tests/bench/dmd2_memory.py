@@ -222,7 +222,6 @@ def summary(setup: Setup, large: Rows, small: Rows, cycles: Rows) -> dict[str, o
             "peak_ratio": share(small, "beyond imports"),
             "time_ratio": times(cycles, CPU),
             "time_ratio_wall": times(cycles, WALL),
-            "calls": {side: cycles[side][0]["calls"] for side in SIDES},
         },
         "rank": setup.rank,
         "batch": setup.batch,
