@@ -124,9 +124,7 @@ class Students:
         return np.stack(ordered) if isinstance(ordered[0], np.ndarray) else ordered
 
 
-def generate_each(
-    students: Students, prompts: Sequence[str], seed: int, row: Row | None = None
-) -> tuple[Tensor, Cost]:
+def generate_each(students: Students, prompts: Sequence[str], seed: int, row: Row | None = None) -> tuple[Tensor, Cost]:
     """What `stepdistill.evaluate.generate` draws, each prompt with its student: the same pictures as of it alone.
 
     Args:
