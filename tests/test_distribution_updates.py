@@ -207,7 +207,7 @@ def test_clip_sees_what_its_own_processor_makes(clip_folder):
     pictures = torch.rand(2, 3, 32, 32)
     ours = clip(clip_folder, torch.device("cpu"))(pictures, ["red apple", "cat face"])
     model, words = CLIPModel.from_pretrained(clip_folder).eval(), tokens()(["red apple", "cat face"], padding=True)
-    plain = CLIPImageProcessor(size={"height": 32, "width": 32}, do_rescale=False, do_center_crop=False)
+    plain = CLIPImageProcessor(do_resize=False, do_rescale=False, do_center_crop=False)
     with torch.no_grad():
         out = model(
             input_ids=torch.tensor(words["input_ids"]),
