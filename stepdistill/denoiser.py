@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -43,10 +44,7 @@ class Denoiser:
     grad: bool = True
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
-        with (
-            self.backbone.use(self.role, self.grad) as net,
-            torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16)),
-        ):
+        with self._network(x_t.device) as net:
             y = self.call(net, x_t, t, cond)
         return estimate(self.kind, y, x_t, t, self.schedule)
 
@@ -55,11 +53,14 @@ class Denoiser:
         tap = self.backbone.tap
         if tap is None:
             raise ValueError(f"role {self.role!r} is asked for features, and its network has no tap")
-        with (
-            self.backbone.use(self.role, self.grad) as net,
-            torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16)),
-        ):
+        with self._network(x_t.device) as net:
             return features_before(net, tap, x_t, lambda: self.call(net, x_t, t, cond)).float()
+
+    @contextmanager
+    def _network(self, device: torch.device) -> Iterator[nn.Module]:
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        with self.backbone.use(self.role, self.grad) as net, torch.autocast(device.type, self.dtype, enabled=half):
+            yield net
 
     def frozen(self) -> Denoiser:
         """The same role with gradients to its inputs only."""

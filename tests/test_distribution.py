@@ -141,14 +141,23 @@ def test_guidance_on_one_side_moves_the_fixed_point(schedule):
     close(pull(replace(ONE, guidance_scale=3.0), beyond), torch.zeros(64, 1, 8, 8), 1e-9)
     assert pull(replace(ONE, guidance_scale=3.0), 0.7).mean() < -0.1  # descent goes up from the unguided mean
 
-    class Conditional:
-        """A fake score that has learned the student's law for the prompt, and the teacher's own without one."""
+    def vsd(b: float, w: float) -> Tensor:
+        student = Linear(b, 0.6)
+        learned = student.score(schedule)
 
-        def __call__(self, x_t, t, cond):
-            return teacher(x_t, t, cond)
+        def fake(x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Estimate:
+            """The student's law for the prompt, the teacher's own without one."""
+            own, known = learned(x_t, t, cond), teacher(x_t, t, cond)
+            pairs = zip(own, known, strict=True)
+            return Estimate(*(torch.where(cond["mean"] == 0, other, mine) for mine, other in pairs))
 
-    roles = {"student": Linear(0.7, 0.6), "fake": Conditional(), TEACHER: teacher}
-    close(gradient(VSD(guidance_scale=7.5), drawn(schedule, roles), batch), torch.zeros(64, 1, 8, 8), 1e-9)
+        return gradient(
+            VSD(guidance_scale=w), drawn(schedule, {"student": student, "fake": fake, TEACHER: teacher}), batch
+        )
+
+    for w in (3.0, 7.5):
+        close(vsd(0.7, w), torch.zeros(64, 1, 8, 8), 1e-9)
+        assert vsd(0.2, w).mean() < -1e-3 and vsd(1.2, w).mean() > 1e-3
 
 
 class Critic:

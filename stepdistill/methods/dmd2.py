@@ -171,14 +171,15 @@ class DMD2(Method):
             fake = play.denoiser("fake")(x_s, s, batch.cond).x0
             gradient = normalised(sample, fake, real)
             if self.gan is not None and self.gan.divergence != "reverse_kl":
-                logits = play.module("head")(self.judge(self.gan, play).features(x_s, s, batch.cond))
+                logits = play.module("head")(judge(self.gan, play).features(x_s, s, batch.cond))
                 gradient = divergence_weight(self.gan.divergence, logits).reshape(-1, 1, 1, 1) * gradient
         loss = surrogate(x0, gradient)
         logs = {"loss": loss.detach()}
         if self.gan is not None:
             # in two phases: the judge's graph ends at the sample, so no graph spans two roles
             sample.requires_grad_()
-            term = generator_loss(self.gan.loss_type, self.logits(self.gan, play, batch, sample, "gan student"))
+            frozen = judge(self.gan, play).frozen()
+            term = generator_loss(self.gan.loss_type, logits_of(frozen, play, batch, sample, "gan student"))
             (pull,) = torch.autograd.grad(term, sample)
             loss = loss + self.gan.generator_weight * (x0 * pull).sum()
             logs["loss_gan"] = term.detach()
@@ -186,28 +187,27 @@ class DMD2(Method):
 
     def head_loss(self, gan: Gan, play: Play, batch: Batch, x0: Tensor) -> Tensor:
         """The head's loss on noised samples and noised data; with `features: fake` it trains the fake score, too."""
-        data = latents_of(batch)
-        real = self.logits(gan, play, batch, data, "gan real", trained=True)
-        loss = discriminator_loss(gan.loss_type, self.logits(gan, play, batch, x0, "gan fake", trained=True), real)
+        data, role = latents_of(batch), judge(gan, play)
+        real = logits_of(role, play, batch, data, "gan real")
+        loss = discriminator_loss(gan.loss_type, logits_of(role, play, batch, x0, "gan fake"), real)
         if gan.r1_weight:
-            shaken = self.logits(gan, play, batch, data, "gan real", trained=True, shake=gan.r1_sigma)
+            shaken = logits_of(role, play, batch, data, "gan real", shake=gan.r1_sigma)
             loss = loss + gan.r1_weight * (shaken - real).square().mean()
         return loss
 
-    def judge(self, gan: Gan, play: Play, trained: bool = False) -> Denoiser:
-        """The role whose features the head sees."""
-        role = play.denoiser("fake" if gan.features == "fake" else TEACHER)
-        return role if trained else role.frozen()
 
-    def logits(
-        self, gan: Gan, play: Play, batch: Batch, x0: Tensor, purpose: str, trained: bool = False, shake: float = 0.0
-    ) -> Tensor:
-        """The head's logits (B, 1) at `x0` noised by draws of its own."""
-        t = play.schedule.spread(play.draw(batch, f"{purpose} t"), *play.schedule.span)
-        x_t = play.schedule.add_noise(x0, play.noise(batch, f"{purpose} eps"), t)
-        if shake:
-            x_t = x_t + shake * play.noise(batch, f"{purpose} shake")
-        return play.module("head")(self.judge(gan, play, trained).features(x_t, t, batch.cond))
+def judge(gan: Gan, play: Play) -> Denoiser:
+    """The role whose features the head sees."""
+    return play.denoiser("fake" if gan.features == "fake" else TEACHER)
+
+
+def logits_of(role: Denoiser, play: Play, batch: Batch, x0: Tensor, purpose: str, shake: float = 0.0) -> Tensor:
+    """The head's logits (B, 1) at `x0` noised by draws of its own, and then by `shake` more."""
+    t = play.schedule.spread(play.draw(batch, f"{purpose} t"), *play.schedule.span)
+    x_t = play.schedule.add_noise(x0, play.noise(batch, f"{purpose} eps"), t)
+    if shake:
+        x_t = x_t + shake * play.noise(batch, f"{purpose} shake")
+    return play.module("head")(role.features(x_t, t, batch.cond))
 
 
 def check_range(t_range: tuple[float, float]) -> None:
