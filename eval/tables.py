@@ -6,6 +6,7 @@ seeds B, and excess = FD(row, R) - F with a 20-block jackknife interval, N pictu
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ if __name__ == "__main__":
     if args.name:
         tables.measure(args.name, results, args.threads, args.teacher, args.rows)
     if args.render:
+        render.plot_time(json.loads((results / "time.json").read_text()), results / "time.png")
         readme = Path(__file__).parent.parent / "README.md"
         readme.write_text(render.render(readme.read_text(), results))
     if not (args.name or args.render):

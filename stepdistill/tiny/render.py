@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,31 @@ def _quickstart(report: Mapping[str, Any]) -> str:
         sure = f"{found['value']:.0f} [{found['ci95'][0]:.0f}, {found['ci95'][1]:.0f}]" if "ci95" in found else "0"
         lines.append(f"| {row['name']} | {row['calls']:.0f} | {row['nfe']:.0f} | {sure} |")
     return "\n".join(lines)
+
+
+def plot_time(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """Draw excess at one step against minutes of training, with intervals, a line a method, into a PNG."""
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[float, float, Sequence[float]]]] = {}
+    for key, row in rows.items():
+        method, minutes = key.split("/")[1], row["train_seconds"] / 60
+        lines.setdefault(method, []).append((minutes, row["excess"], row["ci95"]))
+        if row["early"] != row["excess"]:  # a student whose own start is another
+            line = lines.setdefault(f"{method}, from {EARLY['distribution']:g}", [])
+            line.append((minutes, row["early"], row["early_ci95"]))
+    for label, points in sorted(lines.items()):
+        minutes, values, spans = zip(*sorted(points), strict=True)
+        errors = [[v - low for v, (low, _) in zip(values, spans, strict=True)]]
+        errors += [[high - v for v, (_, high) in zip(values, spans, strict=True)]]
+        axes.errorbar(minutes, values, errors, marker="o", markersize=4, capsize=2, label=label)
+    axes.set(xscale="log", xlabel="minutes of training, one core", ylabel="excess at one step", ylim=(0, None))
+    axes.set_xticks([2.5, 5, 10, 20, 40], ["2.5", "5", "10", "20", "40"], minor=False)
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=110)
 
 
 RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {

@@ -1,87 +1,38 @@
-"""The embedded benchmark: rows of figures about the bundled teachers and the students of `configs/tables/*/`."""
+"""The README's tables: which rows each has, about the bundled teachers and the students of `configs/tables/*/`."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from torch import Tensor
 
 from stepdistill import config, report, student
 from stepdistill.data import Partition
-from stepdistill.evaluate import SEED_A, SEED_B, Reference, Row, generate, network_of
-from stepdistill.metrics.features import EfficientNetLite0
-from stepdistill.metrics.frechet import Stats, diversity, excess, frechet, paired
-from stepdistill.multi import Students, generate_each, join
+from stepdistill.evaluate import Reference, Row, network_of
+from stepdistill.metrics.frechet import Stats, diversity, frechet
+from stepdistill.multi import Students, join
 from stepdistill.run import Run, distill
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import DiscreteVP
-from stepdistill.tiny import emoji
+from stepdistill.tiny.benchmark import N, Results, data_features, figures, reference
 from stepdistill.tiny.render import EARLY, STEPS
 
-N = 2048
-SHIPPED = 256  # rows of the features that the quickstart compares with
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs" / "tables"
-TEACHERS = {"tiny-sd": "sd.StableDiffusion", "tiny-sd3": "sd3.StableDiffusion3"}
-
-
-def prompts(n: int = N) -> list[str]:
-    """The benchmark's prompts: the subgroups with at least 16 drawings, in turn."""
-    pool = emoji.prompts()
-    return [pool[i % len(pool)] for i in range(n)]
-
-
-@cache
-def extractor() -> EfficientNetLite0:
-    """The benchmark's features, 64 pixels."""
-    return EfficientNetLite0()
-
-
-@cache
-def data_features(seed: int) -> Tensor:
-    """Features of drawings that belong to each prompt, drawn and augmented at random."""
-    rng, source = random.Random(seed), emoji.sheet()
-    pool: dict[str, list[emoji.Drawing]] = {}
-    for drawing in emoji.subjects():
-        pool.setdefault(drawing.subgroup, []).append(drawing)
-    made = emoji.pixels([emoji.picture(source, rng.choice(pool[prompt]), rng) for prompt in prompts()])
-    return extractor()((made * 127.5 + 127.5).round().to(torch.uint8))
-
-
-def reference(name: str, run: Run, work: Path) -> Reference:
-    """Features of the teacher at full steps, seeds A and B; measured once, a part of them shipped."""
-    file = work / f"{name}-reference.safetensors"
-    if file.exists():
-        return Reference.load(file)
-    pipe = run.family.load()
-    row = report.teacher_row(run, pipe, run.train.teacher_steps, f"{name}, seeds")
-    made = {
-        key: extractor()(generate(pipe, row, prompts(), seed, progress=True)[0])
-        for key, seed in (("reference", SEED_A), ("floor", SEED_B))
+TIMES = {  # steps that take about 2.5, 5, 10, 20 and 40 minutes, with the student that the run starts from
+    "tiny-sd": {
+        "dmd2": (140, 550, 1350, 3000),
+        "lcm": (180, 360, 720, 1440, 2900),
+        "vsd": (85, 320, 800, 1750),
     }
-    facts = {
-        "teacher": name,
-        "teacher_sha256": student.base_hash(pipe, run.family),
-        "teacher_steps": str(run.train.teacher_steps),
-        "teacher_guidance_scale": str(run.train.teacher_guidance_scale),
-        "features": extractor().id,
-    }
-    found = Reference(made, prompts(), facts)
-    work.mkdir(parents=True, exist_ok=True)
-    found.save(file)
-    Reference({k: v[:SHIPPED] for k, v in made.items()}, prompts(SHIPPED), facts).save(
-        HERE / f"{name}-reference.safetensors"
-    )
-    return Reference.load(file)
+}
+TEACHERS = ("tiny-sd", "tiny-sd3")
 
 
 def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Row]]:
@@ -100,58 +51,6 @@ def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Row]]:
             plain = FlowMatchEulerDiscreteScheduler(shift=1.0)
             call = {"sigmas": [1 - i / steps for i in range(steps)], "num_inference_steps": steps}
             yield steps, Row("Euler, no shift", plain, call | same)
-
-
-def figures(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> dict[str, Any]:
-    """Excess, paired distance, diversity over the teacher's, and cost of one way to sample."""
-    if isinstance(drawer, Students):
-        images, cost = generate_each(drawer, ref.prompts, SEED_B, row)
-        groups = [len(places) for places in drawer.route(ref.prompts).values()]
-    else:
-        images, cost = generate(drawer, row, ref.prompts, SEED_B, progress=True)
-        groups = [len(images)]
-    made, n = extractor()(images), len(images)
-    places = torch.tensor([sorted(set(ref.prompts)).index(prompt) for prompt in ref.prompts])
-    interval = excess(made, ref.features["reference"], ref.features["floor"])
-    batches = sum(-(-group // 64) for group in groups)
-    return {
-        "n": n,
-        "seeds": [SEED_A, SEED_B],
-        "excess": interval.value,
-        "ci95": [interval.low, interval.high],
-        "paired": paired(made, ref.features["floor"]),
-        "diversity": diversity(made, places) / diversity(ref.features["floor"], places),
-        "calls": cost.calls / batches,
-        "nfe": cost.rows / n,
-        "seconds_per_image": cost.seconds / n,
-    }
-
-
-class Results:
-    """`eval/results/NAME.json`: rows by key, added one by one by any number of processes."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-    @contextmanager
-    def _locked(self) -> Iterator[dict[str, Any]]:
-        with self.file.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield json.loads(self.file.read_text()) if self.file.exists() else {}
-
-    def once(self, key: str, make: Callable[[], Mapping[str, Any]], **facts: object) -> None:
-        """Measure a row unless it is there already with the same facts."""
-        with self._locked() as rows:
-            if key in rows and all(rows[key].get(name) == value for name, value in facts.items()):
-                return
-        row = {**facts, **make()}
-        with self._locked() as rows:
-            rows[key] = row
-            part = self.file.with_suffix(".part")
-            part.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
-            part.replace(self.file)
-        print(f"{key}: {json.dumps(row)}", flush=True)
 
 
 def recipes(name: str, table: str) -> dict[str, Path]:
@@ -200,9 +99,7 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
         ref, pipe = reference(name, run, work), run.family.load()
         sampled = {str(steps): report.student_row(run, pipe, steps) for steps in STEPS[table]}
         if table in EARLY:
-            scheduler, call = run.family.scheduler(pipe, Sampler((EARLY[table],), eta=1.0))
-            call |= {"guidance_scale": 1.0} | run.family.arguments()
-            sampled[f"1 from {EARLY[table]:g}"] = Row(f"student, from {EARLY[table]:g}", scheduler, call)
+            sampled[f"1 from {EARLY[table]:g}"] = early_row(run, pipe, EARLY[table])
         loaded = student.load_student(pipe, out)
         drawer = loaded if isinstance(loaded, Students) else pipe
         if drawer is pipe:
@@ -218,14 +115,45 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
             results.once(f"{name}/{method}/{key}", partial(figures, drawer, row, ref), **facts, steps=steps)
 
 
+def early_row(run: Run, pipe: DiffusionPipeline, start: float) -> Row:
+    """One step of the loaded student from an earlier time than the noisiest, whatever its contract says."""
+    scheduler, call = run.family.scheduler(pipe, Sampler((start,), eta=1.0))
+    return Row(f"student, from {start:g}", scheduler, call | {"guidance_scale": 1.0} | run.family.arguments())
+
+
+def measure_time(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
+    """Excess at one step as a student trains on: one run a method, at a constant rate, measured on its way."""
+    for method, counts in TIMES.get(name, {}).items():
+        if rows and method not in rows:
+            continue
+        file = recipes(name, "distribution")[method]
+        for count in counts:
+            out = work / "time" / file.stem
+            own = [f"train.output_dir={out}", f"train.max_train_steps={count}", "train.lr_scheduler=constant"]
+            run = config.load(Run, file, [*own, "train.resume_from_checkpoint=latest"])
+            made = partial(measure_later, run, reference(name, run, work))
+            results.once(f"{name}/{method}/{count}", made, teacher=name, config=config.digest(run))
+
+
+def measure_later(run: Run, ref: Reference) -> dict[str, Any]:
+    """Train a run on to its last step, and draw in one: as its contract says, and from an earlier time."""
+    warm_start(run)
+    out = distill(run)
+    pipe = run.family.load()
+    student.load_student(pipe, out)
+    pipe.fuse_lora()
+    before = pace(Path(run.lora.init_from)) if run.lora.init_from else 0.0
+    early = figures(pipe, early_row(run, pipe, EARLY["distribution"]), ref)
+    found = figures(pipe, report.student_row(run, pipe, 1), ref)
+    return found | {"early": early["excess"], "early_ci95": early["ci95"], "train_seconds": round(before + pace(out))}
+
+
 def trained(file: Path) -> Path:
     """The student folder of a config, made where it is missing, after the one that it starts from."""
     run = config.load(Run, file, [])
     out = Path(run.train.output_dir)
     if not (out / student.CONTRACT).exists():
-        for other in CONFIGS.glob("*/*.yaml"):
-            if run.lora.init_from and config.load(Run, other, []).train.output_dir == run.lora.init_from:
-                trained(other)
+        warm_start(run)
         if not isinstance(run.data, Partition):
             distill(config.load(Run, file, ["train.resume_from_checkpoint=latest"]))
             return out
@@ -238,16 +166,35 @@ def trained(file: Path) -> Path:
     return out
 
 
+def warm_start(run: Run) -> None:
+    """Train the student that a run starts from, where a table's config makes it and it is missing."""
+    for other in CONFIGS.glob("*/*.yaml"):
+        if run.lora.init_from and config.load(Run, other, []).train.output_dir == run.lora.init_from:
+            trained(other)
+
+
+def step_seconds(folder: Path) -> list[float]:
+    """What each step of a run, or of the runs of several students, took."""
+    lines = [line for file in folder.rglob("metrics.jsonl") for line in file.read_text().splitlines()]
+    return [row["seconds"] for row in map(json.loads, lines) if "seconds" in row]
+
+
 def seconds(folder: Path) -> float:
     """What the steps of a run, or of the runs of several students, took in all."""
-    lines = [line for file in folder.rglob("metrics.jsonl") for line in file.read_text().splitlines()]
-    return sum(json.loads(line).get("seconds", 0.0) for line in lines)
+    return sum(step_seconds(folder))
+
+
+def pace(folder: Path) -> float:
+    """What a run's steps take on a quiet machine, nearly: the median times their number."""
+    found = step_seconds(folder)
+    return median(found) * len(found)
 
 
 TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "teachers": measure_teacher,
     "consistency": partial(measure_students, "consistency"),
     "distribution": partial(measure_students, "distribution"),
+    "time": measure_time,
 }
 
 

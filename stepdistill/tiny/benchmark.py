@@ -1,0 +1,129 @@
+"""The embedded benchmark: its prompts and features, and what is measured about a way to sample."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from stepdistill import report, student
+from stepdistill.evaluate import SEED_A, SEED_B, Reference, Row, generate
+from stepdistill.metrics.features import EfficientNetLite0
+from stepdistill.metrics.frechet import diversity, excess, paired
+from stepdistill.multi import Students, generate_each
+from stepdistill.run import Run
+from stepdistill.tiny import emoji
+
+N = 2048
+SHIPPED = 256  # rows of the features that the quickstart compares with
+
+
+def prompts(n: int = N) -> list[str]:
+    """The benchmark's prompts: the subgroups with at least 16 drawings, in turn."""
+    pool = emoji.prompts()
+    return [pool[i % len(pool)] for i in range(n)]
+
+
+@cache
+def extractor() -> EfficientNetLite0:
+    """The benchmark's features, 64 pixels."""
+    return EfficientNetLite0()
+
+
+@cache
+def data_features(seed: int) -> Tensor:
+    """Features of drawings that belong to each prompt, drawn and augmented at random."""
+    rng, source = random.Random(seed), emoji.sheet()
+    pool: dict[str, list[emoji.Drawing]] = {}
+    for drawing in emoji.subjects():
+        pool.setdefault(drawing.subgroup, []).append(drawing)
+    made = emoji.pixels([emoji.picture(source, rng.choice(pool[prompt]), rng) for prompt in prompts()])
+    return extractor()((made * 127.5 + 127.5).round().to(torch.uint8))
+
+
+def reference(name: str, run: Run, work: Path) -> Reference:
+    """Features of the teacher at full steps, seeds A and B; measured once, a part of them shipped."""
+    file = work / f"{name}-reference.safetensors"
+    if file.exists():
+        return Reference.load(file)
+    pipe = run.family.load()
+    row = report.teacher_row(run, pipe, run.train.teacher_steps, f"{name}, seeds")
+    made = {
+        key: extractor()(generate(pipe, row, prompts(), seed, progress=True)[0])
+        for key, seed in (("reference", SEED_A), ("floor", SEED_B))
+    }
+    facts = {
+        "teacher": name,
+        "teacher_sha256": student.base_hash(pipe, run.family),
+        "teacher_steps": str(run.train.teacher_steps),
+        "teacher_guidance_scale": str(run.train.teacher_guidance_scale),
+        "features": extractor().id,
+    }
+    found = Reference(made, prompts(), facts)
+    work.mkdir(parents=True, exist_ok=True)
+    found.save(file)
+    Reference({k: v[:SHIPPED] for k, v in made.items()}, prompts(SHIPPED), facts).save(
+        Path(__file__).parent / f"{name}-reference.safetensors"
+    )
+    return Reference.load(file)
+
+
+def figures(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> dict[str, Any]:
+    """Excess, paired distance, diversity over the teacher's, and cost of one way to sample."""
+    if isinstance(drawer, Students):
+        images, cost = generate_each(drawer, ref.prompts, SEED_B, row)
+        groups = [len(places) for places in drawer.route(ref.prompts).values()]
+    else:
+        images, cost = generate(drawer, row, ref.prompts, SEED_B, progress=True)
+        groups = [len(images)]
+    made, n = extractor()(images), len(images)
+    places = torch.tensor([sorted(set(ref.prompts)).index(prompt) for prompt in ref.prompts])
+    interval = excess(made, ref.features["reference"], ref.features["floor"])
+    batches = sum(-(-group // 64) for group in groups)
+    return {
+        "n": n,
+        "seeds": [SEED_A, SEED_B],
+        "excess": interval.value,
+        "ci95": [interval.low, interval.high],
+        "paired": paired(made, ref.features["floor"]),
+        "diversity": diversity(made, places) / diversity(ref.features["floor"], places),
+        "calls": cost.calls / batches,
+        "nfe": cost.rows / n,
+        "seconds_per_image": cost.seconds / n,
+    }
+
+
+class Results:
+    """`eval/results/NAME.json`: rows by key, added one by one by any number of processes."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def _locked(self) -> Iterator[dict[str, Any]]:
+        with self.file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def once(self, key: str, make: Callable[[], Mapping[str, Any]], **facts: object) -> None:
+        """Measure a row unless it is there already with the same facts."""
+        with self._locked() as rows:
+            if key in rows and all(rows[key].get(name) == value for name, value in facts.items()):
+                return
+        row = {**facts, **make()}
+        with self._locked() as rows:
+            rows[key] = row
+            part = self.file.with_suffix(".part")
+            part.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
+            part.replace(self.file)
+        print(f"{key}: {json.dumps(row)}", flush=True)
