@@ -62,6 +62,14 @@ def _by_steps(table: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _watch(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["| run | the watch |", "| --- | --- |"]
+    for key, row in rows.items():
+        heard = f"warns at step {row['fired']}: {', '.join(row['signs'])}" if "fired" in row else "is quiet"
+        lines.append(f"| {key.replace('/', ': ', 1)} | {heard} |")
+    return "\n".join(lines)
+
+
 def _quickstart(report: Mapping[str, Any]) -> str:
     lines = ["| | calls | nfe | excess [95 %] |", "| --- | --- | --- | --- |"]
     for row in report["rows"]:
@@ -101,4 +109,5 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "teachers": _teachers,
     "consistency": partial(_by_steps, "consistency"),
     "distribution": partial(_by_steps, "distribution"),
+    "watch": _watch,
 }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from stepdistill import config, report, student
+from stepdistill import config, report, signs, student
 from stepdistill.data import Partition
 from stepdistill.evaluate import Reference, Row, network_of
 from stepdistill.metrics.frechet import Stats, diversity, frechet
@@ -20,7 +20,8 @@ from stepdistill.multi import Students, join
 from stepdistill.run import Run, distill
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import DiscreteVP
-from stepdistill.tiny.benchmark import N, Results, data_features, figures, reference
+from stepdistill.signs import Yardstick
+from stepdistill.tiny.benchmark import N, Results, data_features, figures, prompts, reference
 from stepdistill.tiny.render import EARLY, STEPS
 
 HERE = Path(__file__).parent
@@ -32,6 +33,15 @@ TIMES = {  # steps that take about 2.5, 5, 10, 20 and 40 minutes, with the stude
         "vsd": (85, 320, 800, 1750),
     }
 }
+WATCHED = {  # runs of DMD2's recipe and of others, and what is wrong with them
+    "dmd2": ("dmd2", []),
+    "dmd2, critic off": ("dmd2", ["train.optimizers.fake.lr=1e-6"]),
+    "dmd2, guidance 20": ("dmd2", ["method.guidance_scale=20"]),
+    "dmd2, 30 times the learning rate": ("dmd2", ["train.learning_rate=9e-3"]),
+    "lcm": ("lcm", []),
+    "vsd": ("vsd", []),
+}
+WATCHED_STEPS, WATCHED_EVERY = 240, 40
 TEACHERS = ("tiny-sd", "tiny-sd3")
 
 
@@ -148,6 +158,32 @@ def measure_later(run: Run, ref: Reference) -> dict[str, Any]:
     return found | {"early": early["excess"], "early_ci95": early["ci95"], "train_seconds": round(before + pace(out))}
 
 
+def measure_watch(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
+    """Whether the watch warns of runs that are wrong, when, and whether it is quiet otherwise."""
+    for label, (method, wrong) in WATCHED.items():
+        if name != "tiny-sd" or (rows and label not in rows):
+            continue
+        out = work / "watch" / label.replace(", ", "-").replace(" ", "_")
+        own = [f"train.output_dir={out}", f"train.max_train_steps={WATCHED_STEPS}", "train.overwrite_output_dir=true"]
+        own += [f"train.validation_steps={WATCHED_EVERY}", f"train.validation_prompts={json.dumps(prompts(8))}"]
+        run = config.load(Run, recipes(name, "distribution")[method], [*own, *wrong])
+        results.once(f"{name}/{label}", partial(watched, run), teacher=name, config=config.digest(run))
+
+
+def watched(run: Run) -> dict[str, Any]:
+    """Train, and find in the run's own files the first step at which the watch warned, and of what."""
+    warm_start(run)
+    out = distill(run)
+    stored = Yardstick.read(out / "watch.json")
+    assert stored is not None
+    past = signs.history(signs.rows(out / "metrics.jsonl"), stored.spread)
+    looks = 1 + WATCHED_STEPS // WATCHED_EVERY
+    alarms = {k: [signs.title(n) for n in past if signs.alarmed(past[n][: k + 1])] for k in range(looks)}
+    fired = next((k for k, names in alarms.items() if names), None)
+    found = {} if fired is None else {"fired": fired * WATCHED_EVERY, "signs": alarms[fired]}
+    return {"steps": WATCHED_STEPS, "every": WATCHED_EVERY, "samples": run.train.watch_samples} | found
+
+
 def trained(file: Path) -> Path:
     """The student folder of a config, made where it is missing, after the one that it starts from."""
     run = config.load(Run, file, [])
@@ -195,6 +231,7 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "consistency": partial(measure_students, "consistency"),
     "distribution": partial(measure_students, "distribution"),
     "time": measure_time,
+    "watch": measure_watch,
 }
 
 
