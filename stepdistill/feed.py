@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -70,6 +71,11 @@ class Feed:
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Embeddings on the device, each prompt encoded once."""
         return {key: value.to(self.device) for key, value in self.prompts(prompts).items()}
+
+    @cached_property
+    def null(self) -> Condition:
+        """The unconditional embeddings on the device, one row."""
+        return {key: value.to(self.device) for key, value in self.family.unconditional(self.pipe).items()}
 
     def save(self) -> None:
         """Write what the caches hold and have not written."""

@@ -55,7 +55,7 @@ def prove(
     noise = torch.randn(len(PROMPTS), *shape, generator=torch.Generator().manual_seed(seed)).to(device)
     half = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with half:
-        cond, null = family.condition(plain, PROMPTS), family.condition(plain, [""])
+        cond, null = family.condition(plain, PROMPTS), family.unconditional(plain)
     sampler = Sampler(contract.timesteps, contract.eta, contract.clean, contract.guidance_scale)
     schedule, kind = family.schedule(pipe.scheduler), family.kind(pipe)
 

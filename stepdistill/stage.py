@@ -65,7 +65,7 @@ class Stage:
         """What the method may touch in a step."""
         return Play(
             schedule=self.run.family.schedule(self.pipe.scheduler),
-            null=self.feed.condition([""]),
+            null=self.feed.null,
             denoiser=self.denoiser,
             module=lambda name: self.backbone.others[name],
             decode=lambda latents: self.run.family.decode(self.pipe, latents),

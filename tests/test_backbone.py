@@ -106,7 +106,10 @@ def shared_and_separate(method: Method, name: str, checkpointing: bool):
     for role, kind in method.roles().items():
         shared.add(role, kind)
         awake(shared, role)
-        separate[role].add(role, kind if isinstance(kind, Module) else Lora())  # an average is only read here
+        separate[role].add(role, kind if isinstance(kind, Module) else Lora())
+        if isinstance(kind, Ema):  # it is only read here; and torch has another kernel for weights with gradients
+            for p in separate[role].parameters_of(role).values():
+                p.requires_grad_(False)
         separate[role].load_state(role, shared.state(role))
     if checkpointing:
         for bone in [shared, *separate.values()]:

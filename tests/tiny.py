@@ -5,13 +5,21 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from stepdistill.backbone import Backbone
 from stepdistill.denoiser import Denoiser
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
+from stepdistill.families.sdxl import StableDiffusionXL
 from stepdistill.methods.base import Batch, Play
 from stepdistill.roles import LoraSpec
 from stepdistill.tiny import build
@@ -19,6 +27,7 @@ from stepdistill.tiny import build
 FAMILIES: dict[str, Family] = {
     "sd": StableDiffusion(pretrained_teacher_model="tiny-sd"),
     "sd3": StableDiffusion3(pretrained_teacher_model="tiny-sd3", max_sequence_length=16),
+    "sdxl": StableDiffusionXL(pretrained_teacher_model="stabilityai/stable-diffusion-xl-base-1.0"),
 }
 
 
@@ -33,7 +42,43 @@ def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
     vae = build.vae((16, 16, 16))
     if name == "sd":
         return build.sd(tokens(), vae, (32, 32), 32)
+    if name == "sdxl":
+        return sdxl(vae)
     return build.sd3(tokens(), vae, 64, 2, patch=2)
+
+
+def sdxl(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
+    """SDXL's shape: no attention at the first level, two blocks of it at the second, text and size conditions."""
+    width = 32
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(build.text_config(tokens(), width)),
+        text_encoder_2=CLIPTextModelWithProjection(build.text_config(tokens(), width)),
+        tokenizer=tokens(),
+        tokenizer_2=tokens(),
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            attention_head_dim=(1, 2),
+            use_linear_projection=True,
+            cross_attention_dim=2 * width,
+            norm_num_groups=16,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=width + 6 * 8,
+        ),
+        scheduler=EulerDiscreteScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
+    )
 
 
 def backbone(name: str, pipe: DiffusionPipeline, rank: int = 4, alpha: float | None = None) -> Backbone:
@@ -70,7 +115,7 @@ def play(name: str, pipe: DiffusionPipeline, bones: dict[str, Backbone] | Backbo
 
     return Play(
         schedule=schedule,
-        null=family.condition(pipe, [""]),
+        null=family.unconditional(pipe),
         denoiser=lambda role: Denoiser(bone(role), role, schedule, family.kind(pipe), family.call),
         module=lambda role: bone(role).others[role],
         decode=lambda latents: family.decode(pipe, latents),

@@ -146,7 +146,11 @@ class Family(ABC):
 
     @abstractmethod
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
-        """Embeddings of prompts, one row each; "" is the unconditional one."""
+        """Embeddings of prompts, one row each."""
+
+    @abstractmethod
+    def unconditional(self, pipe: DiffusionPipeline) -> Condition:
+        """The one row that guidance departs from where the pipeline is given no negative prompt."""
 
     @abstractmethod
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:

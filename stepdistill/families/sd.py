@@ -1,104 +1,32 @@
-"""Stable Diffusion 1.x and 2.x: a UNet on a variance-preserving table; epsilon or v prediction."""
+"""Stable Diffusion 1.x and 2.x."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, TCDScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
-from stepdistill.families.base import Family, named, rebuilt
-from stepdistill.prediction import Kind
-from stepdistill.roles import Tap
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import DiscreteVP
-
-# the layers of LCM-LoRA, as diffusers' train_lcm_distill_lora_sdxl.py lists them
-TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-)
+from stepdistill.families.unet import UNet
 
 
 @dataclass(frozen=True, kw_only=True)
-class StableDiffusion(Family):
+class StableDiffusion(UNet):
     """Stable Diffusion 1.x and 2.x pipelines."""
 
-    network_name: ClassVar[str] = "unet"
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
-
-    def arguments(self) -> dict[str, Any]:
-        return {}
-
-    def schedule(self, scheduler: Any) -> DiscreteVP:  # noqa: ANN401
-        return DiscreteVP(scheduler.alphas_cumprod)
-
-    def kind(self, pipe: DiffusionPipeline) -> Kind:
-        return pipe.scheduler.config.prediction_type
-
-    def lora_targets(self, net: nn.Module) -> list[str]:
-        return named(net, TARGETS, (nn.Linear, nn.Conv2d))
-
-    def tap(self, net: nn.Module) -> Tap:
-        """The bottleneck, as DMD2 has it."""
-        config: Any = net.config
-        widths = config["block_out_channels"]
-        patch = 2 ** (len(widths) - 1)
-        return Tap("up_blocks.0", widths[-1], patch, config["sample_size"] // patch)
 
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         states, _ = pipe.encode_prompt(list(prompts), pipe.text_encoder.device, 1, False)
         return {"states": states}
 
+    def unconditional(self, pipe: DiffusionPipeline) -> Condition:
+        return self.condition(pipe, [""])
+
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return net(x_t, t, encoder_hidden_states=cond["states"], return_dict=False)[0]
-
-    @torch.no_grad()
-    def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
-        latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
-        return latents.float() * pipe.vae.config.scaling_factor
-
-    def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-        latents = latents / pipe.vae.config.scaling_factor
-        return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0].float()
-
-    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
-        times = [round(t) for t in sampler.timesteps]
-        table = {
-            key: pipe.scheduler.config[key]
-            for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-        }
-        table |= {"prediction_type": self.kind(pipe), "clip_sample": False, "set_alpha_to_one": sampler.clean}
-        table |= {"rescale_betas_zero_snr": pipe.scheduler.config.get("rescale_betas_zero_snr", False)}
-        if sampler.eta == 1 and sampler.clean:
-            return LCMScheduler(**table), {"timesteps": times, "num_inference_steps": len(times)}
-        if sampler.eta > 0:
-            call = {"timesteps": times, "num_inference_steps": len(times), "eta": sampler.eta}
-            return TCDScheduler(**table), call
-        # DDIM takes no list of times: its trailing spacing has to give them
-        ddim = DDIMScheduler(**table, timestep_spacing="trailing")
-        ddim.set_timesteps(len(times))
-        if ddim.timesteps.tolist() == times:
-            return ddim, {"num_inference_steps": len(times)}
-        return TCDScheduler(**table), {"timesteps": times, "num_inference_steps": len(times), "eta": 0.0}
-
-    def narrow(self, net: nn.Module, width: float) -> nn.Module:
-        config: Any = net.config
-        channels = config["block_out_channels"]
-        heads = config["num_attention_heads"] or config["attention_head_dim"]  # the second name means heads, too
-        heads = heads if isinstance(heads, list | tuple) else [heads] * len(channels)
-        units = [math.lcm(config["norm_num_groups"], n) for n in heads]
-        slim = [max(1, round(width * c / unit)) * unit for c, unit in zip(channels, units, strict=True)]
-        return rebuilt(net, block_out_channels=slim)
-
-    def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-        layers: dict[str, nn.Module | Tensor] = {**state}
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config)

@@ -89,6 +89,9 @@ class StableDiffusion3(Family):
         )
         return {"states": states, "pooled": pooled}
 
+    def unconditional(self, pipe: DiffusionPipeline) -> Condition:
+        return self.condition(pipe, [""])
+
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return net(
             x_t,

@@ -87,7 +87,11 @@ def plot_time(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     axes = figure.subplots()
     lines: dict[str, list[tuple[float, float, Sequence[float]]]] = {}
     for key, row in rows.items():
-        method, minutes = key.split("/")[1], row["train_seconds"] / 60
+        teacher, method, count = key.split("/")
+        if count == "pace":
+            continue
+        pace = rows[f"{teacher}/{method}/pace"]
+        minutes = (pace["start_seconds"] + int(count) * pace["step_seconds"]) / 60
         lines.setdefault(method, []).append((minutes, row["excess"], row["ci95"]))
         if row["early"] != row["excess"]:  # a student whose own start is another
             line = lines.setdefault(f"{method}, from {EARLY['distribution']:g}", [])

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Any
 
 import torch
@@ -143,6 +143,7 @@ def measure_time(name: str, results: Results, work: Path, rows: Sequence[str]) -
             run = config.load(Run, file, [*own, "train.resume_from_checkpoint=latest"])
             made = partial(measure_later, run, reference(name, run, work))
             results.once(f"{name}/{method}/{count}", made, teacher=name, config=config.digest(run))
+        results.once(f"{name}/{method}/pace", partial(pace, file), teacher=name)
 
 
 def measure_later(run: Run, ref: Reference) -> dict[str, Any]:
@@ -152,10 +153,15 @@ def measure_later(run: Run, ref: Reference) -> dict[str, Any]:
     pipe = run.family.load()
     student.load_student(pipe, out)
     pipe.fuse_lora()
-    before = pace(Path(run.lora.init_from)) if run.lora.init_from else 0.0
     early = figures(pipe, early_row(run, pipe, EARLY["distribution"]), ref)
     found = figures(pipe, report.student_row(run, pipe, 1), ref)
-    return found | {"early": early["excess"], "early_ci95": early["ci95"], "train_seconds": round(before + pace(out))}
+    return found | {"early": early["excess"], "early_ci95": early["ci95"]}
+
+
+def pace(file: Path) -> dict[str, float]:
+    """Seconds of a step of a config's student in the table of students, and of all training before it."""
+    start, out = config.load(Run, file, []).lora.init_from, trained(file)
+    return {"step_seconds": mean(step_seconds(out)), "start_seconds": seconds(Path(start)) if start else 0.0}
 
 
 def measure_watch(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
@@ -218,12 +224,6 @@ def step_seconds(folder: Path) -> list[float]:
 def seconds(folder: Path) -> float:
     """What the steps of a run, or of the runs of several students, took in all."""
     return sum(step_seconds(folder))
-
-
-def pace(folder: Path) -> float:
-    """What a run's steps take on a quiet machine, nearly: the median times their number."""
-    found = step_seconds(folder)
-    return median(found) * len(found)
 
 
 TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
