@@ -34,6 +34,22 @@ class Sampler:
     guidance_scale: float = 1.0
 
 
+def check_starts(timesteps: Sequence[float] | None) -> None:
+    """Raise ValueError for starts of steps that do not descend."""
+    if timesteps is not None and (not timesteps or list(timesteps) != sorted(set(timesteps), reverse=True)):
+        raise ValueError(f"timesteps are {list(timesteps)}: expected descending starts of steps, as [999, 499]")
+
+
+def starts(
+    schedule: NoiseSchedule, timesteps: Sequence[float] | None, trained: int, steps: int | None
+) -> tuple[float, ...]:
+    """Where the steps of a student begin: at `timesteps`, or evenly over the schedule in `trained` steps where that is
+    None; in another number of `steps` evenly from the first on."""
+    if timesteps is None:
+        return tuple(schedule.grid(steps or trained).flip(0)[:-1].tolist())
+    return tuple(timesteps) if steps in (None, len(timesteps)) else schedule.even(timesteps[0], steps)
+
+
 def few_step(
     denoise: Denoise,
     schedule: NoiseSchedule,

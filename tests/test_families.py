@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-from tiny import pipeline
+from tiny import FAMILIES, pipeline
 
 from stepdistill.families.sd import StableDiffusion
 
@@ -92,3 +92,26 @@ def test_a_single_file_is_the_same_teacher(tmp_path: Path) -> None:
     assert torch.equal(
         family.condition(loaded, ["red apple"])["states"], family.condition(pipe, ["red apple"])["states"]
     )
+
+
+def test_sdxl_is_called_as_its_pipeline_calls_it(monkeypatch) -> None:
+    """Guided, at another size than the native one: zeros for the unconditional half, sizes in pixels."""
+    pipe, family, seen = pipeline("sdxl"), FAMILIES["sdxl"], {}
+    pipe.set_progress_bar_config(disable=True)
+    forward = pipe.unet.forward
+
+    def recorded(*args, **kwargs):
+        (seen["y"],) = forward(*args, **kwargs)
+        seen["x"], seen["t"] = args
+        return (seen["y"],)
+
+    monkeypatch.setattr(pipe.unet, "forward", recorded)
+    pipe("red apple", height=32, width=48, num_inference_steps=1, guidance_scale=5.0, output_type="latent")
+    cond, null = family.condition(pipe, ["red apple"]), family.unconditional(pipe)
+    both = {key: torch.cat([null[key], value]) for key, value in cond.items()}
+    assert seen["x"].shape[2:] == (8, 12) and null["states"].abs().sum() == 0 == null["pooled"].abs().sum()
+    expected = seen["y"]
+    assert torch.equal(family.call(pipe.unet, seen["x"], seen["t"].expand(2), both), expected)
+    assert family.condition(pipe, [""])["states"].abs().sum() > 0  # as a prompt it is one like any other
+    pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    assert torch.equal(family.unconditional(pipe)["states"], family.condition(pipe, [""])["states"])

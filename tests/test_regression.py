@@ -68,6 +68,25 @@ def test_the_step_is_shared_and_only_the_last_call_has_a_graph():
         assert seen == [(t, t == calls[-1]) for t in calls] and done.roles == ("student",)
 
 
+def test_steps_may_start_elsewhere():
+    """One step of SDXL begins at 399, on pure noise all the same."""
+    seen = []
+
+    def student(x_t, t, cond):
+        seen.append((x_t, t.tolist()))
+        return estimate
+
+    estimate = teacher_table(SD, 4, MEAN, STD)(NOISE, torch.full((4,), 749.0), COND)
+    method = Regression(timesteps=(399.0,))
+    assert update(method, student, 0.9).loss == (estimate.x0 - PAIRED).square().mean()
+    assert len(seen) == 1 and torch.equal(seen[0][0], NOISE) and seen[0][1] == [399.0] * 4
+    assert method.sampler(SD, 2).timesteps == (399.0, 199.0)
+    with pytest.raises(ValueError, match="expected whole numbers"):
+        Regression(timesteps=(1000.0,)).check(SD)
+    with pytest.raises(ValueError, match="descending"):
+        Regression(timesteps=(199.0, 399.0))
+
+
 def test_a_batch_without_pairs_is_refused():
     with pytest.raises(ValueError, match="needs pairs"):
         update(Regression(), teacher_table(SD, 4, MEAN, STD), 0.5, latents=None)

@@ -92,6 +92,7 @@ def copied(written: dict[str, Path], name: str, to: Path) -> Path:
         ("sd-v", TCD, "TCDScheduler"),
         ("sd", PCM, "TCDScheduler"),
         ("sd", Regression(ema_decay=None), "DDIMScheduler"),
+        ("sd", Regression(timesteps=(799.0, 599.0, 299.0, 99.0), ema_decay=None), "EulerDiscreteScheduler"),
         ("sd3", LCM, "FlowMatchEulerDiscreteScheduler"),
         ("sd3", replace(TCD, eta=0.0), "FlowMatchEulerDiscreteScheduler"),
         ("sd3", Regression(ema_decay=None), "FlowMatchEulerDiscreteScheduler"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, TCDScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
@@ -61,23 +61,26 @@ class UNet(Family):
 
     def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
         times = [round(t) for t in sampler.timesteps]
-        table = {
+        table: dict[str, Any] = {
             key: pipe.scheduler.config[key]
             for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
         }
-        table |= {"prediction_type": self.kind(pipe), "clip_sample": False, "set_alpha_to_one": sampler.clean}
+        table |= {"prediction_type": self.kind(pipe)}
         table |= {"rescale_betas_zero_snr": pipe.scheduler.config.get("rescale_betas_zero_snr", False)}
+        ends: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": sampler.clean}
+        call: dict[str, Any] = {"timesteps": times, "num_inference_steps": len(times)}
         if sampler.eta == 1 and sampler.clean:
-            return LCMScheduler(**table), {"timesteps": times, "num_inference_steps": len(times)}
+            return LCMScheduler(**table, **ends), call
         if sampler.eta > 0:
-            call = {"timesteps": times, "num_inference_steps": len(times), "eta": sampler.eta}
-            return TCDScheduler(**table), call
+            return TCDScheduler(**table, **ends), call | {"eta": sampler.eta}
         # DDIM takes no list of times: its trailing spacing has to give them
-        ddim = DDIMScheduler(**table, timestep_spacing="trailing")
+        ddim = DDIMScheduler(**table, **ends, timestep_spacing="trailing")
         ddim.set_timesteps(len(times))
         if ddim.timesteps.tolist() == times:
             return ddim, {"num_inference_steps": len(times)}
-        return TCDScheduler(**table), {"timesteps": times, "num_inference_steps": len(times), "eta": 0.0}
+        if sampler.clean:  # TCD ends at time 0, which is noisy; leading: the first input is the noise as it is drawn
+            return EulerDiscreteScheduler(**table, timestep_spacing="leading"), call
+        return TCDScheduler(**table, **ends), call | {"eta": 0.0}
 
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
         config: Any = net.config

@@ -29,7 +29,7 @@ from stepdistill.losses import (
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.consistency import latents_of
 from stepdistill.roles import TEACHER, Ema, Lora, Module, Role
-from stepdistill.sampling import Sampler, few_step
+from stepdistill.sampling import Sampler, check_starts, few_step, starts
 from stepdistill.schedule import NoiseSchedule
 
 
@@ -103,12 +103,7 @@ class DMD2(Method):
         if self.critic_steps < 1:
             raise ValueError(f"critic_steps is {self.critic_steps}: expected at least 1, else the fake score is stale")
         check_range(self.t_range)
-        if self.timesteps is not None and (
-            not self.timesteps or list(self.timesteps) != sorted(set(self.timesteps), reverse=True)
-        ):
-            raise ValueError(
-                f"timesteps are {list(self.timesteps)}: expected descending starts of steps, as [999, 499]"
-            )
+        check_starts(self.timesteps)
         if self.eta not in (0, 1):
             raise ValueError(f"eta is {self.eta}: expected 1 (noise again) or 0 (deterministic)")
 
@@ -130,13 +125,7 @@ class DMD2(Method):
         self.sampler(schedule)
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
-        if self.timesteps is None:
-            times = tuple(schedule.grid(steps or self.num_inference_steps).flip(0)[:-1].tolist())
-        elif steps in (None, len(self.timesteps)):
-            times = self.timesteps
-        else:
-            times = schedule.even(self.timesteps[0], steps)
-        return Sampler(times, self.eta, clean=True)
+        return Sampler(starts(schedule, self.timesteps, self.num_inference_steps, steps), self.eta, clean=True)
 
     def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
         return self.towards(TEACHER, play, batch, step)

@@ -15,7 +15,7 @@ import torch
 from stepdistill.losses import Distance, distance
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.roles import Ema, Lora, Role
-from stepdistill.sampling import Sampler, follow
+from stepdistill.sampling import Sampler, check_starts, follow, starts
 from stepdistill.schedule import NoiseSchedule
 
 
@@ -29,15 +29,20 @@ class Regression(Method):
 
     Args:
         num_inference_steps: steps of the student, evenly spaced.
+        timesteps: other starts of the steps, descending; see `DMD2.timesteps`, whose warm start this may be.
         loss_type: `l2` or `huber`.
         huber_c: the Huber constant, in latent units.
         ema_decay: decay of the average of the student that is exported; none exports the student itself.
     """
 
     num_inference_steps: int = 4
+    timesteps: tuple[float, ...] | None = None
     loss_type: Distance = "l2"
     huber_c: float = 1e-3
     ema_decay: float | None = 0.99
+
+    def __post_init__(self) -> None:
+        check_starts(self.timesteps)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -51,11 +56,11 @@ class Regression(Method):
         return "student" if self.ema_decay is None else "ema"
 
     def check(self, schedule: NoiseSchedule) -> None:
-        schedule.grid(self.num_inference_steps)
+        schedule.check(self.timesteps or ())
+        self.sampler(schedule)
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
-        times = schedule.grid(steps or self.num_inference_steps).flip(0)[:-1]
-        return Sampler(tuple(times.tolist()), eta=0.0, clean=True)
+        return Sampler(starts(schedule, self.timesteps, self.num_inference_steps, steps), eta=0.0, clean=True)
 
     def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
         if batch.latents is None or batch.noise is None:
