@@ -12,6 +12,7 @@ from stepdistill.prediction import Estimate
 from stepdistill.schedule import DiscreteVP, NoiseSchedule
 
 Distance = Literal["l2", "huber"]
+WholeDistance = Literal["l2", "huber"]
 Adversarial = Literal["softplus", "hinge"]
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "softened_reverse_kl", "hellinger", "jeffreys"]
 
@@ -29,6 +30,20 @@ def distance(kind: Distance, a: Tensor, b: Tensor, huber_c: float = 1e-3) -> Ten
         case "huber":
             return ((error.square() + huber_c**2).sqrt() - huber_c).mean()
     raise ValueError(f"distance {kind!r}: expected l2 or huber")
+
+
+def whole(kind: WholeDistance, error: Tensor) -> Tensor:
+    """The distance of each sample (B,) from its errors (B, ...): the mean square, or the pseudo-Huber of the whole.
+
+    With the norm over all d numbers of a sample, `(sqrt(|e|^2 + c^2) - c) / d` and `c = 0.00054 d`, so no sample's
+    gradient is longer than 1 / d (rf++, Lee et al. 2024, https://arxiv.org/abs/2405.20320, section 4.2).
+    """
+    flat = error.flatten(1) if error.dtype == torch.float64 else error.float().flatten(1)
+    if kind == "l2":
+        return flat.square().mean(1)
+    d = flat.shape[1]
+    c = 0.00054 * d
+    return ((flat.square().sum(1) + c**2).sqrt() - c) / d
 
 
 def surrogate(x0: Tensor, gradient: Tensor) -> Tensor:

@@ -1,0 +1,44 @@
+"""LPIPS, the perceptual distance of two pictures; differentiable in both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from stepdistill.errors import ConfigError, problem
+
+Net = Literal["vgg", "alex", "squeeze"]
+SIDE = 224  # of the pictures that the networks were trained on
+
+
+@cache
+def lpips(net: Net, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Distances (B,) of pictures (B, 3, H, W) in about [-1, 1], resized to 224; one network in this process.
+
+    Zhang et al. 2018, https://arxiv.org/abs/1801.03924, in torchmetrics' form. Raises ConfigError where that, or the
+    weights of its network, cannot be had.
+    """
+    try:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        network = LearnedPerceptualImagePatchSimilarity(net_type=net).net.to(device)
+    except (ImportError, OSError) as error:
+        raise ConfigError(
+            problem(
+                f"an LPIPS term without its network ({error})",
+                "torchmetrics, torchvision, and the weights that torchvision downloads",
+                "the term compares features of that network",
+                "pip install 'stepdistill[lpips]', fetch the weights into torch's hub folder, or leave the term out",
+            )
+        ) from error
+
+    def compare(a: Tensor, b: Tensor) -> Tensor:
+        a, b = (interpolate(each.float(), (SIDE, SIDE), mode="bilinear", antialias=True) for each in (a, b))
+        return network(a, b).flatten()
+
+    return compare
