@@ -53,13 +53,24 @@ def _by_steps(table: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
         cells = []
         for steps in heads:
             row = rows.get(f"{name}/{steps}")
-            cells.append(f"{row['excess']:.0f} [{row['ci95'][0]:.0f}, {row['ci95'][1]:.0f}]" if row else "")
+            cells.append(_excess(row) if row else "")
         row = rows.get(f"{name}/{DETAILED[table]}")
         cells += [f"{row['paired']:.1f}", f"{row['diversity']:.2f}", f"{row['nfe']:.0f}"] if row else [""] * 3
         if timed:
             cells += [f"{row['train_steps']} steps, {row['train_seconds'] / 60:.1f} min" if row else ""]
         lines.append(f"| {name.replace('/', ': ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _distribution(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    plain = {key: row for key, row in rows.items() if "/unguided/" in key}
+    table = _by_steps("distribution", {key: row for key, row in rows.items() if key not in plain})
+    told = [f"{key.split('/')[0]} {_excess(row)} in {key.split('/')[2]} steps" for key, row in plain.items()]
+    return f"{table}\n\nThe teachers themselves, without guidance: {'; '.join(told)}." if told else table
+
+
+def _excess(row: Mapping[str, Any]) -> str:
+    return f"{row['excess']:.0f} [{row['ci95'][0]:.0f}, {row['ci95'][1]:.0f}]"
 
 
 def _watch(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -112,6 +123,6 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "quickstart": _quickstart,
     "teachers": _teachers,
     "consistency": partial(_by_steps, "consistency"),
-    "distribution": partial(_by_steps, "distribution"),
+    "distribution": _distribution,
     "watch": _watch,
 }

@@ -102,6 +102,8 @@ def measure_teacher(name: str, results: Results, work: Path, rows: Sequence[str]
 
 def measure_students(table: str, name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
     """Train each student that is missing, and sample it in few steps through plain Diffusers."""
+    if table == "distribution" and not rows:
+        measure_unguided(name, results, work)
     for method, file in recipes(name, table).items():
         if rows and method not in rows:
             continue
@@ -123,6 +125,15 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
         for key, row in sampled.items():
             steps = int(key.split()[0])
             results.once(f"{name}/{method}/{key}", partial(figures, drawer, row, ref), **facts, steps=steps)
+
+
+def measure_unguided(name: str, results: Results, work: Path) -> None:
+    """The teacher without guidance: the law that variational score distillation tends to."""
+    file = next(iter(recipes(name, "distribution").values()))
+    run, plain = config.load(Run, file, []), config.load(Run, file, ["train.teacher_guidance_scale=1.0"])
+    ref, pipe = reference(name, run, work), run.family.load()
+    row = report.teacher_row(plain, pipe, run.train.teacher_steps, "teacher, unguided")
+    results.once(f"{name}/unguided/{run.train.teacher_steps}", partial(figures, pipe, row, ref), teacher=name)
 
 
 def early_row(run: Run, pipe: DiffusionPipeline, start: float) -> Row:
