@@ -84,7 +84,7 @@ class FlowGuided(Method):
             way = self.turn_range[0] + play.draw(batch, "turn") * (self.turn_range[1] - self.turn_range[0])
             t = time_of_share(play.schedule, high + way * (low - high))
             with torch.no_grad():
-                x_t = play.schedule.add_noise(est.x0.detach(), est.eps.detach(), t)
+                x_t = play.schedule.add_noise(*est, t)
                 led = play.schedule.add_noise(*play.denoiser("flow")(x_t, t, batch.cond), bottom)
             term = self.apart(play, play.schedule.add_noise(*est, bottom), led)
             loss = loss + self.flow_weight * term
