@@ -9,8 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4)}
-DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1}  # steps whose other figures are shown
+import torch
+
+from stepdistill.metrics.straightness import Paths, plot
+
+STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4), "reflow": (1, 2, 4)}
+DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1, "reflow": 1}  # steps whose other figures are shown
 EARLY = {"distribution": 799.0}  # one step may do better from an earlier time, for any method: shown for all
 
 
@@ -69,6 +73,27 @@ def _distribution(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{table}\n\nThe teachers themselves, without guidance: {'; '.join(told)}." if told else table
 
 
+def _reflow(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["| S / transport cost, 32 steps | w | teacher | student | transport cost | parameters |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for key, row in rows.items():
+        if key.endswith("/paths"):
+            teacher, learned = (each["straightness"] / each["cost"] for each in (row["teacher"], row["student"]))
+            costs = f"{row['teacher']['cost']:.2f} to {row['student']['cost']:.2f}"
+            size = f"{row['student']['parameters'] / 1e6:.2f} of {row['teacher']['parameters'] / 1e6:.2f} M"
+            name = key.removesuffix("/paths").replace("/", ": ")
+            lines.append(f"| {name} | {row['guidance_scale']:g} | {teacher:.3f} | {learned:.3f} | {costs} | {size} |")
+    return "\n".join([_by_steps("reflow", rows), "", *lines])
+
+
+def plot_paths(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """Draw where the paths of the unguided teacher and of its reflowed student bend."""
+    (row,) = (row for key, row in rows.items() if key.endswith("unguided/paths"))
+    pairs = ((name, row[name]) for name in ("teacher", "student"))
+    found = {name: Paths(*map(torch.tensor, (each["share"], each["deviation"])), each["cost"]) for name, each in pairs}
+    plot(found, file)
+
+
 def _excess(row: Mapping[str, Any]) -> str:
     return f"{row['excess']:.0f} [{row['ci95'][0]:.0f}, {row['ci95'][1]:.0f}]"
 
@@ -124,5 +149,6 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "teachers": _teachers,
     "consistency": partial(_by_steps, "consistency"),
     "distribution": _distribution,
+    "reflow": _reflow,
     "watch": _watch,
 }

@@ -13,10 +13,16 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from stepdistill import config, report, signs, student
+from stepdistill.backbone import Backbone
 from stepdistill.data import Partition
-from stepdistill.evaluate import Reference, Row, network_of
+from stepdistill.data.samples import noise_of
+from stepdistill.denoiser import Denoiser, guided
+from stepdistill.evaluate import SEED_B, Reference, Row, network_of
+from stepdistill.methods.reflow import PeRFlow
+from stepdistill.metrics import straightness
 from stepdistill.metrics.frechet import Stats, diversity, frechet
 from stepdistill.multi import Students, join
+from stepdistill.roles import TEACHER, Copy, LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import DiscreteVP
@@ -114,7 +120,7 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
             sampled[f"1 from {EARLY[table]:g}"] = early_row(run, pipe, EARLY[table])
         loaded = student.load_student(pipe, out)
         drawer = loaded if isinstance(loaded, Students) else pipe
-        if drawer is pipe:
+        if drawer is pipe and not isinstance(run.method.roles()["student"], Copy):
             pipe.fuse_lora()  # the same student in two thirds of the time
         facts = {
             "teacher": name,
@@ -125,6 +131,26 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
         for key, row in sampled.items():
             steps = int(key.split()[0])
             results.once(f"{name}/{method}/{key}", partial(figures, drawer, row, ref), **facts, steps=steps)
+        if table == "reflow":
+            results.once(f"{name}/{method}/paths", partial(bends, run, pipe), **facts)
+
+
+def bends(run: Run, pipe: DiffusionPipeline) -> dict[str, Any]:
+    """How straight the paths are of the teacher that was followed, and of its student in `pipe`."""
+    before, count = run.family.load(), 128
+    data: Any = run.data
+    scale = run.method.guidance_scale if isinstance(run.method, PeRFlow) else data.guidance_scale
+    found: dict[str, Any] = {"n": count, "steps": 32, "guidance_scale": scale, "seeds": [SEED_B]}
+    for label, each, w in (("teacher", before, scale), ("student", pipe, 1.0)):
+        net, schedule = run.family.network(each), run.family.schedule(before.scheduler)
+        shape = run.family.latent_shape(each, *[run.family.native_side(before)] * 2)
+        noise = torch.stack([noise_of(SEED_B, i, shape) for i in range(count)])
+        alone = Denoiser(Backbone(net, LoraSpec(), ()), TEACHER, schedule, run.family.kind(before), run.family.call)
+        cond, null = run.family.condition(before, prompts(count)), run.family.unconditional(before)
+        way = straightness.paths(guided(alone, null, w), schedule, noise, cond, found["steps"])
+        found[label] = {"share": way.share.tolist(), "deviation": way.deviation.tolist(), "cost": way.cost}
+        found[label] |= {"straightness": way.straightness, "parameters": sum(p.numel() for p in net.parameters())}
+    return found
 
 
 def measure_unguided(name: str, results: Results, work: Path) -> None:
@@ -241,6 +267,7 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "teachers": measure_teacher,
     "consistency": partial(measure_students, "consistency"),
     "distribution": partial(measure_students, "distribution"),
+    "reflow": partial(measure_students, "reflow"),
     "time": measure_time,
     "watch": measure_watch,
 }
