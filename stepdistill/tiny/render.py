@@ -90,7 +90,9 @@ def plot_paths(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     """Draw where the paths of the unguided teacher and of its reflowed student bend."""
     (row,) = (row for key, row in rows.items() if key.endswith("unguided/paths"))
     pairs = ((name, row[name]) for name in ("teacher", "student"))
-    found = {name: Paths(*map(torch.tensor, (each["share"], each["deviation"])), each["cost"]) for name, each in pairs}
+    found = {
+        name: Paths(torch.tensor(each["share"]), torch.tensor(each["deviation"]), each["cost"]) for name, each in pairs
+    }
     plot(found, file)
 
 
