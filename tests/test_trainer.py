@@ -19,8 +19,9 @@ from tiny import awake, backbone, batch, pipeline, play
 
 from stepdistill import checkpoint, trainer
 from stepdistill.config import to_yaml
-from stepdistill.data import Prompts, TeacherSamples
-from stepdistill.errors import CheckpointError, ConfigError, NonFiniteLoss, StepdistillError
+from stepdistill.data import Prompts, TeacherSamples, chunks
+from stepdistill.data.samples import noise_of
+from stepdistill.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss, StepdistillError
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.base import Update
 from stepdistill.methods.consistency import Consistency
@@ -315,6 +316,55 @@ def test_samples_go_on_where_they_were_cut_and_are_shared_out(tmp_path):
     calls: list[int] = []
     whole.fill(lambda prompts, noise: calls.append(1) or noise, (1, 2, 2), "another teacher", 0, 1)
     assert len(calls) == 4  # without their facts, chunks are not trusted
+
+
+def test_there_may_be_more_samples_later_or_fewer(tmp_path):
+    source = TeacherSamples(source=Prompts(prompts=("rose", "octopus")), folder=str(tmp_path / "kept"), count=70)
+    made: list[int] = []
+
+    def generate(prompts, noise):
+        made.append(len(prompts))
+        return 2 * noise
+
+    for count in (70, 30, 100, 200):
+        replace(source, count=count).fill(generate, (1, 2, 2), "teacher", 0, 1)
+    assert made == [64, 6, 36, 64, 64, 8]  # a chunk that was cut short is made again, whole
+    few = replace(source, count=30)
+    assert len(few) == 30 and torch.equal(few.sample(29, random.Random(0)).noise, noise_of(0, 29, (1, 2, 2)))
+    for other, words in (
+        (replace(source, guidance_scale=2.0), "other guidance_scale: .7.5."),
+        (replace(source, num_inference_steps=2), "other num_inference_steps"),
+        (replace(source, source=Prompts(prompts=("rose", "octopuses"))), "other prompts"),
+        (replace(source, seed=1), "other seed"),
+    ):
+        with pytest.raises(DataError, match=words):
+            other.fill(generate, (1, 2, 2), "teacher", 0, 1)
+    with pytest.raises(DataError, match="other shape"):
+        source.fill(generate, (1, 4, 4), "teacher", 0, 1)
+    with pytest.raises(DataError, match="other teacher"):
+        source.fill(generate, (1, 2, 2), "another", 0, 1)
+
+
+def test_a_full_disk_leaves_what_is_complete(tmp_path, monkeypatch):
+    source = TeacherSamples(source=Prompts(prompts=("rose", "octopus")), folder=str(tmp_path / "kept"), count=200)
+    real, room = chunks.save_file, [2]
+
+    def save_file(tensors, file, facts):
+        real(tensors, file, facts)
+        room[0] -= 1
+        if room[0] < 0:
+            file.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(chunks, "save_file", save_file)
+    with pytest.raises(DataError, match=r"No space left.*the first 128 samples are complete.*data.count=128"):
+        source.fill(lambda prompts, noise: 2 * noise, (1, 2, 2), "teacher", 0, 1)
+    assert sorted(f.name for f in (tmp_path / "kept").iterdir()) == [
+        *("chunk-00000.safetensors", "chunk-00001.safetensors", "samples.json")
+    ]
+    usable = replace(source, count=128)
+    usable.fill(lambda prompts, noise: pytest.fail("nothing is missing"), (1, 2, 2), "teacher", 0, 1)
+    assert usable.sample(127, random.Random(0)).latents.shape == (1, 2, 2)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

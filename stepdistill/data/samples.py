@@ -13,12 +13,11 @@ from typing import ClassVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepdistill.data.base import Sample, Source, sample_rng
-from stepdistill.errors import DataError, problem
+from stepdistill.data.chunks import compare, save_chunk
 from stepdistill.tiny import bundled
 
 CHUNK = 64
@@ -37,7 +36,7 @@ class TeacherSamples(Source):
         source: the prompts.
         folder: where the samples are kept. What lies there is used where teacher, prompts and settings are the
             same, and refused where they are not. A run that was cut goes on where it was.
-        count: number of samples.
+        count: number of samples; more may be added later.
         num_inference_steps: deterministic solver steps of the teacher (DDIM; Euler for a flow).
         guidance_scale: of the teacher.
         seed: of the noises.
@@ -56,16 +55,18 @@ class TeacherSamples(Source):
         """The folder; `tiny-sd-samples` is bundled."""
         return bundled(self.folder)
 
-    def facts(self, teacher: str) -> dict[str, object]:
-        """What the samples depend on."""
-        prompts = [self.prompt_of(i) for i in range(self.count)]
+    def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:
+        """What every sample depends on; not their number, which may grow and shrink."""
+        prompts = sha256(repr(self.source.proportion_empty_prompts).encode())
+        for i in range(len(self.source)):
+            prompts.update("\n".join(self.source.captions(i)).encode() + b"\0")
         return {
             "teacher": teacher,
-            "prompts": sha256("\n".join(prompts).encode()).hexdigest()[:16],
+            "shape": list(shape),
+            "prompts": prompts.hexdigest()[:16],
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "seed": self.seed,
-            "count": self.count,
         }
 
     def fill(
@@ -82,20 +83,15 @@ class TeacherSamples(Source):
             generate: prompts and noise (B, C, h, w) to latents.
             shape: (C, h, w).
             teacher: digest of the teacher's weights.
+
+        Raises:
+            DataError: what lies there is of another teacher, prompts or settings, or the disk refuses.
         """
-        facts, stored = self.facts(teacher), self.path / "samples.json"
-        if stored.exists() and (have := json.loads(stored.read_text())) != facts:
-            odd = [key for key in facts if have.get(key) != facts[key]]
-            raise DataError(
-                problem(
-                    f"samples in {self.path} with other {', '.join(odd)}: {[have.get(k) for k in odd]}",
-                    f"{[facts[k] for k in odd]}",
-                    "pairs of another teacher or setting would teach the wrong thing",
-                    "name another data.folder, or remove this one",
-                )
-            )
+        facts, stored = self.facts(teacher, shape), self.path / "samples.json"
+        if stored.exists():
+            compare(self.path, facts, json.loads(stored.read_text()))
         # chunks without their facts are of nobody knows which teacher
-        missing = [k for k in range(-(-self.count // CHUNK)) if not (stored.exists() and self._chunk(k).exists())]
+        missing = [k for k in range(-(-self.count // CHUNK)) if not (stored.exists() and self._whole(k))]
         if not missing:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -103,22 +99,32 @@ class TeacherSamples(Source):
         # by number, not by place in the list, which another process may already have shortened
         mine = [k for k in missing if k % world == rank]
         for k in tqdm(mine, desc="Teacher samples", unit="batch", disable=rank > 0):
-            ids = range(k * CHUNK, min((k + 1) * CHUNK, self.count))
+            ids = self._ids(k)
             noise = torch.stack([noise_of(self.seed, i, shape) for i in ids])
             latents = generate([self.prompt_of(i) for i in ids], noise)
-            part = self._chunk(k).with_suffix(".part")
-            save_file({"latents": latents.half().cpu().contiguous()}, part)
-            part.replace(self._chunk(k))
+            done = next(j for j in range(k + 1) if not self._chunk(j).exists() or j == k)
+            save_chunk(self._chunk(k), {"latents": latents.half()}, {}, done * CHUNK)
+
+    def _ids(self, k: int) -> range:
+        """The samples of a chunk."""
+        return range(k * CHUNK, min((k + 1) * CHUNK, self.count))
 
     def _chunk(self, k: int) -> Path:
         return self.path / f"chunk-{k:05d}.safetensors"
+
+    def _whole(self, k: int) -> bool:
+        """Whether a chunk has all its samples; a last one, cut short at an earlier `count`, may not."""
+        if not self._chunk(k).exists():
+            return False
+        with safe_open(self._chunk(k), "pt") as file:
+            return file.get_slice("latents").get_shape()[0] >= len(self._ids(k))
 
     @cached_property
     def _latents(self) -> Tensor:
         parts = []
         for k in range(-(-self.count // CHUNK)):
             with safe_open(self._chunk(k), "pt") as file:
-                parts.append(file.get_tensor("latents"))
+                parts.append(file.get_tensor("latents")[: len(self._ids(k))])
         return torch.cat(parts)
 
     def prompt_of(self, i: int) -> str:

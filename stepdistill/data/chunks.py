@@ -1,0 +1,48 @@
+"""Files that a teacher fills before training: each whole or not there, whatever happens on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepdistill.errors import DataError, problem
+
+
+def save_chunk(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str], complete: int) -> None:
+    """Write tensors with their facts aside, and rename.
+
+    Raises:
+        DataError: the disk refuses. No part stays behind, and the message says that `complete` samples do.
+    """
+    part = file.with_name(f"{file.name}.part")
+    try:
+        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, part, dict(facts))
+        part.replace(file)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise DataError(
+            problem(
+                f"{file}, which cannot be written ({error})",
+                "room for it",
+                f"the first {complete} samples are complete, and stay usable",
+                f"make room and start again, which goes on from there, or set data.count={complete}",
+            )
+        ) from error
+
+
+def compare(folder: Path, facts: Mapping[str, object], have: Mapping[str, object]) -> None:
+    """Raise DataError where what lies in a folder depends on other facts."""
+    odd = [key for key in facts if have.get(key) != facts[key]]
+    if odd:
+        raise DataError(
+            problem(
+                f"samples in {folder} with other {', '.join(odd)}: {[have.get(key) for key in odd]}",
+                f"{[facts[key] for key in odd]}",
+                "those of another teacher or setting would teach the wrong thing",
+                "name another data.folder, or remove this one",
+            )
+        )
