@@ -46,6 +46,7 @@ WATCHED = {  # runs of DMD2's recipe and of others, and what is wrong with them
     "dmd2, 30 times the learning rate": ("dmd2", ["train.learning_rate=9e-3"]),
     "lcm": ("lcm", []),
     "vsd": ("vsd", []),
+    "vsd, beside the unguided teacher": ("vsd", ["train.teacher_guidance_scale=1"]),  # whose law it tends to
 }
 WATCHED_STEPS, WATCHED_EVERY = 240, 40
 TEACHERS = ("tiny-sd", "tiny-sd3")
