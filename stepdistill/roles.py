@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 TEACHER = "teacher"
-AdapterArch = Literal["cross_attention", "offset"]
+AdapterArch = Literal["cross_attention", "mixed", "offset"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Adapters:
     zero. See `stepdistill.adapters`.
 
     Args:
-        arch: what they are, cross-attention or an offset that is the same for all places of the picture.
+        arch: what they are: cross-attention, the same mixed with the picture's own tokens, or an offset that is one
+            vector for all places of the picture.
         width: their inner dimension.
     """
 

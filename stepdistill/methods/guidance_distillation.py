@@ -34,12 +34,14 @@ class AdapterGuidance(Method):
 
     References:
         Efficient distillation of classifier-free guidance using adapters, Jensen & Sadat 2025,
-        https://arxiv.org/abs/2503.07274, section 4. Other than there: frequencies of w are fixed and slow, g(w) has
-        two layers and not four, and tokens have no positions of their own, since the prompt's have theirs already.
+        https://arxiv.org/abs/2503.07274. Other than there: what an adapter adds is multiplied by w - 1, frequencies of
+        w are fixed and slow, g(w) has two layers and not four, tokens have no positions of their own, since the
+        prompt's have theirs already, and `mixed` is new.
 
     Args:
-        arch: `cross_attention` from the picture's tokens to those of w, time and prompt; or `offset`, one vector for
-            all of the picture.
+        arch: `cross_attention` from the picture's tokens to those of w, time and prompt; `mixed`, the same with the
+            picture's tokens put to it and a nonlinearity, which fits better at the same size; or `offset`, one vector
+            for all of the picture.
         width: inner dimension of the adapters. 320 is 2.7 % more parameters for Stable Diffusion 1.5; SDXL has 4
             times as many attention layers, so 128 is.
         guidance_range: the scales of the trajectories; written into the contract, which warns of others.
