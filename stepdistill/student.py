@@ -214,8 +214,9 @@ def start_from(backbone: Backbone, source: str, family: Family, role: str = "stu
     Raises:
         StudentError: it cannot be read, or its rank, layers or width are not the config's.
     """
-    path = Path(source) if source.endswith(".safetensors") else _folder(source) / WEIGHTS
-    if isinstance(backbone.kind(role), Adapters):
+    name = ADAPTERS if isinstance(backbone.kind(role), Adapters) else WEIGHTS
+    path = Path(source) if source.endswith(".safetensors") else _folder(source) / name
+    if name == ADAPTERS:
         state = load_adapters(path.parent)
     elif role in backbone.others:
         state = dict(load_network(path.parent, family, backbone.others[role]).state_dict())

@@ -87,7 +87,8 @@ def attached(net: nn.Module, folder: Path, manifest: Attached, family: Family) -
         modules.load_state_dict(load_adapters(folder))
     except (ValueError, RuntimeError) as error:
         got, expected = f"{folder} and a network, which do not go together", "a network of the same shape as the base's"
-        raise StudentError(problem(got, expected, str(error), "load the base, or one fine-tuned from it")) from error
+        todo = "load the base, or one fine-tuned from it"
+        raise StudentError(problem(got, expected, _brief(error), todo)) from error
     modules.requires_grad_(False).eval().to(parameter.device, parameter.dtype)
     return Attachment(net, sites, modules, manifest.guidance_scale)
 
@@ -144,4 +145,9 @@ def load_state(backbone: Backbone, role: str, state: dict[str, Tensor], source: 
     try:
         backbone.load_state(role, state)
     except (ValueError, RuntimeError) as error:
-        raise StudentError(f"{source}: {error}") from error
+        raise StudentError(f"{source}: {_brief(error)}") from error
+
+
+def _brief(error: Exception) -> str:
+    """The head of a message: torch lists every tensor of a network that does not fit."""
+    return " ".join(str(error).split("\n")[:2])
