@@ -6,7 +6,7 @@ LoRA on the frozen base, and the teacher is the base with every adapter off. The
 - PEFT's own switches (`set_adapter`, `disable_adapters`) flip `requires_grad`, which drops the gradients of a graph
   that is still alive, without a word. Roles are switched by the layers' active names instead, and no flag moves.
 - Gradient checkpointing computes a block again during backward, under whichever role is active then. The
-  checkpoint function installed here remembers the role of the forward pass.
+  checkpoint function installed here remembers the role of the forward pass, and what its adapters were told.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stepdistill.roles import TEACHER, Copy, Ema, Lora, LoraSpec, Module, Role, Tap
+from stepdistill.adapters import OFF, Context, Hooks, build
+from stepdistill.roles import TEACHER, Adapters, Copy, Ema, Lora, LoraSpec, Module, Role, Sites, Tap
 
 
 class Backbone(nn.Module):
@@ -37,6 +38,7 @@ class Backbone(nn.Module):
         tap: where heads read its features.
         seed: keys the initial weights of LoRAs and modules, together with the role's name.
         narrow: the family's way to make a smaller network like `net`, for copies that ask for one.
+        sites: where guidance adapters go.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Backbone(nn.Module):
         tap: Tap | None = None,
         seed: int = 0,
         narrow: Callable[[nn.Module, float], nn.Module] | None = None,
+        sites: Sites | None = None,
     ) -> None:
         super().__init__()
         self.net = net.requires_grad_(False).eval()
@@ -56,7 +59,9 @@ class Backbone(nn.Module):
         self.seed = seed
         self.narrow = narrow
         self.declared: dict[str, Role] = {}
-        self.others = nn.ModuleDict()  # Copy and Module roles, and the averages of copies
+        self.sites = sites
+        self.others = nn.ModuleDict()  # Copy, Module and Adapters roles, and averages of these
+        self._hooks: Hooks | None = None  # of adapters, where a role has any
         self._active: list[str] = []  # shared by all layers, so that a switch is one write and not hundreds
         self._own: dict[str, dict[str, nn.Parameter]] = {}  # `parameters_of`: a walk takes milliseconds
         self._current: tuple[str, bool] = (TEACHER, True)
@@ -77,6 +82,12 @@ class Backbone(nn.Module):
                     raise ValueError(f"role {name!r} reads features, and this network has no tap")
                 with self._seeded(name):
                     self.others[name] = role.build(self.tap).to(next(self.net.parameters()).device)
+            case Adapters():
+                if self.sites is None:
+                    raise ValueError(f"role {name!r} has guidance adapters, and this network has no sites for them")
+                with self._seeded(name):
+                    self.others[name] = build(role, self.sites).to(next(self.net.parameters()).device)
+                self._hooks = self._hooks or Hooks(self.net, self.sites)
             case Ema(of=of) if of not in self.declared or of == name:
                 raise ValueError(f"role {name!r} averages {of!r}, which is not declared before it")
             case Ema(of=of) if of in self.others:
@@ -124,28 +135,55 @@ class Backbone(nn.Module):
             if isinstance(layer, BaseTunerLayer):
                 layer._active_adapter = self._active
 
-    def _switch(self, name: str, grad: bool) -> None:
+    def _switch(self, name: str, grad: bool, context: Context) -> None:
         self._current = (name, grad)
+        if self._hooks is not None:
+            self._hooks.now = context
         self._active[:] = [] if name == TEACHER or name in self.others else [name]
 
+    def kind(self, name: str) -> Role:
+        """What a role is, or what it is an average of."""
+        role = self.declared[name]
+        return self.kind(role.of) if isinstance(role, Ema) else role
+
+    def _context(self, name: str, scale: Tensor | None) -> Context:
+        """What the hooks work by while the role is active."""
+        if name == TEACHER or not isinstance(self.kind(name), Adapters):
+            return OFF
+        if scale is None:
+            raise ValueError(
+                f"role {name!r} is called without a guidance scale, expected `guidance_scale` among the conditions: "
+                "its adapters must know it; add a tensor of B numbers, or call it through `stepdistill.denoiser.told`"
+            )
+        modules = self.others[name]
+        assert isinstance(modules, nn.ModuleList)
+        return Context(modules, scale.float())
+
     @contextmanager
-    def use(self, name: str, grad: bool = True) -> Iterator[nn.Module]:
+    def use(self, name: str, grad: bool = True, scale: Tensor | None = None) -> Iterator[nn.Module]:
         """The network of a role, for calls inside the context; everything is as before when it closes.
 
-        With `grad=False` the role's own weights take no gradient, while one to the inputs still flows.
+        With `grad=False` the role's own weights take no gradient, while one to the inputs still flows. A role with
+        adapters is told the guidance `scale`, (B,) or (B, 1); others have no use for it.
         """
-        before = self._current
+        with self._use(name, grad, self._context(name, scale)) as net:
+            yield net
+
+    @contextmanager
+    def _use(self, name: str, grad: bool, context: Context) -> Iterator[nn.Module]:
+        before = self._current, self._hooks.now if self._hooks else OFF
         params = list(self.parameters_of(name).values()) if not grad else []
         flags = [p.requires_grad for p in params]
         try:
-            self._switch(name, grad)
+            self._switch(name, grad, context)
             for p in params:
                 p.requires_grad_(False)
-            yield self.others[name] if name in self.others else self.net
+            yield self.others[name] if name in self.others and context is OFF else self.net
         finally:
             for p, flag in zip(params, flags, strict=True):
                 p.requires_grad_(flag)
-            self._switch(*before)
+            (name, grad), context = before
+            self._switch(name, grad, context)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """A role's own parameters by name, trainable or averaged. The teacher's are never given: it has none."""
@@ -196,9 +234,10 @@ class Backbone(nn.Module):
 
         def run(block: Callable, *args: object) -> object:
             name, grad = self._current
+            context = self._hooks.now if self._hooks else OFF
 
             def again(*inputs: object) -> object:
-                with self.use(name, grad):
+                with self._use(name, grad, context):
                     return block(*inputs)
 
             return checkpoint(again, *args, use_reentrant=False)

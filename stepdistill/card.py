@@ -10,8 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 from yaml import YAMLError, safe_dump
 
-from stepdistill.contract import STUDENTS, Contract, MultiContract, read_contract, teacher
+from stepdistill.contract import STUDENTS, Contract, MultiContract, read_contract
 from stepdistill.families.base import BUNDLED_NAMES, Family
+from stepdistill.snippets import multi_snippet, snippet
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ TEMPLATE = """\
 # {{ name }} in {{ steps }}
 
 {{ what }} with which {{ base }} draws a picture in {{ steps }}. Distilled with stepdistill by the method
-`{{ method }}`; plain Diffusers loads it.
+`{{ method }}`; {{ loader }} loads it.
 {% if grid %}
 ![Pictures of teacher and student by the same prompts and seeds](samples/grid.png)
 {% endif %}
@@ -92,6 +93,8 @@ teacher's largest value.
 {{ terms }}
 """
 
+WHAT = {"lora": "A LoRA", "full": "A smaller network", "adapters": "Guidance adapters"}
+
 TERMS = """\
 ## Base model and licence
 
@@ -116,7 +119,8 @@ def write_card(folder: Path, contract: Contract, address: str | None = None) -> 
         template_str=TEMPLATE,
         **_base(contract),
         steps=f"{n} step{'s' * (n > 1)}",
-        what="A LoRA" if contract.network is None else "A smaller network",
+        what=WHAT[contract.kind],
+        loader="stepdistill" if contract.adapters else "plain Diffusers",
         method=str(contract.method["type"]).rpartition(".")[2],
         grid=(folder / "samples" / "grid.png").exists(),
         snippet=snippet(contract, address or folder.resolve()),
@@ -149,7 +153,7 @@ def _front_matter(contract: Contract | MultiContract) -> ModelCardData:
     """What the hub reads."""
     base, licence = contract.base_model, contract.licence
     known = licence is not None and HUB_LICENCES.fullmatch(licence)
-    lora = [] if isinstance(contract, Contract) and contract.network else ["lora", "template:sd-lora"]
+    lora = ["lora", "template:sd-lora"] if contract.kind in ("lora", "multi") else []
     return ModelCardData(
         base_model=base if _is_hub_id(base) else None,  # the hub takes nothing but its own ids
         library_name="diffusers",
@@ -179,6 +183,7 @@ def _rows(contract: Contract) -> list[tuple[str, str]]:
         ("prediction type", contract.prediction_type),
         ("eta (share noised again)", f"{contract.eta:g}"),
         ("guidance_scale", f"{scale:g}" + (" (none: guidance is in the weights)" if scale == 1 else "")),
+        *_range(contract),
         ("negative prompts", "work" if contract.negative_prompt else "have no effect"),
         _weights(contract),
         ("resolution", f"{width} x {height} pixels"),
@@ -186,66 +191,23 @@ def _rows(contract: Contract) -> list[tuple[str, str]]:
     ]
 
 
+def _range(contract: Contract) -> list[tuple[str, str]]:
+    """The row of what adapters may be told."""
+    if contract.adapters is None or contract.guidance_range is None:
+        return []
+    low, high = contract.guidance_range
+    return [("scale of the adapters", f"{low:g} to {high:g}; {contract.adapters.guidance_scale:g} if none is set")]
+
+
 def _weights(contract: Contract) -> tuple[str, str]:
     """The row of what was trained."""
     if lora := contract.lora:
         return "LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, strength {lora.strength:g}"
     net = contract.network
+    if adapters := contract.adapters:
+        size = f"{adapters.parameters / 1e6:.2f} million parameters"
+        return "guidance adapters", f"{adapters.arch}, width {adapters.width}, {size}"
     return "network", f"`{net.class_name}` of {net.parameters / 1e6:.2f} million parameters" if net else ""
-
-
-def snippet(contract: Contract, address: Path | str) -> str:
-    """Python that draws a picture with nothing but Diffusers; `address` is the student's folder or hub id."""
-    scheduler, net, name = contract.scheduler["_class_name"], contract.network, teacher(contract).network_name
-    call = "".join(f"    {key}={value!r},\n" for key, value in contract.call.items())
-    lines = [
-        *_loading(contract, address, scheduler, *([net.class_name] if net else [])),
-        f"pipe.{name} = {net.class_name}.from_pretrained(student, subfolder={name!r}).to(pipe.device, pipe.dtype)"
-        if net
-        else "pipe.load_lora_weights(student)",
-        f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")',
-        "",
-        f'image = pipe(\n    "red apple",\n{call}    generator=torch.manual_seed(0),\n).images[0]',
-        'image.save("student.png")',
-    ]
-    return "\n".join(lines)
-
-
-def multi_snippet(contract: MultiContract, address: Path | str) -> str:
-    """Python that draws two pictures, each by the student of its prompt."""
-    lines = [
-        "import stepdistill",
-        *_loading(contract, address),
-        "students = stepdistill.load_student(pipe, student)",
-        "",
-        'prompts = ["red apple", "cat face"]',
-        "generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]",
-        "for prompt, image in zip(prompts, students(prompts, generator=generators)):",
-        '    image.save(f"{prompt}.png")',
-    ]
-    return "\n".join(lines)
-
-
-def _loading(contract: Contract | MultiContract, address: Path | str, *imported: str) -> list[str]:
-    """Lines that import, name the student, and load its base."""
-    family = teacher(contract)
-    where, pipeline = family.location(), family.pipeline_class.__name__
-    names = ("revision", "variant") if not where.endswith(".safetensors") else ()
-    given = {name: vars(family)[name] for name in names} | {"config": family.single_file_config}
-    args = [repr(where), *(f"{name}={value!r}" for name, value in given.items() if value is not None)]
-    args += [f"{name}=None" for name in contract.base_without]
-    load = "from_single_file" if where.endswith(".safetensors") else "from_pretrained"
-    lines = [
-        "import torch",
-        f"from diffusers import {', '.join(sorted([pipeline, *imported]))}",
-        "",
-        f"student = {str(address)!r}",
-        f"pipe = {pipeline}.{load}({', '.join(args)})",
-        f'pipe.to("cuda" if torch.cuda.is_available() else "cpu", torch.{contract.dtype})',
-    ]
-    for lora in family.teacher_loras:  # parts of the teacher, below the student
-        lines += [f"pipe.load_lora_weights({lora!r})", "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
-    return lines
 
 
 def licence_of(family: Family) -> str | None:

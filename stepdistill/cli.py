@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import pkgutil
 import sys
@@ -30,7 +31,8 @@ INIT = """\
 methods: {methods}
 families: {families}
 Each name is a module; module.Class picks one of several classes, my_package.mine.Mine is a class of your own.
-DATA is a module of stepdistill.data: prompts, folder, ...; the default, samples, is made by the teacher.
+DATA is a module of stepdistill.data: prompts, folder, ...; the default, samples or trajectories as the method needs,
+is made by the teacher.
 
 example:
   stepdistill init {example} > mine.yaml && stepdistill train mine.yaml --dry-run
@@ -111,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "init", _init, "print a commented config", epilog)
     command.add_argument("method", metavar="METHOD")
     command.add_argument("family", metavar="FAMILY")
-    command.add_argument("data", metavar="DATA", nargs="?", default="samples", help="default: samples")
+    command.add_argument("data", metavar="DATA", nargs="?", help="default: what the teacher makes for the method")
 
     data = commands.add_parser("data", help="look at a data source", description="Look at a data source.")
     checks = data.add_subparsers(metavar="COMMAND", required=True)
@@ -175,10 +177,16 @@ def _init(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.template import find, template
 
     bases = fields(Run)
-    names = {"family": args.family, "method": args.method, "data": args.data}
-    chosen = {key: find(bases[key], name) for key, name in names.items()}
+    chosen = {key: find(bases[key], name) for key, name in (("family", args.family), ("method", args.method))}
+    chosen["data"] = find(bases["data"], args.data or _made_for(chosen["method"]))
     print("# accelerate launch -m stepdistill train THIS_FILE")
     print(template(Run, chosen), end="")
+
+
+def _made_for(method: type) -> str:
+    """The source that the teacher makes for a method."""
+    required = [f for f in dataclasses.fields(method) if f.default is f.default_factory is dataclasses.MISSING]
+    return "trajectories" if not required and "trajectories" in method().needs else "samples"
 
 
 def _check(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import BUNDLED_NAMES, Family
 from stepdistill.prediction import Kind
+from stepdistill.roles import AdapterArch
 from stepdistill.schema import pick
 
 CONTRACT = "distill_config.json"
@@ -47,6 +48,24 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attached:
+    """The guidance adapters in the folder, in place of weights that plain Diffusers knows: their manifest.
+
+    Args:
+        arch, width: as `stepdistill.roles.Adapters` has them.
+        sites: dotted names of the attention layers that they are for, in the order of the file.
+        parameters: how many numbers they have in all.
+        guidance_scale: w where none is set.
+    """
+
+    arch: AdapterArch
+    width: int
+    sites: tuple[str, ...]
+    parameters: int
+    guidance_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Proof:
     """A comparison of the folder in a plain pipeline with the student in memory.
 
@@ -71,7 +90,8 @@ class Contract:
 
     Args:
         schema_version: of this format; another one is refused.
-        kind: what the folder holds: a LoRA, or a whole network in a subfolder named as the pipeline's.
+        kind: what the folder holds: a LoRA, a whole network in a subfolder named as the pipeline's, or guidance
+            adapters.
         method: class and hyper-parameters.
         base_model: hub id, absolute path, or name of a bundled teacher.
         base_hash: `base_hash` of the base in each precision that it may be loaded in, by name.
@@ -88,7 +108,7 @@ class Contract:
         guidance_range: the scales that an adapter takes; None where it takes none.
         eta: share of each step that is noised again.
         negative_prompt: whether negative prompts have an effect.
-        lora, network: one of the two, by `kind`.
+        lora, network, adapters: one of the three, by `kind`.
         resolution: height and width in pixels.
         dtype: precision of the base in training.
         licence: of the base; None is unknown.
@@ -99,7 +119,7 @@ class Contract:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     schema_version: int = SCHEMA
-    kind: Literal["lora", "full"] = "lora"
+    kind: Literal["lora", "full", "adapters"] = "lora"
     method: dict[str, Any]
     base_model: str
     base_hash: dict[str, str]
@@ -118,6 +138,7 @@ class Contract:
     negative_prompt: bool
     lora: Adapter | None
     network: Network | None = None
+    adapters: Attached | None = None
     resolution: tuple[int, int]
     dtype: str
     licence: str | None

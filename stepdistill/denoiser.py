@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from stepdistill.adversarial import features_before
 from stepdistill.backbone import Backbone
-from stepdistill.prediction import Estimate, Kind, estimate
+from stepdistill.prediction import Estimate, Kind, estimate, output
 from stepdistill.schedule import NoiseSchedule, expand
 
 Condition = Mapping[str, Tensor]
 Call = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
+SCALE = "guidance_scale"  # the condition that guidance adapters are told, (B,)
 
 
 class Denoise(Protocol):
@@ -44,7 +45,7 @@ class Denoiser:
     grad: bool = True
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
-        with self._network(x_t.device) as net:
+        with self._network(x_t.device, cond) as net:
             y = self.call(net, x_t, t, cond)
         return estimate(self.kind, y, x_t, t, self.schedule)
 
@@ -53,14 +54,19 @@ class Denoiser:
         tap = self.backbone.tap
         if tap is None:
             raise ValueError(f"role {self.role!r} is asked for features, and its network has no tap")
-        with self._network(x_t.device) as net:
+        with self._network(x_t.device, cond) as net:
             return features_before(net, tap, x_t, lambda: self.call(net, x_t, t, cond)).float()
 
     @contextmanager
-    def _network(self, device: torch.device) -> Iterator[nn.Module]:
+    def _network(self, device: torch.device, cond: Condition) -> Iterator[nn.Module]:
         half = self.dtype in (torch.bfloat16, torch.float16)
-        with self.backbone.use(self.role, self.grad) as net, torch.autocast(device.type, self.dtype, enabled=half):
+        use = self.backbone.use(self.role, self.grad, cond.get(SCALE))
+        with use as net, torch.autocast(device.type, self.dtype, enabled=half):
             yield net
+
+    def native(self, est: Estimate, t: Tensor) -> Tensor:
+        """The output of the network that stands for an estimate, (B, ...): the space that it was trained in."""
+        return output(self.kind, est, t, self.schedule)
 
     def frozen(self) -> Denoiser:
         """The same role with gradients to its inputs only."""
@@ -87,5 +93,16 @@ def guided(denoise: Denoise, null: Condition, scale: float | Tensor) -> Denoise:
         w = expand(scale, x_t) if isinstance(scale, Tensor) else scale
         mixed = (value[:batch] + w * (value[batch:] - value[:batch]) for value in est)
         return Estimate(*mixed)
+
+    return call
+
+
+def told(denoise: Denoise, scale: float | None) -> Denoise:
+    """Guidance adapters are told one scale for all samples; None is for roles without adapters."""
+    if scale is None:
+        return denoise
+
+    def call(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        return denoise(x_t, t, {**cond, SCALE: torch.full((len(x_t),), scale, device=x_t.device)})
 
     return call

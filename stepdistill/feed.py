@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepdistill.cache import LatentCache, PromptCache
-from stepdistill.data import FixedCrops, Sample, Source, Stream, loader
+from stepdistill.data import FixedCrops, GuidedState, Sample, Source, Stream, loader
 from stepdistill.denoiser import Condition
 from stepdistill.errors import ConfigError, problem
 from stepdistill.families.base import Family
@@ -35,7 +35,9 @@ def check_needs(source: Source, needs: frozenset[str], method: str) -> None:
                 f"a {type(source).__name__} source, which gives {sorted(provided(source))}",
                 f"one that gives {sorted(missing)}",
                 f"{method} trains on it",
-                "use an image source, or stepdistill.data.TeacherSamples around your prompts",
+                "use stepdistill.data.Trajectories around your prompts"
+                if "trajectories" in missing
+                else "use an image source, or stepdistill.data.TeacherSamples around your prompts",
             )
         )
 
@@ -112,7 +114,12 @@ class Feed:
         shape = self.shape if latents is None else tuple(latents.shape[1:])
         noise = None if first.noise is None else torch.stack([s.noise for s in samples if s.noise is not None])
         prompts = tuple(sample.prompt for sample in samples)
-        return Batch(tuple(index), cond, shape, _to(latents, self.device), _to(noise, self.device), prompts)
+        state = None
+        if first.state is not None:
+            shape = tuple(first.state.x_t.shape)
+            parts = zip(*(sample.state for sample in samples if sample.state is not None), strict=True)
+            state = GuidedState(*(torch.stack(part).to(self.device) for part in parts))
+        return Batch(tuple(index), cond, shape, _to(latents, self.device), _to(noise, self.device), prompts, state)
 
     def _encode(self, samples: list[Sample]) -> Tensor:
         pixels = torch.stack([s.pixels for s in samples if s.pixels is not None])

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,7 +16,7 @@ import stepdistill
 from stepdistill.backbone import Backbone
 from stepdistill.card import licence_of, write_card
 from stepdistill.config import to_node
-from stepdistill.contract import Adapter, Contract, Network, absolute, base_hash, missing, save
+from stepdistill.contract import Adapter, Attached, Contract, Network, absolute, base_hash, missing, save
 from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
@@ -25,6 +26,7 @@ from stepdistill.schema import dotted
 from stepdistill.weights import save_weights
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+KINDS: dict[type, Literal["lora", "full", "adapters"]] = {Adapter: "lora", Network: "full", Attached: "adapters"}
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ def write_unproven(
         why, todo = "it draws nothing", "name the student's role in the method's `exported`"
         raise StudentError(problem(f"role {role!r}, which is no denoiser", "a LoRA, a copy or an average", why, todo))
     folder.mkdir(parents=True, exist_ok=True)
-    weights = save_weights(folder, family, backbone, role)
-    scheduler, _ = family.scheduler(pipe, method.sampler(family.schedule(pipe.scheduler), steps))
+    sampler = method.sampler(family.schedule(pipe.scheduler), steps)
+    weights = save_weights(folder, family, backbone, role, sampler.adapter_scale)
+    scheduler, _ = family.scheduler(pipe, sampler)
     scheduler.save_pretrained(folder / "scheduler")
     dtype = next(backbone.net.parameters()).dtype
     contract = replace(_contract(family, pipe, base, method, steps, weights, resolution), dtype=name_of(dtype))
@@ -81,7 +84,7 @@ def _contract(
     base: Base,
     method: Method,
     steps: int | None,
-    weights: Adapter | Network,
+    weights: Adapter | Network | Attached,
     resolution: tuple[int, int],
 ) -> Contract:
     schedule = family.schedule(pipe.scheduler)
@@ -91,7 +94,7 @@ def _contract(
     stored = absolute(family)
     arguments = TypeAdapter(type(stored)).dump_python(stored, mode="json")
     return Contract(
-        kind="lora" if isinstance(weights, Adapter) else "full",
+        kind=KINDS[type(weights)],
         method=to_node(method, Method),
         base_model=stored.pretrained_teacher_model,
         base_hash=base.hashes,
@@ -104,10 +107,12 @@ def _contract(
         scheduler=json.loads(scheduler.to_json_string()),  # pyright: ignore[reportAttributeAccessIssue]
         call=call | family.arguments() | {"guidance_scale": scale, "height": height, "width": width},
         guidance_scale=scale,
+        guidance_range=sampler.adapter_range,
         eta=sampler.eta,
         negative_prompt=scale > 1,
         lora=weights if isinstance(weights, Adapter) else None,
         network=weights if isinstance(weights, Network) else None,
+        adapters=weights if isinstance(weights, Attached) else None,
         resolution=resolution,
         dtype="float32",
         licence=base.licence,

@@ -219,7 +219,11 @@ def _ordered(folders: Sequence[Path]) -> list[Path]:
         if is_multi(folder):
             why, todo = "its students are joined already", f"name the folders in its {STUDENTS}/"
             raise StudentError(problem(f"{folder}, a folder of several students", "one student", why, todo))
-        contract, routing = read_contract(folder), read_routing(folder)
+        contract = read_contract(folder)
+        if contract.adapters is not None:
+            got, why = f"{folder}, which holds guidance adapters", "a network takes one set of them at a time"
+            raise StudentError(problem(got, "LoRAs or networks", why, "train LoRAs"))
+        routing = read_routing(folder)
         if contract.proof is None:
             why = f"{folder / CONTRACT} says that it was not compared, or was found different"
             raise StudentError(problem(f"no proof of {folder}", "one", why, "train it again"))

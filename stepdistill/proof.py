@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stepdistill.backbone import Backbone
 from stepdistill.contract import Contract, Proof
-from stepdistill.denoiser import Denoiser, guided
+from stepdistill.denoiser import Denoiser, guided, told
 from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.roles import TEACHER
@@ -56,13 +56,15 @@ def prove(
     half = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with half:
         cond, null = family.condition(plain, PROMPTS), family.unconditional(plain)
-    sampler = Sampler(contract.timesteps, contract.eta, contract.clean, contract.guidance_scale)
+    own = contract.adapters.guidance_scale if contract.adapters else None
+    sampler = Sampler(contract.timesteps, contract.eta, contract.clean, contract.guidance_scale, own)
     schedule, kind = family.schedule(pipe.scheduler), family.kind(pipe)
 
     def sample(name: str) -> Tensor:
         denoiser = Denoiser(backbone, name, schedule, kind, family.call, dtype, grad=False)
         with _seeded(seed, device):
-            return few_step(guided(denoiser, null, sampler.guidance_scale), schedule, sampler, noise, cond)
+            denoise = told(guided(denoiser, null, sampler.guidance_scale), sampler.adapter_scale)
+            return few_step(denoise, schedule, sampler, noise, cond)
 
     ours, taught = sample(role), sample(TEACHER)
     visited = _watch(family.network(plain))

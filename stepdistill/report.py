@@ -94,7 +94,8 @@ def _show(stage: Stage, out: Path) -> dict[str, Any]:
     few = teacher_row(run, teacher, FEW, f"teacher, {FEW} steps")
     full = teacher_row(run, teacher, spec.teacher_steps, f"teacher, {spec.teacher_steps} steps")
     student.load_student(plain, out)
-    rows = [student_row(run, teacher, n) for n in (FEW, 2, 1)]
+    own = len(run.method.sampler(run.family.schedule(teacher.scheduler)).timesteps)
+    rows = [student_row(run, teacher, n) for n in sorted({own, FEW, 2, 1}, reverse=True)]
     for pipe in (teacher, plain):
         pipe.to(stage.accelerator.device)
     if spec.validation_prompts:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 TEACHER = "teacher"
+AdapterArch = Literal["cross_attention", "mixed", "offset"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,46 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """Trainable guidance adapters inside the base's attention: with them one pass does what guidance does in two.
+
+    Each is told the guidance scale, the time and the prompt, and adds to its attention's output; at the start it adds
+    zero. See `stepdistill.adapters`.
+
+    Args:
+        arch: what they are: cross-attention, the same mixed with the picture's own tokens, or an offset that is one
+            vector for all places of the picture.
+        width: their inner dimension.
+    """
+
+    arch: AdapterArch
+    width: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place for an adapter: the dotted name of an attention layer, and the channels of its output and its prompt."""
+
+    name: str
+    width: int
+    prompt_width: int
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where a family's network takes guidance adapters.
+
+    Args:
+        time: dotted name of the module whose output (B, time_width) is the time's embedding.
+        places: in the order in which the adapters are stored.
+    """
+
+    time: str
+    time_width: int
+    places: tuple[Site, ...]
+
+
+@dataclass(frozen=True)
 class Tap:
     """Where a family's network is read for features: what comes into one of its modules.
 
@@ -72,7 +114,7 @@ class Tap:
     side: int
 
 
-Role = Lora | Ema | Copy | Module
+Role = Lora | Ema | Copy | Module | Adapters
 
 
 @dataclass(frozen=True, kw_only=True)

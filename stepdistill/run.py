@@ -12,13 +12,14 @@ import torch
 
 from stepdistill import checkpoint, config, distributed, report, student
 from stepdistill.backbone import Backbone
-from stepdistill.data import Source, Stream, TeacherSamples, inside
+from stepdistill.data import Source, Stream, TeacherSamples, Trajectories, inside
 from stepdistill.errors import ConfigError, problem
 from stepdistill.families.base import Family
 from stepdistill.feed import check_needs
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Method
 from stepdistill.roles import Ema, LoraSpec
+from stepdistill.sampling import Sampler
 from stepdistill.schedule import NoiseSchedule
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import Stage, prepare
@@ -81,6 +82,17 @@ def check(run: Run) -> None:
         )
 
 
+def check_scales(data: Source, sampler: Sampler) -> None:
+    """Raise ConfigError where guidance adapters would promise scales that their data do not have."""
+    for source in inside(data):
+        promised = sampler.adapter_range
+        if isinstance(source, Trajectories) and promised not in (None, source.guidance_range):
+            got = f"data.guidance_range {list(source.guidance_range)}"
+            why = "the contract names the scales that the adapters were trained for"
+            todo = "set data.guidance_range and method.guidance_range alike"
+            raise ConfigError(problem(got, f"that of the method, {list(promised)}", why, todo))
+
+
 def check_method(run: Run, schedule: NoiseSchedule) -> None:
     """Raise ConfigError where the method cannot run on the teacher's noise process."""
     try:
@@ -95,10 +107,11 @@ def distill(run: Run) -> Path:
     stage = prepare(run)
     spec, accelerator = run.train, stage.accelerator
     out = Path(spec.output_dir)
-    rank, processes = accelerator.process_index, accelerator.num_processes
     schedule = run.family.schedule(stage.pipe.scheduler)
     check_method(run, schedule)
-    run.family.scheduler(stage.pipe, run.method.sampler(schedule))  # the student must have one, so ask now
+    sampler = run.method.sampler(schedule)
+    run.family.scheduler(stage.pipe, sampler)  # the student must have one, so ask now
+    check_scales(run.data, sampler)
     if spec.eval_samples:
         report.reference(run, stage.digest)
     if accelerator.is_main_process:
@@ -108,11 +121,7 @@ def distill(run: Run) -> Path:
                 shutil.rmtree(old)
         (out / "config.yaml").write_text(config.to_yaml(run))
     distributed.barrier()
-    for source in inside(run.data):
-        if isinstance(source, TeacherSamples):
-            make = partial(stage.teach, steps=source.num_inference_steps, scale=source.guidance_scale)
-            source.fill(make, stage.feed.shape, stage.digest, rank, processes)
-            distributed.barrier()
+    fill(stage)
 
     team = Team.assemble(stage.backbone, run.method, spec)
     if run.lora.init_from:
@@ -124,6 +133,20 @@ def distill(run: Run) -> Path:
     if finished and accelerator.is_main_process:
         report.finish(stage)
     return out
+
+
+def fill(stage: Stage) -> None:
+    """Let the teacher make what the data sources lack of its samples; all processes share the work."""
+    rank, processes = stage.accelerator.process_index, stage.accelerator.num_processes
+    for source in inside(stage.run.data):
+        if isinstance(source, TeacherSamples):
+            make = partial(stage.teach, steps=source.num_inference_steps, scale=source.guidance_scale)
+            source.fill(make, stage.feed.shape, stage.digest, rank, processes)
+            distributed.barrier()
+        elif isinstance(source, Trajectories):
+            follow = partial(stage.trajectories, steps=source.num_inference_steps)
+            source.fill(follow, stage.feed.shape, stage.digest, rank, processes)
+            distributed.barrier()
 
 
 def assemble(stage: Stage, team: Team) -> Loop:
@@ -206,7 +229,7 @@ def dry_run(run: Run) -> str:
             size = sum(p.numel() for p in part.parameters())
             rows.append((name, size, 4 * size))
     targets, tap = run.family.lora_targets(net), run.family.tap(net)
-    backbone = Backbone(net, run.lora, targets, tap, run.train.seed, run.family.narrow)
+    backbone = Backbone(net, run.lora, targets, tap, run.train.seed, run.family.narrow, run.family.sites(net))
     for name, role in run.method.roles().items():
         backbone.add(name, role)
         size = sum(p.numel() for p in backbone.parameters_of(name).values())

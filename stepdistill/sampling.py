@@ -26,12 +26,16 @@ class Sampler:
         eta: share of the way that is noised again, in [0, 1].
         clean: whether the way ends at clean data; else at time 0 of the schedule, which a VP table leaves noisy.
         guidance_scale: 1 is none.
+        adapter_scale: what guidance adapters are told where nothing else is said; None where there are none.
+        adapter_range: the scales that they were trained for.
     """
 
     timesteps: tuple[float, ...]
     eta: float = 0.0
     clean: bool = True
     guidance_scale: float = 1.0
+    adapter_scale: float | None = None
+    adapter_range: tuple[float, float] | None = None
 
 
 def check_starts(timesteps: Sequence[float] | None) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,9 @@ from transformers.utils import logging as transformers_logging
 from stepdistill import student
 from stepdistill.backbone import Backbone
 from stepdistill.contract import pipeline_hash
+from stepdistill.data import GuidedState
 from stepdistill.data.samples import noise_of
-from stepdistill.denoiser import Denoiser, guided
+from stepdistill.denoiser import Denoiser, guided, told
 from stepdistill.errors import ConfigError, problem
 from stepdistill.evaluate import grid
 from stepdistill.feed import Feed
@@ -82,6 +84,30 @@ class Stage:
         times = play.schedule.grid(steps).flip(0).tolist()
         return follow(teacher, play.schedule, times, noise.to(self.accelerator.device), self.feed.condition(prompts))
 
+    @torch.no_grad()
+    def trajectories(self, prompts: list[str], noise: Tensor, scales: Tensor, kept: Tensor, steps: int) -> GuidedState:
+        """States (B, K, ...) of the teacher's guided trajectories of `steps` deterministic steps.
+
+        Args:
+            scales: (B,).
+            kept: (B, K) ascending numbers of steps, from 0.
+        """
+        play, teacher = self.play(0), self.denoiser(TEACHER)
+        schedule, times = play.schedule, play.schedule.grid(steps).flip(0)
+        x_t, w = noise.to(self.accelerator.device), scales.to(self.accelerator.device)
+        denoise, cond = guided(teacher, play.null, w), self.feed.condition(prompts)
+        states, outputs = [], []
+        for now, then in pairwise(times.tolist()):
+            t, s = (torch.full((len(x_t),), time, device=x_t.device) for time in (now, then))
+            x_t = x_t.half().float()  # as it will be stored: the output belongs to that state
+            est = denoise(x_t, t, cond)
+            states.append(x_t.cpu())
+            outputs.append(teacher.native(est, t).cpu())
+            x_t = schedule.add_noise(est.x0, est.eps, s)
+        row = torch.arange(len(kept))[:, None]
+        xs, ys = (torch.stack(each, dim=1)[row, kept] for each in (states, outputs))
+        return GuidedState(xs, times[kept], scales[:, None].expand(kept.shape), ys)
+
     @property
     def teacher_steps(self) -> int:
         """`train.teacher_steps`, or the next smaller number that the teacher's table takes."""
@@ -98,6 +124,7 @@ class Stage:
         play, method = self.play(0), self.run.method
         sampler = method.sampler(play.schedule)
         denoise = guided(self.denoiser(method.exported()), play.null, sampler.guidance_scale)
+        denoise = told(denoise, sampler.adapter_scale)
 
         def fresh(i: int) -> Tensor:
             return self.noise(seed + i + 1, ids)
@@ -172,6 +199,6 @@ def prepare(run: Run) -> Stage:
     if dtype != torch.float32:
         net.to(dtype)
     targets = family.lora_targets(net)
-    backbone = Backbone(net, run.lora, targets, family.tap(net), spec.seed, family.narrow)
+    backbone = Backbone(net, run.lora, targets, family.tap(net), spec.seed, family.narrow, family.sites(net))
     feed = Feed(family, pipe, spec, pipeline_hash(pipe), accelerator.device)
     return Stage(run, accelerator, pipe, base, dtype, backbone, feed)

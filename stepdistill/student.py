@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from stepdistill.adapters import GuidedCall
 from stepdistill.backbone import Backbone
 from stepdistill.card import is_non_commercial as is_non_commercial
-from stepdistill.card import snippet as snippet
 from stepdistill.card import warn_of_licence as warn_of_licence
 from stepdistill.card import write_card
 from stepdistill.contract import (
@@ -32,13 +32,22 @@ from stepdistill.families.base import Family
 from stepdistill.folder import base_of, name_of, write_unproven
 from stepdistill.methods.base import Method
 from stepdistill.proof import prove
-from stepdistill.roles import Copy, Ema, Lora, LoraSpec
+from stepdistill.roles import Adapters, Copy, Ema, Lora, LoraSpec
 from stepdistill.router import ROUTER
-from stepdistill.weights import WEIGHTS, into_pipeline, load_network, load_state, read_lora
+from stepdistill.snippets import snippet as snippet
+from stepdistill.weights import (
+    ADAPTERS,
+    WEIGHTS,
+    into_pipeline,
+    load_adapters,
+    load_network,
+    load_state,
+    read_lora,
+)
 
 logger = logging.getLogger(__name__)
 # what loading needs of a hub folder
-PATTERNS = [CONTRACT, WEIGHTS, "scheduler/*", "unet/*", "transformer/*", ROUTER, f"{STUDENTS}/*"]
+PATTERNS = [CONTRACT, WEIGHTS, ADAPTERS, "scheduler/*", "unet/*", "transformer/*", ROUTER, f"{STUDENTS}/*"]
 
 
 def write(
@@ -117,10 +126,14 @@ def verify(folder: Path) -> float:
     if is_multi(folder):
         return max(verify(place) for place in sorted(folder.glob(f"{STUDENTS}/*")))
     contract = read_contract(folder)
-    family, lora = teacher(contract), contract.lora
+    family, lora, adapters = teacher(contract), contract.lora, contract.adapters
     pipe, plain = family.load(), family.load()
     net = family.network(pipe)
-    if lora is None:
+    if adapters is not None:
+        backbone = Backbone(net, LoraSpec(), (), sites=family.sites(net))
+        backbone.add("student", Adapters(adapters.arch, adapters.width))
+        load_state(backbone, "student", load_adapters(folder), folder)
+    elif lora is None:
         backbone = Backbone(net, LoraSpec(), ())
         backbone.add("student", Copy(partial(load_network, folder, family, net)))
     else:
@@ -133,14 +146,15 @@ def verify(folder: Path) -> float:
 
 
 def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_name: str = "student") -> Any:  # noqa: ANN401
-    """Load a student's LoRA and scheduler into a plain pipeline of its base.
+    """Load a student's LoRA, or guidance adapters, and its scheduler into a plain pipeline of its base.
 
     Adapters that are active there, such as a style, stay so, at the strength that they have. A student that is a
     network of its own takes the place of the pipeline's, with whatever was on that.
 
     Returns:
-        Keyword arguments of the pipeline's call: `pipe(prompt, **load_student(pipe, folder))`. For a folder of
-        several students `stepdistill.multi.Students`, which draw instead: `load_student(pipe, folder)(prompts)`.
+        Keyword arguments of the pipeline's call: `pipe(prompt, **load_student(pipe, folder))`. Of guidance adapters
+        they are a `stepdistill.adapters.GuidedCall`, on which the scale is set. For a folder of several students
+        `stepdistill.multi.Students`, which draw instead: `load_student(pipe, folder)(prompts)`.
 
     Raises:
         StudentError: there is no student, or it does not fit the pipeline.
@@ -172,8 +186,11 @@ def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_
             contract.base_model,
             name,
         )
-    into_pipeline(pipe, folder, contract, family, adapter_name)
-    return dict(contract.call)
+    adapters = into_pipeline(pipe, folder, contract, family, adapter_name)
+    if adapters is None:
+        return dict(contract.call)
+    assert contract.guidance_range is not None
+    return GuidedCall(contract.call, adapters, contract.guidance_range)
 
 
 def _folder(place: str | Path) -> Path:
@@ -192,13 +209,16 @@ def _folder(place: str | Path) -> Path:
 def start_from(backbone: Backbone, source: str, family: Family, role: str = "student") -> None:
     """Load the LoRA of a student folder, hub id or file into `role` and its averages, at the same strength.
 
-    A role that is a network of its own takes the folder's whole network.
+    A role that is a network of its own takes the folder's whole network, one of adapters the folder's adapters.
 
     Raises:
         StudentError: it cannot be read, or its rank, layers or width are not the config's.
     """
-    path = Path(source) if source.endswith(".safetensors") else _folder(source) / WEIGHTS
-    if role in backbone.others:
+    name = ADAPTERS if isinstance(backbone.kind(role), Adapters) else WEIGHTS
+    path = Path(source) if source.endswith(".safetensors") else _folder(source) / name
+    if name == ADAPTERS:
+        state = load_adapters(path.parent)
+    elif role in backbone.others:
         state = dict(load_network(path.parent, family, backbone.others[role]).state_dict())
     else:
         state, scale = read_lora(path, family)

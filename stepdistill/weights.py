@@ -1,26 +1,50 @@
-"""The weights of a student folder, a LoRA or a whole network: into the folder, a plain pipeline, a backbone."""
+"""The weights of a student folder, a LoRA, a network or guidance adapters: into it, a plain pipeline, a backbone."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stepdistill.adapters import Attachment, build
 from stepdistill.backbone import Backbone
-from stepdistill.contract import Adapter, Contract, Network
+from stepdistill.contract import Adapter, Attached, Contract, Network
 from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import Family
+from stepdistill.roles import Adapters
 from stepdistill.schema import locate
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+ADAPTERS = "guidance_adapters.safetensors"
 
 
-def save_weights(folder: Path, family: Family, backbone: Backbone, role: str) -> Adapter | Network:
-    """Write a role's weights as Diffusers reads them, and say what they are."""
+def save_weights(
+    folder: Path, family: Family, backbone: Backbone, role: str, told: float | None = None
+) -> Adapter | Network | Attached:
+    """Write a role's weights, as Diffusers reads them where it can, and say what they are.
+
+    Args:
+        told: the guidance scale that adapters are told where none is set.
+    """
+    kind = backbone.kind(role)
+    if isinstance(kind, Adapters):
+        assert told is not None and backbone.sites is not None
+        state = {key: value.cpu().contiguous() for key, value in backbone.state(role).items()}
+        found = Attached(
+            arch=kind.arch,
+            width=kind.width,
+            sites=tuple(site.name for site in backbone.sites.places),
+            parameters=sum(value.numel() for value in state.values()),
+            guidance_scale=told,
+        )
+        save_file(state, folder / ADAPTERS, {"manifest": json.dumps(asdict(found))})
+        return found
     if role in backbone.others:
         net: Any = backbone.others[role]
         net.save_pretrained(folder / family.network_name)
@@ -43,15 +67,48 @@ def load_network(folder: Path, family: Family, like: nn.Module) -> nn.Module:
     return nn.Module.to(net, parameter.device, parameter.dtype)  # the net's own warns of what it would keep in float32
 
 
-def into_pipeline(pipe: DiffusionPipeline, folder: Path, contract: Contract, family: Family, adapter_name: str) -> None:
-    """A student's weights and scheduler into a plain pipeline; adapters that are active stay so."""
+def load_adapters(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder's guidance adapters."""
+    try:
+        return load_file(folder / ADAPTERS)
+    except (OSError, SafetensorError) as error:
+        expected, todo = "guidance adapters as a run saves them", "give the folder of such a student"
+        raise StudentError(problem(f"unreadable {folder / ADAPTERS}", expected, str(error), todo)) from error
+
+
+def attached(net: nn.Module, folder: Path, manifest: Attached, family: Family) -> Attachment:
+    """A folder's guidance adapters in a network, on from now on; StudentError where they do not fit it."""
+    sites, parameter = family.sites(net), next(net.parameters())
+    names = tuple(site.name for site in sites.places)
+    modules = build(Adapters(manifest.arch, manifest.width), sites)
+    try:
+        if names != manifest.sites:
+            raise ValueError(f"they are for {len(manifest.sites)} attention layers, and the network has {len(names)}")
+        modules.load_state_dict(load_adapters(folder))
+    except (ValueError, RuntimeError) as error:
+        got, expected = f"{folder} and a network, which do not go together", "a network of the same shape as the base's"
+        todo = "load the base, or one fine-tuned from it"
+        raise StudentError(problem(got, expected, _brief(error), todo)) from error
+    modules.requires_grad_(False).eval().to(parameter.device, parameter.dtype)
+    return Attachment(net, sites, modules, manifest.guidance_scale)
+
+
+def into_pipeline(
+    pipe: DiffusionPipeline, folder: Path, contract: Contract, family: Family, adapter_name: str
+) -> Attachment | None:
+    """A student's weights and scheduler into a plain pipeline; LoRAs that are active stay so.
+
+    Returns:
+        The guidance adapters, where the folder holds such.
+    """
     net: Any = family.network(pipe)
     loader: Any = pipe  # LoRA loading is a mixin of the pipeline's class
     active = list(net.active_adapters()) if family.network_name in loader.get_list_adapters() else []
+    adapters = attached(net, folder, contract.adapters, family) if contract.adapters else None
     try:
         if contract.kind == "full":
             pipe.register_modules(**{family.network_name: load_network(folder, family, net)})
-        else:
+        elif contract.kind == "lora":
             loader.load_lora_weights(folder, weight_name=WEIGHTS, adapter_name=adapter_name)
         scheduler = locate(f"diffusers.{contract.scheduler['_class_name']}")
         pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
@@ -66,6 +123,7 @@ def into_pipeline(pipe: DiffusionPipeline, folder: Path, contract: Contract, fam
         ) from error
     if active and contract.kind == "lora":  # loading has switched them off
         net.set_adapter([*active, adapter_name])
+    return adapters
 
 
 def read_lora(path: Path, family: Family) -> tuple[dict[str, Tensor], float]:
@@ -87,4 +145,9 @@ def load_state(backbone: Backbone, role: str, state: dict[str, Tensor], source: 
     try:
         backbone.load_state(role, state)
     except (ValueError, RuntimeError) as error:
-        raise StudentError(f"{source}: {error}") from error
+        raise StudentError(f"{source}: {_brief(error)}") from error
+
+
+def _brief(error: Exception) -> str:
+    """The head of a message: torch lists every tensor of a network that does not fit."""
+    return " ".join(str(error).split("\n")[:2])

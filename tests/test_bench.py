@@ -19,9 +19,14 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 import consistency_step as bench
 import dmd2_memory as cycle
 import dmd2_plain as plain
+import guidance_step as step
 
+from stepdistill.backbone import Backbone
 from stepdistill.data import Stream
+from stepdistill.denoiser import Denoiser, guided, told
 from stepdistill.methods.base import Batch, Play
+from stepdistill.roles import TEACHER, Adapters, LoraSpec
+from stepdistill.schedule import DiscreteVP
 from stepdistill.tiny import build
 
 SMALL = bench.Setup(channels=(32, 32), width=32, vae=(16, 16, 16), rank=4, batch=2, warm=1, steps=1)
@@ -154,3 +159,30 @@ def test_a_cycle_of_dmd2_in_the_fewest_calls():
     for (row,) in rows.values():
         assert sum(row[cause] for cause in cycle.CAUSES) == pytest.approx(row[bench.CPU])
         assert all(row[cause] > 0 for cause in cycle.CAUSES)
+
+
+def test_a_step_with_adapters_is_one_call_on_half_the_rows():
+    tiny = replace(CYCLE, batch=2)
+    case = step.Case(tiny, Adapters("mixed", 8), 1)
+    rows, share = step.measure(case)
+    line = json.loads(json.dumps(step.summary({"SD 1.5": (rows, share), "tiny": (rows, share)})))
+    assert line["name"] == "guidance_step" and {"time_ratio", "tiny"} < line.keys()
+    assert line["calls"] == dict.fromkeys(step.SIDES, 1) and line["rows"] == {"two passes": 4, "adapters": 2}
+    assert line["extra_parameters"] == pytest.approx(share, abs=1e-4)
+
+
+def test_both_sides_of_a_guided_step_are_what_the_library_computes():
+    bench = step.Bench(step.Case(CYCLE, Adapters("mixed", 8), 1))
+    net, schedule = bench.net, DiscreteVP(plain.noise_table())
+    null, t = {"states": bench.both[:1]}, torch.full((CYCLE.batch,), float(step.NOW))
+    two, one = bench.two_passes(), bench.one_pass()
+    bone = Backbone(net, LoraSpec(), (), sites=plain.FAMILY.sites(net))
+    bone.add("student", Adapters("mixed", 8))
+    bone.load_state("student", bench.adapters.adapters.state_dict())
+    bench.adapters.remove()
+    base, student = (Denoiser(bone, role, schedule, "epsilon", plain.FAMILY.call) for role in (TEACHER, "student"))
+    for ours, denoise in ((two, guided(base, null, step.GUIDANCE)), (one, told(student, step.GUIDANCE))):
+        with torch.no_grad():
+            est = denoise(bench.x_t, t, {"states": bench.states})
+        torch.testing.assert_close(ours, schedule.add_noise(*est, torch.full_like(t, step.THEN)), rtol=1e-4, atol=1e-4)
+    assert (one - two).abs().max() > 1e-3

@@ -7,12 +7,13 @@ import inspect
 import json
 import pkgutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tiny import FAMILIES, pipeline
 
 from stepdistill import families, methods, report
-from stepdistill.data import Prompts, TeacherSamples
+from stepdistill.data import Prompts, Source, TeacherSamples, Trajectories
 from stepdistill.evaluate import generate
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
@@ -35,6 +36,14 @@ def test_every_family_has_a_tiny_pipeline():
     assert {type(family) for family in FAMILIES.values()} == set(concrete(families, Family))
 
 
+def data(method: Method, folder: Path) -> Source:
+    """What the teacher makes for a method."""
+    options = {"source": Prompts(prompts=("rose", "octopus")), "count": 4, "num_inference_steps": 2}
+    if "trajectories" in method.needs:
+        return Trajectories(folder=str(folder / "trajectories"), kept_steps=2, **options)
+    return TeacherSamples(folder=str(folder / "samples"), **options)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("method", concrete(methods, Method), ids=lambda cls: cls.__name__)
 def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch):
@@ -53,12 +62,7 @@ def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch):
         Run(
             family=replace(FAMILIES[name], pretrained_teacher_model=str(tmp_path / "teacher")),
             method=method(),
-            data=TeacherSamples(
-                source=Prompts(prompts=("rose", "octopus")),
-                folder=str(tmp_path / "samples"),
-                count=4,
-                num_inference_steps=2,
-            ),
+            data=data(method(), tmp_path),
             lora=LoraSpec(rank=2, alpha=6),
             train=TrainSpec(
                 output_dir=str(tmp_path / "out"),

@@ -278,7 +278,7 @@ def test_the_contract_survives_json_and_is_checked(written, tmp_path):
     folder = copied(written, "sd3", tmp_path)
     for change, said in [
         ({"schema_version": 2}, "got schema version 2 .*, expected 1"),
-        ({"kind": "half"}, "kind: Input should be 'lora' or 'full'"),
+        ({"kind": "half"}, "kind: Input should be 'lora', 'full' or 'adapters'"),
         ({"strenght": 0.7}, "strenght: Unexpected keyword argument"),
         ({"timesteps": ["many"]}, "timesteps.0: Input should be a valid number"),
     ]:

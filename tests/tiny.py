@@ -84,7 +84,8 @@ def sdxl(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
 def backbone(name: str, pipe: DiffusionPipeline, rank: int = 4, alpha: float | None = None) -> Backbone:
     net = FAMILIES[name].network(pipe)
     family = FAMILIES[name]
-    return Backbone(net, LoraSpec(rank=rank, alpha=alpha), family.lora_targets(net), family.tap(net))
+    spec = LoraSpec(rank=rank, alpha=alpha)
+    return Backbone(net, spec, family.lora_targets(net), family.tap(net), sites=family.sites(net))
 
 
 def awake(bone: Backbone, role: str, size: float = 0.05) -> None:

@@ -1,6 +1,6 @@
 """Where prompts, pictures and latents come from: sources, the order of a run, and their check."""
 
-from stepdistill.data.base import BadSample, FixedCrops, PromptsOf, Sample, Source, inside, sample_rng
+from stepdistill.data.base import BadSample, FixedCrops, GuidedState, PromptsOf, Sample, Source, inside, sample_rng
 from stepdistill.data.check import check
 from stepdistill.data.folder import ImageFolder
 from stepdistill.data.hub import HubDataset
@@ -11,10 +11,12 @@ from stepdistill.data.prompts import Prompts
 from stepdistill.data.samples import TeacherSamples
 from stepdistill.data.shards import Shards
 from stepdistill.data.stream import Stream, loader
+from stepdistill.data.trajectories import Trajectories
 
 __all__ = [
     "BadSample",
     "FixedCrops",
+    "GuidedState",
     "HubDataset",
     "ImageFolder",
     "ImageSource",
@@ -27,6 +29,7 @@ __all__ = [
     "Source",
     "Stream",
     "TeacherSamples",
+    "Trajectories",
     "check",
     "inside",
     "loader",

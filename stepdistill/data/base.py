@@ -7,7 +7,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 from annotated_types import Ge, Le
 from torch import Tensor
@@ -26,6 +26,22 @@ class BadSample(DataError):
         return ": ".join(str(part) for part in self.args)
 
 
+class GuidedState(NamedTuple):
+    """States of guided trajectories, and what the guided teacher says there.
+
+    Args:
+        x_t: (..., C, h, w), the network's input.
+        t: (...), in the scheduler's time.
+        guidance_scale: (...), w.
+        output: (..., C, h, w), `uncond + w (cond - uncond)` of the network's outputs.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    guidance_scale: Tensor
+    output: Tensor
+
+
 @dataclass(frozen=True)
 class Sample:
     """What one position of a batch is made from.
@@ -35,6 +51,7 @@ class Sample:
         pixels: (3, H, W) float32 in [-1, 1].
         latents: (C, h, w), already in the network's scale.
         noise: (C, h, w), what the teacher made the latents from.
+        state: of a guided trajectory.
         item: index in the source of what was read: not the one asked for where that was bad.
     """
 
@@ -42,6 +59,7 @@ class Sample:
     pixels: Tensor | None = None
     latents: Tensor | None = None
     noise: Tensor | None = None
+    state: GuidedState | None = None
     item: int = -1
 
 

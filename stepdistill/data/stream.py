@@ -8,14 +8,14 @@ import logging
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stepdistill.data.base import BadSample, Sample, Source, sample_rng
+from stepdistill.data.base import BadSample, GuidedState, Sample, Source, sample_rng
 from stepdistill.errors import DataError, problem
 
 logger = logging.getLogger(__name__)
@@ -111,19 +111,25 @@ def _pack(loaded: list[_Loaded]) -> _Batch:
     bad = [error for _, skipped in loaded for error in skipped]
     rows = [_tensors(sample) for sample in samples]
     tensors = {name: torch.stack([row[name] for row in rows]) for name in (rows[0] if rows else ())}
-    light = [replace(sample, pixels=None, latents=None, noise=None) for sample in samples]
+    light = [replace(sample, pixels=None, latents=None, noise=None, state=None) for sample in samples]
     return _Batch(light, errors, bad, tensors)
 
 
 def _unpack(batch: _Batch) -> list[Sample]:
     columns = {name: tensor.unbind() for name, tensor in batch.tensors.items()}
     rows = [{name: column[n] for name, column in columns.items()} for n in range(len(batch.samples))]
-    return [replace(sample, **row) for sample, row in zip(batch.samples, rows, strict=True)]
+    return [replace(sample, **_fields(row)) for sample, row in zip(batch.samples, rows, strict=True)]
+
+
+def _fields(row: dict[str, Tensor]) -> dict[str, Any]:
+    state = {name: row.pop(name) for name in GuidedState._fields if name in row}
+    return {**row, "state": GuidedState(**state)} if state else {**row}
 
 
 def _tensors(sample: Sample) -> dict[str, Tensor]:
     tensors = {"pixels": sample.pixels, "latents": sample.latents, "noise": sample.noise}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    state = {} if sample.state is None else sample.state._asdict()
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None} | state
 
 
 def _ignore_signals(worker: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stepdistill.denoiser import Condition
 from stepdistill.errors import ConfigError, problem
 from stepdistill.prediction import Kind
-from stepdistill.roles import Tap
+from stepdistill.roles import Sites, Tap
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import NoiseSchedule
 from stepdistill.schema import locate
@@ -143,6 +143,10 @@ class Family(ABC):
     @abstractmethod
     def tap(self, net: nn.Module) -> Tap:
         """Where a discriminator's head reads the network's features."""
+
+    @abstractmethod
+    def sites(self, net: nn.Module) -> Sites:
+        """Where guidance adapters go: attention layers whose output reaches the picture, and that see the prompt."""
 
     @abstractmethod
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:

@@ -16,7 +16,7 @@ from stepdistill.denoiser import Condition
 from stepdistill.errors import ConfigError, problem
 from stepdistill.families.base import Family, named, rebuilt
 from stepdistill.prediction import Kind
-from stepdistill.roles import Tap
+from stepdistill.roles import Site, Sites, Tap
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import Rectified
 
@@ -76,6 +76,13 @@ class StableDiffusion3(Family):
         config: Any = net.config
         width, patch = config["num_attention_heads"] * config["attention_head_dim"], config["patch_size"]
         return Tap(f"transformer_blocks.{config['num_layers'] // 2}", width, patch, config["sample_size"] // patch)
+
+    def sites(self, net: nn.Module) -> Sites:
+        """The picture's part of every joint attention; the prompt there is the block's own text stream."""
+        config: Any = net.config
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        places = [Site(f"transformer_blocks.{i}.attn", width, width) for i in range(config["num_layers"])]
+        return Sites("time_text_embed.timestep_embedder", width, tuple(places))
 
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:

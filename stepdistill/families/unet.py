@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
+from diffusers.models.attention_processor import Attention
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from stepdistill.families.base import Family, named, rebuilt
 from stepdistill.prediction import Kind
-from stepdistill.roles import Tap
+from stepdistill.roles import Site, Sites, Tap
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import DiscreteVP
 
@@ -49,6 +50,14 @@ class UNet(Family):
         widths = config["block_out_channels"]
         patch = 2 ** (len(widths) - 1)
         return Tap("up_blocks.0", widths[-1], patch, config["sample_size"] // patch)
+
+    def sites(self, net: nn.Module) -> Sites:
+        """Every cross-attention."""
+        layers: list[tuple[str, Any]] = [(n, m) for n, m in net.named_modules() if isinstance(m, Attention)]
+        places = [Site(n, m.query_dim, m.cross_attention_dim) for n, m in layers if n.endswith(".attn2")]
+        config: Any = net.config
+        width = config["time_embedding_dim"] or 4 * config["block_out_channels"][0]
+        return Sites("time_embedding", width, tuple(places))
 
     @torch.no_grad()
     def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:

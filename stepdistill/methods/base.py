@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stepdistill.data.base import GuidedState
 from stepdistill.denoiser import Condition, Denoiser
 from stepdistill.roles import Role
 from stepdistill.sampling import Sampler
@@ -36,6 +37,7 @@ class Batch:
         shape: (C, H, W) of one latent.
         latents: (B, C, H, W) clean latents in the network's scale, where the data has them.
         noise: (B, C, H, W) the starting noise that the teacher turned into `latents`, where the data are pairs.
+        state: of B guided trajectories, where the data are such.
     """
 
     index: tuple[int, ...]
@@ -44,6 +46,7 @@ class Batch:
     latents: Tensor | None = None
     noise: Tensor | None = None
     prompts: tuple[str, ...] = ()
+    state: GuidedState | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class Method(ABC):
     @property
     @abstractmethod
     def needs(self) -> frozenset[str]:
-        """What a sample must carry: "prompts", "latents" (pictures do, too) or "pairs" (latents and their noise)."""
+        """What a sample must carry: "prompts", "latents" (pictures do, too), "pairs" (latents and their noise), or
+        "trajectories" (guided states)."""
 
     @abstractmethod
     def roles(self) -> dict[str, Role]:

@@ -1,0 +1,198 @@
+"""States of the teacher's own guided trajectories, with its guided output there: what guidance adapters learn from."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stepdistill.data.base import GuidedState, Sample, Source, sample_rng
+from stepdistill.data.samples import noise_of
+from stepdistill.errors import ConfigError, DataError, problem
+
+CHUNK = 16  # trajectories that are made at once, and lie in one file
+FACTS = "trajectories.json"
+Generate = Callable[[list[str], Tensor, Tensor, Tensor], GuidedState]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectories(Source):
+    """States on guided trajectories that the teacher makes from a source's prompts, before training and once only.
+
+    A trajectory has one guidance scale, drawn for it. Of its states a random few are kept: x_t and the network's
+    guided output there, in half precision; all of it is a function of `seed` and the trajectory's number. Jensen &
+    Sadat 2025, https://arxiv.org/abs/2503.07274, keep every step; at SDXL's size a trajectory then has 262 MB.
+
+    Args:
+        source: the prompts; captions are dropped there, not here.
+        folder: where the states are kept. What lies there is used where teacher and settings are the same, and
+            refused where they are not. A generation that was cut goes on where it was; more may be added by `count`.
+        count: number of trajectories.
+        num_inference_steps: N, deterministic solver steps of a trajectory (DDIM; Euler for a flow).
+        kept_steps: states kept of each, 1 to N.
+        guidance_range: w of `uncond + w (cond - uncond)` is uniform between these two, ...
+        guidance_hole: ... but never in here: scales to test on. None leaves nothing out.
+        seed: of noises, scales, and which steps are kept.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "trajectories"})
+    source: Source
+    folder: str
+    count: int = 512
+    num_inference_steps: int = 50
+    kept_steps: int = 10
+    guidance_range: tuple[float, float] = (1.0, 12.0)
+    guidance_hole: tuple[float, float] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        (low, high), hole = self.guidance_range, self.guidance_hole
+        if low > high or (hole is not None and not low < hole[0] <= hole[1] < high):
+            got = f"guidance_range {list(self.guidance_range)} with guidance_hole {hole and list(hole)}"
+            why = "scales are drawn between the range's ends, and outside of the hole"
+            raise ConfigError(problem(got, "low <= high, and the hole strictly inside", why, "correct the numbers"))
+        if not 1 <= self.kept_steps <= self.num_inference_steps or self.count < 1:
+            got = f"count {self.count}, kept_steps {self.kept_steps} of num_inference_steps {self.num_inference_steps}"
+            why = "there would be no states, or some twice"
+            raise ConfigError(problem(got, "count >= 1 and 1 <= kept_steps <= steps", why, "correct the numbers"))
+        if self.proportion_empty_prompts:
+            got, why = (
+                "proportion_empty_prompts beside stored outputs",
+                "an output belongs to the prompt it was made by",
+            )
+            raise ConfigError(problem(got, "0", why, "set it on data.source instead"))
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return Path(self.folder)
+
+    def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:
+        """What all trajectories depend on; prompts are noted by chunk, so that more can be added."""
+        names = ("num_inference_steps", "kept_steps", "guidance_range", "guidance_hole", "seed")
+        return json.loads(json.dumps({"teacher": teacher, "shape": shape} | {name: vars(self)[name] for name in names}))
+
+    def drawn(self, i: int) -> tuple[float, list[int]]:
+        """The guidance scale of trajectory i, and the steps of it that are kept, ascending from 0."""
+        rng, (low, high) = sample_rng(self.seed, -1 - i), self.guidance_range
+        start, end = self.guidance_hole or (high, high)
+        scale = low + rng.random() * (high - low - (end - start))
+        scale += end - start if scale >= start else 0.0
+        return scale, sorted(rng.sample(range(self.num_inference_steps), self.kept_steps))
+
+    def prompt_of(self, i: int) -> str:
+        """The prompt of trajectory i: the source's items in turn."""
+        return self.source.prompt(i % len(self.source), sample_rng(self.seed, i))
+
+    def fill(self, generate: Generate, shape: Sequence[int], teacher: str, rank: int, world: int) -> None:
+        """Make what is missing: files of 16 trajectories each, shared out among the processes.
+
+        Args:
+            generate: prompts, noise (B, C, h, w), scales (B,) and kept steps (B, K) to states (B, K, ...).
+            shape: (C, h, w).
+            teacher: digest of the teacher's weights.
+
+        Raises:
+            DataError: what lies there is of another teacher, setting or prompts; or the disk refuses.
+        """
+        facts, stored = self.facts(teacher, shape), self.path / FACTS
+        if stored.exists():
+            self._compare(facts, json.loads(stored.read_text()))
+        # chunks without their facts are of nobody knows which teacher
+        missing = [k for k in range(-(-self.count // CHUNK)) if not (stored.exists() and self._whole(k))]
+        if not missing:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write(stored, lambda part: part.write_text(json.dumps(facts, indent=1) + "\n"))
+        # by number, not by place in the list, which another process may already have shortened
+        mine = [k for k in missing if k % world == rank]
+        for k in tqdm(mine, desc="Guided trajectories", unit="file", disable=rank > 0):
+            ids = self._ids(k)
+            noise = torch.stack([noise_of(self.seed, i, shape) for i in ids])
+            scales, kept = zip(*(self.drawn(i) for i in ids), strict=True)
+            states = generate([self.prompt_of(i) for i in ids], noise, torch.tensor(scales), torch.tensor(kept))
+            halves = {"x_t": states.x_t.half(), "output": states.output.half()}
+            whole = {"t": states.t.float(), "guidance_scale": states.guidance_scale.float()}
+            tensors = {key: value.cpu().contiguous() for key, value in (halves | whole).items()}
+            try:
+                _write(self._chunk(k), lambda part, t=tensors, k=k: save_file(t, part, {"prompts": self._prompts(k)}))
+            except (OSError, SafetensorError) as error:
+                done = next((j for j in range(k + 1) if not self._chunk(j).exists()), k)
+                got, expected = f"{self._chunk(k)}, which cannot be written ({error})", "room for it"
+                why = f"the first {done * CHUNK} trajectories are complete, and stay usable"
+                todo = f"make room and start again, which goes on from there, or set data.count={done * CHUNK}"
+                raise DataError(problem(got, expected, why, todo)) from error
+
+    def _compare(self, facts: dict[str, object], have: dict[str, object]) -> None:
+        odd = [key for key in facts if have.get(key) != facts[key]]
+        if odd:
+            got = f"trajectories in {self.path} with other {', '.join(odd)}: {[have.get(key) for key in odd]}"
+            why = "states of another teacher or setting would teach the wrong thing"
+            todo = "name another data.folder, or remove this one"
+            raise DataError(problem(got, f"{[facts[key] for key in odd]}", why, todo))
+
+    def _ids(self, k: int) -> range:
+        """The trajectories of a file."""
+        return range(k * CHUNK, min((k + 1) * CHUNK, self.count))
+
+    def _prompts(self, k: int, count: int | None = None) -> str:
+        """Digest of the prompts of a file, or of its first `count`."""
+        return sha256("\n".join(self.prompt_of(i) for i in self._ids(k)[:count]).encode()).hexdigest()[:16]
+
+    def _whole(self, k: int) -> bool:
+        """Whether a file holds all that it must; raises DataError where its prompts are others."""
+        if not self._chunk(k).exists():
+            return False
+        with safe_open(self._chunk(k), "pt") as file:
+            rows, prompts = file.get_slice("t").get_shape()[0], (file.metadata() or {}).get("prompts")
+        if rows <= len(self._ids(k)) and prompts != self._prompts(k, rows):
+            got, why = f"{self._chunk(k)} of other prompts", "the stored outputs belong to their prompts"
+            raise DataError(problem(got, "those of data.source", why, "name another data.folder, or remove this one"))
+        return rows >= len(self._ids(k))
+
+    def _chunk(self, k: int) -> Path:
+        return self.path / f"chunk-{k:05d}.safetensors"
+
+    def __len__(self) -> int:
+        return self.count * self.kept_steps
+
+    def captions(self, i: int) -> Sequence[str]:
+        return [self.prompt_of(i // self.kept_steps)]
+
+    def sample(self, i: int, rng: random.Random) -> Sample:
+        j, k = divmod(i, self.kept_steps)
+        try:
+            with safe_open(self._chunk(j // CHUNK), "pt") as file:  # a slice reads no more than itself
+                found = {name: file.get_slice(name)[j % CHUNK, k].float() for name in GuidedState._fields}
+        except (OSError, SafetensorError) as error:
+            todo = "let the run make them, or `sample/trajectories.py`"
+            got = f"no readable {self._chunk(j // CHUNK)} ({error})"
+            raise DataError(problem(got, "guided states", "they are trained on", todo)) from error
+        return Sample(prompt=self.prompt_of(j), state=GuidedState(**found), item=i)
+
+    def name(self, i: int) -> str:
+        return f"state {i % self.kept_steps} of trajectory {i // self.kept_steps} in {self.path}"
+
+    def stamp(self, i: int) -> str:
+        return self.prompt_of(i // self.kept_steps)
+
+
+def _write(file: Path, write: Callable[[Path], object]) -> None:
+    """Write aside and rename, so that a file is whole or not there."""
+    part = file.with_name(f"{file.name}.part")
+    try:
+        write(part)
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

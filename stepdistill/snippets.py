@@ -1,0 +1,77 @@
+"""Python that draws with a student folder, as its card shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stepdistill.contract import Attached, Contract, MultiContract, teacher
+
+
+def snippet(contract: Contract, address: Path | str) -> str:
+    """Python that draws a picture, by Diffusers alone where it can; `address` is the student's folder or hub id."""
+    if contract.adapters is not None:
+        return _adapter_snippet(contract, contract.adapters, address)
+    scheduler, net, name = contract.scheduler["_class_name"], contract.network, teacher(contract).network_name
+    call = "".join(f"    {key}={value!r},\n" for key, value in contract.call.items())
+    lines = [
+        *_loading(contract, address, scheduler, *([net.class_name] if net else [])),
+        f"pipe.{name} = {net.class_name}.from_pretrained(student, subfolder={name!r}).to(pipe.device, pipe.dtype)"
+        if net
+        else "pipe.load_lora_weights(student)",
+        f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")',
+        "",
+        f'image = pipe(\n    "red apple",\n{call}    generator=torch.manual_seed(0),\n).images[0]',
+        'image.save("student.png")',
+    ]
+    return "\n".join(lines)
+
+
+def _adapter_snippet(contract: Contract, adapters: Attached, address: Path | str) -> str:
+    low, high = contract.guidance_range or (adapters.guidance_scale,) * 2
+    lines = [
+        "import stepdistill",
+        *_loading(contract, address),
+        "call = stepdistill.load_student(pipe, student)",
+        f"call.guidance_scale = {adapters.guidance_scale:g}  # from {low:g} to {high:g}; the pipeline's own stays 1",
+        "",
+        'image = pipe("red apple", **call, generator=torch.manual_seed(0)).images[0]',
+        'image.save("student.png")',
+    ]
+    return "\n".join(lines)
+
+
+def multi_snippet(contract: MultiContract, address: Path | str) -> str:
+    """Python that draws two pictures, each by the student of its prompt."""
+    lines = [
+        "import stepdistill",
+        *_loading(contract, address),
+        "students = stepdistill.load_student(pipe, student)",
+        "",
+        'prompts = ["red apple", "cat face"]',
+        "generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]",
+        "for prompt, image in zip(prompts, students(prompts, generator=generators)):",
+        '    image.save(f"{prompt}.png")',
+    ]
+    return "\n".join(lines)
+
+
+def _loading(contract: Contract | MultiContract, address: Path | str, *imported: str) -> list[str]:
+    """Lines that import, name the student, and load its base."""
+    family = teacher(contract)
+    where, pipeline = family.location(), family.pipeline_class.__name__
+    names = ("revision", "variant") if not where.endswith(".safetensors") else ()
+    given = {name: vars(family)[name] for name in names} | {"config": family.single_file_config}
+    args = [repr(where), *(f"{name}={value!r}" for name, value in given.items() if value is not None)]
+    args += [f"{name}=None" for name in contract.base_without]
+    load = "from_single_file" if where.endswith(".safetensors") else "from_pretrained"
+    lines = [
+        "import torch",
+        f"from diffusers import {', '.join(sorted([pipeline, *imported]))}",
+        "",
+        f"student = {str(address)!r}",
+        f"pipe = {pipeline}.{load}({', '.join(args)})",
+        f'pipe.to("cuda" if torch.cuda.is_available() else "cpu", torch.{contract.dtype})',
+    ]
+    for lora in family.teacher_loras:  # parts of the teacher, below the student
+        lines += [f"pipe.load_lora_weights({lora!r})", "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
+    return lines
