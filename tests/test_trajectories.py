@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import FAMILIES, pipeline
 
-from stepdistill.data import Partition, Prompts, Trajectories, check, inside, trajectories
+from stepdistill.data import Partition, Prompts, Trajectories, check, chunks, inside
 from stepdistill.denoiser import guided
 from stepdistill.errors import ConfigError, DataError
 from stepdistill.methods.consistency import Consistency
@@ -199,7 +199,7 @@ def test_another_teacher_is_refused(whole):
 
 
 def test_a_full_disk_leaves_what_is_complete(place, whole, tmp_path, monkeypatch):
-    folder, save = tmp_path / "states", trajectories.save_file
+    folder, save = tmp_path / "states", chunks.save_file
 
     def full(tensors, file, metadata):
         if "chunk-00002" in str(file):
@@ -207,8 +207,8 @@ def test_a_full_disk_leaves_what_is_complete(place, whole, tmp_path, monkeypatch
             raise OSError(28, "No space left on device")
         save(tensors, file, metadata)
 
-    monkeypatch.setattr(trajectories, "save_file", full)
-    with pytest.raises(DataError, match=r"the first 32 trajectories are complete.*data.count=32"):
+    monkeypatch.setattr(chunks, "save_file", full)
+    with pytest.raises(DataError, match=r"the first 32 samples are complete.*data.count=32"):
         filled(place, folder)
     assert len(files(folder)) == 3
     data = filled(place, folder, count=32)

@@ -12,11 +12,11 @@ from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepdistill.data.base import GuidedState, Sample, Source, sample_rng
+from stepdistill.data.chunks import compare, save_chunk
 from stepdistill.data.samples import noise_of
 from stepdistill.errors import ConfigError, DataError, problem
 
@@ -107,13 +107,13 @@ class Trajectories(Source):
         """
         facts, stored = self.facts(teacher, shape), self.path / FACTS
         if stored.exists():
-            self._compare(facts, json.loads(stored.read_text()))
+            compare(self.path, facts, json.loads(stored.read_text()))
         # chunks without their facts are of nobody knows which teacher
         missing = [k for k in range(-(-self.count // CHUNK)) if not (stored.exists() and self._whole(k))]
         if not missing:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(stored, lambda part: part.write_text(json.dumps(facts, indent=1) + "\n"))
+        stored.write_text(json.dumps(facts, indent=1) + "\n")
         # by number, not by place in the list, which another process may already have shortened
         mine = [k for k in missing if k % world == rank]
         for k in tqdm(mine, desc="Guided trajectories", unit="file", disable=rank > 0):
@@ -123,23 +123,8 @@ class Trajectories(Source):
             states = generate([self.prompt_of(i) for i in ids], noise, torch.tensor(scales), torch.tensor(kept))
             halves = {"x_t": states.x_t.half(), "output": states.output.half()}
             whole = {"t": states.t.float(), "guidance_scale": states.guidance_scale.float()}
-            tensors = {key: value.cpu().contiguous() for key, value in (halves | whole).items()}
-            try:
-                _write(self._chunk(k), lambda part, t=tensors, k=k: save_file(t, part, {"prompts": self._prompts(k)}))
-            except (OSError, SafetensorError) as error:
-                done = next((j for j in range(k + 1) if not self._chunk(j).exists()), k)
-                got, expected = f"{self._chunk(k)}, which cannot be written ({error})", "room for it"
-                why = f"the first {done * CHUNK} trajectories are complete, and stay usable"
-                todo = f"make room and start again, which goes on from there, or set data.count={done * CHUNK}"
-                raise DataError(problem(got, expected, why, todo)) from error
-
-    def _compare(self, facts: dict[str, object], have: dict[str, object]) -> None:
-        odd = [key for key in facts if have.get(key) != facts[key]]
-        if odd:
-            got = f"trajectories in {self.path} with other {', '.join(odd)}: {[have.get(key) for key in odd]}"
-            why = "states of another teacher or setting would teach the wrong thing"
-            todo = "name another data.folder, or remove this one"
-            raise DataError(problem(got, f"{[facts[key] for key in odd]}", why, todo))
+            done = next(j for j in range(k + 1) if not self._chunk(j).exists() or j == k)
+            save_chunk(self._chunk(k), halves | whole, {"prompts": self._prompts(k)}, done * CHUNK)
 
     def _ids(self, k: int) -> range:
         """The trajectories of a file."""
@@ -185,14 +170,3 @@ class Trajectories(Source):
 
     def stamp(self, i: int) -> str:
         return self.prompt_of(i // self.kept_steps)
-
-
-def _write(file: Path, write: Callable[[Path], object]) -> None:
-    """Write aside and rename, so that a file is whole or not there."""
-    part = file.with_name(f"{file.name}.part")
-    try:
-        write(part)
-        part.replace(file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
