@@ -185,7 +185,7 @@ class Attachment:
 
     @property
     def scale(self) -> float:
-        """w, which 1 does not switch off."""
+        """w; at 1 they add zero."""
         return self._scale
 
     @scale.setter

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 import consistency_step as bench
 import dmd2_memory as cycle
 import dmd2_plain as plain
-import guidance_step as step
+import guidance_step as guidance
 
 from stepdistill.backbone import Backbone
 from stepdistill.data import Stream
@@ -163,26 +163,28 @@ def test_a_cycle_of_dmd2_in_the_fewest_calls():
 
 def test_a_step_with_adapters_is_one_call_on_half_the_rows():
     tiny = replace(CYCLE, batch=2)
-    case = step.Case(tiny, Adapters("mixed", 8), 1)
-    rows, share = step.measure(case)
-    line = json.loads(json.dumps(step.summary({"SD 1.5": (rows, share), "tiny": (rows, share)})))
+    case = guidance.Case(tiny, Adapters("mixed", 8), 1)
+    rows, share = guidance.measure(case)
+    line = json.loads(json.dumps(guidance.summary({"SD 1.5": (rows, share), "tiny": (rows, share)})))
     assert line["name"] == "guidance_step" and {"time_ratio", "tiny"} < line.keys()
-    assert line["calls"] == dict.fromkeys(step.SIDES, 1) and line["rows"] == {"two passes": 4, "adapters": 2}
+    assert line["calls"] == dict.fromkeys(guidance.SIDES, 1) and line["rows"] == {"two passes": 4, "adapters": 2}
     assert line["extra_parameters"] == pytest.approx(share, abs=1e-4)
 
 
 def test_both_sides_of_a_guided_step_are_what_the_library_computes():
-    bench = step.Bench(step.Case(CYCLE, Adapters("mixed", 8), 1))
+    bench = guidance.Bench(guidance.Case(CYCLE, Adapters("mixed", 8), 1))
     net, schedule = bench.net, DiscreteVP(plain.noise_table())
-    null, t = {"states": bench.both[:1]}, torch.full((CYCLE.batch,), float(step.NOW))
+    null, t = {"states": bench.both[:1]}, torch.full((CYCLE.batch,), float(guidance.NOW))
     two, one = bench.two_passes(), bench.one_pass()
     bone = Backbone(net, LoraSpec(), (), sites=plain.FAMILY.sites(net))
     bone.add("student", Adapters("mixed", 8))
     bone.load_state("student", bench.adapters.adapters.state_dict())
     bench.adapters.remove()
     base, student = (Denoiser(bone, role, schedule, "epsilon", plain.FAMILY.call) for role in (TEACHER, "student"))
-    for ours, denoise in ((two, guided(base, null, step.GUIDANCE)), (one, told(student, step.GUIDANCE))):
+    for ours, denoise in ((two, guided(base, null, guidance.GUIDANCE)), (one, told(student, guidance.GUIDANCE))):
         with torch.no_grad():
             est = denoise(bench.x_t, t, {"states": bench.states})
-        torch.testing.assert_close(ours, schedule.add_noise(*est, torch.full_like(t, step.THEN)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            ours, schedule.add_noise(*est, torch.full_like(t, guidance.THEN)), rtol=1e-4, atol=1e-4
+        )
     assert (one - two).abs().max() > 1e-3

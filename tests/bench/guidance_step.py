@@ -139,9 +139,8 @@ def main() -> None:
     found = {}
     for name, case in CASES.items():
         found[name] = rows, share = measure(case)
-        print(
-            f"{name}: batch {case.setup.batch}, {case.role.arch} of width {case.role.width}, {share:.1%} more parameters"
-        )
+        role = case.role
+        print(f"{name}: batch {case.setup.batch}, {role.arch} of width {role.width}, {share:.1%} more parameters")
         print("ms of a guided step: median and half the distance between the quartiles")
         print(table(rows, (CPU, WALL), 1e3))
         print(table(rows, ("calls", "rows"), 1))
