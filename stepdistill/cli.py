@@ -1,4 +1,4 @@
-"""The `stepdistill` command: train, init, data check, verify, doctor, multi. Heavy imports wait inside."""
+"""The `stepdistill` command: train, init, data, verify, doctor, multi. Heavy imports wait inside."""
 
 from __future__ import annotations
 
@@ -46,6 +46,15 @@ example:
   stepdistill data check mine.yaml --prompts_file prompts.txt
 """
 
+MAKE = """\
+Pairs of noise and picture (stepdistill.data.TeacherSamples) or guided trajectories (stepdistill.data.Trajectories), as
+training would make them before its first step. Started again it goes on where it was cut; each process makes every n-th
+file, and any number of processes makes the same files. What lies there of another teacher or setting is refused.
+
+example:
+  accelerate launch -m stepdistill data make configs/recipes/sd21_reflow.yaml
+"""
+
 VERIFY = """\
 Loads the folder into a fresh plain Diffusers pipeline and compares its output with the library's own sampler.
 Prints the largest difference, relative to the teacher's largest value; above the tolerance the status is 1.
@@ -84,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. What the user can put right is printed without a traceback, with exit status 2."""
     parser = _parser()
     args, overrides = parser.parse_known_args(argv)
-    if overrides and args.run not in (_train, _check):
+    if overrides and args.run not in (_train, _check, _make):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         args.run(args, overrides)
@@ -115,10 +124,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("family", metavar="FAMILY")
     command.add_argument("data", metavar="DATA", nargs="?", help="default: what the teacher makes for the method")
 
-    data = commands.add_parser("data", help="look at a data source", description="Look at a data source.")
-    checks = data.add_subparsers(metavar="COMMAND", required=True)
-    command = _command(checks, "check", _check, "read all of it, before anything is trained", CHECK)
+    data = commands.add_parser("data", help="check a data source, or make it", description="Check or make data.")
+    parts = data.add_subparsers(metavar="COMMAND", required=True)
+    command = _command(parts, "check", _check, "read all of it, before anything is trained", CHECK)
     command.usage = "stepdistill data check CONFIG [key=value | --key value]..."
+    command.add_argument("config", metavar="CONFIG", help="YAML file")
+    command = _command(parts, "make", _make, "let the teacher make what a config trains on", MAKE)
+    command.usage = "stepdistill data make CONFIG [key=value | --key value]..."
     command.add_argument("config", metavar="CONFIG", help="YAML file")
 
     command = _command(commands, "verify", _verify, "prove that plain Diffusers loads a student", VERIFY)
@@ -138,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _modules(package: ModuleType) -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base"]
+    abstract = ("base", "unet")
+    return [module.name for module in pkgutil.iter_modules(package.__path__) if module.name not in abstract]
 
 
 Run = Callable[[argparse.Namespace, list[str]], None]
@@ -194,6 +207,16 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.run import Run
 
     print(check(config.load(Run, args.config, overrides).data))
+
+
+def _make(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.run import Run, fill
+    from stepdistill.stage import prepare
+
+    stage = prepare(config.load(Run, args.config, overrides))
+    fill(stage)
+    stage.feed.save()
+    stage.accelerator.end_training()
 
 
 def _verify(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -101,12 +101,12 @@ def test_both_sides_train_dmd2_alike():
         awake(loop.team.backbone, role)
         set_peft_model_state_dict(net, loop.team.backbone.state(role))
     stepped = {"student": 0, "fake": 0}
-    for step in range(2 * CYCLE.critic_steps):
+    for number in range(2 * CYCLE.critic_steps):
         (batch,) = next(loop.batches)
-        values = loop.one_step(step, [batch], stepped)
-        losses = reference.step(step, batch.cond["states"], drawn(loop.play(step), batch))
+        values = loop.one_step(number, [batch], stepped)
+        losses = reference.step(number, batch.cond["states"], drawn(loop.play(number), batch))
         ours = [values[key] for key in ("loss", "loss_fake") if key in values]
-        assert len(losses) == 1 + (step % CYCLE.critic_steps == 0)
+        assert len(losses) == 1 + (number % CYCLE.critic_steps == 0)
         assert ours == pytest.approx(losses, rel=1e-4)
     assert stepped == {"student": 2, "fake": 2 * CYCLE.critic_steps}
 

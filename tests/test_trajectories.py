@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import FAMILIES, pipeline
 
-from stepdistill.data import Partition, Prompts, Trajectories, check, chunks, inside
+from stepdistill.data import Partition, Prompts, Trajectories, check, chunks, inside, trajectories
 from stepdistill.denoiser import guided
 from stepdistill.errors import ConfigError, DataError
 from stepdistill.methods.consistency import Consistency

@@ -160,7 +160,7 @@ class Trajectories(Source):
             with safe_open(self._chunk(j // CHUNK), "pt") as file:  # a slice reads no more than itself
                 found = {name: file.get_slice(name)[j % CHUNK, k].float() for name in GuidedState._fields}
         except (OSError, SafetensorError) as error:
-            todo = "let the run make them, or `sample/trajectories.py`"
+            todo = "let the run make them, or `stepdistill data make`"
             got = f"no readable {self._chunk(j // CHUNK)} ({error})"
             raise DataError(problem(got, "guided states", "they are trained on", todo)) from error
         return Sample(prompt=self.prompt_of(j), state=GuidedState(**found), item=i)
