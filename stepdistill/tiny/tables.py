@@ -18,7 +18,6 @@ from stepdistill.data import Partition
 from stepdistill.data.samples import noise_of
 from stepdistill.denoiser import Denoiser, guided
 from stepdistill.evaluate import SEED_B, Reference, Row, network_of
-from stepdistill.methods.reflow import PeRFlow
 from stepdistill.metrics import straightness
 from stepdistill.metrics.frechet import Stats, diversity, frechet
 from stepdistill.multi import Students, join
@@ -140,7 +139,7 @@ def bends(run: Run, pipe: DiffusionPipeline) -> dict[str, Any]:
     """How straight the paths are of the teacher that was followed, and of its student in `pipe`."""
     before, count = run.family.load(), 128
     data: Any = run.data
-    scale = run.method.guidance_scale if isinstance(run.method, PeRFlow) else data.guidance_scale
+    scale = report.guidance_of(run.method) or data.guidance_scale
     found: dict[str, Any] = {"n": count, "steps": 32, "guidance_scale": scale, "seeds": [SEED_B]}
     for label, each, w in (("teacher", before, scale), ("student", pipe, 1.0)):
         net, schedule = run.family.network(each), run.family.schedule(before.scheduler)
