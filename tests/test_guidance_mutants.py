@@ -36,7 +36,9 @@ def lora() -> None:
 
 
 BUGS = {
-    "features of 1000 w": Bug(adapters.scale_features, "w[:, None] * pace", "1000 * w[:, None] * pace", roles.held_out),
+    "features of 1000 w": Bug(
+        adapters.scale_features, "w[:, None] * pace", "1000 * w[:, None] * pace", roles.told_by_features_alone
+    ),
     "one scale for the whole batch": Bug(
         Hooks._site,
         "scale.to(x.device).reshape(-1).expand(len(x))",
