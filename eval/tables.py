@@ -24,8 +24,9 @@ if __name__ == "__main__":
     if args.name:
         tables.measure(args.name, results, args.threads, args.teacher, args.rows)
     if args.render:
-        render.plot_paths(json.loads((results / "reflow.json").read_text()), results / "paths.png")
-        render.plot_time(json.loads((results / "time.json").read_text()), results / "time.png")
+        for name, draw in render.PLOTS.items():
+            if (file := results / f"{name}.json").exists():
+                draw(json.loads(file.read_text()), file.with_suffix(".png"))
         readme = Path(__file__).parent.parent / "README.md"
         readme.write_text(render.render(readme.read_text(), results))
     if not (args.name or args.render):

@@ -154,3 +154,4 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "reflow": _reflow,
     "watch": _watch,
 }
+PLOTS: dict[str, Callable[[Mapping[str, Any], Path], None]] = {"reflow": plot_paths, "time": plot_time}
