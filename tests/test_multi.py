@@ -402,7 +402,7 @@ def test_the_folder_is_whole(runs, joined):
         assert (runs / str(k) / "checkpoint-3").exists() and not (copy / "checkpoint-3").exists()
         assert str(copy) in (copy / "README.md").read_text()
     assert student.verify(joined) < 1e-4
-    with pytest.raises(StudentError, match="kind: Input should be 'lora' or 'full'"):
+    with pytest.raises(StudentError, match="kind: Input should be 'lora', 'full' or 'adapters'"):
         read_contract(joined)
 
 
