@@ -6,8 +6,7 @@ comes in with a hook is the picture's tokens and the prompt's; the time's embedd
 from outside. Jensen & Sadat 2025, https://arxiv.org/abs/2503.07274.
 
 Other than there what an adapter adds is multiplied by w - 1, as the guided output's distance from the unguided one is.
-So w = 1 is the base exactly. Without it the squared loss, most of which large scales make, leaves small ones worse
-than no adapter: on a random UNet R^2 at w = 1.5 was -0.8, and with it 0.84.
+So w = 1 is the base exactly. Without it the squared loss, most of which large scales make, serves small ones badly.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -32,6 +33,29 @@ def save_chunk(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, st
                 f"make room and start again, which goes on from there, or set data.count={complete}",
             )
         ) from error
+
+
+def unmade(
+    stored: Path, facts: Mapping[str, object], chunks: int, whole: Callable[[int], bool], rank: int, world: int
+) -> list[int]:
+    """The numbers of the chunks that this process is to make; where any is missing their facts are written first.
+
+    Args:
+        stored: the file of the facts, in the folder of the chunks.
+        whole: whether a chunk is there with all its samples.
+
+    Raises:
+        DataError: what lies there depends on other facts.
+    """
+    if stored.exists():
+        compare(stored.parent, facts, json.loads(stored.read_text()))
+    # chunks without their facts are of nobody knows which teacher
+    missing = [k for k in range(chunks) if not (stored.exists() and whole(k))]
+    if missing:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        stored.write_text(json.dumps(facts, indent=1) + "\n")
+    # by number, not by place in the list, which another process may already have shortened
+    return [k for k in missing if k % world == rank]
 
 
 def compare(folder: Path, facts: Mapping[str, object], have: Mapping[str, object]) -> None:

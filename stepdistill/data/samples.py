@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepdistill.data.base import Sample, Source, sample_rng
-from stepdistill.data.chunks import compare, save_chunk
+from stepdistill.data.chunks import save_chunk, unmade
 from stepdistill.tiny import bundled
 
 CHUNK = 64
@@ -88,16 +87,7 @@ class TeacherSamples(Source):
             DataError: what lies there is of another teacher, prompts or settings, or the disk refuses.
         """
         facts, stored = self.facts(teacher, shape), self.path / "samples.json"
-        if stored.exists():
-            compare(self.path, facts, json.loads(stored.read_text()))
-        # chunks without their facts are of nobody knows which teacher
-        missing = [k for k in range(-(-self.count // CHUNK)) if not (stored.exists() and self._whole(k))]
-        if not missing:
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        stored.write_text(json.dumps(facts, indent=1) + "\n")
-        # by number, not by place in the list, which another process may already have shortened
-        mine = [k for k in missing if k % world == rank]
+        mine = unmade(stored, facts, -(-self.count // CHUNK), self._whole, rank, world)
         for k in tqdm(mine, desc="Teacher samples", unit="batch", disable=rank > 0):
             ids = self._ids(k)
             noise = torch.stack([noise_of(self.seed, i, shape) for i in ids])

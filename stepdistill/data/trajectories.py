@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepdistill.data.base import GuidedState, Sample, Source, sample_rng
-from stepdistill.data.chunks import compare, save_chunk
+from stepdistill.data.chunks import save_chunk, unmade
 from stepdistill.data.samples import noise_of
 from stepdistill.errors import ConfigError, DataError, problem
 
@@ -106,16 +106,7 @@ class Trajectories(Source):
             DataError: what lies there is of another teacher, setting or prompts; or the disk refuses.
         """
         facts, stored = self.facts(teacher, shape), self.path / FACTS
-        if stored.exists():
-            compare(self.path, facts, json.loads(stored.read_text()))
-        # chunks without their facts are of nobody knows which teacher
-        missing = [k for k in range(-(-self.count // CHUNK)) if not (stored.exists() and self._whole(k))]
-        if not missing:
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        stored.write_text(json.dumps(facts, indent=1) + "\n")
-        # by number, not by place in the list, which another process may already have shortened
-        mine = [k for k in missing if k % world == rank]
+        mine = unmade(stored, facts, -(-self.count // CHUNK), self._whole, rank, world)
         for k in tqdm(mine, desc="Guided trajectories", unit="file", disable=rank > 0):
             ids = self._ids(k)
             noise = torch.stack([noise_of(self.seed, i, shape) for i in ids])

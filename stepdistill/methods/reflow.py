@@ -95,8 +95,7 @@ class Reflow(Method):
     def __post_init__(self) -> None:
         if self.annealing_steps < 0:
             raise ValueError(f"annealing_steps is {self.annealing_steps}: expected 0 or more")
-        if not 0 < self.width <= 1:
-            raise ValueError(f"width is {self.width}: expected a share of the teacher's channels in (0, 1]")
+        student_of(self.width)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -104,7 +103,7 @@ class Reflow(Method):
 
     def roles(self) -> dict[str, Role]:
         average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
-        return {"student": Lora() if self.width == 1 else Copy(width=self.width)} | average
+        return {"student": student_of(self.width)} | average
 
     def exported(self) -> str:
         return "student" if self.ema_decay is None else "ema"
@@ -233,6 +232,13 @@ def seen_apart(term: Lpips, play: Play, a: Tensor, b: Tensor) -> Tensor:
     """The weighted perceptual distance of the first samples' latents, decoded."""
     a, b = (play.decode(latents[: term.samples]) for latents in (a, b))
     return term.weight * lpips(term.net, a.device)(a, b)
+
+
+def student_of(width: float) -> Lora | Copy:
+    """A LoRA, or below 1 a fresh network of about this share of the channels. Raises ValueError outside of (0, 1]."""
+    if not 0 < width <= 1:
+        raise ValueError(f"width is {width}: expected a share of the teacher's channels in (0, 1]")
+    return Lora() if width == 1 else Copy(width=width)
 
 
 def pairs_of(batch: Batch) -> tuple[Tensor, Tensor]:

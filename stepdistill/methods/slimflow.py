@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stepdistill.losses import WholeDistance, whole
 from stepdistill.methods.base import Batch, Method, Play, Update
-from stepdistill.methods.reflow import Lpips, pairs_of, seen_apart
-from stepdistill.roles import Copy, Ema, Lora, Role
+from stepdistill.methods.reflow import Lpips, pairs_of, seen_apart, student_of
+from stepdistill.roles import Ema, Role
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import NoiseSchedule
 from stepdistill.straight import evenly, share_of_noise, time_of_share
@@ -49,8 +49,7 @@ class FlowGuided(Method):
         low, high = self.turn_range
         if not 0 < low < high < 1:
             raise ValueError(f"turn_range is {list(self.turn_range)}: expected two ascending shares in (0, 1)")
-        if not 0 < self.width <= 1:
-            raise ValueError(f"width is {self.width}: expected a share of the teacher's channels in (0, 1]")
+        student_of(self.width)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -58,8 +57,7 @@ class FlowGuided(Method):
 
     def roles(self) -> dict[str, Role]:
         average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
-        student = Lora() if self.width == 1 else Copy(width=self.width)
-        return {"student": student, "flow": Ema("student", 0.0, until=0)} | average
+        return {"student": student_of(self.width), "flow": Ema("student", 0.0, until=0)} | average
 
     def exported(self) -> str:
         return "student" if self.ema_decay is None else "ema"

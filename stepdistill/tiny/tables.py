@@ -141,12 +141,13 @@ def bends(run: Run, pipe: DiffusionPipeline) -> dict[str, Any]:
     data: Any = run.data
     scale = report.guidance_of(run.method) or data.guidance_scale
     found: dict[str, Any] = {"n": count, "steps": 32, "guidance_scale": scale, "seeds": [SEED_B]}
+    schedule, kind = run.family.schedule(before.scheduler), run.family.kind(before)
+    shape = run.family.latent_shape(before, *[run.family.native_side(before)] * 2)
+    noise = torch.stack([noise_of(SEED_B, i, shape) for i in range(count)])
+    cond, null = run.family.condition(before, prompts(count)), run.family.unconditional(before)
     for label, each, w in (("teacher", before, scale), ("student", pipe, 1.0)):
-        net, schedule = run.family.network(each), run.family.schedule(before.scheduler)
-        shape = run.family.latent_shape(each, *[run.family.native_side(before)] * 2)
-        noise = torch.stack([noise_of(SEED_B, i, shape) for i in range(count)])
-        alone = Denoiser(Backbone(net, LoraSpec(), ()), TEACHER, schedule, run.family.kind(before), run.family.call)
-        cond, null = run.family.condition(before, prompts(count)), run.family.unconditional(before)
+        net = run.family.network(each)
+        alone = Denoiser(Backbone(net, LoraSpec(), ()), TEACHER, schedule, kind, run.family.call)
         way = straightness.paths(guided(alone, null, w), schedule, noise, cond, found["steps"])
         found[label] = {"share": way.share.tolist(), "deviation": way.deviation.tolist(), "cost": way.cost}
         found[label] |= {"straightness": way.straightness, "parameters": sum(p.numel() for p in net.parameters())}
