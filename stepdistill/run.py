@@ -12,7 +12,7 @@ import torch
 
 from stepdistill import checkpoint, config, distributed, report, student
 from stepdistill.backbone import Backbone
-from stepdistill.data import Source, Stream, TeacherSamples, Trajectories, inside
+from stepdistill.data import InvertedImages, Source, Stream, TeacherSamples, Trajectories, inside
 from stepdistill.errors import ConfigError, problem
 from stepdistill.families.base import Family
 from stepdistill.feed import check_needs
@@ -146,6 +146,10 @@ def fill(stage: Stage) -> None:
         elif isinstance(source, Trajectories):
             follow = partial(stage.trajectories, steps=source.num_inference_steps)
             source.fill(follow, stage.feed.shape, stage.digest, rank, processes)
+            distributed.barrier()
+        elif isinstance(source, InvertedImages):
+            rise = partial(stage.invert, steps=source.num_inference_steps)
+            source.fill(rise, stage.feed.shape, stage.digest, rank, processes)
             distributed.barrier()
 
 

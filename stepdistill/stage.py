@@ -85,6 +85,16 @@ class Stage:
         return follow(teacher, play.schedule, times, noise.to(self.accelerator.device), self.feed.condition(prompts))
 
     @torch.no_grad()
+    def invert(self, prompts: list[str], pixels: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """The noise that the teacher's ODE has above pictures (B, 3, H, W), and their latents at the lowest time."""
+        play, device = self.play(0), self.accelerator.device
+        times = play.schedule.grid(steps).tolist()
+        latents = self.run.family.encode(self.pipe, pixels.to(device))
+        low = torch.full((len(latents),), times[0], device=device)
+        x_t = play.schedule.add_noise(latents, noise.to(device), low)
+        return follow(self.denoiser(TEACHER), play.schedule, times, x_t, self.feed.condition(prompts)), x_t
+
+    @torch.no_grad()
     def trajectories(self, prompts: list[str], noise: Tensor, scales: Tensor, kept: Tensor, steps: int) -> GuidedState:
         """States (B, K, ...) of the teacher's guided trajectories of `steps` deterministic steps.
 

@@ -21,7 +21,7 @@ from stepdistill.methods.slimflow import FlowGuided
 from stepdistill.metrics.straightness import paths, plot
 from stepdistill.prediction import Estimate
 from stepdistill.roles import TEACHER, Copy, Lora
-from stepdistill.sampling import few_step
+from stepdistill.sampling import few_step, follow
 from stepdistill.schedule import NoiseSchedule, Rectified, expand
 from stepdistill.straight import chord, evenly, share_of_noise, solve, time_of_share, u_shaped
 
@@ -449,6 +449,17 @@ def test_reflow_s_fixed_point_is_straight(schedule):
     curved = paths(GaussianTeacher(schedule, STD), schedule, z, prompts(32))
     assert curved.relative > 0.1
     assert paths(straightened(schedule), schedule, z, prompts(32)).straightness < 1e-20
+
+
+@SCHEDULES
+def test_the_ode_is_followed_upwards(schedule):
+    """Up by N steps has their own exact gain; on straight lines up and down again is nothing."""
+    times, x = schedule.grid(10).tolist(), noises(5)
+    top = follow(GaussianTeacher(schedule, STD), schedule, times, x, prompts(5, 0.0))
+    close(top, ddim_gain(schedule, STD, times) * x, 1e-10)
+    lines = straightened(schedule)
+    top = follow(lines, schedule, times, x, prompts(5))
+    close(follow(lines, schedule, times[::-1], top, prompts(5)), x, 1e-10)
 
 
 def test_where_paths_bend_can_be_seen(tmp_path):

@@ -5,6 +5,7 @@ from stepdistill.data.check import check
 from stepdistill.data.folder import ImageFolder
 from stepdistill.data.hub import HubDataset
 from stepdistill.data.images import ImageSource
+from stepdistill.data.inverted import InvertedImages
 from stepdistill.data.latents import Latents
 from stepdistill.data.partition import Partition
 from stepdistill.data.prompts import Prompts
@@ -20,6 +21,7 @@ __all__ = [
     "HubDataset",
     "ImageFolder",
     "ImageSource",
+    "InvertedImages",
     "Latents",
     "Partition",
     "Prompts",

@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from stepdistill.data.base import BadSample, PromptsOf, Source, inside
-from stepdistill.data.samples import TeacherSamples
-from stepdistill.data.trajectories import Trajectories
+from stepdistill.data.chunks import Made
 from stepdistill.errors import DataError, problem
 
 NAMED = 5  # bad samples that the report lists
@@ -104,9 +103,9 @@ def check(source: Source, strict: bool = False, workers: int = 0) -> str:
     Raises:
         DataError: nothing usable is there, columns or captions are wrong; the first bad sample is named.
     """
-    if isinstance(source, TeacherSamples | Trajectories):  # the rest the teacher draws when training starts
+    if isinstance(source, Made):  # the rest the teacher draws when training starts
         source = source.source
-    elif any(isinstance(part, TeacherSamples | Trajectories) for part in inside(source)):
+    elif any(isinstance(part, Made) for part in inside(source)):
         source = PromptsOf(source=source)
     total = len(source)
     source.buckets()  # before the workers start, so that they find it done

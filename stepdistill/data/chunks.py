@@ -3,14 +3,111 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from stepdistill.data.base import Source, sample_rng
 from stepdistill.errors import DataError, problem
+from stepdistill.tiny import bundled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made(Source):
+    """What the teacher makes from a source's items, before training starts and once only.
+
+    It is kept in files of `chunk` each. What lies there is used where teacher and settings are the same, and refused
+    where they are not. Making that was cut goes on where it was.
+
+    Args:
+        source: of the items that it is made from, in turn.
+        folder: where it is kept.
+        count: how many are made; may grow and shrink later.
+        seed: of the noises, and of what else is drawn.
+    """
+
+    chunk: ClassVar[int]
+    title: ClassVar[str]
+    stored: ClassVar[str]  # the file of the facts
+    source: Source
+    folder: str
+    count: int
+    seed: int = 0
+
+    @abstractmethod
+    def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:
+        """What all of it depends on; not `count`, which may change."""
+
+    @abstractmethod
+    def make(self, generate: Callable[..., Any], ids: Sequence[int], shape: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors of a file, rows in the order of `ids`; `generate` is the teacher's part."""
+
+    def marks(self, ids: Sequence[int]) -> dict[str, str]:
+        """What a file's content depends on besides the facts, kept in the file."""
+        return {}
+
+    @property
+    def path(self) -> Path:
+        """The folder; bundled ones go by their names."""
+        return bundled(self.folder)
+
+    def prompt_of(self, i: int) -> str:
+        """The prompt of number i: the source's items in turn."""
+        return self.source.prompt(i % len(self.source), sample_rng(self.seed, i))
+
+    def fill(
+        self, generate: Callable[..., Any], shape: Sequence[int], teacher: str, rank: int = 0, world: int = 1
+    ) -> None:
+        """Make what is missing; files are shared out among the processes.
+
+        Args:
+            generate: the teacher's part, see `make`.
+            shape: (C, h, w) of latents.
+            teacher: digest of the teacher's weights.
+
+        Raises:
+            DataError: what lies there is of another teacher, setting or source; or the disk refuses.
+        """
+        facts = json.loads(json.dumps(self.facts(teacher, shape)))
+        mine = unmade(self.path / self.stored, facts, -(-self.count // self.chunk), self._whole, rank, world)
+        for k in tqdm(mine, desc=self.title, unit="file", disable=rank > 0):
+            ids = self._ids(k)
+            tensors = self.make(generate, ids, shape)
+            done = next(j for j in range(k + 1) if not self._chunk(j).exists() or j == k)
+            save_chunk(self._chunk(k), tensors, self.marks(ids), done * self.chunk)
+
+    def _ids(self, k: int) -> range:
+        """The numbers in file k."""
+        return range(k * self.chunk, min((k + 1) * self.chunk, self.count))
+
+    def _chunk(self, k: int) -> Path:
+        return self.path / f"chunk-{k:05d}.safetensors"
+
+    def _whole(self, k: int) -> bool:
+        """Whether a file holds all that it must: a last one, cut short at an earlier `count`, may not.
+
+        Raises DataError where what it holds is of other items.
+        """
+        if not self._chunk(k).exists():
+            return False
+        with safe_open(self._chunk(k), "pt") as file:
+            rows = file.get_slice(next(iter(file.keys()))).get_shape()[0]
+            have = file.metadata() or {}
+        wanted = self.marks(self._ids(k)[:rows])
+        if rows <= len(self._ids(k)) and any(have.get(key) != value for key, value in wanted.items()):
+            got, why = (
+                f"{self._chunk(k)} of other {', '.join(wanted)}",
+                "what is stored belongs to those it was made by",
+            )
+            raise DataError(problem(got, "those of data.source", why, "name another data.folder, or remove this one"))
+        return rows >= len(self._ids(k))
 
 
 def save_chunk(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str], complete: int) -> None:

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from stepdistill.data.base import GuidedState, Sample, Source, sample_rng
-from stepdistill.data.chunks import save_chunk, unmade
+from stepdistill.data.base import GuidedState, Sample, sample_rng
+from stepdistill.data.chunks import Made
 from stepdistill.data.samples import noise_of
 from stepdistill.errors import ConfigError, DataError, problem
 
-CHUNK = 16  # trajectories that are made at once, and lie in one file
-FACTS = "trajectories.json"
 Generate = Callable[[list[str], Tensor, Tensor, Tensor], GuidedState]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trajectories(Source):
+class Trajectories(Made):
     """States on guided trajectories that the teacher makes from a source's prompts, before training and once only.
 
     A trajectory has one guidance scale, drawn for it. Of its states a random few are kept: x_t and the network's
@@ -46,14 +41,14 @@ class Trajectories(Source):
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "trajectories"})
-    source: Source
-    folder: str
+    chunk: ClassVar[int] = 16
+    title: ClassVar[str] = "Guided trajectories"
+    stored: ClassVar[str] = "trajectories.json"
     count: int = 512
     num_inference_steps: int = 50
     kept_steps: int = 10
     guidance_range: tuple[float, float] = (1.0, 12.0)
     guidance_hole: tuple[float, float] | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
         (low, high), hole = self.guidance_range, self.guidance_hole
@@ -72,15 +67,10 @@ class Trajectories(Source):
             )
             raise ConfigError(problem(got, "0", why, "set it on data.source instead"))
 
-    @property
-    def path(self) -> Path:
-        """The folder."""
-        return Path(self.folder)
-
     def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:
         """What all trajectories depend on; prompts are noted by chunk, so that more can be added."""
         names = ("num_inference_steps", "kept_steps", "guidance_range", "guidance_hole", "seed")
-        return json.loads(json.dumps({"teacher": teacher, "shape": shape} | {name: vars(self)[name] for name in names}))
+        return {"teacher": teacher, "shape": list(shape)} | {name: vars(self)[name] for name in names}
 
     def drawn(self, i: int) -> tuple[float, list[int]]:
         """The guidance scale of trajectory i, and the steps of it that are kept, ascending from 0."""
@@ -90,54 +80,17 @@ class Trajectories(Source):
         scale += end - start if scale >= start else 0.0
         return scale, sorted(rng.sample(range(self.num_inference_steps), self.kept_steps))
 
-    def prompt_of(self, i: int) -> str:
-        """The prompt of trajectory i: the source's items in turn."""
-        return self.source.prompt(i % len(self.source), sample_rng(self.seed, i))
+    def make(self, generate: Generate, ids: Sequence[int], shape: Sequence[int]) -> dict[str, Tensor]:
+        """`generate` takes prompts, noise (B, C, h, w), scales (B,) and kept steps (B, K) to states (B, K, ...)."""
+        noise = torch.stack([noise_of(self.seed, i, shape) for i in ids])
+        scales, kept = zip(*(self.drawn(i) for i in ids), strict=True)
+        states = generate([self.prompt_of(i) for i in ids], noise, torch.tensor(scales), torch.tensor(kept))
+        halves = {"x_t": states.x_t.half(), "output": states.output.half()}
+        return halves | {"t": states.t.float(), "guidance_scale": states.guidance_scale.float()}
 
-    def fill(self, generate: Generate, shape: Sequence[int], teacher: str, rank: int, world: int) -> None:
-        """Make what is missing: files of 16 trajectories each, shared out among the processes.
-
-        Args:
-            generate: prompts, noise (B, C, h, w), scales (B,) and kept steps (B, K) to states (B, K, ...).
-            shape: (C, h, w).
-            teacher: digest of the teacher's weights.
-
-        Raises:
-            DataError: what lies there is of another teacher, setting or prompts; or the disk refuses.
-        """
-        facts, stored = self.facts(teacher, shape), self.path / FACTS
-        mine = unmade(stored, facts, -(-self.count // CHUNK), self._whole, rank, world)
-        for k in tqdm(mine, desc="Guided trajectories", unit="file", disable=rank > 0):
-            ids = self._ids(k)
-            noise = torch.stack([noise_of(self.seed, i, shape) for i in ids])
-            scales, kept = zip(*(self.drawn(i) for i in ids), strict=True)
-            states = generate([self.prompt_of(i) for i in ids], noise, torch.tensor(scales), torch.tensor(kept))
-            halves = {"x_t": states.x_t.half(), "output": states.output.half()}
-            whole = {"t": states.t.float(), "guidance_scale": states.guidance_scale.float()}
-            done = next(j for j in range(k + 1) if not self._chunk(j).exists() or j == k)
-            save_chunk(self._chunk(k), halves | whole, {"prompts": self._prompts(k)}, done * CHUNK)
-
-    def _ids(self, k: int) -> range:
-        """The trajectories of a file."""
-        return range(k * CHUNK, min((k + 1) * CHUNK, self.count))
-
-    def _prompts(self, k: int, count: int | None = None) -> str:
-        """Digest of the prompts of a file, or of its first `count`."""
-        return sha256("\n".join(self.prompt_of(i) for i in self._ids(k)[:count]).encode()).hexdigest()[:16]
-
-    def _whole(self, k: int) -> bool:
-        """Whether a file holds all that it must; raises DataError where its prompts are others."""
-        if not self._chunk(k).exists():
-            return False
-        with safe_open(self._chunk(k), "pt") as file:
-            rows, prompts = file.get_slice("t").get_shape()[0], (file.metadata() or {}).get("prompts")
-        if rows <= len(self._ids(k)) and prompts != self._prompts(k, rows):
-            got, why = f"{self._chunk(k)} of other prompts", "the stored outputs belong to their prompts"
-            raise DataError(problem(got, "those of data.source", why, "name another data.folder, or remove this one"))
-        return rows >= len(self._ids(k))
-
-    def _chunk(self, k: int) -> Path:
-        return self.path / f"chunk-{k:05d}.safetensors"
+    def marks(self, ids: Sequence[int]) -> dict[str, str]:
+        """Prompts are noted by file, so that more can be added."""
+        return {"prompts": sha256("\n".join(map(self.prompt_of, ids)).encode()).hexdigest()[:16]}
 
     def __len__(self) -> int:
         return self.count * self.kept_steps
@@ -148,11 +101,11 @@ class Trajectories(Source):
     def sample(self, i: int, rng: random.Random) -> Sample:
         j, k = divmod(i, self.kept_steps)
         try:
-            with safe_open(self._chunk(j // CHUNK), "pt") as file:  # a slice reads no more than itself
-                found = {name: file.get_slice(name)[j % CHUNK, k].float() for name in GuidedState._fields}
+            with safe_open(self._chunk(j // self.chunk), "pt") as file:  # a slice reads no more than itself
+                found = {name: file.get_slice(name)[j % self.chunk, k].float() for name in GuidedState._fields}
         except (OSError, SafetensorError) as error:
             todo = "let the run make them, or `stepdistill data make`"
-            got = f"no readable {self._chunk(j // CHUNK)} ({error})"
+            got = f"no readable {self._chunk(j // self.chunk)} ({error})"
             raise DataError(problem(got, "guided states", "they are trained on", todo)) from error
         return Sample(prompt=self.prompt_of(j), state=GuidedState(**found), item=i)
 

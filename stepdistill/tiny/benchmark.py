@@ -53,12 +53,21 @@ def data_features(seed: int) -> Tensor:
 def reference(name: str, run: Run, work: Path) -> Reference:
     """Features of the teacher at full steps, seeds A and B; measured once, a part of them shipped."""
     file = work / f"{name}-reference.safetensors"
-    if file.exists():
-        return Reference.load(file)
+    if not file.exists():
+        found = taught(name, run, prompts())
+        work.mkdir(parents=True, exist_ok=True)
+        found.save(file)
+        part = {k: v[:SHIPPED] for k, v in found.features.items()}
+        Reference(part, prompts(SHIPPED), found.facts).save(Path(__file__).parent / f"{name}-reference.safetensors")
+    return Reference.load(file)
+
+
+def taught(name: str, run: Run, captions: list[str]) -> Reference:
+    """Features of the teacher at the run's steps and guidance, seeds A and B."""
     pipe = run.family.load()
     row = report.teacher_row(run, pipe, run.train.teacher_steps, f"{name}, seeds")
     made = {
-        key: extractor()(generate(pipe, row, prompts(), seed, progress=True)[0])
+        key: extractor()(generate(pipe, row, captions, seed, progress=True)[0])
         for key, seed in (("reference", SEED_A), ("floor", SEED_B))
     }
     facts = {
@@ -68,13 +77,7 @@ def reference(name: str, run: Run, work: Path) -> Reference:
         "teacher_guidance_scale": str(run.train.teacher_guidance_scale),
         "features": extractor().id,
     }
-    found = Reference(made, prompts(), facts)
-    work.mkdir(parents=True, exist_ok=True)
-    found.save(file)
-    Reference({k: v[:SHIPPED] for k, v in made.items()}, prompts(SHIPPED), facts).save(
-        Path(__file__).parent / f"{name}-reference.safetensors"
-    )
-    return Reference.load(file)
+    return Reference(made, captions, facts)
 
 
 def figures(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> dict[str, Any]:

@@ -86,6 +86,19 @@ def _reflow(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([_by_steps("reflow", rows), "", *lines])
 
 
+def _guidance(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["| w | R^2 | excess over two passes [95 %] | paired | nfe | seconds / two passes | extra parameters |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for key, row in sorted(rows.items(), key=lambda each: (each[0].rpartition("/")[0], each[1]["guidance_scale"])):
+        scale = f"{row['guidance_scale']:g}" + (", in the hole" if row["unseen"] else "")
+        near = "the same" if row["r2"] is None else f"{row['r2']:.3f}"
+        name = key.rpartition("/")[0].replace("/", ": ")
+        cost = f"{row['nfe']:.0f} of {row['two_passes']['nfe']:.0f} | {row['time_ratio']:.2f}"
+        more = f"{row['extra']:.1%}" if "extra" in row else "a LoRA"
+        lines.append(f"| {name}, {scale} | {near} | {_excess(row)} | {row['paired']:.1f} | {cost} | {more} |")
+    return "\n".join(lines)
+
+
 def plot_paths(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     """Draw where the paths of the unguided teacher and of its reflowed student bend."""
     (row,) = (row for key, row in rows.items() if key.endswith("unguided/paths"))
@@ -152,6 +165,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "consistency": partial(_by_steps, "consistency"),
     "distribution": _distribution,
     "reflow": _reflow,
+    "guidance": _guidance,
     "watch": _watch,
 }
 PLOTS: dict[str, Callable[[Mapping[str, Any], Path], None]] = {"reflow": plot_paths, "time": plot_time}

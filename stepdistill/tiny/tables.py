@@ -14,23 +14,23 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchE
 
 from stepdistill import config, report, signs, student
 from stepdistill.backbone import Backbone
-from stepdistill.data import Partition
 from stepdistill.data.samples import noise_of
 from stepdistill.denoiser import Denoiser, guided
 from stepdistill.evaluate import SEED_B, Reference, Row, network_of
 from stepdistill.metrics import straightness
 from stepdistill.metrics.frechet import Stats, diversity, frechet
-from stepdistill.multi import Students, join
+from stepdistill.multi import Students
 from stepdistill.roles import TEACHER, Copy, LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import DiscreteVP
 from stepdistill.signs import Yardstick
 from stepdistill.tiny.benchmark import N, Results, data_features, figures, prompts, reference
+from stepdistill.tiny.guidance import measure_guidance
+from stepdistill.tiny.recipes import recipes, seconds, step_seconds, trained, warm_start
 from stepdistill.tiny.render import EARLY, STEPS
 
 HERE = Path(__file__).parent
-CONFIGS = HERE.parent.parent / "configs" / "tables"
 TIMES = {  # steps that take about 2.5, 5, 10, 20 and 40 minutes, with the student that the run starts from
     "tiny-sd": {
         "dmd2": (140, 550, 1350, 3000),
@@ -67,14 +67,6 @@ def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Row]]:
             plain = FlowMatchEulerDiscreteScheduler(shift=1.0)
             call = {"sigmas": [1 - i / steps for i in range(steps)], "num_inference_steps": steps}
             yield steps, Row("Euler, no shift", plain, call | same)
-
-
-def recipes(name: str, table: str) -> dict[str, Path]:
-    """The student configs of one teacher in one table, by method."""
-    found = sorted((CONFIGS / table).glob(f"{name.replace('-', '_')}_*.yaml"))
-    if not found:
-        raise SystemExit(f"no config {CONFIGS / table}/{name.replace('-', '_')}_*.yaml")
-    return {file.stem.removeprefix(name.replace("-", "_") + "_"): file for file in found}
 
 
 def measure_teacher(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
@@ -150,7 +142,8 @@ def bends(run: Run, pipe: DiffusionPipeline) -> dict[str, Any]:
         alone = Denoiser(Backbone(net, LoraSpec(), ()), TEACHER, schedule, kind, run.family.call)
         way = straightness.paths(guided(alone, null, w), schedule, noise, cond, found["steps"])
         found[label] = {"share": way.share.tolist(), "deviation": way.deviation.tolist(), "cost": way.cost}
-        found[label] |= {"straightness": way.straightness, "parameters": sum(p.numel() for p in net.parameters())}
+        size = sum(p.numel() for key, p in net.named_parameters() if "lora_" not in key)  # they merge into the rest
+        found[label] |= {"straightness": way.straightness, "parameters": size}
     return found
 
 
@@ -228,47 +221,12 @@ def watched(run: Run) -> dict[str, Any]:
     return {"steps": WATCHED_STEPS, "every": WATCHED_EVERY, "samples": run.train.watch_samples} | found
 
 
-def trained(file: Path) -> Path:
-    """The student folder of a config, made where it is missing, after the one that it starts from."""
-    run = config.load(Run, file, [])
-    out = Path(run.train.output_dir)
-    if not (out / student.CONTRACT).exists():
-        warm_start(run)
-        if not isinstance(run.data, Partition):
-            distill(config.load(Run, file, ["train.resume_from_checkpoint=latest"]))
-            return out
-        parts = [Path(f"{out}-part-{k}") for k in range(run.data.students)]
-        for k, part in enumerate(parts):
-            own = [f"data.student={k}", f"train.output_dir={part}", "train.resume_from_checkpoint=latest"]
-            if not (part / student.CONTRACT).exists():
-                distill(config.load(Run, file, own))
-        join(out, parts)
-    return out
-
-
-def warm_start(run: Run) -> None:
-    """Train the student that a run starts from, where a table's config makes it and it is missing."""
-    for other in CONFIGS.glob("*/*.yaml"):
-        if run.lora.init_from and config.load(Run, other, []).train.output_dir == run.lora.init_from:
-            trained(other)
-
-
-def step_seconds(folder: Path) -> list[float]:
-    """What each step of a run, or of the runs of several students, took."""
-    lines = [line for file in folder.rglob("metrics.jsonl") for line in file.read_text().splitlines()]
-    return [row["seconds"] for row in map(json.loads, lines) if "seconds" in row]
-
-
-def seconds(folder: Path) -> float:
-    """What the steps of a run, or of the runs of several students, took in all."""
-    return sum(step_seconds(folder))
-
-
 TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "teachers": measure_teacher,
     "consistency": partial(measure_students, "consistency"),
     "distribution": partial(measure_students, "distribution"),
     "reflow": partial(measure_students, "reflow"),
+    "guidance": measure_guidance,
     "time": measure_time,
     "watch": measure_watch,
 }

@@ -1,0 +1,109 @@
+"""Real pictures and the noise that they came from: pairs without the error of a teacher's samples."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stepdistill.data.base import BadSample, Sample, sample_rng
+from stepdistill.data.chunks import Made
+from stepdistill.data.images import ImageSource
+from stepdistill.data.samples import noise_of
+from stepdistill.errors import ConfigError, DataError, problem
+
+logger = logging.getLogger(__name__)
+Invert = Callable[[list[str], Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvertedImages(Made):
+    """Pairs of noise and a real picture: the teacher's ODE is followed from the picture up to noise, once only.
+
+    A picture's latents begin at the schedule's lowest time, with the little noise that belongs there. Lee et al. 2024
+    (rf++, https://arxiv.org/abs/2405.20320, section 4.3) train a reflow student on such pairs at the end. Guidance
+    above 1 has no inverse that a solver follows well, so the student should be one without.
+
+    Args:
+        source: pictures with captions. A picture's crop and flip are drawn once.
+        folder: where the pairs are kept.
+        count: number of pairs; more may be added later.
+        num_inference_steps: deterministic solver steps upwards (DDIM; Euler for a flow).
+        seed: of crops, and of the noise at the lowest time.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "latents", "noise"})
+    chunk: ClassVar[int] = 64
+    title: ClassVar[str] = "Inverted pictures"
+    stored: ClassVar[str] = "inverted.json"
+    count: int = 2048
+    num_inference_steps: int = 125
+
+    def __post_init__(self) -> None:
+        several = isinstance(self.source, ImageSource) and self.source.aspect_buckets
+        if several or "images" not in self.source.provides:
+            got, why = f"a {type(self.source).__name__} as data.source", "pictures are inverted many at a time"
+            todo = "name an image source, such as ImageFolder, without aspect_buckets"
+            raise ConfigError(problem(got, "pictures of one size", why, todo))
+
+    def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:
+        """What every pair depends on."""
+        return {
+            "teacher": teacher,
+            "shape": list(shape),
+            "pictures": self.source.digest()[:16],
+            "num_inference_steps": self.num_inference_steps,
+            "seed": self.seed,
+        }
+
+    def make(self, generate: Invert, ids: Sequence[int], shape: Sequence[int]) -> dict[str, Tensor]:
+        """`generate` takes prompts, pictures (B, 3, H, W) and noise (B, C, h, w) to both ends of the paths."""
+        found = [self._read(i) for i in ids]
+        items = [sample.item for sample in found]
+        pixels = torch.stack([sample.pixels for sample in found if sample.pixels is not None])
+        noise = torch.stack([noise_of(self.seed, i, shape) for i in ids])
+        prompts = [self._prompt(i, item) for i, item in zip(ids, items, strict=True)]
+        top, bottom = generate(prompts, pixels, noise)
+        return {"noise": top.half(), "latents": bottom.half(), "item": torch.tensor(items)}
+
+    def _read(self, i: int) -> Sample:
+        """The picture of pair i; where one does not read, the next that does."""
+        for k in range(len(self.source)):
+            item = (i + k) % len(self.source)
+            try:
+                return replace(self.source.sample(item, sample_rng(self.seed, i)), item=item)
+            except BadSample as bad:
+                logger.warning("%s: the next good picture takes its place", bad)
+        got, why = f"no readable picture in {type(self.source).__name__}", "pictures are what is inverted"
+        raise DataError(problem(got, "at least one", why, "see `stepdistill data check`"))
+
+    def _prompt(self, i: int, item: int) -> str:
+        return self.source.prompt(item, sample_rng(self.seed, i))
+
+    @cached_property
+    def _pairs(self) -> dict[str, Tensor]:
+        files = [load_file(self._chunk(k)) for k in range(-(-self.count // self.chunk))]
+        return {key: torch.cat([file[key] for file in files]) for key in files[0]}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def captions(self, i: int) -> Sequence[str]:
+        return [self._prompt(i, int(self._pairs["item"][i]))]
+
+    def sample(self, i: int, rng: random.Random) -> Sample:
+        noise, latents = (self._pairs[key][i].float() for key in ("noise", "latents"))
+        return Sample(prompt=self.prompt(i, rng), latents=latents, noise=noise, item=i)
+
+    def name(self, i: int) -> str:
+        return f"pair {i} of {self.path}"
+
+    def stamp(self, i: int) -> str:
+        return self.source.stamp(int(self._pairs["item"][i]))

@@ -1,0 +1,57 @@
+"""The students of the README's tables: the configs of `configs/tables/*/`, and their training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from stepdistill import config, student
+from stepdistill.data import Partition
+from stepdistill.multi import join
+from stepdistill.run import Run, distill
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs" / "tables"
+
+
+def recipes(name: str, table: str) -> dict[str, Path]:
+    """The student configs of one teacher in one table, by method."""
+    found = sorted((CONFIGS / table).glob(f"{name.replace('-', '_')}_*.yaml"))
+    if not found:
+        raise SystemExit(f"no config {CONFIGS / table}/{name.replace('-', '_')}_*.yaml")
+    return {file.stem.removeprefix(name.replace("-", "_") + "_"): file for file in found}
+
+
+def trained(file: Path) -> Path:
+    """The student folder of a config, made where it is missing, after the one that it starts from."""
+    run = config.load(Run, file, [])
+    out = Path(run.train.output_dir)
+    if not (out / student.CONTRACT).exists():
+        warm_start(run)
+        if not isinstance(run.data, Partition):
+            distill(config.load(Run, file, ["train.resume_from_checkpoint=latest"]))
+            return out
+        parts = [Path(f"{out}-part-{k}") for k in range(run.data.students)]
+        for k, part in enumerate(parts):
+            own = [f"data.student={k}", f"train.output_dir={part}", "train.resume_from_checkpoint=latest"]
+            if not (part / student.CONTRACT).exists():
+                distill(config.load(Run, file, own))
+        join(out, parts)
+    return out
+
+
+def warm_start(run: Run) -> None:
+    """Train the student that a run starts from, where a table's config makes it and it is missing."""
+    for other in CONFIGS.glob("*/*.yaml"):
+        if run.lora.init_from and config.load(Run, other, []).train.output_dir == run.lora.init_from:
+            trained(other)
+
+
+def step_seconds(folder: Path) -> list[float]:
+    """What each step of a run, or of the runs of several students, took."""
+    lines = [line for file in folder.rglob("metrics.jsonl") for line in file.read_text().splitlines()]
+    return [row["seconds"] for row in map(json.loads, lines) if "seconds" in row]
+
+
+def seconds(folder: Path) -> float:
+    """What the steps of a run, or of the runs of several students, took in all."""
+    return sum(step_seconds(folder))

@@ -1,0 +1,127 @@
+"""Real pictures and their noise: the teacher's ODE upwards, kept once, and down again to the picture."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import FAMILIES, pipeline
+
+from stepdistill.data import ImageFolder, InvertedImages, Prompts, check
+from stepdistill.data.samples import noise_of
+from stepdistill.errors import ConfigError, DataError
+from stepdistill.feed import provided
+from stepdistill.methods.reflow import Reflow
+from stepdistill.roles import TEACHER
+from stepdistill.run import Run, distill, fill
+from stepdistill.sampling import follow
+from stepdistill.spec import TrainSpec
+from stepdistill.stage import prepare
+
+SIDE = 16
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inverted")
+    for name in FAMILIES:
+        pipeline(name).save_pretrained(folder / name)
+    rng = random.Random(0)
+    for i in range(5):
+        (folder / "pictures").mkdir(exist_ok=True)
+        picture = Image.new("RGB", (SIDE + 4, SIDE), tuple(rng.randrange(256) for _ in range(3)))
+        picture.save(folder / "pictures" / f"{i}.png")
+        (folder / "pictures" / f"{i}.txt").write_text(f"colour {i}")
+    return folder
+
+
+def source(place: Path, folder: Path, **fields) -> InvertedImages:
+    pictures = ImageFolder(train_data_dir=str(place / "pictures"), resolution=SIDE)
+    return InvertedImages(**{"source": pictures, "folder": str(folder), "count": 7, "num_inference_steps": 4} | fields)
+
+
+def stage_of(place: Path, data: InvertedImages, name: str):
+    family = replace(FAMILIES[name], pretrained_teacher_model=str(place / name))
+    spec = TrainSpec(
+        output_dir=str(Path(data.folder).parent / "out"),
+        report_to="none",
+        max_train_steps=2,
+        train_batch_size=2,
+        resolution=SIDE,
+    )
+    return prepare(Run(family=family, method=Reflow(), data=data, train=spec))
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_pair_has_both_ends_of_a_path_of_the_teacher(place, tmp_path, name):
+    data = source(place, tmp_path / "pairs")
+    stage = stage_of(place, data, name)
+    fill(stage)
+    pictures = data.source
+    sample = data.sample(6, random.Random(0))  # of the second picture: there are five
+    assert sample.prompt == "colour 1"
+    assert {"pairs", "prompts"} <= provided(data)
+    pixels = pictures.sample(1, random.Random(0)).pixels  # one colour: the crop makes no difference
+    schedule = stage.play(0).schedule
+    times = schedule.grid(4)
+    with torch.no_grad():
+        x = schedule.add_noise(
+            stage.run.family.encode(stage.pipe, pixels[None]), noise_of(0, 6, stage.feed.shape)[None], times[:1]
+        )
+        top = follow(stage.denoiser(TEACHER), schedule, times.tolist(), x, stage.feed.condition(["colour 1"]))
+    torch.testing.assert_close(sample.latents, x[0], atol=2e-3, rtol=2e-3)  # stored in half precision
+    torch.testing.assert_close(sample.noise, top[0], atol=4e-3, rtol=4e-3)
+    assert (sample.noise - sample.latents).abs().max() > 0.1
+
+
+def test_training_runs_on_them(place, tmp_path):
+    data = source(place, tmp_path / "pairs")
+    out = distill(stage_of(place, data, "sd").run)
+    assert (out / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_more_or_fewer_later_and_no_other_pictures(place, tmp_path):
+    def never(*given):
+        pytest.fail("made again")
+
+    def make(prompts, pixels, noise):
+        return noise, pixels.new_full(noise.shape, float(len(prompts)))
+
+    source(place, tmp_path).fill(make, (4, 8, 8), "t")
+    source(place, tmp_path, count=5).fill(never, (4, 8, 8), "t")
+    assert len(source(place, tmp_path, count=5)) == 5
+    source(place, tmp_path, count=70).fill(make, (4, 8, 8), "t")
+    assert source(place, tmp_path, count=70).sample(69, random.Random(0)).prompt == "colour 4"
+    for fields, said in (({"seed": 1}, "seed"), ({"num_inference_steps": 5}, "num_inference_steps")):
+        with pytest.raises(DataError, match=f"other {said}"):
+            source(place, tmp_path, **fields).fill(never, (4, 8, 8), "t")
+    with pytest.raises(DataError, match="other teacher"):
+        source(place, tmp_path).fill(never, (4, 8, 8), "another")
+    other = ImageFolder(train_data_dir=str(place / "pictures"), resolution=SIDE, max_train_samples=3)
+    with pytest.raises(DataError, match="other pictures"):
+        source(place, tmp_path, source=other).fill(never, (4, 8, 8), "t")
+
+
+def test_a_picture_that_does_not_read_gives_its_place(place, tmp_path, caplog):
+    (tmp_path / "pictures").mkdir()
+    for file in (place / "pictures").iterdir():
+        (tmp_path / "pictures" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "pictures" / "1.png").write_bytes(b"no picture")
+    data = source(tmp_path, tmp_path / "pairs", count=3)
+    with caplog.at_level(logging.WARNING, "stepdistill"):
+        data.fill(lambda prompts, pixels, noise: (noise, noise), (4, 8, 8), "t")
+    assert [data.sample(i, random.Random(0)).prompt for i in range(3)] == ["colour 0", "colour 2", "colour 2"]
+    assert "1.png" in caplog.text
+    assert "5 samples" in check(data)
+
+
+def test_what_has_no_pictures_of_one_size_is_refused(place, tmp_path):
+    buckets = ImageFolder(train_data_dir=str(place / "pictures"), resolution=64, aspect_buckets=True)
+    for inner in (Prompts(prompts=("rose",)), buckets):
+        with pytest.raises(ConfigError, match="pictures of one size"):
+            source(place, tmp_path, source=inner)
