@@ -7,7 +7,7 @@ output, so the target is the same in epsilon, v, x0 and flow, up to the weight o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -79,10 +79,8 @@ class AdapterGuidance(Method):
         schedule.grid(self.num_inference_steps)
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
-        times = schedule.grid(steps or self.num_inference_steps).flip(0)[:-1]
-        return Sampler(
-            tuple(times.tolist()), adapter_scale=self.sampling_guidance_scale, adapter_range=self.guidance_range
-        )
+        own = {"adapter_scale": self.sampling_guidance_scale, "adapter_range": self.guidance_range}
+        return replace(of_the_teacher(schedule, steps or self.num_inference_steps), **own)
 
     def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
         x_t, t, w, target = state_of(batch)
@@ -126,7 +124,7 @@ class GuidedLora(Method):
         schedule.grid(self.num_inference_steps)
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
-        return Sampler(tuple(schedule.grid(steps or self.num_inference_steps).flip(0)[:-1].tolist()))
+        return of_the_teacher(schedule, steps or self.num_inference_steps)
 
     def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
         if self.states == "trajectories":
@@ -205,6 +203,11 @@ class ProgressiveHalving(Method):
         x0 = play.denoiser("student")(x_t, t, batch.cond).x0
         loss = (weight * (x0 - target).square()).mean()
         yield Update(("student",), loss, {"loss": loss.detach()})
+
+
+def of_the_teacher(schedule: NoiseSchedule, steps: int) -> Sampler:
+    """The steps that the teacher's own deterministic solver takes, to the same end: one pass takes the place of two."""
+    return Sampler(tuple(schedule.grid(steps).flip(0)[:-1].tolist()), clean=False)
 
 
 def two_steps(
