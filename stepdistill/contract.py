@@ -107,6 +107,7 @@ class Contract:
         guidance_embedding: what a network with a guidance input is told; None where it has none.
         guidance_range: the scales that an adapter takes; None where it takes none.
         eta: share of each step that is noised again.
+        first_noise: whether the steps go with the noise that sampling began with.
         negative_prompt: whether negative prompts have an effect.
         lora, network, adapters: one of the three, by `kind`.
         resolution: height and width in pixels.
@@ -135,6 +136,7 @@ class Contract:
     guidance_embedding: float | None = None
     guidance_range: tuple[float, float] | None = None
     eta: float
+    first_noise: bool = False
     negative_prompt: bool
     lora: Adapter | None
     network: Network | None = None

@@ -109,6 +109,7 @@ def _contract(
         guidance_scale=scale,
         guidance_range=sampler.adapter_range,
         eta=sampler.eta,
+        first_noise=sampler.first_noise,
         negative_prompt=scale > 1,
         lora=weights if isinstance(weights, Adapter) else None,
         network=weights if isinstance(weights, Network) else None,

@@ -57,7 +57,9 @@ def prove(
     with half:
         cond, null = family.condition(plain, PROMPTS), family.unconditional(plain)
     own = contract.adapters.guidance_scale if contract.adapters else None
-    sampler = Sampler(contract.timesteps, contract.eta, contract.clean, contract.guidance_scale, own)
+    sampler = Sampler(
+        contract.timesteps, contract.eta, contract.clean, contract.guidance_scale, contract.first_noise, own
+    )
     schedule, kind = family.schedule(pipe.scheduler), family.kind(pipe)
 
     def sample(name: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ def student_row(run: Run, pipe: DiffusionPipeline, steps: int) -> Row:
 
 def finish(stage: Stage) -> None:
     """Write and prove the student folder, draw `samples/grid.png`, measure `eval.json`, print the summary."""
+    stage = replace(stage, run=replace(stage.run, method=stage.run.method.settled(stage.bend)))
     run, out = stage.run, Path(stage.run.train.output_dir)
     spec = run.train
     difference = student.write(

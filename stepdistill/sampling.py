@@ -26,6 +26,9 @@ class Sampler:
         eta: share of the way that is noised again, in [0, 1].
         clean: whether the way ends at clean data; else at time 0 of the schedule, which a VP table leaves noisy.
         guidance_scale: 1 is none.
+        first_noise: deterministic steps noise x0 again with the noise that sampling began with, not with the one that
+            they estimate (rf++: Lee et al. 2024, https://arxiv.org/abs/2405.20320, section 4.4). The same on straight
+            paths; on curved ones it does not tend to the ODE.
         adapter_scale: what guidance adapters are told where nothing else is said; None where there are none.
         adapter_range: the scales that they were trained for.
     """
@@ -34,6 +37,7 @@ class Sampler:
     eta: float = 0.0
     clean: bool = True
     guidance_scale: float = 1.0
+    first_noise: bool = False
     adapter_scale: float | None = None
     adapter_range: tuple[float, float] | None = None
 
@@ -67,12 +71,14 @@ def few_step(
 
     With `taken` only so many steps are taken: what comes is the input of the next one.
     """
-    times = [*sampler.timesteps, 0.0]
+    times, first = [*sampler.timesteps, 0.0], x_t
+    alpha, sigma = schedule(torch.tensor(times[0], device=x_t.device))
     for i, (now, then) in enumerate(list(pairwise(times))[:taken]):
         t, s = (torch.full((len(x_t),), time, device=x_t.device) for time in (now, then))
         est = denoise(x_t, t, cond)
         low = torch.floor((1 - sampler.eta) * s) if sampler.eta > 0 else s  # a flow's is no integer
-        x_t = est.x0 if sampler.clean and low[0] == 0 else schedule.add_noise(est.x0, est.eps, low)
+        eps = (first - alpha * est.x0) / sigma if sampler.first_noise else est.eps
+        x_t = est.x0 if sampler.clean and low[0] == 0 else schedule.add_noise(est.x0, eps, low)
         if sampler.eta > 0 and then > 0:
             z = torch.randn_like(x_t) if noise is None else noise(i)
             if sampler.clean and low[0] == 0:

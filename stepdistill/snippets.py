@@ -13,8 +13,10 @@ def snippet(contract: Contract, address: Path | str) -> str:
         return _adapter_snippet(contract, contract.adapters, address)
     scheduler, net, name = contract.scheduler["_class_name"], contract.network, teacher(contract).network_name
     call = "".join(f"    {key}={value!r},\n" for key, value in contract.call.items())
+    stock = [] if contract.first_noise else [scheduler]
     lines = [
-        *_loading(contract, address, scheduler, *([net.class_name] if net else [])),
+        *([f"from stepdistill.schedulers import {scheduler}"] if contract.first_noise else []),
+        *_loading(contract, address, *stock, *([net.class_name] if net else [])),
         f"pipe.{name} = {net.class_name}.from_pretrained(student, subfolder={name!r}).to(pipe.device, pipe.dtype)"
         if net
         else "pipe.load_lora_weights(student)",

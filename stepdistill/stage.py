@@ -31,6 +31,7 @@ from stepdistill.folder import Base, base_of
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Play
 from stepdistill.metrics.features import to_uint8
+from stepdistill.metrics.straightness import paths
 from stepdistill.roles import TEACHER
 from stepdistill.sampling import few_step, follow
 
@@ -140,6 +141,17 @@ class Stage:
             return self.noise(seed + i + 1, ids)
 
         return few_step(denoise, play.schedule, sampler, self.noise(seed, ids), self.feed.condition(prompts), fresh)
+
+    def bend(self, count: int = 256) -> float:
+        """Straightness over transport cost of the student's paths in 32 steps, from noises that it never saw."""
+        play, method, batch = self.play(0), self.run.method, self.run.train.train_batch_size
+        denoise = guided(self.denoiser(method.exported()), play.null, method.sampler(play.schedule).guidance_scale)
+        bent = cost = 0.0
+        for ids in torch.arange(count).split(batch):
+            cond = self.feed.condition([self.run.data.captions(i % len(self.run.data))[0] for i in ids.tolist()])
+            found = paths(denoise, play.schedule, self.noise(-1, ids.tolist()), cond)
+            bent, cost = bent + found.straightness * len(ids), cost + found.cost * len(ids)
+        return bent / cost
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> Tensor:

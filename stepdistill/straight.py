@@ -58,6 +58,6 @@ def u_shaped(u: Tensor, a: float = U_SHAPE) -> Tensor:
     return 0.5 + ((2 * u - 1) * math.sinh(a / 2)).asinh() / a
 
 
-def evenly(schedule: NoiseSchedule, steps: int, guidance_scale: float = 1.0) -> Sampler:
+def evenly(schedule: NoiseSchedule, steps: int, guidance_scale: float = 1.0, first_noise: bool = False) -> Sampler:
     """Deterministic steps, evenly spaced in the scheduler's time, to the schedule's lowest time."""
-    return Sampler(schedule.even(schedule.span[1], steps), 0.0, clean=False, guidance_scale=guidance_scale)
+    return Sampler(schedule.even(schedule.span[1], steps), 0.0, False, guidance_scale, first_noise)

@@ -110,7 +110,7 @@ def into_pipeline(
             pipe.register_modules(**{family.network_name: load_network(folder, family, net)})
         elif contract.kind == "lora":
             loader.load_lora_weights(folder, weight_name=WEIGHTS, adapter_name=adapter_name)
-        scheduler = locate(f"diffusers.{contract.scheduler['_class_name']}")
+        scheduler = scheduler_class(contract)
         pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise StudentError(
@@ -124,6 +124,12 @@ def into_pipeline(
     if active and contract.kind == "lora":  # loading has switched them off
         net.set_adapter([*active, adapter_name])
     return adapters
+
+
+def scheduler_class(contract: Contract) -> Any:  # noqa: ANN401
+    """The class of a contract's scheduler: one of Diffusers, or of `stepdistill.schedulers`."""
+    package = "stepdistill.schedulers" if contract.first_noise else "diffusers"
+    return locate(f"{package}.{contract.scheduler['_class_name']}")
 
 
 def read_lora(path: Path, family: Family) -> tuple[dict[str, Tensor], float]:

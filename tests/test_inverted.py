@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tiny import FAMILIES, pipeline
 
+from stepdistill.contract import read_contract
 from stepdistill.data import ImageFolder, InvertedImages, Prompts, check
 from stepdistill.data.samples import noise_of
 from stepdistill.errors import ConfigError, DataError
@@ -79,10 +80,14 @@ def test_a_pair_has_both_ends_of_a_path_of_the_teacher(place, tmp_path, name):
     assert (sample.noise - sample.latents).abs().max() > 0.1
 
 
-def test_training_runs_on_them(place, tmp_path):
+def test_training_runs_on_them_and_bent_paths_lose_the_first_noise(place, tmp_path, caplog):
     data = source(place, tmp_path / "pairs")
-    out = distill(stage_of(place, data, "sd").run)
-    assert (out / "pytorch_lora_weights.safetensors").exists()
+    run = stage_of(place, data, "sd").run
+    with caplog.at_level(logging.WARNING, "stepdistill"):
+        out = distill(replace(run, method=Reflow(first_noise=True)))
+    contract = read_contract(out)
+    assert not contract.first_noise and contract.scheduler["_class_name"] == "DDIMScheduler"
+    assert "sampled by plain steps" in caplog.text
 
 
 def test_more_or_fewer_later_and_no_other_pictures(place, tmp_path):

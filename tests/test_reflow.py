@@ -452,6 +452,32 @@ def test_reflow_s_fixed_point_is_straight(schedule):
 
 
 @SCHEDULES
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_the_first_noise_is_as_good_as_any_on_straight_paths_only(schedule, steps):
+    """rf++'s rule: exact in any number of steps on lines, the Euler step where there is one, and else off the flow."""
+    x = noises(5)
+    plain, kept = evenly(schedule, steps), evenly(schedule, steps, first_noise=True)
+    lines = straightened(schedule)
+    close(few_step(lines, schedule, kept, x, prompts(5)), few_step(lines, schedule, plain, x, prompts(5)), 1e-10)
+    bent = GaussianTeacher(schedule, STD)
+    euler, ours = (few_step(bent, schedule, sampler, x, prompts(5)) for sampler in (plain, kept))
+    exact = ode_map(schedule, MEAN, STD, x, schedule.span[1], schedule.span[0])
+    if steps == 1:
+        close(ours, euler, 1e-12)
+    elif steps == 8:
+        assert (ours - exact).norm() > 2 * (euler - exact).norm()
+
+
+def test_the_first_noise_is_kept_where_paths_are_straight(caplog):
+    method = Reflow(first_noise=True)
+    assert method.settled(lambda: 0.009) is method
+    assert not caplog.text
+    assert method.settled(lambda: 0.02) == Reflow()
+    assert "straightness over transport cost is 0.02, expected below 0.01" in caplog.text
+    assert Reflow().settled(lambda: pytest.fail("nobody asked")) == Reflow()
+
+
+@SCHEDULES
 def test_the_ode_is_followed_upwards(schedule):
     """Up by N steps has their own exact gain; on straight lines up and down again is nothing."""
     times, x = schedule.grid(10).tolist(), noises(5)

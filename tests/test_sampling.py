@@ -18,6 +18,7 @@ from stepdistill.denoiser import Denoise
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.prediction import Estimate
 from stepdistill.sampling import Sampler, few_step, follow
@@ -105,6 +106,7 @@ EXPORTED = {
     "deterministic": Consistency(end="any", eta=0.0),
     "pcm": Consistency(end="edge", num_ddim_timesteps=200),
     "regression": Regression(),
+    "first noise": Reflow(first_noise=True),
 }
 
 
@@ -125,7 +127,7 @@ def test_the_scheduler_of_a_table_student_samples_as_few_step(name):
         close(few_step(Mixture(schedule), schedule, sampler, x, {}, noises(x, n)), theirs, 2e-6)
 
 
-@pytest.mark.parametrize("name", ["lcm", "deterministic", "pcm", "regression"])
+@pytest.mark.parametrize("name", ["lcm", "deterministic", "pcm", "regression", "first noise"])
 def test_the_scheduler_of_a_flow_student_samples_as_few_step(name):
     schedule, x = Flow(3.0), start()
     for n in STEPS:

@@ -24,6 +24,7 @@ from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.proof import prove
 from stepdistill.roles import Ema, Lora, Module
@@ -93,6 +94,8 @@ def copied(written: dict[str, Path], name: str, to: Path) -> Path:
         ("sd", PCM, "TCDScheduler"),
         ("sd", Regression(ema_decay=None), "DDIMScheduler"),
         ("sd", Regression(timesteps=(799.0, 599.0, 299.0, 99.0), ema_decay=None), "EulerDiscreteScheduler"),
+        ("sd", Reflow(num_inference_steps=4, first_noise=True, ema_decay=None), "FirstNoiseDDIMScheduler"),
+        ("sd3", Reflow(num_inference_steps=4, first_noise=True, ema_decay=None), "FirstNoiseEulerScheduler"),
         ("sd3", LCM, "FlowMatchEulerDiscreteScheduler"),
         ("sd3", replace(TCD, eta=0.0), "FlowMatchEulerDiscreteScheduler"),
         ("sd3", Regression(ema_decay=None), "FlowMatchEulerDiscreteScheduler"),
@@ -306,11 +309,11 @@ def test_the_lora_metadata_are_in_the_same_order_in_every_process(written):
 # the card
 
 
-def pasted(folder: Path) -> np.ndarray:
+def pasted(folder: Path, plain: bool = True) -> np.ndarray:
     """The picture that the card's snippet draws, in pixels."""
     text = (folder / "README.md").read_text()
     code = text.partition("```python\n")[2].partition("```")[0]
-    assert "stepdistill" not in code.replace(str(folder), "")
+    assert ("stepdistill" not in code.replace(str(folder), "")) == plain
     names: dict = {}
     exec(code, names)
     return np.asarray(names["image"])
@@ -327,6 +330,15 @@ def test_the_snippet_runs_as_pasted(families, written, tmp_path, monkeypatch, na
     monkeypatch.chdir(tmp_path)
     assert np.array_equal(pasted(written[name]), expected(families[name], written[name]))
     assert (tmp_path / "student.png").exists()
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_the_snippet_of_a_scheduler_of_ours_runs_as_pasted(families, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "student", families[name], Reflow(num_inference_steps=4, first_noise=True, ema_decay=None))
+    assert student.verify(tmp_path / "student") < 1e-5
+    drawn = pasted(tmp_path / "student", plain=False)
+    assert np.array_equal(drawn, expected(families[name], tmp_path / "student"))
 
 
 def test_the_snippet_fuses_the_loras_of_the_teacher(families, written, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from stepdistill.data.base import Source, sample_rng
+from stepdistill.data.base import Source
 from stepdistill.errors import DataError, problem
 from stepdistill.tiny import bundled
 
@@ -30,7 +30,6 @@ class Made(Source):
         source: of the items that it is made from, in turn.
         folder: where it is kept.
         count: how many are made; may grow and shrink later.
-        seed: of the noises, and of what else is drawn.
     """
 
     chunk: ClassVar[int]
@@ -39,7 +38,6 @@ class Made(Source):
     source: Source
     folder: str
     count: int
-    seed: int = 0
 
     @abstractmethod
     def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:
@@ -57,10 +55,6 @@ class Made(Source):
     def path(self) -> Path:
         """The folder; bundled ones go by their names."""
         return bundled(self.folder)
-
-    def prompt_of(self, i: int) -> str:
-        """The prompt of number i: the source's items in turn."""
-        return self.source.prompt(i % len(self.source), sample_rng(self.seed, i))
 
     def fill(
         self, generate: Callable[..., Any], shape: Sequence[int], teacher: str, rank: int = 0, world: int = 1

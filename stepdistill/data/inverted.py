@@ -45,6 +45,7 @@ class InvertedImages(Made):
     stored: ClassVar[str] = "inverted.json"
     count: int = 2048
     num_inference_steps: int = 125
+    seed: int = 0
 
     def __post_init__(self) -> None:
         several = isinstance(self.source, ImageSource) and self.source.aspect_buckets

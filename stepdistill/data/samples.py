@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stepdistill.data.base import Sample
+from stepdistill.data.base import Sample, sample_rng
 from stepdistill.data.chunks import Made
 
 
@@ -45,6 +45,7 @@ class TeacherSamples(Made):
     count: int = 2048
     num_inference_steps: int = 25
     guidance_scale: float = 7.5
+    seed: int = 0
 
     def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:
         """What every sample depends on; not their number, which may grow and shrink."""
@@ -66,6 +67,10 @@ class TeacherSamples(Made):
         """`generate` takes prompts and noise (B, C, h, w) to latents."""
         noise = torch.stack([noise_of(self.seed, i, shape) for i in ids])
         return {"latents": generate([self.prompt_of(i) for i in ids], noise).half()}
+
+    def prompt_of(self, i: int) -> str:
+        """The prompt of sample i: the source's items in turn."""
+        return self.source.prompt(i % len(self.source), sample_rng(self.seed, i))
 
     @cached_property
     def _latents(self) -> Tensor:

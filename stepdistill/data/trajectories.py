@@ -49,6 +49,7 @@ class Trajectories(Made):
     kept_steps: int = 10
     guidance_range: tuple[float, float] = (1.0, 12.0)
     guidance_hole: tuple[float, float] | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         (low, high), hole = self.guidance_range, self.guidance_hole
@@ -79,6 +80,10 @@ class Trajectories(Made):
         scale = low + rng.random() * (high - low - (end - start))
         scale += end - start if scale >= start else 0.0
         return scale, sorted(rng.sample(range(self.num_inference_steps), self.kept_steps))
+
+    def prompt_of(self, i: int) -> str:
+        """The prompt of trajectory i: the source's items in turn."""
+        return self.source.prompt(i % len(self.source), sample_rng(self.seed, i))
 
     def make(self, generate: Generate, ids: Sequence[int], shape: Sequence[int]) -> dict[str, Tensor]:
         """`generate` takes prompts, noise (B, C, h, w), scales (B,) and kept steps (B, K) to states (B, K, ...)."""

@@ -19,6 +19,7 @@ from stepdistill.prediction import Kind
 from stepdistill.roles import Site, Sites, Tap
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import Rectified
+from stepdistill.schedulers import FirstNoiseEulerScheduler
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
@@ -130,7 +131,8 @@ class StableDiffusion3(Family):
                 )
             )
         # shift 1: explicit sigmas are warped by the shift, and would no longer be the trained ones
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=sampler.eta == 1)
+        stock = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=sampler.eta == 1)
+        scheduler = FirstNoiseEulerScheduler(shift=1.0) if sampler.first_noise else stock
         return scheduler, {
             "sigmas": [t / 1000 for t in sampler.timesteps],
             "num_inference_steps": len(sampler.timesteps),

@@ -13,11 +13,13 @@ from diffusers.models.attention_processor import Attention
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
+from stepdistill.errors import ConfigError, problem
 from stepdistill.families.base import Family, named, rebuilt
 from stepdistill.prediction import Kind
 from stepdistill.roles import Site, Sites, Tap
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import DiscreteVP
+from stepdistill.schedulers import FirstNoiseDDIMScheduler
 
 # the layers of LCM-LoRA, as diffusers' train_lcm_distill_lora_sdxl.py lists them
 TARGETS = (
@@ -85,6 +87,13 @@ class UNet(Family):
         # DDIM takes no list of times: its trailing spacing has to give them
         ddim = DDIMScheduler(**table, **ends, timestep_spacing="trailing")
         ddim.set_timesteps(len(times))
+        if sampler.first_noise:
+            if ddim.timesteps.tolist() != times:
+                got, why = f"steps at {times} with the first noise", "the scheduler that has them is made from DDIM"
+                todo = "choose a number of steps that divides 1,000, or set method.first_noise to false"
+                raise ConfigError(problem(got, f"{ddim.timesteps.tolist()}", why, todo))
+            first = FirstNoiseDDIMScheduler(**table, **ends, timestep_spacing="trailing")
+            return first, {"num_inference_steps": len(times)}
         if ddim.timesteps.tolist() == times:
             return ddim, {"num_inference_steps": len(times)}
         if sampler.clean:  # TCD ends at time 0, which is noisy; leading: the first input is the noise as it is drawn

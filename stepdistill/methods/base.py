@@ -112,6 +112,10 @@ class Method(ABC):
     def check(self, schedule: NoiseSchedule) -> None:
         """Raise ValueError where this method cannot run on this noise process; called before any training."""
 
+    def settled(self, bend: Callable[[], float]) -> Method:
+        """The method as the student is exported, after training; `bend` measures straightness over transport cost."""
+        return self
+
     @abstractmethod
     def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
         """The updates of one step. Their number and roles depend on `step` and the config only; no yield inside a

@@ -11,8 +11,9 @@ stock schedulers, and before training it has the teacher's own velocity.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,6 +30,8 @@ from stepdistill.sampling import Sampler
 from stepdistill.schedule import NoiseSchedule, expand
 from stepdistill.straight import chord, evenly, share_of_noise, solve, time_of_share, u_shaped
 
+logger = logging.getLogger(__name__)
+STRAIGHT = 0.01  # straightness over transport cost, 32 steps
 Density = Literal["uniform", "u_shaped"]
 
 
@@ -79,6 +82,9 @@ class Reflow(Method):
         width: below 1 the student is a smaller network of about this share of the channels, with fresh weights.
         sampling_guidance_scale: written into the contract; 1 where the pairs were made with guidance.
         num_inference_steps: steps that the contract names.
+        first_noise: sample by rf++'s rule, which keeps the noise that sampling began with. It is right on straight
+            paths only: it is dropped at the end where straightness over transport cost is not below 0.01. Diffusers
+            alone does not have it; `stepdistill.load_student` does.
         ema_decay: decay of the average of the student that is exported; none exports the student itself.
     """
 
@@ -90,6 +96,7 @@ class Reflow(Method):
     width: float = 1.0
     sampling_guidance_scale: float = 1.0
     num_inference_steps: int = 1
+    first_noise: bool = False
     ema_decay: float | None = 0.99
 
     def __post_init__(self) -> None:
@@ -112,7 +119,18 @@ class Reflow(Method):
         self.sampler(schedule)
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
-        return evenly(schedule, steps or self.num_inference_steps, self.sampling_guidance_scale)
+        return evenly(schedule, steps or self.num_inference_steps, self.sampling_guidance_scale, self.first_noise)
+
+    def settled(self, bend: Callable[[], float]) -> Reflow:
+        if not self.first_noise or (found := bend()) < STRAIGHT:
+            return self
+        logger.warning(
+            "first_noise: straightness over transport cost is %.3g, expected below %g: on paths that bend, the first "
+            "noise leads away from the flow, so the student is sampled by plain steps; train it longer, or set "
+            "method.first_noise to false",
+            *(found, STRAIGHT),
+        )
+        return replace(self, first_noise=False)
 
     def beta(self, step: int) -> float:
         """The share of fresh noise in `step` (from 0)."""
