@@ -47,9 +47,10 @@ example:
 """
 
 MAKE = """\
-Pairs of noise and picture (stepdistill.data.TeacherSamples) or guided trajectories (stepdistill.data.Trajectories), as
-training would make them before its first step. Started again it goes on where it was cut; each process makes every n-th
-file, and any number of processes makes the same files. What lies there of another teacher or setting is refused.
+Pairs of noise and picture (stepdistill.data.TeacherSamples, or InvertedImages from real ones) or guided trajectories
+(stepdistill.data.Trajectories), as training would make them before its first step. Started again it goes on where it
+was cut; each process makes every n-th file, and any number of processes makes the same files. What lies there of
+another teacher or setting is refused.
 
 example:
   accelerate launch -m stepdistill data make configs/recipes/sd21_reflow.yaml

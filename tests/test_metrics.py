@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from stepdistill.metrics.cost import count_calls
 from stepdistill.metrics.features import EfficientNetLite0, to_uint8
 from stepdistill.metrics.frechet import (
-    Stats,
     _jackknife,
     _leave_out,
     _t975,
@@ -26,6 +25,7 @@ from stepdistill.metrics.frechet import (
     frechet,
     paired,
 )
+from stepdistill.metrics.stats import Stats
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -168,10 +168,10 @@ def test_bad_distances() -> None:
     with pytest.raises(ValueError, match="2 and 3 dimensions"):
         frechet(good, gaussian([0, 0, 0], torch.eye(3)))
     with pytest.raises(ValueError, match="eigenvalues from -1"):
-        frechet(gaussian([0, 0], [[4, 0], [0, -1]]), good)
-    # the negative eigenvalue hides from the root, not from the trace
-    with pytest.raises(ArithmeticError, match="got -1"):
         frechet(good, gaussian([0, 0], [[4, 0], [0, -1]]))
+    # the negative eigenvalue hides from the second one's root, not from the trace
+    with pytest.raises(ArithmeticError, match="got -1"):
+        frechet(gaussian([0, 0], [[4, 0], [0, -1]]), good)
 
 
 @pytest.mark.parametrize(

@@ -12,48 +12,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-_TOLERANCE = 1e-6  # relative; rounding of a rank-deficient root stays below 1e-7
-
-
-@dataclass(frozen=True, eq=False)
-class Stats:
-    """A Gaussian: mean (D,), covariance (D, D) with ddof 1, both float64, and the number n of its samples.
-
-    `centred` (n, D) is kept where n < D, so that the distance costs n^3 and not D^3. Raises ValueError.
-    """
-
-    mean: Tensor
-    cov: Tensor
-    n: int
-    centred: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        dim = self.mean.numel()
-        if dim < 1 or self.mean.shape != (dim,) or self.cov.shape != (dim, dim):
-            raise ValueError(
-                f"Stats got mean {tuple(self.mean.shape)} and cov {tuple(self.cov.shape)}, expected (D,) and "
-                "(D, D) with D >= 1: they describe one D-dimensional Gaussian"
-            )
-        if self.mean.dtype != torch.float64 or self.cov.dtype != torch.float64:
-            raise ValueError(
-                f"Stats got mean {self.mean.dtype} and cov {self.cov.dtype}, expected float64: the distance "
-                "is a small difference of large traces; convert with .double()"
-            )
-        if self.n < 2:
-            raise ValueError(f"Stats got n={self.n}, expected 2 or more: one sample has no covariance")
-        scale = self.cov.abs().max().item()
-        if not math.isfinite(scale + self.mean.abs().max().item()):
-            raise ValueError("Stats got NaN or infinity, expected finite numbers: find the bad images")
-        if (self.cov - self.cov.T).abs().max().item() > _TOLERANCE * scale:
-            raise ValueError("Stats got an asymmetric cov, expected cov = cov^T: this is not a covariance")
-
-    @staticmethod
-    def of(features: Tensor) -> "Stats":
-        """Mean and covariance of features (N, D), N >= 2, any float type. Raises TypeError, ValueError."""
-        x = _rows(features)
-        mean = x.mean(0)
-        x = x - mean
-        return Stats(mean, x.T @ x / (len(x) - 1), len(x), x if len(x) < x.shape[1] else None)
+from stepdistill.metrics.stats import TOLERANCE, Stats, roots, rows_of
 
 
 @dataclass(frozen=True)
@@ -78,9 +37,9 @@ def frechet(a: Stats, b: Stats) -> float:
         )
     traces = (a.cov.trace() + b.cov.trace()).item()
     value = (a.mean - b.mean).square().sum().item() + traces - 2 * _trace_of_root(a, b)
-    if value < -_TOLERANCE * traces:
+    if value < -TOLERANCE * traces:
         raise ArithmeticError(
-            f"frechet got {value:.6g}, expected >= 0 within {_TOLERANCE * traces:.1e}: a covariance is not "
+            f"frechet got {value:.6g}, expected >= 0 within {TOLERANCE * traces:.1e}: a covariance is not "
             "positive semi-definite; recompute the statistics in float64 from centred features"
         )
     return max(value, 0.0)
@@ -94,7 +53,7 @@ def excess(row: Tensor, ref: Tensor, floor: Tensor, blocks: int = 20) -> Interva
     together. The interval is for the expected excess at this N. Cost: 2 (blocks + 1) eigenvalue problems of
     size min(N, D). Raises TypeError, ValueError.
     """
-    row, ref, floor = _rows(row), _rows(ref), _rows(floor)
+    row, ref, floor = rows_of(row), rows_of(ref), rows_of(floor)
     if not row.shape == ref.shape == floor.shape:
         raise ValueError(
             f"excess got row {tuple(row.shape)}, ref {tuple(ref.shape)}, floor {tuple(floor.shape)}, "
@@ -114,7 +73,7 @@ def excess(row: Tensor, ref: Tensor, floor: Tensor, blocks: int = 20) -> Interva
 
 def paired(a: Tensor, b: Tensor) -> float:
     """Mean Euclidean distance between rows of equal index (equal prompt and seed), (N, D) with N >= 2."""
-    a, b = _rows(a), _rows(b)
+    a, b = rows_of(a), rows_of(b)
     if a.shape != b.shape:
         raise ValueError(
             f"paired got {tuple(a.shape)} and {tuple(b.shape)}, expected equal shapes: row i of both "
@@ -128,7 +87,7 @@ def diversity(features: Tensor, prompt_index: Tensor) -> float:
 
     features (N, D); prompt_index (N,) integers, each at least twice. Raises TypeError, ValueError.
     """
-    x = _rows(features)
+    x = rows_of(features)
     if prompt_index.shape != x.shape[:1]:
         raise ValueError(
             f"diversity got prompt_index {tuple(prompt_index.shape)} for {len(x)} features, expected "
@@ -144,51 +103,13 @@ def diversity(features: Tensor, prompt_index: Tensor) -> float:
     return torch.stack(means).mean().item()
 
 
-def _rows(features: Tensor) -> Tensor:
-    """Checked features as float64 on the CPU."""
-    if not features.is_floating_point():
-        raise TypeError(
-            f"got features of type {features.dtype}, expected floating point: these look like images; pass "
-            "them through a feature extractor first"
-        )
-    if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:
-        raise ValueError(
-            f"got features of shape {tuple(features.shape)}, expected (N, D) with N >= 2 and D >= 1: "
-            "distances are between sets of feature rows; concatenate the batches first"
-        )
-    x = features.detach().cpu().double()
-    bad = (~x.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"got {len(bad)} feature rows with NaN or infinity, first at index {bad[0]}, expected none: "
-            "one such row makes every distance NaN; find and regenerate those images"
-        )
-    return x
-
-
 def _trace_of_root(a: Stats, b: Stats) -> float:
     """tr sqrt(cov_a cov_b)."""
     if a.centred is not None and b.centred is not None:
         return torch.linalg.svdvals(a.centred @ b.centred.T).sum().item() / math.sqrt((a.n - 1) * (b.n - 1))
-    if b.centred is not None:
+    if a.centred is not None:  # the smaller root; else that of b, which a reference keeps
         a, b = b, a
-    if a.centred is not None:
-        factor = a.centred / math.sqrt(a.n - 1)
-    else:
-        eigenvalues, vectors = torch.linalg.eigh(a.cov)
-        factor = _roots(eigenvalues).unsqueeze(1) * vectors.T
-    return _roots(torch.linalg.eigvalsh(factor @ b.cov @ factor.T)).sum().item()
-
-
-def _roots(eigenvalues: Tensor) -> Tensor:
-    """Square roots of ascending eigenvalues, rounding below zero clamped."""
-    low, high = eigenvalues[0].item(), eigenvalues[-1].item()
-    if low < -_TOLERANCE * abs(high):
-        raise ValueError(
-            f"got a covariance with eigenvalues from {low:.6g} to {high:.6g}, expected none below zero: it "
-            "is not positive semi-definite; recompute it in float64 from centred features"
-        )
-    return eigenvalues.clamp(min=0).sqrt()
+    return roots(torch.linalg.eigvalsh(b.root @ a.cov @ b.root.T)).sum().item()
 
 
 def _leave_out(rows: list[Tensor], ref: Tensor, without: list[Tensor]) -> Tensor:

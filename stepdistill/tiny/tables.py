@@ -18,7 +18,8 @@ from stepdistill.data.samples import noise_of
 from stepdistill.denoiser import Denoiser, guided
 from stepdistill.evaluate import SEED_B, Reference, Row, network_of
 from stepdistill.metrics import straightness
-from stepdistill.metrics.frechet import Stats, diversity, frechet
+from stepdistill.metrics.frechet import diversity, frechet
+from stepdistill.metrics.stats import Stats
 from stepdistill.multi import Students
 from stepdistill.roles import TEACHER, Copy, LoraSpec
 from stepdistill.run import Run, distill

@@ -1,0 +1,166 @@
+"""Gaussians fitted to features: from all of them, from batches as they come, and in files that other tools read."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-6  # relative; rounding of a rank-deficient root stays below 1e-7
+UNKNOWN = 0  # samples of statistics that another tool wrote
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """A Gaussian: mean (D,), covariance (D, D) with ddof 1, both float64, of n samples (0 is unknown).
+
+    `centred` (n, D) is kept where n < D, so that the distance costs n^3 and not D^3. Raises ValueError.
+    """
+
+    mean: Tensor
+    cov: Tensor
+    n: int
+    centred: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        dim = self.mean.numel()
+        if dim < 1 or self.mean.shape != (dim,) or self.cov.shape != (dim, dim):
+            raise ValueError(
+                f"Stats got mean {tuple(self.mean.shape)} and cov {tuple(self.cov.shape)}, expected (D,) and "
+                "(D, D) with D >= 1: they describe one D-dimensional Gaussian"
+            )
+        if self.mean.dtype != torch.float64 or self.cov.dtype != torch.float64:
+            raise ValueError(
+                f"Stats got mean {self.mean.dtype} and cov {self.cov.dtype}, expected float64: the distance "
+                "is a small difference of large traces; convert with .double()"
+            )
+        if self.n < 2 and self.n != UNKNOWN:
+            raise ValueError(f"Stats got n={self.n}, expected 2 or more: one sample has no covariance")
+        scale = self.cov.abs().max().item()
+        if not math.isfinite(scale + self.mean.abs().max().item()):
+            raise ValueError("Stats got NaN or infinity, expected finite numbers: find the bad images")
+        if (self.cov - self.cov.T).abs().max().item() > TOLERANCE * scale:
+            raise ValueError("Stats got an asymmetric cov, expected cov = cov^T: this is not a covariance")
+
+    @staticmethod
+    def of(features: Tensor) -> "Stats":
+        """Mean and covariance of features (N, D), N >= 2, any float type. Raises TypeError, ValueError."""
+        x = rows_of(features)
+        mean = x.mean(0)
+        x = x - mean
+        return Stats(mean, x.T @ x / (len(x) - 1), len(x), x if len(x) < x.shape[1] else None)
+
+    @cached_property
+    def root(self) -> Tensor:
+        """R with `R^T R = cov`, (D, D), or (n, D) where `centred` is kept; kept, so that a reference pays once."""
+        if self.centred is not None:
+            return self.centred / math.sqrt(self.n - 1)
+        eigenvalues, vectors = torch.linalg.eigh(self.cov)
+        return roots(eigenvalues).unsqueeze(1) * vectors.T
+
+    def save(self, file: Path, facts: Mapping[str, object]) -> None:
+        """Write an npz with `mu`, `sigma`, `n` and `meta`; pytorch-fid, clean-fid and EDM read the first two.
+
+        Args:
+            facts: what the features depend on, as JSON in `meta`.
+        """
+        part = file.with_name(f"{file.name}.part")
+        with part.open("wb") as stream:
+            np.savez(stream, mu=self.mean.numpy(), sigma=self.cov.numpy(), n=self.n, meta=json.dumps(dict(facts)))
+        part.replace(file)
+
+    @staticmethod
+    def load(file: Path) -> "tuple[Stats, dict[str, object]]":
+        """The Gaussian of an npz and its facts; of another tool's file, which has no `n`, they are empty.
+
+        Raises ValueError for a file that is not one, or whose pickled parts would have to be run.
+        """
+        try:
+            with np.load(file, allow_pickle=False) as found:
+                mean, cov = (torch.from_numpy(np.asarray(found[key], dtype=np.float64)) for key in ("mu", "sigma"))
+                n = int(found["n"]) if "n" in found else UNKNOWN
+                facts = json.loads(str(found["meta"])) if "meta" in found else {}
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise ValueError(
+                f"{file}: no reference statistics ({error}), expected an npz with arrays `mu` (D,) and `sigma` "
+                "(D, D), as `stepdistill eval ref`, pytorch-fid, clean-fid and EDM write them: make it again"
+            ) from error
+        return Stats(mean, cov, n), facts
+
+
+class FeatureStats:
+    """Mean and covariance of features that come in batches, float64, in the memory of one covariance.
+
+    Sums are kept about the running mean and merged by Chan, Golub & LeVeque 1983: raw sums of squares lose all digits
+    where the features' mean is large.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.n = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def update(self, features: Tensor) -> None:
+        """Take features (B, D), B >= 1, any float type. Raises TypeError, ValueError."""
+        x = rows_of(features, least=1)
+        if x.shape[1] != len(self.mean):
+            raise ValueError(
+                f"FeatureStats got {x.shape[1]} features a row, expected {len(self.mean)}: those of different "
+                "extractors have no common covariance; keep one FeatureStats for each"
+            )
+        mean = x.mean(0)
+        x = x - mean
+        self._join(len(x), mean, x.T @ x)
+
+    def merge(self, other: "FeatureStats") -> None:
+        """Take what another one has seen, such as another process's."""
+        self._join(other.n, other.mean, other.scatter)
+
+    def stats(self) -> Stats:
+        """The Gaussian of all that was seen. Raises ValueError for fewer than two rows."""
+        return Stats(self.mean.clone(), self.scatter / max(1, self.n - 1), self.n)
+
+    def _join(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        total, shift = self.n + n, mean - self.mean
+        if n:
+            self.scatter += scatter + torch.outer(shift, shift) * (self.n * n / total)
+            self.mean += shift * (n / total)
+            self.n = total
+
+
+def rows_of(features: Tensor, least: int = 2) -> Tensor:
+    """Checked features as float64 on the CPU."""
+    if not features.is_floating_point():
+        raise TypeError(
+            f"got features of type {features.dtype}, expected floating point: these look like images; pass "
+            "them through a feature extractor first"
+        )
+    if features.ndim != 2 or len(features) < least or features.shape[1] < 1:
+        raise ValueError(
+            f"got features of shape {tuple(features.shape)}, expected (N, D) with N >= {least} and D >= 1: "
+            "distances are between sets of feature rows; concatenate the batches first"
+        )
+    x = features.detach().cpu().double()
+    bad = (~x.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"got {len(bad)} feature rows with NaN or infinity, first at index {bad[0]}, expected none: "
+            "one such row makes every distance NaN; find and regenerate those images"
+        )
+    return x
+
+
+def roots(eigenvalues: Tensor) -> Tensor:
+    """Square roots of ascending eigenvalues, rounding below zero clamped."""
+    low, high = eigenvalues[0].item(), eigenvalues[-1].item()
+    if low < -TOLERANCE * abs(high):
+        raise ValueError(
+            f"got a covariance with eigenvalues from {low:.6g} to {high:.6g}, expected none below zero: it "
+            "is not positive semi-definite; recompute it in float64 from centred features"
+        )
+    return eigenvalues.clamp(min=0).sqrt()
