@@ -21,6 +21,7 @@ from stepdistill.denoiser import SCALE, guided, told
 from stepdistill.methods.base import Batch
 from stepdistill.methods.guidance_distillation import AdapterGuidance
 from stepdistill.roles import TEACHER, AdapterArch, Adapters, Ema, Lora, LoraSpec
+from stepdistill.tiny import emoji
 
 ARCHES: tuple[AdapterArch, ...] = ("cross_attention", "mixed", "offset")
 T = torch.tensor([700.0, 300.0])
@@ -292,6 +293,53 @@ def held_out(name: str = "sd") -> None:
 
 def test_one_pass_is_two_at_scales_that_were_never_trained():
     held_out()
+
+
+def test_prompts_and_pictures_that_were_never_trained_are_guided_too():
+    """Fresh states in every step; then others, with other prompts, at scales in the hole and beside it.
+
+    R^2 is 0.60 to 0.69 after these few steps, and 0.65 to 0.77 after three times as many: far from the 0.95 at states
+    that are trained on again and again, as above.
+    """
+    pipe, generator = pipeline("sd"), torch.Generator().manual_seed(0)
+    bone = backbone("sd", pipe)
+    bone.add("student", Adapters("mixed", 32))
+    own = play("sd", pipe, bone)
+    teacher, method = own.denoiser(TEACHER), AdapterGuidance(width=32)
+    words = sorted({drawing.subgroup for drawing in emoji.subjects()})
+    cond = FAMILIES["sd"].condition(pipe, words)
+    unseen = torch.arange(0, len(words), 6)
+    seen = torch.tensor([i for i in range(len(words)) if i % 6])
+
+    def draw(pool: Tensor, size: int):
+        some = pool[torch.randint(len(pool), (size,), generator=generator)]
+        c, x_t = {"states": cond["states"][some]}, torch.randn(size, 4, 8, 8, generator=generator)
+        t = torch.randint(50, 950, (size,), generator=generator).float()
+        with torch.no_grad():
+            y_c = teacher.native(teacher(x_t, t, c), t)
+            y_u = teacher.native(guided(teacher, own.null, 0.0)(x_t, t, c), t)
+        return x_t, t, c, y_u, y_c
+
+    def missed(state, w: Tensor) -> Tensor:
+        x_t, t, c, y_u, y_c = state
+        two = y_u + w[:, None, None, None] * (y_c - y_u)
+        part = Batch(tuple(range(len(w))), c, (4, 8, 8), state=GuidedState(x_t, t, w, two))
+        (update,) = method.updates(own, part, 0)
+        return update.loss
+
+    optimizer = torch.optim.Adam(list(bone.parameters_of("student").values()), lr=2e-2)
+    pace = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=120)
+    for _ in range(120):
+        w = 1 + 6 * torch.rand(16, generator=generator)
+        missed(draw(seen, 16), torch.where(w > 4.5, w + 1, w)).backward()
+        optimizer.step()
+        pace.step()
+        optimizer.zero_grad()
+    state = draw(unseen, 64)
+    guidance = (state[4] - state[3]).square().mean().item()
+    with torch.no_grad():
+        found = {w: 1 - missed(state, torch.full((64,), w)).item() / ((w - 1) ** 2 * guidance) for w in (2.5, 5.0, 7.3)}
+    assert min(found.values()) > 0.5, found
 
 
 def told_by_features_alone() -> None:
