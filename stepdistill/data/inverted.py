@@ -43,16 +43,15 @@ class InvertedImages(Made):
     chunk: ClassVar[int] = 64
     title: ClassVar[str] = "Inverted pictures"
     stored: ClassVar[str] = "inverted.json"
+    source: ImageSource
     count: int = 2048
     num_inference_steps: int = 125
     seed: int = 0
 
     def __post_init__(self) -> None:
-        several = isinstance(self.source, ImageSource) and self.source.aspect_buckets
-        if several or "images" not in self.source.provides:
-            got, why = f"a {type(self.source).__name__} as data.source", "pictures are inverted many at a time"
-            todo = "name an image source, such as ImageFolder, without aspect_buckets"
-            raise ConfigError(problem(got, "pictures of one size", why, todo))
+        if self.source.aspect_buckets:
+            got, why = "aspect_buckets in data.source", "pictures are inverted many at a time, and kept as one size"
+            raise ConfigError(problem(got, "pictures of one size", why, "set data.source.aspect_buckets to false"))
 
     def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:
         """What every pair depends on."""
