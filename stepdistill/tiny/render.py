@@ -110,7 +110,8 @@ def plot_paths(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
 
 
 def _excess(row: Mapping[str, Any]) -> str:
-    return f"{row['excess']:.0f} [{row['ci95'][0]:.0f}, {row['ci95'][1]:.0f}]"
+    value, low, high = (round(each) for each in (row["excess"], *row["ci95"]))  # no minus before a zero
+    return f"{value} [{low}, {high}]"
 
 
 def _watch(rows: Mapping[str, Mapping[str, Any]]) -> str:
