@@ -139,18 +139,17 @@ def fill(stage: Stage) -> None:
     """Let the teacher make what the data sources lack of its samples; all processes share the work."""
     rank, processes = stage.accelerator.process_index, stage.accelerator.num_processes
     for source in inside(stage.run.data):
-        if isinstance(source, TeacherSamples):
-            make = partial(stage.teach, steps=source.num_inference_steps, scale=source.guidance_scale)
-            source.fill(make, stage.feed.shape, stage.digest, rank, processes)
-            distributed.barrier()
-        elif isinstance(source, Trajectories):
-            follow = partial(stage.trajectories, steps=source.num_inference_steps)
-            source.fill(follow, stage.feed.shape, stage.digest, rank, processes)
-            distributed.barrier()
-        elif isinstance(source, InvertedImages):
-            rise = partial(stage.invert, steps=source.num_inference_steps)
-            source.fill(rise, stage.feed.shape, stage.digest, rank, processes)
-            distributed.barrier()
+        match source:
+            case TeacherSamples():
+                make = partial(stage.teach, steps=source.num_inference_steps, scale=source.guidance_scale)
+            case Trajectories():
+                make = partial(stage.trajectories, steps=source.num_inference_steps)
+            case InvertedImages():
+                make = partial(stage.invert, steps=source.num_inference_steps)
+            case _:
+                continue
+        source.fill(make, stage.feed.shape, stage.digest, rank, processes)
+        distributed.barrier()
 
 
 def assemble(stage: Stage, team: Team) -> Loop:
