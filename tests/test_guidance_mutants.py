@@ -14,7 +14,13 @@ from oracles.play import Flow, stable_diffusion
 from stepdistill import adapters
 from stepdistill.adapters import CrossAttentionAdapter, Hooks
 from stepdistill.backbone import Backbone
-from stepdistill.methods.guidance_distillation import AdapterGuidance, GuidedLora, ProgressiveHalving, two_steps
+from stepdistill.methods.guidance_distillation import (
+    AdapterGuidance,
+    GuidedLora,
+    ProgressiveHalving,
+    of_the_teacher,
+    two_steps,
+)
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,17 @@ BUGS = {
     "guidance twice": Bug(GuidedLora.updates, "self.guidance_scale)", "self.guidance_scale**2)", lora),
     "guided at sampling, too": Bug(
         GuidedLora.sampler,
-        ".flip(0)[:-1].tolist()))",
-        ".flip(0)[:-1].tolist()), guidance_scale=self.guidance_scale)",
+        "of_the_teacher(schedule, steps or self.num_inference_steps)",
+        "replace(of_the_teacher(schedule, steps or self.num_inference_steps), guidance_scale=self.guidance_scale)",
         lora,
+    ),
+    "a clean end, which the teacher's steps have not": Bug(
+        of_the_teacher,
+        "clean=False",
+        "clean=True",
+        lambda: methods.test_one_pass_ends_where_the_teacher_s_own_steps_end(
+            stable_diffusion(), GuidedLora(num_inference_steps=methods.N)
+        ),
     ),
     "the stored output of another scale": Bug(
         GuidedLora.updates,
