@@ -60,4 +60,5 @@ def u_shaped(u: Tensor, a: float = U_SHAPE) -> Tensor:
 
 def evenly(schedule: NoiseSchedule, steps: int, guidance_scale: float = 1.0, first_noise: bool = False) -> Sampler:
     """Deterministic steps, evenly spaced in the scheduler's time, to the schedule's lowest time."""
-    return Sampler(schedule.even(schedule.span[1], steps), 0.0, False, guidance_scale, first_noise)
+    times = schedule.even(schedule.span[1], steps)
+    return Sampler(times, clean=False, guidance_scale=guidance_scale, first_noise=first_noise)

@@ -452,7 +452,7 @@ def test_reflow_s_fixed_point_is_straight(schedule):
 
 
 @SCHEDULES
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("steps", [1, 2, 4, 32])
 def test_the_first_noise_is_as_good_as_any_on_straight_paths_only(schedule, steps):
     """rf++'s rule: exact in any number of steps on lines, the Euler step where there is one, and else off the flow."""
     x = noises(5)
@@ -464,8 +464,8 @@ def test_the_first_noise_is_as_good_as_any_on_straight_paths_only(schedule, step
     exact = ode_map(schedule, MEAN, STD, x, schedule.span[1], schedule.span[0])
     if steps == 1:
         close(ours, euler, 1e-12)
-    elif steps == 8:
-        assert (ours - exact).norm() > 2 * (euler - exact).norm()
+    elif steps == 32:  # where Euler's error has become small, this one's grows
+        assert (ours - exact).norm() > 5 * (euler - exact).norm()
 
 
 def test_the_first_noise_is_kept_where_paths_are_straight(caplog):
