@@ -91,6 +91,13 @@ class Stage:
         play, device = self.play(0), self.accelerator.device
         times = play.schedule.grid(steps).tolist()
         latents = self.run.family.encode(self.pipe, pixels.to(device))
+        if latents.shape != noise.shape:
+            got, why = (
+                f"pictures of {pixels.shape[-1]} pixels",
+                "they are kept at the size that the student is trained at",
+            )
+            todo = "set train.resolution and data.source.resolution alike"
+            raise ConfigError(problem(got, f"{self.feed.side}", why, todo))
         low = torch.full((len(latents),), times[0], device=device)
         x_t = play.schedule.add_noise(latents, noise.to(device), low)
         return follow(self.denoiser(TEACHER), play.schedule, times, x_t, self.feed.condition(prompts)), x_t

@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
 import torch
 from oracles import close
 from oracles.gaussian import GaussianTeacher, ddim_gain, guided_mean
-from oracles.play import Flow, Scripted, Tabular, column, stable_diffusion
+from oracles.play import Flow, Network, Scripted, Tabular, column, stable_diffusion
 from tiny import FAMILIES, backbone, batch, pipeline, play
-from torch import Tensor, nn
+from torch import nn
 
 from stepdistill.data import GuidedState
-from stepdistill.denoiser import SCALE, Condition, Denoise, guided, told
+from stepdistill.denoiser import SCALE, guided, told
 from stepdistill.methods.base import Batch, Method, Update
 from stepdistill.methods.guidance_distillation import AdapterGuidance, GuidedLora, ProgressiveHalving, two_steps
-from stepdistill.prediction import Estimate, Kind, estimate, output
+from stepdistill.prediction import Estimate, estimate
 from stepdistill.roles import TEACHER, Ema
 from stepdistill.sampling import few_step, follow
-from stepdistill.schedule import NoiseSchedule, expand
+from stepdistill.schedule import expand
 
 MEAN, NULL, STD, N = 0.7, -0.5, 0.6, 20
 X0, EPS = column(-0.4, 0.3, 0.9, 2.0), column(1.1, -0.2, 0.5, -1.4)
 COND, NOTHING = {"mean": torch.full_like(X0, MEAN)}, {"mean": column(NULL)}
 SCHEDULES = pytest.mark.parametrize("schedule", [stable_diffusion(), Flow()], ids=["table", "flow"])
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """An estimator that has a network's native output, as `Denoiser` has."""
-
-    denoise: Denoise
-    kind: Kind
-    schedule: NoiseSchedule
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
-        return self.denoise(x_t, t, cond)
-
-    def native(self, est: Estimate, t: Tensor) -> Tensor:
-        return output(self.kind, est, t, self.schedule)
 
 
 def update(method: Method, schedule, roles, part: Batch, share: float = 0.5, step: int = 0) -> Update:
@@ -73,7 +57,7 @@ def test_the_loss_is_zero_at_guidance_by_the_scale_of_the_state(schedule, kind):
     teacher, t = GaussianTeacher(schedule, STD), torch.tensor([900.0, 600.0, 300.0, 50.0], dtype=torch.float64)
     w = torch.tensor([1.0, 2.0, 5.0, 7.5], dtype=torch.float64)
     x_t = schedule.add_noise(X0, EPS, t)
-    speak = Spoken(teacher, kind, schedule)
+    speak = Network(teacher, kind, schedule)
     c, u = (speak.native(teacher(x_t, t, cond), t) for cond in (COND, {"mean": column(NULL).expand_as(X0)}))
     part = Batch((0, 1, 2, 3), COND, (1, 1, 1), state=GuidedState(x_t, t, w, u + expand(w, u) * (c - u)))
 
@@ -82,7 +66,7 @@ def test_the_loss_is_zero_at_guidance_by_the_scale_of_the_state(schedule, kind):
             own = {key: value for key, value in cond.items() if key != SCALE}
             return guided(teacher, NOTHING, change(cond[SCALE]))(x, times, own)
 
-        return {"student": Spoken(call, kind, schedule)}
+        return {"student": Network(call, kind, schedule)}
 
     method = AdapterGuidance(width=4)
     assert update(method, schedule, student(lambda w: w), part).loss < 1e-24
@@ -137,7 +121,7 @@ def test_a_guided_lora_becomes_the_guided_teacher(schedule, states):
     method = GuidedLora(guidance_scale=7.5, states=states, num_inference_steps=N)
     teacher, kind = GaussianTeacher(schedule, STD), "flow" if isinstance(schedule, Flow) else "epsilon"
     learner = Tabular(schedule, N)
-    roles = {"student": Spoken(learner, kind, schedule), TEACHER: teacher}
+    roles = {"student": Network(learner, kind, schedule), TEACHER: teacher}
     for j in range(1, N + 1):
         t = schedule.grid(N)[j].item()
         share = t / 1000 if isinstance(schedule, Flow) else (t + 0.5) / 1000

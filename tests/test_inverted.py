@@ -131,6 +131,13 @@ def test_a_picture_that_does_not_read_gives_its_place(place, tmp_path, caplog):
     assert "5 samples" in check(data)
 
 
+def test_pictures_of_another_size_than_the_student_s_are_refused(place, tmp_path):
+    larger = ImageFolder(train_data_dir=str(place / "pictures"), resolution=2 * SIDE)
+    stage = stage_of(place, source(place, tmp_path / "pairs", source=larger), "sd")
+    with pytest.raises(ConfigError, match="got pictures of 32 pixels, expected 16.*train.resolution"):
+        fill(stage)
+
+
 def test_pictures_of_several_sizes_are_refused(place, tmp_path):
     buckets = ImageFolder(train_data_dir=str(place / "pictures"), resolution=64, aspect_buckets=True)
     with pytest.raises(ConfigError, match="pictures of one size"):

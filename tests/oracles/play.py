@@ -16,7 +16,7 @@ from oracles.gaussian import levels
 from stepdistill.denoiser import Condition, Denoise
 from stepdistill.methods.base import Batch, Play, Update
 from stepdistill.methods.consistency import Consistency
-from stepdistill.prediction import Estimate, Kind, estimate
+from stepdistill.prediction import Estimate, Kind, estimate, output
 from stepdistill.schedule import DiscreteVP, NoiseSchedule, Rectified, expand
 
 
@@ -68,6 +68,9 @@ class Network:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
         y = spoken(self.kind, self.denoise(x_t, t, cond), *(expand(v, x_t) for v in self.schedule(t)))
         return estimate(self.kind, y, x_t, t, self.schedule)
+
+    def native(self, est: Estimate, t: Tensor) -> Tensor:
+        return output(self.kind, est, t, self.schedule)
 
 
 def consistency(end: str = "clean", segments: int = 1, n: int = 50, **more: object) -> Consistency:
