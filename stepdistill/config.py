@@ -38,7 +38,7 @@ from stepdistill.schema import (
     structures,
 )
 
-__all__ = ["Factory", "digest", "load", "to_node", "to_yaml"]
+__all__ = ["Factory", "digest", "load", "read", "to_node", "to_yaml"]
 
 T = TypeVar("T")
 
@@ -58,17 +58,24 @@ def load(schema: type[T], path: Path | str | None, overrides: Sequence[str] = ()
     Raises:
         ConfigError: with every problem found: unknown and missing keys, wrong types, refused values.
     """
-    tree = _read(path)
-    problems: list[str] = []
-    log = _Log(problems, _override(schema, tree, overrides, problems))
+    tree, problems = _read(path), list[str]()
+    return _built(schema, tree, str(path or "overrides"), _Log(problems, _override(schema, tree, overrides, problems)))
+
+
+def read(base: type[T], node: Mapping[str, Value], where: str) -> T:
+    """An instance of `base` from the plain data that `to_node` makes of it. Raises ConfigError, which names `where`."""
+    return _built(base, OmegaConf.create(dict(node)), where, _Log([], {}))
+
+
+def _built(base: type[T], tree: DictConfig, where: str, log: _Log) -> T:
     try:
         node = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path or 'overrides'}: {error}; for a literal ${{ write \\${{") from error
-    instance = _instance([schema], node, "", log)
-    if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError("\n  ".join([f"{path or 'overrides'}: {count}", *problems]))
+        raise ConfigError(f"{where}: {error}; for a literal ${{ write \\${{") from error
+    instance = _instance([base], node, "", log)
+    if log.problems:
+        many = "s" * (len(log.problems) > 1)
+        raise ConfigError("\n  ".join([f"{where}: {len(log.problems)} problem{many}", *log.problems]))
     return instance
 
 

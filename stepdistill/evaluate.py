@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -16,8 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepdistill.data.samples import noise_of
+from stepdistill.families.base import Family
+from stepdistill.methods.base import Method
 from stepdistill.metrics.cost import Cost, count_calls
 from stepdistill.metrics.features import to_uint8
+from stepdistill.schedule import DiscreteVP
 
 SEED_A, SEED_B = 1, 2  # the reference's noises, and those of every row
 
@@ -29,6 +32,27 @@ class Row:
     name: str
     scheduler: Any
     call: Mapping[str, Any]
+
+
+def teacher_row(family: Family, pipe: DiffusionPipeline, steps: int, guidance_scale: float, name: str) -> Row:
+    """The teacher by a plain solver on even steps: DDIM with trailing spacing, or Euler."""
+    call = {"num_inference_steps": steps, "guidance_scale": guidance_scale} | family.arguments()
+    if isinstance(family.schedule(pipe.scheduler), DiscreteVP):
+        scheduler = DDIMScheduler.from_config(
+            pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
+        )
+        return Row(name, scheduler, call)
+    # the list of sigmas as given is warped by the shift: pass the even ones
+    call["sigmas"] = [1 - i / steps for i in range(steps)]
+    return Row(name, FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config), call)
+
+
+def student_row(family: Family, method: Method, pipe: DiffusionPipeline, steps: int) -> Row:
+    """The student in `steps` steps, by a stock scheduler; `pipe` has the teacher's, which knows the noise process."""
+    sampler = method.sampler(family.schedule(pipe.scheduler), steps)
+    scheduler, call = family.scheduler(pipe, sampler)
+    call |= {"guidance_scale": sampler.guidance_scale} | family.arguments()
+    return Row(f"student, {steps} step{'s' * (steps > 1)}", scheduler, call)
 
 
 def network_of(pipe: DiffusionPipeline) -> Any:  # noqa: ANN401
@@ -44,6 +68,7 @@ def generate(
     batch: int = 64,
     progress: bool = False,
     numbers: Sequence[int] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Cost]:
     """Pictures (N, 3, H, W) uint8 of the prompts, and what they cost.
 
@@ -53,10 +78,11 @@ def generate(
 
     Args:
         numbers: i for each picture; None counts them from 0.
+        size: height and width in pixels; None is what the network was trained at.
     """
-    net = network_of(pipe)
-    side = net.config["sample_size"]
-    shape = (net.config["in_channels"], side, side)
+    net, scale = network_of(pipe), pipe.vae_scale_factor
+    height, width = size or (net.config["sample_size"] * scale,) * 2
+    shape = (net.config["in_channels"], height // scale, width // scale)
     own, pipe.scheduler = pipe.scheduler, row.scheduler
     pipe.set_progress_bar_config(disable=True)
     pictures = []
@@ -67,8 +93,8 @@ def generate(
                 list(prompts[start : start + batch]),
                 latents=torch.stack([noise_of(seed, i, shape) for i in ids]).to(pipe.device),
                 generator=[torch.Generator().manual_seed(7_919 * seed + i) for i in ids],
-                height=side * pipe.vae_scale_factor,
-                width=side * pipe.vae_scale_factor,
+                height=height,
+                width=width,
                 output_type="pt",
                 **row.call,
             ).images

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
 from stepdistill import student
 from stepdistill.data import Partition, inside
 from stepdistill.errors import ConfigError, problem
-from stepdistill.evaluate import SEED_B, Reference, Row, generate, grid
+from stepdistill.evaluate import SEED_B, Reference, Row, generate, grid, student_row, teacher_row
 from stepdistill.methods.base import Method
 from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.frechet import excess, paired
 from stepdistill.router import ROUTER, Routing
-from stepdistill.schedule import DiscreteVP
 from stepdistill.spec import TrainSpec
 from stepdistill.tiny import bundled
 
@@ -35,27 +34,6 @@ FEW = 4  # steps at which teacher and student are compared
 def guidance_of(method: Method) -> Any:  # noqa: ANN401
     """The guidance scale of a method that has one."""
     return vars(method).get("guidance_scale")
-
-
-def teacher_row(run: Run, pipe: DiffusionPipeline, steps: int, name: str) -> Row:
-    """The teacher by a plain solver on even steps: DDIM with trailing spacing, or Euler."""
-    call = {"num_inference_steps": steps, "guidance_scale": run.train.teacher_guidance_scale} | run.family.arguments()
-    if isinstance(run.family.schedule(pipe.scheduler), DiscreteVP):
-        scheduler = DDIMScheduler.from_config(
-            pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
-        )
-        return Row(name, scheduler, call)
-    # the list of sigmas as given is warped by the shift: pass the even ones
-    call["sigmas"] = [1 - i / steps for i in range(steps)]
-    return Row(name, FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config), call)
-
-
-def student_row(run: Run, pipe: DiffusionPipeline, steps: int) -> Row:
-    """The student in `steps` steps, by a stock scheduler; `pipe` has the teacher's, which knows the noise process."""
-    sampler = run.method.sampler(run.family.schedule(pipe.scheduler), steps)
-    scheduler, call = run.family.scheduler(pipe, sampler)
-    call |= {"guidance_scale": sampler.guidance_scale} | run.family.arguments()
-    return Row(f"student, {steps} step{'s' * (steps > 1)}", scheduler, call)
 
 
 def finish(stage: Stage) -> None:
@@ -93,11 +71,13 @@ def _show(stage: Stage, out: Path) -> dict[str, Any]:
     """Draw `samples/grid.png` and measure `eval.json`, each where asked; returns what was measured."""
     run, spec = stage.run, stage.run.train
     teacher, plain = run.family.load(), run.family.load()
-    few = teacher_row(run, teacher, FEW, f"teacher, {FEW} steps")
-    full = teacher_row(run, teacher, spec.teacher_steps, f"teacher, {spec.teacher_steps} steps")
+    few, full = (
+        teacher_row(run.family, teacher, n, spec.teacher_guidance_scale, f"teacher, {n} steps")
+        for n in (FEW, spec.teacher_steps)
+    )
     student.load_student(plain, out)
     own = len(run.method.sampler(run.family.schedule(teacher.scheduler)).timesteps)
-    rows = [student_row(run, teacher, n) for n in sorted({own, FEW, 2, 1}, reverse=True)]
+    rows = [student_row(run.family, run.method, teacher, n) for n in sorted({own, FEW, 2, 1}, reverse=True)]
     for pipe in (teacher, plain):
         pipe.to(stage.accelerator.device)
     if spec.validation_prompts:

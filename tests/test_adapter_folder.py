@@ -25,10 +25,9 @@ from stepdistill.contract import read_contract
 from stepdistill.data import Prompts, Trajectories
 from stepdistill.denoiser import Denoiser, told
 from stepdistill.errors import StudentError
-from stepdistill.evaluate import generate
+from stepdistill.evaluate import generate, student_row
 from stepdistill.methods.guidance_distillation import AdapterGuidance
 from stepdistill.metrics.cost import count_calls
-from stepdistill.report import student_row
 from stepdistill.roles import Adapters, Lora, LoraSpec
 from stepdistill.run import Run, dry_run
 from stepdistill.sampling import few_step
@@ -249,5 +248,5 @@ def test_pictures_and_a_dry_run(families, written, tmp_path):
     assert f"{size / 1e6:.2f} M" in line and f"{16 * size / 2**20:.1f} MiB" in line
     pipe, teacher = family.load(), family.load()
     student.load_student(pipe, written["sd"])
-    pictures, cost = generate(pipe, student_row(run, teacher, 4), ["rose", "cat face"], 0)
+    pictures, cost = generate(pipe, student_row(run.family, run.method, teacher, 4), ["rose", "cat face"], 0)
     assert pictures.shape == (2, 3, 32, 32) and (cost.calls, cost.rows) == (4, 8)

@@ -15,8 +15,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill import report, student
-from stepdistill.evaluate import SEED_A, SEED_B, Reference, Row, generate
+from stepdistill import student
+from stepdistill.evaluate import SEED_A, SEED_B, Reference, Row, generate, teacher_row
 from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.frechet import diversity, excess, paired
 from stepdistill.multi import Students, generate_each
@@ -65,7 +65,8 @@ def reference(name: str, run: Run, work: Path) -> Reference:
 def taught(name: str, run: Run, captions: list[str]) -> Reference:
     """Features of the teacher at the run's steps and guidance, seeds A and B."""
     pipe = run.family.load()
-    row = report.teacher_row(run, pipe, run.train.teacher_steps, f"{name}, seeds")
+    steps, guidance_scale = run.train.teacher_steps, run.train.teacher_guidance_scale
+    row = teacher_row(run.family, pipe, steps, guidance_scale, f"{name}, seeds")
     made = {
         key: extractor()(generate(pipe, row, captions, seed, progress=True)[0])
         for key, seed in (("reference", SEED_A), ("floor", SEED_B))

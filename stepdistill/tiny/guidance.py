@@ -17,7 +17,7 @@ from stepdistill.backbone import Backbone
 from stepdistill.data import Trajectories
 from stepdistill.data.samples import noise_of
 from stepdistill.denoiser import Denoiser, guided
-from stepdistill.evaluate import SEED_B, Reference, generate, network_of
+from stepdistill.evaluate import SEED_B, Reference, generate, network_of, student_row, teacher_row
 from stepdistill.roles import TEACHER, LoraSpec
 from stepdistill.run import Run
 from stepdistill.tiny.benchmark import Results, figures, prompts, taught
@@ -51,8 +51,8 @@ def compared(name: str, run: Run, out: Path, work: Path) -> dict[str, Any]:
     w, steps, captions = run.train.teacher_guidance_scale, run.train.teacher_steps, prompts(PICTURES)
     teacher, pipe = run.family.load(), run.family.load()
     twice, once = (
-        report.teacher_row(run, teacher, steps, f"two passes, w = {w:g}"),
-        report.student_row(run, pipe, steps),
+        teacher_row(run.family, teacher, steps, w, f"two passes, w = {w:g}"),
+        student_row(run.family, run.method, pipe, steps),
     )
     call = student.load_student(pipe, out)
     found: dict[str, Any] = {"n": PICTURES, "steps": steps, "states": PATHS * steps}

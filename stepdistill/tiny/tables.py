@@ -16,7 +16,7 @@ from stepdistill import config, report, signs, student
 from stepdistill.backbone import Backbone
 from stepdistill.data.samples import noise_of
 from stepdistill.denoiser import Denoiser, guided
-from stepdistill.evaluate import SEED_B, Reference, Row, network_of
+from stepdistill.evaluate import SEED_B, Reference, Row, network_of, student_row, teacher_row
 from stepdistill.metrics import straightness
 from stepdistill.metrics.frechet import diversity, frechet
 from stepdistill.metrics.stats import Stats
@@ -54,17 +54,18 @@ TEACHERS = ("tiny-sd", "tiny-sd3")
 
 def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Row]]:
     """The teacher's stock few-step samplers: DDIM trailing and DPM-Solver++, or Euler with and without shift."""
-    same = {"guidance_scale": run.train.teacher_guidance_scale} | run.family.arguments()
+    w = run.train.teacher_guidance_scale
+    same = {"guidance_scale": w} | run.family.arguments()
     for steps in STEPS["teachers"]:
         if isinstance(run.family.schedule(pipe.scheduler), DiscreteVP):
-            yield steps, report.teacher_row(run, pipe, steps, "DDIM, trailing")
+            yield steps, teacher_row(run.family, pipe, steps, w, "DDIM, trailing")
             dpm = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
             yield (
                 steps,
                 Row("DPM-Solver++ 2M, trailing", dpm, {"num_inference_steps": steps} | same),
             )
         else:
-            yield steps, report.teacher_row(run, pipe, steps, "Euler, the teacher's shift")
+            yield steps, teacher_row(run.family, pipe, steps, w, "Euler, the teacher's shift")
             plain = FlowMatchEulerDiscreteScheduler(shift=1.0)
             call = {"sigmas": [1 - i / steps for i in range(steps)], "num_inference_steps": steps}
             yield steps, Row("Euler, no shift", plain, call | same)
@@ -108,7 +109,7 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
             continue
         run, out = config.load(Run, file, []), trained(file)
         ref, pipe = reference(name, run, work), run.family.load()
-        sampled = {str(steps): report.student_row(run, pipe, steps) for steps in STEPS[table]}
+        sampled = {str(steps): student_row(run.family, run.method, pipe, steps) for steps in STEPS[table]}
         if table in EARLY:
             sampled[f"1 from {EARLY[table]:g}"] = early_row(run, pipe, EARLY[table])
         loaded = student.load_student(pipe, out)
@@ -150,10 +151,9 @@ def bends(run: Run, pipe: DiffusionPipeline) -> dict[str, Any]:
 
 def measure_unguided(name: str, results: Results, work: Path) -> None:
     """The teacher without guidance: the law that variational score distillation tends to."""
-    file = next(iter(recipes(name, "distribution").values()))
-    run, plain = config.load(Run, file, []), config.load(Run, file, ["train.teacher_guidance_scale=1.0"])
+    run = config.load(Run, next(iter(recipes(name, "distribution").values())), [])
     ref, pipe = reference(name, run, work), run.family.load()
-    row = report.teacher_row(plain, pipe, run.train.teacher_steps, "teacher, unguided")
+    row = teacher_row(run.family, pipe, run.train.teacher_steps, 1.0, "teacher, unguided")
     results.once(f"{name}/unguided/{run.train.teacher_steps}", partial(figures, pipe, row, ref), teacher=name)
 
 
@@ -186,7 +186,7 @@ def measure_later(run: Run, ref: Reference) -> dict[str, Any]:
     student.load_student(pipe, out)
     pipe.fuse_lora()
     early = figures(pipe, early_row(run, pipe, EARLY["distribution"]), ref)
-    found = figures(pipe, report.student_row(run, pipe, 1), ref)
+    found = figures(pipe, student_row(run.family, run.method, pipe, 1), ref)
     return found | {"early": early["excess"], "early_ci95": early["ci95"]}
 
 
