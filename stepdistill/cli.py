@@ -1,4 +1,4 @@
-"""The `stepdistill` command: train, init, data, verify, doctor, multi. Heavy imports wait inside."""
+"""The `stepdistill` command: train, init, data, verify, doctor, multi, eval. Heavy imports wait inside."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 from stepdistill import config, families, methods
-from stepdistill.errors import StepdistillError
+from stepdistill.errors import MissingWeights, StepdistillError
+from stepdistill.evaluation import command as evaluation
 
 TRAIN = """\
 overrides come after CONFIG and win over it:
@@ -91,7 +92,8 @@ def train(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command. What the user can put right is printed without a traceback, with exit status 2."""
+    """Run a command. What the user can put right is printed without a traceback, with exit status 2; 3 where weights
+    are missing that no other can stand for."""
     parser = _parser()
     args, overrides = parser.parse_known_args(argv)
     if overrides and args.run not in (_train, _check, _make):
@@ -100,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.run(args, overrides)
     except StepdistillError as error:
         print(f"stepdistill: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(3 if isinstance(error, MissingWeights) else 2) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", metavar="RUN", type=Path, help="the output_dir of a run")
     command.add_argument("--reference", metavar="FILE", type=Path, help="curve to compare with (default: by recipe)")
     command.add_argument("--save-curve", metavar="FILE", type=Path, help="write the run's own curve, and no report")
+
+    evaluation.declare(commands, _command)
     return parser
 
 

@@ -23,6 +23,14 @@ class StudentError(StepdistillError):
     """A student folder that plain Diffusers does not reproduce, or that does not fit the pipeline."""
 
 
+class EvaluationError(StepdistillError):
+    """Pictures, statistics or an evaluation that cannot be read, mixed or compared."""
+
+
+class MissingWeights(StepdistillError):
+    """Weights that are nowhere to be found; the message lists where they were looked for. The command exits with 3."""
+
+
 class NonFiniteLoss(StepdistillError):
     """A loss that is NaN or infinite; its message names step, batch and term."""
 

@@ -124,18 +124,28 @@ class Students:
         return np.stack(ordered) if isinstance(ordered[0], np.ndarray) else ordered
 
 
-def generate_each(students: Students, prompts: Sequence[str], seed: int, row: Row | None = None) -> tuple[Tensor, Cost]:
+def generate_each(
+    students: Students,
+    prompts: Sequence[str],
+    seed: int,
+    row: Row | None = None,
+    batch: int = 64,
+    numbers: Sequence[int] | None = None,
+    size: tuple[int, int] | None = None,
+) -> tuple[Tensor, Cost]:
     """What `stepdistill.evaluate.generate` draws, each prompt with its student: the same pictures as of it alone.
 
     Args:
         row: how all of them sample; None is each under its own contract.
+        batch, numbers, size: as there.
     """
     pictures, total = {}, Cost()
     for k, places in students.route(prompts).items():
         call = {key: value for key, value in students.calls[k].items() if key not in ("height", "width")}
         own = row or Row(f"student {k}", students.schedulers[k], call)
         with students.use(k):
-            made, cost = generate(students.pipe, own, [prompts[i] for i in places], seed, numbers=places)
+            ids = places if numbers is None else [numbers[i] for i in places]
+            made, cost = generate(students.pipe, own, [prompts[i] for i in places], seed, batch, numbers=ids, size=size)
         pictures |= dict(zip(places, made, strict=True))
         total = Cost(total.calls + cost.calls, total.rows + cost.rows, total.seconds + cost.seconds)
     return torch.stack([pictures[i] for i in range(len(prompts))]), total

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
@@ -17,9 +16,15 @@ from stepdistill import student
 from stepdistill.data import Partition, inside
 from stepdistill.errors import ConfigError, problem
 from stepdistill.evaluate import SEED_B, Reference, Row, generate, grid, student_row, teacher_row
+from stepdistill.evaluation.measure import Reference as Compared
+from stepdistill.evaluation.measure import Sampled, measured
+from stepdistill.evaluation.prompts import sha256_of
+from stepdistill.evaluation.protocol import PROTOCOLS
+from stepdistill.evaluation.results import document, under
 from stepdistill.methods.base import Method
+from stepdistill.metrics.cost import Cost
 from stepdistill.metrics.features import EfficientNetLite0
-from stepdistill.metrics.frechet import excess, paired
+from stepdistill.metrics.stats import Stats
 from stepdistill.router import ROUTER, Routing
 from stepdistill.spec import TrainSpec
 from stepdistill.tiny import bundled
@@ -138,60 +143,53 @@ def measure(
     teacher: DiffusionPipeline,
     plain: DiffusionPipeline,
     taught: Mapping[str, Row],
-    rows: list[Row],
+    rows_of_student: list[Row],
 ) -> dict[str, Any]:
-    """Excess over the teacher's seed-to-seed floor, with 95 % intervals, and cost, at `eval_samples` pictures.
+    """The contents of `eval.json`: distance, excess over the teacher's full steps with its interval, and cost, at
+    `eval_samples` pictures.
 
     The teacher's full rows come from the stored reference; the few-step rows are drawn here.
     """
     n = min(run.train.eval_samples, len(stored.prompts))
     ref, floor = (stored.features[key][:n] for key in ("reference", "floor"))
-    prompts, features = stored.prompts[:n], EfficientNetLite0()
-    found: dict[str, Any] = {
-        "schema": "stepdistill.eval/0",
-        "n": n,
-        "features": features.id,
-        **stored.facts,
-    }
-    found["rows"] = []
-    for pipe, row in [(teacher, taught["few"]), *((plain, row) for row in rows)]:
+    prompts, extractor, steps = stored.prompts[:n], EfficientNetLite0(), run.train.teacher_steps
+    _, cost = generate(teacher, taught["full"], prompts[:64], SEED_B)
+    rows = [Sampled(name=taught["full"].name, role="teacher", features=floor, cost=told_of(cost, min(n, 64)))]
+    for pipe, row in [(teacher, taught["few"]), *((plain, row) for row in rows_of_student)]:
         images, cost = generate(pipe, row, prompts, SEED_B, progress=True)
-        made = features(images)
-        interval = excess(made, ref, floor)
-        found["rows"].append(
-            {
-                "name": row.name,
-                "excess": {"value": interval.value, "ci95": [interval.low, interval.high]},
-                "paired": paired(made, floor),
-                "calls": cost.calls * 64 / n if n >= 64 else cost.calls,
-                "nfe": cost.rows / n,
-                "seconds_per_image": cost.seconds / n,
-            }
-        )
-    images, cost = generate(teacher, taught["full"], prompts[:64], SEED_B)
-    found["rows"].insert(
-        0,
-        {
-            "name": taught["full"].name,
-            "excess": {"value": 0.0},
-            "calls": cost.calls,
-            "nfe": cost.rows / len(images),
-            "seconds_per_image": cost.seconds / len(images),
-        },
+        role = "teacher" if pipe is teacher else "student"
+        rows.append(Sampled(name=row.name, role=role, features=extractor(images), cost=told_of(cost, n)))
+    file = reference_file(run.train)
+    facts = {"kind": "teacher", "path": file.name, "sha256": sha256(file.read_bytes()).hexdigest(), "n": n}
+    compared = Compared(stats=Stats.of(ref), features=ref, paired=True, facts=facts)
+    protocol, reasons = under(PROTOCOLS["none"], extractor.identity, n, None, "teacher")
+    found = measured([replace(row, reasons=reasons) for row in rows], compared, extractor.identity.key)
+    scale, hashed = run.train.teacher_guidance_scale, stored.facts["teacher_sha256"]
+    return document(
+        extractor.identity,
+        facts,
+        found,
+        protocol,
+        teacher={"id": run.family.pretrained_teacher_model, "steps": steps, "guidance": scale, "sha256": hashed},
+        prompts={"source": file.name, "n": len(set(prompts)), "sha256": sha256_of(prompts)},
     )
-    found["created"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    found["torch"] = torch.__version__
-    return found
+
+
+def told_of(cost: Cost, n: int, batch: int = 64) -> dict[str, float]:
+    """What n pictures cost, for each of them; `generate` draws `batch` at once."""
+    return {"calls": cost.calls / -(-n // batch), "nfe": cost.rows / n, "seconds_per_image": cost.seconds / n}
 
 
 def _print(out: Path, summary: Mapping[str, Any]) -> None:
     contract = student.read_contract(out)
     print(f"\nStudent: {out}   (plain Diffusers differs from it by {summary['proof']:.1e})")
     for row in summary.get("rows", []):
-        value = row["excess"]
-        spread = f" [{value['ci95'][0]:.1f}, {value['ci95'][1]:.1f}]" if "ci95" in value else ""
+        cost, excess = row["cost"], ""
+        if "delta_vs_teacher" in row["metrics"]:
+            found = row["metrics"]["delta_vs_teacher"][summary["features"]["key"]]
+            excess = f"  excess {found['value']:7.1f} [{found['ci95'][0]:.1f}, {found['ci95'][1]:.1f}]"
         print(
-            f"  {row['name']:<20} calls {row['calls']:4.0f}  nfe {row['nfe']:5.0f}  "
-            f"{1000 * row['seconds_per_image']:7.2f} ms an image  excess {value['value']:7.1f}{spread}"
+            f"  {row['name']:<20} calls {cost['calls']:4.0f}  nfe {cost['nfe']:5.0f}  "
+            f"{1000 * cost['seconds_per_image']:7.2f} ms an image{excess}"
         )
     print("\nDraw with it:\n\n" + student.snippet(contract, out.resolve()))

@@ -48,8 +48,8 @@ class TrainSpec:
         watch_samples: seeds of each validation prompt by which the watch compares student and teacher at every
             validation; the teacher's are drawn at the start, four times as many. 0 switches it off.
         watch_stop: end the run, after a checkpoint, when the watch warns.
-        eval_samples: pictures for eval.json after training; 0 for none.
-        eval_reference: the teacher's reference features, as `eval/reference.py` writes them.
+        eval_samples: pictures for eval.json after training, at least 40; 0 for none.
+        eval_reference: the teacher's reference features, as `eval/tables.py` makes them for the bundled teachers.
         push_to_hub: upload the student folder when it is finished, with the token of `hf auth login` or HF_TOKEN.
         hub_model_id: repository to upload to; none makes one from the folder's name.
     """
@@ -102,6 +102,8 @@ class TrainSpec:
             raise ValueError(
                 f"checkpoints_total_limit is {self.checkpoints_total_limit}: expected at least 1, or none for all"
             )
+        if 0 < self.eval_samples < 40:
+            raise ValueError(f"eval_samples is {self.eval_samples}: expected 40 or more, for 20 blocks of two; or 0")
         if self.watch_samples < 0 or self.watch_samples == 1:
             raise ValueError(
                 f"watch_samples is {self.watch_samples}: expected 2 or more, since diversity needs pairs; or 0"

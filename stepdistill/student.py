@@ -159,7 +159,7 @@ def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_
     Raises:
         StudentError: there is no student, or it does not fit the pipeline.
     """
-    folder = _folder(folder_or_hub_id)
+    folder = folder_of(folder_or_hub_id)
     if is_multi(folder):
         from stepdistill.multi import load  # it loads each by this function
 
@@ -193,7 +193,7 @@ def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_
     return GuidedCall(contract.call, adapters, contract.guidance_range)
 
 
-def _folder(place: str | Path) -> Path:
+def folder_of(place: str | Path) -> Path:
     """A local student folder; a hub id is downloaded first."""
     if Path(place).is_dir():
         return Path(place)
@@ -215,7 +215,7 @@ def start_from(backbone: Backbone, source: str, family: Family, role: str = "stu
         StudentError: it cannot be read, or its rank, layers or width are not the config's.
     """
     name = ADAPTERS if isinstance(backbone.kind(role), Adapters) else WEIGHTS
-    path = Path(source) if source.endswith(".safetensors") else _folder(source) / name
+    path = Path(source) if source.endswith(".safetensors") else folder_of(source) / name
     if name == ADAPTERS:
         state = load_adapters(path.parent)
     elif role in backbone.others:

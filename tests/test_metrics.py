@@ -16,15 +16,8 @@ from torch import Tensor, nn
 
 from stepdistill.metrics.cost import count_calls
 from stepdistill.metrics.features import EfficientNetLite0, to_uint8
-from stepdistill.metrics.frechet import (
-    _jackknife,
-    _leave_out,
-    _t975,
-    diversity,
-    excess,
-    frechet,
-    paired,
-)
+from stepdistill.metrics.frechet import diversity, excess, frechet, paired
+from stepdistill.metrics.jackknife import _jackknife, _leave_out, _t975
 from stepdistill.metrics.stats import Stats
 
 
@@ -354,7 +347,7 @@ def test_features_equal_the_plain_network_on_pil_images(extractor: EfficientNetL
     with torch.no_grad():
         want = net.extract_features((pixels - 127) / 128).mean(dim=(2, 3))
     got = extractor(x)
-    assert got.shape == (3, extractor.dim) and got.dtype == torch.float32
+    assert got.shape == (3, extractor.identity.dim) and got.dtype == torch.float32
     assert ((got - want).norm() / want.norm()).item() < 1e-4
 
 
@@ -375,9 +368,9 @@ def test_distance_grows_with_noise(extractor: EfficientNetLite0) -> None:
 
 
 def test_identity_names_weights_and_resampling(extractor: EfficientNetLite0) -> None:
-    assert extractor.id == "efficientnet-lite0@57934424/bicubic64"
+    assert extractor.identity.id == "efficientnet-lite0@57934424/bicubic64"
     state = torch.get_rng_state()
-    assert EfficientNetLite0(size=96).id == "efficientnet-lite0@57934424/bicubic96"
+    assert EfficientNetLite0(size=96).identity.id == "efficientnet-lite0@57934424/bicubic96"
     assert torch.equal(torch.get_rng_state(), state), "building the extractor moved the global generator"
 
 

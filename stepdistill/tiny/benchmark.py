@@ -17,8 +17,10 @@ from torch import Tensor
 
 from stepdistill import student
 from stepdistill.evaluate import SEED_A, SEED_B, Reference, Row, generate, teacher_row
+from stepdistill.evaluation.measure import Reference as Compared
+from stepdistill.evaluation.measure import Sampled, measured
 from stepdistill.metrics.features import EfficientNetLite0
-from stepdistill.metrics.frechet import diversity, excess, paired
+from stepdistill.metrics.stats import Stats
 from stepdistill.multi import Students, generate_each
 from stepdistill.run import Run
 from stepdistill.tiny import emoji
@@ -76,7 +78,7 @@ def taught(name: str, run: Run, captions: list[str]) -> Reference:
         "teacher_sha256": student.base_hash(pipe, run.family),
         "teacher_steps": str(run.train.teacher_steps),
         "teacher_guidance_scale": str(run.train.teacher_guidance_scale),
-        "features": extractor().id,
+        "features": extractor().identity.id,
     }
     return Reference(made, captions, facts)
 
@@ -91,15 +93,22 @@ def figures(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> d
         groups = [len(images)]
     made, n = extractor()(images), len(images)
     places = torch.tensor([sorted(set(ref.prompts)).index(prompt) for prompt in ref.prompts])
-    interval = excess(made, ref.features["reference"], ref.features["floor"])
+    teacher, student = (
+        Sampled(name=role, role=role, features=features)
+        for role, features in (("teacher", ref.features["floor"]), ("student", made))
+    )
+    stored = ref.features["reference"]
+    against = Compared(stats=Stats.of(stored), features=stored, paired=True, facts={})
+    key = extractor().identity.key
+    found = measured([teacher, student], against, key, ("paired", "diversity"), places)[1]["metrics"]
     batches = sum(-(-group // 64) for group in groups)
     return {
         "n": n,
         "seeds": [SEED_A, SEED_B],
-        "excess": interval.value,
-        "ci95": [interval.low, interval.high],
-        "paired": paired(made, ref.features["floor"]),
-        "diversity": diversity(made, places) / diversity(ref.features["floor"], places),
+        "excess": found["delta_vs_teacher"][key]["value"],
+        "ci95": found["delta_vs_teacher"][key]["ci95"],
+        "paired": found["paired"]["features"],
+        "diversity": found["diversity_vs_teacher"],
         "calls": cost.calls / batches,
         "nfe": cost.rows / n,
         "seconds_per_image": cost.seconds / n,

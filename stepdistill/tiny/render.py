@@ -125,9 +125,10 @@ def _watch(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def _quickstart(report: Mapping[str, Any]) -> str:
     lines = ["| | calls | nfe | excess [95 %] |", "| --- | --- | --- | --- |"]
     for row in report["rows"]:
-        found = row["excess"]
-        sure = f"{found['value']:.0f} [{found['ci95'][0]:.0f}, {found['ci95'][1]:.0f}]" if "ci95" in found else "0"
-        lines.append(f"| {row['name']} | {row['calls']:.0f} | {row['nfe']:.0f} | {sure} |")
+        delta, sure = row["metrics"].get("delta_vs_teacher"), "0"
+        if delta is not None:
+            sure = _excess({"excess": delta["fd"]["value"], "ci95": delta["fd"]["ci95"]})
+        lines.append(f"| {row['name']} | {row['cost']['calls']:.0f} | {row['cost']['nfe']:.0f} | {sure} |")
     return "\n".join(lines)
 
 

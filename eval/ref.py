@@ -1,0 +1,10 @@
+"""python eval/ref.py coco/val2014 --features inception --eval-res 256 -o coco.npz
+
+Make statistics of pictures: `stepdistill eval ref`. `--help` says more.
+"""
+
+import sys
+
+from stepdistill.cli import main
+
+main(["eval", "ref", *sys.argv[1:]])

@@ -1,0 +1,10 @@
+"""python eval/score.py samples/ --ref reference.npz -o runs/eval
+
+Measure pictures that are there: `stepdistill eval score`. `--help` says more.
+"""
+
+import sys
+
+from stepdistill.cli import main
+
+main(["eval", "score", *sys.argv[1:]])

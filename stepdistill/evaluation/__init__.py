@@ -1,0 +1,1 @@
+"""Evaluations: what is drawn or read, measured, kept and shown; `stepdistill eval`."""

@@ -1,0 +1,246 @@
+"""`stepdistill eval`: run, score, ref, compare, doctor. Heavy imports wait inside."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stepdistill.metrics.extractors import Weights
+
+RUN = """\
+Draws TEACHER at its best and in few steps, and every STUDENT, all from the same prompts and noises; measures them
+against a second set of the teacher's pictures (--ref teacher), or against a data set; writes eval.json, rows.csv,
+report.html, grids/, stats/ and per_sample.jsonl into OUT. Every difference from the teacher has an interval of its own.
+Started again with the same arguments it goes on where it was cut; each process draws its share of the pictures.
+
+examples:
+  stepdistill eval run tiny-sd runs/quickstart --num 256 --teacher-steps 25 -o runs/eval
+  stepdistill eval run your/model runs/a runs/b --prompts prompts.txt --steps 1,2,4 --clip openai/clip-vit-base-patch16
+  accelerate launch -m stepdistill eval run your/model runs/a --prompts coco.txt --protocol coco30k-dmd2 --ref coco.npz
+"""
+
+SCORE = """\
+Measures pictures that are there already: folders, zips or arrays, each a row.
+
+example:
+  stepdistill eval score samples/ --ref reference.npz -o runs/eval
+"""
+
+REF = """\
+Writes the statistics of pictures, or of a data set, with the features that they were made with; pytorch-fid and
+clean-fid can read them.
+
+example:
+  stepdistill eval ref coco/val2014 --features inception --eval-res 256 -o coco.npz
+"""
+
+COMPARE = """\
+Merges evaluations on one page. Distances on other features, of another N, or to another reference are never put in one
+column; what differs is printed.
+
+example:
+  stepdistill eval compare runs/eval-a runs/eval-b -o comparison.html --csv comparison.csv
+"""
+
+DOCTOR = """\
+Says which features can be used here without a download, and where the weights of the others are looked for.
+
+example:
+  stepdistill eval doctor
+"""
+
+Command = Callable[[argparse.Namespace, list[str]], None]
+Make = Callable[..., argparse.ArgumentParser]
+
+
+def declare(group: Any, make: Make) -> None:  # noqa: ANN401
+    """Declare the commands in a group of subparsers.
+
+    Args:
+        make: (group, name, function, summary, epilog) to a parser.
+    """
+    parts = group.add_parser("eval", help="measure teacher and students", description="Measure.").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    command = make(parts, "run", _run, "draw a teacher and its students, and measure them", RUN)
+    command.add_argument("teacher", metavar="TEACHER", help="pipeline folder, hub id, or bundled teacher")
+    command.add_argument("students", metavar="STUDENT", nargs="*", help="student folders or hub ids")
+    command.add_argument(
+        "--prompts", metavar="FILE", type=Path, help=".txt, .jsonl or .csv (default: the bundled ones)"
+    )
+    command.add_argument("--num", metavar="N", type=int, help="pictures a row, prompts in turn (default: one of each)")
+    command.add_argument("--steps", type=_whole, default=(), metavar="N,...", help="of the students (default: theirs)")
+    command.add_argument(
+        "--guidance", type=_real, default=(), metavar="W,...", help="of the students (default: theirs)"
+    )
+    command.add_argument("--teacher-steps", type=int, default=50, metavar="N", help="at its best (default: 50)")
+    command.add_argument("--teacher-guidance", type=float, default=7.5, metavar="W", help="(default: 7.5)")
+    command.add_argument("--seed", type=int, default=2, help="of every row's noises (default: 2)")
+    command.add_argument("--reference-seed", type=int, default=1, help="of the teacher as a reference (default: 1)")
+    command.add_argument("--family", metavar="NAME", help="of the teacher (default: as its students, or its pipeline)")
+    command.add_argument("--batch", type=int, default=8, metavar="B", help="pictures drawn at once (default: 8)")
+    command.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: fp32)")
+    command.add_argument("--save-pictures", action="store_true", help="keep every picture as PNG in OUT/pictures")
+    command.add_argument("--columns", type=int, default=8, metavar="N", help="of the sheets (default: 8)")
+    command.add_argument("--latency", type=int, default=0, metavar="N", help="time N pictures one by one (default: 0)")
+    command.add_argument("--export", choices=("geneval", "t2i-compbench"), help="folders that these benchmarks score")
+    _measures(command, "teacher", "teacher, an .npz of statistics, or pictures (default: teacher)")
+
+    command = make(parts, "score", _score, "measure pictures that are there", SCORE)
+    command.add_argument("pictures", metavar="PICTURES", nargs="+", type=Path, help="folder, .zip, .npz or .npy")
+    command.add_argument("--prompts", metavar="FILE", type=Path, help="of the pictures by name, for --clip")
+    _measures(command, None, "an .npz of statistics, or pictures")
+
+    command = make(parts, "ref", _ref, "make statistics of pictures", REF)
+    command.add_argument("pictures", metavar="PICTURES", type=Path, help="folder, .zip, .npz or .npy")
+    _features(command)
+    command.add_argument("-o", "--output", dest="out", metavar="FILE.npz", type=Path, required=True, help="to write")
+
+    command = make(parts, "compare", _compare, "merge evaluations on one page", COMPARE)
+    command.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="folders of `run` and `score`")
+    command.add_argument("-o", "--output", dest="out", metavar="FILE.html", type=Path, required=True, help="the page")
+    command.add_argument("--csv", metavar="FILE.csv", type=Path, help="the rows, too")
+
+    command = make(parts, "doctor", _doctor, "say which features are there", DOCTOR)
+    _weights(command)
+
+
+def _measures(command: argparse.ArgumentParser, default: str | None, reference: str) -> None:
+    command.add_argument("-o", "--output", dest="out", metavar="OUT", type=Path, required=True, help="folder to write")
+    command.add_argument("--ref", default=default, required=default is None, metavar="REF", help=reference)
+    command.add_argument(
+        "--metrics",
+        type=_words,
+        metavar="NAME,...",
+        help="beside the distance: kid, paired, prdc, vendi, diversity, cmmd, pixels, lpips (default: kid,paired)",
+    )
+    command.add_argument("--clip", metavar="MODEL", help="folder or hub id for the CLIP score (default: no score)")
+    command.add_argument("--strict", action="store_true", help="exit with 4 where a row is not comparable")
+    _features(command)
+
+
+def _features(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--protocol",
+        default="none",
+        metavar="NAME",
+        help="coco30k-dmd2, coco10k-sdxl, "
+        "imagenet64-edm, quick: what published figures were measured under (default: none)",
+    )
+    command.add_argument(
+        "--features",
+        metavar="NAME",
+        help="efficientnet-lite0, inception, dinov2-{s,b,l,g}, "
+        "clip-{b32,l14,l14-336}, vae, pixels, module:pkg.mod:factory (default: the protocol's)",
+    )
+    command.add_argument(
+        "--resize",
+        choices=("clean", "torchmetrics", "pytorch-fid", "tf1"),
+        help="of Inception (default: the protocol's)",
+    )
+    command.add_argument("--eval-res", type=int, metavar="PX", help="crop and resize all pictures to this side first")
+    command.add_argument("--feature-batch", type=int, default=64, metavar="B", help="(default: 64)")
+    command.add_argument("--feature-dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: fp32)")
+    command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the first accelerator, or the CPU)")
+    command.add_argument("--allow-unknown-weights", action="store_true", help="Inception of another hash, as `fd`")
+    _weights(command)
+
+
+def _weights(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--inception-weights", metavar="PATH", help="the TF-ported Inception's file")
+    command.add_argument("--clip-weights", metavar="PATH", help="folder of the CLIP that `clip-...` features come from")
+    command.add_argument("--dinov2-weights", metavar="PATH", help="folder of the DINOv2 that features come from")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _whole(text: str) -> tuple[int, ...]:
+    found = tuple(int(part) for part in _words(text))
+    if not found or min(found) < 1 or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected different numbers of steps, as 1,2,4")
+    return found
+
+
+def _real(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in _words(text))
+
+
+def _chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments say of features and measures, by field of `Measures`."""
+    names = ("protocol", "features", "resize", "eval_res", "feature_batch", "feature_dtype", "device")
+    given = {name: getattr(args, name) for name in (*names, "allow_unknown_weights")}
+    return given | {"weights": _given(args)}
+
+
+def _given(args: argparse.Namespace) -> Weights:
+    from stepdistill.metrics.extractors import Weights
+
+    return Weights(args.inception_weights, args.clip_weights, args.dinov2_weights)
+
+
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
+    from stepdistill.evaluation.measure import PICKED
+
+    metrics = PICKED if args.metrics is None else ("fd", *(name for name in args.metrics if name != "fd"))
+    picked = {"reference": args.ref, "clip": args.clip, "strict": args.strict, "metrics": metrics}
+    return _chosen(args) | picked | {"output_dir": args.out}
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.evaluation.run import run
+    from stepdistill.evaluation.spec import Draws
+
+    names = ("teacher", "family", "prompts", "num", "steps", "guidance", "teacher_steps", "teacher_guidance", "seed")
+    more = ("reference_seed", "batch", "dtype", "save_pictures", "columns", "latency", "export")
+    given = {name: getattr(args, name) for name in (*names, *more)}
+    _tell(run(Draws(students=tuple(args.students), **given, **_measured(args))), args)
+
+
+def _score(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.evaluation.run import score
+    from stepdistill.evaluation.spec import Measures
+
+    _tell(score(args.pictures, Measures(**_measured(args)), args.prompts), args)
+
+
+def _tell(found: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print the rows; with --strict exit with 4 where one is not comparable."""
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()  # leaving gloo's threads running aborts some exits
+    if not found:  # of the first process alone
+        return
+    from stepdistill.evaluation.results import lines
+
+    print("\n".join(lines(found)))
+    print(f"\n{args.out / 'report.html'}")
+    if args.strict and not all(row["comparable"] for row in found["rows"]):
+        raise SystemExit(4)
+
+
+def _ref(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.evaluation.run import statistics
+    from stepdistill.evaluation.spec import Measures
+
+    statistics(args.pictures, Measures(output_dir=args.out.with_suffix(".work"), **_chosen(args)), args.out)
+    print(args.out)
+
+
+def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.evaluation.run import compare
+
+    for line in compare(args.folders, args.out, args.csv):
+        print(f"in columns of their own, since they differ in {line}")
+    print(args.out)
+
+
+def _doctor(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.metrics.extractors import availability
+
+    for line in availability(_given(args)):
+        print(f"{line.name:<22} {'ok' if line.ok else 'missing':<8} {line.where}")

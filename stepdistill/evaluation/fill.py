@@ -1,0 +1,66 @@
+"""From pictures to a store of features and scores, unit by unit, shared out among processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stepdistill.evaluation.pictures import fitted
+from stepdistill.evaluation.store import Store
+from stepdistill.metrics.features import FeatureExtractor
+
+Score = Callable[[Tensor, Sequence[int]], dict[str, list[float]]]  # of pictures and their numbers, by name
+
+
+class Unit(NamedTuple):
+    """The pictures of one unit.
+
+    Args:
+        k: its number.
+        numbers: of its pictures; one that could not be read is left out.
+        pictures: (B, 3, H, W) uint8.
+        told: what making them cost.
+    """
+
+    k: int
+    numbers: Sequence[int]
+    pictures: Tensor
+    told: dict[str, Any]
+
+
+def fill(
+    store: Store, units: Iterable[Unit], extractor: FeatureExtractor, scores: Sequence[Score], title: str, total: int
+) -> None:
+    """Measure and keep the units that come, with a progress bar over pictures.
+
+    Args:
+        scores: what else is measured of each picture.
+        title: of the bar; empty for none.
+        total: pictures that will come.
+    """
+    with tqdm(total=total, desc=title, unit="picture", disable=not title) as bar:
+        for unit in units:
+            rows, told = store.rows(unit.k), dict(unit.told)
+            features = torch.zeros(len(rows), store.dim)
+            if unit.numbers:
+                features[[i - rows.start for i in unit.numbers]] = extractor(unit.pictures)
+                for score in scores:
+                    told |= score(unit.pictures, unit.numbers)
+            told["skipped"] = sorted(set(rows) - set(unit.numbers))
+            store.put(unit.k, unit.pictures, features, told)
+            bar.update(len(unit.numbers))
+
+
+def cropped(pictures: Tensor, side: int | None) -> Tensor:
+    """Pictures (B, 3, H, W) uint8 as `stepdistill.evaluation.pictures.fitted` leaves them."""
+    if side is None:
+        return pictures
+    images = (Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pictures)
+    made = [torch.from_numpy(np.array(fitted(image, side))) for image in images]
+    return torch.stack(made).permute(0, 3, 1, 2).contiguous()

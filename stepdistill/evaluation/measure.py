@@ -1,0 +1,182 @@
+"""From features and scores of pictures to the figures of a report: one code for runs, tables and commands.
+
+The teacher and its students are drawn from the same prompts and noises, so that the interval of a difference does not
+hold what they share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.metrics.frechet import diversity, paired
+from stepdistill.metrics.jackknife import (
+    Interval,
+    block_sizes,
+    difference_of_means,
+    interval,
+    mean_interval,
+    noise_floor,
+    replicates,
+)
+from stepdistill.metrics.kernel import cmmd, kid
+from stepdistill.metrics.neighbours import prdc
+from stepdistill.metrics.stats import Stats
+from stepdistill.metrics.vendi import vendi
+
+BLOCKS = 20
+ENOUGH = 4  # pictures a dimension, from which on the jackknife's bias correction is of use
+SUBSET = 1000  # pictures of one of KID's subsets, or half of them where there are fewer
+PICKED = ("fd", "kid", "paired")
+METRICS = (*PICKED, "prdc", "vendi", "diversity", "cmmd", "pixels", "lpips")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What is known of the pictures of one row.
+
+    Args:
+        name, role: as the report shows them; the row of role `teacher` that comes first is what others differ from.
+        features: (N, D), in the order of prompts and noises that all rows have.
+        scores: one number a picture, (N,), by name: clip, psnr, ssim, lpips.
+        cost: as the report shows it; `seconds_per_image` among it.
+        facts: what else the report says of the row.
+        reasons: why its figures are no more than a hint.
+    """
+
+    name: str
+    role: str
+    features: Tensor
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    cost: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    reasons: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What the rows are compared with.
+
+    Args:
+        stats: the Gaussian of its features.
+        features: (M, D), or None where only the Gaussian is known.
+        paired: whether picture i is of the rows' prompt i; a block then leaves both sides.
+        facts: kind, path, sha256, n, as the report shows them.
+    """
+
+    stats: Stats
+    features: Tensor | None
+    paired: bool
+    facts: Mapping[str, Any]
+
+
+def measured(
+    rows: Sequence[Sampled],
+    reference: Reference,
+    key: str,
+    metrics: Collection[str] = PICKED,
+    prompt_index: Tensor | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of `eval.json`, in their order.
+
+    Args:
+        key: `fid` or `fd`, as the features' identity says.
+        metrics: of `METRICS`; the distance is always there.
+        prompt_index: (N,) which prompt a picture is of, for `diversity`.
+    """
+    sizes = block_sizes(len(rows[0].features), BLOCKS)
+    if reference.paired:
+        assert reference.features is not None
+        distances = replicates([row.features for row in rows], reference.features, BLOCKS)
+    else:  # one by one: each is in memory, in double precision
+        distances = torch.cat([replicates([row.features], reference.stats, BLOCKS) for row in rows])
+    first = next((i for i, row in enumerate(rows) if row.role == "teacher"), None)
+    floor = None if reference.paired else noise_floor(reference.stats, len(rows[0].features))
+    if reference.paired and first is not None:
+        floor = distances[first, 0].item()
+    found = []
+    for i, row in enumerate(rows):
+        n, dim = row.features.shape
+        own = interval(distances[i], sizes)
+        shift = (row.features.double().mean(0) - reference.stats.mean).square().sum().item()
+        value: dict[str, Any] = {
+            **told(own),
+            "bias_corrected": own.corrected if n >= ENOUGH * dim else None,
+            "mean_term": shift,
+            "cov_term": own.value - shift,
+            "noise_floor": floor,
+        }
+        figures = {key: value} | _of_features(row, reference, metrics, prompt_index) | _of_scores(row)
+        if first is not None and i != first:
+            figures |= _beside(row, rows[first], metrics, prompt_index)
+            figures["delta_vs_teacher"] = {key: told(interval(distances[i] - distances[first], sizes))}
+            if "clip" in row.scores:
+                gap = difference_of_means(row.scores["clip"], rows[first].scores["clip"], BLOCKS)
+                figures["delta_vs_teacher"]["clip_score"] = told(gap)
+        cost = dict(row.cost)
+        if first is not None and cost.get("seconds_per_image"):
+            cost["speedup_vs_teacher"] = rows[first].cost["seconds_per_image"] / cost["seconds_per_image"]
+        found.append(
+            {"name": row.name, "role": row.role, **row.facts, "n": n, "metrics": figures, "cost": cost}
+            | {"comparable": not row.reasons, "comparable_reasons": list(row.reasons)}
+        )
+    return _finite(found)
+
+
+def told(value: Interval) -> dict[str, Any]:
+    """An interval as `eval.json` has it."""
+    return {"value": value.value, "ci95": [value.low, value.high], "ci_method": f"jackknife-{BLOCKS}"}
+
+
+def _of_features(
+    row: Sampled, reference: Reference, metrics: Collection[str], prompt_index: Tensor | None
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if reference.features is not None and "kid" in metrics:
+        size = min(SUBSET, len(row.features) // 2, len(reference.features) // 2)
+        own = kid(row.features, reference.features, subset_size=size)
+        found["kid"] = {"value": own.value, "std": own.std, "subsets": 100, "subset_size": size, "seed": 0}
+    if reference.features is not None and "prdc" in metrics:
+        found["prdc"] = prdc(reference.features, row.features)._asdict() | {"k": 5}
+    if reference.features is not None and "cmmd" in metrics:
+        found["cmmd"] = cmmd(row.features, reference.features)
+    if "vendi" in metrics:
+        found["vendi"] = vendi(row.features)
+    if prompt_index is not None and "diversity" in metrics:
+        found["diversity"] = diversity(row.features, prompt_index)
+    return found
+
+
+def _of_scores(row: Sampled) -> dict[str, Any]:
+    if "clip" not in row.scores:
+        return {}
+    own = mean_interval(row.scores["clip"], BLOCKS)
+    stderr = row.scores["clip"].double().std().item() / math.sqrt(len(row.features))
+    return {"clip_score": told(own) | {"stderr": stderr, "scale": 100}}
+
+
+def _beside(row: Sampled, teacher: Sampled, metrics: Collection[str], prompt_index: Tensor | None) -> dict[str, Any]:
+    """What compares each picture, or each prompt's pictures, with the teacher's."""
+    pairs = {name: row.scores[name].mean().item() for name in ("psnr", "ssim", "lpips") if name in row.scores}
+    if "paired" in metrics:
+        pairs["features"] = paired(row.features, teacher.features)
+    found: dict[str, Any] = {"paired": pairs} if pairs else {}
+    if prompt_index is not None and "diversity" in metrics:
+        found["diversity_vs_teacher"] = diversity(row.features, prompt_index) / diversity(
+            teacher.features, prompt_index
+        )
+    return found
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

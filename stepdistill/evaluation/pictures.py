@@ -1,0 +1,296 @@
+"""Pictures that are already there: a folder, a zip or an array, read lazily in one order, as uint8."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import zipfile
+import zlib
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import IO, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from PIL import Image
+from torch import Tensor
+
+from stepdistill.data.images import flatten
+from stepdistill.errors import DataError, problem
+
+logger = logging.getLogger(__name__)
+SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
+CHUNK = 1 << 20  # bytes that are hashed at once
+NAMED = 10  # skipped pictures that the warning names
+SKIPPED = 0.01  # largest share of pictures that may be unreadable
+Wanted = Callable[[int], bool]  # of a picture's number
+
+
+class Batch(NamedTuple):
+    """Some pictures.
+
+    Args:
+        k: its number, from 0.
+        numbers: places in the source's order, from 0; a picture that was skipped leaves a gap.
+        names: file names relative to the source.
+        pictures: uint8 (B, 3, H, W).
+    """
+
+    k: int
+    numbers: list[int]
+    names: list[str]
+    pictures: Tensor
+
+
+class Pictures:
+    """The pictures of a source, sorted by name; memory does not grow with their number.
+
+    Grey becomes RGB, transparency lies over white; EXIF orientation is ignored, as other tools do. Raises DataError.
+
+    Args:
+        source: a folder, with all below it, or a `.zip` of png, jpg, jpeg, webp and bmp files; a `.npz` (ADM's and
+            EDM's samples) whose first uint8 array (N, H, W, 3) is taken; or such an array as `.npy`.
+        eval_res: side in pixels; the middle is cut out and resized to it by PIL's Lanczos filter, as in DMD2's COCO
+            protocol.
+
+    Attributes:
+        skipped: name and reason of each unreadable picture of the last pass; more than 1 % of them is an error.
+    """
+
+    def __init__(self, source: Path, eval_res: int | None = None) -> None:
+        if eval_res is not None and eval_res < 1:
+            raise ValueError(f"Pictures got eval_res={eval_res}, expected 1 or more: it is a side in pixels; use 256")
+        self.source, self.eval_res = source, eval_res
+        self.skipped: list[tuple[str, str]] = []
+        self._stored = _stored(source)
+        self._names = self._stored.names
+        if len(self) < 2:
+            got = f"{len(self)} pictures in {source}"
+            todo = f"check the path and the suffixes ({', '.join(SUFFIXES)}), or draw more"
+            raise DataError(problem(got, "two or more", "one picture has no covariance", todo))
+        lossy = sum(name.lower().endswith((".jpg", ".jpeg")) for name in self._names)
+        if lossy:
+            logger.warning("%d of %d pictures in %s are JPEG: what it loses moves FID", lossy, len(self), source)
+
+    def __len__(self) -> int:
+        """How many there are, readable or not."""
+        return len(self._names)
+
+    def batches(self, size: int = 64, wanted: Container[int] | None = None) -> Iterator[Batch]:
+        """Batch k has the readable ones of the pictures k size to (k + 1) size; one warning names what was skipped.
+
+        Args:
+            wanted: the k of batches that are read, in order; None is all.
+
+        Raises:
+            DataError: too many are unreadable, or two have different sizes after that.
+        """
+        self.skipped = []
+        first, held, end = None, list[tuple[int, str, Tensor]](), len(self) - 1
+        images = self._stored.images(lambda number: wanted is None or number // size in wanted)
+        for number, (name, image) in enumerate(zip(self._names, images, strict=True)):
+            pixels = None if image is None else self._pixels(name, image)
+            if pixels is not None:
+                first = first or (name, pixels.shape)
+                if pixels.shape != first[1]:
+                    raise DataError(self._unequal(first[0], first[1], name, pixels.shape))
+                held.append((number, name, pixels))
+            if number % size == size - 1 or number == end:
+                if wanted is None or number // size in wanted:
+                    yield _batch(number // size, held)
+                held = []
+        if self.skipped:
+            named = "; ".join(": ".join(pair) for pair in self.skipped[:NAMED])
+            named += " ..." if len(self.skipped) > NAMED else ""
+            logger.warning("%d of %d pictures in %s skipped: %s", len(self.skipped), len(self), self.source, named)
+
+    def sha256(self) -> str:
+        """Hex digest of names and files, `eval_res` left aside: a folder and a zip of it have the same."""
+        return self._stored.sha256()
+
+    def _pixels(self, name: str, image: Image.Image | Exception) -> Tensor | None:
+        """(3, H, W); None where it was skipped."""
+        if isinstance(image, Image.Image):
+            return torch.from_numpy(np.array(fitted(image, self.eval_res))).permute(2, 0, 1).contiguous()
+        self.skipped.append((name, f"{type(image).__name__}: {image}"))
+        if len(self.skipped) > SKIPPED * len(self):
+            got = f"{len(self.skipped)} unreadable of {len(self)} pictures in {self.source}, such as {name} ({image})"
+            why, todo = "the rest are no longer the same set", "make those again, or take them out"
+            raise DataError(problem(got, f"{SKIPPED:.0%} at most", why, todo))
+        return None
+
+    def _unequal(self, first: str, one: Sequence[int], second: str, other: Sequence[int]) -> str:
+        got = f"{first} with {one[2]} x {one[1]} pixels and {second} with {other[2]} x {other[1]} in {self.source}"
+        todo = "choose an eval_res, such as 256: the middle of each is cut out and resized to it"
+        return problem(got, "one size", "how they are made equal changes the distance", todo)
+
+
+def fitted(image: Image.Image, side: int | None) -> Image.Image:
+    """The middle of a picture, a square of its shorter side, resized to `side` by PIL's Lanczos filter; None leaves it
+    whole."""
+    if side is None:
+        return image
+    short = min(image.size)
+    # round, as the protocol does: half a pixel off is another picture
+    left, top = (round((length - short) / 2) for length in image.size)
+    square = image.crop((left, top, left + short, top + short))
+    return square.resize((side, side), Image.Resampling.LANCZOS)
+
+
+class _Stored(Protocol):
+    """Where pictures lie: their names, and each decoded in RGB, or the reason why that one is not, or None where its
+    number is not wanted."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    def images(self, wanted: Wanted) -> Iterator[Image.Image | Exception | None]: ...
+
+    def sha256(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Encoded pictures of a folder or a zip."""
+
+    source: Path
+    names: list[str]
+
+    def images(self, wanted: Wanted) -> Iterator[Image.Image | Exception | None]:
+        for number, open_it in enumerate(self._opened()):
+            if not wanted(number):
+                yield None
+                continue
+            try:
+                with open_it() as file, Image.open(file) as image:
+                    found = flatten(image)
+            except Exception as error:  # as many kinds as there are decoders
+                found = error
+            yield found
+
+    def sha256(self) -> str:
+        whole = hashlib.sha256()
+        for name, open_it in zip(self.names, self._opened(), strict=True):
+            try:
+                with open_it() as file:
+                    content = _digest(file)
+            except (OSError, zipfile.BadZipFile, zlib.error):  # one that will be skipped
+                content = b"unreadable"
+            whole.update(name.encode("utf-8", "surrogateescape") + b"\0" + content)
+        return whole.hexdigest()
+
+    def _opened(self) -> Iterator[Callable[[], IO[bytes]]]:
+        if self.source.is_dir():
+            yield from (partial(open, self.source / name, "rb") for name in self.names)
+            return
+        with zipfile.ZipFile(self.source) as archive:
+            yield from (partial(archive.open, name) for name in self.names)
+
+
+@dataclass(frozen=True)
+class _Array:
+    """A uint8 array (N, H, W, 3): of a npy file, or a member of an npz, read row by row."""
+
+    source: Path
+    member: str | None
+    shape: tuple[int, ...]
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [f"{self.source.name}[{i}]" for i in range(self.shape[0])]
+
+    def images(self, wanted: Wanted) -> Iterator[Image.Image | Exception | None]:
+        rows = npy.open_memmap(self.source, mode="r") if self.member is None else self._rows(self.member)
+        try:
+            for number, row in enumerate(rows):
+                yield Image.fromarray(np.asarray(row)) if wanted(number) else None
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise _broken(self.source, error) from error
+
+    def sha256(self) -> str:
+        with self.source.open("rb") as file:
+            return _digest(file).hex()
+
+    def _rows(self, member: str) -> Iterator[np.ndarray]:
+        with zipfile.ZipFile(self.source) as archive, archive.open(member) as file:
+            _header(file)
+            for i in range(self.shape[0]):
+                row = file.read(prod(self.shape[1:]))
+                if len(row) < prod(self.shape[1:]):
+                    raise EOFError(f"{member} ends in picture {i} of {self.shape[0]}")
+                yield np.frombuffer(row, dtype=np.uint8).reshape(self.shape[1:])
+
+
+def _stored(source: Path) -> _Stored:
+    if source.is_dir():
+        names = (file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file())
+        return _Files(source, _pictures(names))
+    suffix = source.suffix.lower()
+    if suffix not in (".zip", ".npz", ".npy") or not source.is_file():
+        got = f"{source}{'' if source.exists() else ', which is not there'}"
+        raise DataError(problem(got, "a folder, .zip, .npz or .npy", "pictures are read from it", "check the path"))
+    try:
+        if suffix == ".npy":
+            array = npy.open_memmap(source, mode="r")
+            return _Array(source, None, _checked(source, {source.name: (array.shape, False, array.dtype)})[1])
+        with zipfile.ZipFile(source) as archive:
+            if suffix == ".zip":
+                return _Files(source, _pictures(name for name in archive.namelist() if not name.endswith("/")))
+            return _Array(source, *_checked(source, _headers(archive)))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _broken(source, error) from error
+
+
+def _pictures(names: Iterator[str]) -> list[str]:
+    """Those of pictures, sorted, without what file managers hide or add."""
+    shown = (name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
+    return sorted(name for name in shown if name.lower().rpartition(".")[2] in SUFFIXES)
+
+
+_Header = tuple[tuple[int, ...], bool, np.dtype]
+
+
+def _headers(archive: zipfile.ZipFile) -> dict[str, _Header]:
+    found = {}
+    for name in archive.namelist():
+        with archive.open(name) as file:
+            found[name] = _header(file)
+    return found
+
+
+def _header(file: IO[bytes]) -> _Header:
+    """Shape, whether it is in Fortran order, and type; the file is left at the data."""
+    version = npy.read_magic(file)
+    return npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
+
+
+def _checked(source: Path, headers: dict[str, _Header]) -> tuple[str, tuple[int, ...]]:
+    """Name and shape of the first array that holds pictures."""
+    for name, (shape, fortran, dtype) in headers.items():
+        if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and 0 not in shape and not fortran:
+            return name, shape
+    listed = ", ".join(f"{name} {dtype} {shape}" for name, (shape, _, dtype) in headers.items())
+    got, expected = f"{source} with {listed or 'no array'}", "a uint8 array (N, H, W, 3) in C order"
+    todo = "give statistics (mu, sigma) as the reference instead, or convert the pictures"
+    raise DataError(problem(got, expected, "other ranges and layouts cannot be told apart safely", todo))
+
+
+def _broken(source: Path, error: Exception) -> DataError:
+    why, todo = f"{type(error).__name__}: {error}", "make or fetch it again"
+    return DataError(problem(source, "a whole, readable file", why, todo))
+
+
+def _digest(file: IO[bytes]) -> bytes:
+    found = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        found.update(chunk)
+    return found.digest()
+
+
+def _batch(k: int, held: list[tuple[int, str, Tensor]]) -> Batch:
+    pictures = torch.stack([each[2] for each in held]) if held else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    return Batch(k, [each[0] for each in held], [each[1] for each in held], pictures)

@@ -1,0 +1,89 @@
+"""What published figures were measured under, and how far an evaluation is from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stepdistill.metrics.identity import Identity
+from stepdistill.metrics.resize import Resize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """The settings that a figure depends on, of a paper or of nobody.
+
+    Args:
+        name: what the report calls it.
+        n: pictures; None is any number.
+        features: name of the extractor, as `stepdistill.metrics.extractors.extractor` has it.
+        resize: of the pictures, to the extractor's size.
+        eval_res: side in pixels that pictures of both sides are cropped and resized to before; None leaves them.
+        reference: what the reference must be, in words; empty for anything.
+        clip: the CLIP that the score is by; empty for any.
+        prefix: before each prompt in the CLIP score.
+        guide: whether figures under it are no more than a hint.
+    """
+
+    name: str
+    n: int | None = None
+    features: str = "efficientnet-lite0"
+    resize: Resize = "clean"
+    eval_res: int | None = None
+    reference: str = ""
+    clip: str = ""
+    prefix: str = ""
+    guide: bool = False
+
+    def deviations(self, n: int, identity: Identity, eval_res: int | None, kind: str) -> list[str]:
+        """What of an evaluation is not as the protocol has it, in words; of a protocol of nobody, that."""
+        if self.guide:
+            return [f"protocol {self.name} is of no paper"]
+        found = []
+        if self.n is not None and n != self.n:
+            found.append(f"n={n} (protocol {self.n})")
+        if identity.key != "fid":
+            found.append(f"features {identity.id} are not FID's Inception")
+        if identity.resize != self.resize:
+            found.append(f"resize {identity.resize} (protocol {self.resize})")
+        if eval_res != self.eval_res:
+            found.append(f"eval_res {eval_res} (protocol {self.eval_res})")
+        if self.reference and kind == "teacher":
+            found.append(f"the reference is the teacher (protocol: {self.reference})")
+        return found
+
+
+# The sizes, crops and prefixes of the coco protocols are those of DMD2's evaluation (Yin et al. 2024,
+# https://arxiv.org/abs/2405.14867), those of imagenet64-edm of EDM's (Karras et al. 2022,
+# https://arxiv.org/abs/2206.00364).
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(name="none", guide=True),
+        Protocol(name="quick", n=256, guide=True),
+        Protocol(
+            name="coco30k-dmd2",
+            n=30_000,
+            features="inception",
+            eval_res=256,
+            reference="all pictures of COCO 2014's validation set",
+            clip="laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
+            prefix="A photo depicts ",
+        ),
+        Protocol(
+            name="coco10k-sdxl",
+            n=10_000,
+            features="inception",
+            eval_res=512,
+            reference="the 10,000 pictures of COCO 2014's validation set that belong to the prompts",
+            clip="laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
+            prefix="A photo depicts ",
+        ),
+        Protocol(
+            name="imagenet64-edm",
+            n=50_000,
+            features="inception",
+            resize="tf1",
+            reference="EDM's statistics imagenet-64x64.npz",
+        ),
+    )
+}

@@ -1,0 +1,131 @@
+"""An evaluation's folder: `eval.json`, `rows.csv`, `report.html`, `per_sample.jsonl`, sheets and statistics."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+import stepdistill
+from stepdistill.evaluation.measure import Reference
+from stepdistill.evaluation.page import page
+from stepdistill.evaluation.protocol import Protocol
+from stepdistill.evaluation.store import Store, write
+from stepdistill.evaluation.table import SCHEMA, flat, read, write_csv
+from stepdistill.metrics.identity import Identity
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+def document(
+    identity: Identity,
+    reference: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    protocol: Mapping[str, Any],
+    **more: object,
+) -> dict[str, Any]:
+    """The contents of `eval.json`.
+
+    Args:
+        rows: as `stepdistill.evaluation.measure.measured` makes them.
+        more: teacher, prompts, what was left out.
+    """
+    return {
+        "schema": SCHEMA,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "tool": {"stepdistill": stepdistill.__version__} | {name: version(name) for name in LIBRARIES},
+        "host": host(),
+        "teacher": None,
+        "prompts": None,
+        **more,
+        "features": {"id": identity.id, "key": identity.key, **vars(identity)},
+        "reference": dict(reference),
+        "protocol": dict(protocol),
+        "rows": [dict(row) for row in rows],
+        "exit_reason": "ok",
+    }
+
+
+def host() -> dict[str, Any]:
+    """What it ran on."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "world_size": PartialState().num_processes,
+        "threads": torch.get_num_threads(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32 if cuda else False,
+    }
+
+
+def under(
+    protocol: Protocol, identity: Identity, n: int, side: int | None, kind: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The protocol as the report shows it, and why figures are no more than a hint.
+
+    Args:
+        side: in pixels that pictures were cropped and resized to; None left them.
+        kind: of the reference.
+    """
+    deviations = protocol.deviations(n, identity, side, kind)
+    return {"name": protocol.name, "met": not deviations, "deviations": deviations}, deviations + identity.reasons()
+
+
+def samples(stores: Mapping[str, Store], prompts: Sequence[str] | None, seed: int | None, file: Path) -> None:
+    """Write `per_sample.jsonl`: a line a picture, with every score that it has."""
+    lines = []
+    for name, store in stores.items():
+        for k, unit in enumerate(store.told()):
+            kept = [i for i in store.rows(k) if i not in unit["skipped"]]
+            scores = {key: value for key, value in unit.items() if isinstance(value, list) and len(value) == len(kept)}
+            for at, i in enumerate(kept):
+                line: dict[str, Any] = {"row": name, "index": i}
+                line |= {"prompt": prompts[i], "seed": seed} if prompts else {}
+                lines.append(json.dumps(line | {key: value[at] for key, value in scores.items() if key in SCORES}))
+    write(file, "\n".join(lines))
+
+
+SCORES = ("clip", "psnr", "ssim", "lpips")  # what a unit tells of single pictures
+
+
+def finish(folder: Path, found: Mapping[str, Any], stores: Mapping[str, Store], reference: Reference) -> None:
+    """Write what depends on all rows."""
+    write(folder / "eval.json", json.dumps(found, indent=1))
+    evaluation = read(folder)
+    write_csv(flat([evaluation]), folder / "rows.csv")
+    write(folder / "report.html", page([evaluation], folder.resolve().name))
+    (folder / "stats").mkdir(exist_ok=True)
+    for name, store in stores.items():
+        facts = {"features_id": found["features"]["id"], "row": name}
+        store.stats().save(folder / "stats" / f"{store.folder.name}.npz", facts)
+    reference.stats.save(folder / "stats" / "reference.npz", {"features_id": found["features"]["id"]})
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """The rows of `eval.json` for a terminal."""
+    width = max(len(row["name"]) for row in found["rows"])
+    texts = [f"{found['features']['key']} on {found['features']['id']}, reference: {found['reference']['path']}"]
+    for row in found["rows"]:
+        metrics, cost = row["metrics"], row["cost"]
+        key = found["features"]["key"]
+        parts = [f"{row['name']:<{width}}", f"n {row['n']}", f"{key} {_brief(metrics[key])}"]
+        if "delta_vs_teacher" in metrics:
+            parts.append(f"excess {_brief(metrics['delta_vs_teacher'][key])}")
+        if "clip_score" in metrics:
+            parts.append(f"clip {_brief(metrics['clip_score'])}")
+        if cost:
+            parts.append(
+                f"calls {cost['calls']:g}  nfe {cost['nfe']:g}  {1000 * cost['seconds_per_image']:.2f} ms an image"
+            )
+        texts.append("  ".join(parts))
+    return texts
+
+
+def _brief(value: Mapping[str, Any]) -> str:
+    low, high = value["ci95"]
+    return f"{value['value']:.4g} [{low:.4g}, {high:.4g}]"

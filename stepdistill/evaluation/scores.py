@@ -1,0 +1,77 @@
+"""What is measured of single pictures beside their features: CLIP score, and likeness to the teacher's picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stepdistill.errors import EvaluationError, MissingWeights, problem
+from stepdistill.evaluation.fill import Score
+from stepdistill.evaluation.store import Store
+from stepdistill.metrics.clip import clip
+from stepdistill.metrics.clip_score import clip_scores
+from stepdistill.metrics.perceptual import lpips
+
+
+def against_prompts(name: str, prompts: Sequence[str], prefix: str, device: torch.device) -> Score:
+    """CLIP scores of pictures with their prompts. Raises MissingWeights.
+
+    Args:
+        name: folder or hub id of the CLIP.
+        prompts: of every picture, by number.
+    """
+    try:
+        model = clip(name, device)
+    except OSError as error:
+        raise MissingWeights(
+            f"the CLIP score needs {name}, which is no folder, not in the Hugging Face cache, and could not be "
+            f"downloaded: {str(error).splitlines()[0]}\n"
+            f"Copy the folder (`hf download {name} --local-dir PATH`) from a connected machine and pass\n"
+            "  --clip PATH\nor leave the score out."
+        ) from error
+
+    def score(pictures: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
+        return {"clip": clip_scores(model, pictures, [prompts[i] for i in numbers], prefix).tolist()}
+
+    return score
+
+
+def against_teacher(teacher: Store) -> Score:
+    """PSNR in dB and SSIM (Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861) of pictures and the teacher's, by
+    torchmetrics. Raises EvaluationError where that is not installed."""
+    try:
+        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+    except ImportError as error:
+        why, todo = "they are torchmetrics'", "pip install 'stepdistill[fid]', or leave `pixels` out"
+        raise EvaluationError(problem(f"metric pixels, and {error}", "torchmetrics", why, todo)) from error
+
+    def score(pictures: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
+        a, b = pictures.double(), _same(teacher, numbers).double()
+        psnr = peak_signal_noise_ratio(a, b, data_range=255.0, reduction="none", dim=(1, 2, 3))
+        ssim = structural_similarity_index_measure(a, b, data_range=255.0, reduction="none")
+        assert isinstance(ssim, Tensor)
+        # equal pictures have infinite PSNR, which JSON cannot hold: one grey level in one value is the next best
+        best = 10 * math.log10(255.0**2 * pictures[0].numel())
+        return {"psnr": psnr.clamp(max=best).tolist(), "ssim": ssim.tolist()}
+
+    return score
+
+
+def perceptual(teacher: Store, device: torch.device) -> Score:
+    """LPIPS (AlexNet) of pictures and the teacher's. Raises ConfigError where its weights are not there."""
+    network = lpips("alex", device)
+
+    @torch.no_grad()
+    def score(pictures: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
+        a, b = (each.to(device).float() / 127.5 - 1 for each in (pictures, _same(teacher, numbers)))
+        return {"lpips": network(a, b).tolist()}
+
+    return score
+
+
+def _same(teacher: Store, numbers: Sequence[int]) -> Tensor:
+    """The teacher's pictures of the same prompts and noises."""
+    return teacher.pictures(range(numbers[0], numbers[-1] + 1))

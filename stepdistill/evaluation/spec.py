@@ -1,0 +1,116 @@
+"""What is to be evaluated, as the commands say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from stepdistill.errors import ConfigError, problem
+from stepdistill.evaluate import SEED_A, SEED_B
+from stepdistill.evaluation.measure import METRICS, PICKED
+from stepdistill.evaluation.protocol import PROTOCOLS, Protocol
+from stepdistill.metrics.extractors import Weights
+from stepdistill.metrics.resize import Resize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """How pictures are measured, wherever they come from.
+
+    Args:
+        reference: `teacher`, statistics (.npz), or pictures (a folder, .zip, .npz or .npy).
+        protocol: a name of `PROTOCOLS`; it says what is None below.
+        features: name of the extractor.
+        resize: how pictures are brought to the extractor's size.
+        eval_res: side in pixels that all pictures are cropped and resized to before.
+        metrics: of `METRICS`.
+        clip: folder or hub id of the CLIP of the CLIP score; None leaves the score out.
+        weights: files of extractors.
+        allow_unknown_weights: measure with Inception weights that are not FID's, as `fd`.
+        feature_batch: pictures that the extractor takes at once, and that make a unit.
+        feature_dtype: of the extractor.
+        device: of everything; None is the first accelerator, or the CPU.
+        strict: fail where a row is not comparable.
+    """
+
+    output_dir: Path
+    reference: str = "teacher"
+    protocol: str = "none"
+    features: str | None = None
+    resize: Resize | None = None
+    eval_res: int | None = None
+    metrics: tuple[str, ...] = PICKED
+    clip: str | None = None
+    weights: Weights = field(default_factory=Weights)
+    allow_unknown_weights: bool = False
+    feature_batch: int = 64
+    feature_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    device: str | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        odd = [name for name in self.metrics if name not in METRICS]
+        if odd:
+            todo = "leave them out; the CLIP score comes with --clip"
+            raise ConfigError(problem(f"metrics {odd}", f"some of {list(METRICS)}", "there are no others", todo))
+        if self.protocol not in PROTOCOLS:
+            got, why = f"protocol {self.protocol!r}", "a protocol is what a paper's figures were measured under"
+            raise ConfigError(problem(got, f"one of {list(PROTOCOLS)}", why, "name one, or leave it out"))
+        if self.feature_batch < 1:
+            raise ConfigError(
+                problem(f"feature_batch={self.feature_batch}", "1 or more", "pictures go through in batches", "use 64")
+            )
+
+    @property
+    def under(self) -> Protocol:
+        """The protocol."""
+        return PROTOCOLS[self.protocol]
+
+    @property
+    def side(self) -> int | None:
+        """What pictures are cropped and resized to before anything else."""
+        return self.under.eval_res if self.eval_res is None else self.eval_res
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws(Measures):
+    """What is drawn, and how it is measured.
+
+    Args:
+        teacher: a pipeline folder, hub id, `.safetensors` file or bundled name.
+        students: student folders or hub ids.
+        family: module of stepdistill.families; None reads it from the students, or the pipeline.
+        prompts: a file; None is the bundled set.
+        num: pictures a row; None is the protocol's number, or one of each prompt. Prompts are taken in turn.
+        seed: of every row's noises.
+        reference_seed: of the teacher's pictures that all are compared with.
+        steps: of the students, and of the teacher beside them; none are the students' own numbers.
+        guidance: scales of the students; none are their own.
+        teacher_steps: of the teacher at its best.
+        teacher_guidance: of the teacher.
+        batch: pictures drawn at once.
+        dtype: of the pipeline.
+        save_pictures: every picture as PNG.
+        columns: pictures of a row in the sheets.
+        latency: repetitions of one picture alone, timed; 0 for none.
+        export: folders that other benchmarks score.
+    """
+
+    teacher: str
+    students: tuple[str, ...] = ()
+    family: str | None = None
+    prompts: Path | None = None
+    num: int | None = None
+    seed: int = SEED_B
+    reference_seed: int = SEED_A
+    steps: tuple[int, ...] = ()
+    guidance: tuple[float, ...] = ()
+    teacher_steps: int = 50
+    teacher_guidance: float = 7.5
+    batch: int = 8
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    save_pictures: bool = False
+    columns: int = 8
+    latency: int = 0
+    export: Literal["geneval", "t2i-compbench"] | None = None

@@ -1,0 +1,160 @@
+"""What an evaluation has of its pictures: features in a memory map, and what each unit of them cost and scored.
+
+A unit is as many consecutive pictures as the feature extractor takes at once. It is whole or not there, whatever ends
+the run; any number of processes make the same units, since nothing of a unit depends on another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepdistill.errors import EvaluationError, problem
+from stepdistill.metrics.stats import FeatureStats, Stats
+
+FACTS, FEATURES, PICTURES = "facts.json", "features.npy", "pictures.npy"
+PART = 4096  # rows that are in memory at once
+
+
+@dataclass(frozen=True)
+class Store:
+    """The units of one row of a report, in a folder of its own.
+
+    Args:
+        folder: where they are kept.
+        n: pictures in all.
+        unit: pictures of a unit; the last may have fewer.
+        dim: features of a picture.
+        kept: of how many pictures, from the first on, the pixels are kept, too.
+    """
+
+    folder: Path
+    n: int
+    unit: int
+    dim: int
+    kept: int = 0
+
+    def open(self, facts: Mapping[str, object], leader: bool = True) -> None:
+        """Make the folder, or go on in it where it is of the same facts.
+
+        Args:
+            facts: all that features, costs and scores depend on, as JSON.
+            leader: whether this process makes the files; the others come after it.
+
+        Raises:
+            EvaluationError: what lies there is of other facts.
+        """
+        file, known = self.folder / FACTS, json.loads(json.dumps(dict(facts)))
+        if file.exists():
+            found = json.loads(file.read_text())
+            odd = sorted(key for key in found.keys() | known.keys() if found.get(key) != known.get(key))
+            if odd:
+                got = f"{self.folder}, which was begun with other {', '.join(odd)}"
+                why = "its pictures would be mixed with those of this evaluation"
+                raise EvaluationError(problem(got, "the same", why, "name another output folder, or remove this one"))
+        if not leader:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / FEATURES).exists():
+            _fresh(self.folder / FEATURES, np.dtype(np.float32), (self.n, self.dim))
+        write(file, json.dumps(known, indent=1))
+
+    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
+        """The numbers of the units that process `rank` of `world` has to make."""
+        return [k for k in range(-(-self.n // self.unit))[rank::world] if not self._file(k).exists()]
+
+    def rows(self, k: int) -> range:
+        """The numbers of the pictures of unit k."""
+        return range(k * self.unit, min(self.n, (k + 1) * self.unit))
+
+    def put(self, k: int, pictures: Tensor, features: Tensor, told: Mapping[str, object]) -> None:
+        """Keep unit k: features (B, dim) float32 of pictures (B, 3, H, W) uint8, and what is told of it as JSON; lists
+        in it have an entry a picture, but for `skipped`, the numbers of those without.
+
+        Raises ValueError for another number of features.
+        """
+        rows = self.rows(k)
+        if features.shape != (len(rows), self.dim):
+            raise ValueError(
+                f"unit {k} got features {tuple(features.shape)}, expected {(len(rows), self.dim)}: one row a picture; "
+                "look at the extractor"
+            )
+        self._write(FEATURES, rows.start, features)
+        if rows.start < self.kept:
+            if not (self.folder / PICTURES).exists():
+                _fresh(self.folder / PICTURES, np.dtype(np.uint8), (self.kept, *pictures.shape[1:]))
+            self._write(PICTURES, rows.start, pictures[: self.kept - rows.start])
+        write(self._file(k), json.dumps(dict(told)))  # last: it says that the unit is whole
+
+    def features(self) -> Tensor:
+        """All features (n, dim) float32, without those of skipped pictures: pages of the file, read when they are used.
+
+        Raises EvaluationError where a unit is missing.
+        """
+        missing = self.missing()
+        if missing:
+            got = f"{len(missing)} of {-(-self.n // self.unit)} units missing in {self.folder}"
+            raise EvaluationError(problem(got, "all", "a distance is over all pictures", "run it again: it goes on"))
+        found = torch.from_numpy(np.load(self.folder / FEATURES, mmap_mode="c"))
+        skipped = {i for unit in self.told() for i in unit["skipped"]}
+        return found[[i for i in range(self.n) if i not in skipped]] if skipped else found
+
+    def stats(self) -> Stats:
+        """The Gaussian of all features, read part by part where there are many. Raises EvaluationError."""
+        found = self.features()
+        if len(found) < found.shape[1]:
+            return Stats.of(found)
+        sums = FeatureStats(found.shape[1])
+        for part in found.split(PART):
+            sums.update(part)
+        return sums.stats()
+
+    def pictures(self, rows: range) -> Tensor:
+        """The kept pictures of these numbers, uint8 (B, 3, H, W)."""
+        return torch.from_numpy(np.load(self.folder / PICTURES, mmap_mode="r")[rows.start : rows.stop].copy())
+
+    def told(self) -> Iterator[dict[str, Any]]:
+        """What was told of each unit, in order."""
+        return (json.loads(self._file(k).read_text()) for k in range(-(-self.n // self.unit)))
+
+    def note(self, name: str, facts: Mapping[str, object]) -> None:
+        """Keep something else that is known of all pictures, as JSON."""
+        write(self.folder / name, json.dumps(dict(facts)))
+
+    def noted(self, name: str) -> dict[str, Any] | None:
+        """What `note` kept, if anything."""
+        file = self.folder / name
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def _file(self, k: int) -> Path:
+        return self.folder / f"unit-{k:05d}.json"
+
+    def _write(self, name: str, start: int, values: Tensor) -> None:
+        kept = np.load(self.folder / name, mmap_mode="r+")
+        kept[start : start + len(values)] = values.numpy()
+        kept.flush()
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file that is whole or not there."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text + "\n")
+    part.replace(file)
+
+
+def _fresh(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """An empty array in a file, unless another process made it in the meantime."""
+    part = file.with_name(f"{file.name}.{os.getpid()}")
+    np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape).flush()
+    with suppress(FileExistsError):
+        os.link(part, file)
+    part.unlink()

@@ -1,0 +1,147 @@
+"""Who is drawn: a teacher and its students, each in some numbers of steps and at some scales of guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from stepdistill import config, families, student
+from stepdistill.adapters import GuidedCall
+from stepdistill.contract import STUDENTS, Contract, is_multi, read_contract, teacher
+from stepdistill.errors import ConfigError, problem
+from stepdistill.evaluate import Row, generate, network_of, student_row, teacher_row
+from stepdistill.families.base import Family
+from stepdistill.methods.base import Method
+from stepdistill.metrics.cost import Cost
+from stepdistill.multi import Students, generate_each
+from stepdistill.template import find, heirs
+
+Role = Literal["reference", "teacher", "student"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to draw, a row of the report.
+
+    Args:
+        name: what the report calls it.
+        role: `reference` is the teacher under other noises, which the rows are compared with.
+        student: the student's folder or hub id; None is the teacher.
+        steps: None is the student's own number.
+        guidance: None is the student's own scale.
+        seed: of the noises.
+    """
+
+    name: str
+    role: Role
+    student: str | None
+    steps: int | None
+    guidance: float | None
+    seed: int
+
+
+def contract_of(place: str) -> Contract:
+    """The contract of a student, of several the first one's."""
+    folder = student.folder_of(place)
+    return read_contract(folder / STUDENTS / "0" if is_multi(folder) else folder)
+
+
+def family_of(place: str, kind: str | None, contracts: Sequence[Contract]) -> Family:
+    """The family of a teacher: of `kind`, else that of its students, else the one with its class of pipeline.
+
+    Args:
+        place: a pipeline folder, a hub id, a `.safetensors` file or the name of a bundled teacher.
+        kind: a module of stepdistill.families, or a dotted path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if kind is None and contracts:
+        return replace(teacher(contracts[0]), pretrained_teacher_model=place)
+    if kind is not None:
+        return find(Family, kind)(pretrained_teacher_model=place)
+    for module in iter_modules(families.__path__):
+        import_module(f"{families.__name__}.{module.name}")
+    known = {cls.pipeline_class.__name__: cls for cls in heirs(Family)}
+    first = next(iter(known.values()))(pretrained_teacher_model=place)
+    where = first.location()
+    if where.endswith(".safetensors"):
+        todo = f"say --family, one of {sorted(cls.__module__.rpartition('.')[2] for cls in known.values())}"
+        raise ConfigError(problem(f"the single file {place}", "its family", "the file does not name one", todo))
+    index: Any = DiffusionPipeline.load_config(where)
+    if index["_class_name"] not in known:
+        got, why = f"a {index['_class_name']} in {place}", "a family says how its network is called"
+        raise ConfigError(problem(got, f"one of {sorted(known)}", why, "name one by --family, or write it"))
+    return known[index["_class_name"]](pretrained_teacher_model=place)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline that draws as the teacher, or as one student.
+
+    Args:
+        call: the student's own call, or several students; None of the teacher.
+        schedulers: the teacher's, which knows the noise process, and the student's own.
+    """
+
+    family: Family
+    pipe: DiffusionPipeline
+    contract: Contract | None
+    call: Mapping[str, Any] | Students | None
+    schedulers: tuple[Any, Any]
+
+    @staticmethod
+    def load(family: Family, place: str | None, device: torch.device, dtype: torch.dtype) -> Subject:
+        """The teacher, or the student at `place` in a fresh pipeline of it. Raises StudentError, ConfigError."""
+        pipe = family.load()
+        own = pipe.scheduler
+        pipe.to(device)
+        if dtype != torch.float32:  # which it is; Diffusers warns of any cast
+            pipe.to(dtype)
+        call = student.load_student(pipe, place) if place else None
+        return Subject(family, pipe, contract_of(place) if place else None, call, (own, pipe.scheduler))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels: the student's, or what the teacher was trained at."""
+        side = self.family.native_side(self.pipe)
+        return self.contract.resolution if self.contract else (side, side)
+
+    def row(self, way: Way) -> Row:
+        """The way as a scheduler and a call. Raises ConfigError or ValueError where the student cannot be drawn so."""
+        if self.contract is None:
+            assert way.steps is not None and way.guidance is not None
+            return teacher_row(self.family, self.pipe, way.steps, way.guidance, way.name)
+        if way.steps is not None:
+            method = config.read(Method, self.contract.method, f"the method of {way.student}")
+            self.pipe.scheduler = self.schedulers[0]
+            row = replace(student_row(self.family, method, self.pipe, way.steps), name=way.name)
+            self.pipe.scheduler = self.schedulers[1]
+        else:
+            row = Row(way.name, self.schedulers[1], self.contract.call)
+        call = {key: value for key, value in row.call.items() if key not in ("height", "width")}
+        if way.guidance is not None and isinstance(self.call, GuidedCall):
+            self.call.guidance_scale = way.guidance
+        elif way.guidance is not None:
+            call["guidance_scale"] = way.guidance
+        return replace(row, call=call)
+
+    def draw(
+        self, way: Way, row: Row, prompts: Sequence[str], numbers: Sequence[int], batch: int
+    ) -> tuple[Tensor, Cost]:
+        """Pictures (B, 3, H, W) uint8 and their cost, see `stepdistill.evaluate.generate`."""
+        if isinstance(self.call, Students):
+            alike = None if way.steps is way.guidance is None else row  # else each under its own contract
+            return generate_each(self.call, prompts, way.seed, alike, batch, numbers, self.size)
+        return generate(self.pipe, row, prompts, way.seed, batch, numbers=numbers, size=self.size)
+
+    def parameters(self) -> int:
+        """Of the network that draws, with its adapters."""
+        return sum(p.numel() for p in network_of(self.pipe).parameters())

@@ -1,0 +1,135 @@
+"""What a report says in words: what was measured, the best student, and what the numbers do not say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from stepdistill.evaluation.columns import TITLES, Row, digits, number
+from stepdistill.evaluation.table import UNKNOWN, Evaluation, Identity, alike
+
+SHARED = {
+    "teacher": "Their teachers differ: each row's excess and speed-up are over the teacher of its own evaluation.",
+    "prompts": "Their prompts differ: part of a difference between their rows is one of prompts.",
+    "host": "They ran on different hosts: their seconds do not compare.",
+}
+READING = {
+    "excess": "Excess is the distance of a row minus the teacher's, same prompts and seeds, 20-block jackknife on the "
+    "difference. What both share cancels in it: read it rather than the two distances.",
+    "distance_low": "Brackets hold 95 % intervals.",
+    "kid_std": "The ± below KID is the standard deviation over its subsets.",
+    "clip_stderr": "The ± below a CLIP score is its standard error; the plot shows 1.96 of them.",
+    "nfe": "NFE counts evaluations of the network an image: a step with guidance takes two.",
+    "speedup_vs_teacher": "Speed-up is the teacher's seconds an image over the row's.",
+}
+
+
+def about(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
+    """What was measured: labels, each with a text for every evaluation."""
+    each = [_facts(one.facts) for one in evaluations]
+    return [(label, [facts[label] for facts in each]) for label in each[0]]
+
+
+def summary(one: Identity, rows: Iterable[Row]) -> str:
+    """One sentence or a few on the best student of an identity's rows, and how far it is from its teacher."""
+    title = TITLES[one.key]
+    measured = [row for row in rows if row and row["distance"] is not None]
+    students = [row for row in measured if row["role"] == "student"]
+    if not measured:
+        return ""
+    best = min(students or measured, key=lambda row: row["distance"])
+    kind = "student" if students else "row"
+    among = f"Lowest {title} of {len(students or measured)} {kind}{'s' * (len(students or measured) > 1)}"
+    evaluations = f"N {one.n}, features {one.features_id}"
+    text = f"{among} ({evaluations}): {best['name']}, {_with_interval(best, 'distance')}"
+    if best["nfe"] is not None:
+        text += f" in {best['nfe']:g} network evaluation{'s' * (best['nfe'] != 1)} an image"
+    parts = [text, *([_excess(best), _speed(best)] if students else [])]
+    if best["comparable"] is False:
+        parts.append("It does not compare with published values; the notes say why")
+    return ". ".join(filter(None, parts)) + "."
+
+
+def notes(evaluations: Sequence[Evaluation], rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Why values are not comparable, and how the numbers are to be read."""
+    against = [f"Columns are apart for their {text}." for text in alike(evaluations)]
+    for key, text in SHARED.items():
+        if any(one.facts.get(key) != evaluations[0].facts.get(key) for one in evaluations):
+            against.append(text)
+    for one in evaluations:
+        protocol = one.facts.get("protocol") or {}
+        for deviation in protocol.get("deviations") or []:
+            against.append(f"{one.name} deviates from the protocol {protocol.get('name')}: {deviation}.")
+        if one.facts.get("exit_reason") != "ok":
+            against.append(f"{one.name} did not end well ({one.facts.get('exit_reason')}): rows may be missing.")
+    reasons: dict[str, list[int]] = {}
+    for place, row in enumerate(rows, start=1):
+        if row["comparable"] is False:
+            for reason in str(row["comparable_reasons"] or "no reason was recorded").split("; "):
+                reasons.setdefault(reason, []).append(place)
+        if row["n_skipped"]:
+            reasons.setdefault(f"{row['n_skipped']} pictures were skipped", []).append(place)
+    against += [f"{_places(places)}: {reason}." for reason, places in reasons.items()]
+    return against, [text for key, text in READING.items() if any(row[key] is not None for row in rows)]
+
+
+def _facts(facts: Mapping[str, Any]) -> dict[str, str]:
+    protocol = facts.get("protocol") or {}
+    met = ", met" if protocol.get("met") else ", not met: " + ("; ".join(protocol.get("deviations") or []) or UNKNOWN)
+    tools = [f"{name} {version}" for name, version in (facts.get("tool") or {}).items()]
+    return {
+        "Teacher": _listed(facts, "teacher", "{id}", "{steps} steps", "guidance {guidance}", "{scheduler}"),
+        "Prompts": _listed(facts, "prompts", "{source}", "N {n}", "sha256 {sha256:.12}"),
+        "Reference": _listed(facts, "reference", "{kind}", "{path}", "N {n}", "sha256 {sha256:.12}"),
+        "Features": _listed(facts, "features", "{id}", "{dim} dimensions"),
+        "Pictures a row (N)": _values(facts, "n"),
+        "Seed": _values(facts, "seed"),
+        "Protocol": "none" if protocol.get("name") == "none" else f"{protocol.get('name', UNKNOWN)}{met}",
+        "Host": _listed(facts, "host", "{device}", "world size {world_size}"),
+        "Made": ", ".join([str(facts.get("created", UNKNOWN)), *tools]),
+    }
+
+
+def _listed(facts: Mapping[str, Any], key: str, *parts: str) -> str:
+    """The parts of a fact that are known."""
+    found = {name: value for name, value in (facts.get(key) or {}).items() if value is not None}
+    texts = []
+    for part in parts:
+        try:
+            texts.append(part.format_map(found))
+        except KeyError:
+            continue
+    return ", ".join(texts) or "none"
+
+
+def _values(facts: Mapping[str, Any], key: str) -> str:
+    return ", ".join(dict.fromkeys(str(row[key]) for row in facts["rows"] if row.get(key) is not None)) or "none"
+
+
+def _with_interval(row: Row, key: str) -> str:
+    found = [row[key], row[f"{key}_low"], row[f"{key}_high"]]
+    value, low, high = (number(one, digits(found)) for one in found)
+    return value if None in found else f"{value} [{low}, {high}]"
+
+
+def _excess(row: Row) -> str:
+    """Where a student stands beside its teacher; near it only where the interval of the difference says so."""
+    if row["excess"] is None:
+        return "No teacher was measured beside it"
+    value, low, high = _with_interval(row, "excess"), row["excess_low"], row["excess_high"]
+    if low is None or high is None:
+        return f"Its excess over the teacher is {value}, without an interval: it may be chance"
+    if low <= 0 <= high:
+        return f"Its excess over the teacher, {value}, is within the teacher's own spread"
+    if low > 0:
+        return f"Its excess over the teacher is {value}: it is further from the reference than the teacher"
+    return f"Its excess over the teacher is {value}: it is nearer to the reference than the teacher"
+
+
+def _speed(row: Row) -> str:
+    ratio = row["speedup_vs_teacher"]
+    return "" if ratio is None else f"Its speed is {number(ratio, digits([ratio]))} times the teacher's"
+
+
+def _places(places: Sequence[int]) -> str:
+    return f"Row{'s' * (len(places) > 1)} {', '.join(map(str, places))}"

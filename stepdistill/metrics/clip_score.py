@@ -1,0 +1,59 @@
+"""CLIPScore: how well pictures fit their prompts, one number for each picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stepdistill.metrics.clip import Clip
+
+BATCH = 64  # pictures that go through CLIP at once
+
+
+@torch.no_grad()
+def clip_scores(clip: Clip, pictures: Tensor, prompts: Sequence[str], prefix: str = "") -> Tensor:
+    """Scores (N,) in [0, 100], float32 on the CPU: 100 max(cos, 0) of each picture and its prompt.
+
+    Hessel et al. 2021, https://arxiv.org/abs/2104.08718, with torchmetrics' scale of 100 for the paper's 2.5. The mean
+    over pictures is of values at or above zero, where torchmetrics bounds the mean alone. As CLIP's own processor does,
+    the shorter side is resized, the middle cut out; a prompt's tokens beyond the tokenizer's limit (77) are left out.
+    Numbers of different CLIP models, or of different prefixes, are not comparable. Raises TypeError, ValueError.
+
+    Args:
+        pictures: uint8 (N, 3, H, W).
+        prefix: goes before every prompt, such as the paper's "A photo depicts ".
+    """
+    if pictures.dtype != torch.uint8:
+        raise TypeError(
+            f"clip_scores got pictures of {pictures.dtype}, expected uint8 in [0, 255]: [0, 1] and [0, 255] cannot be "
+            "told apart safely; convert float pictures with to_uint8"
+        )
+    if pictures.ndim != 4 or pictures.shape[1] != 3 or 0 in pictures.shape:
+        raise ValueError(
+            f"clip_scores got pictures of shape {tuple(pictures.shape)}, expected (N, 3, H, W), none of them 0: CLIP "
+            "reads RGB, channels first; permute, or repeat a grey channel"
+        )
+    if len(prompts) != len(pictures):
+        raise ValueError(
+            f"clip_scores got {len(pictures)} pictures and {len(prompts)} prompts, expected equal numbers: each "
+            "picture is scored with its own prompt; pass both over the same list"
+        )
+    side = clip.model.config.vision_config.image_size
+    words, cosines = [prefix + prompt for prompt in prompts], []
+    for start in range(0, len(pictures), BATCH):
+        part = torch.stack([_square(picture, side) for picture in pictures[start : start + BATCH].cpu()])
+        cosines.append(clip(part.to(clip.model.device, torch.float32) / 255, words[start : start + BATCH]))
+    return 100 * torch.cat(cosines).clamp(min=0).cpu()
+
+
+def _square(picture: Tensor, side: int) -> Tensor:
+    """uint8 (3, side, side), as CLIP's processor makes it by PIL, so that `clip` has nothing left to resize."""
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    size = [side * length // min(image.size) for length in image.size]
+    left, top = ((length - side) // 2 for length in size)
+    image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,0 +1,214 @@
+"""Features of encoders that were trained for other ends, and of none: DINOv2, CLIP, the pipeline's own VAE, pixels.
+
+Networks from transformers and the VAE are named by the hash of their tensors in float32 (`hash_of`): it is the same
+for a folder, a hub id, and either file format.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from transformers import AutoImageProcessor, CLIPModel, Dinov2Model, PreTrainedModel
+
+from stepdistill.errors import problem
+from stepdistill.metrics.features import BATCH, extract
+from stepdistill.metrics.identity import DTYPES, NO_WEIGHTS, Dtype, Identity, WrongWeights, hash_of
+
+DINO_SIDE = 224
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DINO_SIZES = {384: "s", 768: "b", 1024: "l", 1536: "g"}  # by width
+CLIP_SIZES = {(768, 32, 224): "b32", (1024, 14, 224): "l14", (1024, 14, 336): "l14-336"}  # by width, patch, side
+POOLED = 8  # the side of pooled latents and pixels
+VAE_BATCH = 8  # an encoder's first activations take 128 MiB a picture of 512 pixels
+
+
+class Dinov2:
+    """DINOv2's class token after the last LayerNorm.
+
+    Oquab et al. 2023, https://arxiv.org/abs/2304.07193; FD-DINOv2 is the Frechet distance on it, Stein et al. 2023,
+    https://arxiv.org/abs/2306.04675. Images of any shape become 224 x 224 by antialiased bicubic interpolation.
+
+    Args:
+        name: a folder or hub id. Its config names the `arch`, whatever it is called.
+
+    Raises OSError where there is none, WrongWeights for another model's.
+    """
+
+    def __init__(
+        self, name: str, device: str | torch.device = "cpu", dtype: Dtype = "fp32", batch: int = BATCH
+    ) -> None:
+        net: Any = _pretrained(Dinov2Model, name)
+        width = net.config.hidden_size
+        self.device = torch.device(device)
+        self.identity = Identity(
+            arch=f"dinov2-{DINO_SIZES.get(width, width)}",
+            weights_sha256=hash_of(net.state_dict()),
+            weights_path=name,
+            dim=width,
+            layer="class token, layer-normed",
+            resize=f"bicubic{DINO_SIDE}",
+            input_norm="(u / 255 - ImageNet mean) / ImageNet std",
+            dtype=dtype,
+            batch=batch,
+        )
+        self._net = net.to(self.device, DTYPES[dtype])
+        self._moments = _moments(IMAGENET_MEAN, IMAGENET_STD, self.device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W), N >= 1, to float32 (N, dim) on the CPU. Raises TypeError, ValueError."""
+        return extract(images, self._features, self.device, self.identity.batch)
+
+    def _features(self, images: Tensor) -> Tensor:
+        x = _bicubic(images, DINO_SIDE, *self._moments)
+        return self._net(pixel_values=x.to(self._net.dtype)).pooler_output
+
+
+class ClipImages:
+    """CLIP's image embeddings as they are, not normalised.
+
+    Radford et al. 2021, https://arxiv.org/abs/2103.00020; CMMD is a kernel distance on them, Jayasumana et al. 2024,
+    https://arxiv.org/abs/2401.09603. Images of any shape become the model's square by antialiased bicubic
+    interpolation.
+
+    Args:
+        name: a folder or hub id with model and image processor. Its config names the `arch`, whatever it is called.
+
+    Raises OSError where there is none, WrongWeights for another model's.
+    """
+
+    def __init__(
+        self, name: str, device: str | torch.device = "cpu", dtype: Dtype = "fp32", batch: int = BATCH
+    ) -> None:
+        net: Any = _pretrained(CLIPModel, name)
+        processor = AutoImageProcessor.from_pretrained(name)
+        vision = net.config.vision_config
+        shape = vision.hidden_size, vision.patch_size, vision.image_size
+        self.device, self._side = torch.device(device), vision.image_size
+        self.identity = Identity(
+            arch=f"clip-{CLIP_SIZES.get(shape, 'x'.join(map(str, shape)))}",
+            weights_sha256=hash_of(net.state_dict()),
+            weights_path=name,
+            dim=net.config.projection_dim,
+            layer="image embedding",
+            resize=f"bicubic{vision.image_size}",
+            input_norm=f"(u / 255 - {list(processor.image_mean)}) / {list(processor.image_std)}",
+            dtype=dtype,
+            batch=batch,
+        )
+        self._net = net.to(self.device, DTYPES[dtype])
+        self._moments = _moments(processor.image_mean, processor.image_std, self.device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W), N >= 1, to float32 (N, dim) on the CPU. Raises TypeError, ValueError."""
+        return extract(images, self._features, self.device, self.identity.batch)
+
+    def _features(self, images: Tensor) -> Tensor:
+        x = _bicubic(images, self._side, *self._moments)
+        found = self._net.get_image_features(pixel_values=x.to(self._net.dtype))
+        return found if isinstance(found, Tensor) else found.pooler_output  # an output since transformers 5
+
+
+class Latents:
+    """The mean that a pipeline's own autoencoder encodes, averaged to 8 x 8 and flattened: needs no download.
+
+    Images keep their size. A VAE in half precision, or on another device, is copied and not changed.
+
+    Raises ValueError when called on images whose latents are smaller than 8 x 8.
+    """
+
+    def __init__(self, vae: AutoencoderKL, device: str | torch.device = "cpu", batch: int = VAE_BATCH) -> None:
+        self.device = torch.device(device)
+        fits = vae.dtype == torch.float32 and vae.device == self.device
+        own: Any = vae if fits else deepcopy(vae)
+        self._vae = own.to(self.device, torch.float32)
+        self.identity = Identity(
+            arch="vae",
+            weights_sha256=hash_of(self._vae.state_dict()),
+            weights_path="the pipeline's",
+            dim=self._vae.config["latent_channels"] * POOLED**2,
+            layer="encoder mean",
+            resize=f"pool{POOLED}",
+            input_norm="u / 127.5 - 1",
+            dtype="fp32",
+            batch=batch,
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W), N >= 1, to float32 (N, dim) on the CPU. Raises TypeError, ValueError."""
+        return extract(images, self._features, self.device, self.identity.batch)
+
+    def _features(self, images: Tensor) -> Tensor:
+        latents = self._vae.encode(images / 127.5 - 1).latent_dist.mode()
+        if min(latents.shape[2:]) < POOLED:
+            raise ValueError(
+                f"Latents got images of {tuple(images.shape[2:])}, whose latents are {tuple(latents.shape[2:])}, "
+                f"expected {POOLED} x {POOLED} or more: they are averaged to that size; use larger images, or pixels"
+            )
+        return adaptive_avg_pool2d(latents, POOLED).flatten(1)
+
+
+class Pixels:
+    """Colours averaged over an 8 x 8 grid, and each channel's mean and standard deviation: 198 numbers in [0, 1]."""
+
+    def __init__(self, device: str | torch.device = "cpu", batch: int = BATCH) -> None:
+        self.device = torch.device(device)
+        self.identity = Identity(
+            arch="pixels",
+            weights_sha256=NO_WEIGHTS,
+            weights_path="",
+            dim=3 * POOLED**2 + 6,
+            layer="grid, means, standard deviations",
+            resize=f"area{POOLED}",
+            input_norm="u / 255",
+            dtype="fp32",
+            batch=batch,
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W), N >= 1, to float32 (N, 198) on the CPU. Raises TypeError, ValueError."""
+        return extract(images, self._features, self.device, self.identity.batch)
+
+    def _features(self, images: Tensor) -> Tensor:
+        x = images / 255
+        return torch.cat(
+            [adaptive_avg_pool2d(x, POOLED).flatten(1), x.mean((2, 3)), x.std((2, 3), correction=0)], dim=1
+        )
+
+
+def _pretrained(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
+    """A model in float32 and eval mode; transformers draws the weights that a folder lacks at random."""
+    try:
+        found: Any = kind.from_pretrained(name, output_loading_info=True)
+    except SafetensorError as error:
+        raise WrongWeights(
+            problem(f"{name} ({error})", "whole files", "a copy that was cut short has no weights", "copy it again")
+        ) from error
+    net, info = found
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise WrongWeights(
+            problem(
+                f"{name} without {len(missing)} of its tensors, such as {missing[0]}",
+                f"all tensors of a {kind.__name__}",
+                "random ones in their place would give features of no meaning",
+                "pass the folder of a model of this kind",
+            )
+        )
+    return net.float().eval().requires_grad_(False)
+
+
+def _moments(mean: object, std: object, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(value, device=device).reshape(1, 3, 1, 1) for value in (mean, std))
+    return mean, std
+
+
+def _bicubic(images: Tensor, side: int, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 to normalised (N, 3, side, side)."""
+    x = interpolate(images.float(), (side, side), mode="bicubic", antialias=True).clamp(0, 255)
+    return (x / 255 - mean) / std

@@ -1,0 +1,213 @@
+"""The Inception network that FID is defined on: ported from TensorFlow, its 2048 features after the last pool.
+
+Szegedy et al. 2015, https://arxiv.org/abs/1512.00567, as trained on 2015-12-05. The network is torchmetrics', which is
+torch-fidelity's; BatchNorm is folded into its convolutions, and its activations lie channels last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from stepdistill.errors import ConfigError, problem
+from stepdistill.metrics.features import BATCH, extract
+from stepdistill.metrics.identity import (
+    DTYPES,
+    FID_WEIGHTS,
+    INCEPTION,
+    RANDOM_INCEPTION,
+    Dtype,
+    Identity,
+    WrongWeights,
+    hash_of,
+)
+from stepdistill.metrics.resize import Resize, to_299
+
+
+class Inception:
+    """Features on the weights of a file.
+
+    Args:
+        file: as torch-fidelity and pytorch-fid publish it, about 96 MB.
+        resize: how images of any size become 299 x 299.
+        batch: images that go through the network at once.
+        allow_unknown_weights: takes a file of another hash; distances on it are `fd`.
+
+    Raises WrongWeights for a file of another hash or with other tensors.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        resize: Resize = "clean",
+        device: str | torch.device = "cpu",
+        dtype: Dtype = "fp32",
+        batch: int = BATCH,
+        allow_unknown_weights: bool = False,
+    ) -> None:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        if not digest.startswith(FID_WEIGHTS) and not allow_unknown_weights:
+            raise WrongWeights(
+                problem(
+                    f"{file} with sha256 {digest[:8]}...",
+                    f"{FID_WEIGHTS}...",
+                    "FID is defined on these weights alone",
+                    "copy the file again, or pass --allow-unknown-weights: distances are then named fd, not fid",
+                )
+            )
+        self.identity = _identity(INCEPTION, digest, str(file), resize, dtype, batch)
+        self._rows = _rows(_read(file), self.identity, resize, device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W), N >= 1, to float32 (N, 2048) on the CPU. Raises TypeError, ValueError."""
+        return self._rows(images)
+
+
+class RandomInception:
+    """Features on weights drawn from a seed, for tests without a download: of no meaning as a distance of pictures."""
+
+    def __init__(
+        self,
+        seed: int,
+        resize: Resize = "clean",
+        device: str | torch.device = "cpu",
+        dtype: Dtype = "fp32",
+        batch: int = BATCH,
+    ) -> None:
+        state = random_state(seed)
+        self.identity = _identity(RANDOM_INCEPTION, hash_of(state), f"seed {seed}", resize, dtype, batch)
+        self._rows = _rows(state, self.identity, resize, device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W), N >= 1, to float32 (N, 2048) on the CPU. Raises TypeError, ValueError."""
+        return self._rows(images)
+
+
+def network(state: Mapping[str, Tensor]) -> nn.Module:
+    """Normalised images (N, 3, 299, 299) to (N, 2048, 1, 1), in eval mode, BatchNorm folded.
+
+    Args:
+        state: the published file's tensors; the classifier `fc` may be left out.
+
+    Raises WrongWeights for missing, odd or misshapen tensors.
+    """
+    net = _bare()
+    try:
+        net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")}, assign=True)
+    except RuntimeError as error:
+        raise WrongWeights(
+            problem(
+                "other tensors than this network's",
+                f"those of {INCEPTION}",
+                str(error).splitlines()[1].strip(),
+                "torchvision's Inception is another network; copy the file of torch-fidelity or pytorch-fid",
+            )
+        ) from error
+    net.eval().requires_grad_(False)
+    for module in list(net.modules()):
+        parts: dict[str, Any] = dict(module.named_children())
+        if "bn" in parts:
+            module.set_submodule("conv", fuse_conv_bn_eval(parts["conv"], parts["bn"]))
+            module.set_submodule("bn", nn.Identity())
+    return net
+
+
+def random_state(seed: int) -> dict[str, Tensor]:
+    """Convolutions as He et al. 2015, https://arxiv.org/abs/1502.01852, draw them; BatchNorms that change nothing."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name, like in _bare().state_dict().items():
+        match name.rsplit(".", 2)[-2:]:
+            case ["conv", "weight"]:
+                state[name] = torch.randn(like.shape, generator=generator) * (2 / like[0].numel()) ** 0.5
+            case ["bn", "weight" | "running_var"]:
+                state[name] = torch.ones(like.shape)
+            case _:
+                state[name] = torch.zeros(like.shape, dtype=like.dtype)
+    return state
+
+
+def _bare() -> nn.Sequential:
+    """The layers up to the last pool, without weights."""
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    try:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        class Bare(NoTrainInceptionV3):
+            """Its constructor downloads, or unpickles, what it is given; here that is nothing."""
+
+            def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
+                pass
+
+        with torch.device("meta"):
+            host = Bare("inception-v3-compat", ["2048"], cast(str, nothing))
+    except ImportError as error:
+        raise ConfigError(
+            problem(
+                f"Inception features without their network ({error})",
+                "torchmetrics and torch-fidelity",
+                "the network is theirs",
+                "pip install 'stepdistill[fid]', or choose other features",
+            )
+        ) from error
+    return nn.Sequential(OrderedDict((name, layer) for name, layer in host.named_children() if name != "fc"))
+
+
+def _read(file: Path) -> Mapping[str, Tensor]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        found = f"a {type(state).__name__}"
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        state, found = None, (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values()):
+        return state
+    raise WrongWeights(
+        problem(
+            f"{file} ({found})",
+            "named tensors, as torch.save writes a state dict",
+            "a pickle of anything else could run code",
+            "copy the file of torch-fidelity or pytorch-fid",
+        )
+    )
+
+
+def _identity(arch: str, digest: str, path: str, resize: Resize, dtype: Dtype, batch: int) -> Identity:
+    middle = "127.5" if resize == "pytorch-fid" else "128"
+    return Identity(
+        arch=arch,
+        weights_sha256=digest,
+        weights_path=path,
+        dim=2048,
+        layer="pool3",
+        resize=resize,
+        input_norm=f"(u - {middle}) / {middle}",
+        dtype=dtype,
+        batch=batch,
+    )
+
+
+def _rows(
+    state: Mapping[str, Tensor], identity: Identity, resize: Resize, device: str | torch.device
+) -> Callable[[Tensor], Tensor]:
+    """Images to rows of features."""
+    place, dtype = torch.device(device), DTYPES[identity.dtype]
+    net = network(state).to(place, dtype)
+    net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    middle = 127.5 if resize == "pytorch-fid" else 128  # as that tool scales, `2 u / 255 - 1`
+
+    def features(images: Tensor) -> Tensor:
+        x = (to_299(images, resize) - middle) / middle
+        return net(x.to(dtype, memory_format=torch.channels_last)).flatten(1)
+
+    return partial(extract, net=features, device=place, batch=identity.batch)

@@ -1,0 +1,439 @@
+"""What an evaluation reads and hands on: pictures, prompts, CLIP's view of both, folders for other evaluators."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import encoded, noise
+from PIL import Image
+from tiny import tokens
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+from stepdistill.errors import DataError
+from stepdistill.evaluation.exports import GenEval, T2ICompBench
+from stepdistill.evaluation.pictures import Pictures
+from stepdistill.evaluation.prompts import prompt_of, read_records, sha256_of
+from stepdistill.metrics import clip_score
+from stepdistill.metrics.clip import Clip
+from stepdistill.metrics.clip_score import clip_scores
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def folder(place: Path, images: dict[str, Image.Image]) -> Path:
+    for name, image in images.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(place / name)
+    return place
+
+
+def zipped(file: Path, place: Path) -> Path:
+    """A zip of a folder, last name first."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for each in sorted(place.rglob("*"), reverse=True):
+            archive.write(each, each.relative_to(place))
+    return file
+
+
+def read(pictures: Pictures, size: int = 64) -> tuple[list[int], list[str], Tensor]:
+    numbers, names, pixels = list(zip(*pictures.batches(size), strict=True))[1:]
+    return sum(numbers, []), sum(names, []), torch.cat(pixels)
+
+
+FIVE = {"b.png": noise(8, 8), "a/2.bmp": noise(8, 8, 1), "a/10.PNG": noise(8, 8, 2), "c.webp": noise(8, 8, 3)}
+FIVE["z.jpg"] = noise(8, 8, 4)
+
+
+# pictures: where they lie
+
+
+def test_a_folder_and_a_zip_of_it_are_read_by_name(tmp_path):
+    place = folder(tmp_path / "pictures", FIVE)
+    (place / "notes.txt").write_text("no picture")
+    folder(place, {".thumbs/hidden.png": noise(8, 8), "__MACOSX/b.png": noise(8, 8)})
+    names = ["a/10.PNG", "a/2.bmp", "b.png", "c.webp", "z.jpg"]
+    for source in (place, zipped(tmp_path / "pictures.zip", place)):
+        pictures = Pictures(source)
+        assert len(pictures) == 5
+        numbers, found, pixels = read(pictures, size=2)
+        assert numbers == [0, 1, 2, 3, 4] and found == names and pictures.skipped == []
+        assert pixels.dtype == torch.uint8 and pixels.shape == (5, 3, 8, 8)
+        for i, name in enumerate(names[:3]):  # those without loss
+            assert torch.equal(pixels[i], as_tensor(FIVE[name]))
+        assert [len(part.names) for part in pictures.batches(2)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_arrays_are_read_row_by_row(tmp_path, save):
+    x = np.random.RandomState(0).randint(0, 256, (5, 4, 6, 3)).astype(np.uint8)
+    save(tmp_path / "x.npz", labels=np.arange(5), arr_0=x, other=x[::-1])
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(x))
+    for name in ("x.npz", "x.npy", "fortran.npy"):
+        numbers, names, pixels = read(Pictures(tmp_path / name), size=2)
+        assert numbers == [0, 1, 2, 3, 4] and names[4] == f"{name}[4]"
+        assert torch.equal(pixels, torch.from_numpy(x).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.npy"])
+def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, name):
+    x = np.zeros((2000, 32, 32, 3), dtype=np.uint8)  # 6.1 MB
+    (np.savez if name == "x.npz" else np.save)(tmp_path / name, x)
+    tracemalloc.start()
+    seen = sum(len(part.names) for part in Pictures(tmp_path / name).batches(16))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seen == 2000 and peak < 1.5e6
+
+
+def test_the_digest_is_of_names_and_bytes(tmp_path):
+    place = folder(tmp_path / "one", FIVE)
+    same = zipped(tmp_path / "two.zip", place)
+    assert Pictures(place).sha256() == Pictures(same).sha256() == Pictures(place, eval_res=4).sha256()
+    seen = {Pictures(place).sha256()}
+    (place / "b.png").rename(place / "bb.png")  # in the same place of the order
+    seen.add(Pictures(place).sha256())
+    noise(8, 8, 9).save(place / "bb.png")
+    seen.add(Pictures(place).sha256())
+    np.save(tmp_path / "x.npy", np.zeros((2, 4, 4, 3), dtype=np.uint8))
+    np.save(tmp_path / "y.npy", np.ones((2, 4, 4, 3), dtype=np.uint8))
+    seen |= {Pictures(tmp_path / name).sha256() for name in ("x.npy", "y.npy")}
+    assert len(seen) == 5
+
+
+# pictures: what becomes of the pixels
+
+
+def test_the_middle_is_cut_out_and_resized_as_the_protocol_has_it(tmp_path):
+    """An offset of 3.5 becomes 4, and 2.5 becomes 2, as in torchvision's center_crop; then Lanczos."""
+    images = {"a.png": noise(8, 15), "b.png": noise(13, 8, 1), "c.png": noise(9, 9, 2)}
+    place = folder(tmp_path, images)
+    squares = [images["a.png"].crop((4, 0, 12, 8)), images["b.png"].crop((0, 2, 8, 10)), images["c.png"]]
+    want = [as_tensor(square.resize((6, 6), Image.Resampling.LANCZOS)) for square in squares]
+    assert torch.equal(read(Pictures(place, eval_res=6))[2], torch.stack(want))
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "npy", "npz"])
+def test_batches_keep_their_numbers_whatever_is_wanted(tmp_path, kind):
+    """A batch has its own pictures, whether others are read or not, and one without any is there, too."""
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), dtype=np.uint8)
+    place = folder(tmp_path / "all", {f"{i}.png": Image.fromarray(each) for i, each in enumerate(pixels)})
+    np.save(tmp_path / "all.npy", pixels)
+    np.savez(tmp_path / "all.npz", pixels)
+    source = {"folder": place, "npy": tmp_path / "all.npy", "npz": tmp_path / "all.npz"}.get(kind)
+    every = list(Pictures(source or zipped(tmp_path / "all.zip", place)).batches(3))
+    assert [(batch.k, batch.numbers) for batch in every] == [(0, [0, 1, 2]), (1, [3, 4, 5]), (2, [6])]
+    some = list(Pictures(source or tmp_path / "all.zip").batches(3, {1, 2}))
+    assert [batch.k for batch in some] == [1, 2]
+    for one, two in zip(every[1:], some, strict=True):
+        assert torch.equal(one.pictures, two.pictures) and one.names == two.names
+
+
+def test_a_batch_of_nothing_readable_is_empty(tmp_path):
+    place = folder(tmp_path / "all", {f"{i:03}.png": noise(4, 4, i) for i in range(100)})
+    (place / "099.png").write_bytes(b"")
+    *_, last = Pictures(place).batches(33)
+    assert (last.k, last.numbers, last.pictures.shape[0]) == (3, [], 0)
+
+
+def test_grey_and_transparent_pictures_become_rgb(tmp_path):
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    half.paste((0, 0, 255, 255), (0, 0, 2, 4))
+    place = folder(tmp_path, {"grey.png": Image.new("L", (4, 4), 7), "half.png": half})
+    grey, seen = read(Pictures(place))[2]
+    assert (grey == 7).all()
+    assert seen[:, 0].T.tolist() == [[0, 0, 255], [0, 0, 255], [255, 255, 255], [255, 255, 255]]
+
+
+def test_an_unreadable_picture_is_named_and_too_many_are_refused(tmp_path, caplog):
+    place = folder(tmp_path / "pictures", {f"{i:03}.png": noise(4, 4, i) for i in range(100)})
+    (place / "007.png").write_bytes(encoded(noise(4, 4))[:60])
+    for source in (place, zipped(tmp_path / "pictures.zip", place)):
+        pictures = Pictures(source)
+        for _ in range(2):  # the second pass counts anew
+            caplog.clear()
+            numbers, names, pixels = read(pictures, size=30)
+            assert len(pixels) == 99 and 7 not in numbers and "007.png" not in names
+            assert [name for name, _ in pictures.skipped] == ["007.png"] and "truncated" in pictures.skipped[0][1]
+            assert [record.getMessage()[:22] for record in caplog.records] == ["1 of 100 pictures in " + str(source)[0]]
+            assert "007.png: OSError" in caplog.text
+    (place / "050.png").write_bytes(b"")
+    with pytest.raises(DataError, match="2 unreadable of 100 .* such as 050.png .*expected 1% at most"):
+        read(Pictures(place))
+
+
+def test_a_broken_zip_member_is_skipped(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for i in range(100):
+            archive.writestr(f"{i:03}.png", encoded(noise(4, 4, i)))
+    whole = Pictures(tmp_path / "x.zip").sha256()
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[content.index(b"IDAT") + 8] ^= 255  # of 000.png: its checksum no longer fits
+    (tmp_path / "x.zip").write_bytes(content)
+    pictures = Pictures(tmp_path / "x.zip")
+    assert len(read(pictures)[0]) == 99
+    assert pictures.skipped[0][0] == "000.png"
+    assert pictures.sha256() != whole
+
+
+def test_jpeg_is_warned_of_once(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    list(Pictures(folder(tmp_path, FIVE)).batches())
+    assert [record.getMessage() for record in caplog.records] == [
+        f"1 of 5 pictures in {tmp_path} are JPEG: what it loses moves FID"
+    ]
+
+
+X = np.zeros((3, 4, 4, 3), dtype=np.uint8)
+
+
+def cut(file: Path) -> None:
+    """An npz whose array ends in its last picture, though the zip is whole."""
+    np.save(file.with_suffix(".npy"), X)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("arr_0.npy", file.with_suffix(".npy").read_bytes()[:-5])
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("gone", lambda file: None, "gone, which is not there, expected a folder"),
+        ("x.tar", lambda file: file.write_bytes(b""), "x.tar, expected a folder, .zip, .npz or .npy"),
+        ("empty", lambda file: file.mkdir(), "got 0 pictures .*expected two or more"),
+        ("one", lambda file: folder(file, {"a.png": noise(4, 4)}), "got 1 pictures .*no covariance"),
+        ("one.npy", lambda file: np.save(file, X[:1]), "got 1 pictures"),
+        ("x.zip", lambda file: file.write_bytes(b"no archive"), "BadZipFile"),
+        ("x.npy", lambda file: file.write_bytes(b"no array"), "a whole, readable file"),
+        ("short.npy", lambda file: (np.save(file, X), file.write_bytes(file.read_bytes()[:-5])), "a whole, readable"),
+        ("short.npz", cut, "EOFError: arr_0.npy ends in picture 2 of 3"),
+        ("junk.npz", lambda file: zipfile.ZipFile(file, "w").writestr("arr_0.npy", b"junk"), "a whole, readable file"),
+        ("none.npz", lambda file: zipfile.ZipFile(file, "w").close(), "with no array"),
+        (
+            "stats.npz",
+            lambda file: np.savez(file, mu=np.zeros(2), sigma=np.eye(2)),
+            "mu.npy float64 .*as the reference",
+        ),
+        ("float.npz", lambda file: np.savez(file, X / 255), "arr_0.npy float64 \\(3, 4, 4, 3\\), expected a uint8"),
+        ("first.npz", lambda file: np.savez(file, X.transpose(0, 3, 1, 2)), "\\(3, 3, 4, 4\\), expected a uint8"),
+        ("fortran.npz", lambda file: np.savez(file, np.asfortranarray(X)), "in C order"),
+        ("pickle.npy", lambda file: np.save(file, np.array([{}]), allow_pickle=True), "readable file|uint8 array"),
+        ("pickle.npz", lambda file: np.savez(file, np.array([{}])), "arr_0.npy object"),
+        (
+            "sizes",
+            lambda file: folder(file, {"a.png": noise(4, 6), "b.png": noise(5, 6)}),
+            "a.png with 6 x 4 pixels and b.png with 6 x 5 .*choose an eval_res",
+        ),
+    ],
+)
+def test_odd_sources_are_refused(tmp_path, name, make, message):
+    make(tmp_path / name)
+    with pytest.raises(DataError, match=message):
+        read(Pictures(tmp_path / name))
+
+
+def test_a_side_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="eval_res=0"):
+        Pictures(folder(tmp_path, FIVE), eval_res=0)
+
+
+# prompts
+
+
+def lines(file: Path, *records: object) -> Path:
+    file.write_text("\n".join(record if isinstance(record, str) else json.dumps(record) for record in records))
+    return file
+
+
+def test_prompts_of_each_kind_of_file(tmp_path):
+    want = ["a red cat", 'two, "blue" dogs']
+    meta = [{"tag": "colors", "include": [{"class": "cat", "count": 1}], "prompt": want[0]}, {"prompt": want[1]}]
+    files = [
+        lines(tmp_path / "a.txt", want[0], "", f"  {want[1]} "),
+        lines(tmp_path / "a.jsonl", meta[0], "", meta[1]),
+        lines(tmp_path / "b.jsonl", {"caption": want[0], "text": "other"}, {"text": want[1]}),
+        lines(tmp_path / "a.csv", "id,caption", f"1,{want[0]}", '2,"two, ""blue"" dogs"'),
+    ]
+    for file in files:
+        assert [prompt_of(record) for record in read_records(file)] == want
+    assert read_records(files[1]) == meta
+    assert read_records(files[0])[1] == {"prompt": want[1]}
+    assert read_records(files[3])[0] == {"id": "1", "caption": want[0]}
+
+
+def test_the_digest_of_prompts_is_of_their_order_and_bounds():
+    digests = [sha256_of(each) for each in (["a", "b"], ["b", "a"], ["a\nb"], ["a", "b", ""], ["ä", "b"])]
+    assert len(set(digests)) == 5 and digests[0] == sha256_of(("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", ["", " "], "no prompt in .*a.txt"),
+        ("a.csv", ["caption"], "no prompt in .*a.csv"),
+        ("a.parquet", ["x"], "expected a .txt, .jsonl or .csv file"),
+        ("a.jsonl", [{"prompt": "x"}, "{"], "line 2: "),
+        ("a.jsonl", [{"prompt": "x"}, {"title": "y"}], "row 2: got a record with \\['title'\\]"),
+        ("a.jsonl", [{"prompt": ["x"]}], "row 1: got a record with prompt \\['x'\\]"),
+        ("a.jsonl", [{"prompt": "x"}, {"prompt": " ", "text": "y"}], "row 2: .*not blank"),
+        ("a.csv", ["id,caption", "1,x", "2"], "row 2: got a record with caption None"),
+        ("a.csv", ["caption", "a, b"], "line 2 with more cells"),
+    ],
+)
+def test_odd_prompt_files_are_refused(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message):
+        read_records(lines(tmp_path / name, *content))
+
+
+def test_a_file_of_prompts_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="a readable file"):
+        read_records(tmp_path / "gone.txt")
+
+
+# folders for other evaluators
+
+
+def test_geneval_folders(tmp_path):
+    record, pictures = {"tag": "counting", "include": [], "prompt": "two cats"}, [noise(4, 6, i) for i in range(2)]
+    export = GenEval(tmp_path / "geneval")
+    for sample in (0, 1, 1):  # done again
+        file = export.add(12, sample, record, as_tensor(pictures[sample]))
+        assert file == tmp_path / f"geneval/00012/samples/000{sample}.png"
+        assert torch.equal(as_tensor(Image.open(file)), as_tensor(pictures[sample]))
+    assert json.loads((tmp_path / "geneval/00012/metadata.jsonl").read_text()) == record
+    found = sorted(file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file())
+    assert found == [f"geneval/00012/{name}" for name in ("metadata.jsonl", "samples/0000.png", "samples/0001.png")]
+
+
+def test_t2i_compbench_names_are_read_back_by_its_evaluators(tmp_path):
+    """The prompt ends at the first underscore, the number is after the last one; no two numbers are equal."""
+    export = T2ICompBench(tmp_path, per_prompt=2)
+    prompts = ["a cat, it's 1.5 m long", "a_b/c\\d\n e?", "é" * 300]
+    for number, prompt in enumerate(prompts):
+        for sample in (0, 1):
+            export.add(number, sample, {"prompt": prompt}, as_tensor(noise(4, 4, number)))
+    assert [file.name for file in tmp_path.iterdir()] == ["samples"]
+    names = sorted((file.name for file in (tmp_path / "samples").iterdir()), key=lambda x: x.split("_")[-1])
+    assert [int(name.split("_")[-1].split(".")[0]) for name in names] == list(range(6))
+    assert [name.split("_")[0] for name in names[::2]] == [prompts[0], "a b c d e", "é" * 122]
+    assert max(len(name.encode()) for name in names) == 255
+    assert torch.equal(as_tensor(Image.open(tmp_path / "samples" / names[2])), as_tensor(noise(4, 4, 1)))
+
+
+GOOD = {"prompt": "x", "tag": "y"}
+RGB = torch.zeros(3, 4, 4, dtype=torch.uint8)
+
+
+def test_an_export_that_is_cut_short_leaves_no_file_beside_the_pictures(tmp_path, monkeypatch):
+    def stop(part: Path, file: Path) -> None:
+        raise OSError("the disk is full")
+
+    exports = GenEval(tmp_path / "a"), T2ICompBench(tmp_path / "b", 2)
+    for export in exports:
+        export.add(0, 0, GOOD, RGB)
+    before = {file for file in tmp_path.rglob("*.*") if file.parent.name == "samples"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        for export in exports:
+            with pytest.raises(OSError, match="full"):
+                export.add(0, 1, GOOD, RGB)
+    assert {file for file in tmp_path.rglob("*.*") if file.parent.name == "samples"} == before
+    for export in exports:
+        export.add(0, 1, GOOD, RGB)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("add", "error", "message"),
+    [
+        (lambda to: GenEval(to).add(0, 0, {"prompt": "x"}, RGB), DataError, "`prompt` and `tag`"),
+        (lambda to: GenEval(to).add(-1, 0, GOOD, RGB), ValueError, "got prompt -1"),
+        (lambda to: GenEval(to).add(0, 0, GOOD, RGB.float()), TypeError, "float32, expected uint8"),
+        (lambda to: GenEval(to).add(0, 0, GOOD, RGB[:1]), ValueError, "\\(1, 4, 4\\), expected \\(3, H, W\\)"),
+        (lambda to: T2ICompBench(to, 0), ValueError, "per_prompt=0"),
+        (lambda to: T2ICompBench(to, 2).add(0, 2, GOOD, RGB), ValueError, "expected 0 to 1"),
+        (lambda to: T2ICompBench(to, 10).add(100_000, 0, GOOD, RGB), ValueError, "six digits"),
+        (lambda to: T2ICompBench(to, 2).add(0, -1, GOOD, RGB), ValueError, "sample -1"),
+        (lambda to: T2ICompBench(to, 2).add(0, 0, {"tag": "x"}, RGB), DataError, "a record with \\['tag'\\]"),
+        (lambda to: T2ICompBench(to, 2).add(0, 0, {"prompt": "/_?"}, RGB), DataError, "file name can hold"),
+        (lambda to: T2ICompBench(to, 2).add(0, 0, GOOD, RGB[None]), ValueError, "expected \\(3, H, W\\)"),
+    ],
+)
+def test_odd_exports_are_refused_and_leave_nothing(tmp_path, add, error, message):
+    with pytest.raises(error, match=message):
+        add(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# CLIPScore
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Clip:
+    """A small random CLIP whose processor fits it, with 77 places for tokens."""
+    place, tokenizer = tmp_path_factory.mktemp("clip"), tokens()
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {**shape, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
+    vision = {**shape, "image_size": 32, "patch_size": 16}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, initializer_factor=10.0)
+    CLIPModel(config).save_pretrained(place)
+    tokenizer.model_max_length = 77
+    tokenizer.save_pretrained(place)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessor(**size).save_pretrained(place)
+    return Clip(str(place), torch.device("cpu"))
+
+
+def by_hand(clip: Clip, pictures: Tensor, prompts: list[str]) -> Tensor:
+    """100 cos of what the model's own processor and tokenizer make of each."""
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    pixels = CLIPImageProcessor(**size)(list(pictures), return_tensors="pt").pixel_values
+    words = clip.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        found = clip.model(**words, pixel_values=pixels)
+    return 100 * (found.image_embeds * found.text_embeds).sum(1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (40, 61), (90, 33), (41, 40), (20, 24)])
+def test_scores_are_cosines_of_what_the_processor_makes(clip, monkeypatch, height, width):
+    """Its torchvision form may round a level differently."""
+    monkeypatch.setattr(clip_score, "BATCH", 3)
+    smooth = [noise(6, 6, i).resize((width, height), Image.Resampling.BICUBIC) for i in range(8)]
+    pictures, prompts = torch.stack([as_tensor(image) for image in smooth]), ["red apple", "cat face", "dog", "ox"] * 2
+    want = by_hand(clip, pictures, prompts)
+    assert (want < 0).any() and (want > 0).any()
+    got = clip_scores(clip, pictures, prompts)
+    assert got.shape == (8,) and not got.requires_grad
+    torch.testing.assert_close(got, want.clamp(min=0), rtol=0, atol=1e-3 if height == width == 32 else 0.3)
+
+
+def test_the_prefix_goes_before_each_prompt(clip):
+    pictures = torch.stack([as_tensor(noise(32, 32, i)) for i in range(4)])
+    prompts = ["red apple", "cat face", "blue heart", "dog"]
+    got = clip_scores(clip, pictures, prompts, prefix="green ")
+    assert torch.equal(got, clip_scores(clip, pictures, [f"green {prompt}" for prompt in prompts]))
+    assert not torch.equal(got, clip_scores(clip, pictures, prompts))
+
+
+def test_a_long_prompt_is_cut_short_and_float_pictures_are_refused(clip):
+    """As torchmetrics does not: its processor divides float pictures by 255, whatever they hold."""
+    pictures, long = torch.stack([as_tensor(noise(32, 32, i)) for i in range(2)]), "red apple " * 200
+    assert clip.tokenizer(long)["input_ids"][77:] != []
+    assert torch.equal(clip_scores(clip, pictures, [long, "x"]), clip_scores(clip, pictures, [long + "cat face", "x"]))
+    with pytest.raises(TypeError, match="to_uint8"):
+        clip_scores(clip, pictures / 255, ["x", "y"])
+    with pytest.raises(ValueError, match="\\(2, 32, 32, 3\\), expected \\(N, 3, H, W\\)"):
+        clip_scores(clip, pictures.permute(0, 2, 3, 1), ["x", "y"])
+    with pytest.raises(ValueError, match="2 pictures and 1 prompts"):
+        clip_scores(clip, pictures, ["x"])

@@ -1,0 +1,515 @@
+"""`stepdistill eval`: one command from teacher and students to a report, whatever ends it on the way."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stepdistill import cli, multi, student
+from stepdistill.data import Partition, Prompts
+from stepdistill.errors import EvaluationError, MissingWeights
+from stepdistill.evaluate import SEED_A, SEED_B, generate, teacher_row
+from stepdistill.evaluation import run
+from stepdistill.evaluation.draw import labels, plan
+from stepdistill.evaluation.fill import cropped
+from stepdistill.evaluation.pictures import Pictures
+from stepdistill.evaluation.spec import Draws, Measures
+from stepdistill.evaluation.store import Store
+from stepdistill.evaluation.subjects import Subject, Way, family_of
+from stepdistill.families.base import Family
+from stepdistill.families.sd import StableDiffusion
+from stepdistill.families.sd3 import StableDiffusion3
+from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.guidance_distillation import AdapterGuidance
+from stepdistill.metrics.frechet import excess, frechet
+from stepdistill.metrics.stats import Stats
+from stepdistill.roles import Adapters, Lora
+from stepdistill.router import Routing
+
+LCM = Consistency(ema_decay=None, num_ddim_timesteps=10)
+PROMPTS = ["red apple", "cat face", "rose", "octopus", "green apple", "dog face", "pear", "tiger"]
+SMALL = 48  # pictures
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> dict[str, Family]:
+    found: dict[str, Family] = {}
+    for name, cls in (("sd", StableDiffusion), ("sd3", StableDiffusion3)):
+        folder = tmp_path_factory.mktemp(name)
+        tiny.pipeline(name).save_pretrained(folder)
+        found[name] = cls(pretrained_teacher_model=str(folder))
+    return found
+
+
+def taught(family: Family, folder: Path, method=LCM, size: float = 0.05, role=None, **options) -> Path:
+    """A student folder, which differs from its teacher."""
+    pipe = family.load()
+    bone = tiny.backbone("sd" if isinstance(family, StableDiffusion) else "sd3", pipe)
+    bone.add("student", role or Lora())
+    if role is None:
+        tiny.awake(bone, "student", size)
+    given = {"role": "student", "resolution": (32, 32), "method": method} | options
+    student.write(folder, family=family, pipe=pipe, backbone=bone, **given)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def students(teachers, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("students")
+    return [str(taught(teachers["sd"], folder / name, size=size)) for name, size in (("near", 0.01), ("far", 0.2))]
+
+
+@pytest.fixture
+def asked(teachers, students, tmp_path) -> Draws:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    return Draws(
+        teacher=teachers["sd"].pretrained_teacher_model,
+        students=tuple(students),
+        output_dir=tmp_path / "out",
+        prompts=prompts,
+        num=SMALL,
+        teacher_steps=2,
+        steps=(1,),
+        batch=16,
+        features="pixels",
+        feature_batch=16,
+    )
+
+
+def values(folder: Path) -> list[dict]:
+    """The rows of eval.json without what a clock said."""
+    rows = json.loads((folder / "eval.json").read_text())["rows"]
+    for row in rows:
+        for key in ("seconds_per_image", "speedup_vs_teacher", "latency_ms"):
+            row["cost"].pop(key, None)
+    return rows
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """Every feature and picture."""
+    files = sorted([*folder.glob("work/*/*.npy"), *folder.glob("pictures/*/*.png")])
+    assert files
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_one_command_makes_the_report(asked, capsys):
+    names = {"teacher_steps": 2, "num": SMALL, "batch": 16, "features": "pixels", "feature_batch": 16}
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in names.items()]
+    cli.main(["eval", "run", asked.teacher, *asked.students, "-o", str(asked.output_dir), "--steps=4,1", *words]
+             + ["--prompts", str(asked.prompts), "--metrics=kid,paired,prdc,vendi,diversity"])  # fmt: skip
+    out = asked.output_dir
+    found = json.loads((out / "eval.json").read_text())
+    assert [row["name"] for row in found["rows"]] == [
+        *("teacher, 2 steps", "teacher, 4 steps", "teacher, 1 step"),
+        *("near, 4 steps", "near, 1 step", "far, 4 steps", "far, 1 step"),
+    ]
+    assert found["schema"] == "stepdistill.eval/1" and found["features"]["key"] == "fd"
+    for row in found["rows"]:
+        assert row["n"] == SMALL and not row["comparable"] and row["comparable_reasons"]
+        assert {"fd", "kid", "prdc", "vendi", "diversity"} <= row["metrics"].keys() and "fid" not in row["metrics"]
+    costs = {row["name"]: (row["cost"]["calls"], row["cost"]["nfe"]) for row in found["rows"]}
+    assert costs["teacher, 2 steps"] == (2, 4) and costs["near, 4 steps"] == (4, 4) and costs["far, 1 step"] == (1, 1)
+    assert (out / "report.html").stat().st_size > 10_000
+    assert sorted(f.name for f in (out / "grids").iterdir()) == ["far.png", "near.png"]
+    lines = [json.loads(line) for line in (out / "per_sample.jsonl").read_text().splitlines()]
+    assert len(lines) == 7 * SMALL and lines[9] == {
+        "row": "teacher, 2 steps",
+        "index": 9,
+        "prompt": "cat face",
+        "seed": 2,
+    }
+    with np.load(out / "stats" / "reference.npz") as stats:
+        assert stats["mu"].shape == stats["sigma"][0].shape
+    printed = capsys.readouterr().out
+    assert "near, 4 steps" in printed and "excess" in printed
+    words = re.sub(r"data:image/png;base64,[^\"]*", "", (out / "report.html").read_text())
+    assert "FID" not in printed + words
+
+
+def test_the_figures_are_those_of_features_drawn_by_hand(asked, teachers):
+    """The reference is the teacher at seed A; rows have seed B; their difference is `excess` of the features."""
+    found = run.run(asked)
+    pipe, prompts = teachers["sd"].load(), [PROMPTS[i % 8] for i in range(SMALL)]
+    row = teacher_row(teachers["sd"], pipe, 2, 7.5, "")
+    pixels = run.extracted(asked, run.joined(asked), None)
+    ref, floor = (pixels(generate(pipe, row, prompts, seed, 16)[0]) for seed in (SEED_A, SEED_B))
+    few = pixels(generate(pipe, teacher_row(teachers["sd"], pipe, 1, 7.5, ""), prompts, SEED_B, 16)[0])
+    own = excess(few, ref, floor)
+    told = found["rows"][1]["metrics"]["delta_vs_teacher"]["fd"]
+    assert [told["value"], *told["ci95"]] == pytest.approx([own.value, own.low, own.high], rel=1e-9)
+    assert found["rows"][0]["metrics"]["fd"]["value"] == pytest.approx(
+        frechet(Stats.of(floor), Stats.of(ref)), rel=1e-6
+    )
+    assert found["rows"][1]["metrics"]["paired"]["features"] == pytest.approx((few - floor).norm(dim=1).mean().item())
+
+
+class Cut(BaseException):
+    pass
+
+
+def test_a_run_that_is_cut_goes_on_to_the_same(asked, tmp_path, monkeypatch):
+    asked = replace(asked, save_pictures=True, students=asked.students[:1])
+    whole = replace(asked, output_dir=tmp_path / "whole")
+    run.run(whole)
+    rng, drawn = random.Random(0), []
+    real = Subject.draw
+
+    def draws(self: Subject, way: Way, row, prompts, numbers, batch):
+        drawn.append((way.name, tuple(numbers)))
+        if rng.random() < 0.4:
+            raise Cut
+        return real(self, way, row, prompts, numbers, batch)
+
+    def writes(self: Store, name: str, start: int, values: Tensor) -> None:
+        if rng.random() < 0.2:
+            put(self, name, start, values[: len(values) // 2])
+            raise Cut
+        put(self, name, start, values)
+
+    put = Store._write
+    monkeypatch.setattr(Subject, "draw", draws)
+    monkeypatch.setattr(Store, "_write", writes)
+    cuts = 0
+    while True:
+        try:
+            run.run(asked)
+            break
+        except Cut:
+            cuts += 1
+    assert cuts >= 3 and len(drawn) == cuts + len(set(drawn))  # what was whole is not drawn again
+    assert kept(asked.output_dir) == kept(whole.output_dir) and values(asked.output_dir) == values(whole.output_dir)
+
+
+def _forked(spec: Draws) -> None:
+    torch.set_num_threads(1)
+    run.run(spec)
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_a_thousand_pictures_killed_at_random_moments(asked, tmp_path):
+    asked = replace(asked, num=1000, students=asked.students[:1], save_pictures=True, feature_batch=50, batch=50)
+    asked = replace(asked, teacher_steps=1)
+    whole = replace(asked, output_dir=tmp_path / "whole")
+    start = time.monotonic()
+    run.run(whole)
+    seconds, rng, killed = time.monotonic() - start, random.Random(1), 0
+    context = multiprocessing.get_context("fork")
+    while True:
+        process = context.Process(target=_forked, args=(asked,))
+        process.start()
+        process.join(rng.uniform(0.1, 0.4) * seconds if killed < 4 else None)
+        if process.exitcode is None:
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+            killed += 1
+            continue
+        assert process.exitcode == 0
+        break
+    assert killed >= 2
+    assert kept(asked.output_dir) == kept(whole.output_dir) and values(asked.output_dir) == values(whole.output_dir)
+
+
+@pytest.mark.slow
+def test_two_processes_give_one_process_s_values(asked, tmp_path):
+    run.run(asked)
+    launch = Path(__file__).parent.parent / "configs" / "accelerate" / "two_processes_cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(launch)]
+    words = [
+        "--teacher-steps=2",
+        "--steps=1",
+        f"--num={SMALL}",
+        "--batch=16",
+        "--features=pixels",
+        "--feature-batch=16",
+    ]
+    done = subprocess.run(
+        [*command, "-m", "stepdistill", "eval", "run", asked.teacher, *asked.students, *words, "--device=cpu"]
+        + ["-o", str(tmp_path / "two"), "--prompts", str(asked.prompts)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert kept(tmp_path / "two") == kept(asked.output_dir)
+    for one, two in zip(values(asked.output_dir), values(tmp_path / "two"), strict=True):
+        assert two["metrics"]["fd"]["value"] == pytest.approx(one["metrics"]["fd"]["value"], rel=1e-9)
+        assert two["metrics"] == one["metrics"]
+    assert json.loads((tmp_path / "two" / "eval.json").read_text())["host"]["world_size"] == 2
+
+
+def test_pictures_hardly_depend_on_the_batch(asked, teachers):
+    """One at a time or many: the same noise, and arithmetic that is off by rounding in a few values."""
+    family = family_of(asked.teacher, None, [])
+    subject = Subject.load(family, asked.students[0], torch.device("cpu"), torch.float32)
+    way = Way(name="", role="student", student=asked.students[0], steps=None, guidance=None, seed=5)
+    one, many = (subject.draw(way, subject.row(way), PROMPTS, list(range(8)), batch)[0] for batch in (1, 8))
+    assert (one.int() - many.int()).abs().max() <= 1 and (one != many).double().mean() < 1e-3
+    late = subject.draw(way, subject.row(way), PROMPTS[6:], [6, 7], 2)[0]
+    assert (late.int() - one[6:].int()).abs().max() <= 1
+
+
+def test_another_evaluation_is_not_mixed_in(asked, teachers, tmp_path):
+    run.run(asked)
+    with pytest.raises(EvaluationError, match="begun with other seed.*another output folder"):
+        run.run(replace(asked, seed=7))
+    other = taught(teachers["sd"], tmp_path / "near", size=0.02)
+    with pytest.raises(EvaluationError, match="begun with other student"):
+        run.run(replace(asked, students=(str(other), asked.students[1])))
+
+
+def test_steps_that_a_student_has_not_are_left_out_and_named(asked, teachers, tmp_path):
+    """A student of a grid of ten times cannot be drawn in twelve steps, one of fifty can."""
+    fine = taught(teachers["sd"], tmp_path / "fine", Consistency(ema_decay=None))
+    found = run.run(replace(asked, students=(asked.students[0], str(fine)), steps=(12, 1)))
+    assert [text.split(":")[0] for text in found["left_out"]] == ["near, 12 steps"]
+    names = [row["name"] for row in found["rows"] if row["role"] == "student"]
+    assert names == ["near, 1 step", "fine, 12 steps", "fine, 1 step"]
+
+
+def test_guidance_is_swept_by_the_call_and_by_adapters(asked, teachers, tmp_path):
+    method = AdapterGuidance(guidance_range=(1.0, 8.0), num_inference_steps=2)
+    adapters = taught(teachers["sd"], tmp_path / "agd", method, role=Adapters("cross_attention", 8))
+    found = run.run(replace(asked, students=(asked.students[0], str(adapters)), steps=(), guidance=(1.0, 3.0)))
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows["near, 4 steps, w = 3"]["cost"]["nfe"] == 8 and rows["near, 4 steps, w = 1"]["cost"]["nfe"] == 4
+    assert rows["agd, 2 steps, w = 3"]["cost"]["nfe"] == rows["agd, 2 steps, w = 1"]["cost"]["nfe"] == 2
+    assert rows["agd, 2 steps, w = 3"]["guidance"] == 3.0
+
+
+def test_several_students_draw_each_their_prompts(asked, teachers, tmp_path):
+    parts = [Partition(students=2, student=k, source=Prompts(prompts=tuple(PROMPTS))) for k in range(2)]
+    for k, part in enumerate(parts):
+        folder = taught(teachers["sd"], tmp_path / f"part-{k}", size=0.05 * (k + 1))
+        Routing(k, part.router).save(folder)
+    multi.join(tmp_path / "all", [tmp_path / f"part-{k}" for k in range(2)])
+    found = run.run(replace(asked, students=(str(tmp_path / "all"),), steps=()))
+    assert found["rows"][-1]["name"] == "all, 4 steps" and found["rows"][-1]["cost"]["nfe"] == 4
+
+
+def test_a_flow_teacher_is_drawn_too(asked, teachers, tmp_path):
+    folder = taught(teachers["sd3"], tmp_path / "flow")
+    place = teachers["sd3"].pretrained_teacher_model
+    found = run.run(replace(asked, teacher=place, students=(str(folder),), steps=()))
+    assert [row["cost"]["nfe"] for row in found["rows"]] == [4, 8, 4]
+
+
+def test_a_teacher_alone_and_its_family(asked, teachers):
+    found = run.run(replace(asked, students=(), latency=2))
+    assert [row["name"] for row in found["rows"]] == ["teacher, 2 steps", "teacher, 1 step"]
+    latency = found["rows"][0]["cost"]["latency_ms"]
+    assert latency["p50"] > 0 and latency["repetitions"] == 2
+    assert (asked.output_dir / "grids" / "teacher.png").exists()
+
+
+def test_pixels_are_compared_with_the_teacher_s(asked):
+    found = run.run(replace(asked, metrics=("pixels", "paired"), students=asked.students[:1], steps=(2,)))
+    (told,) = (row["metrics"]["paired"] for row in found["rows"] if row["role"] == "student")
+    made = [np.load(next(asked.output_dir.glob(f"work/*{name}*/pictures.npy"))) for name in ("teacher", "near")]
+    assert len(made[0]) == SMALL  # the teacher's are all kept
+    a, b = (torch.from_numpy(x[:8]).double() for x in made)
+    lines = (asked.output_dir / "per_sample.jsonl").read_text().splitlines()
+    of_student = [json.loads(line) for line in lines if "near" in line][:8]
+    by_hand = 10 * torch.log10(255**2 / (a - b).square().mean((1, 2, 3)))
+    assert [line["psnr"] for line in of_student] == pytest.approx(by_hand.tolist(), rel=1e-5)
+    assert 0 < told["ssim"] < 1 and told["features"] > 0
+
+
+# pictures that are there
+
+
+def drawn(folder: Path, n: int, seed: int, side: int = 32, shift: float = 0.0) -> Path:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        pixels = np.clip(rng.normal(128 + shift, 40, (side, side, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:04d}.png")
+    return folder
+
+
+@pytest.fixture
+def scored(tmp_path) -> Measures:
+    return Measures(output_dir=tmp_path / "out", reference="", features="pixels", feature_batch=16)
+
+
+def test_score_and_ref_agree_with_each_other(scored, tmp_path, capsys):
+    a, b = drawn(tmp_path / "a", 60, 0), drawn(tmp_path / "b", 70, 1, shift=10)
+    by_pictures = run.score([a], replace(scored, reference=str(b)))
+    cli.main(["eval", "ref", str(b), "-o", str(tmp_path / "b.npz"), "--features=pixels"])
+    by_stats = run.score([a], replace(scored, reference=str(tmp_path / "b.npz"), output_dir=tmp_path / "again"))
+    one, two = (found["rows"][0]["metrics"]["fd"] for found in (by_pictures, by_stats))
+    assert one["value"] == pytest.approx(two["value"], rel=1e-9) and one["noise_floor"] == pytest.approx(
+        two["noise_floor"]
+    )
+    assert one["mean_term"] + one["cov_term"] == pytest.approx(one["value"])
+    assert "kid" in by_pictures["rows"][0]["metrics"] and "kid" not in by_stats["rows"][0]["metrics"]
+    pixels = run.extracted(scored, run.joined(scored), None)
+    made = [pixels(torch.cat([batch.pictures for batch in Pictures(place).batches()])) for place in (a, b)]
+    assert one["value"] == pytest.approx(frechet(*map(Stats.of, made)), rel=1e-6)
+    with np.load(tmp_path / "b.npz") as stats:
+        assert set(stats) == {"mu", "sigma", "n", "meta"} and int(stats["n"]) == 70
+
+
+def test_skipped_pictures_are_left_out_of_everything(scored, tmp_path):
+    a, b = drawn(tmp_path / "a", 130, 0), drawn(tmp_path / "b", 60, 1)
+    whole = run.score([a], replace(scored, reference=str(b)))
+    broken = a / "0077.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    found = run.score([a], replace(scored, reference=str(b), output_dir=tmp_path / "again"))
+    assert (found["rows"][0]["n"], found["rows"][0]["n_skipped"]) == (129, 1)
+    assert found["rows"][0]["metrics"]["fd"]["value"] == pytest.approx(
+        whole["rows"][0]["metrics"]["fd"]["value"], rel=0.05
+    )
+    indices = [json.loads(line)["index"] for line in (tmp_path / "again" / "per_sample.jsonl").read_text().splitlines()]
+    assert indices == [i for i in range(130) if i != 77]
+
+
+def test_statistics_of_other_features_are_refused(scored, tmp_path):
+    a = drawn(tmp_path / "a", 60, 0)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(100, 12))
+    np.savez(tmp_path / "other.npz", mu=x.mean(0), sigma=np.cov(x.T))
+    with pytest.raises(EvaluationError, match="12 features.*no distance"):
+        run.score([a], replace(scored, reference=str(tmp_path / "other.npz")))
+    cli.main(["eval", "ref", str(a), "-o", str(tmp_path / "a.npz"), "--features=efficientnet-lite0"])
+    with pytest.raises(EvaluationError, match="1280 features"):
+        run.score([a], replace(scored, reference=str(tmp_path / "a.npz")))
+    with pytest.raises(EvaluationError, match="not there"):
+        run.score([a], replace(scored, reference=str(tmp_path / "none.npz")))
+    (tmp_path / "text.npz").write_text("text")
+    with pytest.raises(EvaluationError, match="mu.*sigma"):
+        run.score([a], replace(scored, reference=str(tmp_path / "text.npz")))
+
+
+def test_too_few_pictures_are_said_before_any_is_drawn(asked, scored, tmp_path):
+    with pytest.raises(EvaluationError, match="20 pictures.*40 or more"):
+        run.run(replace(asked, num=20))
+    with pytest.raises(EvaluationError, match="30 pictures.*40 or more"):
+        run.score([drawn(tmp_path / "few", 30, 0)], replace(scored, reference=str(tmp_path / "few")))
+    assert not asked.output_dir.exists()
+
+
+def test_missing_weights_end_it_before_anything_is_drawn(asked, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", _unreachable)
+    monkeypatch.delenv("STEPDISTILL_INCEPTION_WEIGHTS", raising=False)
+    monkeypatch.setattr(Subject, "load", _unreachable)
+    with pytest.raises(MissingWeights, match="not found in any of"):
+        run.run(replace(asked, features="inception"))
+    words = ["eval", "run", asked.teacher, "-o", str(asked.output_dir), "--features=inception", "--num=40"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--prompts", str(asked.prompts)])
+    assert ended.value.code == 3 and "--inception-weights" in capsys.readouterr().err
+    assert not asked.output_dir.exists()
+
+
+def _unreachable(*args: object, **kwargs: object) -> None:
+    raise OSError("Name or service not known")
+
+
+def test_strict_fails_where_a_row_is_not_comparable(scored, tmp_path, capsys):
+    a, b = drawn(tmp_path / "a", 60, 0), drawn(tmp_path / "b", 60, 1)
+    words = ["eval", "score", str(a), "--ref", str(b), "--features=pixels", "-o", str(tmp_path / "out")]
+    cli.main(words)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--strict"])
+    assert ended.value.code == 4
+
+
+def test_compare_keeps_unlike_rows_apart(scored, tmp_path, capsys):
+    a, b = drawn(tmp_path / "a", 60, 0), drawn(tmp_path / "b", 60, 1)
+    for name, features in (("one", "pixels"), ("two", "efficientnet-lite0")):
+        run.score([a], replace(scored, reference=str(b), features=features, output_dir=tmp_path / name))
+    page = tmp_path / "page.html"
+    cli.main(
+        [
+            "eval",
+            "compare",
+            str(tmp_path / "one"),
+            str(tmp_path / "two"),
+            "-o",
+            str(page),
+            "--csv",
+            str(tmp_path / "c.csv"),
+        ]
+    )
+    assert "columns of their own" in capsys.readouterr().out
+    assert "pixels@" in page.read_text() and "efficientnet-lite0@" in page.read_text()
+    assert len((tmp_path / "c.csv").read_text().splitlines()) == 3
+
+
+def test_doctor_says_what_is_there(capsys):
+    cli.main(["eval", "doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("efficientnet-lite0") and " ok " in line for line in lines)
+    assert any(line.startswith("dinov2-l") and " missing " in line for line in lines)
+
+
+# parts
+
+
+def test_a_store_says_what_is_missing(tmp_path):
+    kept = Store(tmp_path / "s", n=10, unit=4, dim=3, kept=5)
+    kept.open({"a": 1})
+    assert kept.missing() == [0, 1, 2] and kept.missing(1, 2) == [1]
+    made = torch.arange(30.0).reshape(10, 3)
+    pictures = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1).expand(10, 3, 2, 2)
+    for k in (2, 0):
+        rows = kept.rows(k)
+        kept.put(k, pictures[rows.start : rows.stop], made[rows.start : rows.stop], {"skipped": []})
+    with pytest.raises(EvaluationError, match="1 of 3 units missing"):
+        kept.features()
+    with pytest.raises(ValueError, match="expected \\(4, 3\\)"):
+        kept.put(1, pictures[:3], made[:3], {"skipped": []})
+    kept.put(1, pictures[4:8], made[4:8], {"skipped": [6]})
+    assert kept.features().equal(made[[i for i in range(10) if i != 6]])
+    assert kept.pictures(range(3, 5))[:, 0, 0, 0].tolist() == [3, 4]
+    with pytest.raises(EvaluationError, match="other a, b"):
+        kept.open({"a": 2, "b": 1})
+
+
+def test_labels_are_as_short_as_they_can_be():
+    assert labels(["runs/a", "runs/b"]) == ["a", "b"]
+    assert labels(["one/best", "two/best"]) == ["one/best", "two/best"]
+    assert labels([]) == []
+
+
+def test_a_plan_has_the_teacher_beside_its_students(asked):
+    assert [way.name for way in plan(asked)] == [
+        "reference",
+        "teacher, 2 steps",
+        "teacher, 1 step",
+        "near, 1 step",
+        "far, 1 step",
+    ]
+    own = plan(replace(asked, steps=(), reference="x.npz"))
+    assert [way.name for way in own] == ["teacher, 2 steps", "teacher, 4 steps", "near, 4 steps", "far, 4 steps"]
+    with pytest.raises(EvaluationError, match="each once"):
+        plan(replace(asked, students=(asked.students[0],) * 2))
+
+
+def test_cropping_is_pil_s_lanczos():
+    picture = torch.randint(0, 256, (1, 3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = (
+        Image.fromarray(picture[0].permute(1, 2, 0).numpy())
+        .crop((10, 0, 50, 40))
+        .resize((16, 16), Image.Resampling.LANCZOS)
+    )
+    assert cropped(picture, 16)[0].permute(1, 2, 0).numpy().tolist() == np.asarray(image).tolist()
+    assert cropped(picture, None) is picture
