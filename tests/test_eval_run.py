@@ -215,7 +215,7 @@ def test_a_thousand_pictures_killed_at_random_moments(asked, tmp_path):
     while True:
         process = context.Process(target=_forked, args=(asked,))
         process.start()
-        process.join(rng.uniform(0.1, 0.4) * seconds if killed < 4 else None)
+        process.join(rng.uniform(0.05, 0.3) * seconds if killed < 4 else None)
         if process.exitcode is None:
             os.kill(process.pid or 0, signal.SIGKILL)
             process.join()

@@ -60,11 +60,11 @@ class Referent:
     extractor: FeatureExtractor
     state: PartialState
 
-    def of_teacher(self, store: Store) -> Reference:
+    def of_teacher(self, store: Store, name: str) -> Reference:
         """The teacher's pictures under other noises."""
         features = store.features()
         digest = sha256((store.folder / "facts.json").read_bytes()).hexdigest()
-        facts = {"kind": TEACHER, "path": TEACHER, "sha256": digest, "n": len(features)}
+        facts = {"kind": TEACHER, "path": name, "sha256": digest, "n": len(features)}
         return Reference(stats=store.stats(), features=features, paired=True, facts=facts)
 
     def of_file(self, place: Path) -> Reference:

