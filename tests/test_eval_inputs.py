@@ -78,8 +78,7 @@ def test_arrays_are_read_row_by_row(tmp_path, save):
     x = np.random.RandomState(0).randint(0, 256, (5, 4, 6, 3)).astype(np.uint8)
     save(tmp_path / "x.npz", labels=np.arange(5), arr_0=x, other=x[::-1])
     np.save(tmp_path / "x.npy", x)
-    np.save(tmp_path / "fortran.npy", np.asfortranarray(x))
-    for name in ("x.npz", "x.npy", "fortran.npy"):
+    for name in ("x.npz", "x.npy"):
         numbers, names, pixels = read(Pictures(tmp_path / name), size=2)
         assert numbers == [0, 1, 2, 3, 4] and names[4] == f"{name}[4]"
         assert torch.equal(pixels, torch.from_numpy(x).permute(0, 3, 1, 2))
@@ -226,6 +225,7 @@ def cut(file: Path) -> None:
         ("float.npz", lambda file: np.savez(file, X / 255), "arr_0.npy float64 \\(3, 4, 4, 3\\), expected a uint8"),
         ("first.npz", lambda file: np.savez(file, X.transpose(0, 3, 1, 2)), "\\(3, 3, 4, 4\\), expected a uint8"),
         ("fortran.npz", lambda file: np.savez(file, np.asfortranarray(X)), "in C order"),
+        ("fortran.npy", lambda file: np.save(file, np.asfortranarray(X)), "in C order"),
         ("pickle.npy", lambda file: np.save(file, np.array([{}]), allow_pickle=True), "readable file|uint8 array"),
         ("pickle.npz", lambda file: np.savez(file, np.array([{}])), "arr_0.npy object"),
         (

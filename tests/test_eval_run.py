@@ -64,6 +64,9 @@ def taught(family: Family, folder: Path, method=LCM, size: float = 0.05, role=No
     bone.add("student", role or Lora())
     if role is None:
         tiny.awake(bone, "student", size)
+    else:
+        for p in bone.parameters_of("student").values():
+            p.data += size * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     given = {"role": "student", "resolution": (32, 32), "method": method} | options
     student.write(folder, family=family, pipe=pipe, backbone=bone, **given)
     return folder
@@ -270,9 +273,13 @@ def test_another_evaluation_is_not_mixed_in(asked, teachers, tmp_path):
     run.run(asked)
     with pytest.raises(EvaluationError, match="begun with other seed.*another output folder"):
         run.run(replace(asked, seed=7))
-    other = taught(teachers["sd"], tmp_path / "near", size=0.02)
+    own = replace(
+        asked, students=(str(taught(teachers["sd"], tmp_path / "mine", size=0.02)),), output_dir=tmp_path / "own"
+    )
+    run.run(own)
+    taught(teachers["sd"], tmp_path / "mine", size=0.03)  # trained on, in its folder
     with pytest.raises(EvaluationError, match="begun with other student"):
-        run.run(replace(asked, students=(str(other), asked.students[1])))
+        run.run(own)
 
 
 def test_steps_that_a_student_has_not_are_left_out_and_named(asked, teachers, tmp_path):
@@ -292,16 +299,22 @@ def test_guidance_is_swept_by_the_call_and_by_adapters(asked, teachers, tmp_path
     assert rows["near, 4 steps, w = 3"]["cost"]["nfe"] == 8 and rows["near, 4 steps, w = 1"]["cost"]["nfe"] == 4
     assert rows["agd, 2 steps, w = 3"]["cost"]["nfe"] == rows["agd, 2 steps, w = 1"]["cost"]["nfe"] == 2
     assert rows["agd, 2 steps, w = 3"]["guidance"] == 3.0
+    for name in ("near", "agd"):
+        one, two = (rows[f"{name}, {4 if name == 'near' else 2} steps, w = {w}"]["metrics"]["fd"] for w in (1, 3))
+        assert one["value"] != two["value"]
 
 
 def test_several_students_draw_each_their_prompts(asked, teachers, tmp_path):
     parts = [Partition(students=2, student=k, source=Prompts(prompts=tuple(PROMPTS))) for k in range(2)]
     for k, part in enumerate(parts):
-        folder = taught(teachers["sd"], tmp_path / f"part-{k}", size=0.05 * (k + 1))
+        method = replace(LCM, num_inference_steps=4 - 2 * k)
+        folder = taught(teachers["sd"], tmp_path / f"part-{k}", method)
         Routing(k, part.router).save(folder)
     multi.join(tmp_path / "all", [tmp_path / f"part-{k}" for k in range(2)])
     found = run.run(replace(asked, students=(str(tmp_path / "all"),), steps=()))
-    assert found["rows"][-1]["name"] == "all, 4 steps" and found["rows"][-1]["cost"]["nfe"] == 4
+    four = sum(parts[0].router.route(PROMPTS[i % 8]) == 0 for i in range(SMALL))
+    assert found["rows"][-1]["name"] == "all, 4 steps"  # the first one's, as the contract has it
+    assert found["rows"][-1]["cost"]["nfe"] == (4 * four + 2 * (SMALL - four)) / SMALL
 
 
 def test_a_flow_teacher_is_drawn_too(asked, teachers, tmp_path):
@@ -391,6 +404,11 @@ def test_statistics_of_other_features_are_refused(scored, tmp_path):
     cli.main(["eval", "ref", str(a), "-o", str(tmp_path / "a.npz"), "--features=efficientnet-lite0"])
     with pytest.raises(EvaluationError, match="1280 features"):
         run.score([a], replace(scored, reference=str(tmp_path / "a.npz")))
+    cli.main(["eval", "ref", str(a), "-o", str(tmp_path / "own.npz"), "--features=pixels"])
+    stats, facts = Stats.load(tmp_path / "own.npz")
+    stats.save(tmp_path / "own.npz", facts | {"features_id": "pixels@other/area8"})
+    with pytest.raises(EvaluationError, match="made with pixels@other.*no distance"):
+        run.score([a], replace(scored, reference=str(tmp_path / "own.npz")))
     with pytest.raises(EvaluationError, match="not there"):
         run.score([a], replace(scored, reference=str(tmp_path / "none.npz")))
     (tmp_path / "text.npz").write_text("text")
@@ -459,6 +477,37 @@ def test_doctor_says_what_is_there(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("efficientnet-lite0") and " ok " in line for line in lines)
     assert any(line.startswith("dinov2-l") and " missing " in line for line in lines)
+
+
+def _measured(spec: Measures, source: Path, place: Path) -> None:
+    torch.set_num_threads(1)
+    run.score([source], spec)
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    place.write_text(peak.split()[1])
+    os._exit(0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read as Linux tells it")
+def test_memory_does_not_grow_with_the_pictures(scored, tmp_path):
+    """Ten times as many pictures, 220 MB of pixels and 7 MB of features in float64 more, and the peak stays."""
+    peaks = []
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "ref.npz", mu=np.full(198, 0.5), sigma=np.cov(rng.normal(size=(400, 198)).T) / 50)
+    for n in (500, 5000):
+        source = np.lib.format.open_memmap(tmp_path / f"{n}.npy", mode="w+", dtype=np.uint8, shape=(n, 128, 128, 3))
+        for i in range(n):
+            source[i] = i % 251
+        source.flush()
+        spec = replace(scored, reference=str(tmp_path / "ref.npz"), output_dir=tmp_path / str(n), metrics=("fd",))
+        process = multiprocessing.get_context("fork").Process(
+            target=_measured, args=(spec, tmp_path / f"{n}.npy", tmp_path / f"{n}.txt")
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        peaks.append(int((tmp_path / f"{n}.txt").read_text()) / 1024)
+    assert peaks[1] - peaks[0] < 20, peaks
 
 
 # parts

@@ -96,14 +96,15 @@ def measured(
     else:  # one by one: each is in memory, in double precision
         distances = torch.cat([replicates([row.features], reference.stats, BLOCKS) for row in rows])
     first = next((i for i, row in enumerate(rows) if row.role == "teacher"), None)
-    floor = None if reference.paired else noise_floor(reference.stats, len(rows[0].features))
-    if reference.paired and first is not None:
-        floor = distances[first, 0].item()
+    if not reference.paired:
+        floor = noise_floor(reference.stats, len(rows[0].features))
+    else:  # what the teacher has by chance
+        floor = None if first is None else distances[first, 0].item()
     found = []
     for i, row in enumerate(rows):
         n, dim = row.features.shape
         own = interval(distances[i], sizes)
-        shift = (row.features.double().mean(0) - reference.stats.mean).square().sum().item()
+        shift = (row.features.mean(0, dtype=torch.float64) - reference.stats.mean).square().sum().item()
         value: dict[str, Any] = {
             **told(own),
             "bias_corrected": own.corrected if n >= ENOUGH * dim else None,

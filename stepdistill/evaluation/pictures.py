@@ -7,6 +7,7 @@ import logging
 import zipfile
 import zlib
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -204,10 +205,16 @@ class _Array:
         return [f"{self.source.name}[{i}]" for i in range(self.shape[0])]
 
     def images(self, wanted: Wanted) -> Iterator[Image.Image | Exception | None]:
-        rows = npy.open_memmap(self.source, mode="r") if self.member is None else self._rows(self.member)
         try:
-            for number, row in enumerate(rows):
-                yield Image.fromarray(np.asarray(row)) if wanted(number) else None
+            with ExitStack() as stack:
+                file = stack.enter_context(self._opened(stack))
+                _header(file)
+                for number in range(self.shape[0]):
+                    row = file.read(prod(self.shape[1:]))
+                    if len(row) < prod(self.shape[1:]):
+                        raise EOFError(f"{self.member or self.source} ends in picture {number} of {self.shape[0]}")
+                    pixels = np.frombuffer(row, dtype=np.uint8).reshape(self.shape[1:])
+                    yield Image.fromarray(pixels) if wanted(number) else None
         except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise _broken(self.source, error) from error
 
@@ -215,14 +222,10 @@ class _Array:
         with self.source.open("rb") as file:
             return _digest(file).hex()
 
-    def _rows(self, member: str) -> Iterator[np.ndarray]:
-        with zipfile.ZipFile(self.source) as archive, archive.open(member) as file:
-            _header(file)
-            for i in range(self.shape[0]):
-                row = file.read(prod(self.shape[1:]))
-                if len(row) < prod(self.shape[1:]):
-                    raise EOFError(f"{member} ends in picture {i} of {self.shape[0]}")
-                yield np.frombuffer(row, dtype=np.uint8).reshape(self.shape[1:])
+    def _opened(self, stack: ExitStack) -> IO[bytes]:
+        if self.member is None:
+            return self.source.open("rb")
+        return stack.enter_context(zipfile.ZipFile(self.source)).open(self.member)
 
 
 def _stored(source: Path) -> _Stored:
@@ -235,8 +238,8 @@ def _stored(source: Path) -> _Stored:
         raise DataError(problem(got, "a folder, .zip, .npz or .npy", "pictures are read from it", "check the path"))
     try:
         if suffix == ".npy":
-            array = npy.open_memmap(source, mode="r")
-            return _Array(source, None, _checked(source, {source.name: (array.shape, False, array.dtype)})[1])
+            with source.open("rb") as file:
+                return _Array(source, None, _checked(source, {source.name: _header(file)})[1])
         with zipfile.ZipFile(source) as archive:
             if suffix == ".zip":
                 return _Files(source, _pictures(name for name in archive.namelist() if not name.endswith("/")))

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import EvaluationError, problem
-from stepdistill.metrics.stats import FeatureStats, Stats
+from stepdistill.metrics.stats import PART, FeatureStats, Stats
 
 FACTS, FEATURES, PICTURES = "facts.json", "features.npy", "pictures.npy"
-PART = 4096  # rows that are in memory at once
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.metrics.jackknife import Interval, block_sizes, interval, replicates
-from stepdistill.metrics.stats import TOLERANCE, Stats, roots, rows_of
+from stepdistill.metrics.stats import PART, TOLERANCE, Stats, roots, rows_of
 
 
 def frechet(a: Stats, b: Stats) -> float:
@@ -55,13 +55,15 @@ def excess(row: Tensor, ref: Tensor, floor: Tensor, blocks: int = 20) -> Interva
 
 def paired(a: Tensor, b: Tensor) -> float:
     """Mean Euclidean distance between rows of equal index (equal prompt and seed), (N, D) with N >= 2."""
-    a, b = rows_of(a), rows_of(b)
+    rows_of(a[:2])  # type and shape
     if a.shape != b.shape:
         raise ValueError(
             f"paired got {tuple(a.shape)} and {tuple(b.shape)}, expected equal shapes: row i of both "
             "must come from one prompt and seed; draw both over the same list"
         )
-    return (a - b).norm(dim=1).mean().item()
+    starts = range(0, len(a), PART)
+    apart = [(rows_of(a[i : i + PART], 1, i) - rows_of(b[i : i + PART], 1, i)).norm(dim=1) for i in starts]
+    return torch.cat(apart).mean().item()
 
 
 def diversity(features: Tensor, prompt_index: Tensor) -> float:

@@ -45,11 +45,10 @@ def replicates(rows: Sequence[Tensor], ref: Tensor | Stats, blocks: int = 20) ->
         ref: features (N, D) in that order, which lose the block too; or a Gaussian that is fixed, such as a file's.
 
     Rounding may take a distance of zero below it. One product and one eigenvalue problem of size min(N, D) for each
-    row and block. Raises TypeError, ValueError.
+    row and block. Against a Gaussian features are read block by block, so that those of a file need not fit in memory;
+    against features one row at a time does. Raises TypeError, ValueError.
     """
-    rows = [rows_of(row) for row in rows]
     if isinstance(ref, Tensor):
-        ref = rows_of(ref)
         shapes, todo = [*rows, ref], "draw the same prompts for all of them"
     else:
         shapes, todo = rows, "draw the same number for all of them"
@@ -58,9 +57,10 @@ def replicates(rows: Sequence[Tensor], ref: Tensor | Stats, blocks: int = 20) ->
             f"replicates got features of shapes {[tuple(x.shape) for x in shapes]}, expected equal ones: the "
             f"distance's bias depends on N and cancels only at equal N; {todo}"
         )
+    rows_of(rows[0][:2])  # type and shape, before they are used
     without = _blocks(len(rows[0]), blocks)
     if isinstance(ref, Tensor):
-        return _leave_out(rows, ref, without)
+        return _leave_out(rows, rows_of(ref), without)
     if ref.mean.shape != rows[0].shape[1:]:
         raise ValueError(
             f"replicates got {rows[0].shape[1]} features a row and a reference of {ref.mean.numel()}, expected equal "
@@ -157,25 +157,34 @@ def _leave_out_of_row(row: Tensor, ref: Stats, without: list[Tensor]) -> Tensor:
     over sqrt(n - 1). Of Y Y^T the rows and columns of a block go, and what remains is centred anew; Y^T Y loses the
     Gram matrix of the dropped rows.
     """
-    mean = row.mean(0)
-    x = row - mean
-    y = x @ ref.root.T
-    samples, rank = y.shape
-    gram = y @ y.T if samples <= rank else y.T @ y
+    samples, rank = len(row), len(ref.root)
+    whole = [torch.arange(samples)] if samples <= rank else without[1:]
+    mean = torch.stack([_part(row, block).sum(0) for block in whole]).sum(0) / samples
+    total, gram = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for block in whole:
+        x = _part(row, block) - mean
+        y = x @ ref.root.T
+        gram = gram + (y @ y.T if samples <= rank else y.T @ y)
+        total = total + x.square().sum()
     values = torch.empty(len(without), dtype=torch.float64)
     for k, block in enumerate(without):
-        n = samples - len(block)
+        n, x = samples - len(block), _part(row, block) - mean
         if samples <= rank:
             kept = torch.ones(samples, dtype=torch.bool).index_fill(0, block, False)
             part = gram[kept][:, kept]
             part = part - part.mean(0) - part.mean(1, keepdim=True) + part.mean()
         else:
-            e = _dropped(y[block], n)
+            e = _dropped(x @ ref.root.T, n)
             part = gram - e.T @ e
         root = _nuclear(part, min(n - 1, rank)) / math.sqrt(n - 1)
-        shift = mean - ref.mean - x[block].sum(0) / n
-        values[k] = shift.square().sum() + ref.cov.trace() + _scatter(x, block) / (n - 1) - 2 * root
+        shift, scatter = mean - ref.mean - x.sum(0) / n, total - _dropped(x, n).square().sum()
+        values[k] = shift.square().sum() + ref.cov.trace() + scatter / (n - 1) - 2 * root
     return values
+
+
+def _part(row: Tensor, block: Tensor) -> Tensor:
+    """Checked rows of a block, float64."""
+    return rows_of(row[block], least=0, start=int(block[0]) if len(block) else 0)
 
 
 def _nuclear(gram: Tensor, rank: int) -> Tensor:
@@ -186,31 +195,35 @@ def _nuclear(gram: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigvalsh(gram)[-rank:].clamp(min=0).sqrt().sum()
 
 
-def _leave_out(rows: list[Tensor], ref: Tensor, without: list[Tensor]) -> Tensor:
+def _leave_out(rows: Sequence[Tensor], ref: Tensor, without: list[Tensor]) -> Tensor:
     """F(row, ref) without each index set, (len(rows), len(without)), from one decomposition of ref.
 
     With centred X, Y = Q S V^T and T = X V S, the cross product is X Y^T = T Q^T. Dropping a block B and
     centring anew turns Q^T Q = I into I - Z^T Z and T^T T into itself minus E^T E, where Z and E stack the
     dropped rows and their sum over sqrt(n). So a replicate costs low-rank updates and one eigvalsh.
     """
-    means, y = [row.mean(0) for row in rows], ref - ref.mean(0)
-    centred = [row - mean for row, mean in zip(rows, means, strict=True)]
+    y = ref - ref.mean(0)
     q, s, vh = torch.linalg.svd(y, full_matrices=False)
     # directions without variance have no determined q; they would couple into the root below
     kept = s > 1e-10 * s[0]
     q, project = q[:, kept], vh[kept].T * s[kept]
-    crosses = [x @ project for x in centred]
-    grams = [t.T @ t for t in crosses]
+    turns = []
+    for block in without:
+        _, sines, directions = torch.linalg.svd(_dropped(q[block], len(ref) - len(block)), full_matrices=False)
+        turns.append((directions, 1 - (1 - sines.square()).clamp(min=0).sqrt()))
     values = torch.empty(len(rows), len(without), dtype=torch.float64)
-    for k, block in enumerate(without):
-        n = len(ref) - len(block)
-        _, sines, directions = torch.linalg.svd(_dropped(q[block], n), full_matrices=False)
-        shrink = 1 - (1 - sines.square()).clamp(min=0).sqrt()
-        for i, (x, t, gram) in enumerate(zip(centred, crosses, grams, strict=True)):
+    for i, row in enumerate(rows):
+        x = rows_of(row)
+        mean = x.mean(0)
+        x = x - mean
+        t = x @ project
+        gram = t.T @ t
+        for k, (block, turn) in enumerate(zip(without, turns, strict=True)):
+            n = len(ref) - len(block)
             e = _dropped(t[block], n)
-            m = _shrunk(_shrunk(gram - e.T @ e, directions, shrink).T, directions, shrink)
+            m = _shrunk(_shrunk(gram - e.T @ e, *turn).T, *turn)
             root = torch.linalg.eigvalsh(m).clamp(min=0).sqrt().sum()
-            shift = means[i] - ref.mean(0) - (x[block].sum(0) - y[block].sum(0)) / n
+            shift = mean - ref.mean(0) - (x[block].sum(0) - y[block].sum(0)) / n
             scatter = _scatter(x, block) + _scatter(y, block)
             values[i, k] = shift.square().sum() + (scatter - 2 * root) / (n - 1)
     return values

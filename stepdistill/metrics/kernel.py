@@ -36,7 +36,7 @@ def kid(a: Tensor, b: Tensor, subsets: int = 100, subset_size: int = 1000, seed:
     Bińkowski et al. 2018, https://arxiv.org/abs/1801.01401. Subsets are drawn without replacement by `seed` alone.
     Raises TypeError, ValueError.
     """
-    a, b = _both("kid", a, b)
+    _check("kid", a, b)
     least = min(len(a), len(b))
     if subsets < 1 or not 2 <= subset_size <= least:
         raise ValueError(
@@ -46,7 +46,7 @@ def kid(a: Tensor, b: Tensor, subsets: int = 100, subset_size: int = 1000, seed:
     generator = torch.Generator().manual_seed(seed)
     values = torch.empty(subsets, dtype=torch.float64)
     for i in range(subsets):
-        x, y = (each[torch.randperm(len(each), generator=generator)[:subset_size]] for each in (a, b))
+        x, y = (rows_of(each[torch.randperm(len(each), generator=generator)[:subset_size]]) for each in (a, b))
         values[i] = mmd(x, y, cubic)
     return Kid(values.mean().item(), values.std(correction=0).item())
 
@@ -57,7 +57,8 @@ def cmmd(a: Tensor, b: Tensor, bandwidth: float = 10.0) -> float:
     Jayasumana et al. 2024, https://arxiv.org/abs/2401.09603, with `exp(-|x - y|^2 / (2 bandwidth^2))`. Raises
     TypeError, ValueError.
     """
-    a, b = (x / x.norm(dim=1, keepdim=True) for x in _both("cmmd", a, b))
+    _check("cmmd", a, b)
+    a, b = (x / x.norm(dim=1, keepdim=True) for x in (rows_of(a), rows_of(b)))
 
     def gaussian(x: Tensor, y: Tensor) -> Tensor:
         return ((x @ y.T - 1) / bandwidth**2).exp()  # |x - y|^2 is 2 - 2 x . y
@@ -81,11 +82,10 @@ def _sum(x: Tensor, y: Tensor, kernel: Kernel, biased: bool) -> Tensor:
     return total
 
 
-def _both(name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = rows_of(a), rows_of(b)
+def _check(name: str, a: Tensor, b: Tensor) -> None:
+    rows_of(a[:2]), rows_of(b[:2])  # type and shape
     if a.shape[1] != b.shape[1]:
         raise ValueError(
             f"{name} got {a.shape[1]} and {b.shape[1]} features a row, expected equal numbers: those of different "
             "extractors have no distance; compute both with one extractor"
         )
-    return a, b

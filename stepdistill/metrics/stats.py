@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-6  # relative; rounding of a rank-deficient root stays below 1e-7
+PART = 4096  # rows of features that are in memory at once where a file holds more
 UNKNOWN = 0  # samples of statistics that another tool wrote
 
 
@@ -133,8 +134,8 @@ class FeatureStats:
             self.n = total
 
 
-def rows_of(features: Tensor, least: int = 2) -> Tensor:
-    """Checked features as float64 on the CPU."""
+def rows_of(features: Tensor, least: int = 2, start: int = 0) -> Tensor:
+    """Checked features (N, D), N >= `least`, as float64 on the CPU; `start` is the first one's number, for messages."""
     if not features.is_floating_point():
         raise TypeError(
             f"got features of type {features.dtype}, expected floating point: these look like images; pass "
@@ -149,7 +150,7 @@ def rows_of(features: Tensor, least: int = 2) -> Tensor:
     bad = (~x.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"got {len(bad)} feature rows with NaN or infinity, first at index {bad[0]}, expected none: "
+            f"got {len(bad)} feature rows with NaN or infinity, first at index {start + bad[0]}, expected none: "
             "one such row makes every distance NaN; find and regenerate those images"
         )
     return x

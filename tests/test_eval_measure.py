@@ -1,0 +1,150 @@
+"""Rows of a report from features: what is beside what, and when a figure may call itself what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stepdistill.evaluation.measure import Reference, Sampled, measured
+from stepdistill.evaluation.protocol import PROTOCOLS
+from stepdistill.evaluation.results import under
+from stepdistill.metrics.frechet import frechet, frechet_terms
+from stepdistill.metrics.identity import FID_WEIGHTS, INCEPTION, Identity
+from stepdistill.metrics.jackknife import difference_of_means, noise_floor
+from stepdistill.metrics.kernel import kid
+from stepdistill.metrics.stats import Stats
+
+FID = Identity(INCEPTION, FID_WEIGHTS + 56 * "0", "file", 2048, "pool3", "clean", "(u - 128) / 128", "fp32", 64)
+
+
+def features(n: int, seed: int, shift: float = 0.0, dim: int = 4) -> torch.Tensor:
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def against(x: torch.Tensor, paired: bool) -> Reference:
+    return Reference(stats=Stats.of(x), features=x, paired=paired, facts={"kind": "images"})
+
+
+def rows(n: int, shift: float = 1.0) -> list[Sampled]:
+    """A few-step teacher before the teacher at its best must not be taken for it: the first one is."""
+    few = features(n, 1, shift) * 0.9
+    return [
+        Sampled(name="best", role="teacher", features=features(n, 1), cost={"seconds_per_image": 4.0}),
+        Sampled(name="few", role="teacher", features=few, cost={"seconds_per_image": 1.0}),
+        Sampled(name="student", role="student", features=features(n, 1, shift), cost={"seconds_per_image": 0.5}),
+    ]
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_translation_costs_its_square(paired):
+    """Student = teacher + 1 in each of 4 dimensions, and the reference is the teacher: excess 4, certain."""
+    best, few, student = measured(rows(200), against(features(200, 1), paired), "fd")
+    assert best["metrics"]["fd"]["value"] == pytest.approx(0, abs=1e-6)
+    delta = student["metrics"]["delta_vs_teacher"]["fd"]
+    assert delta["value"] == pytest.approx(4, rel=1e-5)
+    assert student["metrics"]["fd"]["mean_term"] == pytest.approx(4, rel=1e-5)
+    assert student["metrics"]["fd"]["cov_term"] == pytest.approx(0, abs=1e-5)
+    assert student["metrics"]["paired"]["features"] == pytest.approx(2, rel=1e-5)  # the norm of four ones
+    assert "delta_vs_teacher" not in best["metrics"] and "paired" not in best["metrics"]
+    if paired:
+        assert delta["ci95"] == pytest.approx([4, 4], rel=1e-4)  # what both share has left the interval
+    assert (few["cost"]["speedup_vs_teacher"], student["cost"]["speedup_vs_teacher"]) == (4, 8)
+
+
+def test_values_are_those_of_the_metrics():
+    ref, made = features(300, 5), rows(200, 0.3)
+    found = measured(made, against(ref, paired=False), "fd", ("kid",))
+    for row, own in zip(made, found, strict=True):
+        value = own["metrics"]["fd"]
+        assert value["value"] == pytest.approx(frechet(Stats.of(row.features), Stats.of(ref)), rel=1e-9)
+        terms = frechet_terms(Stats.of(row.features), Stats.of(ref))
+        assert [value["mean_term"], value["cov_term"]] == pytest.approx(terms, rel=1e-6)
+        assert value["noise_floor"] == noise_floor(Stats.of(ref), 200)
+        assert own["metrics"]["kid"]["value"] == kid(row.features, ref, subset_size=100).value
+        assert "paired" not in own["metrics"]
+
+
+def test_a_difference_is_from_the_teacher_at_its_best():
+    best, few, student = measured(rows(200), against(features(200, 7, 0.5), paired=True), "fd")
+    for row in (few, student):
+        delta = row["metrics"]["delta_vs_teacher"]["fd"]["value"]
+        assert delta == pytest.approx(row["metrics"]["fd"]["value"] - best["metrics"]["fd"]["value"], rel=1e-9)
+
+
+def test_under_the_teacher_the_floor_is_the_teacher_s_own():
+    found = measured(rows(200), against(features(200, 7), paired=True), "fd")
+    assert {row["metrics"]["fd"]["noise_floor"] for row in found} == {found[0]["metrics"]["fd"]["value"]}
+    (alone,) = measured(rows(200)[2:], against(features(200, 7), paired=True), "fd")
+    assert alone["metrics"]["fd"]["noise_floor"] is None
+
+
+def test_a_bias_is_corrected_only_where_n_allows():
+    ref = against(features(400, 2, dim=12), paired=False)
+    each = [Sampled(name="x", role="images", features=features(n, 1, dim=12)) for n in (47, 48)]
+    corrected = [measured([row], ref, "fd") for row in each]
+    assert corrected[0][0]["metrics"]["fd"]["bias_corrected"] is None
+    assert corrected[1][0]["metrics"]["fd"]["bias_corrected"] < corrected[1][0]["metrics"]["fd"]["value"]
+
+
+def test_clip_scores_are_compared_at_equal_prompts():
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(200, generator=generator) + 25
+    made = rows(200)
+    made = [replace(row, scores={"clip": shared - i}) for i, row in enumerate(made)]
+    found = measured(made, against(features(200, 1), True), "fd")
+    delta = found[2]["metrics"]["delta_vs_teacher"]["clip_score"]
+    assert delta["value"] == pytest.approx(-2, rel=1e-5) and delta["ci95"] == pytest.approx([-2, -2], rel=1e-4)
+    assert delta["value"] == pytest.approx(difference_of_means(shared - 2, shared).value)
+    own = found[2]["metrics"]["clip_score"]
+    assert own["value"] == pytest.approx((shared - 2).double().mean().item())
+    assert own["ci95"][1] - own["ci95"][0] > 0.1
+
+
+def test_diversity_is_within_prompts_and_over_the_teacher_s():
+    made, index = rows(200, 0.0), torch.arange(200) % 50
+    found = measured(made, against(features(200, 3), True), "fd", ("diversity",), index)
+    assert found[2]["metrics"]["diversity_vs_teacher"] == pytest.approx(1)
+    assert found[1]["metrics"]["diversity_vs_teacher"] == pytest.approx(0.9)
+
+
+def test_numbers_that_json_cannot_hold_are_null():
+    made = [Sampled(name="x", role="images", features=features(60, 1), cost={"nfe": float("nan")})]
+    (row,) = measured(made, against(features(60, 2), False), "fd")
+    assert row["cost"]["nfe"] is None
+
+
+# protocols
+
+
+def test_without_a_protocol_no_row_is_comparable():
+    for name in ("none", "quick"):
+        told, reasons = under(PROTOCOLS[name], FID, 30_000, None, "npz")
+        assert not told["met"] and reasons
+
+
+def test_a_protocol_is_met_or_says_what_is_not():
+    coco = PROTOCOLS["coco30k-dmd2"]
+    assert under(coco, FID, 30_000, 256, "npz") == ({"name": "coco30k-dmd2", "met": True, "deviations": []}, [])
+    for change, words in [
+        ({"n": 1000}, "n=1000 (protocol 30000)"),
+        ({"side": None}, "eval_res None (protocol 256)"),
+        ({"kind": "teacher"}, "the reference is the teacher"),
+        ({"identity": replace(FID, resize="tf1")}, "resize tf1 (protocol clean)"),
+        ({"identity": replace(FID, arch="efficientnet-lite0")}, "not FID's Inception"),
+    ]:
+        given = {"protocol": coco, "identity": FID, "n": 30_000, "side": 256, "kind": "npz"} | change
+        told, reasons = under(**given)
+        assert not told["met"] and words in reasons[0], change
+    told, reasons = under(coco, replace(FID, dtype="bf16"), 30_000, 256, "npz")
+    assert told["met"] and "half precision" in reasons[0]  # the protocol's, and yet no more than a hint
+
+
+@pytest.mark.parametrize("name", sorted(PROTOCOLS))
+def test_protocols_are_met_by_what_they_set(name):
+    protocol = PROTOCOLS[name]
+    if not protocol.guide:
+        identity = replace(FID, resize=protocol.resize)
+        assert protocol.n is not None and protocol.features == "inception"
+        assert protocol.deviations(protocol.n, identity, protocol.eval_res, "npz") == []
