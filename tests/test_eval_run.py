@@ -24,7 +24,7 @@ from torch import Tensor
 from stepdistill import cli, multi, student
 from stepdistill.data import Partition, Prompts
 from stepdistill.errors import EvaluationError, MissingWeights
-from stepdistill.evaluate import SEED_A, SEED_B, generate, teacher_row
+from stepdistill.evaluate import SEED_A, SEED_B, generate, student_row, teacher_row
 from stepdistill.evaluation import run
 from stepdistill.evaluation.draw import labels, plan
 from stepdistill.evaluation.fill import cropped
@@ -322,6 +322,10 @@ def test_a_flow_teacher_is_drawn_too(asked, teachers, tmp_path):
     place = teachers["sd3"].pretrained_teacher_model
     found = run.run(replace(asked, teacher=place, students=(str(folder),), steps=()))
     assert [row["cost"]["nfe"] for row in found["rows"]] == [4, 8, 4]
+    subject = Subject.load(teachers["sd3"], str(folder), torch.device("cpu"), torch.float32)
+    way = Way(name="", role="student", student=str(folder), steps=2, guidance=None, seed=2)
+    own = student_row(teachers["sd3"], LCM, teachers["sd3"].load(), 2)  # the teacher's shift is 3, the student's 1
+    assert subject.row(way).call["sigmas"] == own.call["sigmas"]
 
 
 def test_a_teacher_alone_and_its_family(asked, teachers):
