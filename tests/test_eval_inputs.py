@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from pictures import encoded, noise
 from PIL import Image
-from tiny import tokens
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import CLIPImageProcessor
 
 from stepdistill.errors import DataError
 from stepdistill.evaluation.exports import GenEval, T2ICompBench
@@ -380,19 +380,7 @@ def test_odd_exports_are_refused_and_leave_nothing(tmp_path, add, error, message
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Clip:
     """A small random CLIP whose processor fits it, with 77 places for tokens."""
-    place, tokenizer = tmp_path_factory.mktemp("clip"), tokens()
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = {**shape, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
-    vision = {**shape, "image_size": 32, "patch_size": 16}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, initializer_factor=10.0)
-    CLIPModel(config).save_pretrained(place)
-    tokenizer.model_max_length = 77
-    tokenizer.save_pretrained(place)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPImageProcessor(**size).save_pretrained(place)
-    return Clip(str(place), torch.device("cpu"))
+    return Clip(str(tiny.clip(tmp_path_factory.mktemp("clip"))), torch.device("cpu"))
 
 
 def by_hand(clip: Clip, pictures: Tensor, prompts: list[str]) -> Tensor:

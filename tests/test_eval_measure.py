@@ -131,6 +131,7 @@ def test_a_protocol_is_met_or_says_what_is_not():
         ({"n": 1000}, "n=1000 (protocol 30000)"),
         ({"side": None}, "eval_res None (protocol 256)"),
         ({"kind": "teacher"}, "the reference is the teacher"),
+        ({"clip": "openai/clip-vit-base-patch16"}, "CLIP openai/clip-vit-base-patch16 (protocol laion/"),
         ({"identity": replace(FID, resize="tf1")}, "resize tf1 (protocol clean)"),
         ({"identity": replace(FID, arch="efficientnet-lite0")}, "not FID's Inception"),
     ]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from stepdistill import cli, multi, student
 from stepdistill.data import Partition, Prompts
 from stepdistill.errors import EvaluationError, MissingWeights
 from stepdistill.evaluate import SEED_A, SEED_B, generate, student_row, teacher_row
-from stepdistill.evaluation import run
+from stepdistill.evaluation import command, run, scores
 from stepdistill.evaluation.draw import labels, plan
 from stepdistill.evaluation.fill import cropped
 from stepdistill.evaluation.pictures import Pictures
@@ -37,6 +38,8 @@ from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.guidance_distillation import AdapterGuidance
+from stepdistill.metrics.clip import Clip
+from stepdistill.metrics.clip_score import clip_scores
 from stepdistill.metrics.frechet import excess, frechet
 from stepdistill.metrics.stats import Stats
 from stepdistill.roles import Adapters, Lora
@@ -94,6 +97,10 @@ def asked(teachers, students, tmp_path) -> Draws:
         features="pixels",
         feature_batch=16,
     )
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def values(folder: Path) -> list[dict]:
@@ -269,6 +276,14 @@ def test_pictures_hardly_depend_on_the_batch(asked, teachers):
     assert (late.int() - one[6:].int()).abs().max() <= 1
 
 
+def test_pictures_that_are_no_numbers_end_it_and_lose_nothing(asked, teachers, tmp_path):
+    pipe = teachers["sd"].load()
+    next(pipe.vae.decoder.parameters()).data.fill_(float("nan"))
+    pipe.save_pretrained(tmp_path / "odd")
+    with pytest.raises(EvaluationError, match="pictures 0 to 15 of reference: .*non-finite.*--dtype fp32"):
+        run.run(replace(asked, teacher=str(tmp_path / "odd"), students=()))
+
+
 def test_another_evaluation_is_not_mixed_in(asked, teachers, tmp_path):
     run.run(asked)
     with pytest.raises(EvaluationError, match="begun with other seed.*another output folder"):
@@ -347,6 +362,65 @@ def test_pixels_are_compared_with_the_teacher_s(asked):
     by_hand = 10 * torch.log10(255**2 / (a - b).square().mean((1, 2, 3)))
     assert [line["psnr"] for line in of_student] == pytest.approx(by_hand.tolist(), rel=1e-5)
     assert 0 < told["ssim"] < 1 and told["features"] > 0
+
+
+def test_clip_scores_are_those_of_prompts_and_pictures(asked, tmp_path):
+    model = tiny.clip(tmp_path / "clip")
+    found = run.run(replace(asked, clip=str(model), save_pictures=True, students=asked.students[:1]))
+    folder = asked.output_dir / "pictures" / "near_1-step"
+    pictures = torch.stack([as_tensor(Image.open(folder / f"{i:06d}.png")) for i in range(SMALL)])
+    by_hand = clip_scores(Clip(str(model), torch.device("cpu")), pictures, [PROMPTS[i % 8] for i in range(SMALL)])
+    (row,) = (row for row in found["rows"] if row["role"] == "student")
+    assert row["metrics"]["clip_score"]["value"] == pytest.approx(by_hand.mean().item(), rel=1e-5)
+    lines = [json.loads(line) for line in (asked.output_dir / "per_sample.jsonl").read_text().splitlines()]
+    assert [line["clip"] for line in lines if line["row"] == "near, 1 step"] == pytest.approx(
+        by_hand.tolist(), rel=1e-4
+    )
+    assert "clip_score" in row["metrics"]["delta_vs_teacher"]
+    scored = replace(asked, clip=str(model), reference="x").__dict__
+    names = Measures.__dataclass_fields__.keys()
+    measures = Measures(**{name: scored[name] for name in names} | {"output_dir": tmp_path / "score"})
+    measures = replace(measures, reference=str(drawn(tmp_path / "ref", 50, 0)))
+    again = run.score([folder], measures, asked.prompts)
+    value = again["rows"][0]["metrics"]["clip_score"]["value"]
+    assert value == pytest.approx(row["metrics"]["clip_score"]["value"], rel=1e-5)
+    with pytest.raises(EvaluationError, match="CLIP without prompts"):
+        run.score([folder], measures)
+
+
+def test_a_clip_that_is_not_there_is_missed_before_anything_is_drawn(asked, monkeypatch):
+    monkeypatch.setattr(Subject, "load", _unreachable)
+    monkeypatch.setattr(scores, "clip", _unreachable)
+    with pytest.raises(MissingWeights, match="--clip PATH"):
+        run.run(replace(asked, clip="openai/clip-vit-base-patch16"))
+
+
+def test_lpips_is_between_pictures_of_one_prompt_and_noise(asked, monkeypatch):
+    """A stand-in for the network, whose weights are in no package: the mean absolute difference in [-1, 1]."""
+
+    def network(net, device):
+        return lambda a, b: (a - b).abs().mean((1, 2, 3))
+
+    monkeypatch.setattr(scores, "lpips", network)
+    monkeypatch.setattr(run, "lpips", network)
+    found = run.run(replace(asked, metrics=("lpips",), students=asked.students[1:], columns=SMALL))
+    a, b = (
+        np.load(next(asked.output_dir.glob(f"work/*{name}*/pictures.npy"))).astype(float) for name in ("r_2-", "far")
+    )
+    (row,) = (row for row in found["rows"] if row["role"] == "student")
+    assert row["metrics"]["paired"]["lpips"] == pytest.approx(np.abs(a - b).mean() / 127.5, rel=1e-5)
+
+
+def test_exports_are_laid_out_for_their_scorers(asked, tmp_path):
+    records = [{"tag": "single_object", "include": [], "prompt": prompt} for prompt in PROMPTS]
+    file = tmp_path / "metadata.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)))
+    run.run(replace(asked, prompts=file, export="geneval", students=asked.students[:1], save_pictures=True))
+    folder = asked.output_dir / "geneval" / "near_1-step"
+    assert json.loads((folder / "00003" / "metadata.jsonl").read_text()) == records[3]
+    assert len(list(folder.glob("*/samples/*.png"))) == SMALL
+    same = asked.output_dir / "pictures" / "near_1-step" / f"{3 + 2 * 8:06d}.png"
+    assert as_tensor(Image.open(folder / "00003" / "samples" / "0002.png")).equal(as_tensor(Image.open(same)))
 
 
 # pictures that are there
@@ -512,6 +586,18 @@ def test_memory_does_not_grow_with_the_pictures(scored, tmp_path):
         assert process.exitcode == 0
         peaks.append(int((tmp_path / f"{n}.txt").read_text()) / 1024)
     assert peaks[1] - peaks[0] < 20, peaks
+
+
+def test_each_command_has_its_script():
+    group = argparse.ArgumentParser().add_subparsers()
+    names = []
+    command.declare(group, lambda parts, name, *rest: names.append(name) or argparse.ArgumentParser())
+    folder = Path(__file__).parent.parent / "eval"
+    assert sorted(names) == ["compare", "doctor", "ref", "run", "score"]
+    for name in names:
+        assert f'main(["eval", "{name}", *sys.argv[1:]])' in (folder / f"{name}.py").read_text()
+    done = subprocess.run([sys.executable, str(folder / "doctor.py")], capture_output=True, text=True)
+    assert done.returncode == 0 and "efficientnet-lite0" in done.stdout
 
 
 # parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -12,7 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
 from stepdistill.backbone import Backbone
 from stepdistill.denoiser import Denoiser
@@ -79,6 +80,23 @@ def sdxl(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
             timestep_spacing="leading",
         ),
     )
+
+
+def clip(place: Path) -> Path:
+    """A folder with a small random CLIP, whose processor fits it, with 77 places for tokens."""
+    tokenizer = build.tokenizer(build.words())
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {**shape, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
+    vision = {**shape, "image_size": 32, "patch_size": 16}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, initializer_factor=10.0)
+    CLIPModel(config).save_pretrained(place)
+    tokenizer.model_max_length = 77
+    tokenizer.save_pretrained(place)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessor(**size).save_pretrained(place)
+    return place
 
 
 def backbone(name: str, pipe: DiffusionPipeline, rank: int = 4, alpha: float | None = None) -> Backbone:

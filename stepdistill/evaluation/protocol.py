@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stepdistill.metrics.identity import Identity
 from stepdistill.metrics.resize import Resize
@@ -34,8 +34,18 @@ class Protocol:
     prefix: str = ""
     guide: bool = False
 
-    def deviations(self, n: int, identity: Identity, eval_res: int | None, kind: str) -> list[str]:
-        """What of an evaluation is not as the protocol has it, in words; of a protocol of nobody, that."""
+    def deviations(
+        self, n: int, identity: Identity, eval_res: int | None, kind: str, clip: str | None = None
+    ) -> list[str]:
+        """What of an evaluation is not as the protocol has it, in words; of a protocol of nobody, that.
+
+        Args:
+            n: pictures.
+            identity: of the features.
+            eval_res: side in pixels that pictures were cropped and resized to; None left them.
+            kind: of the reference.
+            clip: of the CLIP score, where there is one.
+        """
         if self.guide:
             return [f"protocol {self.name} is of no paper"]
         found = []
@@ -49,34 +59,35 @@ class Protocol:
             found.append(f"eval_res {eval_res} (protocol {self.eval_res})")
         if self.reference and kind == "teacher":
             found.append(f"the reference is the teacher (protocol: {self.reference})")
+        if clip is not None and self.clip and clip != self.clip:
+            found.append(f"CLIP {clip} (protocol {self.clip})")
         return found
 
 
 # The sizes, crops and prefixes of the coco protocols are those of DMD2's evaluation (Yin et al. 2024,
 # https://arxiv.org/abs/2405.14867), those of imagenet64-edm of EDM's (Karras et al. 2022,
 # https://arxiv.org/abs/2206.00364).
+COCO = Protocol(
+    name="coco30k-dmd2",
+    n=30_000,
+    features="inception",
+    eval_res=256,
+    reference="all pictures of COCO 2014's validation set",
+    clip="laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
+    prefix="A photo depicts ",
+)
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol(name="none", guide=True),
         Protocol(name="quick", n=256, guide=True),
-        Protocol(
-            name="coco30k-dmd2",
-            n=30_000,
-            features="inception",
-            eval_res=256,
-            reference="all pictures of COCO 2014's validation set",
-            clip="laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
-            prefix="A photo depicts ",
-        ),
-        Protocol(
+        COCO,
+        replace(
+            COCO,
             name="coco10k-sdxl",
             n=10_000,
-            features="inception",
             eval_res=512,
             reference="the 10,000 pictures of COCO 2014's validation set that belong to the prompts",
-            clip="laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
-            prefix="A photo depicts ",
         ),
         Protocol(
             name="imagenet64-edm",

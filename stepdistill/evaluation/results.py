@@ -64,15 +64,10 @@ def host() -> dict[str, Any]:
 
 
 def under(
-    protocol: Protocol, identity: Identity, n: int, side: int | None, kind: str
+    protocol: Protocol, identity: Identity, n: int, side: int | None, kind: str, clip: str | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The protocol as the report shows it, and why figures are no more than a hint.
-
-    Args:
-        side: in pixels that pictures were cropped and resized to; None left them.
-        kind: of the reference.
-    """
-    deviations = protocol.deviations(n, identity, side, kind)
+    """The protocol as the report shows it, and why figures are no more than a hint; see `Protocol.deviations`."""
+    deviations = protocol.deviations(n, identity, side, kind, clip)
     return {"name": protocol.name, "met": not deviations, "deviations": deviations}, deviations + identity.reasons()
 
 

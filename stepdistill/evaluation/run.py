@@ -71,7 +71,7 @@ def run(spec: Draws) -> dict[str, Any]:
     if spec.reference == TEACHER:
         reference = referent.of_teacher(stores[ways[0]], spec.teacher)
     identity = painter.extractor.identity
-    protocol, reasons = under(spec.under, identity, n, spec.side, str(reference.facts["kind"]))
+    protocol, reasons = under(spec.under, identity, n, spec.side, str(reference.facts["kind"]), spec.clip)
     rows = [sampled(way, store, reasons) for way, store in others.items()]
     index = torch.arange(n) % len(records) if n >= 2 * len(records) else None
     first = next(iter(others.values()))
@@ -124,7 +124,7 @@ def score(places: Sequence[Path], spec: Measures, prompts: Path | None = None) -
     rows, protocol, kind = [], {}, str(reference.facts["kind"])
     for name, store in stores.items():
         features = store.features()
-        protocol, reasons = under(spec.under, made.identity, len(features), spec.side, kind)
+        protocol, reasons = under(spec.under, made.identity, len(features), spec.side, kind, spec.clip)
         own = Sampled(
             name=name,
             role="images",

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill.metrics.clip import Clip
+from stepdistill.metrics.features import check_images
 
 BATCH = 64  # pictures that go through CLIP at once
 
@@ -27,16 +28,7 @@ def clip_scores(clip: Clip, pictures: Tensor, prompts: Sequence[str], prefix: st
         pictures: uint8 (N, 3, H, W).
         prefix: goes before every prompt, such as the paper's "A photo depicts ".
     """
-    if pictures.dtype != torch.uint8:
-        raise TypeError(
-            f"clip_scores got pictures of {pictures.dtype}, expected uint8 in [0, 255]: [0, 1] and [0, 255] cannot be "
-            "told apart safely; convert float pictures with to_uint8"
-        )
-    if pictures.ndim != 4 or pictures.shape[1] != 3 or 0 in pictures.shape:
-        raise ValueError(
-            f"clip_scores got pictures of shape {tuple(pictures.shape)}, expected (N, 3, H, W), none of them 0: CLIP "
-            "reads RGB, channels first; permute, or repeat a grey channel"
-        )
+    check_images("clip_scores", pictures)
     if len(prompts) != len(pictures):
         raise ValueError(
             f"clip_scores got {len(pictures)} pictures and {len(prompts)} prompts, expected equal numbers: each "

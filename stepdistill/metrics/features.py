@@ -64,7 +64,7 @@ def extract(images: Tensor, net: Callable[[Tensor], Tensor], device: torch.devic
 
     Raises TypeError, ValueError.
     """
-    _check_images(images)
+    check_images("feature extractor", images)
     with torch.inference_mode(), _full_precision(device):
         rows = [net(part.to(device)).float().cpu() for part in images.split(batch)]
     return torch.cat(rows)  # outside, so that callers may write to it
@@ -146,14 +146,15 @@ def _fold(module: nn.Module, conv: str, norm: str) -> None:
     module.set_submodule(norm, nn.Identity())
 
 
-def _check_images(images: Tensor) -> None:
+def check_images(who: str, images: Tensor) -> None:
+    """Raise TypeError, ValueError for anything but uint8 (N, 3, H, W) with N, H, W >= 1; `who` is named in it."""
     if images.dtype != torch.uint8:
         raise TypeError(
-            f"feature extractor got {images.dtype}, expected uint8 in [0, 255]: [0, 1], [-1, 1] and "
+            f"{who} got images of {images.dtype}, expected uint8 in [0, 255]: [0, 1], [-1, 1] and "
             "[0, 255] cannot be told apart safely; convert float images with to_uint8"
         )
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise ValueError(
-            f"feature extractor got shape {tuple(images.shape)}, expected (N, 3, H, W), none of them 0: "
+            f"{who} got images of shape {tuple(images.shape)}, expected (N, 3, H, W), none of them 0: "
             "it reads RGB, channels first; permute, repeat a grey channel, or skip the empty batch"
         )
