@@ -99,6 +99,7 @@ def generate(
                 **row.call,
             ).images
             pictures.append(to_uint8(made.float().cpu().clamp(0, 1)))
+            cost.batches += 1
     pipe.scheduler = own
     return torch.cat(pictures), cost
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def generate_each(
             ids = places if numbers is None else [numbers[i] for i in places]
             made, cost = generate(students.pipe, own, [prompts[i] for i in places], seed, batch, numbers=ids, size=size)
         pictures |= dict(zip(places, made, strict=True))
-        total = Cost(total.calls + cost.calls, total.rows + cost.rows, total.seconds + cost.seconds)
+        total = Cost(*(a + b for a, b in zip(astuple(total), astuple(cost), strict=True)))
     return torch.stack([pictures[i] for i in range(len(prompts))]), total
 
 

@@ -162,7 +162,7 @@ def measure(
     file = reference_file(run.train)
     facts = {"kind": "teacher", "path": file.name, "sha256": sha256(file.read_bytes()).hexdigest(), "n": n}
     compared = Compared(stats=Stats.of(ref), features=ref, paired=True, facts=facts)
-    protocol, reasons = under(PROTOCOLS["none"], extractor.identity, n, None, "teacher")
+    protocol, reasons = under(PROTOCOLS["none"], extractor.identity, n, None, facts)
     found = measured([replace(row, reasons=reasons) for row in rows], compared, extractor.identity.key)
     scale, hashed = run.train.teacher_guidance_scale, stored.facts["teacher_sha256"]
     return document(
@@ -170,14 +170,16 @@ def measure(
         facts,
         found,
         protocol,
+        plain.device,
+        eval_res=None,
         teacher={"id": run.family.pretrained_teacher_model, "steps": steps, "guidance": scale, "sha256": hashed},
         prompts={"source": file.name, "n": len(set(prompts)), "sha256": sha256_of(prompts)},
     )
 
 
-def told_of(cost: Cost, n: int, batch: int = 64) -> dict[str, float]:
-    """What n pictures cost, for each of them; `generate` draws `batch` at once."""
-    return {"calls": cost.calls / -(-n // batch), "nfe": cost.rows / n, "seconds_per_image": cost.seconds / n}
+def told_of(cost: Cost, n: int) -> dict[str, float]:
+    """What n pictures cost, for each of them."""
+    return {"calls": cost.calls / cost.batches, "nfe": cost.rows / n, "seconds_per_image": cost.seconds / n}
 
 
 def _print(out: Path, summary: Mapping[str, Any]) -> None:

@@ -120,26 +120,35 @@ def test_numbers_that_json_cannot_hold_are_null():
 
 def test_without_a_protocol_no_row_is_comparable():
     for name in ("none", "quick"):
-        told, reasons = under(PROTOCOLS[name], FID, 30_000, None, "npz")
+        told, reasons = under(PROTOCOLS[name], FID, 30_000, None, NPZ)
         assert not told["met"] and reasons
+
+
+NPZ = {"kind": "npz", "path": "coco.npz", "n": 40_504, "features_id": FID.id}
 
 
 def test_a_protocol_is_met_or_says_what_is_not():
     coco = PROTOCOLS["coco30k-dmd2"]
-    assert under(coco, FID, 30_000, 256, "npz") == ({"name": "coco30k-dmd2", "met": True, "deviations": []}, [])
+    told, reasons = under(coco, FID, 30_000, 256, NPZ)
+    assert told["met"] and told["deviations"] == reasons == []
+    assert len(told["trusted"]) == 2 and "coco.npz" in told["trusted"][0]  # what no file says
     for change, words in [
         ({"n": 1000}, "n=1000 (protocol 30000)"),
         ({"side": None}, "eval_res None (protocol 256)"),
-        ({"kind": "teacher"}, "the reference is the teacher"),
+        ({"reference": {**NPZ, "kind": "teacher"}}, "the reference is the teacher"),
+        ({"reference": {**NPZ, "n": 5000}}, "a reference of n=5000 (protocol 40504)"),
+        ({"reference": {**NPZ, "n": None}}, "a reference of n=None (protocol 40504)"),
         ({"clip": "openai/clip-vit-base-patch16"}, "CLIP openai/clip-vit-base-patch16 (protocol laion/"),
         ({"identity": replace(FID, resize="tf1")}, "resize tf1 (protocol clean)"),
         ({"identity": replace(FID, arch="efficientnet-lite0")}, "not FID's Inception"),
     ]:
-        given = {"protocol": coco, "identity": FID, "n": 30_000, "side": 256, "kind": "npz"} | change
+        given = {"protocol": coco, "identity": FID, "n": 30_000, "side": 256, "reference": NPZ} | change
         told, reasons = under(**given)
         assert not told["met"] and words in reasons[0], change
-    told, reasons = under(coco, replace(FID, dtype="bf16"), 30_000, 256, "npz")
+    told, reasons = under(coco, replace(FID, dtype="bf16"), 30_000, 256, NPZ)
     assert told["met"] and "half precision" in reasons[0]  # the protocol's, and yet no more than a hint
+    told, reasons = under(coco, FID, 30_000, 256, {**NPZ, "features_id": "unknown"})
+    assert "made with these features" in told["trusted"][2]
 
 
 @pytest.mark.parametrize("name", sorted(PROTOCOLS))
@@ -148,4 +157,4 @@ def test_protocols_are_met_by_what_they_set(name):
     if not protocol.guide:
         identity = replace(FID, resize=protocol.resize)
         assert protocol.n is not None and protocol.features == "inception"
-        assert protocol.deviations(protocol.n, identity, protocol.eval_res, "npz") == []
+        assert protocol.deviations(protocol.n, identity, protocol.eval_res, {**NPZ, "n": protocol.reference_n}) == []

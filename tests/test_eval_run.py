@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,12 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill import cli, multi, student
 from stepdistill.data import Partition, Prompts
-from stepdistill.errors import EvaluationError, MissingWeights
+from stepdistill.errors import ConfigError, EvaluationError, MissingWeights, StepdistillError
 from stepdistill.evaluate import SEED_A, SEED_B, generate, student_row, teacher_row
 from stepdistill.evaluation import command, run, scores
 from stepdistill.evaluation.draw import labels, plan
@@ -38,7 +40,7 @@ from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.guidance_distillation import AdapterGuidance
-from stepdistill.metrics.clip import Clip
+from stepdistill.metrics.clip import Clip, clip
 from stepdistill.metrics.clip_score import clip_scores
 from stepdistill.metrics.frechet import excess, frechet
 from stepdistill.metrics.stats import Stats
@@ -158,7 +160,7 @@ def test_the_figures_are_those_of_features_drawn_by_hand(asked, teachers):
     found = run.run(asked)
     pipe, prompts = teachers["sd"].load(), [PROMPTS[i % 8] for i in range(SMALL)]
     row = teacher_row(teachers["sd"], pipe, 2, 7.5, "")
-    pixels = run.extracted(asked, run.joined(asked), None)
+    pixels = run.extracted(asked, torch.device("cpu"), None)
     ref, floor = (pixels(generate(pipe, row, prompts, seed, 16)[0]) for seed in (SEED_A, SEED_B))
     few = pixels(generate(pipe, teacher_row(teachers["sd"], pipe, 1, 7.5, ""), prompts, SEED_B, 16)[0])
     own = excess(few, ref, floor)
@@ -268,7 +270,7 @@ def test_two_processes_give_one_process_s_values(asked, tmp_path):
 def test_pictures_hardly_depend_on_the_batch(asked, teachers):
     """One at a time or many: the same noise, and arithmetic that is off by rounding in a few values."""
     family = family_of(asked.teacher, None, [])
-    subject = Subject.load(family, asked.students[0], torch.device("cpu"), torch.float32)
+    subject = Subject.load(family, asked.students[0], None, torch.device("cpu"), torch.float32)
     way = Way(name="", role="student", student=asked.students[0], steps=None, guidance=None, seed=5)
     one, many = (subject.draw(way, subject.row(way), PROMPTS, list(range(8)), batch)[0] for batch in (1, 8))
     assert (one.int() - many.int()).abs().max() <= 1 and (one != many).double().mean() < 1e-3
@@ -306,6 +308,120 @@ def test_steps_that_a_student_has_not_are_left_out_and_named(asked, teachers, tm
     assert names == ["near, 1 step", "fine, 12 steps", "fine, 1 step"]
 
 
+def test_a_store_knows_all_that_its_pictures_depend_on(asked, teachers, tmp_path):
+    """Not the denoiser alone: the same folder with another decoder draws other pictures."""
+    place = tmp_path / "teacher"
+    shutil.copytree(asked.teacher, place)
+    own = replace(asked, teacher=str(place), students=())
+    run.run(own)
+    pipe = teachers["sd"].load()
+    for p in pipe.vae.decoder.parameters():
+        p.data *= 0.9
+    pipe.save_pretrained(place)
+    with pytest.raises(EvaluationError, match="begun with other teacher"):
+        run.run(own)
+    with pytest.raises(EvaluationError, match="begun with other save_pictures"):
+        run.run(replace(own, teacher=asked.teacher, save_pictures=True))
+
+
+def test_what_an_earlier_evaluation_left_is_not_shown(asked):
+    run.run(asked)
+    run.run(replace(asked, students=asked.students[:1]))
+    assert [file.name for file in (asked.output_dir / "grids").iterdir()] == ["near.png"]
+    assert not any("far" in file.name for file in (asked.output_dir / "stats").iterdir())
+    assert "far" not in (asked.output_dir / "rows.csv").read_text()
+
+
+def test_rows_that_are_there_are_not_drawn_again(asked, monkeypatch):
+    run.run(replace(asked, students=asked.students[:1]))
+    drawn, real = [], Subject.draw
+
+    def draws(self, way, *rest):
+        drawn.append(way.name)
+        return real(self, way, *rest)
+
+    monkeypatch.setattr(Subject, "draw", draws)
+    run.run(asked)
+    assert set(drawn) == {"far, 1 step"}
+
+
+def test_an_evaluation_inside_of_its_student_goes_on(asked, teachers, tmp_path):
+    folder = taught(teachers["sd"], tmp_path / "mine")
+    own = replace(asked, students=(str(folder),), output_dir=folder / "eval")
+    assert run.run(own)["rows"] == run.run(own)["rows"]
+
+
+def test_the_reference_is_known_by_its_pictures(asked, tmp_path):
+    one = run.run(replace(asked, students=()))
+    model = tiny.clip(tmp_path / "clip")
+    two = run.run(replace(asked, students=(), output_dir=tmp_path / "two", clip=str(model), columns=3))
+    assert one["reference"]["sha256"] == two["reference"]["sha256"]
+    assert run.run(replace(asked, students=(), output_dir=tmp_path / "three", seed=9))["reference"] == one["reference"]
+    other = run.run(replace(asked, students=(), output_dir=tmp_path / "four", reference_seed=9))
+    assert other["reference"]["sha256"] != one["reference"]["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "seed 1 for rows and reference.*two seeds"),
+        ({"steps": (1, 1)}, "steps.*different"),
+        ({"steps": (0,)}, "steps.*1 or more"),
+        ({"guidance": (float("nan"),)}, "guidance.*finite"),
+        ({"guidance": (2.0, 2.0)}, "guidance.*different"),
+        ({"batch": 0}, "batch=0"),
+        ({"num": 0}, "num=0"),
+        ({"columns": 0}, "columns=0"),
+        ({"latency": -1}, "latency=-1"),
+        ({"eval_res": 0}, "eval_res=0"),
+        ({"teacher_steps": 0}, "teacher_steps=0"),
+        ({"feature_batch": 0}, "feature_batch=0"),
+        ({"metrics": ("fdi",)}, "metrics \\['fdi'\\]"),
+        ({"protocol": "coco"}, "protocol 'coco'"),
+    ],
+)
+def test_odd_numbers_are_refused(asked, change, words):
+    with pytest.raises(ConfigError, match=words):
+        replace(asked, **change)
+
+
+def test_what_is_wrong_is_said_before_anything_is_drawn(asked, teachers, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    np.savez(tmp_path / "dim.npz", mu=np.zeros(5), sigma=np.eye(5))
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 and no more")
+    other = taught(teachers["sd"], tmp_path / "other", resolution=(64, 64))
+    flow = str(taught(teachers["sd3"], tmp_path / "flow"))
+    monkeypatch.setattr(Subject, "draw", _unreachable)
+    for change, words in [
+        ({"reference": str(tmp_path / "dim.npz")}, "5 features.*no distance"),
+        ({"reference": str(tmp_path / "broken.npz")}, "npz"),
+        ({"reference": "nowhere"}, "not there"),
+        ({"students": (asked.students[0], str(other))}, "one size"),
+        ({"students": (asked.students[0], asked.students[0] + "/.")}, "each once"),
+        ({"students": (flow,)}, "name the teacher of the students"),
+        ({"students": ("nowhere",)}, "does not exist"),
+        ({"device": "nonsense:7"}, "device nonsense:7"),
+        ({"teacher": "no/body"}, "teacher no/body|does not exist"),
+        ({"export": "geneval"}, "evaluation_metadata"),
+        ({"resize": "tf1"}, "resize tf1 with features pixels"),
+        ({"output_dir": tmp_path / "file"}, "a folder to write to"),
+    ]:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(StepdistillError, match=words):
+            run.run(replace(asked, **change))
+    assert not asked.output_dir.exists() or not list(asked.output_dir.glob("work/*/unit*"))
+
+
+def test_a_metric_that_cannot_be_is_named(asked):
+    found = run.run(replace(asked, metrics=("cmmd", "diversity", "kid"), num=40, students=()))
+    assert [text.split(":")[0] for text in found["left_out"]] == ["cmmd"]
+    few = asked.prompts.with_name("many.txt")
+    few.write_text("\n".join(f"prompt {i}" for i in range(40)))
+    other = replace(asked, metrics=("diversity",), num=40, students=(), prompts=few, output_dir=few.with_name("b"))
+    found = run.run(other)
+    assert found["left_out"] == ["diversity: no prompt has two pictures"]
+
+
 def test_guidance_is_swept_by_the_call_and_by_adapters(asked, teachers, tmp_path):
     method = AdapterGuidance(guidance_range=(1.0, 8.0), num_inference_steps=2)
     adapters = taught(teachers["sd"], tmp_path / "agd", method, role=Adapters("cross_attention", 8))
@@ -329,6 +445,7 @@ def test_several_students_draw_each_their_prompts(asked, teachers, tmp_path):
     found = run.run(replace(asked, students=(str(tmp_path / "all"),), steps=()))
     four = sum(parts[0].router.route(PROMPTS[i % 8]) == 0 for i in range(SMALL))
     assert found["rows"][-1]["name"] == "all, 4 steps"  # the first one's, as the contract has it
+    assert found["rows"][-1]["cost"]["calls"] in (2.5, 3, 3.5)  # of batches of one student each
     assert found["rows"][-1]["cost"]["nfe"] == (4 * four + 2 * (SMALL - four)) / SMALL
 
 
@@ -337,7 +454,7 @@ def test_a_flow_teacher_is_drawn_too(asked, teachers, tmp_path):
     place = teachers["sd3"].pretrained_teacher_model
     found = run.run(replace(asked, teacher=place, students=(str(folder),), steps=()))
     assert [row["cost"]["nfe"] for row in found["rows"]] == [4, 8, 4]
-    subject = Subject.load(teachers["sd3"], str(folder), torch.device("cpu"), torch.float32)
+    subject = Subject.load(teachers["sd3"], str(folder), None, torch.device("cpu"), torch.float32)
     way = Way(name="", role="student", student=str(folder), steps=2, guidance=None, seed=2)
     own = student_row(teachers["sd3"], LCM, teachers["sd3"].load(), 2)  # the teacher's shift is 3, the student's 1
     assert subject.row(way).call["sigmas"] == own.call["sigmas"]
@@ -384,7 +501,7 @@ def test_clip_scores_are_those_of_prompts_and_pictures(asked, tmp_path):
     again = run.score([folder], measures, asked.prompts)
     value = again["rows"][0]["metrics"]["clip_score"]["value"]
     assert value == pytest.approx(row["metrics"]["clip_score"]["value"], rel=1e-5)
-    with pytest.raises(EvaluationError, match="CLIP without prompts"):
+    with pytest.raises(EvaluationError, match="both or none"):
         run.score([folder], measures)
 
 
@@ -451,7 +568,7 @@ def test_score_and_ref_agree_with_each_other(scored, tmp_path, capsys):
     )
     assert one["mean_term"] + one["cov_term"] == pytest.approx(one["value"])
     assert "kid" in by_pictures["rows"][0]["metrics"] and "kid" not in by_stats["rows"][0]["metrics"]
-    pixels = run.extracted(scored, run.joined(scored), None)
+    pixels = run.extracted(scored, torch.device("cpu"), None)
     made = [pixels(torch.cat([batch.pictures for batch in Pictures(place).batches()])) for place in (a, b)]
     assert one["value"] == pytest.approx(frechet(*map(Stats.of, made)), rel=1e-6)
     with np.load(tmp_path / "b.npz") as stats:
@@ -492,6 +609,60 @@ def test_statistics_of_other_features_are_refused(scored, tmp_path):
     (tmp_path / "text.npz").write_text("text")
     with pytest.raises(EvaluationError, match="mu.*sigma"):
         run.score([a], replace(scored, reference=str(tmp_path / "text.npz")))
+
+
+def test_sets_that_are_refused_once_are_refused_again(scored, tmp_path):
+    """Also where a unit of them was kept before: one pass does not see all."""
+    b, mixed = drawn(tmp_path / "b", 60, 1), drawn(tmp_path / "mixed", 32, 0)
+    for i in range(32):
+        Image.new("RGB", (24, 24), (i, 0, 0)).save(mixed / f"1{i:03d}.png")
+    bad = drawn(tmp_path / "bad", 120, 2)
+    for i in (3, 60, 100):
+        (bad / f"{i:04d}.png").write_bytes(b"")
+    for source in (mixed, bad):
+        for _ in range(3):
+            with pytest.raises(StepdistillError, match="one size|1% at most"):
+                run.score([source], replace(scored, reference=str(b), output_dir=tmp_path / f"out-{source.name}"))
+
+
+def test_statistics_are_of_pictures_at_one_size(scored, tmp_path):
+    a = drawn(tmp_path / "a", 60, 0)
+    small = replace(scored, eval_res=8, output_dir=tmp_path / "work")
+    run.statistics(a, small, tmp_path / "small.npz")
+    assert not (tmp_path / "work").exists()
+    with pytest.raises(EvaluationError, match="eval_res 8.*alike"):
+        run.score([a], replace(scored, reference=str(tmp_path / "small.npz")))
+    found = run.score([a], replace(scored, reference=str(tmp_path / "small.npz"), eval_res=8))
+    assert found["rows"][0]["metrics"]["fd"]["value"] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(EvaluationError, match="ends in .npz"):
+        run.statistics(a, small, tmp_path / "small")
+
+
+def test_statistics_of_unknown_features_stay_so(scored, tmp_path):
+    a = drawn(tmp_path / "a", 60, 0)
+    np.savez(tmp_path / "theirs.npz", mu=np.full(198, 0.5), sigma=np.eye(198) / 100)
+    found = run.score([a], replace(scored, reference=str(tmp_path / "theirs.npz"), metrics=("kid", "paired")))
+    assert found["reference"]["features_id"] == "unknown"
+    assert not (scored.output_dir / "stats" / "reference.npz").exists()
+    assert [text.split(":")[0] for text in found["left_out"]] == ["kid", "paired"]
+
+
+def test_clip_scores_are_of_their_prompts(scored, tmp_path):
+    a, model = drawn(tmp_path / "a", 60, 0), tiny.clip(tmp_path / "clip")
+    own = replace(scored, reference=str(a), clip=str(model))
+    for name, text in (("one", "cat"), ("two", "dog"), ("many", "\n".join(map(str, range(61))))):
+        (tmp_path / f"{name}.txt").write_text(text)
+    found = run.score([a], own, tmp_path / "one.txt")
+    assert found["rows"][0]["metrics"]["clip_score"]["model"].startswith(f"{model}@")
+    with pytest.raises(EvaluationError, match="begun with other clip"):
+        run.score([a], own, tmp_path / "two.txt")
+    with pytest.raises(EvaluationError, match="61 prompts for 60 pictures"):
+        run.score([a], own, tmp_path / "many.txt")
+    state = load_file(model / "model.safetensors")
+    save_file({key: value for key, value in state.items() if "vision" not in key}, model / "model.safetensors")
+    clip.cache_clear()
+    with pytest.raises(StepdistillError, match="random ones in their place"):
+        run.score([a], own, tmp_path / "one.txt")
 
 
 def test_too_few_pictures_are_said_before_any_is_drawn(asked, scored, tmp_path):
@@ -577,7 +748,7 @@ def test_memory_does_not_grow_with_the_pictures(scored, tmp_path):
         for i in range(n):
             source[i] = i % 251
         source.flush()
-        spec = replace(scored, reference=str(tmp_path / "ref.npz"), output_dir=tmp_path / str(n), metrics=("fd",))
+        spec = replace(scored, reference=str(tmp_path / "ref.npz"), output_dir=tmp_path / str(n), metrics=())
         process = multiprocessing.get_context("fork").Process(
             target=_measured, args=(spec, tmp_path / f"{n}.npy", tmp_path / f"{n}.txt")
         )
@@ -605,7 +776,7 @@ def test_each_command_has_its_script():
 
 def test_a_store_says_what_is_missing(tmp_path):
     kept = Store(tmp_path / "s", n=10, unit=4, dim=3, kept=5)
-    kept.open({"a": 1})
+    kept.open({"a": 1}, (3, 2, 2))
     assert kept.missing() == [0, 1, 2] and kept.missing(1, 2) == [1]
     made = torch.arange(30.0).reshape(10, 3)
     pictures = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1).expand(10, 3, 2, 2)

@@ -81,6 +81,18 @@ def clip(tmp_path_factory) -> Path:
 # identity
 
 
+def test_a_user_s_extractor_cannot_call_itself_fid(monkeypatch):
+    def factory():
+        found = Pixels()
+        found.identity = replace(IDENTITY, dim=198)
+        return found
+
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(factory=factory))
+    found = extractor("module:mine:factory")
+    assert found.identity.key == "fd" and found.identity.arch == "module:inception-2015-12-05"
+    assert found(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape == (1, 198)
+
+
 def test_only_the_weights_that_fid_is_defined_on_are_called_fid():
     assert (IDENTITY.id, IDENTITY.key, IDENTITY.reasons()) == ("inception-2015-12-05@6726825d/clean", "fid", [])
     for other in (

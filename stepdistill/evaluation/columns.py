@@ -60,8 +60,10 @@ FEATURES = (
     Measure("Recall", "recall"),
     Measure("Density", "density"),
     Measure("Coverage", "coverage"),
+    Measure("CMMD", "cmmd"),
     Measure("Vendi", "vendi"),
     Measure("Diversity", "diversity"),
+    Measure("over the teacher's", "diversity_vs_teacher"),
     Measure("Paired distance", "paired_features"),
 )
 PIXELS = (Measure("PSNR (dB)", "psnr"), Measure("SSIM", "ssim"), Measure("LPIPS", "lpips"))

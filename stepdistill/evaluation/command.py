@@ -81,7 +81,9 @@ def declare(group: Any, make: Make) -> None:  # noqa: ANN401
     command.add_argument("--seed", type=int, default=2, help="of every row's noises (default: 2)")
     command.add_argument("--reference-seed", type=int, default=1, help="of the teacher as a reference (default: 1)")
     command.add_argument("--family", metavar="NAME", help="of the teacher (default: as its students, or its pipeline)")
-    command.add_argument("--batch", type=int, default=8, metavar="B", help="pictures drawn at once (default: 8)")
+    command.add_argument(
+        "--batch", type=int, default=8, metavar="B", help="pictures drawn at once, --feature-batch at most (default: 8)"
+    )
     command.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: fp32)")
     command.add_argument("--save-pictures", action="store_true", help="keep every picture as PNG in OUT/pictures")
     command.add_argument("--columns", type=int, default=8, metavar="N", help="of the sheets (default: 8)")
@@ -183,11 +185,9 @@ def _given(args: argparse.Namespace) -> Weights:
     return Weights(args.inception_weights, args.clip_weights, args.dinov2_weights)
 
 
-def _measured(args: argparse.Namespace) -> dict[str, Any]:
-    from stepdistill.evaluation.measure import PICKED
-
-    metrics = PICKED if args.metrics is None else ("fd", *(name for name in args.metrics if name != "fd"))
-    picked = {"reference": args.ref, "clip": args.clip, "strict": args.strict, "metrics": metrics}
+def _measured(args: argparse.Namespace, default: tuple[str, ...]) -> dict[str, Any]:
+    metrics = default if args.metrics is None else args.metrics
+    picked = {"reference": args.ref, "clip": args.clip, "metrics": metrics}
     return _chosen(args) | picked | {"output_dir": args.out}
 
 
@@ -198,14 +198,14 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     names = ("teacher", "family", "prompts", "num", "steps", "guidance", "teacher_steps", "teacher_guidance", "seed")
     more = ("reference_seed", "batch", "dtype", "save_pictures", "columns", "latency", "export")
     given = {name: getattr(args, name) for name in (*names, *more)}
-    _tell(run(Draws(students=tuple(args.students), **given, **_measured(args))), args)
+    _tell(run(Draws(students=tuple(args.students), **given, **_measured(args, ("kid", "paired")))), args)
 
 
 def _score(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.evaluation.run import score
     from stepdistill.evaluation.spec import Measures
 
-    _tell(score(args.pictures, Measures(**_measured(args)), args.prompts), args)
+    _tell(score(args.pictures, Measures(**_measured(args, ("kid",))), args.prompts), args)
 
 
 def _tell(found: dict[str, Any], args: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,20 +16,20 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill import student
+from stepdistill.contract import pipeline_hash
 from stepdistill.errors import EvaluationError, StepdistillError, problem
 from stepdistill.evaluate import Row
 from stepdistill.evaluation.exports import GenEval, T2ICompBench
 from stepdistill.evaluation.fill import Score, Unit, cropped, fill
 from stepdistill.evaluation.prompts import prompt_of, sha256_of
-from stepdistill.evaluation.scores import against_teacher, perceptual
+from stepdistill.evaluation.scores import ClipScore, against_teacher, perceptual
 from stepdistill.evaluation.spec import Draws
 from stepdistill.evaluation.store import Store
 from stepdistill.evaluation.subjects import Subject, Way, contract_of
 from stepdistill.families.base import Family
 from stepdistill.metrics.features import FeatureExtractor
+from stepdistill.metrics.identity import DTYPES
 
-logger = logging.getLogger(__name__)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LATENCY = "latency.json"
 WARMUP = 3  # pictures drawn before any is timed
 
@@ -43,9 +42,11 @@ class Painter:
         spec: what is asked for.
         family: the teacher's.
         records: of the prompts, in turn for pictures.
+        n: pictures of a row.
         extractor: of the features.
-        scores: of each picture, beside its likeness to the teacher's.
+        clip: of the CLIP score, where there is one.
         state: this process among the others.
+        device: where it draws.
     """
 
     spec: Draws
@@ -53,19 +54,20 @@ class Painter:
     records: Sequence[dict[str, object]]
     n: int
     extractor: FeatureExtractor
-    scores: Sequence[Score]
+    clip: ClipScore | None
     state: PartialState
+    device: torch.device
 
     @property
     def prompts(self) -> list[str]:
         """Of every picture, by number."""
         return [prompt_of(self.records[i % len(self.records)]) for i in range(self.n)]
 
-    def store(self, place: int, way: Way) -> Store:
+    def store(self, way: Way) -> Store:
         """Where a way's pictures are kept; the teacher's whole where others are compared with them."""
         whole = way.role == "teacher" and {"pixels", "lpips"} & set(self.spec.metrics)
         kept = self.n if whole else min(self.n, self.spec.columns)
-        folder = self.spec.output_dir / "work" / f"{place:02d}-{slug(way.name)}"
+        folder = self.spec.output_dir / "work" / slug(way.name)
         return Store(folder, self.n, self.spec.feature_batch, self.extractor.identity.dim, kept)
 
     def draw(self, ways: Sequence[Way]) -> tuple[dict[Way, Store], list[str]]:
@@ -74,33 +76,28 @@ class Painter:
         Returns:
             Their stores, whole, and what was left out because the student cannot be drawn so, in words.
         """
-        stores = {way: self.store(place, way) for place, way in enumerate(ways)}
+        stores, left_out, hashed = {way: self.store(way) for way in ways}, [], ""
         teacher = next(store for way, store in stores.items() if way.role == "teacher")
-        hashed, left_out = "", []
+        size = size_of(self.spec.students)
         for place in dict.fromkeys(way.student for way in ways):
-            subject = Subject.load(self.family, place, self.device, DTYPES[self.spec.dtype])
-            hashed = hashed or student.base_hash(subject.pipe, self.family)
-            scores = [*self.scores, *(self._against(teacher) if place else ())]
+            subject = Subject.load(self.family, place, size, self.device, DTYPES[self.spec.dtype])
+            hashed = hashed or teacher_of(subject)  # the teacher comes first
+            scores = [*([self.clip] if self.clip else []), *(self._against(teacher) if place else ())]
             for way in [way for way in ways if way.student == place]:
                 try:
                     row = subject.row(way)
                 except (ValueError, StepdistillError) as error:
                     left_out.append(f"{way.name}: {error}")
-                    logger.warning("left out: %s", left_out[-1])
                     del stores[way]
                     continue
                 if self.state.is_main_process:
-                    stores[way].open(self._facts(way, subject, hashed))
+                    side = self.spec.side
+                    shape = (3, side, side) if side else (3, *subject.size)
+                    stores[way].open(self._facts(way, subject, stores[way].kept, hashed), shape)
                 self.state.wait_for_everyone()
                 self._fill(subject, way, row, stores[way], scores)
                 self.state.wait_for_everyone()  # the teacher's pictures are whole before others are compared
         return stores, left_out
-
-    @property
-    def device(self) -> torch.device:
-        """Where this process draws."""
-        assert self.state.device is not None
-        return self.state.device
 
     def _against(self, teacher: Store) -> list[Score]:
         found = [against_teacher(teacher)] if "pixels" in self.spec.metrics else []
@@ -118,6 +115,8 @@ class Painter:
         prompts = self.prompts
         for k in mine:
             numbers = store.rows(k)
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             start = perf_counter()
             try:
                 made, cost = subject.draw(way, row, [prompts[i] for i in numbers], numbers, self.spec.batch)
@@ -126,16 +125,9 @@ class Painter:
                     raise
                 got, todo = f"pictures {numbers[0]} to {numbers[-1]} of {way.name}: {error}", "draw with --dtype fp32"
                 raise EvaluationError(problem(got, "numbers", "what is kept stays whole", todo)) from error
-            seconds = perf_counter() - start
+            told = {"calls": cost.calls, "batches": cost.batches, "rows": cost.rows}
+            told |= {"seconds": perf_counter() - start, "peak_mem_mib": peak()}
             self._keep(way, numbers, made)
-            batches = -(-len(numbers) // self.spec.batch)
-            told = {
-                "calls": cost.calls,
-                "batches": batches,
-                "rows": cost.rows,
-                "seconds": seconds,
-                "peak_mem_mib": peak(),
-            }
             yield Unit(k, numbers, cropped(made, self.spec.side), told | {"size": list(made.shape[2:])})
 
     def _keep(self, way: Way, numbers: Sequence[int], made: Tensor) -> None:
@@ -166,8 +158,8 @@ class Painter:
         ends = {name: found.quantile(q).item() for name, q in (("p50", 0.5), ("p90", 0.9))}
         return {**ends, "batch": 1, "warmup": WARMUP, "repetitions": self.spec.latency}
 
-    def _facts(self, way: Way, subject: Subject, hashed: str) -> dict[str, object]:
-        """All that the pictures, their features and scores depend on."""
+    def _facts(self, way: Way, subject: Subject, kept: int, hashed: str) -> dict[str, object]:
+        """All that the pictures, their features and scores depend on, and which files there are."""
         return {
             "teacher": hashed,
             "student": fingerprint(way.student) if way.student else None,
@@ -178,21 +170,22 @@ class Painter:
             "n": self.n,
             "prompts": sha256_of(self.prompts),
             "size": subject.size,
-            "batch": self.spec.batch,
             "dtype": self.spec.dtype,
+            "device": self.device.type,
             "eval_res": self.spec.side,
             "features": self.extractor.identity.id,
+            "batch": self.spec.batch,
             "feature_batch": self.spec.feature_batch,
-            "clip": self.spec.clip,
-            "metrics": sorted({"pixels", "lpips"} & set(self.spec.metrics)),
+            "clip": self.clip.facts if self.clip else None,
+            "metrics": sorted({"pixels", "lpips"} & set(self.spec.metrics)) if way.student else None,
+            "kept": kept,
+            "save_pictures": self.spec.save_pictures,
+            "export": self.spec.export,
         }
 
 
 def plan(spec: Draws) -> list[Way]:
     """The ways, the teacher's first. Raises StudentError for a student without a contract."""
-    if len(set(spec.students)) < len(spec.students):
-        why = "its rows would be there twice"
-        raise EvaluationError(problem(f"students {list(spec.students)}", "each once", why, "leave one out"))
     own = {place: len(contract_of(place).timesteps) for place in spec.students}
     few = sorted({*(spec.steps or own.values())} - {spec.teacher_steps}, reverse=True)
     common: dict[str, Any] = {"student": None, "guidance": spec.teacher_guidance, "role": "teacher", "seed": spec.seed}
@@ -204,7 +197,29 @@ def plan(spec: Draws) -> list[Way]:
             for w in spec.guidance or (None,):
                 name = called(who, steps or own[place]) + ("" if w is None else f", w = {w:g}")
                 ways.append(Way(name=name, role="student", student=place, steps=steps, guidance=w, seed=spec.seed))
+    slugs = [slug(way.name) for way in ways]
+    if len(set(slugs)) < len(slugs):
+        why = "their files would overwrite each other's"
+        raise EvaluationError(problem(f"rows {[way.name for way in ways]}", "different names", why, "rename a folder"))
     return ways
+
+
+def size_of(students: Sequence[str]) -> tuple[int, int] | None:
+    """Height and width that all students draw, so that noises are equal; None where there are none.
+
+    Raises EvaluationError where they differ.
+    """
+    sizes = {place: contract_of(place).resolution for place in students}
+    if len(set(sizes.values())) > 1:
+        why = "noises of other sizes are other noises, and distances of their pictures do not compare"
+        raise EvaluationError(problem(f"students of sizes {sizes}", "one size", why, "evaluate them apart"))
+    return next(iter(sizes.values()), None)
+
+
+def teacher_of(subject: Subject) -> str:
+    """sha256 of all that the teacher draws with: networks, fused LoRAs, scheduler, and what its calls are given."""
+    told = [pipeline_hash(subject.pipe), subject.schedulers[0].to_json_string(), repr(subject.family.arguments())]
+    return sha256("\n".join(told).encode()).hexdigest()
 
 
 def called(who: str, steps: int) -> str:
@@ -213,28 +228,32 @@ def called(who: str, steps: int) -> str:
 
 
 def labels(places: Sequence[str]) -> list[str]:
-    """The last name of each path, or as much of its end as tells it from the others."""
-    parts = [Path(place).parts for place in places]
-    deep = next(k for k in range(1, max(map(len, parts), default=1) + 1) if len({p[-k:] for p in parts}) == len(parts))
+    """The last name of each path, or as much of its end as tells it from the others.
+
+    Raises EvaluationError where one is there twice.
+    """
+    parts = [Path(place).resolve().parts if Path(place).exists() else Path(place).parts for place in places]
+    if len(set(parts)) < len(parts):
+        got = f"{', '.join(places)}"
+        raise EvaluationError(problem(got, "each once", "its rows would be there twice", "leave one out"))
+    deepest = max(map(len, parts), default=1)
+    deep = next((k for k in range(1, deepest) if len({p[-k:] for p in parts}) == len(parts)), deepest)
     return ["/".join(p[-deep:]) for p in parts]
 
 
 def peak() -> float | None:
-    """MiB that were in use on the CUDA device at most since the last call; None where there is none."""
-    if not torch.cuda.is_available():
-        return None
-    found = torch.cuda.max_memory_allocated() / 2**20
-    torch.cuda.reset_peak_memory_stats()
-    return found
+    """MiB that were in use on the CUDA device at most since they were last counted; None where there is none."""
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
 
 
 def fingerprint(place: str) -> str:
-    """sha256 of a student's contract and weights."""
+    """sha256 of a student's contract, router and weights."""
     folder, found = student.folder_of(place), sha256()
-    for file in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")]):
-        parts = file.relative_to(folder).parts
-        if not parts[0].startswith(("checkpoint-", "best", "runs", "samples")) and file.name != "eval.json":
-            found.update("/".join(parts).encode() + b"\0" + sha256(file.read_bytes()).digest())
+    for pattern in student.PATTERNS:
+        for file in sorted(folder.glob(pattern.replace("/*", "/**/*"))):
+            name = file.relative_to(folder)
+            if file.is_file() and file.suffix in (".json", ".safetensors") and name.name != "eval.json":
+                found.update(str(name).encode() + b"\0" + sha256(file.read_bytes()).digest())
     return found.hexdigest()
 
 

@@ -32,8 +32,8 @@ from stepdistill.metrics.vendi import vendi
 BLOCKS = 20
 ENOUGH = 4  # pictures a dimension, from which on the jackknife's bias correction is of use
 SUBSET = 1000  # pictures of one of KID's subsets, or half of them where there are fewer
-PICKED = ("fd", "kid", "paired")
-METRICS = (*PICKED, "prdc", "vendi", "diversity", "cmmd", "pixels", "lpips")
+PICKED = ("kid", "paired")
+METRICS = ("fd", *PICKED, "prdc", "vendi", "diversity", "cmmd", "pixels", "lpips")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class Sampled:
         name, role: as the report shows them; the row of role `teacher` that comes first is what others differ from.
         features: (N, D), in the order of prompts and noises that all rows have.
         scores: one number a picture, (N,), by name: clip, psnr, ssim, lpips.
+        clip: what CLIP scores depend on, where there are any.
         cost: as the report shows it; `seconds_per_image` among it.
         facts: what else the report says of the row.
         reasons: why its figures are no more than a hint.
@@ -53,6 +54,7 @@ class Sampled:
     role: str
     features: Tensor
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    clip: Mapping[str, str] = field(default_factory=dict)
     cost: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     reasons: Sequence[str] = ()
@@ -158,7 +160,7 @@ def _of_scores(row: Sampled) -> dict[str, Any]:
         return {}
     own = mean_interval(row.scores["clip"], BLOCKS)
     stderr = row.scores["clip"].double().std().item() / math.sqrt(len(row.features))
-    return {"clip_score": told(own) | {"stderr": stderr, "scale": 100}}
+    return {"clip_score": told(own) | {"stderr": stderr, "scale": 100} | dict(row.clip)}
 
 
 def _beside(row: Sampled, teacher: Sampled, metrics: Collection[str], prompt_index: Tensor | None) -> dict[str, Any]:

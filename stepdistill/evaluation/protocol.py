@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from stepdistill.metrics.identity import Identity
 from stepdistill.metrics.resize import Resize
@@ -19,6 +21,7 @@ class Protocol:
         resize: of the pictures, to the extractor's size.
         eval_res: side in pixels that pictures of both sides are cropped and resized to before; None leaves them.
         reference: what the reference must be, in words; empty for anything.
+        reference_n: its pictures; None where its file does not say.
         clip: the CLIP that the score is by; empty for any.
         prefix: before each prompt in the CLIP score.
         guide: whether figures under it are no more than a hint.
@@ -30,12 +33,13 @@ class Protocol:
     resize: Resize = "clean"
     eval_res: int | None = None
     reference: str = ""
+    reference_n: int | None = None
     clip: str = ""
     prefix: str = ""
     guide: bool = False
 
     def deviations(
-        self, n: int, identity: Identity, eval_res: int | None, kind: str, clip: str | None = None
+        self, n: int, identity: Identity, eval_res: int | None, reference: Mapping[str, Any], clip: str | None = None
     ) -> list[str]:
         """What of an evaluation is not as the protocol has it, in words; of a protocol of nobody, that.
 
@@ -43,13 +47,13 @@ class Protocol:
             n: pictures.
             identity: of the features.
             eval_res: side in pixels that pictures were cropped and resized to; None left them.
-            kind: of the reference.
+            reference: its facts.
             clip: of the CLIP score, where there is one.
         """
         if self.guide:
             return [f"protocol {self.name} is of no paper"]
         found = []
-        if self.n is not None and n != self.n:
+        if n != self.n:
             found.append(f"n={n} (protocol {self.n})")
         if identity.key != "fid":
             found.append(f"features {identity.id} are not FID's Inception")
@@ -57,10 +61,21 @@ class Protocol:
             found.append(f"resize {identity.resize} (protocol {self.resize})")
         if eval_res != self.eval_res:
             found.append(f"eval_res {eval_res} (protocol {self.eval_res})")
-        if self.reference and kind == "teacher":
+        if reference["kind"] == "teacher":
             found.append(f"the reference is the teacher (protocol: {self.reference})")
+        elif self.reference_n is not None and reference.get("n") != self.reference_n:
+            found.append(f"a reference of n={reference.get('n')} (protocol {self.reference_n})")
         if clip is not None and self.clip and clip != self.clip:
             found.append(f"CLIP {clip} (protocol {self.clip})")
+        return found
+
+    def trusted(self, reference: Mapping[str, Any]) -> list[str]:
+        """What cannot be checked and is taken on trust, in words."""
+        if self.guide:
+            return []
+        found = [f"that {reference['path']} is {self.reference}", "that the prompts, or classes, are the protocol's"]
+        if reference.get("features_id") == "unknown":
+            found.append(f"that {reference['path']} was made with these features")
         return found
 
 
@@ -73,6 +88,7 @@ COCO = Protocol(
     features="inception",
     eval_res=256,
     reference="all pictures of COCO 2014's validation set",
+    reference_n=40_504,
     clip="laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
     prefix="A photo depicts ",
 )
@@ -88,6 +104,7 @@ PROTOCOLS = {
             n=10_000,
             eval_res=512,
             reference="the 10,000 pictures of COCO 2014's validation set that belong to the prompts",
+            reference_n=10_000,
         ),
         Protocol(
             name="imagenet64-edm",

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from stepdistill.evaluation.fill import Score, Unit, fill
-from stepdistill.evaluation.pictures import Pictures
+from stepdistill.errors import EvaluationError, problem
+from stepdistill.evaluation.fill import Unit, fill
+from stepdistill.evaluation.pictures import SKIPPED, Pictures
+from stepdistill.evaluation.prompts import sha256_of
+from stepdistill.evaluation.scores import ClipScore
 from stepdistill.evaluation.spec import Measures
 from stepdistill.evaluation.store import Store
 from stepdistill.metrics.features import FeatureExtractor
@@ -20,18 +23,18 @@ def read_into(
     spec: Measures,
     extractor: FeatureExtractor,
     state: PartialState,
-    scores: Sequence[Score] = (),
-    kept: int = 0,
+    clip: ClipScore | None = None,
 ) -> Store:
     """Features of pictures, each process its share; what is in `folder` already is not read again.
 
-    Args:
-        kept: of how many pictures the pixels are kept.
-
     Returns:
         The store, whole.
+
+    Raises:
+        DataError: of `Pictures`, for what is seen in one pass.
+        EvaluationError: the pictures of all passes together have several sizes, or too many were skipped.
     """
-    store = Store(folder, len(pictures), spec.feature_batch, extractor.identity.dim, kept)
+    store = Store(folder, len(pictures), spec.feature_batch, extractor.identity.dim)
     if state.is_main_process:
         store.open(
             {
@@ -40,18 +43,33 @@ def read_into(
                 "eval_res": spec.side,
                 "features": extractor.identity.id,
                 "feature_batch": spec.feature_batch,
-                "clip": spec.clip if scores else None,
+                "clip": clip.facts | {"prompts": sha256_of(clip.prompts)} if clip else None,
             }
         )
     state.wait_for_everyone()
     mine = store.missing(state.process_index, state.num_processes)
     title = pictures.source.name if state.is_main_process and mine else ""
     total = sum(len(store.rows(k)) for k in mine)
-    fill(store, _units(store, pictures, mine), extractor, scores, title, total)
+    fill(store, _units(store, pictures, mine), extractor, [clip] if clip else [], title, total)
     state.wait_for_everyone()
+    _check(store, pictures)
     return store
 
 
 def _units(store: Store, pictures: Pictures, mine: Sequence[int]) -> Iterator[Unit]:
     for batch in pictures.batches(store.unit, set(mine)) if mine else ():
-        yield Unit(batch.k, batch.numbers, batch.pictures, {})
+        size = list(batch.pictures.shape[2:]) if batch.numbers else None
+        yield Unit(batch.k, batch.numbers, batch.pictures, {"size": size})
+
+
+def _check(store: Store, pictures: Pictures) -> None:
+    """What one pass cannot see: it may be over a process's share, or over what an earlier one left."""
+    units = list(store.told())
+    sizes = {tuple(unit["size"]) for unit in units if unit["size"]}
+    if len(sizes) > 1:
+        got, todo = f"pictures of {sorted(sizes)} in {pictures.source}", "choose an --eval-res, such as 256"
+        raise EvaluationError(problem(got, "one size", "how they are made equal changes the distance", todo))
+    skipped = sum(len(unit["skipped"]) for unit in units)
+    if skipped > SKIPPED * store.n:
+        got, todo = f"{skipped} unreadable of {store.n} pictures in {pictures.source}", "make those again"
+        raise EvaluationError(problem(got, f"{SKIPPED:.0%} at most", "the rest are no longer the same set", todo))

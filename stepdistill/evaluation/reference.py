@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -13,22 +14,13 @@ from stepdistill.evaluation.measure import Reference
 from stepdistill.evaluation.pictures import Pictures
 from stepdistill.evaluation.read import read_into
 from stepdistill.evaluation.spec import Measures
-from stepdistill.evaluation.store import Store
+from stepdistill.evaluation.store import FACTS, Store
 from stepdistill.metrics.features import FeatureExtractor
-from stepdistill.metrics.stats import UNKNOWN, Stats
+from stepdistill.metrics.stats import Stats
 
 TEACHER = "teacher"
-
-
-def check(place: str) -> None:
-    """Raise EvaluationError or DataError where there is nothing to compare with, before anything is drawn."""
-    if place == TEACHER:
-        return
-    if not Path(place).exists():
-        expected = f"`{TEACHER}`, statistics (.npz), or pictures (a folder, .zip, .npz or .npy)"
-        raise EvaluationError(problem(f"reference {place}, which is not there", expected, "rows need it", "check it"))
-    if not is_stats(Path(place)):
-        Pictures(Path(place))
+UNKNOWN_FEATURES = "unknown"  # of statistics that another tool wrote
+DRAWN = ("teacher", "steps", "guidance", "seed", "n", "prompts", "size", "dtype", "device", "eval_res", "features")
 
 
 def is_stats(place: Path) -> bool:
@@ -63,27 +55,48 @@ class Referent:
     def of_teacher(self, store: Store, name: str) -> Reference:
         """The teacher's pictures under other noises."""
         features = store.features()
-        digest = sha256((store.folder / "facts.json").read_bytes()).hexdigest()
+        known = store.noted(FACTS) or {}
+        # what the pictures and their features depend on, and not what else was measured beside them
+        digest = sha256(json.dumps({key: known[key] for key in DRAWN}).encode()).hexdigest()
         facts = {"kind": TEACHER, "path": name, "sha256": digest, "n": len(features)}
         return Reference(stats=store.stats(), features=features, paired=True, facts=facts)
 
     def of_file(self, place: Path) -> Reference:
-        """Statistics, or the features of pictures; each process makes its share of these."""
+        """Statistics, or the features of pictures; each process makes its share of these.
+
+        Raises EvaluationError, DataError where there are none, or of other features or another size.
+        """
+        if not place.exists():
+            expected = f"`{TEACHER}`, statistics (.npz), or pictures (a folder, .zip, .npz or .npy)"
+            why, todo = "rows are compared with it", "check the path"
+            raise EvaluationError(problem(f"reference {place}, which is not there", expected, why, todo))
         if is_stats(place):
-            stats, facts = Stats.load(place)
-            if stats.mean.numel() != self.extractor.identity.dim:
-                got = f"{place} with {stats.mean.numel()} features, and {self.extractor.identity.id}"
-                why, todo = "features of different extractors have no distance", "name the one that made the file"
-                raise EvaluationError(problem(got, f"{self.extractor.identity.dim}", why, todo))
-            made = facts.get("features_id")
-            if made not in (None, self.extractor.identity.id):
-                got, why = f"{place}, made with {made}", "features of different extractors have no distance"
-                raise EvaluationError(problem(got, self.extractor.identity.id, why, "make it again with this one"))
-            digest, n = sha256(place.read_bytes()).hexdigest(), None if stats.n == UNKNOWN else stats.n
-            told = {"kind": "npz", "path": str(place), "sha256": digest, "n": n, "features_id": made or "unknown"}
-            return Reference(stats=stats, features=None, paired=False, facts=told)
+            return self._of_stats(place)
         pictures = Pictures(place, self.spec.side)
-        store = read_into(self.spec.output_dir / "work" / "reference", pictures, self.spec, self.extractor, self.state)
-        features = store.features()
-        told = {"kind": "images", "path": str(place), "sha256": pictures.sha256(), "n": len(features)}
+        store = read_into(self.spec.output_dir / "work" / "reference-pictures", pictures, *self._how)
+        features, known = store.features(), store.noted(FACTS) or {}
+        told = {"kind": "images", "path": str(place), "sha256": known["pictures"], "n": len(features)}
+        told |= {"features_id": self.extractor.identity.id, "eval_res": self.spec.side}
         return Reference(stats=store.stats(), features=features, paired=False, facts=told)
+
+    @property
+    def _how(self) -> tuple[Measures, FeatureExtractor, PartialState]:
+        return self.spec, self.extractor, self.state
+
+    def _of_stats(self, place: Path) -> Reference:
+        stats, facts = Stats.load(place)
+        own = self.extractor.identity
+        if stats.mean.numel() != own.dim:
+            got = f"{place} with {stats.mean.numel()} features, and {own.id}"
+            why, todo = "features of different extractors have no distance", "name the one that made the file"
+            raise EvaluationError(problem(got, f"{own.dim}", why, todo))
+        made = facts.get("features_id", UNKNOWN_FEATURES)
+        if made not in (UNKNOWN_FEATURES, own.id):
+            got, why = f"{place}, made with {made}", "features of different extractors have no distance"
+            raise EvaluationError(problem(got, own.id, why, "make it again with this one"))
+        if made != UNKNOWN_FEATURES and facts.get("eval_res") != self.spec.side:
+            got, why = f"{place}, of pictures at eval_res {facts.get('eval_res')}", "both sides are resized alike"
+            raise EvaluationError(problem(got, f"eval_res {self.spec.side}", why, "set --eval-res alike"))
+        told = {"kind": "npz", "path": str(place), "sha256": sha256(place.read_bytes()).hexdigest()}
+        told |= {"n": stats.n or None, "features_id": made, "eval_res": facts.get("eval_res")}
+        return Reference(stats=stats, features=None, paired=False, facts=told)

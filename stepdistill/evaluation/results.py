@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -28,19 +29,21 @@ def document(
     reference: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     protocol: Mapping[str, Any],
+    device: torch.device,
     **more: object,
 ) -> dict[str, Any]:
     """The contents of `eval.json`.
 
     Args:
         rows: as `stepdistill.evaluation.measure.measured` makes them.
-        more: teacher, prompts, what was left out.
+        device: that it ran on.
+        more: teacher, prompts, sheets, what was left out.
     """
     return {
         "schema": SCHEMA,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "tool": {"stepdistill": stepdistill.__version__} | {name: version(name) for name in LIBRARIES},
-        "host": host(),
+        "host": host(device),
         "teacher": None,
         "prompts": None,
         **more,
@@ -52,11 +55,11 @@ def document(
     }
 
 
-def host() -> dict[str, Any]:
+def host(device: torch.device) -> dict[str, Any]:
     """What it ran on."""
-    cuda = torch.cuda.is_available()
+    cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
         "world_size": PartialState().num_processes,
         "threads": torch.get_num_threads(),
         "tf32": torch.backends.cuda.matmul.allow_tf32 if cuda else False,
@@ -64,11 +67,17 @@ def host() -> dict[str, Any]:
 
 
 def under(
-    protocol: Protocol, identity: Identity, n: int, side: int | None, kind: str, clip: str | None = None
+    protocol: Protocol,
+    identity: Identity,
+    n: int,
+    side: int | None,
+    reference: Mapping[str, Any],
+    clip: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The protocol as the report shows it, and why figures are no more than a hint; see `Protocol.deviations`."""
-    deviations = protocol.deviations(n, identity, side, kind, clip)
-    return {"name": protocol.name, "met": not deviations, "deviations": deviations}, deviations + identity.reasons()
+    deviations = protocol.deviations(n, identity, side, reference, clip)
+    told = {"name": protocol.name, "met": not deviations, "deviations": deviations}
+    return told | {"trusted": protocol.trusted(reference)}, deviations + identity.reasons()
 
 
 def samples(stores: Mapping[str, Store], prompts: Sequence[str] | None, seed: int | None, file: Path) -> None:
@@ -89,22 +98,25 @@ SCORES = ("clip", "psnr", "ssim", "lpips")  # what a unit tells of single pictur
 
 
 def finish(folder: Path, found: Mapping[str, Any], stores: Mapping[str, Store], reference: Reference) -> None:
-    """Write what depends on all rows."""
+    """Write what depends on all rows; statistics of an earlier evaluation in the folder go."""
     write(folder / "eval.json", json.dumps(found, indent=1))
     evaluation = read(folder)
     write_csv(flat([evaluation]), folder / "rows.csv")
     write(folder / "report.html", page([evaluation], folder.resolve().name))
-    (folder / "stats").mkdir(exist_ok=True)
+    shutil.rmtree(folder / "stats", ignore_errors=True)
+    (folder / "stats").mkdir()
+    facts = {"features_id": found["features"]["id"], "eval_res": found["eval_res"]}
     for name, store in stores.items():
-        facts = {"features_id": found["features"]["id"], "row": name}
-        store.stats().save(folder / "stats" / f"{store.folder.name}.npz", facts)
-    reference.stats.save(folder / "stats" / "reference.npz", {"features_id": found["features"]["id"]})
+        store.stats().save(folder / "stats" / f"{store.folder.name}.npz", facts | {"row": name})
+    if reference.facts["kind"] != "npz":  # which has a file, and says itself what it is of
+        reference.stats.save(folder / "stats" / "reference.npz", facts)
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The rows of `eval.json` for a terminal."""
     width = max(len(row["name"]) for row in found["rows"])
-    texts = [f"{found['features']['key']} on {found['features']['id']}, reference: {found['reference']['path']}"]
+    texts = [f"left out: {text}" for text in found.get("left_out", [])]
+    texts.append(f"{found['features']['key']} on {found['features']['id']}, reference: {found['reference']['path']}")
     for row in found["rows"]:
         metrics, cost = row["metrics"], row["cost"]
         key = found["features"]["key"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -11,27 +12,26 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL
-from torch import Tensor
 
 from stepdistill.errors import EvaluationError, problem
-from stepdistill.evaluate import grid
-from stepdistill.evaluation.draw import LATENCY, Painter, labels, plan, slug
-from stepdistill.evaluation.fill import Score
-from stepdistill.evaluation.measure import Sampled, measured
+from stepdistill.evaluation.draw import Painter, labels, plan, size_of, slug
+from stepdistill.evaluation.measure import Reference, Sampled, measured
 from stepdistill.evaluation.page import page
 from stepdistill.evaluation.pictures import Pictures
 from stepdistill.evaluation.prompts import prompt_of, read_records, sha256_of
 from stepdistill.evaluation.read import read_into
-from stepdistill.evaluation.reference import TEACHER, Referent, check
-from stepdistill.evaluation.results import SCORES, document, finish, samples, under
-from stepdistill.evaluation.scores import against_prompts
+from stepdistill.evaluation.reference import TEACHER, Referent
+from stepdistill.evaluation.results import document, finish, samples, under
+from stepdistill.evaluation.rows import sampled, scores_of, sheets
+from stepdistill.evaluation.scores import ClipScore
 from stepdistill.evaluation.spec import Draws, Measures
-from stepdistill.evaluation.store import Store, write
-from stepdistill.evaluation.subjects import Way, contract_of, family_of
+from stepdistill.evaluation.store import FACTS, write
+from stepdistill.evaluation.subjects import contract_of, family_of, loaded
 from stepdistill.evaluation.table import alike, flat, read, write_csv
 from stepdistill.families.base import BUNDLED_NAMES
 from stepdistill.metrics.extractors import extractor
 from stepdistill.metrics.features import FeatureExtractor
+from stepdistill.metrics.identity import Identity
 from stepdistill.metrics.perceptual import lpips
 from stepdistill.tiny import emoji
 
@@ -47,47 +47,46 @@ def run(spec: Draws) -> dict[str, Any]:
     Raises:
         StepdistillError: before anything is drawn, for whatever can be known by then.
     """
-    state = joined(spec)
+    state, device = joined(spec)
     family = family_of(spec.teacher, spec.family, [contract_of(place) for place in spec.students])
-    check(spec.reference)
     records = records_of(spec)
     n = spec.num or spec.under.n or len(records)
     enough(n, "a row")
-    vae = family.load().components["vae"] if spec.features == "vae" else None
-    painter = Painter(spec, family, records, n, extracted(spec, state, vae), (), state)
-    if "lpips" in spec.metrics:
-        lpips("alex", painter.device)  # or it would be missed after the teacher was drawn
-    if spec.clip:
-        score = against_prompts(spec.clip, painter.prompts, spec.under.prefix, painter.device)
-        painter = replace(painter, scores=(score,))
     ways = plan(spec)
-    stores, left_out = painter.draw(ways)
-    referent = Referent(spec, painter.extractor, state)
-    others = {way: store for way, store in stores.items() if way.role != "reference"}
-    if spec.reference != TEACHER:
-        reference = referent.of_file(Path(spec.reference))
+    size_of(spec.students)
+    made = extracted(spec, device, loaded(family).components["vae"] if spec.features == "vae" else None)
+    if "lpips" in spec.metrics:
+        lpips("alex", device)
+    each = [prompt_of(records[i % len(records)]) for i in range(n)]
+    clip = ClipScore.load(spec.clip, each, spec.under.prefix, device) if spec.clip else None
+    painter = Painter(spec, family, records, n, made, clip, state, device)
+    referent = Referent(spec, made, state)
+    reference = None if spec.reference == TEACHER else referent.of_file(Path(spec.reference))
+    index = torch.arange(n) % len(records) if n >= 2 * len(records) else None
+    metrics, left_out = possible(spec.metrics, made.identity, reference, index is not None)
+    stores, undrawn = painter.draw(ways)
     if not state.is_main_process:
         return {}
-    if spec.reference == TEACHER:
-        reference = referent.of_teacher(stores[ways[0]], spec.teacher)
-    identity = painter.extractor.identity
-    protocol, reasons = under(spec.under, identity, n, spec.side, str(reference.facts["kind"]), spec.clip)
-    rows = [sampled(way, store, reasons) for way, store in others.items()]
-    index = torch.arange(n) % len(records) if n >= 2 * len(records) else None
-    first = next(iter(others.values()))
+    reference = reference or referent.of_teacher(stores[ways[0]], spec.teacher)
+    others = {way: store for way, store in stores.items() if way.role != "reference"}
+    protocol, reasons = under(spec.under, made.identity, n, spec.side, reference.facts, spec.clip)
+    rows = [sampled(way, store, reasons, clip) for way, store in others.items()]
+    known = next(iter(others.values())).noted(FACTS) or {}
     found = document(
-        identity,
+        made.identity,
         reference.facts,
-        measured(rows, reference, identity.key, spec.metrics, index),
+        measured(rows, reference, made.identity.key, metrics, index),
         protocol,
+        device,
         teacher={"id": spec.teacher, "steps": spec.teacher_steps, "guidance": spec.teacher_guidance}
-        | {"sha256": (first.noted("facts.json") or {})["teacher"], "dtype": spec.dtype},
-        prompts={"source": str(spec.prompts or "bundled"), "n": len(records), "sha256": sha256_of(painter.prompts)},
-        left_out=left_out,
+        | {"sha256": known["teacher"], "dtype": spec.dtype},
+        prompts={"source": str(spec.prompts or "bundled"), "n": len(records), "sha256": sha256_of(each)},
+        eval_res=spec.side,
+        grids=sheets(spec, others, each),
+        left_out=[*left_out, *undrawn],
     )
-    sheets(spec, others, painter.prompts)
     named = {way.name: store for way, store in others.items()}
-    samples(named, painter.prompts, spec.seed, spec.output_dir / "per_sample.jsonl")
+    samples(named, each, spec.seed, spec.output_dir / "per_sample.jsonl")
     finish(spec.output_dir, found, named, reference)
     return found
 
@@ -98,63 +97,72 @@ def score(places: Sequence[Path], spec: Measures, prompts: Path | None = None) -
     Args:
         prompts: of the pictures in the order of their names, in turn, for the CLIP score.
     """
-    state = joined(spec)
+    state, device = joined(spec)
     if spec.reference == TEACHER:
         why, todo = "there is no teacher here to draw", "name statistics or pictures by --ref"
         raise EvaluationError(problem("no reference", "--ref", why, todo))
-    if spec.clip and prompts is None:
-        raise EvaluationError(problem("a CLIP without prompts", "both", "it scores pairs", "name them by --prompts"))
-    check(spec.reference)
-    sources = [Pictures(place, spec.side) for place in places]
-    for pictures in sources:
+    if (spec.clip is None) != (prompts is None):
+        why, todo = "the CLIP score is of pairs", "name both, --clip and --prompts, or none"
+        raise EvaluationError(problem(f"CLIP {spec.clip} and prompts {prompts}", "both or none", why, todo))
+    names = labels([str(place) for place in places])
+    sources = {name: Pictures(place, spec.side) for name, place in zip(names, places, strict=True)}
+    for pictures in sources.values():
         enough(len(pictures), f"in {pictures.source}")
-    made = extracted(spec, state, None)
-    stores = {}
-    for at, (name, pictures) in enumerate(zip(labels([str(place) for place in places]), sources, strict=True)):
-        scores: list[Score] = []
-        if spec.clip and prompts is not None:
-            records = read_records(prompts)
-            each = [prompt_of(records[i % len(records)]) for i in range(len(pictures))]
-            scores.append(against_prompts(spec.clip, each, spec.under.prefix, made_on(state)))
-        folder = spec.output_dir / "work" / f"{at:02d}-{slug(name)}"
-        stores[name] = read_into(folder, pictures, spec, made, state, scores, kept=8)
+    made = extracted(spec, device, None)
+    clips = {name: scored(spec, pictures, prompts, device) for name, pictures in sources.items()}
     reference = Referent(spec, made, state).of_file(Path(spec.reference))
+    metrics, left_out = possible(spec.metrics, made.identity, reference, several=False, teacher=False)
+    stores = {
+        name: read_into(spec.output_dir / "work" / slug(f"pictures, {name}"), pictures, spec, made, state, clips[name])
+        for name, pictures in sources.items()
+    }
     if not state.is_main_process:
         return {}
-    rows, protocol, kind = [], {}, str(reference.facts["kind"])
+    rows, protocol = [], {}
     for name, store in stores.items():
-        features = store.features()
-        protocol, reasons = under(spec.under, made.identity, len(features), spec.side, kind, spec.clip)
+        features, clip = store.features(), clips[name]
+        protocol, reasons = under(spec.under, made.identity, len(features), spec.side, reference.facts, spec.clip)
         own = Sampled(
             name=name,
             role="images",
             features=features,
             scores=scores_of(store),
+            clip=clip.facts if clip else {},
             facts={"n_skipped": store.n - len(features)},
             reasons=reasons,
         )
-        rows += measured([own], reference, made.identity.key, spec.metrics)
-    found = document(made.identity, reference.facts, rows, protocol)
+        rows += measured([own], reference, made.identity.key, metrics)
+    more = {"eval_res": spec.side, "left_out": left_out}
+    found = document(made.identity, reference.facts, rows, protocol, device, **more)
     samples(stores, None, None, spec.output_dir / "per_sample.jsonl")
     finish(spec.output_dir, found, stores, reference)
     return found
 
 
 def statistics(place: Path, spec: Measures, out: Path) -> None:
-    """Write the Gaussian of pictures' features to an npz, which pytorch-fid and clean-fid can read."""
-    state = joined(spec)
+    """Write the Gaussian of pictures' features to an npz, which pytorch-fid and clean-fid can read.
+
+    What a run that was cut left is in `spec.output_dir`, which goes when all is there.
+    """
+    if out.suffix != ".npz":
+        raise EvaluationError(problem(out, "a name that ends in .npz", "--ref knows statistics by it", "add it"))
+    state, device = joined(spec)
     pictures = Pictures(place, spec.side)
-    made = extracted(spec, state, None)
+    made = extracted(spec, device, None)
     store = read_into(spec.output_dir, pictures, spec, made, state)
     if state.is_main_process:
-        facts = {"features_id": made.identity.id, "source": str(place), "sha256": pictures.sha256()}
-        store.stats().save(out, facts | {"eval_res": spec.side})
+        facts = {"features_id": made.identity.id, "source": str(place), "eval_res": spec.side}
+        store.stats().save(out, facts | {"sha256": (store.noted(FACTS) or {})["pictures"]})
+        shutil.rmtree(spec.output_dir)
 
 
 def compare(folders: Sequence[Path], out: Path, csv: Path | None) -> list[str]:
     """Merge evaluations on one page, unlike ones in columns of their own. Returns what they differ in, in words."""
-    evaluations = [read(folder) for folder in folders]
-    out.parent.mkdir(parents=True, exist_ok=True)
+    names = labels([str(folder) for folder in folders])
+    evaluations = [replace(read(folder), name=name) for folder, name in zip(folders, names, strict=True)]
+    for file in (out, csv):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
     write(out, page(evaluations, "Evaluations compared"))
     if csv is not None:
         write_csv(flat(evaluations), csv)
@@ -168,24 +176,32 @@ def enough(n: int, where: str) -> None:
         raise EvaluationError(problem(f"{n} pictures {where}", f"{LEAST} or more", why, "draw more"))
 
 
-def joined(spec: Measures) -> PartialState:
-    """This process among those that a launcher started. One may have more to draw than another: they wait long."""
-    return PartialState(cpu=spec.device == "cpu", timeout=timedelta(days=1))
+def joined(spec: Measures) -> tuple[PartialState, torch.device]:
+    """This process among those that a launcher started, and where it computes.
+
+    One process may have more to draw than another: they wait long. Raises EvaluationError.
+    """
+    state = PartialState(cpu=spec.device == "cpu", timeout=timedelta(days=1))
+    try:
+        device = torch.device(spec.device or state.device or "cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why, todo = str(error).splitlines()[0], "name another, or leave it out"
+        raise EvaluationError(problem(f"device {spec.device}", "one that is here", why, todo)) from error
+    return state, device
 
 
-def made_on(state: PartialState) -> torch.device:
-    """Where this process computes."""
-    assert state.device is not None
-    return state.device
-
-
-def extracted(spec: Measures, state: PartialState, vae: AutoencoderKL | None) -> FeatureExtractor:
+def extracted(spec: Measures, device: torch.device, vae: AutoencoderKL | None) -> FeatureExtractor:
     """The extractor. Raises MissingWeights, which a command tells before anything is drawn."""
+    name = spec.features or spec.under.features
+    if spec.resize and not name.removeprefix("random-").startswith("inception"):
+        got, why = f"resize {spec.resize} with features {name}", "other extractors have a size of their own"
+        raise EvaluationError(problem(got, "features inception", why, "leave --resize out"))
     return extractor(
-        spec.features or spec.under.features,
+        name,
         resize=spec.resize or spec.under.resize,
         weights=spec.weights,
-        device=made_on(state),
+        device=device,
         dtype=spec.feature_dtype,
         batch=spec.feature_batch,
         vae=vae,
@@ -193,63 +209,52 @@ def extracted(spec: Measures, state: PartialState, vae: AutoencoderKL | None) ->
     )
 
 
+def possible(
+    metrics: Sequence[str], identity: Identity, reference: Reference | None, several: bool, teacher: bool = True
+) -> tuple[list[str], list[str]]:
+    """The metrics that can be measured, and why not the others, in words.
+
+    Args:
+        reference: None is the teacher's own pictures.
+        several: whether each prompt has two pictures or more.
+        teacher: whether a teacher is drawn beside.
+    """
+    left_out: dict[str, str] = {}
+    if reference is not None and reference.features is None:
+        for name in ("kid", "prdc", "cmmd"):
+            left_out[name] = "the reference has no single pictures"
+    if not identity.arch.startswith("clip-"):
+        left_out["cmmd"] = f"it is defined on CLIP's embeddings, not on {identity.id}"
+    if not several:
+        left_out["diversity"] = "no prompt has two pictures"
+    if not teacher:
+        left_out |= {name: "there is no teacher beside" for name in ("paired", "pixels", "lpips", "diversity")}
+    return (
+        [name for name in metrics if name not in left_out],
+        [f"{name}: {why}" for name, why in left_out.items() if name in metrics],
+    )
+
+
+def scored(spec: Measures, pictures: Pictures, prompts: Path | None, device: torch.device) -> ClipScore | None:
+    """The CLIP score of pictures that are there, if it is asked for."""
+    if spec.clip is None or prompts is None:
+        return None
+    records = read_records(prompts)
+    if len(records) > len(pictures):
+        got, why = f"{len(records)} prompts for {len(pictures)} pictures", "each picture has one, in turn"
+        raise EvaluationError(problem(got, "as many at most", why, "name the prompts of these pictures"))
+    each = [prompt_of(records[i % len(records)]) for i in range(len(pictures))]
+    return ClipScore.load(spec.clip, each, spec.under.prefix, device)
+
+
 def records_of(spec: Draws) -> list[dict[str, object]]:
-    """The prompts, with whatever else their file says of them."""
+    """The prompts, with whatever else their file says of them. Raises EvaluationError, DataError."""
+    if spec.export == "geneval" and (spec.prompts is None or any("tag" not in r for r in read_records(spec.prompts))):
+        why, todo = "GenEval scores what it says of each prompt", "pass it by --prompts"
+        raise EvaluationError(problem(f"prompts {spec.prompts}", "GenEval's evaluation_metadata.jsonl", why, todo))
     if spec.prompts is not None:
         return read_records(spec.prompts)
     if spec.teacher not in BUNDLED_NAMES:
         why, todo = f"{spec.teacher} draws what it is told to", "name a .txt, .jsonl or .csv file by --prompts"
         raise EvaluationError(problem("no prompts", "a file of them", why, todo))
     return [{"prompt": prompt} for prompt in emoji.prompts()]
-
-
-def sampled(way: Way, store: Store, reasons: Sequence[str]) -> Sampled:
-    """What is known of a way's pictures."""
-    units, contract = list(store.told()), contract_of(way.student) if way.student else None
-    calls, batches, rows, seconds = (
-        sum(unit[key] for unit in units) for key in ("calls", "batches", "rows", "seconds")
-    )
-    cost = {
-        "calls": calls / batches,
-        "nfe": rows / store.n,
-        "seconds_per_image": seconds / store.n,
-        "latency_ms": store.noted(LATENCY),
-        "peak_mem_mib": max((unit["peak_mem_mib"] for unit in units if unit["peak_mem_mib"]), default=None),
-    }
-    steps, guidance = way.steps, way.guidance
-    if contract is not None:
-        steps = len(contract.timesteps) if steps is None else steps
-        own = contract.adapters.guidance_scale if contract.adapters else contract.guidance_scale
-        guidance = own if guidance is None else guidance
-    height, width = units[0]["size"]
-    facts = {"student": way.student, "steps": steps, "guidance": guidance, "seed": way.seed, "n_skipped": 0}
-    image = {"height": height, "width": width, "uint8": "round"}
-    return Sampled(
-        name=way.name,
-        role=way.role,
-        features=store.features(),
-        scores=scores_of(store),
-        cost=cost,
-        facts=facts | {"image": image},
-        reasons=reasons,
-    )
-
-
-def scores_of(store: Store) -> dict[str, Tensor]:
-    """The scores of single pictures, by name."""
-    units = list(store.told())
-    return {key: torch.tensor([x for unit in units for x in unit[key]]) for key in SCORES if key in units[0]}
-
-
-def sheets(spec: Draws, stores: Mapping[Way, Store], prompts: Sequence[str]) -> None:
-    """`grids/WHO.png`: the teacher's rows and each student's, the same prompts and noises below each caption."""
-    (spec.output_dir / "grids").mkdir(parents=True, exist_ok=True)
-    taught = [way for way in stores if way.role == "teacher"]
-    for place, who in zip(spec.students or ("",), labels(spec.students) or ["teacher"], strict=True):
-        shown = range(min(spec.columns, len(prompts)))
-        rows = [
-            (way.name.replace(", ", "\n"), stores[way].pictures(shown))
-            for way in [*taught, *(way for way in stores if place and way.student == place)]
-        ]
-        scale = max(1, 96 // rows[0][1].shape[-1])
-        grid(rows, [prompts[i] for i in shown], scale).save(spec.output_dir / "grids" / f"{slug(who)}.png")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,32 +13,51 @@ from torch import Tensor
 from stepdistill.errors import EvaluationError, MissingWeights, problem
 from stepdistill.evaluation.fill import Score
 from stepdistill.evaluation.store import Store
-from stepdistill.metrics.clip import clip
+from stepdistill.metrics.clip import Clip, clip
 from stepdistill.metrics.clip_score import clip_scores
+from stepdistill.metrics.identity import hash_of
 from stepdistill.metrics.perceptual import lpips
 
 
-def against_prompts(name: str, prompts: Sequence[str], prefix: str, device: torch.device) -> Score:
-    """CLIP scores of pictures with their prompts. Raises MissingWeights.
+@dataclass(frozen=True)
+class ClipScore:
+    """CLIP scores of pictures with their prompts.
 
     Args:
-        name: folder or hub id of the CLIP.
+        model: the CLIP.
+        name: folder or hub id of it.
+        prefix: before each prompt.
         prompts: of every picture, by number.
     """
-    try:
-        model = clip(name, device)
-    except OSError as error:
-        raise MissingWeights(
-            f"the CLIP score needs {name}, which is no folder, not in the Hugging Face cache, and could not be "
-            f"downloaded: {str(error).splitlines()[0]}\n"
-            f"Copy the folder (`hf download {name} --local-dir PATH`) from a connected machine and pass\n"
-            "  --clip PATH\nor leave the score out."
-        ) from error
 
-    def score(pictures: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
-        return {"clip": clip_scores(model, pictures, [prompts[i] for i in numbers], prefix).tolist()}
+    model: Clip
+    name: str
+    prefix: str
+    prompts: Sequence[str]
 
-    return score
+    @staticmethod
+    def load(name: str, prompts: Sequence[str], prefix: str, device: torch.device) -> ClipScore:
+        """Raises MissingWeights."""
+        try:
+            return ClipScore(clip(name, device), name, prefix, prompts)
+        except OSError as error:
+            raise MissingWeights(
+                f"the CLIP score needs {name}, which is no folder, not in the Hugging Face cache, and could not be "
+                f"downloaded: {str(error).splitlines()[0]}\n"
+                f"Copy the folder (`hf download {name} --local-dir PATH`) from a connected machine and pass\n"
+                "  --clip PATH\nor leave the score out."
+            ) from error
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """What the scores depend on besides pictures and prompts."""
+        digest = hash_of(self.model.model.state_dict())
+        return {"model": f"{self.name}@{digest[:8]}", "weights_sha256": digest, "prefix": self.prefix}
+
+    def __call__(self, pictures: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
+        """Scores by name, of pictures (B, 3, H, W) uint8 with these numbers."""
+        own = [self.prompts[i] for i in numbers]
+        return {"clip": clip_scores(self.model, pictures, own, self.prefix).tolist()}
 
 
 def against_teacher(teacher: Store) -> Score:

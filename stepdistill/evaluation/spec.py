@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -31,7 +32,6 @@ class Measures:
         feature_batch: pictures that the extractor takes at once, and that make a unit.
         feature_dtype: of the extractor.
         device: of everything; None is the first accelerator, or the CPU.
-        strict: fail where a row is not comparable.
     """
 
     output_dir: Path
@@ -47,7 +47,6 @@ class Measures:
     feature_batch: int = 64
     feature_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     device: str | None = None
-    strict: bool = False
 
     def __post_init__(self) -> None:
         odd = [name for name in self.metrics if name not in METRICS]
@@ -57,10 +56,7 @@ class Measures:
         if self.protocol not in PROTOCOLS:
             got, why = f"protocol {self.protocol!r}", "a protocol is what a paper's figures were measured under"
             raise ConfigError(problem(got, f"one of {list(PROTOCOLS)}", why, "name one, or leave it out"))
-        if self.feature_batch < 1:
-            raise ConfigError(
-                problem(f"feature_batch={self.feature_batch}", "1 or more", "pictures go through in batches", "use 64")
-            )
+        _whole(self, 1, "feature_batch", "eval_res")
 
     @property
     def under(self) -> Protocol:
@@ -89,7 +85,7 @@ class Draws(Measures):
         guidance: scales of the students; none are their own.
         teacher_steps: of the teacher at its best.
         teacher_guidance: of the teacher.
-        batch: pictures drawn at once.
+        batch: pictures drawn at once, of a unit.
         dtype: of the pipeline.
         save_pictures: every picture as PNG.
         columns: pictures of a row in the sheets.
@@ -114,3 +110,25 @@ class Draws(Measures):
     columns: int = 8
     latency: int = 0
     export: Literal["geneval", "t2i-compbench"] | None = None
+
+    def __post_init__(self) -> None:
+        Measures.__post_init__(self)
+        _whole(self, 1, "num", "teacher_steps", "batch", "columns")
+        _whole(self, 0, "latency", "seed", "reference_seed")
+        if len(set(self.steps)) < len(self.steps) or min(self.steps, default=1) < 1:
+            got = f"steps {list(self.steps)}"
+            raise ConfigError(problem(got, "different ones of 1 or more", "each is a row", "correct it"))
+        scales = (*self.guidance, self.teacher_guidance)
+        if not all(math.isfinite(w) for w in scales) or len(set(self.guidance)) < len(self.guidance):
+            got = f"guidance {list(scales)}"
+            raise ConfigError(problem(got, "different finite scales", "each is a row", "correct it"))
+        if self.reference == "teacher" and self.seed == self.reference_seed:
+            why = "the teacher would be compared with the very same pictures"
+            raise ConfigError(problem(f"seed {self.seed} for rows and reference", "two seeds", why, "choose another"))
+
+
+def _whole(spec: Measures, least: int, *names: str) -> None:
+    for name in names:
+        value = vars(spec)[name]
+        if value is not None and value < least:
+            raise ConfigError(problem(f"{name}={value}", f"{least} or more", "fewer there cannot be", "correct it"))

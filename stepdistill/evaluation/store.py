@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,15 +41,15 @@ class Store:
     dim: int
     kept: int = 0
 
-    def open(self, facts: Mapping[str, object], leader: bool = True) -> None:
-        """Make the folder, or go on in it where it is of the same facts.
+    def open(self, facts: Mapping[str, object], shape: Sequence[int] = ()) -> None:
+        """Make the folder, or go on in it where it is of the same facts; one process does, and the others wait.
 
         Args:
             facts: all that features, costs and scores depend on, as JSON.
-            leader: whether this process makes the files; the others come after it.
+            shape: (3, H, W) of pictures that are kept.
 
         Raises:
-            EvaluationError: what lies there is of other facts.
+            EvaluationError: what lies there is of other facts, or it cannot be written.
         """
         file, known = self.folder / FACTS, json.loads(json.dumps(dict(facts)))
         if file.exists():
@@ -60,12 +59,15 @@ class Store:
                 got = f"{self.folder}, which was begun with other {', '.join(odd)}"
                 why = "its pictures would be mixed with those of this evaluation"
                 raise EvaluationError(problem(got, "the same", why, "name another output folder, or remove this one"))
-        if not leader:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / FEATURES).exists():
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             _fresh(self.folder / FEATURES, np.dtype(np.float32), (self.n, self.dim))
-        write(file, json.dumps(known, indent=1))
+            if self.kept:
+                _fresh(self.folder / PICTURES, np.dtype(np.uint8), (self.kept, *shape))
+            write(file, json.dumps(known, indent=1))
+        except OSError as error:
+            why, todo = "features and scores are kept there", "name another output folder"
+            raise EvaluationError(problem(f"{self.folder} ({error})", "a folder to write to", why, todo)) from error
 
     def missing(self, rank: int = 0, world: int = 1) -> list[int]:
         """The numbers of the units that process `rank` of `world` has to make."""
@@ -89,8 +91,6 @@ class Store:
             )
         self._write(FEATURES, rows.start, features)
         if rows.start < self.kept:
-            if not (self.folder / PICTURES).exists():
-                _fresh(self.folder / PICTURES, np.dtype(np.uint8), (self.kept, *pictures.shape[1:]))
             self._write(PICTURES, rows.start, pictures[: self.kept - rows.start])
         write(self._file(k), json.dumps(dict(told)))  # last: it says that the unit is whole
 
@@ -138,9 +138,13 @@ class Store:
         return self.folder / f"unit-{k:05d}.json"
 
     def _write(self, name: str, start: int, values: Tensor) -> None:
-        kept = np.load(self.folder / name, mmap_mode="r+")
-        kept[start : start + len(values)] = values.numpy()
-        kept.flush()
+        """Write rows as bytes: two hosts that map the file would write each other's part of a page, too."""
+        place = np.load(self.folder / name, mmap_mode="r")
+        with (self.folder / name).open("r+b") as file:
+            file.seek(place.offset + start * place[0].nbytes)
+            file.write(values.contiguous().numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write(file: Path, text: str) -> None:
@@ -151,9 +155,8 @@ def write(file: Path, text: str) -> None:
 
 
 def _fresh(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """An empty array in a file, unless another process made it in the meantime."""
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape).flush()
-    with suppress(FileExistsError):
-        os.link(part, file)
-    part.unlink()
+    """An empty array in a file, unless it is there."""
+    if not file.exists():
+        part = file.with_name(f"{file.name}.part")
+        np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape).flush()
+        part.replace(file)

@@ -16,7 +16,7 @@ from stepdistill import config, families, student
 from stepdistill.adapters import GuidedCall
 from stepdistill.contract import STUDENTS, Contract, is_multi, read_contract, teacher
 from stepdistill.errors import ConfigError, problem
-from stepdistill.evaluate import Row, generate, network_of, student_row, teacher_row
+from stepdistill.evaluate import Row, generate, student_row, teacher_row
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.metrics.cost import Cost
@@ -63,23 +63,40 @@ def family_of(place: str, kind: str | None, contracts: Sequence[Contract]) -> Fa
     Raises:
         ConfigError: there is none.
     """
-    if kind is None and contracts:
-        return replace(teacher(contracts[0]), pretrained_teacher_model=place)
-    if kind is not None:
-        return find(Family, kind)(pretrained_teacher_model=place)
     for module in iter_modules(families.__path__):
         import_module(f"{families.__name__}.{module.name}")
     known = {cls.pipeline_class.__name__: cls for cls in heirs(Family)}
-    first = next(iter(known.values()))(pretrained_teacher_model=place)
-    where = first.location()
+    chosen: Family | None = None
+    if kind is not None:
+        chosen = find(Family, kind)(pretrained_teacher_model=place)
+    elif contracts:
+        chosen = replace(teacher(contracts[0]), pretrained_teacher_model=place)
+    where = (chosen or next(iter(known.values()))(pretrained_teacher_model=place)).location()
     if where.endswith(".safetensors"):
-        todo = f"say --family, one of {sorted(cls.__module__.rpartition('.')[2] for cls in known.values())}"
-        raise ConfigError(problem(f"the single file {place}", "its family", "the file does not name one", todo))
-    index: Any = DiffusionPipeline.load_config(where)
-    if index["_class_name"] not in known:
-        got, why = f"a {index['_class_name']} in {place}", "a family says how its network is called"
-        raise ConfigError(problem(got, f"one of {sorted(known)}", why, "name one by --family, or write it"))
-    return known[index["_class_name"]](pretrained_teacher_model=place)
+        if chosen is None:
+            todo = f"say --family, one of {sorted(cls.__module__.rpartition('.')[2] for cls in known.values())}"
+            raise ConfigError(problem(f"the single file {place}", "its family", "the file does not name one", todo))
+        return chosen
+    try:
+        index: Any = DiffusionPipeline.load_config(where)
+    except OSError as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError(problem(f"teacher {place}", "a pipeline", why, "check the name, and the network")) from error
+    found = index["_class_name"]
+    if found not in known or chosen is not None and known[found] is not type(chosen):
+        expected = chosen.pipeline_class.__name__ if chosen else f"one of {sorted(known)}"
+        todo = "name the teacher of the students" if contracts else "name its family by --family, or write one"
+        raise ConfigError(problem(f"a {found} in {place}", expected, "a family says how its network is called", todo))
+    return chosen or known[found](pretrained_teacher_model=place)
+
+
+def loaded(family: Family) -> DiffusionPipeline:
+    """The teacher's pipeline. Raises ConfigError where it cannot be had."""
+    try:
+        return family.load()
+    except OSError as error:
+        got, why = f"teacher {family.pretrained_teacher_model}", str(error).splitlines()[0]
+        raise ConfigError(problem(got, "a whole pipeline", why, "check the name, and the network")) from error
 
 
 @dataclass(frozen=True)
@@ -87,32 +104,35 @@ class Subject:
     """A pipeline that draws as the teacher, or as one student.
 
     Args:
+        size: height and width in pixels.
         call: the student's own call, or several students; None of the teacher.
         schedulers: the teacher's, which knows the noise process, and the student's own.
     """
 
     family: Family
     pipe: DiffusionPipeline
+    size: tuple[int, int]
     contract: Contract | None
     call: Mapping[str, Any] | Students | None
     schedulers: tuple[Any, Any]
 
     @staticmethod
-    def load(family: Family, place: str | None, device: torch.device, dtype: torch.dtype) -> Subject:
-        """The teacher, or the student at `place` in a fresh pipeline of it. Raises StudentError, ConfigError."""
-        pipe = family.load()
-        own = pipe.scheduler
+    def load(
+        family: Family, place: str | None, size: tuple[int, int] | None, device: torch.device, dtype: torch.dtype
+    ) -> Subject:
+        """The teacher, or the student at `place` in a fresh pipeline of it. Raises StudentError, ConfigError.
+
+        Args:
+            size: height and width in pixels; None is what the teacher was trained at.
+        """
+        pipe = loaded(family)
+        own, side = pipe.scheduler, family.native_side(pipe)
         pipe.to(device)
         if dtype != torch.float32:  # which it is; Diffusers warns of any cast
             pipe.to(dtype)
         call = student.load_student(pipe, place) if place else None
-        return Subject(family, pipe, contract_of(place) if place else None, call, (own, pipe.scheduler))
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels: the student's, or what the teacher was trained at."""
-        side = self.family.native_side(self.pipe)
-        return self.contract.resolution if self.contract else (side, side)
+        contract = contract_of(place) if place else None
+        return Subject(family, pipe, size or (side, side), contract, call, (own, pipe.scheduler))
 
     def row(self, way: Way) -> Row:
         """The way as a scheduler and a call. Raises ConfigError or ValueError where the student cannot be drawn so."""
@@ -141,7 +161,3 @@ class Subject:
             alike = None if way.steps is way.guidance is None else row  # else each under its own contract
             return generate_each(self.call, prompts, way.seed, alike, batch, numbers, self.size)
         return generate(self.pipe, row, prompts, way.seed, batch, numbers=numbers, size=self.size)
-
-    def parameters(self) -> int:
-        """Of the network that draws, with its adapters."""
-        return sum(p.numel() for p in network_of(self.pipe).parameters())

@@ -60,7 +60,8 @@ def read(folder: Path) -> Evaluation:
     rows = facts.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(problem(f"{file} without a list of rows", "`rows`", "they are what was measured", todo))
-    return Evaluation(folder.resolve().name, facts, sorted((folder / "grids").glob("*.png")))
+    grids = [folder / "grids" / name for name in facts.get("grids", [])]
+    return Evaluation(folder.resolve().name, facts, [file for file in grids if file.exists()])
 
 
 def identity(facts: Mapping[str, Any], row: Mapping[str, Any]) -> Identity:
@@ -133,8 +134,7 @@ def _paths(key: str) -> dict[str, tuple[str | int, ...]]:
         "kid": (metrics, "kid", "value"),
         "kid_std": (metrics, "kid", "std"),
         **{name: (metrics, "prdc", name) for name in ("precision", "recall", "density", "coverage")},
-        "vendi": (metrics, "vendi"),
-        "diversity": (metrics, "diversity"),
+        **{name: (metrics, name) for name in ("cmmd", "vendi", "diversity", "diversity_vs_teacher")},
         "clip_score": (metrics, "clip_score", "value"),
         "clip_stderr": (metrics, "clip_score", "stderr"),
         "clip_model": (metrics, "clip_score", "model"),

@@ -58,6 +58,8 @@ def notes(evaluations: Sequence[Evaluation], rows: Sequence[Row]) -> tuple[list[
             against.append(text)
     for one in evaluations:
         protocol = one.facts.get("protocol") or {}
+        for trusted in protocol.get("trusted") or []:
+            against.append(f"{one.name} takes on trust {trusted}.")
         for deviation in protocol.get("deviations") or []:
             against.append(f"{one.name} deviates from the protocol {protocol.get('name')}: {deviation}.")
         if one.facts.get("exit_reason") != "ok":
@@ -120,7 +122,7 @@ def _excess(row: Row) -> str:
     if low is None or high is None:
         return f"Its excess over the teacher is {value}, without an interval: it may be chance"
     if low <= 0 <= high:
-        return f"Its excess over the teacher, {value}, is within the teacher's own spread"
+        return f"Its excess over the teacher, {value}, cannot be told from none"
     if low > 0:
         return f"Its excess over the teacher is {value}: it is further from the reference than the teacher"
     return f"Its excess over the teacher is {value}: it is nearer to the reference than the teacher"

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
+from stepdistill.metrics.encoders import pretrained
+
 
 class Clip:
     """A frozen CLIP in float32.
@@ -22,8 +24,8 @@ class Clip:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        model: Any = CLIPModel.from_pretrained(name)
-        self.model = model.float().eval().requires_grad_(False).to(device)
+        model: Any = pretrained(CLIPModel, name)
+        self.model = model.to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         processor = AutoImageProcessor.from_pretrained(name)
         self.mean, self.std = (

@@ -16,11 +16,13 @@ class Cost:
 
     calls: forward invocations. rows: batch rows summed over the calls, so that a guided step counts twice.
     seconds: wall-clock time of the whole block, whatever ran in it, set when the block ends.
+    batches: of pictures, which whoever draws counts; `calls` / `batches` is the calls of one picture.
     """
 
     calls: int = 0
     rows: int = 0
     seconds: float = 0.0
+    batches: int = 0
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class Dinov2:
     def __init__(
         self, name: str, device: str | torch.device = "cpu", dtype: Dtype = "fp32", batch: int = BATCH
     ) -> None:
-        net: Any = _pretrained(Dinov2Model, name)
+        net: Any = pretrained(Dinov2Model, name)
         width = net.config.hidden_size
         self.device = torch.device(device)
         self.identity = Identity(
@@ -85,7 +85,7 @@ class ClipImages:
     def __init__(
         self, name: str, device: str | torch.device = "cpu", dtype: Dtype = "fp32", batch: int = BATCH
     ) -> None:
-        net: Any = _pretrained(CLIPModel, name)
+        net: Any = pretrained(CLIPModel, name)
         processor = AutoImageProcessor.from_pretrained(name)
         vision = net.config.vision_config
         shape = vision.hidden_size, vision.patch_size, vision.image_size
@@ -181,7 +181,7 @@ class Pixels:
         )
 
 
-def _pretrained(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
+def pretrained(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
     """A model in float32 and eval mode; transformers draws the weights that a folder lacks at random."""
     try:
         found: Any = kind.from_pretrained(name, output_loading_info=True)

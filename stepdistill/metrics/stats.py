@@ -2,6 +2,7 @@
 
 import json
 import math
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,7 +87,7 @@ class Stats:
                 mean, cov = (torch.from_numpy(np.asarray(found[key], dtype=np.float64)) for key in ("mu", "sigma"))
                 n = int(found["n"]) if "n" in found else UNKNOWN
                 facts = json.loads(str(found["meta"])) if "meta" in found else {}
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{file}: no reference statistics ({error}), expected an npz with arrays `mu` (D,) and `sigma` "
                 "(D, D), as `stepdistill eval ref`, pytorch-fid, clean-fid and EDM write them: make it again"

@@ -87,10 +87,8 @@ def figures(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> d
     """Excess, paired distance, diversity over the teacher's, and cost of one way to sample."""
     if isinstance(drawer, Students):
         images, cost = generate_each(drawer, ref.prompts, SEED_B, row)
-        groups = [len(places) for places in drawer.route(ref.prompts).values()]
     else:
         images, cost = generate(drawer, row, ref.prompts, SEED_B, progress=True)
-        groups = [len(images)]
     made, n = extractor()(images), len(images)
     places = torch.tensor([sorted(set(ref.prompts)).index(prompt) for prompt in ref.prompts])
     teacher, student = (
@@ -101,7 +99,6 @@ def figures(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> d
     against = Compared(stats=Stats.of(stored), features=stored, paired=True, facts={})
     key = extractor().identity.key
     found = measured([teacher, student], against, key, ("paired", "diversity"), places)[1]["metrics"]
-    batches = sum(-(-group // 64) for group in groups)
     return {
         "n": n,
         "seeds": [SEED_A, SEED_B],
@@ -109,7 +106,7 @@ def figures(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> d
         "ci95": found["delta_vs_teacher"][key]["ci95"],
         "paired": found["paired"]["features"],
         "diversity": found["diversity_vs_teacher"],
-        "calls": cost.calls / batches,
+        "calls": cost.calls / cost.batches,
         "nfe": cost.rows / n,
         "seconds_per_image": cost.seconds / n,
     }
