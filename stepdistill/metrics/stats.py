@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-6  # relative; rounding of a rank-deficient root stays below 1e-7
-PART = 4096  # rows of features that are in memory at once where a file holds more
+PART = 1024  # rows of features that are in memory at once where a file holds more
 UNKNOWN = 0  # samples of statistics that another tool wrote
 
 
