@@ -415,6 +415,7 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(asked, teachers, tmp_pat
 def test_a_metric_that_cannot_be_is_named(asked):
     found = run.run(replace(asked, metrics=("cmmd", "diversity", "kid"), num=40, students=()))
     assert [text.split(":")[0] for text in found["left_out"]] == ["cmmd"]
+    assert all({"kid", "diversity"} <= row["metrics"].keys() and "cmmd" not in row["metrics"] for row in found["rows"])
     few = asked.prompts.with_name("many.txt")
     few.write_text("\n".join(f"prompt {i}" for i in range(40)))
     other = replace(asked, metrics=("diversity",), num=40, students=(), prompts=few, output_dir=few.with_name("b"))

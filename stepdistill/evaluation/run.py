@@ -14,7 +14,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 
 from stepdistill.errors import EvaluationError, problem
-from stepdistill.evaluation.draw import Painter, labels, plan, size_of, slug
+from stepdistill.evaluation.draw import Painter, labels, plan, slug
 from stepdistill.evaluation.measure import Reference, Sampled, measured
 from stepdistill.evaluation.page import page
 from stepdistill.evaluation.pictures import Pictures
@@ -53,7 +53,6 @@ def run(spec: Draws) -> dict[str, Any]:
     n = spec.num or spec.under.n or len(records)
     enough(n, "a row")
     ways = plan(spec)
-    size_of(spec.students)
     made = extracted(spec, device, loaded(family).components["vae"] if spec.features == "vae" else None)
     if "lpips" in spec.metrics:
         lpips("alex", device)
