@@ -469,7 +469,7 @@ def test_a_teacher_alone_and_its_family(asked, teachers):
     assert (asked.output_dir / "grids" / "teacher.png").exists()
 
 
-def test_pixels_are_compared_with_the_teacher_s(asked):
+def test_pixels_are_compared_with_the_teacher_s(asked, tmp_path):
     found = run.run(replace(asked, metrics=("pixels", "paired"), students=asked.students[:1], steps=(2,)))
     (told,) = (row["metrics"]["paired"] for row in found["rows"] if row["role"] == "student")
     made = [np.load(next(asked.output_dir.glob(f"work/*{name}*/pictures.npy"))) for name in ("teacher", "near")]
@@ -480,6 +480,11 @@ def test_pixels_are_compared_with_the_teacher_s(asked):
     by_hand = 10 * torch.log10(255**2 / (a - b).square().mean((1, 2, 3)))
     assert [line["psnr"] for line in of_student] == pytest.approx(by_hand.tolist(), rel=1e-5)
     assert 0 < told["ssim"] < 1 and told["features"] > 0
+    own = replace(asked, metrics=("pixels",), students=asked.students[:1], steps=(2,), output_dir=tmp_path / "own")
+    own = replace(own, reference=str(drawn(tmp_path / "ref", 50, 0)))
+    run.run(own)
+    with pytest.raises(EvaluationError, match="near_2-steps, which was begun with other beside"):
+        run.run(replace(own, teacher_steps=1))
 
 
 def test_clip_scores_are_those_of_prompts_and_pictures(asked, tmp_path):
@@ -624,6 +629,15 @@ def test_sets_that_are_refused_once_are_refused_again(scored, tmp_path):
         for _ in range(3):
             with pytest.raises(StepdistillError, match="one size|1% at most"):
                 run.score([source], replace(scored, reference=str(b), output_dir=tmp_path / f"out-{source.name}"))
+
+
+def test_a_unit_without_a_readable_picture_has_no_scores(scored, tmp_path):
+    a, model = drawn(tmp_path / "a", 100, 0), tiny.clip(tmp_path / "clip")
+    (tmp_path / "prompts.txt").write_text("cat")
+    (a / "0000.png").write_bytes(b"")
+    own = replace(scored, reference=str(drawn(tmp_path / "b", 50, 1)), clip=str(model), feature_batch=1)
+    found = run.score([a], own, tmp_path / "prompts.txt")
+    assert found["rows"][0]["n"] == 99 and "clip_score" in found["rows"][0]["metrics"]
 
 
 def test_statistics_are_of_pictures_at_one_size(scored, tmp_path):

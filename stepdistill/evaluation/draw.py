@@ -158,6 +158,11 @@ class Painter:
         ends = {name: found.quantile(q).item() for name, q in (("p50", 0.5), ("p90", 0.9))}
         return {**ends, "batch": 1, "warmup": WARMUP, "repetitions": self.spec.latency}
 
+    def _beside(self) -> list[object]:
+        """What scores of likeness to the teacher's pictures depend on; nothing where there are none."""
+        likeness = sorted({"pixels", "lpips"} & set(self.spec.metrics))
+        return [*likeness, self.spec.teacher_steps, self.spec.teacher_guidance] if likeness else []
+
     def _facts(self, way: Way, subject: Subject, kept: int, hashed: str) -> dict[str, object]:
         """All that the pictures, their features and scores depend on, and which files there are."""
         return {
@@ -177,7 +182,7 @@ class Painter:
             "batch": self.spec.batch,
             "feature_batch": self.spec.feature_batch,
             "clip": self.clip.facts if self.clip else None,
-            "metrics": sorted({"pixels", "lpips"} & set(self.spec.metrics)) if way.student else None,
+            "beside": self._beside() if way.student else None,
             "kept": kept,
             "save_pictures": self.spec.save_pictures,
             "export": self.spec.export,

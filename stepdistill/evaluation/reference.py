@@ -73,15 +73,12 @@ class Referent:
         if is_stats(place):
             return self._of_stats(place)
         pictures = Pictures(place, self.spec.side)
-        store = read_into(self.spec.output_dir / "work" / "reference-pictures", pictures, *self._how)
+        folder = self.spec.output_dir / "work" / "reference-pictures"
+        store = read_into(folder, pictures, self.spec, self.extractor, self.state)
         features, known = store.features(), store.noted(FACTS) or {}
         told = {"kind": "images", "path": str(place), "sha256": known["pictures"], "n": len(features)}
         told |= {"features_id": self.extractor.identity.id, "eval_res": self.spec.side}
         return Reference(stats=store.stats(), features=features, paired=False, facts=told)
-
-    @property
-    def _how(self) -> tuple[Measures, FeatureExtractor, PartialState]:
-        return self.spec, self.extractor, self.state
 
     def _of_stats(self, place: Path) -> Reference:
         stats, facts = Stats.load(place)

@@ -22,6 +22,7 @@ from stepdistill.evaluation.table import SCHEMA, flat, read, write_csv
 from stepdistill.metrics.identity import Identity
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+SCORES = ("clip", "psnr", "ssim", "lpips")  # what a unit tells of single pictures
 
 
 def document(
@@ -86,15 +87,12 @@ def samples(stores: Mapping[str, Store], prompts: Sequence[str] | None, seed: in
     for name, store in stores.items():
         for k, unit in enumerate(store.told()):
             kept = [i for i in store.rows(k) if i not in unit["skipped"]]
-            scores = {key: value for key, value in unit.items() if isinstance(value, list) and len(value) == len(kept)}
+            scores = {key: unit[key] for key in SCORES if key in unit}
             for at, i in enumerate(kept):
                 line: dict[str, Any] = {"row": name, "index": i}
                 line |= {"prompt": prompts[i], "seed": seed} if prompts else {}
-                lines.append(json.dumps(line | {key: value[at] for key, value in scores.items() if key in SCORES}))
+                lines.append(json.dumps(line | {key: value[at] for key, value in scores.items()}))
     write(file, "\n".join(lines))
-
-
-SCORES = ("clip", "psnr", "ssim", "lpips")  # what a unit tells of single pictures
 
 
 def finish(folder: Path, found: Mapping[str, Any], stores: Mapping[str, Store], reference: Reference) -> None:

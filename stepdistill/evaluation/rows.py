@@ -54,7 +54,8 @@ def sampled(way: Way, store: Store, reasons: Sequence[str], clip: ClipScore | No
 def scores_of(store: Store) -> dict[str, Tensor]:
     """The scores of single pictures, by name."""
     units = list(store.told())
-    return {key: torch.tensor([x for unit in units for x in unit[key]]) for key in SCORES if key in units[0]}
+    told = [key for key in SCORES if any(key in unit for unit in units)]  # a unit of skipped pictures has none
+    return {key: torch.tensor([x for unit in units for x in unit.get(key, [])]) for key in told}
 
 
 def sheets(spec: Draws, stores: Mapping[Way, Store], prompts: Sequence[str]) -> list[str]:

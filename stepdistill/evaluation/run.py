@@ -248,11 +248,12 @@ def scored(spec: Measures, pictures: Pictures, prompts: Path | None, device: tor
 
 def records_of(spec: Draws) -> list[dict[str, object]]:
     """The prompts, with whatever else their file says of them. Raises EvaluationError, DataError."""
-    if spec.export == "geneval" and (spec.prompts is None or any("tag" not in r for r in read_records(spec.prompts))):
+    records = read_records(spec.prompts) if spec.prompts else []
+    if spec.export == "geneval" and not (records and all("tag" in record for record in records)):
         why, todo = "GenEval scores what it says of each prompt", "pass it by --prompts"
         raise EvaluationError(problem(f"prompts {spec.prompts}", "GenEval's evaluation_metadata.jsonl", why, todo))
-    if spec.prompts is not None:
-        return read_records(spec.prompts)
+    if records:
+        return records
     if spec.teacher not in BUNDLED_NAMES:
         why, todo = f"{spec.teacher} draws what it is told to", "name a .txt, .jsonl or .csv file by --prompts"
         raise EvaluationError(problem("no prompts", "a file of them", why, todo))
