@@ -18,13 +18,14 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="student.png")
     args = parser.parse_args()
     contract = (read_multi if is_multi(args.folder) else student.read_contract)(args.folder)
-    pipe = student.teacher(contract).load()
+    family = student.teacher(contract)
+    pipe = family.load()
     loaded = student.load_student(pipe, args.folder)
     if is_multi(args.folder):
         pictures, cost = multi.generate_each(loaded, args.prompts, args.seed)
     else:
         for size in ("height", "width"):  # `generate` draws at the network's own size
             loaded.pop(size, None)
-        pictures, cost = generate(pipe, Row("student", pipe.scheduler, loaded), args.prompts, args.seed)
+        pictures, cost = generate(pipe, Row("student", pipe.scheduler, loaded, family), args.prompts, args.seed)
     grid([("student", pictures)], args.prompts, max(1, 96 // pictures.shape[-1])).save(args.out)
     print(f"{args.out}: {cost.calls} calls, {cost.seconds:.2f} s")

@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _modules(package: ModuleType) -> list[str]:
-    abstract = ("base", "unet")
+    abstract = ("base", "unet", "vp", "flow")
     return [module.name for module in pkgutil.iter_modules(package.__path__) if module.name not in abstract]
 
 

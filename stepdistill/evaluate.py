@@ -16,48 +16,45 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepdistill.data.samples import noise_of
-from stepdistill.families.base import Family
+from stepdistill.families.base import Family, each
 from stepdistill.methods.base import Method
 from stepdistill.metrics.cost import Cost, count_calls
 from stepdistill.metrics.features import to_uint8
-from stepdistill.schedule import DiscreteVP
+from stepdistill.schedule import Rectified
 
 SEED_A, SEED_B = 1, 2  # the reference's noises, and those of every row
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to sample: a scheduler and the keyword arguments of the pipeline's call."""
+    """One way to sample a family's pipeline: a scheduler and the keyword arguments of the pipeline's call."""
 
     name: str
     scheduler: Any
     call: Mapping[str, Any]
+    family: Family
 
 
 def teacher_row(family: Family, pipe: DiffusionPipeline, steps: int, guidance_scale: float, name: str) -> Row:
     """The teacher by a plain solver on even steps: DDIM with trailing spacing, or Euler."""
-    call = {"num_inference_steps": steps, "guidance_scale": guidance_scale} | family.arguments()
-    if isinstance(family.schedule(pipe.scheduler), DiscreteVP):
+    call = {"num_inference_steps": steps} | family.guidance(guidance_scale) | family.arguments()
+    schedule = family.schedule(pipe.scheduler)
+    if not isinstance(schedule, Rectified):
         scheduler = DDIMScheduler.from_config(
             pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
         )
-        return Row(name, scheduler, call)
+        return Row(name, scheduler, call, family)
     # the list of sigmas as given is warped by the shift: pass the even ones
     call["sigmas"] = [1 - i / steps for i in range(steps)]
-    return Row(name, FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config), call)
+    return Row(name, FlowMatchEulerDiscreteScheduler(shift=schedule.shift), call, family)
 
 
 def student_row(family: Family, method: Method, pipe: DiffusionPipeline, steps: int) -> Row:
     """The student in `steps` steps, by a stock scheduler; `pipe` has the teacher's, which knows the noise process."""
     sampler = method.sampler(family.schedule(pipe.scheduler), steps)
     scheduler, call = family.scheduler(pipe, sampler)
-    call |= {"guidance_scale": sampler.guidance_scale} | family.arguments()
-    return Row(f"student, {steps} step{'s' * (steps > 1)}", scheduler, call)
-
-
-def network_of(pipe: DiffusionPipeline) -> Any:  # noqa: ANN401
-    """The pipeline's denoiser, a Diffusers model."""
-    return pipe.components["unet"] if "unet" in pipe.components else pipe.components["transformer"]
+    call |= family.guidance(sampler.guidance_scale) | family.arguments()
+    return Row(f"student, {steps} step{'s' * (steps > 1)}", scheduler, call, family)
 
 
 def generate(
@@ -80,23 +77,23 @@ def generate(
         numbers: i for each picture; None counts them from 0.
         size: height and width in pixels; None is what the network was trained at.
     """
-    net, scale = network_of(pipe), pipe.vae_scale_factor
-    height, width = size or (net.config["sample_size"] * scale,) * 2
-    shape = (net.config["in_channels"], height // scale, width // scale)
+    family = row.family
+    height, width = size or (family.native_side(pipe),) * 2
+    shape = family.latent_shape(pipe, height, width)
     own, pipe.scheduler = pipe.scheduler, row.scheduler
     pipe.set_progress_bar_config(disable=True)
     pictures = []
-    with count_calls(net) as cost, torch.no_grad():
+    with count_calls(family.network(pipe)) as cost, torch.no_grad():
         for start in tqdm(range(0, len(prompts), batch), desc=row.name, disable=not progress, leave=False):
             ids = (numbers or range(len(prompts)))[start : start + batch]
             made = pipe(  # pyright: ignore[reportCallIssue]
                 list(prompts[start : start + batch]),
-                latents=torch.stack([noise_of(seed, i, shape) for i in ids]).to(pipe.device),
+                latents=family.pack(torch.stack([noise_of(seed, i, shape) for i in ids]).to(pipe.device)),
                 generator=[torch.Generator().manual_seed(7_919 * seed + i) for i in ids],
                 height=height,
                 width=width,
                 output_type="pt",
-                **row.call,
+                **each(row.call, len(ids)),
             ).images
             pictures.append(to_uint8(made.float().cpu().clamp(0, 1)))
             cost.batches += 1

@@ -105,8 +105,9 @@ def _contract(
         sigmas=tuple(schedule(torch.tensor(sampler.timesteps))[1].tolist()),
         clean=sampler.clean,
         scheduler=json.loads(scheduler.to_json_string()),  # pyright: ignore[reportAttributeAccessIssue]
-        call=call | family.arguments() | {"guidance_scale": scale, "height": height, "width": width},
+        call=call | family.guidance(scale) | family.arguments() | {"height": height, "width": width},
         guidance_scale=scale,
+        guidance_embedding=family.embedded(pipe),
         guidance_range=sampler.adapter_range,
         eta=sampler.eta,
         first_noise=sampler.first_noise,

@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepdistill import student
+from stepdistill.backbone import adapters_on, switch_on
 from stepdistill.card import write_card, write_multi_card
 from stepdistill.contract import (
     CONTRACT,
@@ -34,6 +35,7 @@ from stepdistill.contract import (
 )
 from stepdistill.errors import StudentError, problem
 from stepdistill.evaluate import Row, generate
+from stepdistill.families.base import Family
 from stepdistill.metrics.cost import Cost
 from stepdistill.router import Router, Routing, read_routing
 
@@ -47,7 +49,7 @@ class Students:
 
     Args:
         pipe: the pipeline.
-        part: the name of its denoiser.
+        family: of the base.
         router: from a prompt to the number of its student.
         adapters: for each student the adapters to draw with: its own, after those that were active before; none
             where the students are networks of their own.
@@ -56,7 +58,7 @@ class Students:
     """
 
     pipe: Any
-    part: str
+    family: Family
     router: Router
     adapters: tuple[tuple[str, ...], ...]
     nets: tuple[Any, ...]
@@ -73,21 +75,21 @@ class Students:
     @contextmanager
     def use(self, k: int) -> Iterator[None]:
         """The pipeline draws with student k inside, and as before afterwards."""
-        net, scheduler = self.pipe.components[self.part], self.pipe.scheduler
-        active = net.active_adapters() if self.adapters[k] else []
+        net, scheduler = self.pipe.components[self.family.network_name], self.pipe.scheduler
+        active = adapters_on(net) if self.adapters[k] else []
         try:
             self.choose(k)
             yield
         finally:
-            self.pipe.register_modules(**{self.part: net, "scheduler": scheduler})
+            self.pipe.register_modules(**{self.family.network_name: net, "scheduler": scheduler})
             if active:
-                net.set_adapter(active)
+                switch_on(net, active)
 
     def choose(self, k: int) -> None:
         """The pipeline draws with student k from now on."""
-        self.pipe.register_modules(**{self.part: self.nets[k], "scheduler": self.schedulers[k]})
+        self.pipe.register_modules(**{self.family.network_name: self.nets[k], "scheduler": self.schedulers[k]})
         if self.adapters[k]:
-            self.nets[k].set_adapter(list(self.adapters[k]))
+            switch_on(self.nets[k], self.adapters[k])
 
     def __call__(self, prompts: Sequence[str] | str, **call: Any) -> Any:  # noqa: ANN401
         """Pictures in the order of the prompts: a list, or one tensor or array by the pipeline's `output_type`.
@@ -142,7 +144,7 @@ def generate_each(
     pictures, total = {}, Cost()
     for k, places in students.route(prompts).items():
         call = {key: value for key, value in students.calls[k].items() if key not in ("height", "width")}
-        own = row or Row(f"student {k}", students.schedulers[k], call)
+        own = row or Row(f"student {k}", students.schedulers[k], call, students.family)
         with students.use(k):
             ids = places if numbers is None else [numbers[i] for i in places]
             made, cost = generate(students.pipe, own, [prompts[i] for i in places], seed, batch, numbers=ids, size=size)
@@ -179,9 +181,9 @@ def load(pipe: DiffusionPipeline, folder: Path, adapter_name: str = "student") -
         schedulers.append(pipe.scheduler)
     adapters = [()] * len(names)
     if read_contract(places[0]).kind == "lora":
-        styles = [name for name in nets[0].active_adapters() if name not in names]  # a load leaves on what is on
+        styles = [name for name in adapters_on(nets[0]) if name not in names]  # a load leaves on what is on
         adapters = [(*styles, name) for name in names]
-    found = Students(pipe, part, routing.router, tuple(adapters), tuple(nets), tuple(calls), tuple(schedulers))
+    found = Students(pipe, family, routing.router, tuple(adapters), tuple(nets), tuple(calls), tuple(schedulers))
     found.choose(0)
     return found
 

@@ -16,7 +16,7 @@ from stepdistill.backbone import Backbone
 from stepdistill.contract import Contract, Proof
 from stepdistill.denoiser import Denoiser, guided, told
 from stepdistill.errors import StudentError, problem
-from stepdistill.families.base import Family
+from stepdistill.families.base import Family, each
 from stepdistill.roles import TEACHER
 from stepdistill.sampling import Sampler, few_step
 
@@ -62,18 +62,23 @@ def prove(
     )
     schedule, kind = family.schedule(pipe.scheduler), family.kind(pipe)
 
+    def fresh(i: int) -> Tensor:
+        return family.unpack(torch.randn_like(family.pack(noise)), *shape[1:])  # in the order of the pipeline's draws
+
     def sample(name: str) -> Tensor:
         denoiser = Denoiser(backbone, name, schedule, kind, family.call, dtype, grad=False)
         with _seeded(seed, device):
             denoise = told(guided(denoiser, null, sampler.guidance_scale), sampler.adapter_scale)
-            return few_step(denoise, schedule, sampler, noise, cond)
+            return few_step(denoise, schedule, sampler, noise, cond, fresh)
 
     ours, taught = sample(role), sample(TEACHER)
-    visited = _watch(family.network(plain))
+    visited = _watch(family, family.network(plain))
     with half, _seeded(seed, device):
+        call = each(contract.call, len(PROMPTS))
         theirs = plain(  # pyright: ignore[reportCallIssue]
-            list(PROMPTS), latents=noise, output_type="latent", **contract.call
+            list(PROMPTS), latents=family.pack(noise), output_type="latent", **call
         ).images
+    theirs = family.unpack(theirs, *shape[1:])
     _compare(visited, contract.timesteps)
     return Proof(
         difference=((theirs - ours).abs().max() / taught.abs().max()).item(),
@@ -96,13 +101,16 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _watch(net: nn.Module) -> list[float]:
-    """A list that will hold the timestep of every call of `net`, whose output is float32 from now on."""
+def _watch(family: Family, net: nn.Module) -> list[float]:
+    """A list that will hold the timestep of every step of `net`, whose output is float32 from now on."""
     visited: list[float] = []
     signature = inspect.signature(net.forward)
 
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        visited.append(float(signature.bind(*args, **kwargs).arguments["timestep"].flatten()[0]))
+        given = signature.bind(*args, **kwargs).arguments["timestep"]
+        t = family.time(net, float(given.flatten()[0]))
+        if visited[-1:] != [t]:  # guidance may be two calls
+            visited.append(t)
 
     def after(_: nn.Module, args: tuple, output: tuple) -> tuple:
         return (output[0].float(),)  # or the scheduler would calculate in half precision, which ours does not

@@ -86,9 +86,9 @@ def _show(stage: Stage, out: Path) -> dict[str, Any]:
     for pipe in (teacher, plain):
         pipe.to(stage.accelerator.device)
     if spec.validation_prompts:
-        prompts = list(spec.validation_prompts)
+        prompts, size = list(spec.validation_prompts), (stage.feed.side, stage.feed.side)
         made = [
-            (row.name.replace(", ", "\n"), generate(pipe, row, prompts, spec.validation_seed)[0])
+            (row.name.replace(", ", "\n"), generate(pipe, row, prompts, spec.validation_seed, size=size)[0])
             for pipe, row in ((teacher, full), (teacher, few), *((plain, row) for row in rows))
         ]
         scale = max(1, 96 // made[0][1].shape[-1])

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stepdistill.adapters import Attachment, build
-from stepdistill.backbone import Backbone
+from stepdistill.backbone import Backbone, adapters_on, attach, switch_on
 from stepdistill.contract import Adapter, Attached, Contract, Network
 from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import Family
-from stepdistill.roles import Adapters
+from stepdistill.roles import Adapters, LoraSpec
 from stepdistill.schema import locate
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -102,14 +102,19 @@ def into_pipeline(
         The guidance adapters, where the folder holds such.
     """
     net: Any = family.network(pipe)
-    loader: Any = pipe  # LoRA loading is a mixin of the pipeline's class
-    active = list(net.active_adapters()) if family.network_name in loader.get_list_adapters() else []
+    active = adapters_on(net)
     adapters = attached(net, folder, contract.adapters, family) if contract.adapters else None
     try:
         if contract.kind == "full":
             pipe.register_modules(**{family.network_name: load_network(folder, family, net)})
-        elif contract.kind == "lora":
+        elif contract.lora is not None and family.loads_lora:
+            loader: Any = pipe  # LoRA loading is a mixin of the pipeline's class
             loader.load_lora_weights(folder, weight_name=WEIGHTS, adapter_name=adapter_name)
+        elif contract.lora is not None:
+            state, scale = read_lora(folder / WEIGHTS, family)
+            rank, targets = contract.lora.rank, contract.lora.target_modules
+            spec = LoraSpec(rank=rank, alpha=scale * rank, target_modules=targets)
+            attach(net, spec, state, adapter_name)
         scheduler = scheduler_class(contract)
         pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -122,7 +127,7 @@ def into_pipeline(
             )
         ) from error
     if active and contract.kind == "lora":  # loading has switched them off
-        net.set_adapter([*active, adapter_name])
+        switch_on(net, [*active, adapter_name])
     return adapters
 
 

@@ -1,16 +1,25 @@
-"""Teachers that are one file in the layout of the original Stable Diffusion release."""
+"""Families: each calls its network as its pipeline does; teachers that are one file in the original layout."""
 
 from __future__ import annotations
 
+import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, SD3Transformer2DModel
 from safetensors.torch import save_file
-from tiny import FAMILIES, pipeline
+from tiny import FAMILIES, SIDE, awake, flux, pipeline, pixart, sana
 
+from stepdistill.backbone import Backbone
+from stepdistill.errors import ConfigError
+from stepdistill.families.base import Family
+from stepdistill.families.sana import Sana
 from stepdistill.families.sd import StableDiffusion
+from stepdistill.roles import Copy, Lora, LoraSpec
+from stepdistill.tiny import build
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -94,24 +103,164 @@ def test_a_single_file_is_the_same_teacher(tmp_path: Path) -> None:
     )
 
 
-def test_sdxl_is_called_as_its_pipeline_calls_it(monkeypatch) -> None:
-    """Guided, at another size than the native one: zeros for the unconditional half, sizes in pixels."""
-    pipe, family, seen = pipeline("sdxl"), FAMILIES["sdxl"], {}
+def steps_of(family: Family, pipe: DiffusionPipeline, scale: float, height: int, width: int) -> list[dict]:
+    """What the network is given, and what it answers, in the first of two guided steps of the pipeline's own call."""
+    seen, net = [], family.network(pipe)
     pipe.set_progress_bar_config(disable=True)
-    forward = pipe.unet.forward
+    names = list(inspect.signature(net.forward).parameters)
 
-    def recorded(*args, **kwargs):
-        (seen["y"],) = forward(*args, **kwargs)
-        seen["x"], seen["t"] = args
-        return (seen["y"],)
+    def recorded(module, args, kwargs, output):
+        seen.append(
+            {
+                "x": (args or (kwargs["hidden_states"],))[0],
+                **dict(zip(names, args, strict=False)),
+                **kwargs,
+                "y": output[0],
+            }
+        )
 
-    monkeypatch.setattr(pipe.unet, "forward", recorded)
-    pipe("red apple", height=32, width=48, num_inference_steps=1, guidance_scale=5.0, output_type="latent")
+    handle = net.register_forward_hook(recorded, with_kwargs=True)
+    call = family.arguments() | family.guidance(scale) | {"height": height, "width": width, "num_inference_steps": 2}
+    noise = torch.randn(1, *family.latent_shape(pipe, height, width), generator=torch.Generator().manual_seed(0))
+    pipe("red apple", latents=family.pack(noise), output_type="latent", **call)
+    handle.remove()
+    return seen[: len(seen) // 2]
+
+
+def is_called_as_its_pipeline_calls_it(family: Family, pipe: DiffusionPipeline) -> list[dict]:
+    """Guided, at another size than the native one: prompt, null, time, sizes and guidance embedding are the same."""
+    height, width = (32, 64) if isinstance(family, Sana) else (16, 32)  # Sana's pipeline takes no less
+    seen, net = steps_of(family, pipe, 5.0, height, width), family.network(pipe)
+    x, y = (
+        torch.cat([family.unpack(call[key], height // 4, width // 4) for call in seen[::-1]]) for key in ("x", "y")
+    )  # null first
+    assert x.shape == (2, 4, height // 4, width // 4) and torch.equal(x[0], x[1])
+    t = torch.full((2,), family.time(net, float(seen[0]["timestep"].flatten()[0])))
+    assert 0 < t[0] <= 1000
     cond, null = family.condition(pipe, ["red apple"]), family.unconditional(pipe)
     both = {key: torch.cat([null[key], value]) for key, value in cond.items()}
-    assert seen["x"].shape[2:] == (8, 12) and null["states"].abs().sum() == 0 == null["pooled"].abs().sum()
-    expected = seen["y"]
-    assert torch.equal(family.call(pipe.unet, seen["x"], seen["t"].expand(2), both), expected)
+    made = family.call(net, x, t, both)
+    assert (made[0] - made[1]).abs().max() > 1e-3
+    # two calls of one row and one of two round apart
+    assert torch.allclose(made, y[:, : made.shape[1]], rtol=0, atol=1e-5)
+    return seen
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_network_is_called_as_its_pipeline_calls_it(name):
+    is_called_as_its_pipeline_calls_it(FAMILIES[name], pipeline(name))
+
+
+VARIANTS = {
+    "schnell": ("flux", lambda: flux(build.vae((16, 16, 16)), told=False)),
+    "told the size": ("pixart_alpha", lambda: pixart("pixart_alpha", build.vae((16, 16, 16)), side=128)),
+    "sigma at 1024": ("pixart_sigma", lambda: pixart("pixart_sigma", build.vae((16, 16, 16)), side=128)),
+    "base of SANA-Sprint": ("sana", lambda: sana(sprint=True)),
+    "SD3.5": ("sd3", lambda: sd35()),
+}
+
+
+def sd35() -> DiffusionPipeline:
+    """Queries and keys are normalised, and the first block has a second attention of the picture alone."""
+    pipe = pipeline("sd3")
+    torch.manual_seed(0)
+    config = {**pipe.transformer.config, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}
+    pipe.register_modules(transformer=SD3Transformer2DModel.from_config(config))
+    return pipe
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_called_as_their_pipeline_calls_them(variant):
+    name, make = VARIANTS[variant]
+    torch.manual_seed(0)
+    pipe = make()
+    seen = is_called_as_its_pipeline_calls_it(FAMILIES[name], pipe)
+    if variant == "told the size":
+        assert seen[0]["added_cond_kwargs"]["resolution"].tolist() == [[16, 32]] * 2
+    if variant == "schnell":
+        assert seen[0]["guidance"] is None and FAMILIES[name].embedded(pipe) is None
+    # every target of the LoRA, and every weight of a smaller network, is reached by the loss
+    family, net = FAMILIES[name], FAMILIES[name].network(pipe)
+    bone = Backbone(net, LoraSpec(rank=2), family.lora_targets(net), narrow=family.narrow)
+    bone.add("student", Lora())
+    awake(bone, "student")
+    bone.add("slim", Copy(width=0.5))
+    cond, x_t = family.condition(pipe, ["rose"]), torch.randn(1, *family.latent_shape(pipe, SIDE, SIDE))
+    for role in ("student", "slim"):
+        with bone.use(role) as used:
+            family.call(used, x_t, torch.tensor([500.0]), cond).square().sum().backward()
+        without = [key for key, p in bone.parameters_of(role).items() if p.grad is None or not p.grad.any()]
+        assert without == [], (role, without)
+
+
+def test_the_null_of_sdxl_is_zeros():
+    pipe, family = pipeline("sdxl"), FAMILIES["sdxl"]
+    null = family.unconditional(pipe)
+    assert null["states"].abs().sum() == 0 == null["pooled"].abs().sum()
     assert family.condition(pipe, [""])["states"].abs().sum() > 0  # as a prompt it is one like any other
     pipe.register_to_config(force_zeros_for_empty_prompt=False)
     assert torch.equal(family.unconditional(pipe)["states"], family.condition(pipe, [""])["states"])
+
+
+def test_the_autoencoder_of_sdxl_stays_in_single_precision(tmp_path):
+    """It overflows in half: a file of halves is raised, and training in half lowers the denoiser alone."""
+    pipe = pipeline("sdxl").to(torch.float16)
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    family = replace(FAMILIES["sdxl"], pretrained_teacher_model=str(tmp_path), variant="fp16")
+    loaded = family.load()
+    assert loaded.vae.dtype == loaded.unet.dtype == torch.float32
+    family.network(loaded).to(torch.bfloat16)
+    pixels = torch.rand(1, 3, SIDE, SIDE)
+    assert family.decode(loaded, family.encode(loaded, pixels).bfloat16()).dtype == torch.float32
+
+
+def test_the_prompt_of_sana_has_its_instruction_and_the_null_has_not(monkeypatch):
+    pipe, asked = pipeline("sana"), []
+    pipe.tokenizer.model_max_length = 4096
+    inner = pipe._get_gemma_prompt_embeds
+
+    def recorded(**options):
+        asked.append((options["prompt"], bool(options["complex_human_instruction"])))
+        return inner(**options)
+
+    monkeypatch.setattr(pipe, "_get_gemma_prompt_embeds", recorded)
+    family = replace(FAMILIES["sana"], human_instruction=True)
+    cond, null = family.condition(pipe, ["rose"]), family.unconditional(pipe)
+    assert asked == [(["rose"], True), ([""], False), ([""], True), ([""], False)]
+    assert cond["states"].shape == null["states"].shape
+    assert "complex_human_instruction" not in family.arguments()
+
+
+def test_a_network_that_its_pipeline_does_not_tell_the_guidance_is_refused():
+    pipe = pipeline("sana")
+    pipe.transformer.register_to_config(guidance_embeds=True)
+    with pytest.raises(ConfigError, match="guidance embedding.* give the base that it was distilled from"):
+        FAMILIES["sana"].kind(pipe)
+
+
+def test_packed_latents_are_those_of_the_pipeline_and_come_back():
+    latents = torch.randn(2, 4, 6, 8)
+    packed = FAMILIES["flux"].pack(latents)
+    assert torch.equal(packed, FluxPipeline._pack_latents(latents, 2, 4, 6, 8))
+    assert torch.equal(FAMILIES["flux"].unpack(packed, 6, 8), latents)
+    for name, family in FAMILIES.items():
+        assert torch.equal(family.unpack(family.pack(latents), 6, 8), latents), name
+
+
+def test_the_shift_of_flux_is_that_of_its_largest_picture_unless_said():
+    config = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "max_image_seq_len": 4096}
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=1.15)  # the mu of 4,096 tokens
+    family = FAMILIES["flux"]
+    grid = family.schedule(scheduler).grid(4).flip(0)
+    assert torch.allclose(grid, 1000 * scheduler.sigmas, rtol=1e-5, atol=1e-3)
+    assert replace(family, shift=1.88).schedule(scheduler).shift == 1.88
+    assert family.schedule(FlowMatchEulerDiscreteScheduler(shift=1.0)).shift == 1.0
+
+
+def test_trap_t10_diffusers_has_no_lora_loader_for_pixart():
+    """If it gets one, the family should use it."""
+    assert {name for name, family in FAMILIES.items() if not family.loads_lora} == {"pixart_alpha", "pixart_sigma"}
+    family = replace(FAMILIES["pixart_sigma"], pretrained_teacher_model="a/teacher", teacher_loras=("a/style",))
+    with pytest.raises(ConfigError, match="teacher_loras for a PixArtSigmaPipeline.* --to fused"):
+        family.load()

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import FAMILIES, pipeline
+from tiny import FAMILIES, SIDE, pipeline
 
 from stepdistill import families, methods, report
 from stepdistill.data import Prompts, Source, TeacherSamples, Trajectories
@@ -49,9 +49,9 @@ def data(method: Method, folder: Path) -> Source:
 def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch):
     drawn = {}
 
-    def recorded(pipe, row, prompts, seed):
+    def recorded(pipe, row, prompts, seed, size):
         own = pipe.scheduler
-        made = generate(pipe, row, prompts, seed)
+        made = generate(pipe, row, prompts, seed, size=size)
         assert pipe.scheduler is own  # else the next row takes its noise process from this one's scheduler
         drawn[row.name] = row.call
         return made
@@ -69,6 +69,7 @@ def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch):
                 max_train_steps=2,
                 train_batch_size=2,
                 learning_rate=1e-2,
+                resolution=SIDE,
                 report_to="none",
                 validation_prompts=("rose", "octopus"),
                 teacher_steps=4,

@@ -431,7 +431,7 @@ def test_the_script_draws_what_each_student_draws_alone(runs, joined, tmp_path, 
         pipe = family(runs).load()
         call = student.load_student(pipe, runs / str(k))
         call = {key: value for key, value in call.items() if key not in ("height", "width")}
-        alone, one = generate(pipe, Row("one", pipe.scheduler, call), prompts, 3)
+        alone, one = generate(pipe, Row("one", pipe.scheduler, call, family(runs)), prompts, 3)
         calls += one.calls
         own = [i for i, prompt in enumerate(prompts) if students.router.route(prompt) == k]
         assert own and (pictures[own].int() - alone[own].int()).abs().max() <= 1

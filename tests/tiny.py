@@ -7,17 +7,42 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from stepdistill.backbone import Backbone
 from stepdistill.denoiser import Denoiser
 from stepdistill.families.base import Family
+from stepdistill.families.flux import Flux
+from stepdistill.families.pixart import PixArtAlpha, PixArtSigma
+from stepdistill.families.sana import Sana
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.families.sdxl import StableDiffusionXL
@@ -29,7 +54,18 @@ FAMILIES: dict[str, Family] = {
     "sd": StableDiffusion(pretrained_teacher_model="tiny-sd"),
     "sd3": StableDiffusion3(pretrained_teacher_model="tiny-sd3", max_sequence_length=16),
     "sdxl": StableDiffusionXL(pretrained_teacher_model="stabilityai/stable-diffusion-xl-base-1.0"),
+    "flux": Flux(pretrained_teacher_model="black-forest-labs/FLUX.1-dev", max_sequence_length=12),
+    "pixart_alpha": PixArtAlpha(pretrained_teacher_model="PixArt-alpha/PixArt-XL-2-512x512", max_sequence_length=12),
+    "pixart_sigma": PixArtSigma(
+        pretrained_teacher_model="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", max_sequence_length=12
+    ),
+    "sana": Sana(
+        pretrained_teacher_model="Efficient-Large-Model/Sana_600M_512px_diffusers",
+        max_sequence_length=12,
+        human_instruction=False,
+    ),
 }
+SIDE = 32  # of pictures, in pixels
 
 
 @cache
@@ -41,11 +77,18 @@ def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
     """A random pipeline of a family, with latents of 4 x 8 x 8 and pictures of 32 pixels."""
     torch.manual_seed(seed)
     vae = build.vae((16, 16, 16))
-    if name == "sd":
-        return build.sd(tokens(), vae, (32, 32), 32)
-    if name == "sdxl":
-        return sdxl(vae)
-    return build.sd3(tokens(), vae, 64, 2, patch=2)
+    match name:
+        case "sd":
+            return build.sd(tokens(), vae, (32, 32), 32)
+        case "sdxl":
+            return sdxl(vae)
+        case "sd3":
+            return build.sd3(tokens(), vae, 64, 2, patch=2)
+        case "flux":
+            return flux(vae)
+        case "sana":
+            return sana()
+    return pixart(name, vae)
 
 
 def sdxl(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
@@ -78,6 +121,107 @@ def sdxl(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
             beta_end=0.012,
             steps_offset=1,
             timestep_spacing="leading",
+        ),
+    )
+
+
+def t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """A T5 that knows the letters."""
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((c, -2.0) for c in map(chr, range(97, 123)))]
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0)
+    shape = {"d_model": width, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **shape)).eval(), tokenizer
+
+
+def flux(vae: AutoencoderKL, told: bool = True) -> FluxPipeline:
+    """Flux's shape: two blocks of two streams, two of one; a dynamic shift; dev is told a guidance scale."""
+    encoder, letters = t5(32)
+    return FluxPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(build.text_config(tokens(), 32)),
+        tokenizer=tokens(),
+        text_encoder_2=encoder,
+        tokenizer_2=letters,
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=told,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+def pixart(name: str, vae: AutoencoderKL, side: int = 8) -> DiffusionPipeline:
+    """PixArt's shape: it predicts a variance, too, and is told the picture's size where `side` is 128."""
+    encoder, letters = t5(32)
+    kind = PixArtAlphaPipeline if name == "pixart_alpha" else PixArtSigmaPipeline
+    return kind(
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=letters,
+        transformer=PixArtTransformer2DModel(
+            num_attention_heads=3,
+            attention_head_dim=12,
+            num_layers=2,
+            cross_attention_dim=36,
+            caption_channels=32,
+            sample_size=side,
+            norm_num_groups=16,
+            use_additional_conditions=side == 128 and name == "pixart_alpha",
+        ),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+
+
+def sana(sprint: bool = False) -> SanaPipeline:
+    """SANA's shape; or that of the base of SANA-Sprint, with time in [0, 1] and normalised queries and keys."""
+    letters = {name: i for i, name in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"))}
+    letters |= {chr(97 + i): 6 + i for i in range(26)}
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return SanaPipeline(
+        vae=AutoencoderDC(
+            in_channels=3,
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock",
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            encoder_qkv_multiscales=((), (), ()),
+            decoder_qkv_multiscales=((), (), ()),
+            encoder_layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+            scaling_factor=0.4,
+        ),
+        text_encoder=Gemma2Model(Gemma2Config(vocab_size=len(letters), **shape, **heads)),
+        tokenizer=GemmaTokenizer(vocab=letters),
+        transformer=SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=16,
+            cross_attention_dim=32,
+            caption_channels=32,
+            sample_size=8,
+            qk_norm="rms_norm_across_heads" if sprint else None,
+            timestep_scale=0.001 if sprint else 1.0,
+        ),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, algorithm_type="dpmsolver++"
         ),
     )
 

@@ -145,12 +145,12 @@ class Subject:
             row = replace(student_row(self.family, method, self.pipe, way.steps), name=way.name)
             self.pipe.scheduler = self.schedulers[1]
         else:
-            row = Row(way.name, self.schedulers[1], self.contract.call)
+            row = Row(way.name, self.schedulers[1], self.contract.call, self.family)
         call = {key: value for key, value in row.call.items() if key not in ("height", "width")}
         if way.guidance is not None and isinstance(self.call, GuidedCall):
             self.call.guidance_scale = way.guidance
         elif way.guidance is not None:
-            call["guidance_scale"] = way.guidance
+            call |= self.family.guidance(way.guidance)
         return replace(row, call=call)
 
     def draw(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
@@ -75,6 +76,10 @@ class Family(ABC):
     def load(self) -> DiffusionPipeline:
         """The teacher's whole pipeline in float32, with its LoRAs fused in."""
         where = self.location()
+        if self.teacher_loras and not self.loads_lora:
+            got, expected = f"family.teacher_loras for a {self.pipeline_class.__name__}", "none"
+            todo = "fuse them by `stepdistill convert --to fused`, and give the network that this makes"
+            raise ConfigError(problem(got, expected, "Diffusers has no LoRA loader for it", todo))
         if where.endswith(".safetensors"):
             pipe = self.pipeline_class.from_single_file(  # pyright: ignore[reportAttributeAccessIssue]
                 where, config=self.single_file_config
@@ -113,20 +118,49 @@ class Family(ABC):
     def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a picture of `height` x `width` pixels."""
         scale = pipe.vae_scale_factor
-        if height % scale or width % scale:
+        self.check_size(height, width, scale)
+        return (pipe.components[self.network_name].config["in_channels"], height // scale, width // scale)
+
+    def check_size(self, height: int, width: int, unit: int) -> None:
+        """Raise ConfigError for pictures, in pixels, whose sides are no multiples of `unit`."""
+        if height % unit or width % unit:
             raise ConfigError(
                 problem(
                     f"pictures of {height} x {width} pixels",
-                    f"sides that {scale} divides",
-                    f"the autoencoder shrinks each side {scale} times",
-                    f"choose a resolution that is a multiple of {scale}",
+                    f"sides that {unit} divides",
+                    f"one place of the network's input stands for {unit} pixels a side",
+                    f"choose a resolution that is a multiple of {unit}",
                 )
             )
-        return (pipe.components[self.network_name].config["in_channels"], height // scale, width // scale)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) as the pipeline's argument `latents` has them."""
+        return latents
+
+    def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
+        """Latents (B, C, height, width) from what the pipeline calls latents."""
+        return packed
+
+    def time(self, net: nn.Module, given: float) -> float:
+        """The scheduler's timestep where the pipeline tells its network the number `given`."""
+        return given
+
+    def guidance(self, scale: float) -> dict[str, Any]:
+        """Arguments of the pipeline's call for `uncond + scale (cond - uncond)`; 1 is none."""
+        return {"guidance_scale": scale}
+
+    def embedded(self, pipe: DiffusionPipeline) -> float | None:
+        """The guidance scale that the network is told as an input; None where it has no such input."""
+        return None
+
+    @property
+    def loads_lora(self) -> bool:
+        """Whether Diffusers can load a LoRA into the pipeline."""
+        return issubclass(self.pipeline_class, LoraBaseMixin)
 
     @abstractmethod
     def arguments(self) -> dict[str, Any]:
-        """What the pipeline's call needs besides prompt, sampler and size, for teacher and student alike."""
+        """What the pipeline's call needs besides prompt, sampler, guidance and size, for teacher and student alike."""
 
     @abstractmethod
     def schedule(self, scheduler: Any) -> NoiseSchedule:  # noqa: ANN401
@@ -183,6 +217,14 @@ class Family(ABC):
     @abstractmethod
     def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
         """Write `pytorch_lora_weights.safetensors` with its metadata, as the pipeline's loader reads it."""
+
+
+def each(call: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The arguments of a pipeline's call for `count` prompts: a negative prompt is told as often as there are."""
+    found = dict(call)
+    if isinstance(found.get("negative_prompt"), str):  # Flux takes no single one for several prompts
+        found["negative_prompt"] = [found["negative_prompt"]] * count
+    return found
 
 
 def rebuilt(net: nn.Module, **changes: Any) -> Any:  # noqa: ANN401

@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
 from stepdistill.errors import ConfigError, problem
-from stepdistill.families.base import Family, named, rebuilt
-from stepdistill.prediction import Kind
+from stepdistill.families.base import named, rebuilt
+from stepdistill.families.flow import Flow, decoded, encoded
 from stepdistill.roles import Site, Sites, Tap
-from stepdistill.sampling import Sampler
 from stepdistill.schedule import Rectified
-from stepdistill.schedulers import FirstNoiseEulerScheduler
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
@@ -35,7 +32,7 @@ TARGETS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class StableDiffusion3(Family):
+class StableDiffusion3(Flow):
     """Stable Diffusion 3 and 3.5 pipelines, with or without the T5 text encoder.
 
     Args:
@@ -62,9 +59,6 @@ class StableDiffusion3(Family):
                 )
             )
         return Rectified(scheduler.config.shift)
-
-    def kind(self, pipe: DiffusionPipeline) -> Kind:
-        return "flow"
 
     def lora_targets(self, net: nn.Module) -> list[str]:
         found = named(net, TARGETS, (nn.Linear,))
@@ -109,34 +103,11 @@ class StableDiffusion3(Family):
             return_dict=False,
         )[0]
 
-    @torch.no_grad()
     def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
-        config = pipe.vae.config
-        latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
-        return (latents.float() - config.shift_factor) * config.scaling_factor
+        return encoded(pipe, pixels)
 
     def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-        config = pipe.vae.config
-        latents = latents / config.scaling_factor + config.shift_factor
-        return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0].float()
-
-    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
-        if sampler.eta not in (0, 1):
-            raise ConfigError(
-                problem(
-                    f"eta {sampler.eta} for a flow student",
-                    "0 (Euler) or 1 (noise again from clean data)",
-                    "Diffusers has no flow scheduler that goes only part of the way back",
-                    "set method.eta to 0 or 1",
-                )
-            )
-        # shift 1: explicit sigmas are warped by the shift, and would no longer be the trained ones
-        stock = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=sampler.eta == 1)
-        scheduler = FirstNoiseEulerScheduler(shift=1.0) if sampler.first_noise else stock
-        return scheduler, {
-            "sigmas": [t / 1000 for t in sampler.timesteps],
-            "num_inference_steps": len(sampler.timesteps),
-        }
+        return decoded(pipe, latents)
 
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
         config: Any = net.config

@@ -17,7 +17,7 @@ from stepdistill.backbone import Backbone
 from stepdistill.data import Trajectories
 from stepdistill.data.samples import noise_of
 from stepdistill.denoiser import Denoiser, guided
-from stepdistill.evaluate import SEED_B, Reference, generate, network_of, student_row, teacher_row
+from stepdistill.evaluate import SEED_B, Reference, generate, student_row, teacher_row
 from stepdistill.roles import TEACHER, LoraSpec
 from stepdistill.run import Run
 from stepdistill.tiny.benchmark import Results, figures, prompts, taught
@@ -58,7 +58,8 @@ def compared(name: str, run: Run, out: Path, work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"n": PICTURES, "steps": steps, "states": PATHS * steps}
     if isinstance(call, GuidedCall):
         call.guidance_scale = w
-        added, base = (sum(p.numel() for p in m.parameters()) for m in (call.attachment.adapters, network_of(teacher)))
+        nets = call.attachment.adapters, run.family.network(teacher)
+        added, base = (sum(p.numel() for p in net.parameters()) for net in nets)
         found["extra"] = added / base
     else:
         pipe.fuse_lora()

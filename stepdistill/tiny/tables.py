@@ -16,7 +16,7 @@ from stepdistill import config, report, signs, student
 from stepdistill.backbone import Backbone
 from stepdistill.data.samples import noise_of
 from stepdistill.denoiser import Denoiser, guided
-from stepdistill.evaluate import SEED_B, Reference, Row, network_of, student_row, teacher_row
+from stepdistill.evaluate import SEED_B, Reference, Row, student_row, teacher_row
 from stepdistill.metrics import straightness
 from stepdistill.metrics.frechet import diversity, frechet
 from stepdistill.metrics.stats import Stats
@@ -55,20 +55,20 @@ TEACHERS = ("tiny-sd", "tiny-sd3")
 def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Row]]:
     """The teacher's stock few-step samplers: DDIM trailing and DPM-Solver++, or Euler with and without shift."""
     w = run.train.teacher_guidance_scale
-    same = {"guidance_scale": w} | run.family.arguments()
+    same = run.family.guidance(w) | run.family.arguments()
     for steps in STEPS["teachers"]:
         if isinstance(run.family.schedule(pipe.scheduler), DiscreteVP):
             yield steps, teacher_row(run.family, pipe, steps, w, "DDIM, trailing")
             dpm = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
             yield (
                 steps,
-                Row("DPM-Solver++ 2M, trailing", dpm, {"num_inference_steps": steps} | same),
+                Row("DPM-Solver++ 2M, trailing", dpm, {"num_inference_steps": steps} | same, run.family),
             )
         else:
             yield steps, teacher_row(run.family, pipe, steps, w, "Euler, the teacher's shift")
             plain = FlowMatchEulerDiscreteScheduler(shift=1.0)
             call = {"sigmas": [1 - i / steps for i in range(steps)], "num_inference_steps": steps}
-            yield steps, Row("Euler, no shift", plain, call | same)
+            yield steps, Row("Euler, no shift", plain, call | same, run.family)
 
 
 def measure_teacher(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
@@ -87,7 +87,7 @@ def measure_teacher(name: str, results: Results, work: Path, rows: Sequence[str]
         return {
             "n": N,
             "steps": run.train.teacher_steps,
-            "parameters": sum(p.numel() for p in network_of(pipe).parameters()),
+            "parameters": sum(p.numel() for p in run.family.network(pipe).parameters()),
             "training": json.loads((HERE / name / "training.json").read_text()),
             "fd_to_data": frechet(Stats.of(floor), Stats.of(data)),
             "fd_data_to_data": frechet(Stats.of(data_features(1)), Stats.of(data)),
@@ -160,7 +160,8 @@ def measure_unguided(name: str, results: Results, work: Path) -> None:
 def early_row(run: Run, pipe: DiffusionPipeline, start: float) -> Row:
     """One step of the loaded student from an earlier time than the noisiest, whatever its contract says."""
     scheduler, call = run.family.scheduler(pipe, Sampler((start,), eta=1.0))
-    return Row(f"student, from {start:g}", scheduler, call | {"guidance_scale": 1.0} | run.family.arguments())
+    call |= run.family.guidance(1.0) | run.family.arguments()
+    return Row(f"student, from {start:g}", scheduler, call, run.family)
 
 
 def measure_time(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:

@@ -1,0 +1,147 @@
+"""Flux: a transformer on a rectified flow that takes 2 x 2 places as one token, and may be told a guidance scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Condition
+from stepdistill.families.base import named, rebuilt
+from stepdistill.families.flow import Flow, decoded, encoded
+from stepdistill.roles import Site, Sites, Tap
+from stepdistill.schedule import Rectified
+
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
+    *("norm.linear", "norm1.linear", "norm1_context.linear"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flux(Flow):
+    """Flux.1 pipelines, dev and schnell.
+
+    dev is told a guidance scale as it is told the time; that is no classifier-free guidance, and `guidance_scale` of
+    methods is not it.
+
+    Args:
+        guidance_embedding: what a network with such an input is told, teacher and student alike.
+        max_sequence_length: tokens of T5's part of the prompt; 512 for dev, 256 for schnell.
+        shift: of the teacher's own grid; none takes the scheduler's, and where that depends on the size of the picture
+            its `max_shift`, which is that of 1024 x 1024 pixels (3.16 for dev; at 512 x 512 it is 1.88).
+    """
+
+    network_name: ClassVar[str] = "transformer"
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+
+    guidance_embedding: float = 3.5
+    max_sequence_length: int = 512
+    shift: float | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        return {"max_sequence_length": self.max_sequence_length, "guidance_scale": self.guidance_embedding}
+
+    def guidance(self, scale: float) -> dict[str, Any]:
+        # without a negative prompt the pipeline leaves guidance out
+        return {"true_cfg_scale": scale} | ({"negative_prompt": ""} if scale > 1 else {})
+
+    def embedded(self, pipe: DiffusionPipeline) -> float | None:
+        return self.guidance_embedding if pipe.transformer.config["guidance_embeds"] else None
+
+    def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
+        config = scheduler.config
+        own = math.exp(config.max_shift) if config.use_dynamic_shifting else config.shift
+        return Rectified(own if self.shift is None else self.shift)
+
+    def native_side(self, pipe: DiffusionPipeline) -> int:
+        return pipe.default_sample_size * pipe.vae_scale_factor
+
+    def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
+        scale = pipe.vae_scale_factor
+        self.check_size(height, width, 2 * scale)
+        return (pipe.transformer.config["in_channels"] // 4, height // scale, width // scale)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Tokens (B, H / 2 x W / 2, 4 C)."""
+        batch, channels, height, width = latents.shape
+        places = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        return places.reshape(batch, height * width // 4, 4 * channels)
+
+    def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
+        batch, _, channels = packed.shape
+        places = packed.view(batch, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return places.reshape(batch, channels // 4, height, width)
+
+    def time(self, net: nn.Module, given: float) -> float:
+        return 1000 * given
+
+    def lora_targets(self, net: nn.Module) -> list[str]:
+        # the network's own last layer has the name of a block's
+        return [name for name in named(net, TARGETS, (nn.Linear,)) if "." in name]
+
+    def tap(self, net: nn.Module) -> Tap:
+        """The picture's tokens where the two streams join."""
+        config: Any = net.config
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return Tap("single_transformer_blocks.0", width, 2, 32)
+
+    def sites(self, net: nn.Module) -> Sites:
+        """The picture's part of every joint attention of two streams; the prompt there is the block's text stream."""
+        config: Any = net.config
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        places = [Site(f"transformer_blocks.{i}.attn", width, width) for i in range(config["num_layers"])]
+        return Sites("time_text_embed.timestep_embedder", width, tuple(places))
+
+    @torch.no_grad()
+    def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
+        states, pooled, _ = pipe.encode_prompt(
+            list(prompts), device=pipe.text_encoder.device, max_sequence_length=self.max_sequence_length
+        )
+        return {"states": states, "pooled": pooled}
+
+    def unconditional(self, pipe: DiffusionPipeline) -> Condition:
+        return self.condition(pipe, [""])
+
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        height, width = x_t.shape[-2:]
+        config: Any = net.config
+        rows, columns = torch.meshgrid(
+            *(torch.arange(side // 2, device=x_t.device) for side in (height, width)), indexing="ij"
+        )
+        places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
+        told = (
+            torch.full((len(x_t),), self.guidance_embedding, device=x_t.device) if config["guidance_embeds"] else None
+        )
+        y = net(
+            self.pack(x_t),
+            timestep=t / 1000,
+            guidance=told,
+            encoder_hidden_states=cond["states"],
+            pooled_projections=cond["pooled"],
+            txt_ids=torch.zeros(cond["states"].shape[1], 3, device=x_t.device),
+            img_ids=places,
+            return_dict=False,
+        )[0]
+        return self.unpack(y, height, width)
+
+    def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
+        return encoded(pipe, pixels)
+
+    def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+        return decoded(pipe, latents)
+
+    def narrow(self, net: nn.Module, width: float) -> nn.Module:
+        config: Any = net.config
+        return rebuilt(net, num_attention_heads=max(1, round(width * config["num_attention_heads"])))
+
+    def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+        layers: dict[str, nn.Module | Tensor] = {**state}
+        FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)

@@ -1,0 +1,142 @@
+"""PixArt-alpha and PixArt-Sigma: a transformer on a variance-preserving table, with T5 alone."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Condition
+from stepdistill.families.base import named, rebuilt
+from stepdistill.families.vp import VariancePreserving
+from stepdistill.roles import Site, Sites, Tap
+
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out"),
+    *("adaln_single.linear", "caption_projection.linear_1", "caption_projection.linear_2"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixArt(VariancePreserving):
+    """A pipeline around a `PixArtTransformer2DModel`, which predicts a variance, too; that is left out.
+
+    Pictures are drawn at exactly the size that is asked for, not at the nearest of the pipeline's list of sizes, and
+    captions are taken as they are. Diffusers has no LoRA loader for these pipelines: `stepdistill.load_student` loads
+    the student, and `stepdistill convert --to fused` makes a network of it that plain Diffusers loads.
+    """
+
+    network_name: ClassVar[str] = "transformer"
+
+    max_sequence_length: int
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "max_sequence_length": self.max_sequence_length,
+            "use_resolution_binning": False,
+            "clean_caption": False,
+        }
+
+    def lora_targets(self, net: nn.Module) -> list[str]:
+        return named(net, TARGETS, (nn.Linear,))
+
+    def tap(self, net: nn.Module) -> Tap:
+        """The tokens at half the depth."""
+        config: Any = net.config
+        width, patch = config["num_attention_heads"] * config["attention_head_dim"], config["patch_size"]
+        return Tap(f"transformer_blocks.{config['num_layers'] // 2}", width, patch, config["sample_size"] // patch)
+
+    def sites(self, net: nn.Module) -> Sites:
+        """Every cross-attention."""
+        config: Any = net.config
+        width, prompt = config["num_attention_heads"] * config["attention_head_dim"], config["cross_attention_dim"]
+        places = [Site(f"transformer_blocks.{i}.attn2", width, prompt) for i in range(config["num_layers"])]
+        return Sites("adaln_single.emb.timestep_embedder", width, tuple(places))
+
+    @torch.no_grad()
+    def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
+        states, mask, _, _ = pipe.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            device=pipe.text_encoder.device,
+            max_sequence_length=self.max_sequence_length,
+        )
+        # in pixels a latent; `call` sees only the latents, and the size conditions are in pixels
+        scale = torch.full((len(prompts), 1), float(pipe.vae_scale_factor), device=states.device)
+        return {"states": states, "mask": mask, "scale": scale}
+
+    def unconditional(self, pipe: DiffusionPipeline) -> Condition:
+        return self.condition(pipe, [""])
+
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        height, width = x_t.shape[-2:]
+        config: Any = net.config
+        sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.told_size(config):
+            sizes["resolution"] = cond["scale"] * torch.tensor([[height, width]], device=x_t.device)
+            sizes["aspect_ratio"] = torch.full_like(cond["scale"], height / width)
+        y = net(
+            x_t,
+            encoder_hidden_states=cond["states"],
+            encoder_attention_mask=cond["mask"],
+            timestep=t,
+            added_cond_kwargs=sizes,
+            return_dict=False,
+        )[0]
+        return y[:, : config["in_channels"]]
+
+    @abstractmethod
+    def told_size(self, config: Any) -> bool:  # noqa: ANN401
+        """Whether the network is told the picture's size."""
+
+    def narrow(self, net: nn.Module, width: float) -> nn.Module:
+        config: Any = net.config
+        heads = max(1, round(width * config["num_attention_heads"]))
+        return rebuilt(net, num_attention_heads=heads, cross_attention_dim=heads * config["attention_head_dim"])
+
+    def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+        """In the form that Diffusers gives the LoRAs of its other transformers."""
+        name = self.network_name
+        layers = {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
+        facts = json.dumps({f"{name}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
+        save_file(layers, folder / "pytorch_lora_weights.safetensors", {"format": "pt", "lora_adapter_metadata": facts})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixArtAlpha(PixArt):
+    """PixArt-alpha pipelines.
+
+    Args:
+        max_sequence_length: tokens of a prompt.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = PixArtAlphaPipeline
+
+    max_sequence_length: int = 120
+
+    def told_size(self, config: Any) -> bool:  # noqa: ANN401
+        return config["sample_size"] == 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixArtSigma(PixArt):
+    """PixArt-Sigma pipelines.
+
+    Args:
+        max_sequence_length: tokens of a prompt.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = PixArtSigmaPipeline
+
+    max_sequence_length: int = 300
+
+    def told_size(self, config: Any) -> bool:  # noqa: ANN401
+        return False

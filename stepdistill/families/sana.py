@@ -1,0 +1,130 @@
+"""SANA: a transformer of linear attention on a rectified flow, with Gemma's states and a 32-fold autoencoder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, SanaPipeline
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Condition
+from stepdistill.errors import ConfigError, problem
+from stepdistill.families.base import named, rebuilt
+from stepdistill.families.flow import Flow
+from stepdistill.prediction import Kind
+from stepdistill.roles import Site, Sites, Tap
+from stepdistill.schedule import Rectified
+
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "ff.conv_inverted", "ff.conv_point", "proj_out"),
+    *("time_embed.linear", "caption_projection.linear_1", "caption_projection.linear_2"),
+)
+INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sana(Flow):
+    """SANA and SANA 1.5 pipelines, and the base that SANA-Sprint is distilled from: time in [0, 1], normalised queries
+    and keys (Chen et al. 2025, https://arxiv.org/abs/2503.09641, section 3.2).
+
+    Pictures are drawn at exactly the size that is asked for, not at the nearest of the pipeline's list of sizes.
+
+    Args:
+        max_sequence_length: tokens of a prompt.
+        human_instruction: whether the pipeline's own instruction to Gemma stands before every prompt, as in training.
+    """
+
+    network_name: ClassVar[str] = "transformer"
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = SanaPipeline
+
+    max_sequence_length: int = 300
+    human_instruction: bool = True
+
+    def arguments(self) -> dict[str, Any]:
+        told = {} if self.human_instruction else {"complex_human_instruction": None}
+        return {"max_sequence_length": self.max_sequence_length, "use_resolution_binning": False} | told
+
+    def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
+        config = scheduler.config
+        return Rectified(config.flow_shift if "flow_shift" in config else config.shift)
+
+    def kind(self, pipe: DiffusionPipeline) -> Kind:
+        if pipe.transformer.config["guidance_embeds"]:
+            got, why = "a network with a guidance embedding", "its pipeline does not tell it any"
+            todo = "give the base that it was distilled from"
+            raise ConfigError(problem(got, f"one that a {self.pipeline_class.__name__} calls", why, todo))
+        return "flow"
+
+    def time(self, net: nn.Module, given: float) -> float:
+        config: Any = net.config
+        return given / config["timestep_scale"]
+
+    def lora_targets(self, net: nn.Module) -> list[str]:
+        return named(net, TARGETS, (nn.Linear, nn.Conv2d))
+
+    def tap(self, net: nn.Module) -> Tap:
+        """The tokens at half the depth."""
+        config: Any = net.config
+        width, patch = config["num_attention_heads"] * config["attention_head_dim"], config["patch_size"]
+        return Tap(f"transformer_blocks.{config['num_layers'] // 2}", width, patch, config["sample_size"] // patch)
+
+    def sites(self, net: nn.Module) -> Sites:
+        """Every cross-attention."""
+        config: Any = net.config
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        places = [Site(f"transformer_blocks.{i}.attn2", width, width) for i in range(config["num_layers"])]
+        return Sites("time_embed.emb.timestep_embedder", width, tuple(places))
+
+    @torch.no_grad()
+    def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
+        return self._encoded(pipe, prompts)[0]
+
+    @torch.no_grad()
+    def unconditional(self, pipe: DiffusionPipeline) -> Condition:
+        """The empty prompt, which no instruction stands before."""
+        return self._encoded(pipe, [""])[1]
+
+    def _encoded(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> tuple[Condition, Condition]:
+        states, mask, null, null_mask = pipe.encode_prompt(
+            list(prompts),
+            device=pipe.text_encoder.device,
+            max_sequence_length=self.max_sequence_length,
+            complex_human_instruction=INSTRUCTION if self.human_instruction else None,
+        )
+        return {"states": states, "mask": mask}, {"states": null, "mask": null_mask}
+
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        config: Any = net.config
+        return net(
+            x_t,
+            encoder_hidden_states=cond["states"],
+            encoder_attention_mask=cond["mask"],
+            timestep=t * config["timestep_scale"],
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
+        latents = pipe.vae.encode(pixels.to(pipe.vae.dtype), return_dict=False)[0]
+        return latents.float() * pipe.vae.config.scaling_factor
+
+    def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+        latents = latents / pipe.vae.config.scaling_factor
+        return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0].float()
+
+    def narrow(self, net: nn.Module, width: float) -> nn.Module:
+        config: Any = net.config
+        heads, cross = (
+            max(1, round(width * config[key])) for key in ("num_attention_heads", "num_cross_attention_heads")
+        )
+        inner = heads * config["attention_head_dim"]
+        return rebuilt(net, num_attention_heads=heads, num_cross_attention_heads=cross, cross_attention_dim=inner)
+
+    def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+        layers: dict[str, nn.Module | Tensor] = {**state}
+        SanaPipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)

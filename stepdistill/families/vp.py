@@ -1,0 +1,68 @@
+"""What families on a variance-preserving table share: the table, its stock schedulers, an autoencoder that scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from stepdistill.errors import ConfigError, problem
+from stepdistill.families.base import Family
+from stepdistill.prediction import Kind
+from stepdistill.sampling import Sampler
+from stepdistill.schedule import DiscreteVP
+from stepdistill.schedulers import FirstNoiseDDIMScheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariancePreserving(Family):
+    """A pipeline whose scheduler holds a table of `alphas_cumprod`."""
+
+    def schedule(self, scheduler: Any) -> DiscreteVP:  # noqa: ANN401
+        return DiscreteVP(scheduler.alphas_cumprod)
+
+    def kind(self, pipe: DiffusionPipeline) -> Kind:
+        return pipe.scheduler.config.prediction_type
+
+    @torch.no_grad()
+    def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
+        latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
+        return latents.float() * pipe.vae.config.scaling_factor
+
+    def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+        latents = latents / pipe.vae.config.scaling_factor
+        return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0].float()
+
+    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
+        times = [round(t) for t in sampler.timesteps]
+        table: dict[str, Any] = {
+            key: pipe.scheduler.config[key]
+            for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+        }
+        table |= {"prediction_type": self.kind(pipe)}
+        table |= {"rescale_betas_zero_snr": pipe.scheduler.config.get("rescale_betas_zero_snr", False)}
+        ends: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": sampler.clean}
+        call: dict[str, Any] = {"timesteps": times, "num_inference_steps": len(times)}
+        if sampler.eta == 1 and sampler.clean:
+            return LCMScheduler(**table, **ends), call
+        if sampler.eta > 0:
+            return TCDScheduler(**table, **ends), call | {"eta": sampler.eta}
+        # DDIM takes no list of times: its trailing spacing has to give them
+        ddim = DDIMScheduler(**table, **ends, timestep_spacing="trailing")
+        ddim.set_timesteps(len(times))
+        if sampler.first_noise:
+            if ddim.timesteps.tolist() != times:
+                got, why = f"steps at {times} with the first noise", "the scheduler that has them is made from DDIM"
+                todo = "choose a number of steps that divides 1,000, or set method.first_noise to false"
+                raise ConfigError(problem(got, f"{ddim.timesteps.tolist()}", why, todo))
+            first = FirstNoiseDDIMScheduler(**table, **ends, timestep_spacing="trailing")
+            return first, {"num_inference_steps": len(times)}
+        if ddim.timesteps.tolist() == times:
+            return ddim, {"num_inference_steps": len(times)}
+        if sampler.clean:  # TCD ends at time 0, which is noisy; leading: the first input is the noise as it is drawn
+            return EulerDiscreteScheduler(**table, timestep_spacing="leading"), call
+        return TCDScheduler(**table, **ends), call | {"eta": 0.0}
