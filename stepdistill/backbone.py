@@ -19,7 +19,6 @@ from hashlib import sha256
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -117,7 +116,7 @@ class Backbone(nn.Module):
             yield
 
     def _add_adapter(self, name: str, spec: LoraSpec, trainable: bool) -> None:
-        config = _config(spec, self.targets)
+        config = peft_config(spec, self.targets)
         flags = {p: p.requires_grad for p in self.net.parameters()}
         with self._seeded(name), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are the point
@@ -243,41 +242,11 @@ class Backbone(nn.Module):
                 net.enable_gradient_checkpointing(run)  # pyright: ignore[reportCallIssue]
 
 
-def _config(spec: LoraSpec, targets: Sequence[str]) -> LoraConfig:
+def peft_config(spec: LoraSpec, targets: Sequence[str]) -> LoraConfig:
+    """PEFT's word for a spec; `targets` where it names none."""
     return LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha or spec.rank,  # pyright: ignore[reportArgumentType]
         target_modules=list(spec.target_modules or targets),
         lora_dropout=0.0,
     )
-
-
-def attach(net: nn.Module, spec: LoraSpec, state: dict[str, Tensor], name: str) -> None:
-    """A LoRA into a pipeline's network where Diffusers has no loader for it; on, and the others as they were.
-
-    Raises:
-        ValueError: the name is in use, or the tensors are not those of `spec`'s layers.
-    """
-    if any(name in layer.r for layer in net.modules() if isinstance(layer, LoraLayer)):
-        raise ValueError(f"adapter name {name!r} is already in use")
-    on = adapters_on(net)
-    inject_adapter_in_model(_config(spec, ()), net, name)
-    own = get_peft_model_state_dict(net, adapter_name=name)
-    odd = sorted(own.keys() ^ state.keys())
-    if odd:
-        raise ValueError(f"the layers have {len(own)} tensors, the file {len(state)}; the first that differs: {odd[0]}")
-    set_peft_model_state_dict(net, state, adapter_name=name)
-    switch_on(net, [*on, name])
-
-
-def adapters_on(net: nn.Module) -> list[str]:
-    """The LoRAs that are on in a pipeline's network."""
-    layers = [layer for layer in net.modules() if isinstance(layer, BaseTunerLayer)]
-    return list(dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters))
-
-
-def switch_on(net: nn.Module, names: Sequence[str]) -> None:
-    """Let these LoRAs be on in a pipeline's network, each at the strength that it has, and no others."""
-    for layer in net.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.set_adapter(list(names))

@@ -1,4 +1,4 @@
-"""The `stepdistill` command: train, init, data, verify, doctor, multi, eval. Heavy imports wait inside."""
+"""The `stepdistill` command. Heavy imports wait inside."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from stepdistill import config, families, methods
+from stepdistill.commands import generate
 from stepdistill.errors import MissingWeights, StepdistillError
 from stepdistill.evaluation import command as evaluation
 
@@ -150,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--reference", metavar="FILE", type=Path, help="curve to compare with (default: by recipe)")
     command.add_argument("--save-curve", metavar="FILE", type=Path, help="write the run's own curve, and no report")
 
+    generate.declare(commands, _command)
     evaluation.declare(commands, _command)
     return parser
 

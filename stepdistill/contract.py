@@ -21,6 +21,7 @@ from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import BUNDLED_NAMES, Family
 from stepdistill.prediction import Kind
 from stepdistill.roles import AdapterArch
+from stepdistill.sampling import Sampler
 from stepdistill.schema import pick
 
 CONTRACT = "distill_config.json"
@@ -146,6 +147,18 @@ class Contract:
     licence: str | None
     versions: dict[str, str]
     proof: Proof | None = None
+
+    def sampler(self) -> Sampler:
+        """The mathematical part."""
+        return Sampler(
+            self.timesteps,
+            self.eta,
+            self.clean,
+            self.guidance_scale,
+            self.first_noise,
+            self.adapters.guidance_scale if self.adapters else None,
+            self.guidance_range,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

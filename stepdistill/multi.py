@@ -20,7 +20,6 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepdistill import student
-from stepdistill.backbone import adapters_on, switch_on
 from stepdistill.card import write_card, write_multi_card
 from stepdistill.contract import (
     CONTRACT,
@@ -36,6 +35,7 @@ from stepdistill.contract import (
 from stepdistill.errors import StudentError, problem
 from stepdistill.evaluate import Row, generate
 from stepdistill.families.base import Family
+from stepdistill.loras import adapters_on, switch_on
 from stepdistill.metrics.cost import Cost
 from stepdistill.router import Router, Routing, read_routing
 

@@ -18,7 +18,7 @@ from stepdistill.denoiser import Denoiser, guided, told
 from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import Family, each
 from stepdistill.roles import TEACHER
-from stepdistill.sampling import Sampler, few_step
+from stepdistill.sampling import few_step
 
 PROMPTS = ("red apple", "")
 # half precision turns rounding in the seventh digit into rounding in the third, and the steps carry it on
@@ -56,10 +56,7 @@ def prove(
     half = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with half:
         cond, null = family.condition(plain, PROMPTS), family.unconditional(plain)
-    own = contract.adapters.guidance_scale if contract.adapters else None
-    sampler = Sampler(
-        contract.timesteps, contract.eta, contract.clean, contract.guidance_scale, contract.first_noise, own
-    )
+    sampler = contract.sampler()
     schedule, kind = family.schedule(pipe.scheduler), family.kind(pipe)
 
     def fresh(i: int) -> Tensor:

@@ -11,6 +11,8 @@ def snippet(contract: Contract, address: Path | str) -> str:
     """Python that draws a picture, by Diffusers alone where it can; `address` is the student's folder or hub id."""
     if contract.adapters is not None:
         return _adapter_snippet(contract, contract.adapters, address)
+    if contract.lora is not None and not teacher(contract).loads_lora:
+        return _loaded_snippet(contract, address)
     scheduler, net, name = contract.scheduler["_class_name"], contract.network, teacher(contract).network_name
     call = "".join(f"    {key}={value!r},\n" for key, value in contract.call.items())
     stock = [] if contract.first_noise else [scheduler]
@@ -23,6 +25,19 @@ def snippet(contract: Contract, address: Path | str) -> str:
         f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")',
         "",
         f'image = pipe(\n    "red apple",\n{call}    generator=torch.manual_seed(0),\n).images[0]',
+        'image.save("student.png")',
+    ]
+    return "\n".join(lines)
+
+
+def _loaded_snippet(contract: Contract, address: Path | str) -> str:
+    """For a pipeline that Diffusers has no LoRA loader for."""
+    lines = [
+        "import stepdistill",
+        *_loading(contract, address),
+        "call = stepdistill.load_student(pipe, student)",
+        "",
+        'image = pipe("red apple", **call, generator=torch.manual_seed(0)).images[0]',
         'image.save("student.png")',
     ]
     return "\n".join(lines)

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stepdistill.adapters import Attachment, build
-from stepdistill.backbone import Backbone, adapters_on, attach, switch_on
+from stepdistill.backbone import Backbone
 from stepdistill.contract import Adapter, Attached, Contract, Network
 from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import Family
+from stepdistill.loras import adapters_on, attach, keys_of, same_keys, switch_on
 from stepdistill.roles import Adapters, LoraSpec
 from stepdistill.schema import locate
 
@@ -110,6 +111,8 @@ def into_pipeline(
         elif contract.lora is not None and family.loads_lora:
             loader: Any = pipe  # LoRA loading is a mixin of the pipeline's class
             loader.load_lora_weights(folder, weight_name=WEIGHTS, adapter_name=adapter_name)
+            # a file of another network is only warned of, and leaves the pipeline as it was
+            same_keys(keys_of(net, adapter_name), read_lora(folder / WEIGHTS, family)[0].keys())
         elif contract.lora is not None:
             state, scale = read_lora(folder / WEIGHTS, family)
             rank, targets = contract.lora.rank, contract.lora.target_modules

@@ -41,6 +41,7 @@ class Family(ABC):
 
     network_name: ClassVar[str]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
+    seeds_steps: ClassVar[bool] = True  # whether the pipeline hands its generator on to the scheduler
 
     pretrained_teacher_model: str
     revision: str | None = None

@@ -41,6 +41,7 @@ class Flux(Flow):
 
     network_name: ClassVar[str] = "transformer"
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+    seeds_steps: ClassVar[bool] = False
 
     guidance_embedding: float = 3.5
     max_sequence_length: int = 512

@@ -42,6 +42,7 @@ class StableDiffusion3(Flow):
 
     network_name: ClassVar[str] = "transformer"
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
+    seeds_steps: ClassVar[bool] = False
 
     max_sequence_length: int = 256
 

@@ -1,0 +1,246 @@
+"""`stepdistill generate` draws what plain Diffusers draws with the folder, for every family; its options work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import FAMILIES, SIDE, awake, backbone, pipeline
+
+from stepdistill import cli, student
+from stepdistill.contract import CONTRACT
+from stepdistill.drawing import Drawer, Wish, fuse_all, wished
+from stepdistill.errors import StudentError
+from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.regression import Regression
+from stepdistill.roles import Lora
+from stepdistill.sampling import Sampler
+
+NOISY, QUIET = Consistency(ema_decay=None), Regression(num_inference_steps=2, ema_decay=None)
+
+# what a user writes who has never heard of us
+PLAIN = """
+import json, sys
+import numpy as np
+import torch
+import diffusers
+
+torch.set_num_threads(1)
+for folder, out in zip(sys.argv[1::2], sys.argv[2::2]):
+    contract = json.load(open(folder + "/distill_config.json"))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(contract["base_model"])
+    pipe.load_lora_weights(folder)
+    kind = getattr(diffusers, contract["scheduler"]["_class_name"])
+    pipe.scheduler = kind.from_pretrained(folder, subfolder="scheduler")
+    made = pipe("red apple", generator=torch.manual_seed(3), output_type="np", **contract["call"]).images[0]
+    np.save(out, made)
+assert "stepdistill" not in sys.modules
+"""
+
+
+def folder_of(name: str, place: Path, method, alpha: float = 6) -> Path:
+    """A student of a family, of rank 2, whose LoRA matters."""
+    if not (place / "teacher").exists():
+        pipeline(name).save_pretrained(place / "teacher")
+    family = replace(FAMILIES[name], pretrained_teacher_model=str(place / "teacher"))
+    pipe = family.load()
+    bone = backbone(name, pipe, 2, alpha)
+    bone.add("student", Lora())
+    awake(bone, "student", 0.2)
+    out = place / type(method).__name__
+    options = {"role": "student", "resolution": (SIDE, SIDE), "method": method}
+    student.write(out, family=family, pipe=pipe, backbone=bone, **options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A student of every family that noises again between its steps."""
+    return {name: folder_of(name, tmp_path_factory.mktemp(name), NOISY) for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory) -> Path:
+    return folder_of("sd", tmp_path_factory.mktemp("quiet"), QUIET)
+
+
+def draw(drawer: Drawer, prompts=("red apple",), seeds=(3,), wish: Wish | None = None, batch: int = 4) -> np.ndarray:
+    """Pictures (N, H, W, 3) in [0, 1], not rounded to grey levels."""
+    call = drawer.call(wish or Wish()) | {"output_type": "np"}
+    return np.stack(list(drawer.draw(prompts, seeds, call, batch)))
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max())
+
+
+@pytest.mark.slow
+def test_plain_diffusers_draws_the_same_pixels(folders, tmp_path):
+    """Without a line of ours, every family that Diffusers can load LoRAs for."""
+    plain = {name: folder for name, folder in folders.items() if FAMILIES[name].loads_lora}
+    assert len(plain) == 5
+    files = [part for name, folder in plain.items() for part in (str(folder), str(tmp_path / f"{name}.npy"))]
+    subprocess.run([sys.executable, "-c", PLAIN, *files], check=True, capture_output=True)
+    for name, folder in plain.items():
+        theirs = np.load(tmp_path / f"{name}.npy")
+        drawer = Drawer.load(folder)
+        assert apart(draw(drawer)[0], theirs) <= 1e-4, name
+        assert apart(draw(Drawer.load(folder, strength=0.0))[0], theirs) > 1e-2, name  # the LoRA matters
+        assert apart(draw(drawer, seeds=(4,))[0], theirs) > 1e-2, name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_picture_depends_on_its_own_seed_alone(folders, name):
+    drawer = Drawer.load(folders[name])
+    prompts, seeds = ("rose", "red apple", "octopus"), (8, 3, 3)
+    together, alone = draw(drawer, prompts, seeds, batch=3), draw(drawer)
+    assert apart(together[1], alone[0]) < 1e-4
+    assert apart(draw(drawer, prompts, seeds, batch=2), together) < 1e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fused_is_the_same_picture_and_strength_is_strength(folders, name):
+    family, folder = FAMILIES[name], folders[name]
+    whole, half = draw(Drawer.load(folder)), draw(Drawer.load(folder, strength=0.5))
+    assert apart(draw(Drawer.load(folder, fuse=True)), whole) < 1e-4
+    assert apart(draw(Drawer.load(folder, strength=0.5, fuse=True)), half) < 1e-4
+    assert apart(whole, half) > 1e-3
+    assert apart(draw(Drawer.load(folder, strength=1.0)), whole) == 0
+    if family.loads_lora:
+        drawer = Drawer.load(folder)
+        fuse_all(family, drawer.pipe)
+        drawer.pipe.unfuse_lora()
+        assert apart(draw(drawer), whole) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.loads_lora])
+def test_two_loras_are_the_sum_of_their_updates(folders, tmp_path, name):
+    """The student twice, at 0.25 and 0.75, is the student; another at a strength is its own LoRA scaled."""
+    folder = folders[name]
+    both = Drawer.load(folder, strength=0.25, loras=[(str(folder), 0.75)])
+    assert apart(draw(both), draw(Drawer.load(folder))) < 1e-4
+    off = Drawer.load(folder, loras=[(str(folder), 0.0)])
+    assert apart(draw(off), draw(Drawer.load(folder))) < 1e-5
+
+
+def test_a_further_lora_without_a_loader_or_that_is_none_is_refused(folders, tmp_path):
+    with pytest.raises(StudentError, match="Diffusers has no LoRA loader for it"):
+        Drawer.load(folders["pixart_sigma"], loras=[(str(folders["pixart_sigma"]), 1.0)])
+    with pytest.raises(StudentError, match="LoRA .*nowhere.*, expected one that Diffusers loads"):
+        Drawer.load(folders["sd"], loras=[(str(tmp_path / "nowhere.safetensors"), 1.0)])
+
+
+def visited(drawer: Drawer, wish: Wish) -> tuple[list[float], int]:
+    """The times that the network is told, and the rows of its last call."""
+    seen, net = [], drawer.family.network(drawer.pipe)
+
+    def before(module, args, kwargs):
+        seen.append((args or (kwargs["hidden_states"],))[0].shape[0])
+        times.append(float((args[1] if len(args) > 1 else kwargs["timestep"]).flatten()[0]))
+
+    times: list[float] = []
+    handle = net.register_forward_pre_hook(before, with_kwargs=True)
+    list(drawer.draw(["rose"], [0], drawer.call(wish)))
+    handle.remove()
+    return [drawer.family.time(net, t) for t in times], seen[-1]
+
+
+def test_other_steps_times_and_guidance_are_those_asked_for_and_warned_of(folders, quiet, caplog):
+    drawer = Drawer.load(quiet)
+    own = visited(drawer, Wish())
+    assert own == ([999, 499], 1)
+    assert not [record for record in caplog.records if record.name.startswith("stepdistill")]
+    assert visited(drawer, Wish(steps=4)) == ([999, 749, 499, 249], 1)
+    assert "drawing at timesteps [999.0, 749.0, 499.0, 249.0]" in caplog.text
+    assert visited(drawer, Wish(timesteps=(999, 300, 20))) == ([999, 300, 20], 1)
+    noise = drawer.family.schedule(drawer.native)(torch.tensor([999.0, 300.0]))[1].tolist()
+    assert visited(drawer, Wish(sigmas=tuple(noise)))[0] == [999, 300]
+    assert visited(drawer, Wish(guidance_scale=3.0)) == ([999, 499], 2)
+    assert visited(drawer, Wish(steps=1, guidance_scale=3.0)) == ([999], 2)
+    assert visited(drawer, Wish()) == own  # nothing stays of what was asked before
+    flow = Drawer.load(folders["sd3"])
+    assert visited(flow, Wish(sigmas=(1.0, 0.25)))[0] == pytest.approx([1000, 250])
+
+
+def test_another_eta_is_another_sampler(quiet):
+    drawer = Drawer.load(quiet)
+    plain, noisy = draw(drawer), draw(drawer, wish=Wish(eta=1.0))
+    assert apart(plain, noisy) > 1e-3
+    assert type(drawer.pipe.scheduler).__name__ == "LCMScheduler"
+    assert apart(draw(drawer, wish=Wish(eta=0.0)), plain) < 1e-5
+    contract = drawer.contract
+    assert contract is not None
+    sampler = wished(contract, drawer.family.schedule(drawer.native), Wish(eta=0.5, timesteps=(999.0,)))
+    assert sampler == Sampler((999.0,), eta=0.5, clean=contract.clean)
+
+
+def test_another_size_is_drawn(quiet):
+    assert draw(Drawer.load(quiet), wish=Wish(height=16, width=48)).shape == (1, 16, 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        (Wish(timesteps=(20, 999)), "expected descending starts"),
+        (Wish(sigmas=(1.5,)), "expected shares of noise above 0, at most 1"),
+        (Wish(guidance_scale=0.5), "guidance_scale is 0.5: expected 1, which is none, or more"),
+        (Wish(timesteps=(2000,)), "2000"),
+    ],
+)
+def test_what_is_no_sampler_is_refused(quiet, wish, said):
+    with pytest.raises(StudentError, match=said):
+        Drawer.load(quiet).call(wish)
+
+
+def test_the_command_writes_pictures_that_the_drawer_draws(quiet, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("rose\noctopus\n")
+    arguments = ["red apple", "--prompts_file", file, "--seed", 5, "--num_images_per_prompt", 2, "--batch", 4]
+    sheet = tmp_path / "sheet.png"
+    cli.main([*map(str, ["generate", quiet, *arguments, "-o", tmp_path / "out", "--grid", sheet, "--steps", 1])])
+    prompts = ["red apple"] * 2 + ["rose"] * 2 + ["octopus"] * 2
+    listed = [json.loads(line) for line in (tmp_path / "out" / "pictures.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["seed"]) for row in listed] == list(zip(prompts, range(5, 11), strict=True))
+    drawn = draw(Drawer.load(quiet), prompts, range(5, 11), Wish(steps=1))
+    for row, picture in zip(listed, drawn, strict=True):
+        stored = np.asarray(Image.open(tmp_path / "out" / row["file"])) / 255
+        assert apart(stored, picture) <= 0.51 / 255
+    assert Image.open(sheet).width > 3 * 96
+    assert "6 pictures, 2 calls" in capsys.readouterr().out
+
+
+def test_the_command_says_what_is_wrong(quiet, tmp_path, capsys):
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    contract = json.loads((quiet / CONTRACT).read_text())
+    (newer / CONTRACT).write_text(json.dumps(contract | {"schema_version": 2}))
+    for arguments, said in [
+        ([quiet], "no prompt"),
+        ([newer, "rose"], "schema version 2"),
+        ([tmp_path / "nowhere", "rose"], "does not exist"),
+        (["some/student", "rose"], "some/student, which is neither"),  # a hub id, and there is no network
+        ([quiet, "rose", "--base", tmp_path / "none"], "which does not exist"),
+    ]:
+        with pytest.raises(SystemExit) as left:
+            cli.main(["generate", *map(str, arguments), "-o", str(tmp_path / "out")])
+        assert left.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_of_another_family_is_refused(folders, tmp_path):
+    for other, into in (("sd3", "sd"), ("sd", "sd3"), ("sana", "pixart_sigma"), ("flux", "sana")):
+        mixed = tmp_path / f"{other}-{into}"
+        mixed.mkdir()
+        for part in folders[into].iterdir():
+            if part.name != student.WEIGHTS and part.name != "samples":
+                (mixed / part.name).symlink_to(part)
+        (mixed / student.WEIGHTS).symlink_to(folders[other] / student.WEIGHTS)
+        with pytest.raises(StudentError, match="do not go together|unreadable"):
+            Drawer.load(mixed)
