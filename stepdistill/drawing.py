@@ -15,6 +15,7 @@ from PIL import Image
 from stepdistill import config, student
 from stepdistill.adapters import GuidedCall
 from stepdistill.contract import Contract, absolute, is_multi, read_contract, read_multi, teacher
+from stepdistill.cut import warn_of_cut
 from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import Family, each
 from stepdistill.loras import merge, weigh
@@ -156,6 +157,7 @@ class Drawer:
         Picture n is what the pipeline draws of the one prompt with `generator=torch.manual_seed(seeds[n])`, whatever
         else is drawn with it, but for rounding.
         """
+        warn_of_cut(self.family, self.pipe, prompts)
         alone = not self.family.seeds_steps and self.pipe.scheduler.config.get("stochastic_sampling", False)
         size = 1 if alone else batch
         cuda = [self.pipe.device] if self.pipe.device.type == "cuda" else []

@@ -16,6 +16,7 @@ from tiny import FAMILIES, SIDE, awake, backbone, pipeline
 
 from stepdistill import cli, student
 from stepdistill.contract import CONTRACT
+from stepdistill.cut import lost, warn_of_cut
 from stepdistill.drawing import Drawer, Wish, fuse_all, wished
 from stepdistill.errors import StudentError
 from stepdistill.methods.consistency import Consistency
@@ -244,3 +245,27 @@ def test_a_lora_of_another_family_is_refused(folders, tmp_path):
         (mixed / student.WEIGHTS).symlink_to(folders[other] / student.WEIGHTS)
         with pytest.raises(StudentError, match="do not go together|unreadable"):
             Drawer.load(mixed)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_end_of_a_long_prompt_that_is_cut_is_named(name, caplog):
+    pipe, family = pipeline(name), FAMILIES[name]
+    warn_of_cut(family, pipe, ["rose", "a cat"])
+    assert not caplog.records
+    words = ["rose"] * 30 + ["zebra"]
+    warn_of_cut(family, pipe, ["rose", " ".join(words)])
+    for tokenizer, limit in family.limits(pipe).items():
+        (line,) = [r.getMessage() for r in caplog.records if f"tokens of {tokenizer}," in r.getMessage()]
+        assert line.startswith(f"1 of 2 prompts are longer than the {limit} tokens")
+        end = line.partition("it leaves out ")[2]
+        assert "zebra" in end or name == "sd3" and tokenizer == "tokenizer_3"  # which knows no word
+        # what is said to be left out changes nothing of what the network is told
+    other = " ".join([*words[:-1], "lemon"])
+    told, same = (family.condition(pipe, [prompt]) for prompt in (" ".join(words), other))
+    assert all(torch.equal(told[key], same[key]) for key in told)
+
+
+def test_what_is_lost_is_all_that_is_beyond_the_limit():
+    letters = pipeline("pixart_sigma").tokenizer
+    assert lost(letters, 6, "abcd") == "" == lost(letters, 6, "")
+    assert lost(letters, 5, "abcd") == "d" and lost(letters, 4, "ab cd") == "cd"

@@ -20,6 +20,7 @@ from stepdistill.methods.base import Method
 from stepdistill.roles import LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.spec import TrainSpec
+from stepdistill.tiny import matrix
 
 
 def concrete(package, base) -> list[type]:
@@ -46,7 +47,8 @@ def data(method: Method, folder: Path) -> Source:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("method", concrete(methods, Method), ids=lambda cls: cls.__name__)
-def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch):
+def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch, record_property):
+    record_property("cell", f"{method.__name__}/{name}")
     drawn = {}
 
     def recorded(pipe, row, prompts, seed, size):
@@ -78,7 +80,16 @@ def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch):
     )
     contract = json.loads((out / "distill_config.json").read_text())
     assert contract["proof"] is not None
+    record_property("proof", contract["proof"]["difference"])
     steps = len(contract["timesteps"])
     if steps in (1, 2, report.FEW):  # else the student is no few-step one yet
         assert contract["call"] | drawn[f"student, {steps} step{'s' * (steps > 1)}"] == contract["call"]
     assert (out / "samples" / "grid.png").exists()
+
+
+def test_the_matrix_in_the_readme_is_of_these_cells():
+    """Written by `python eval/tables.py families`."""
+    stored = json.loads((Path(__file__).parent.parent / "eval" / "results" / "families.json").read_text())
+    cells = {f"{method.__name__}/{name}" for method in concrete(methods, Method) for name in FAMILIES}
+    assert {key for key, cell in stored.items() if cell["outcome"] == "passed"} == cells == set(stored)
+    assert set(matrix.FAMILIES) == set(FAMILIES)

@@ -184,6 +184,10 @@ class Family(ABC):
         """Where guidance adapters go: attention layers whose output reaches the picture, and that see the prompt."""
 
     @abstractmethod
+    def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
+        """How many tokens of a prompt each tokenizer passes on, by its name among the components."""
+
+    @abstractmethod
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         """Embeddings of prompts, one row each."""
 

@@ -101,6 +101,9 @@ class Flux(Flow):
         places = [Site(f"transformer_blocks.{i}.attn", width, width) for i in range(config["num_layers"])]
         return Sites("time_text_embed.timestep_embedder", width, tuple(places))
 
+    def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
+        return {"tokenizer": pipe.tokenizer.model_max_length, "tokenizer_2": self.max_sequence_length}
+
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         states, pooled, _ = pipe.encode_prompt(

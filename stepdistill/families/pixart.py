@@ -61,6 +61,9 @@ class PixArt(VariancePreserving):
         places = [Site(f"transformer_blocks.{i}.attn2", width, prompt) for i in range(config["num_layers"])]
         return Sites("adaln_single.emb.timestep_embedder", width, tuple(places))
 
+    def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
+        return {"tokenizer": self.max_sequence_length}
+
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         states, mask, _, _ = pipe.encode_prompt(

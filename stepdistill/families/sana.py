@@ -80,6 +80,9 @@ class Sana(Flow):
         places = [Site(f"transformer_blocks.{i}.attn2", width, width) for i in range(config["num_layers"])]
         return Sites("time_embed.emb.timestep_embedder", width, tuple(places))
 
+    def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
+        return {"tokenizer": self.max_sequence_length}
+
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         return self._encoded(pipe, prompts)[0]

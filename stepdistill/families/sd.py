@@ -20,6 +20,9 @@ class StableDiffusion(UNet):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
 
+    def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
+        return {"tokenizer": pipe.tokenizer.model_max_length}
+
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         states, _ = pipe.encode_prompt(list(prompts), pipe.text_encoder.device, 1, False)

@@ -80,6 +80,10 @@ class StableDiffusion3(Flow):
         places = [Site(f"transformer_blocks.{i}.attn", width, width) for i in range(config["num_layers"])]
         return Sites("time_text_embed.timestep_embedder", width, tuple(places))
 
+    def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
+        found = {name: pipe.components[name].model_max_length for name in ("tokenizer", "tokenizer_2")}
+        return found | ({"tokenizer_3": self.max_sequence_length} if pipe.text_encoder_3 is not None else {})
+
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         states, _, pooled, _ = pipe.encode_prompt(

@@ -24,6 +24,9 @@ class StableDiffusionXL(UNet):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
 
+    def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
+        return {name: pipe.components[name].model_max_length for name in ("tokenizer", "tokenizer_2")}
+
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         states, _, pooled, _ = pipe.encode_prompt(

@@ -130,9 +130,12 @@ class Results:
         with self._locked() as rows:
             if key in rows and all(rows[key].get(name) == value for name, value in facts.items()):
                 return
-        row = {**facts, **make()}
+        self.put(key, {**facts, **make()})
+
+    def put(self, key: str, row: Mapping[str, Any]) -> None:
+        """Write a row, in place of what was there."""
         with self._locked() as rows:
-            rows[key] = row
+            rows[key] = dict(row)
             part = self.file.with_suffix(".part")
             part.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
             part.replace(self.file)

@@ -28,6 +28,7 @@ from stepdistill.schedule import DiscreteVP
 from stepdistill.signs import Yardstick
 from stepdistill.tiny.benchmark import N, Results, data_features, figures, prompts, reference
 from stepdistill.tiny.guidance import measure_guidance
+from stepdistill.tiny.matrix import measure_families
 from stepdistill.tiny.recipes import recipes, seconds, step_seconds, trained, warm_start
 from stepdistill.tiny.render import EARLY, STEPS
 
@@ -231,6 +232,7 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "guidance": measure_guidance,
     "time": measure_time,
     "watch": measure_watch,
+    "families": measure_families,
 }
 
 
