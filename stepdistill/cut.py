@@ -23,10 +23,9 @@ def lost(tokenizer: Any, limit: int, prompt: str) -> str:  # noqa: ANN401
 
 def warn_of_cut(family: Family, pipe: DiffusionPipeline, prompts: Sequence[str]) -> None:
     """One warning for each tokenizer that leaves out the end of any of the prompts, with what it leaves out."""
+    texts = list(dict.fromkeys(prompts))
     for name, limit in family.limits(pipe).items():
-        cut = [
-            (prompt, end) for prompt in dict.fromkeys(prompts) if (end := lost(pipe.components[name], limit, prompt))
-        ]
+        cut = [(text, end) for text in texts if (end := lost(pipe.components[name], limit, text))]
         if cut:
             logger.warning(
                 "%d of %d prompts are longer than the %d tokens of %s, which leaves out their end: of %r it leaves "
