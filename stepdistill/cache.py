@@ -126,6 +126,9 @@ class RowStore:
             save_file(tensors, part, metadata)
             os.replace(part, path)
             self._open(path)
+            for row in self._new:  # what was written is read from there
+                if row in self._stored:
+                    self._bytes -= _size(self._rows.pop(row))
         except (OSError, SafetensorError) as error:
             if part.exists():
                 part.unlink()
@@ -145,7 +148,7 @@ class PromptCache:
         encode: prompts to named tensors, each (len(prompts), ...) with the same trailing shape for every
             prompt.
         folder: keeps them for the next run; None for memory only.
-        key: digest of the text encoders' weights.
+        key: digest of all that an embedding depends on, see `stepdistill.fingerprint`.
         batch_size: most prompts in one call of `encode`. Where a kernel's rounding depends on the batch's
             size, 1 makes an embedding independent of the prompts that were missing with it.
     """
@@ -163,11 +166,15 @@ class PromptCache:
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Named tensors (len(prompts), ...) on the cpu, in the dtype of `encode`."""
+        self.fill(prompts)
+        return self.store.rows(prompts)
+
+    def fill(self, prompts: Sequence[str]) -> None:
+        """Encode those that have no row."""
         missing = self.store.missing(prompts)
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
             self.store.add(batch, self.encode(batch))
-        return self.store.rows(prompts)
 
     def save(self) -> None:
         """Write to the folder what is new since the last time; it also happens every 256 prompts."""
@@ -182,7 +189,7 @@ class LatentCache:
 
     Args:
         folder: keeps them for the next run; None for memory only.
-        key: digest of the autoencoder's weights and of the source (`Source.digest`).
+        key: digest of the autoencoder's files and of the source (`Source.digest`).
     """
 
     def __init__(self, folder: Path | None, key: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from stepdistill import config, families, methods
-from stepdistill.commands import generate
+from stepdistill.commands import generate, precompute
 from stepdistill.errors import MissingWeights, StepdistillError
 from stepdistill.evaluation import command as evaluation
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     are missing that no other can stand for."""
     parser = _parser()
     args, overrides = parser.parse_known_args(argv)
-    if overrides and args.run not in (_train, _check, _make):
+    if overrides and "config" not in args:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         args.run(args, overrides)
@@ -136,6 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(parts, "make", _make, "let the teacher make what a config trains on", MAKE)
     command.usage = "stepdistill data make CONFIG [key=value | --key value]..."
     command.add_argument("config", metavar="CONFIG", help="YAML file")
+
+    precompute.declare(commands, _command)
 
     command = _command(commands, "verify", _verify, "prove that plain Diffusers loads a student", VERIFY)
     command.add_argument("folder", metavar="FOLDER", type=Path, help="the output_dir of a run")

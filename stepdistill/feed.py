@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepdistill.cache import LatentCache, PromptCache
 from stepdistill.data import FixedCrops, GuidedState, Sample, Source, Stream, loader
 from stepdistill.denoiser import Condition
 from stepdistill.errors import ConfigError, problem
-from stepdistill.families.base import Family
+from stepdistill.fingerprint import Keys
 from stepdistill.methods.base import Batch
+from stepdistill.parts import Parts
 from stepdistill.spec import TrainSpec
+
+logger = logging.getLogger(__name__)
+NULL = "\0"  # the id of the unconditional row, which no prompt has
+BLOCK = 8
 
 
 def provided(source: Source) -> set[str]:
@@ -42,23 +47,33 @@ def check_needs(source: Source, needs: frozenset[str], method: str) -> None:
         )
 
 
+def check_cache(spec: TrainSpec) -> None:
+    """Raise ConfigError where `train.cache_dir` can be no folder."""
+    folder = Path(spec.cache_dir or ".")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        got, why = f"train.cache_dir {folder}, where {there} is a file", "embeddings and latents are kept in it"
+        raise ConfigError(problem(got, "a folder, or a new name", why, "name another, or move the file"))
+
+
 class Feed:
     """Embeddings, latents and micro-batches for one process.
 
     Args:
-        digest: of the weights of every part of the pipeline; keys the caches.
+        parts: the pipeline; its text encoders and autoencoder are asked for only where a cache has no row.
+        keys: of the caches.
         device: where batches go.
     """
 
-    def __init__(
-        self, family: Family, pipe: DiffusionPipeline, spec: TrainSpec, digest: str, device: torch.device
-    ) -> None:
-        self.family, self.pipe, self.spec, self.digest, self.device = family, pipe, spec, digest, device
-        folder = Path(spec.cache_dir) if spec.cache_dir else None
+    def __init__(self, parts: Parts, spec: TrainSpec, keys: Keys, device: torch.device) -> None:
+        self.family, self.parts, self.spec, self.keys, self.device = parts.family, parts, spec, keys, device
+        self.pipe = parts.pipe
+        self.folder = Path(spec.cache_dir) if spec.cache_dir else None
         self.latents: LatentCache | None = None
-        self.prompts = PromptCache(
-            lambda prompts: dict(family.condition(pipe, prompts)), folder and folder / "prompts", digest
-        )
+        self.encoded = 0  # rows of prompts that were in no cache
+        key = f"{keys.text}/{self.pipe.vae_scale_factor}"  # SDXL's conditions hold it
+        folder = self.folder and self.folder / "prompts"
+        self.prompts = PromptCache(self._embed, folder, key, BLOCK if folder else 32)
 
     @property
     def side(self) -> int:
@@ -72,18 +87,42 @@ class Feed:
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Embeddings on the device, each prompt encoded once."""
+        lacking = self.prompts.store.missing(prompts)
+        if lacking:
+            self.parts.text(f"{len(lacking)} prompts, such as {lacking[0][:40]!r}, are not in {self.folder}")
         return {key: value.to(self.device) for key, value in self.prompts(prompts).items()}
+
+    def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        # a kernel may round by the number of rows; what is kept must not depend on which run or process made it
+        filled = prompts + [""] * (BLOCK - len(prompts)) if self.folder else prompts
+        self.encoded += len(prompts)
+        found = self.family.condition(self.pipe, filled)
+        return {key: value[: len(prompts)] for key, value in found.items()}
 
     @cached_property
     def null(self) -> Condition:
         """The unconditional embeddings on the device, one row."""
-        return {key: value.to(self.device) for key, value in self.family.unconditional(self.pipe).items()}
+        store = self.prompts.store
+        if store.missing([NULL]):
+            pipe = self.parts.text(f"the unconditional embedding is not in {self.folder}")
+            store.add([NULL], dict(self.family.unconditional(pipe)))
+        return {key: value.to(self.device) for key, value in store.rows([NULL]).items()}
 
     def save(self) -> None:
         """Write what the caches hold and have not written."""
         for cache in (self.prompts, self.latents):
             if cache is not None:
                 cache.save()
+        if self.folder and self.encoded:
+            logger.warning("%d prompts were not in %s, and had to be encoded", self.encoded, self.folder)
+
+    def fixed(self, source: Source) -> Source:
+        """The source as it is read. Where latents are cached, each picture has one crop, and the cache is opened."""
+        if not self.spec.cache_latents or "images" not in source.provides:
+            return source
+        source = FixedCrops(source=source)  # else a latent would depend on where its picture came first
+        self.latents = LatentCache(self.folder and self.folder / "latents", f"{self.keys.vae}/{source.digest()}")
+        return source
 
     def batches(self, source: Source, start: int, rank: int, world: int) -> Iterator[list[Batch]]:
         """The micro-batches of each step from `start` on, without end."""
@@ -92,10 +131,7 @@ class Feed:
         whole = size * parts * world
         # sample j of a global batch goes to one micro-batch of one process; which one changes nothing
         places = [list(range((rank * parts + part) * size, (rank * parts + part + 1) * size)) for part in range(parts)]
-        if spec.cache_latents and "images" in source.provides:
-            source = FixedCrops(source=source)  # else a latent would depend on where its picture came first
-            folder = Path(spec.cache_dir) / "latents" if spec.cache_dir else None
-            self.latents = LatentCache(folder, f"{self.digest}/{source.digest()}")
+        source = self.fixed(source)
         stream = Stream(source, whole, spec.seed)
         read = loader(stream, start, places, spec.dataloader_num_workers, spec.seed)
         step = start
@@ -110,7 +146,7 @@ class Feed:
         if first.latents is not None:
             latents = torch.stack([s.latents for s in samples if s.latents is not None]).float()
         elif first.pixels is not None:
-            latents = self._encode(samples)
+            latents = self.encode(samples)
         shape = self.shape if latents is None else tuple(latents.shape[1:])
         noise = None if first.noise is None else torch.stack([s.noise for s in samples if s.noise is not None])
         prompts = tuple(sample.prompt for sample in samples)
@@ -121,14 +157,21 @@ class Feed:
             state = GuidedState(*(torch.stack(part).to(self.device) for part in parts))
         return Batch(tuple(index), cond, shape, _to(latents, self.device), _to(noise, self.device), prompts, state)
 
-    def _encode(self, samples: list[Sample]) -> Tensor:
+    def encode(self, samples: Sequence[Sample]) -> Tensor:
+        """Latents (B, C, h, w) of samples with pictures."""
         pixels = torch.stack([s.pixels for s in samples if s.pixels is not None])
         if self.latents is None:
-            return self.family.encode(self.pipe, pixels.to(self.device))
+            pipe = self.parts.vae("without train.cache_latents pictures are encoded at every step")
+            return self.family.encode(pipe, pixels.to(self.device))
         place = {sample.item: n for n, sample in enumerate(samples)}
 
         def encode(items: list[int]) -> Tensor:
-            return self.family.encode(self.pipe, pixels[[place[item] for item in items]].to(self.device)).cpu()
+            pipe = self.parts.vae(f"latents of {len(items)} pictures are not in {self.folder}")
+            rows = pixels[[place[item] for item in items]].to(self.device)
+            # one by one where they are kept, for the reason in `_embed`
+            return torch.cat(
+                [self.family.encode(pipe, part).cpu() for part in rows.split(1 if self.folder else len(rows))]
+            )
 
         return self.latents([sample.item for sample in samples], encode)
 

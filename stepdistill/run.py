@@ -15,7 +15,7 @@ from stepdistill.backbone import Backbone
 from stepdistill.data import InvertedImages, Source, Stream, TeacherSamples, Trajectories, inside
 from stepdistill.errors import ConfigError, problem
 from stepdistill.families.base import Family
-from stepdistill.feed import check_needs
+from stepdistill.feed import check_cache, check_needs
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Method
 from stepdistill.roles import Ema, LoraSpec
@@ -59,6 +59,7 @@ def check(run: Run) -> None:
     for source in inside(run.data):
         len(source)  # reads the index, also of a source that the teacher's samples are wrapped around
     Stream(run.data, 1, spec.seed)
+    check_cache(spec)
     if spec.eval_samples:
         report.reference_file(spec)
     used = out.exists() and ((out / "metrics.jsonl").exists() or checkpoint.checkpoints(out))

@@ -32,7 +32,8 @@ class TrainSpec:
         enable_xformers_memory_efficient_attention: CUDA only; the default is torch's own attention.
         resolution: side in pixels where the data has no pictures; none takes the network's own.
         cache_latents: encode each picture once, with its first crop and flip.
-        cache_dir: keeps embeddings and latents for the next run; none for memory only.
+        cache_dir: keeps embeddings and latents, so that text encoders and autoencoder are loaded only where something
+            is not there; `stepdistill precompute` fills it. None for memory only.
         dataloader_num_workers: processes that read pictures.
         checkpointing_steps: steps between checkpoints; none writes only the last.
         checkpoints_total_limit: older checkpoints beyond this many are removed.

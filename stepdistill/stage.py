@@ -20,18 +20,19 @@ from transformers.utils import logging as transformers_logging
 
 from stepdistill import student
 from stepdistill.backbone import Backbone
-from stepdistill.contract import pipeline_hash
 from stepdistill.data import GuidedState
 from stepdistill.data.samples import noise_of
 from stepdistill.denoiser import Denoiser, guided, told
 from stepdistill.errors import ConfigError, problem
 from stepdistill.evaluate import grid
 from stepdistill.feed import Feed
+from stepdistill.fingerprint import Keys, keys_of
 from stepdistill.folder import Base, base_of
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Play
 from stepdistill.metrics.features import to_uint8
 from stepdistill.metrics.straightness import paths
+from stepdistill.parts import Parts
 from stepdistill.roles import TEACHER
 from stepdistill.sampling import few_step, follow
 
@@ -71,7 +72,7 @@ class Stage:
             null=self.feed.null,
             denoiser=self.denoiser,
             module=lambda name: self.backbone.others[name],
-            decode=lambda latents: self.run.family.decode(self.pipe, latents),
+            decode=lambda latents: self.decode(latents, "the method compares pictures"),
             seed=self.run.train.seed,
             step=step,
             device=self.accelerator.device,
@@ -90,7 +91,8 @@ class Stage:
         """The noise that the teacher's ODE has above pictures (B, 3, H, W), and their latents at the lowest time."""
         play, device = self.play(0), self.accelerator.device
         times = play.schedule.grid(steps).tolist()
-        latents = self.run.family.encode(self.pipe, pixels.to(device))
+        pipe = self.feed.parts.vae("pictures are inverted")
+        latents = self.run.family.encode(pipe, pixels.to(device))
         if latents.shape != noise.shape:
             got, why = (
                 f"pictures of {pixels.shape[-1]} pixels",
@@ -160,10 +162,14 @@ class Stage:
             bent, cost = bent + found.straightness * len(ids), cost + found.cost * len(ids)
         return bent / cost
 
+    def decode(self, latents: Tensor, why: str) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1], not clamped; `why` is said where the autoencoder must be loaded for it."""
+        return self.run.family.decode(self.feed.parts.vae(why), latents)
+
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> Tensor:
         """Float pictures (B, 3, H, W) in [0, 1] on the cpu."""
-        return (self.run.family.decode(self.pipe, latents).float().cpu() / 2 + 0.5).clamp(0, 1)
+        return (self.decode(latents, "pictures are drawn").float().cpu() / 2 + 0.5).clamp(0, 1)
 
     def draw(self, step: int, logs: Logs) -> None:
         """Validation pictures at fixed prompts and seeds: the teacher above the student, under its contract."""
@@ -190,9 +196,9 @@ def _divisor(steps: int) -> int:
     return max(n for n in range(1, steps + 1) if 1000 % n == 0)
 
 
-def prepare(run: Run) -> Stage:
-    """Load the teacher, place it, and build backbone and feed."""
-    spec, family = run.train, run.family
+def begin(run: Run) -> Accelerator:
+    """The process's place among the others, and its settings."""
+    spec = run.train
     trackers = [spec.report_to] if isinstance(spec.report_to, str) else list(spec.report_to)
     accelerator = Accelerator(
         mixed_precision=spec.mixed_precision,
@@ -217,17 +223,34 @@ def prepare(run: Run) -> Stage:
     set_seed(spec.seed)  # for libraries; methods draw from `Play`
     torch.backends.cuda.matmul.allow_tf32 = spec.allow_tf32
     torch.set_flush_denormal(True)  # on a CPU a trained network's smallest numbers cost a quarter of its time
-    pipe = family.load()
+    return accelerator
+
+
+def prepare(run: Run) -> Stage:
+    """Load the teacher, place it, and build backbone and feed.
+
+    With `train.cache_dir` the text encoders and the autoencoder wait until something is not there.
+    """
+    spec, family = run.train, run.family
+    accelerator = begin(run)
+    pipe = family.load(("text", "vae") if spec.cache_dir else ())
     student.warn_of_licence(family)
     base = base_of(pipe, family)  # before any rounding
     dtype = DTYPES[accelerator.mixed_precision]
     net = family.network(pipe)
     if spec.enable_xformers_memory_efficient_attention:
         net.enable_xformers_memory_efficient_attention()  # pyright: ignore[reportCallIssue]
-    pipe.to(accelerator.device)
+    parts = Parts(family, pipe, accelerator.device)
     if dtype != torch.float32:
         net.to(dtype)
     targets = family.lora_targets(net)
     backbone = Backbone(net, run.lora, targets, family.tap(net), spec.seed, family.narrow, family.sites(net))
-    feed = Feed(family, pipe, spec, pipeline_hash(pipe), accelerator.device)
+    feed = Feed(parts, spec, keys(run, accelerator), accelerator.device)
     return Stage(run, accelerator, pipe, base, dtype, backbone, feed)
+
+
+def keys(run: Run, accelerator: Accelerator) -> Keys:
+    """The keys of the run's caches; the first process computes the files' digests, and the others read them."""
+    folder = run.train.cache_dir
+    with accelerator.main_process_first():
+        return keys_of(run.family, Path(folder)) if folder else Keys()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
@@ -21,9 +21,11 @@ from stepdistill.roles import Sites, Tap
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import NoiseSchedule
 from stepdistill.schema import locate
+from stepdistill.shell import shell
 from stepdistill.tiny import bundled
 
 BUNDLED_NAMES = ("tiny-sd", "tiny-sd3")
+Part = Literal["text", "vae", "denoiser"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +76,20 @@ class Family(ABC):
             )
         return str(path) if path.exists() else name
 
-    def load(self) -> DiffusionPipeline:
-        """The teacher's whole pipeline in float32, with its LoRAs fused in."""
+    def part_of(self, component: str) -> Part | None:
+        """What a component of the pipeline belongs to; None for tokenizers, schedulers and whatever is no network."""
+        if component.startswith("text_encoder"):
+            return "text"
+        parts: dict[str, Part] = {"vae": "vae", self.network_name: "denoiser"}
+        return parts.get(component)
+
+    def load(self, without: Collection[Part] = ()) -> DiffusionPipeline:
+        """The teacher's whole pipeline in float32, with its LoRAs fused in.
+
+        Args:
+            without: parts to leave out; networks without weights, on the meta device, stand in their places. Of a
+                single file, and of a teacher with LoRAs, they are read all the same, and then let go.
+        """
         where = self.location()
         if self.teacher_loras and not self.loads_lora:
             got, expected = f"family.teacher_loras for a {self.pipeline_class.__name__}", "none"
@@ -88,8 +102,11 @@ class Family(ABC):
         else:
             index: Any = self.pipeline_class.load_config(where, revision=self.revision)
             # Diffusers drops the parts a folder goes without, such as SD3's T5, and then asks for them
-            without = {name: None for name, part in index.items() if isinstance(part, list) and part[0] is None}
-            pipe = self.pipeline_class.from_pretrained(where, revision=self.revision, variant=self.variant, **without)
+            given: dict[str, Any] = {n: None for n, part in index.items() if isinstance(part, list) and part[0] is None}
+            for name, part in index.items():
+                if name not in given and self.part_of(name) in without and not self.teacher_loras:
+                    given[name] = shell(where, name, ".".join(part), self.revision)
+            pipe = self.pipeline_class.from_pretrained(where, revision=self.revision, variant=self.variant, **given)
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.float().requires_grad_(False)  # transformers loads a file of halves in half
@@ -97,6 +114,9 @@ class Family(ABC):
             pipe.load_lora_weights(lora)
             pipe.fuse_lora()
             pipe.unload_lora_weights()
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module) and self.part_of(name) in without:
+                part.to("meta")
         return pipe
 
     def load_scheduler(self) -> Any:  # noqa: ANN401

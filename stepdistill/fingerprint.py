@@ -1,0 +1,169 @@
+"""Keys of the caches, from the files of a pipeline: nothing is loaded to know whether what is kept still holds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.families.base import Family
+from stepdistill.schema import dotted
+
+logger = logging.getLogger(__name__)
+WEIGHTS = (".safetensors", ".bin")
+SETTINGS = (".json", ".txt", ".model")  # configs, vocabularies, sentencepiece
+FILE = "files.json"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Digests of all that embeddings (`text`) and latents (`vae`) depend on, besides the prompt and the picture."""
+
+    text: str = ""
+    vae: str = ""
+
+
+def keys_of(family: Family, folder: Path) -> Keys:
+    """The keys of a family's caches.
+
+    The embeddings' key covers the text encoders, the tokenizers, the family's own arguments, and the text part of
+    `teacher_loras`; the latents' key covers the autoencoder. Both go by content: a copy elsewhere has the same. A
+    single file counts whole, for both.
+
+    Args:
+        folder: of the caches. The digest of each file is kept there, until the file's size or date changes.
+    """
+    where = family.location()
+    digests, arguments = _Digests(folder), _own_arguments(family)
+    name = dotted(type(family))
+    if where.endswith(".safetensors"):
+        one = [name, digests(Path(where)), *_beside(family, digests)]
+        text, vae = [*one, arguments], one
+    else:
+        root = Path(where)
+        if not root.exists():  # a hub id: the files that loading it reads, downloaded where they are not here yet
+            pipeline: Any = family.pipeline_class
+            root = Path(pipeline.download(where, revision=family.revision, variant=family.variant))
+        index = json.loads((root / "model_index.json").read_text())
+        flags = {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
+        parts = {key: value for key, value in index.items() if isinstance(value, list) and value[0] is not None}
+        text, vae = (
+            [name, *(f"{key} {parts[key]} {file}" for key in chosen for file in _listed(root, key, family, digests))]
+            for chosen in ([key for key in parts if _is_text(family, key)], ["vae"] if "vae" in parts else [])
+        )
+        text += [flags, arguments]
+    digests.save()
+    return Keys(_digest([*text, *_text_loras(family)]), _digest(vae))
+
+
+def _digest(content: Sequence[object]) -> str:
+    return sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _is_text(family: Family, name: str) -> bool:
+    return family.part_of(name) == "text" or name.startswith("tokenizer")
+
+
+def _own_arguments(family: Family) -> dict[str, Any]:
+    """What the family's class asks for beyond where the teacher is, such as max_sequence_length."""
+    common = {f.name for f in fields(Family)}
+    return {f.name: getattr(family, f.name) for f in fields(family) if f.name not in common}
+
+
+def _beside(family: Family, digests: _Digests) -> list[str]:
+    """The configs that go with a single file: by content where they are a folder, else by name."""
+    given = family.single_file_config
+    if given is None or not Path(given).is_dir():
+        return [str(given)]
+    found = sorted(path for path in Path(given).rglob("*") if path.is_file() and path.suffix in SETTINGS)
+    return [f"{path.relative_to(given)} {digests(path)}" for path in found]
+
+
+def _listed(root: Path, name: str, family: Family, digests: _Digests) -> list[str]:
+    """Name and digest of each file that loading a component reads."""
+    found = sorted(path for path in (root / name).rglob("*") if path.is_file())
+    settings = [path for path in found if path.suffix in SETTINGS and ".index." not in path.name]
+    files = settings + _weights([path for path in found if path.suffix in WEIGHTS], family.variant)
+    return [f"{path.relative_to(root)} {digests(path)}" for path in files]
+
+
+def _weights(found: Sequence[Path], variant: str | None) -> list[Path]:
+    """The weights that are loaded: those of the variant before the plain ones, safetensors before pickles."""
+    kinds = [path.name.split(".")[1:-1] for path in found]  # model.fp16-00001-of-00002.safetensors: of fp16
+    for of in ([variant] if variant else []) + [None]:
+        own = [not kind if of is None else any(f"{part}-".startswith(f"{of}-") for part in kind) for kind in kinds]
+        for suffix in WEIGHTS:
+            chosen = [path for path, mine in zip(found, own, strict=True) if mine and path.suffix == suffix]
+            if chosen:
+                return chosen
+    return list(found)
+
+
+def _text_loras(family: Family) -> Iterator[str]:
+    """A digest of what each of the teacher's LoRAs changes in the text encoders; none where it is nothing."""
+    pipeline: Any = family.pipeline_class
+    for lora in family.teacher_loras:
+        found = pipeline.lora_state_dict(lora, return_lora_metadata=True)
+        digest, touched = sha256(), False
+        for table in found:  # weights, alphas and metadata, under Diffusers' names whatever the file's were
+            for key, value in sorted(table.items() if isinstance(table, Mapping) else ()):
+                if family.part_of(key.split(".")[0]) == "text":
+                    touched = True
+                    digest.update(f"{key} ".encode() + _bytes(value))
+        if touched:
+            yield digest.hexdigest()
+
+
+def _bytes(value: object) -> bytes:
+    if not isinstance(value, Tensor):
+        return repr(value).encode()
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return f"{value.dtype} {tuple(value.shape)} ".encode() + flat.view(torch.uint8).numpy().tobytes()
+
+
+class _Digests:
+    """sha256 of files, each computed once: text encoders have gigabytes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / FILE
+        self.known: dict[str, list[Any]] = {}
+        self.changed = False
+        if self.file.is_file():
+            try:
+                self.known = dict(json.loads(self.file.read_text()))
+            except (OSError, ValueError) as error:
+                logger.warning("cannot read %s (%s): computing the files' digests again", self.file, error)
+
+    def __call__(self, path: Path) -> str:
+        real = path.resolve()
+        facts = real.stat()
+        mark = [facts.st_size, facts.st_mtime_ns]
+        known = self.known.get(str(real))
+        if known is None or known[:2] != mark:
+            digest = sha256()
+            with real.open("rb") as stream:
+                while block := stream.read(2**20):
+                    digest.update(block)
+            known = self.known[str(real)] = [*mark, digest.hexdigest()]
+            self.changed = True
+        return known[2]
+
+    def save(self) -> None:
+        """Write them aside and rename; several processes may do so, and the last one wins."""
+        if not self.changed:
+            return
+        part = self.file.with_name(f"{FILE}.{os.getpid()}.part")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(self.known, indent=1) + "\n")
+            os.replace(part, self.file)
+        except OSError as error:
+            logger.warning("cannot write %s (%s): the files' digests are computed again next time", self.file, error)

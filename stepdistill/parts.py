@@ -1,0 +1,52 @@
+"""The pipeline of a run, whose text encoders and autoencoder are loaded when something needs them."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from stepdistill.families.base import Family, Part
+from stepdistill.shell import is_shell
+
+logger = logging.getLogger(__name__)
+PARTS: frozenset[Part] = frozenset({"text", "vae", "denoiser"})
+
+
+class Parts:
+    """A pipeline and its parts on a device. What `family.load` left out is put in once it is asked for.
+
+    Args:
+        pipe: of `family`. It stays one object; parts are set on it.
+        device: where every part goes.
+    """
+
+    def __init__(self, family: Family, pipe: DiffusionPipeline, device: torch.device) -> None:
+        self.family, self.pipe, self.device = family, pipe, device
+        self._left: dict[Part, list[str]] = {"text": [], "vae": []}
+        for name, part in pipe.components.items():
+            kind = family.part_of(name)
+            if is_shell(part) and kind in self._left:
+                self._left[kind].append(name)
+            elif isinstance(part, nn.Module) and not is_shell(part):
+                part.to(device)
+
+    def text(self, why: str) -> DiffusionPipeline:
+        """The pipeline with its text encoders; `why` they are needed is said where they must be loaded."""
+        return self._with("text", why)
+
+    def vae(self, why: str) -> DiffusionPipeline:
+        """The pipeline with its autoencoder; `why` it is needed is said where it must be loaded."""
+        return self._with("vae", why)
+
+    def _with(self, part: Part, why: str) -> DiffusionPipeline:
+        names = self._left[part]
+        if names:
+            logger.warning("loading %s: %s", " and ".join(names), why)
+            loaded = self.family.load(PARTS - {part}).components
+            for name in names:
+                setattr(self.pipe, name, loaded[name].to(self.device))
+            self._left[part] = []
+        return self.pipe

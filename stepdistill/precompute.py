@@ -1,0 +1,164 @@
+"""Fill the caches of a run before it starts: every embedding, and every latent that is kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from stepdistill import distributed
+from stepdistill.cache import RowStore
+from stepdistill.data import BadSample, InvertedImages, Sample, Source, inside, sample_rng
+from stepdistill.data.chunks import Made
+from stepdistill.errors import ConfigError, DataError, problem
+from stepdistill.feed import NULL, Feed, check_cache
+from stepdistill.parts import PARTS, Parts
+from stepdistill.run import Run
+from stepdistill.stage import begin, keys
+
+logger = logging.getLogger(__name__)
+SLICE = 64  # rows between two looks at whether they can be written
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What the caches hold when all processes are through.
+
+    Args:
+        prompts, pictures: how many training may ask for; no pictures where `train.cache_latents` is off.
+        lacking: how many of these are not there: pictures that do not read.
+    """
+
+    folder: Path
+    prompts: int
+    pictures: int
+    lacking: int
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: embeddings of {self.prompts} prompts, latents of {self.pictures} pictures"]
+        if self.lacking:
+            lines.append(f"{self.lacking} of these are not there: pictures that do not read, whose places others take")
+        return "\n".join(lines)
+
+
+def precompute(run: Run) -> Filled:
+    """Encode what `train.cache_dir` lacks of all that training may ask for; the processes share the work.
+
+    Started again it goes on. Files appear whole, every `stepdistill.cache.FLUSH` rows. What a source of your own yields
+    beyond its `captions` cannot be known here: training encodes it when it comes, and says so.
+
+    Raises:
+        ConfigError: there is no `train.cache_dir`, or it can be no folder.
+        DataError: the disk refuses.
+    """
+    if not run.train.cache_dir:
+        why, todo = "what is computed must be kept somewhere", "set train.cache_dir"
+        raise ConfigError(problem("no train.cache_dir", "a folder", why, todo))
+    check_cache(run.train)
+    wanted = prompts_of(run)
+    accelerator = begin(run)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    parts = Parts(run.family, run.family.load(PARTS), accelerator.device)
+    feed = Feed(parts, run.train, keys(run, accelerator), accelerator.device)
+    _embed(feed, wanted[rank::processes], rank > 0)
+    source = feed.fixed(run.data)
+    pictures = len(source) if feed.latents else 0
+    if feed.latents:
+        _encode(feed, source, range(rank, pictures, processes), rank > 0)
+    elif "images" in source.provides and rank == 0:
+        logger.warning("train.cache_latents is off: training will read and encode the pictures at every step")
+    distributed.barrier()
+    lacking = len(_lacking(feed.prompts.store, [NULL, *wanted]))
+    if feed.latents:
+        lacking += len(_lacking(feed.latents.store, [str(item) for item in range(pictures)]))
+    accelerator.end_training()
+    return Filled(Path(run.train.cache_dir), len(wanted), pictures, lacking)
+
+
+def prompts_of(run: Run) -> list[str]:
+    """Every prompt that training may ask for, each once: the captions, the empty prompt, those of validation.
+
+    Among them are those of samples that the teacher is still to make.
+    """
+    sources = [run.data, *(part for part in inside(run.data) if isinstance(part, Made) and part is not run.data)]
+    found = dict.fromkeys(["", *run.train.validation_prompts])
+    for source in sources:
+        # which pictures it inverts is only known when it has
+        listed = source.source if isinstance(source, InvertedImages) else source
+        for i in range(len(listed)):
+            try:
+                found.update(dict.fromkeys(listed.captions(i)))
+            except BadSample:  # another item takes its place
+                continue
+    return list(found)
+
+
+def _embed(feed: Feed, mine: Sequence[str], quiet: bool) -> None:
+    store = feed.prompts.store
+    missing = store.missing(mine)
+    if missing:
+        feed.parts.text(f"{len(missing)} of {len(mine)} prompts are not in {feed.folder}")
+    with tqdm(total=len(mine), initial=len(mine) - len(missing), desc="Embeddings", disable=quiet) as bar:
+        for start in range(0, len(missing), SLICE):
+            part = missing[start : start + SLICE]
+            feed.prompts.fill(part)
+            _check(store, feed)
+            bar.update(len(part))
+    _ = feed.null  # makes its row
+    store.save()
+    _check(store, feed)
+
+
+def _encode(feed: Feed, source: Source, mine: Sequence[int], quiet: bool) -> None:
+    assert feed.latents is not None
+    store = feed.latents.store
+    missing = [int(item) for item in store.missing([str(item) for item in mine])]
+    # one picture at a time, since their sizes may differ
+    read = DataLoader(_Pictures(source, missing), collate_fn=_only, num_workers=feed.spec.dataloader_num_workers)
+    with tqdm(total=len(mine), initial=len(mine) - len(missing), desc="Latents", disable=quiet) as bar:
+        for sample in read:
+            if isinstance(sample, BadSample):
+                logger.warning("skipped %s", sample)
+            else:
+                feed.encode([sample])
+                _check(store, feed)
+            bar.update()
+    store.save()
+    _check(store, feed)
+
+
+def _only(batch: list[Sample | BadSample]) -> Sample | BadSample:
+    return batch[0]
+
+
+class _Pictures(Dataset["Sample | BadSample"]):
+    """Items of a source of fixed crops; what cannot be used travels as a value."""
+
+    def __init__(self, source: Source, items: Sequence[int]) -> None:
+        self.source, self.items = source, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, n: int) -> Sample | BadSample:
+        try:
+            return self.source.sample(self.items[n], sample_rng(0, self.items[n]))
+        except BadSample as error:
+            return error
+
+
+def _lacking(store: RowStore, ids: Sequence[str]) -> list[str]:
+    """What is in no file, whichever process was to write it."""
+    return RowStore(store.folder, store.key).missing(ids)
+
+
+def _check(store: RowStore, feed: Feed) -> None:
+    """Raise where the store has given up its folder: it has warned of the reason."""
+    if store.folder is None:
+        got, why = f"a cache that cannot be written to {feed.folder}", "its rows would be lost when this ends"
+        todo = "make room, or name another train.cache_dir, and start again: it goes on from there"
+        raise DataError(problem(got, "room for it", why, todo))

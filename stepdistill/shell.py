@@ -1,0 +1,34 @@
+"""Networks that have a config and no weights: what stands in a pipeline for a part that was left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+from stepdistill.schema import locate
+
+
+def shell(where: str, name: str, kind: str, revision: str | None) -> nn.Module:
+    """Part `name` of the pipeline at `where`, on the meta device: no file of weights is opened.
+
+    A pipeline reads the configs of its parts, such as the autoencoder's for the size of a latent, so None would not do.
+
+    Args:
+        kind: dotted path of the part's class, in Diffusers or Transformers.
+    """
+    network: Any = locate(kind)
+    place: dict[str, Any] = {"subfolder": name, "revision": revision}
+    if issubclass(network, ModelMixin):
+        config, build = network.load_config(where, **place), network.from_config  # pyright: ignore
+    else:
+        config, build = network.config_class.from_pretrained(where, **place), network
+    with torch.device("meta"):
+        return build(config)
+
+
+def is_shell(part: object) -> bool:
+    """Whether a pipeline's part is a network without weights."""
+    return isinstance(part, nn.Module) and any(p.is_meta for p in part.parameters())
