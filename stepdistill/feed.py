@@ -21,7 +21,7 @@ from stepdistill.spec import TrainSpec
 
 logger = logging.getLogger(__name__)
 NULL = "\0"  # the id of the unconditional row, which no prompt has
-BLOCK = 8
+BLOCK = 4  # prompts encoded at once
 
 
 def provided(source: Source) -> set[str]:
@@ -73,7 +73,7 @@ class Feed:
         self.encoded = 0  # rows of prompts that were in no cache
         key = f"{keys.text}/{self.pipe.vae_scale_factor}"  # SDXL's conditions hold it
         folder = self.folder and self.folder / "prompts"
-        self.prompts = PromptCache(self._embed, folder, key, BLOCK if folder else 32)
+        self.prompts = PromptCache(self._embed, folder, key, BLOCK)
 
     @property
     def side(self) -> int:
@@ -93,10 +93,10 @@ class Feed:
         return {key: value.to(self.device) for key, value in self.prompts(prompts).items()}
 
     def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
-        # a kernel may round by the number of rows; what is kept must not depend on which run or process made it
-        filled = prompts + [""] * (BLOCK - len(prompts)) if self.folder else prompts
+        # kernels round by the number of rows (the pooled row of 3 prompts is another than that of 4), and a row must
+        # not depend on which run or process made it
         self.encoded += len(prompts)
-        found = self.family.condition(self.pipe, filled)
+        found = self.family.condition(self.pipe, prompts + [""] * (BLOCK - len(prompts)))
         return {key: value[: len(prompts)] for key, value in found.items()}
 
     @cached_property
@@ -168,10 +168,8 @@ class Feed:
         def encode(items: list[int]) -> Tensor:
             pipe = self.parts.vae(f"latents of {len(items)} pictures are not in {self.folder}")
             rows = pixels[[place[item] for item in items]].to(self.device)
-            # one by one where they are kept, for the reason in `_embed`
-            return torch.cat(
-                [self.family.encode(pipe, part).cpu() for part in rows.split(1 if self.folder else len(rows))]
-            )
+            # one by one, for the reason in `_embed`
+            return torch.cat([self.family.encode(pipe, row).cpu() for row in rows.split(1)])
 
         return self.latents([sample.item for sample in samples], encode)
 

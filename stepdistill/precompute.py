@@ -108,7 +108,8 @@ def _embed(feed: Feed, mine: Sequence[str], quiet: bool) -> None:
             feed.prompts.fill(part)
             _check(store, feed)
             bar.update(len(part))
-    _ = feed.null  # makes its row
+    if not quiet:
+        _ = feed.null  # makes its row, once
     store.save()
     _check(store, feed)
 

@@ -52,6 +52,7 @@ class Run:
 def check(run: Run) -> None:
     """Everything that can be known wrong before anything is loaded."""
     out, spec = Path(run.train.output_dir), run.train
+    check_cache(spec)
     scheduler = run.family.load_scheduler()
     if scheduler is not None:
         check_method(run, run.family.schedule(scheduler))
@@ -59,7 +60,6 @@ def check(run: Run) -> None:
     for source in inside(run.data):
         len(source)  # reads the index, also of a source that the teacher's samples are wrapped around
     Stream(run.data, 1, spec.seed)
-    check_cache(spec)
     if spec.eval_samples:
         report.reference_file(spec)
     used = out.exists() and ((out / "metrics.jsonl").exists() or checkpoint.checkpoints(out))
