@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, pipeline
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, Gemma2Model, T5EncoderModel
 
 from stepdistill import cache, cli, fingerprint
 from stepdistill.cache import RowStore
@@ -53,6 +53,10 @@ ROOT = Path(__file__).parent.parent
 SIDE = 32
 WORDS = ("red apple", "cat face", "rose", "octopus", "blue sky", "dog face", "smiling face", "red heart", "tree")
 PROMPTS = Prompts(prompts=WORDS, proportion_empty_prompts=0.2)
+ENCODERS = (
+    *(CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, Gemma2Model),
+    *(AutoencoderKL, AutoencoderDC),
+)
 LCM = Consistency(num_ddim_timesteps=10, guidance_scale=3.0, ema_decay=None, loss_type="l2")
 
 
@@ -99,7 +103,7 @@ def run_of(place: Path, out: Path, data, kept: Path | None, name: str = "sd", **
 def loads(monkeypatch) -> list[str]:
     """The classes of text encoders and autoencoders that were loaded, in order."""
     found: list[str] = []
-    for kind in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, AutoencoderKL):
+    for kind in ENCODERS:
 
         def counted(*given, plain=kind.from_pretrained, name=kind.__name__, **named):
             found.append(name)
@@ -116,7 +120,7 @@ def sealed(monkeypatch) -> None:
     def refuse(*given, **named):
         raise AssertionError("loaded")
 
-    for kind in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, AutoencoderKL):
+    for kind in ENCODERS:
         monkeypatch.setattr(kind, "from_pretrained", refuse)
 
 
