@@ -91,5 +91,5 @@ def test_the_matrix_in_the_readme_is_of_these_cells():
     """Written by `python eval/tables.py families`."""
     stored = json.loads((Path(__file__).parent.parent / "eval" / "results" / "families.json").read_text())
     cells = {f"{method.__name__}/{name}" for method in concrete(methods, Method) for name in FAMILIES}
-    assert {key for key, cell in stored.items() if cell["outcome"] == "passed"} == cells == set(stored)
+    assert {key for key, cell in stored.items() if "proof" in cell} == cells == set(stored)
     assert set(matrix.FAMILIES) == set(FAMILIES)
