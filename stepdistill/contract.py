@@ -20,6 +20,7 @@ from torch import nn
 from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import BUNDLED_NAMES, Family
 from stepdistill.prediction import Kind
+from stepdistill.quantize import dense
 from stepdistill.roles import AdapterArch
 from stepdistill.sampling import Sampler
 from stepdistill.schema import pick
@@ -283,7 +284,7 @@ def _hash(net: nn.Module, dtype: torch.dtype) -> str:
     base = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
     digest = sha256()
     for key in sorted(base):
-        flat = base[key].detach().flatten()
+        flat = dense(base[key].detach()).flatten()
         some = flat[:: max(1, len(flat) // SAMPLED)].to("cpu", dtype).contiguous()
         digest.update(f"{key} {tuple(base[key].shape)}".encode() + some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

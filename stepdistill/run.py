@@ -18,7 +18,7 @@ from stepdistill.families.base import Family
 from stepdistill.feed import check_cache, check_needs
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Method
-from stepdistill.roles import Ema, LoraSpec
+from stepdistill.roles import Copy, Ema, LoraSpec
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import NoiseSchedule
 from stepdistill.spec import TrainSpec
@@ -72,6 +72,14 @@ def check(run: Run) -> None:
                 "go on with --resume_from_checkpoint latest, start anew with --overwrite_output_dir, or name another",
             )
         )
+    copies = [name for name, role in run.method.roles().items() if isinstance(role, Copy)]
+    if run.family.quantization is not None and copies:
+        got, why = (
+            f"family.quantization with {type(run.method).__name__}",
+            f"it trains {copies[0]!r} as a whole network",
+        )
+        todo = "leave family.quantization out, or take a method whose roles are LoRAs"
+        raise ConfigError(problem(got, "roles that are LoRAs or adapters", why + ", which few bits cannot learn", todo))
     if spec.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
         raise ConfigError(
             problem(

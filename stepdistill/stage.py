@@ -241,7 +241,7 @@ def prepare(run: Run) -> Stage:
     if spec.enable_xformers_memory_efficient_attention:
         net.enable_xformers_memory_efficient_attention()  # pyright: ignore[reportCallIssue]
     parts = Parts(family, pipe, accelerator.device)
-    if dtype != torch.float32:
+    if dtype != torch.float32 and family.quantization is None:
         net.to(dtype)
     targets = family.lora_targets(net)
     backbone = Backbone(net, run.lora, targets, family.tap(net), spec.seed, family.narrow, family.sites(net))

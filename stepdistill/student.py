@@ -93,8 +93,9 @@ def write(
         steps=steps,
     )
     dtype = next(backbone.net.parameters()).dtype
-    # the base was rounded in training and the LoRA was not; `net.to` would warn of it
-    nn.Module.to(family.network(plain), dtype).float()
+    if family.quantization is None:
+        # the base was rounded in training and the LoRA was not; `net.to` would warn of it
+        nn.Module.to(family.network(plain), dtype).float()
     into_pipeline(plain, folder, contract, family, "student")
     proof = prove(contract, family, plain, pipe, backbone, role, seed)
     if not proof.difference <= proof.tolerance:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stepdistill import distributed
 from stepdistill.backbone import Backbone
 from stepdistill.methods.base import Method
+from stepdistill.quantize import dense
 from stepdistill.roles import Ema
 from stepdistill.spec import TrainSpec
 
@@ -60,7 +61,7 @@ class Team:
         with torch.no_grad():
             # weighted, since Adam's first steps are +-lr, which a plain sum can miss
             return {
-                key: p.flatten().double() @ torch.linspace(1, 2, p.numel(), dtype=torch.float64, device=p.device)
+                key: dense(p).flatten().double() @ torch.linspace(1, 2, p.numel(), dtype=torch.float64, device=p.device)
                 for key, p in named.items()
             }
 

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
+from stepdistill import quantize
 from stepdistill.denoiser import Condition
 from stepdistill.errors import ConfigError, problem
 from stepdistill.prediction import Kind
 from stepdistill.roles import Sites, Tap
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import NoiseSchedule
-from stepdistill.schema import locate
+from stepdistill.schema import Factory, locate
 from stepdistill.shell import shell
 from stepdistill.tiny import bundled
 
@@ -39,6 +41,9 @@ class Family(ABC):
         variant: file variant, such as `fp16`.
         single_file_config: a pipeline folder or hub id whose configs go with a single file.
         teacher_loras: LoRA folders or files fused into the teacher before anything else.
+        quantization: how the frozen denoiser is kept in fewer bits, by dotted path: a config of Diffusers, as
+            `diffusers.BitsAndBytesConfig` with `load_in_4bit: true`, or of torchao, as
+            `torchao.quantization.Int8WeightOnlyConfig`. What is trained stays float32.
     """
 
     network_name: ClassVar[str]
@@ -50,6 +55,7 @@ class Family(ABC):
     variant: str | None = None
     single_file_config: str | None = None
     teacher_loras: tuple[str, ...] = ()
+    quantization: Factory | None = None
 
     def location(self) -> str:
         """Where the teacher lies: a path or a hub id. Raises ConfigError for what can be neither."""
@@ -91,6 +97,7 @@ class Family(ABC):
                 single file, and of a teacher with LoRAs, they are read all the same, and then let go.
         """
         where = self.location()
+        quantize.check(self.quantization, where.endswith(".safetensors"), bool(self.teacher_loras))
         if self.teacher_loras and not self.loads_lora:
             got, expected = f"family.teacher_loras for a {self.pipeline_class.__name__}", "none"
             todo = "fuse them by `stepdistill convert --to fused`, and give the network that this makes"
@@ -106,10 +113,15 @@ class Family(ABC):
             for name, part in index.items():
                 if name not in given and self.part_of(name) in without and not self.teacher_loras:
                     given[name] = shell(where, name, ".".join(part), self.revision)
+            if self.quantization is not None and "denoiser" not in without:
+                given["quantization_config"] = quantize.quantized(self.quantization, self.network_name)
+                given["torch_dtype"] = torch.float32  # of what is not quantised; else torchao takes bfloat16
             pipe = self.pipeline_class.from_pretrained(where, revision=self.revision, variant=self.variant, **given)
-        for part in pipe.components.values():
+        for name, part in pipe.components.items():
             if isinstance(part, nn.Module):
-                part.float().requires_grad_(False)  # transformers loads a file of halves in half
+                part.requires_grad_(False)
+                if name != self.network_name or self.quantization is None:
+                    part.float()  # transformers loads a file of halves in half
         for lora in self.teacher_loras:
             pipe.load_lora_weights(lora)
             pipe.fuse_lora()
