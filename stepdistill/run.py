@@ -74,12 +74,10 @@ def check(run: Run) -> None:
         )
     copies = [name for name, role in run.method.roles().items() if isinstance(role, Copy)]
     if run.family.quantization is not None and copies:
-        got, why = (
-            f"family.quantization with {type(run.method).__name__}",
-            f"it trains {copies[0]!r} as a whole network",
-        )
+        got = f"family.quantization with {type(run.method).__name__}"
+        why = f"it trains {copies[0]!r} as a whole network, which few bits cannot learn"
         todo = "leave family.quantization out, or take a method whose roles are LoRAs"
-        raise ConfigError(problem(got, "roles that are LoRAs or adapters", why + ", which few bits cannot learn", todo))
+        raise ConfigError(problem(got, "roles that are LoRAs or adapters", why, todo))
     if spec.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
         raise ConfigError(
             problem(
