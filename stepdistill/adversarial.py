@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -30,9 +31,10 @@ def features_before(net: nn.Module, tap: Tap, x_t: Tensor, call: Callable[[], ob
     def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
         raise _Reached(inspect.signature(module.forward).bind(*args, **kwargs).arguments["hidden_states"])
 
-    handle = net.get_submodule(tap.before).register_forward_pre_hook(stop, with_kwargs=True)
+    handle = net.get_submodule(tap.before).register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
-        call()
+        with _ending(net):
+            call()
     except _Reached as reached:
         found = reached.features
     else:
@@ -43,6 +45,37 @@ def features_before(net: nn.Module, tap: Tap, x_t: Tensor, call: Callable[[], ob
         height, width = (side // tap.patch for side in x_t.shape[-2:])
         found = found.transpose(1, 2).reshape(len(found), -1, height, width)
     return found
+
+
+@contextmanager
+def _ending(net: nn.Module) -> Iterator[None]:
+    """A pass of `net` that ends early ends as others do, with the features as its output, and then leaves the call.
+
+    Hooks on the whole network see no end of a pass that an exception leaves, and a sharded one would keep its weights
+    gathered.
+    """
+    own, forward, ended = vars(net).get("forward"), net.forward, list[Tensor]()
+
+    def run(*args: object, **kwargs: object) -> object:
+        try:
+            return forward(*args, **kwargs)
+        except _Reached as reached:
+            ended.append(reached.features)
+            return reached.features
+
+    def leave(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if ended:
+            raise _Reached(output)
+
+    last = net.register_forward_hook(leave)
+    net.forward = run
+    try:
+        yield
+    finally:
+        last.remove()
+        del net.forward
+        if own is not None:
+            net.forward = own
 
 
 class Head(nn.Module):

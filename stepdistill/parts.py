@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,17 +21,17 @@ class Parts:
 
     Args:
         pipe: of `family`. It stays one object; parts are set on it.
-        device: where every part goes.
+        device: where every part goes, but for those named in `stay`.
     """
 
-    def __init__(self, family: Family, pipe: DiffusionPipeline, device: torch.device) -> None:
+    def __init__(self, family: Family, pipe: DiffusionPipeline, device: torch.device, stay: Sequence[str] = ()) -> None:
         self.family, self.pipe, self.device = family, pipe, device
         self._left: dict[Part, list[str]] = {"text": [], "vae": []}
         for name, part in pipe.components.items():
             kind = family.part_of(name)
             if is_shell(part) and kind in self._left:
                 self._left[kind].append(name)
-            elif isinstance(part, nn.Module) and not is_shell(part):
+            elif isinstance(part, nn.Module) and not is_shell(part) and name not in stay:
                 part.to(device)
 
     def text(self, why: str) -> DiffusionPipeline:

@@ -19,6 +19,7 @@ from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import Family, each
 from stepdistill.roles import TEACHER
 from stepdistill.sampling import few_step
+from stepdistill.sharding import is_sharded, stream
 
 PROMPTS = ("red apple", "")
 # half precision turns rounding in the seventh digit into rounding in the third, and the steps carry it on
@@ -49,7 +50,10 @@ def prove(
     """
     parameter = next(backbone.net.parameters())
     device, dtype = parameter.device, parameter.dtype
-    plain.to(device)
+    if is_sharded(backbone.net):
+        stream(plain, family.network(plain), device)
+    else:
+        plain.to(device)
     plain.set_progress_bar_config(disable=True)
     shape = family.latent_shape(plain, *contract.resolution)
     noise = torch.randn(len(PROMPTS), *shape, generator=torch.Generator().manual_seed(seed)).to(device)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
-from stepdistill import student
+from stepdistill import sharding, student
 from stepdistill.data import Partition, inside
 from stepdistill.errors import ConfigError, problem
 from stepdistill.evaluate import SEED_B, Reference, Row, generate, grid, student_row, teacher_row
@@ -84,7 +84,10 @@ def _show(stage: Stage, out: Path) -> dict[str, Any]:
     own = len(run.method.sampler(run.family.schedule(teacher.scheduler)).timesteps)
     rows = [student_row(run.family, run.method, teacher, n) for n in sorted({own, FEW, 2, 1}, reverse=True)]
     for pipe in (teacher, plain):
-        pipe.to(stage.accelerator.device)
+        if stage.shards is None:
+            pipe.to(stage.accelerator.device)
+        else:
+            sharding.stream(pipe, run.family.network(pipe), stage.accelerator.device)
     if spec.validation_prompts:
         prompts, size = list(spec.validation_prompts), (stage.feed.side, stage.feed.side)
         made = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from stepdistill import checkpoint, config, distributed, report, student
+from stepdistill import checkpoint, config, distributed, report, sharding, student
 from stepdistill.backbone import Backbone
 from stepdistill.data import InvertedImages, Source, Stream, TeacherSamples, Trajectories, inside
 from stepdistill.errors import ConfigError, problem
@@ -56,6 +56,8 @@ def check(run: Run) -> None:
     scheduler = run.family.load_scheduler()
     if scheduler is not None:
         check_method(run, run.family.schedule(scheduler))
+    if spec.shard_base:
+        sharding.check(run.method.roles())
     check_needs(run.data, run.method.needs, type(run.method).__name__)
     for source in inside(run.data):
         len(source)  # reads the index, also of a source that the teacher's samples are wrapped around
@@ -136,14 +138,20 @@ def distill(run: Run) -> Path:
     loop = assemble(stage, team)
     finished = loop.fit()
     stage.feed.save()
+    finish = partial(report.finish, stage)
+    if finished and stage.shards is not None:
+        stage.lead(finish)  # while there still is a process group
     accelerator.end_training()
-    if finished and accelerator.is_main_process:
-        report.finish(stage)
+    if finished and stage.shards is None:
+        stage.lead(finish)
     return out
 
 
 def fill(stage: Stage) -> None:
-    """Let the teacher make what the data sources lack of its samples; all processes share the work."""
+    """Let the teacher make what the data sources lack of its samples.
+
+    All processes share the work, but for a sharded teacher, whose every call takes all of them.
+    """
     rank, processes = stage.accelerator.process_index, stage.accelerator.num_processes
     for source in inside(stage.run.data):
         match source:
@@ -155,7 +163,11 @@ def fill(stage: Stage) -> None:
                 make = partial(stage.invert, steps=source.num_inference_steps)
             case _:
                 continue
-        source.fill(make, stage.feed.shape, stage.digest, rank, processes)
+        one = partial(source.fill, make, stage.feed.shape, stage.digest)
+        if stage.shards is None:
+            one(rank, processes)
+        else:
+            stage.lead(one)
         distributed.barrier()
 
 
@@ -192,11 +204,14 @@ def assemble(stage: Stage, team: Team) -> Loop:
     accelerator.init_trackers(spec.tracker_project_name, config=None)
     _announce(run, team, parts, start)
     batches = stage.feed.batches(run.data, start, accelerator.process_index, accelerator.num_processes)
-    watch = Watch.begin(stage, logs, start)
+    watch = stage.lead(partial(Watch.begin, stage, logs, start))
 
-    def validate(step: int) -> bool:
+    def look(step: int) -> bool:
         stage.draw(step, logs)
         return watch is not None and watch.look(step)
+
+    def validate(step: int) -> bool:
+        return bool(stage.lead(partial(look, step)))
 
     return Loop(
         method=run.method,

@@ -27,6 +27,9 @@ class TrainSpec:
         mixed_precision: no, bf16 or fp16, of the frozen base and of arithmetic; none takes accelerate's. What is
             trained is float32.
         gradient_checkpointing: less memory, about a third more time.
+        shard_base: each process keeps a share of the frozen base and gathers it block by block, for a base that
+            outgrows a device; needs several processes and takes more time. The teacher's samples are then made by one
+            process for all.
         torch_compile: compile the network; not yet run on a GPU.
         allow_tf32: TF32 matrix products on CUDA.
         enable_xformers_memory_efficient_attention: CUDA only; the default is torch's own attention.
@@ -68,6 +71,7 @@ class TrainSpec:
     max_grad_norm: float | None = 1.0
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     gradient_checkpointing: bool = False
+    shard_base: bool = False
     torch_compile: bool = False
     allow_tf32: bool = False
     enable_xformers_memory_efficient_attention: bool = False
@@ -105,6 +109,8 @@ class TrainSpec:
             )
         if 0 < self.eval_samples < 40:
             raise ValueError(f"eval_samples is {self.eval_samples}: expected 40 or more, for 20 blocks of two; or 0")
+        if self.shard_base and self.torch_compile:
+            raise ValueError("shard_base with torch_compile: the two were never tried together; switch one off")
         if self.watch_samples < 0 or self.watch_samples == 1:
             raise ValueError(
                 f"watch_samples is {self.watch_samples}: expected 2 or more, since diversity needs pairs; or 0"

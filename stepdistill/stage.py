@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from stepdistill import student
+from stepdistill import sharding, student
 from stepdistill.backbone import Backbone
 from stepdistill.data import GuidedState
 from stepdistill.data.samples import noise_of
@@ -35,10 +35,12 @@ from stepdistill.metrics.straightness import paths
 from stepdistill.parts import Parts
 from stepdistill.roles import TEACHER
 from stepdistill.sampling import few_step, follow
+from stepdistill.sharding import Shards
 
 if TYPE_CHECKING:
     from stepdistill.run import Run
 
+T = TypeVar("T")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -53,6 +55,7 @@ class Stage:
     dtype: torch.dtype
     backbone: Backbone
     feed: Feed
+    shards: Shards | None = None
 
     @property
     def digest(self) -> str:
@@ -64,6 +67,12 @@ class Stage:
         family = self.run.family
         schedule, kind = family.schedule(self.pipe.scheduler), family.kind(self.pipe)
         return Denoiser(self.backbone, role, schedule, kind, family.call, self.dtype)
+
+    def lead(self, job: Callable[[], T]) -> T | None:
+        """What `job()` gives on the main process, which works alone; None on the others. All processes come here."""
+        if self.shards is not None:
+            return self.shards.lead(job)
+        return job() if self.accelerator.is_main_process else None
 
     def play(self, step: int) -> Play:
         """What the method may touch in a step."""
@@ -233,6 +242,8 @@ def prepare(run: Run) -> Stage:
     """
     spec, family = run.train, run.family
     accelerator = begin(run)
+    if spec.shard_base:
+        sharding.check_processes(accelerator.num_processes)
     pipe = family.load(("text", "vae") if spec.cache_dir else ())
     student.warn_of_licence(family)
     base = base_of(pipe, family)  # before any rounding
@@ -240,13 +251,15 @@ def prepare(run: Run) -> Stage:
     net = family.network(pipe)
     if spec.enable_xformers_memory_efficient_attention:
         net.enable_xformers_memory_efficient_attention()  # pyright: ignore[reportCallIssue]
-    parts = Parts(family, pipe, accelerator.device)
+    stay = (family.network_name,) if spec.shard_base else ()  # the whole network may not fit on the device
+    parts = Parts(family, pipe, accelerator.device, stay)
     if dtype != torch.float32 and family.quantization is None:
         net.to(dtype)
     targets = family.lora_targets(net)
     backbone = Backbone(net, run.lora, targets, family.tap(net), spec.seed, family.narrow, family.sites(net))
     feed = Feed(parts, spec, keys(run, accelerator), accelerator.device)
-    return Stage(run, accelerator, pipe, base, dtype, backbone, feed)
+    shards = sharding.shard(backbone, accelerator.device, dtype) if spec.shard_base else None
+    return Stage(run, accelerator, pipe, base, dtype, backbone, feed, shards)
 
 
 def keys(run: Run, accelerator: Accelerator) -> Keys:

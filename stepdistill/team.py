@@ -8,7 +8,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from stepdistill import distributed
+from stepdistill import distributed, sharding
 from stepdistill.backbone import Backbone
 from stepdistill.methods.base import Method
 from stepdistill.quantize import dense
@@ -54,10 +54,12 @@ class Team:
             optimizer.zero_grad(set_to_none=True)
 
     def fingerprint(self) -> dict[str, Tensor]:
-        """One number for each tensor, frozen ones too; two of these tell what has moved."""
+        """One number for each tensor, or this process's share of it, frozen ones too; two tell what has moved."""
         named = {f"{role}/{key}": p for role in self.backbone.declared for key, p in self.params(role).items()}
         own = {id(p) for p in named.values()}
-        named |= {f"base/{key}": p for key, p in self.backbone.net.named_parameters() if id(p) not in own}
+        named |= {
+            f"base/{key}": sharding.local(p) for key, p in self.backbone.net.named_parameters() if id(p) not in own
+        }
         with torch.no_grad():
             # weighted, since Adam's first steps are +-lr, which a plain sum can miss
             return {

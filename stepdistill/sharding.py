@@ -1,0 +1,152 @@
+"""A base that outgrows a device: each process keeps a share of it, and blocks are gathered one at a time for use.
+
+By torch's `fully_shard` (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html). Only the frozen base
+is sharded. Roles are whole and plain tensors on every process, as without: `stepdistill.distributed` averages their
+gradients. A call of a sharded network takes every process, so what one process does alone, such as drawing validation
+pictures, goes through `Shards.lead`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import send_to_device
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from stepdistill import distributed
+from stepdistill.backbone import Backbone
+from stepdistill.errors import ConfigError, problem
+from stepdistill.roles import Copy, Role
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # how long the others wait for the next call while one process works alone
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A sharded network, and how one process calls it outside training.
+
+    Args:
+        dtype: precision of its arithmetic.
+        group: carries messages between processes, on the CPU.
+    """
+
+    net: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    group: dist.ProcessGroup
+
+    def lead(self, job: Callable[[], T]) -> T | None:
+        """What `job()` gives on the first process; the others take part in its calls of the network, and get None.
+
+        It may not differentiate through the network. All processes must come here.
+        """
+        if distributed.world()[0]:
+            return self._follow()
+        handle = self.net.register_forward_pre_hook(self._tell, with_kwargs=True, prepend=True)
+        try:
+            return job()
+        finally:
+            handle.remove()
+            dist.broadcast_object_list([None], src=0, group=self.group)
+
+    def _tell(self, net: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        dist.broadcast_object_list([send_to_device((args, kwargs), "cpu")], src=0, group=self.group)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        while True:
+            message: list[Any] = [None]
+            dist.broadcast_object_list(message, src=0, group=self.group)
+            if message[0] is None:
+                return
+            args, kwargs = send_to_device(message[0], self.device)
+            # the same pass, not only the same exchange: `fully_shard` plans backward by the passes that it has seen
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                self.net(*args, **kwargs)
+
+
+def check(roles: Mapping[str, Role]) -> None:
+    """Raise ConfigError for roles that a sharded base cannot have."""
+    for name, role in roles.items():
+        if isinstance(role, Copy):
+            raise ConfigError(
+                problem(
+                    f"train.shard_base with role {name!r}, a network of its own",
+                    "roles that are LoRAs, adapters or heads on the base",
+                    "every process would hold it whole, in float32, with gradients and an optimizer's states: many "
+                    "times what sharding saves",
+                    "switch train.shard_base off, or choose a method whose student is a LoRA",
+                )
+            )
+
+
+def check_processes(count: int) -> None:
+    """Raise ConfigError for one process alone."""
+    if count < 2:
+        raise ConfigError(
+            problem(
+                "train.shard_base with one process",
+                "two or more",
+                "a share of the base would be all of it",
+                "use configs/accelerate/multi_gpu_sharded.yaml, or switch train.shard_base off",
+            )
+        )
+
+
+def shard(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Shards:
+    """Spread the base over all processes, in place. Roles may be there already, or be added later.
+
+    The units that are gathered together are those that the network's class names in `_no_split_modules`, as the ones
+    that no device map may split; what is left is one unit more. Each goes to the device when its turn comes, so the
+    whole never lies there.
+    """
+    net: Any = backbone.net
+    mesh = init_device_mesh(device.type, (distributed.world()[1],))
+    roles = {p for name in backbone.declared for p in backbone.parameters_of(name).values()}
+    blocks = [module for module in net.modules() if type(module).__name__ in (net._no_split_modules or ())]
+    if not blocks:
+        raise ConfigError(
+            problem(
+                f"train.shard_base with {type(net).__name__}, which names no blocks in `_no_split_modules`",
+                "blocks to gather one at a time",
+                "all of it would be gathered at once",
+                "switch train.shard_base off",
+            )
+        )
+    for module in [*reversed(blocks), net]:  # inner ones first
+        # also the last: what stays gathered on one process and not on another would part their exchanges
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=roles)
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    return Shards(net, device, dtype, group)
+
+
+def is_sharded(net: nn.Module) -> bool:
+    """Whether each process holds a share of the network only."""
+    return isinstance(net, FSDPModule)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def stream(pipe: DiffusionPipeline, net: Any, device: torch.device) -> None:  # noqa: ANN401
+    """Put a pipeline on the device, but its network `net` only layer by layer, for the time that each takes.
+
+    For a plain pipeline, in a process of its own, of a base that had to be sharded.
+    """
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and part is not net:
+            part.to(device)
+    net.enable_group_offload(device, torch.device("cpu"), "leaf_level")
