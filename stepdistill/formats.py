@@ -1,0 +1,283 @@
+"""A LoRA as its file formats have it: tensors under names, to and from one form of it.
+
+Three formats hold the same numbers:
+
+- `diffusers`: Diffusers' names, `lora_A` and `lora_B`; rank and alpha are in the file's metadata.
+- `kohya`: the original implementation's names as sd-scripts spell them, `lora_down`, `lora_up` and an `alpha` of each
+  layer; where the original fuses projections, so does the file.
+- `comfyui`: for UNets the same as kohya. For SD3, Flux and PixArt ComfyUI reads Diffusers' names, which need no
+  fusing, with an `alpha` of each layer. It does not read metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.keys import NETWORKS, Layer, by_name, by_part
+
+Format = Literal["diffusers", "kohya", "comfyui"]
+FORMATS: tuple[Format, ...] = ("diffusers", "kohya", "comfyui")
+FAMILIES: dict[Format, tuple[str, ...]] = {
+    "diffusers": tuple(NETWORKS),
+    "kohya": ("sd", "sdxl", "sd3", "flux"),
+    "comfyui": ("sd", "sdxl", "sd3", "flux", "pixart"),
+}
+METADATA = "lora_adapter_metadata"
+DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+A, B = "lora_A.weight", "lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The LoRA of one layer: `W + alpha / rank * up @ down`.
+
+    Args:
+        down: (rank, inputs), of a convolution (rank, channels, height, width).
+        up: (outputs, rank), of a convolution (outputs, rank, 1, 1).
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / len(self.down)
+
+    def product(self) -> Tensor:
+        """What is added to the layer's weight, as (outputs, inputs), in float32."""
+        return self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
+
+
+Lora = dict[str, Part]  # by the layer's name in Diffusers' pipeline, such as `unet.conv_in`
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a file's tensors are.
+
+    Args:
+        unknown: keys that no layer of the family has, or whose layer lacks another one of its tensors.
+        mute: layers without an alpha of their own, for which alpha is the rank.
+    """
+
+    lora: Lora
+    unknown: tuple[str, ...]
+    mute: tuple[str, ...] = ()
+
+
+def format_of(state: Mapping[str, Tensor]) -> Format | None:
+    """The format that keys are in; None where they are in none of the three."""
+    if any(key.startswith("lora_") and key.endswith((DOWN, UP)) for key in state):
+        return "kohya"
+    if not any(key.endswith((A, B)) for key in state):
+        return None
+    return "comfyui" if any(key.endswith("." + ALPHA) for key in state) else "diffusers"
+
+
+def read(state: Mapping[str, Tensor], metadata: Mapping[str, str], family: str, per_block: int = 2) -> Read:
+    """The LoRA in a file's tensors. ValueError for tensors whose shapes do not go together."""
+    if format_of(state) == "kohya":
+        return _read_kohya(state, by_name(family, per_block))
+    facts = json.loads(metadata.get(METADATA, "{}")) if format_of(state) == "diffusers" else {}
+    return _read_named(state, facts, by_part(family, per_block))
+
+
+def write(lora: Lora, to: Format, family: str, per_block: int = 2) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a file. ValueError for a format that does not know the family."""
+    if family not in FAMILIES[to]:
+        raise ValueError(f"{to} has no names for the layers of {family}")
+    if to == "diffusers":
+        state = {f"{name}.{end}": value for name, p in lora.items() for end, value in ((A, p.down), (B, p.up))}
+        return _sorted(state), {"format": "pt", METADATA: json.dumps(_facts(lora), sort_keys=True)}
+    if to == "comfyui" and NETWORKS[family] == "transformer":
+        return _with_alpha(lora, A, B), {"format": "pt"}
+    known, gathered = by_part(family, per_block), defaultdict(dict)
+    for name, part in lora.items():
+        gathered[known[name]][name] = part
+    fused = {layer.name: fuse([parts.get(name) for name in layer.parts], layer) for layer, parts in gathered.items()}
+    return _with_alpha(fused, DOWN, UP), {"format": "pt"}
+
+
+def fuse(parts: Sequence[Part | None], layer: Layer) -> Part:
+    """The LoRA of an original layer from those of its parts, None where a part has none.
+
+    Different `down` go below one another and the `up` on a diagonal of blocks, so that the rank is the sum of theirs;
+    one `down` that all share stays one. Exact where the parts have one alpha / rank; else `up` takes the ratio in.
+    """
+    known = [part for part in parts if part is not None]
+    first = known[0]
+    if len(parts) == 1:
+        return replace(first, up=_swapped(first.up, first.down, layer))
+    width = first.down.shape[1]
+    sizes = [rows * width for rows in layer.rows]
+    for part, size in zip(parts, sizes, strict=True):
+        if part is not None and (len(part.up) != size or part.down.shape[1] != width):
+            raise ValueError(f"{layer.parts}: shapes {[tuple(p.up.shape) for p in known]}, expected {sizes} rows")
+    shared = all(torch.equal(part.down, first.down) and part.alpha == first.alpha for part in known)
+    if shared and len(known) == len(parts):
+        return Part(first.down, torch.cat([part.up for part in known]), first.alpha)
+    down = torch.cat([part.down for part in known])
+    up = first.up.new_zeros(sum(sizes), len(down))
+    row = column = 0
+    for part, size in zip(parts, sizes, strict=True):
+        if part is not None:
+            block = part.up if part.scale == first.scale else part.up * (part.scale / first.scale)
+            up[row : row + size, column : column + len(part.down)] = block
+            column += len(part.down)
+        row += size
+    return Part(down, up, first.alpha * len(down) / len(first.down))
+
+
+def split(part: Part, layer: Layer) -> list[Part | None]:
+    """The LoRAs of an original layer's parts: what `fuse` joined, where `up` is a diagonal of blocks.
+
+    Else each part has all of `down`, and its own rows of `up`.
+    """
+    if len(layer.parts) == 1:
+        return [replace(part, up=_swapped(part.up, part.down, layer))]
+    sizes = [rows * part.down.shape[1] for rows in layer.rows]
+    if sum(sizes) != len(part.up):
+        raise ValueError(f"{layer.name}: up has {len(part.up)} rows, expected {sum(sizes)} for {layer.parts}")
+    rows = part.up.split(sizes)
+    ranks = _ranks([(block != 0).any(0) for block in rows])
+    if ranks is None:
+        return [Part(part.down, block.contiguous(), part.alpha) for block in rows]
+    found: list[Part | None] = []
+    start = 0
+    for block, rank in zip(rows, ranks, strict=True):
+        columns, start = slice(start, start + rank), start + rank
+        alpha = part.alpha * rank / len(part.down)
+        found.append(Part(part.down[columns].clone(), block[:, columns].contiguous(), alpha) if rank else None)
+    return found
+
+
+def _ranks(used: Sequence[Tensor]) -> list[int] | None:
+    """How many columns of a diagonal of blocks belong to each part, by those that are not zero in its rows.
+
+    Equal ranks are tried first, of all parts and then of fewer; None where there are no such blocks.
+    """
+    total, parts = len(used[0]), range(len(used))
+    for count in range(len(used), 0, -1):
+        for chosen in combinations(parts, count) if total % count == 0 else ():
+            ranks = [total // count if i in chosen else 0 for i in parts]
+            starts = [sum(ranks[:i]) for i in parts]
+            outside = (torch.cat([u[:s], u[s + r :]]) for u, s, r in zip(used, starts, ranks, strict=True))
+            if not any(bool(rest.any()) for rest in outside):
+                return ranks
+    ends = [int(u.nonzero().max()) + 1 if u.any() else 0 for u in used]
+    begins = [int(u.nonzero().min()) if u.any() else 0 for u in used]
+    ranks, start = [], 0
+    for begin, end in zip(begins, ends, strict=True):
+        if end and begin < start:
+            return None
+        ranks.append(max(end - start, 0))
+        start = max(end, start)
+    last = max(i for i in parts if ranks[i])
+    ranks[last] += total - start  # columns that are zero everywhere
+    return ranks
+
+
+def _swapped(up: Tensor, down: Tensor, layer: Layer) -> Tensor:
+    swap = layer.swap and len(up) == 2 * down.shape[1]
+    return torch.cat([up[len(up) // 2 :], up[: len(up) // 2]]) if swap else up
+
+
+def _part(tensors: Mapping[str, Tensor], down: str, up: str, alpha: float | None, name: str) -> Part:
+    first, second = tensors[down], tensors[up]
+    if first.ndim < 2 or second.ndim != first.ndim or second.shape[1] != len(first):
+        raise ValueError(f"{name}: shapes {tuple(first.shape)} and {tuple(second.shape)} have no rank in common")
+    return Part(first, second, float(len(first)) if alpha is None else alpha)
+
+
+def _grouped(state: Mapping[str, Tensor], ends: Sequence[str]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Tensors by layer and by what they are, and the keys that are nothing of the kind."""
+    groups, odd = defaultdict(dict), []
+    for key, value in state.items():
+        end = next((end for end in ends if key.endswith("." + end)), None)
+        if end is None:
+            odd.append(key)
+        else:
+            groups[key.removesuffix("." + end)][end] = value
+    return groups, odd
+
+
+def _read_kohya(state: Mapping[str, Tensor], known: Mapping[str, Layer]) -> Read:
+    groups, odd = _grouped(state, (DOWN, UP, ALPHA))
+    lora, mute = {}, []
+    for name, tensors in groups.items():
+        if name not in known or not {DOWN, UP} <= tensors.keys():
+            odd += [f"{name}.{end}" for end in tensors]
+            continue
+        alpha = tensors[ALPHA].item() if ALPHA in tensors else None
+        mute += [name] if alpha is None else []
+        whole = _part(tensors, DOWN, UP, alpha, name)
+        for part, one in zip(known[name].parts, split(whole, known[name]), strict=True):
+            lora |= {part: one} if one is not None else {}
+    return Read(lora, tuple(sorted(odd)), tuple(mute))
+
+
+def _read_named(state: Mapping[str, Tensor], facts: Mapping[str, Any], known: Mapping[str, Layer]) -> Read:
+    groups, odd = _grouped(state, (A, B, ALPHA))
+    lora, mute = {}, []
+    for name, tensors in groups.items():
+        if name not in known or not {A, B} <= tensors.keys():
+            odd += [f"{name}.{end}" for end in tensors]
+            continue
+        alpha = tensors[ALPHA].item() if ALPHA in tensors else _alpha(facts, name, len(tensors[A]))
+        mute += [name] if alpha is None else []
+        lora[name] = _part(tensors, A, B, alpha, name)
+    return Read(lora, tuple(sorted(odd)), tuple(mute))
+
+
+def _alpha(facts: Mapping[str, Any], name: str, rank: int) -> float | None:
+    """A layer's alpha by PEFT's config in the metadata; None without one."""
+    component, _, inner = name.partition(".")
+    alpha = facts.get(f"{component}.lora_alpha")
+    if alpha is None:
+        return None
+    for pattern, other in (facts.get(f"{component}.alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", inner):  # as PEFT has it
+            alpha = other
+            break
+    return float(alpha) * (math.sqrt(rank) if facts.get(f"{component}.use_rslora") else 1)
+
+
+def _facts(lora: Lora) -> dict[str, Any]:
+    """PEFT's config of each component, as Diffusers stores it."""
+    facts: dict[str, Any] = {}
+    for component in sorted({name.partition(".")[0] for name in lora}):
+        parts = {n.partition(".")[2]: p for n, p in lora.items() if n.startswith(component + ".")}
+        rank = Counter(len(p.down) for p in parts.values()).most_common(1)[0][0]
+        alpha = Counter(p.alpha for p in parts.values()).most_common(1)[0][0]
+        facts |= {
+            f"{component}.r": rank,
+            f"{component}.lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            f"{component}.target_modules": sorted(parts),
+            # `^`: else `proj_out` would be the last layer of every block, too
+            f"{component}.rank_pattern": {f"^{n}": len(p.down) for n, p in parts.items() if len(p.down) != rank},
+            f"{component}.alpha_pattern": {f"^{n}": p.alpha for n, p in parts.items() if p.alpha != alpha},
+        }
+    return facts
+
+
+def _with_alpha(lora: Mapping[str, Part], down: str, up: str) -> dict[str, Tensor]:
+    state = {}
+    for name, part in lora.items():
+        state |= {f"{name}.{down}": part.down, f"{name}.{up}": part.up, f"{name}.{ALPHA}": torch.tensor(part.alpha)}
+    return _sorted(state)
+
+
+def _sorted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # a copy of its own of each: safetensors refuses tensors that share memory
+    return {key: state[key].detach().clone().contiguous() for key in sorted(state)}
