@@ -119,7 +119,7 @@ def write_card(folder: Path, contract: Contract, address: str | None = None) -> 
         template_str=TEMPLATE,
         **_base(contract),
         steps=f"{n} step{'s' * (n > 1)}",
-        what=WHAT[contract.kind],
+        what="A network" if contract.network and contract.network.fused else WHAT[contract.kind],
         loader="stepdistill" if contract.adapters else "plain Diffusers",
         method=str(contract.method["type"]).rpartition(".")[2],
         grid=(folder / "samples" / "grid.png").exists(),

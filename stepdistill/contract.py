@@ -43,10 +43,14 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """The whole network in the folder, in place of the base's: its class in Diffusers, and its size."""
+    """The whole network in the folder, in place of the base's: its class in Diffusers, and its size.
+
+    `fused` says that it is the base's own with a LoRA fused in.
+    """
 
     class_name: str
     parameters: int
+    fused: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

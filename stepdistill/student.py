@@ -21,6 +21,7 @@ from stepdistill.card import write_card
 from stepdistill.contract import (
     CONTRACT,
     STUDENTS,
+    Contract,
     base_hash,
     is_multi,
     read_contract,
@@ -127,8 +128,19 @@ def verify(folder: Path) -> float:
     if is_multi(folder):
         return max(verify(place) for place in sorted(folder.glob(f"{STUDENTS}/*")))
     contract = read_contract(folder)
-    family, lora, adapters = teacher(contract), contract.lora, contract.adapters
-    pipe, plain = family.load(), family.load()
+    family = teacher(contract)
+    pipe, backbone = in_memory(folder, contract, family)
+    plain = family.load()
+    into_pipeline(plain, folder, contract, family, "student")
+    return prove(contract, family, plain, pipe, backbone, "student", 0).difference
+
+
+def in_memory(folder: Path, contract: Contract, family: Family) -> tuple[DiffusionPipeline, Backbone]:
+    """A student folder as training has it: the base's pipeline, and a backbone in it with the role `student`.
+
+    A LoRA's scale comes from the contract. Raises StudentError where the weights are not the contract's.
+    """
+    lora, adapters, pipe = contract.lora, contract.adapters, family.load()
     net = family.network(pipe)
     if adapters is not None:
         backbone = Backbone(net, LoraSpec(), (), sites=family.sites(net))
@@ -142,8 +154,7 @@ def verify(folder: Path) -> float:
         backbone = Backbone(net, spec, lora.target_modules)
         backbone.add("student", Lora())
         load_state(backbone, "student", read_lora(folder / WEIGHTS, family)[0], folder)
-    into_pipeline(plain, folder, contract, family, "student")
-    return prove(contract, family, plain, pipe, backbone, "student", 0).difference
+    return pipe, backbone
 
 
 def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_name: str = "student") -> Any:  # noqa: ANN401

@@ -1,0 +1,248 @@
+"""LoRA files from one format to another, with nothing lost: files in and out, and what is said about them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stepdistill.contract import read_contract, teacher
+from stepdistill.errors import ConfigError, StudentError, problem
+from stepdistill.families.base import Family
+from stepdistill.formats import FAMILIES, Format, Lora, Part, Read, format_of, read, write
+from stepdistill.keys import NETWORKS, PIPELINES, Layer, by_name, by_part
+from stepdistill.weights import WEIGHTS
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Whose layers a LoRA is on: a key of `stepdistill.keys.NETWORKS`, and `layers_per_block` of its UNet."""
+
+    family: str
+    per_block: int = 2
+
+
+@dataclass(frozen=True)
+class Found:
+    """A LoRA file.
+
+    Args:
+        mute: how many layers had no alpha, which then is their rank.
+    """
+
+    lora: Lora
+    format: Format
+    layout: Layout
+    tensors: int
+    mute: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did; every key was matched, or it would have failed."""
+
+    found: Found
+    to: Format
+    tensors: int
+
+    def __str__(self) -> str:
+        lora, scales = self.found.lora, {part.scale for part in self.found.lora.values()}
+        low, high = min(scales), max(scales)
+        lines = [
+            f"{self.found.format} to {self.to}, {self.found.layout.family}: {self.found.tensors} tensors read, "
+            f"{self.tensors} written, {len(lora)} layers matched, 0 unmatched",
+            f"alpha / rank: {low:g}" + (f" to {high:g}" if high > low else ""),
+        ]
+        if self.found.mute:
+            lines.append(f"{self.found.mute} layers came without an alpha: taken as their rank, as every reader does")
+        return "\n".join(lines)
+
+
+def convert(source: Path, target: Path, to: Format, family: str | None = None) -> Report:
+    """Write the LoRA of a student folder or file in another format.
+
+    What was written is read again before it is put in place, and compared.
+
+    Args:
+        target: a `.safetensors` file.
+        family: whose layers they are; None finds out from the folder's contract or the names.
+
+    Raises:
+        ConfigError: there is no such conversion.
+        StudentError: the source cannot be read whole. Nothing is written then.
+    """
+    if target.suffix != ".safetensors":
+        why, todo = "pickles run whatever code they hold when they are opened", "name a file that ends in .safetensors"
+        raise ConfigError(problem(f"the target {target}", "a .safetensors file", why, todo))
+    if source.is_dir():
+        contract = read_contract(source)
+        if contract.lora is None:
+            got, why = f"{source}, which holds {contract.kind} weights", "other weights have no LoRA format"
+            raise StudentError(problem(got, "a student that is a LoRA", why, "give such a folder"))
+        found = load(source / WEIGHTS, layout_of(teacher(contract)))
+    else:
+        found = load(source, Layout(family) if family else None)
+    return save(found, target, to)
+
+
+def layout_of(family: Family) -> Layout:
+    """The names of a family's layers. Raises ConfigError for one whose names are not known."""
+    name = PIPELINES.get(family.pipeline_class.__name__)
+    if name is None:
+        got, expected = f"the family of {family.pipeline_class.__name__}", f"one of {', '.join(PIPELINES)}"
+        raise ConfigError(problem(got, expected, "other names of its layers are not known", "stay with Diffusers"))
+    where = family.location()
+    if name != "sdxl" or where.endswith(".safetensors"):
+        return Layout(name)
+    config: Any = UNet2DConditionModel.load_config(where, subfolder="unet", revision=family.revision)
+    return Layout(name, config["layers_per_block"])
+
+
+def load(file: Path, layout: Layout | None = None) -> Found:
+    """The LoRA in a file of any format. Raises StudentError where some of it is not understood."""
+    state, metadata = tensors_of(file)
+    format = format_of(state)
+    if format is None:
+        got = f"{file} with {len(state)} tensors such as {', '.join(sorted(state)[:3]) or 'none'}"
+        expected = "lora_A and lora_B, or lora_down and lora_up, of each layer"
+        todo = "give a LoRA; LoHa, LoKr and whole networks are not converted"
+        raise StudentError(problem(got, expected, "there is nothing to convert", todo))
+    try:
+        layout = layout or guess(state, file)
+        found = read(state, metadata, layout.family, layout.per_block)
+    except ValueError as error:
+        expected, todo = "the two matrices of each layer, of one rank", "check where the file comes from"
+        raise StudentError(problem(f"odd shapes in {file}", expected, str(error), todo)) from error
+    if found.unknown:
+        raise StudentError(_unmatched(file, state, found, layout, format))
+    if found.mute and format == "kohya" and len(found.mute) < sum(key.endswith(".alpha") for key in state):
+        got = f"{file} with {len(found.mute)} layers without an alpha, the first {found.mute[0]}"
+        todo = "get the whole file; or remove every alpha, if they are all the rank"
+        raise StudentError(problem(got, "an alpha of each layer, or of none", "their strength is not known", todo))
+    return Found(found.lora, format, layout, len(state), len(found.mute))
+
+
+def save(found: Found, target: Path, to: Format) -> Report:
+    """Write a LoRA. Raises ConfigError for a format without names for it, StudentError where it reads as another."""
+    layout = found.layout
+    if layout.family not in FAMILIES[to]:
+        why = {"kohya": "sd-scripts do not train it", "comfyui": "ComfyUI's own nodes do not draw with it"}[to]
+        todo = "stay with Diffusers, or fuse it: --to fused"
+        raise ConfigError(problem(f"{to} for {layout.family}", f"one of {', '.join(FAMILIES[to])}", why, todo))
+    try:
+        state, metadata = write(found.lora, to, layout.family, layout.per_block)
+    except ValueError as error:
+        todo = "check where the file comes from"
+        raise StudentError(
+            problem("a LoRA that cannot be fused", "one as wide as its layers", str(error), todo)
+        ) from error
+    again = read(state, metadata, layout.family, layout.per_block)
+    odd = [*again.unknown, *sorted(found.lora.keys() ^ again.lora.keys())]
+    odd += [name for name in found.lora.keys() & again.lora.keys() if not _same(found.lora[name], again.lora[name])]
+    if odd:
+        todo = "keep the source, and report it"
+        raise StudentError(problem(f"{odd[:SHOWN]} after conversion", "what was read", "it would draw otherwise", todo))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    half = target.with_name(target.name + ".part")
+    save_file(state, half, metadata)
+    os.replace(half, target)
+    return Report(found, to, len(state))
+
+
+def merge(net: nn.Module, lora: Lora, component: str) -> None:
+    """Add a LoRA to the weights of a network. Raises StudentError where it does not fit it."""
+    for name, part in lora.items():
+        inner = name.removeprefix(f"{component}.")
+        try:
+            weight = net.get_submodule(inner).get_parameter("weight")
+            change = part.product().reshape(weight.shape)
+        except (AttributeError, RuntimeError) as error:
+            got, expected = f"a LoRA on {name}", f"layers of this {type(net).__name__}, in their shapes"
+            raise StudentError(problem(got, expected, str(error), "give the base that it was trained on")) from error
+        weight.data += change.to(weight.device, weight.dtype)
+
+
+def tensors_of(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a file. Raises StudentError for a pickle, and for what is cut short or corrupted."""
+    expected = "a whole .safetensors file"
+    if file.suffix in PICKLES:
+        why, todo = "a pickle runs whatever code it holds when it is opened", "ask for the same file as safetensors"
+        raise StudentError(problem(f"the pickle {file}", expected, why, todo))
+    try:
+        with safe_open(file, "pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        todo = "check the path, or get the file again"
+        raise StudentError(problem(f"unreadable {file}", expected, str(error), todo)) from error
+
+
+def guess(state: Mapping[str, Tensor], file: Path) -> Layout:
+    """The family whose layers have these names, or most of them. Raises ConfigError where several have all."""
+    fits = _fits(state)
+    if len(fits) == 1 or _foreign(state, fits[0]):
+        return Layout(fits[0])
+    got, why = f"{file}, whose names are those of {' and of '.join(fits)}", "the names do not tell which"
+    raise ConfigError(problem(got, "the names of one family", why, f"say --family {fits[0]}, or another of these"))
+
+
+def _fits(state: Mapping[str, Tensor]) -> list[str]:
+    """The families that know most of the layers."""
+    foreign = {name: len(_foreign(state, name)) for name in NETWORKS}
+    fits = [name for name, count in foreign.items() if count == min(foreign.values())]
+    ends = ("attn2.to_k.lora_A.weight", "attn2_to_k.lora_down.weight")
+    widths = {value.shape[1] for key, value in state.items() if key.endswith(ends)}
+    if fits == ["sd", "sdxl"] and widths:  # told apart by the width of the prompt's embeddings
+        return ["sdxl"] if widths == {2048} else ["sd"]
+    return fits
+
+
+def _names(layout: Layout, format: Format) -> Mapping[str, Layer]:
+    return (by_name if format == "kohya" else by_part)(layout.family, layout.per_block)
+
+
+def _foreign(state: Mapping[str, Tensor], family: str) -> set[str]:
+    """Names of layers that a family does not have, at its usual depth."""
+    known = by_part(family).keys() | by_name(family).keys()
+    return {re.sub(r"\.(lora_(A|B|down|up)\.weight|alpha)$", "", key) for key in state} - known
+
+
+def _unmatched(file: Path, state: Mapping[str, Tensor], found: Read, layout: Layout, format: Format) -> str:
+    """What is said of keys that nothing stands for: the first ten, each with the nearest name that there is."""
+    known = list(_names(layout, format))
+    lines = []
+    for key in found.unknown[:SHOWN]:
+        near = difflib.get_close_matches(key.partition(".lora_")[0], known, 1, 0.8)
+        lines.append(f"  {key}" + (f"  (the nearest layer: {near[0]})" if near else ""))
+    count = f"{len(found.unknown)} of {len(state)} keys unmatched"
+    expected, why = (
+        f"keys of a {layout.family} LoRA in the {format} format",
+        "a conversion without them draws otherwise",
+    )
+    todo = "check the family; a layer needs both its matrices, and DoRA, LoHa, LoKr and T5 are not converted"
+    more = [f"  and {len(found.unknown) - SHOWN} more"] if len(found.unknown) > SHOWN else []
+    fits = _fits(state)
+    also = [] if layout.family in fits else [f"they look like {' or '.join(fits)}"]
+    return "\n".join([problem(f"{file} with {count}", expected, "; ".join([why, *also]), todo), *lines, *more])
+
+
+def _same(one: Part, other: Part) -> bool:
+    """Whether two LoRAs of a layer add the same: bit for bit, or to rounding where a ratio was taken in."""
+    if torch.equal(one.down, other.down) and torch.equal(one.up, other.up):
+        return math.isclose(one.scale, other.scale, rel_tol=1e-6)
+    first, second = one.product(), other.product()
+    rough = 1e-6 if one.up.dtype == torch.float32 else 1e-2
+    return bool((first - second).abs().max() <= rough * first.abs().max())

@@ -1,0 +1,56 @@
+"""A student's LoRA fused into its base: a student folder with a whole network, which needs no LoRA loader."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stepdistill.card import write_card
+from stepdistill.contract import CONTRACT, Network, read_contract, save, teacher
+from stepdistill.convert import layout_of, load, merge
+from stepdistill.errors import StudentError, problem
+from stepdistill.proof import prove
+from stepdistill.student import in_memory
+from stepdistill.weights import WEIGHTS, into_pipeline, scheduler_class
+
+
+def fuse(source: Path, target: Path, tolerance: float = 1e-4) -> float:
+    """Write the student of a LoRA folder as a folder of kind `full`, in float32, and prove it.
+
+    Returns:
+        The largest difference of final latents from the LoRA's, relative to the teacher's largest value.
+
+    Raises:
+        StudentError: the source is no LoRA, the target is in use, or the difference is above `tolerance`.
+    """
+    contract = read_contract(source)
+    if contract.lora is None:
+        got, why = f"{source}, which holds {contract.kind} weights", "there is nothing to fuse"
+        raise StudentError(problem(got, "a student that is a LoRA", why, "give such a folder"))
+    if (target / CONTRACT).exists():
+        raise StudentError(problem(f"{target}, which holds a student", "a new folder", "it is kept", "name another"))
+    family = teacher(contract)
+    found = load(source / WEIGHTS, layout_of(family))
+    pipe, backbone = in_memory(source, contract, family)
+    plain = family.load()
+    net: Any = family.network(plain)
+    merge(net, found.lora, family.network_name)
+    target.mkdir(parents=True, exist_ok=True)
+    net.save_pretrained(target / family.network_name)
+    scheduler = scheduler_class(contract).from_pretrained(source, subfolder="scheduler")
+    scheduler.save_pretrained(target / "scheduler")
+    size = sum(p.numel() for p in net.state_dict().values())
+    network = Network(class_name=type(net).__name__, parameters=size, fused=True)
+    contract = replace(contract, kind="full", lora=None, network=network, proof=None)
+    save(target, contract)
+    into_pipeline(plain, target, contract, family, "student")
+    proof = prove(contract, family, plain, pipe, backbone, "student", 0)
+    if not proof.difference <= tolerance:
+        got = f"a difference of {proof.difference:.3g} between {target} and the LoRA"
+        todo = "do not share it; was the LoRA trained on this base?"
+        raise StudentError(problem(got, f"at most {tolerance:g}", "the folder draws other pictures", todo))
+    contract = replace(contract, proof=proof)
+    save(target, contract)
+    write_card(target, contract)
+    return proof.difference
