@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from stepdistill import config, families, methods
-from stepdistill.commands import generate, precompute
+from stepdistill.commands import convert as conversion, generate, precompute
 from stepdistill.errors import MissingWeights, StepdistillError
 from stepdistill.evaluation import command as evaluation
 
@@ -59,8 +59,9 @@ example:
 """
 
 VERIFY = """\
-Loads the folder into a fresh plain Diffusers pipeline and compares its output with the library's own sampler.
-Prints the largest difference, relative to the teacher's largest value; above the tolerance the status is 1.
+Loads the folder into a fresh plain Diffusers pipeline and compares its output with the library's own sampler; the same
+for each other format in the folder. Prints the largest difference by format, relative to the teacher's largest value;
+above the tolerance the status is 1.
 
 example:
   stepdistill verify runs/mine
@@ -154,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--save-curve", metavar="FILE", type=Path, help="write the run's own curve, and no report")
 
     generate.declare(commands, _command)
+    conversion.declare(commands, _command)
     evaluation.declare(commands, _command)
     return parser
 
@@ -229,11 +231,14 @@ def _make(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.student import verify
+    from stepdistill.export import verify
 
-    difference = verify(args.folder)
-    print(f"largest difference between plain Diffusers and the student's own sampler: {difference:.3g}")
-    if not difference <= args.tolerance:
+    found = verify(args.folder)
+    print(f"largest difference between plain Diffusers and the student's own sampler: {found['diffusers']:.3g}")
+    for name, difference in found.items():
+        if name != "diffusers":
+            print(f"the same of the {name} file: {difference:.3g}")
+    if not all(difference <= args.tolerance for difference in found.values()):
         raise SystemExit(1)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
-from stepdistill import sharding, student
+from stepdistill import export, sharding, student
 from stepdistill.data import Partition, inside
 from stepdistill.errors import ConfigError, problem
 from stepdistill.evaluate import SEED_B, Reference, Row, generate, grid, student_row, teacher_row
@@ -57,6 +57,8 @@ def finish(stage: Stage) -> None:
         seed=spec.seed,
     )
     (out / ROUTER).unlink(missing_ok=True)  # of an earlier run in this folder
+    export.clear(out)
+    export.export(out, spec.export_formats)
     for part in inside(run.data):
         if isinstance(part, Partition):
             Routing(part.student, part.router).save(out)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from stepdistill import checkpoint, config, distributed, report, sharding, student
+from stepdistill import checkpoint, config, distributed, export, report, sharding, student
 from stepdistill.backbone import Backbone
 from stepdistill.data import InvertedImages, Source, Stream, TeacherSamples, Trajectories, inside
 from stepdistill.errors import ConfigError, problem
@@ -64,6 +64,7 @@ def check(run: Run) -> None:
     Stream(run.data, 1, spec.seed)
     if spec.eval_samples:
         report.reference_file(spec)
+    export.check(run)
     used = out.exists() and ((out / "metrics.jsonl").exists() or checkpoint.checkpoints(out))
     if used and not spec.resume_from_checkpoint and not spec.overwrite_output_dir:
         raise ConfigError(

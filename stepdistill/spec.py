@@ -54,6 +54,8 @@ class TrainSpec:
         watch_stop: end the run, after a checkpoint, when the watch warns.
         eval_samples: pictures for eval.json after training, at least 40; 0 for none.
         eval_reference: the teacher's reference features, as `eval/tables.py` makes them for the bundled teachers.
+        export_formats: other formats that a LoRA student is written in, too: kohya, comfyui. The second comes with
+            `comfyui_workflow.json`.
         push_to_hub: upload the student folder when it is finished, with the token of `hf auth login` or HF_TOKEN.
         hub_model_id: repository to upload to; none makes one from the folder's name.
     """
@@ -94,6 +96,7 @@ class TrainSpec:
     watch_stop: bool = False
     eval_samples: int = 0
     eval_reference: str | None = None
+    export_formats: tuple[Literal["kohya", "comfyui"], ...] = ()
     push_to_hub: bool = False
     hub_model_id: str | None = None
 

@@ -1,0 +1,109 @@
+"""The other formats of a finished student folder, and the proof that each draws the same."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from diffusers import DiffusionPipeline
+
+from stepdistill import convert, student, workflow
+from stepdistill.contract import STUDENTS, Contract, is_multi, read_contract, teacher
+from stepdistill.errors import ConfigError, StudentError, problem
+from stepdistill.families.base import Family
+from stepdistill.formats import FAMILIES, Format
+from stepdistill.proof import prove
+from stepdistill.roles import Ema, Lora
+from stepdistill.weights import WEIGHTS, into_pipeline, scheduler_class
+
+if TYPE_CHECKING:
+    from stepdistill.run import Run
+
+logger = logging.getLogger(__name__)
+
+FILES: dict[Format, str] = {"kohya": "lora_kohya.safetensors", "comfyui": "lora_comfyui.safetensors"}
+KOHYA_IN_DIFFUSERS = ("sd", "sdxl")  # its reader of Flux expects the full size, and knows no other family
+
+
+def check(run: Run) -> None:
+    """Raise ConfigError where a run asks for formats that its student will not have."""
+    formats = run.train.export_formats
+    if not formats:
+        return
+    roles, name = run.method.roles(), run.method.exported()
+    while isinstance(role := roles[name], Ema):
+        name = role.of
+    layout = convert.layout_of(run.family)
+    missing = [to for to in formats if layout.family not in FAMILIES[to]]
+    if isinstance(role, Lora) and not missing:
+        return
+    got = f"train.export_formats {list(formats)}"
+    why = f"{missing[0]} has no names for {layout.family}" if missing else "only a LoRA has other formats"
+    raise ConfigError(problem(got, "formats that the student can be written in", why, "leave them out"))
+
+
+def export(folder: Path, formats: Sequence[Format]) -> None:
+    """Write the LoRA of a student folder in these formats, too; for ComfyUI with a workflow beside it."""
+    for to in formats:
+        convert.convert(folder, folder / FILES[to], to)
+    if "comfyui" in formats:
+        try:
+            workflow.save(folder, read_contract(folder), FILES["comfyui"])
+        except ConfigError as error:
+            logger.warning("no %s: %s", workflow.WORKFLOW, error)
+
+
+def clear(folder: Path) -> None:
+    """Remove the other formats of an earlier run in a folder."""
+    for name in (*FILES.values(), workflow.WORKFLOW):
+        (folder / name).unlink(missing_ok=True)
+
+
+def verify(folder: Path) -> dict[str, float]:
+    """The largest difference by format, as `stepdistill.student.verify` measures it, for each that the folder has.
+
+    A file of another format is read by Diffusers where Diffusers reads it for the family, else converted back; and a
+    workflow must hold the contract's noise levels.
+
+    Raises:
+        StudentError: the folder is no whole student folder, or one of its files is not.
+    """
+    if is_multi(folder):
+        each = [verify(place) for place in sorted(folder.glob(f"{STUDENTS}/*"))]
+        names = dict.fromkeys(name for one in each for name in one)
+        return {name: max(one[name] for one in each if name in one) for name in names}
+    found, contract = {"diffusers": student.verify(folder)}, read_contract(folder)
+    there: list[Format] = [to for to, name in FILES.items() if (folder / name).exists()]
+    if there:
+        family = teacher(contract)
+        pipe, backbone = student.in_memory(folder, contract, family)
+        for to in there:
+            plain = _loaded(folder, folder / FILES[to], to, contract, family)
+            found[to] = prove(contract, family, plain, pipe, backbone, "student", 0).difference
+    if (folder / workflow.WORKFLOW).exists():
+        workflow.check(folder, contract, FILES["comfyui"])
+    return found
+
+
+def _loaded(folder: Path, file: Path, to: Format, contract: Contract, family: Family) -> DiffusionPipeline:
+    """A plain pipeline with the LoRA of a file and the folder's scheduler."""
+    layout = convert.layout_of(family)
+    lora = convert.load(file, layout)
+    plain: Any = family.load()
+    if to == "kohya" and layout.family in KOHYA_IN_DIFFUSERS:
+        try:
+            plain.load_lora_weights(folder, weight_name=file.name, adapter_name="student")
+        except (OSError, ValueError, RuntimeError) as error:
+            got, todo = f"{file} that Diffusers refuses", "convert it again"
+            raise StudentError(problem(got, "a LoRA of the base", str(error), todo)) from error
+        plain.scheduler = scheduler_class(contract).from_pretrained(folder, subfolder="scheduler")
+        return plain
+    with TemporaryDirectory() as place:
+        shutil.copytree(folder / "scheduler", Path(place) / "scheduler")
+        convert.save(lora, Path(place) / WEIGHTS, "diffusers")
+        into_pipeline(plain, Path(place), contract, family, "student")
+    return plain

@@ -1,0 +1,452 @@
+"""Conversion of student folders and files: every format draws the same, and bad input is refused before a write."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import loras
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stepdistill import export, student
+from stepdistill.cli import main
+from stepdistill.convert import Layout, convert, load, merge
+from stepdistill.data import Prompts, TeacherSamples
+from stepdistill.errors import ConfigError, StudentError
+from stepdistill.families.sd import StableDiffusion
+from stepdistill.families.sd3 import StableDiffusion3
+from stepdistill.families.sdxl import StableDiffusionXL
+from stepdistill.fused import fuse
+from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.reflow import Reflow
+from stepdistill.methods.regression import Regression
+from stepdistill.roles import Lora, LoraSpec
+from stepdistill.run import Run, check, distill
+from stepdistill.spec import TrainSpec
+from stepdistill.workflow import WORKFLOW
+
+RANK, ALPHA = 4, 16
+CLASSES = {"sd": StableDiffusion, "sdxl": StableDiffusionXL, "sd3": StableDiffusion3}
+METHOD = Consistency(ema_decay=None)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A proven student of each base, with alpha other than rank, and exported in every format."""
+    found = {}
+    for name, kind in CLASSES.items():
+        base, folder = tmp_path_factory.mktemp(f"base-{name}"), tmp_path_factory.mktemp(f"student-{name}")
+        tiny.pipeline(name).save_pretrained(base)
+        family = kind(pretrained_teacher_model=str(base))
+        pipe = family.load()
+        bone = tiny.backbone(name, pipe, RANK, ALPHA)
+        bone.add("student", Lora())
+        tiny.awake(bone, "student")
+        options = {"role": "student", "method": METHOD, "resolution": (32, 32)}
+        assert student.write(folder, family=family, pipe=pipe, backbone=bone, **options) < 1e-5
+        export.export(folder, ("kohya", "comfyui"))
+        found[name] = folder
+    return found
+
+
+@pytest.fixture
+def copied(folders, tmp_path):
+    return lambda name: shutil.copytree(folders[name], tmp_path / f"copy-{name}")
+
+
+def edited(file: Path, change, keep_metadata: bool = True) -> Path:
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata() if keep_metadata else None
+    state = load_file(file)
+    change(state)
+    save_file(state, file, metadata)
+    return file
+
+
+# every format draws the same
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_format_draws_what_was_trained(folders, name, capsys):
+    found = export.verify(folders[name])
+    assert list(found) == ["diffusers", "kohya", "comfyui"]
+    assert max(found.values()) < 1e-5
+    main(["verify", str(folders[name])])
+    printed = capsys.readouterr().out
+    assert "largest difference between plain Diffusers" in printed
+    assert "the same of the kohya file: " in printed and "the same of the comfyui file: " in printed
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_diffusers_own_reader_of_kohya_files_draws_the_same(folders, name):
+    """It finds the layers and the alphas by itself."""
+    family = CLASSES[name](pretrained_teacher_model=student.read_contract(folders[name]).base_model)
+    nets = []
+    for file in (student.WEIGHTS, export.FILES["kohya"]):
+        pipe = family.load()
+        pipe.load_lora_weights(folders[name], weight_name=file)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        nets.append(pipe.unet.state_dict())
+    base = family.load().unet.state_dict()
+    assert all(torch.allclose(nets[0][key], nets[1][key], rtol=0, atol=1e-6) for key in base)
+    moved = sum(not torch.equal(base[key], nets[1][key]) for key in base)
+    assert moved == len(load_file(folders[name] / student.WEIGHTS)) / 2
+
+
+def comfy_unet(net: nn.Module, state: dict[str, torch.Tensor]) -> set[str]:
+    """A reader as ComfyUI's for UNets that bear Diffusers' names: each key is loaded or left over."""
+    left = set(state)
+    for name, layer in net.named_modules():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        if isinstance(layer, nn.Linear | nn.Conv2d) and f"{key}.lora_up.weight" in state:
+            up, down = state[f"{key}.lora_up.weight"], state[f"{key}.lora_down.weight"]
+            alpha = state[f"{key}.alpha"].item() / down.shape[0]
+            layer.weight.data += alpha * torch.mm(up.flatten(1), down.flatten(1)).reshape(layer.weight.shape)
+            left -= {f"{key}.{end}" for end in ("lora_up.weight", "lora_down.weight", "alpha")}
+    return left
+
+
+def comfy_transformer(net: nn.Module, state: dict[str, torch.Tensor]) -> set[str]:
+    """The same for transformers, by the names that it has of Diffusers' layers."""
+    left = set(state)
+    for name, layer in net.named_modules():
+        key = f"transformer.{name}"
+        if f"{key}.lora_B.weight" in state:
+            up, down = state[f"{key}.lora_B.weight"], state[f"{key}.lora_A.weight"]
+            alpha = state[f"{key}.alpha"].item() / down.shape[0]
+            layer.weight.data += alpha * torch.mm(up.flatten(1), down.flatten(1)).reshape(layer.weight.shape)
+            left -= {f"{key}.{end}" for end in ("lora_B.weight", "lora_A.weight", "alpha")}
+    return left
+
+
+@pytest.mark.parametrize(("name", "read"), [("sd", comfy_unet), ("sd3", comfy_transformer)])
+def test_a_reader_as_comfyui_s_draws_the_same(folders, name, read):
+    folder = folders[name]
+    family = CLASSES[name](pretrained_teacher_model=student.read_contract(folder).base_model)
+    plain, merged = family.load(), family.load()
+    call = student.load_student(plain, folder)
+    assert read(family.network(merged), load_file(folder / export.FILES["comfyui"])) == set()
+    merged.scheduler = type(plain.scheduler).from_config(plain.scheduler.config)
+    drawn = []
+    for pipe in (plain, merged):
+        torch.manual_seed(0)
+        noise = torch.randn(1, 4, 8, 8)
+        drawn.append(pipe("a rose", latents=noise, output_type="latent", **call).images)
+    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-4)
+    torch.manual_seed(0)
+    bare = family.load()
+    bare.scheduler = type(plain.scheduler).from_config(plain.scheduler.config)
+    noise = torch.randn(1, 4, 8, 8)
+    assert (bare("a rose", latents=noise, output_type="latent", **call).images - drawn[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("to", ["kohya", "comfyui"])
+def test_a_folder_there_and_back_is_the_identity(folders, tmp_path, name, to):
+    report = convert(folders[name], tmp_path / "there.safetensors", to)
+    if name != "sdxl":  # the small one has fewer layers in a block than a file of SDXL
+        convert(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "diffusers", name)
+        there, back = load_file(folders[name] / student.WEIGHTS), load_file(tmp_path / "back.safetensors")
+        assert there.keys() == back.keys() and all(torch.equal(there[key], back[key]) for key in there)
+        with safe_open(tmp_path / "back.safetensors", "pt") as file:
+            facts = json.loads(file.metadata()["lora_adapter_metadata"])
+        part = loras.component(name)
+        assert (facts[f"{part}.r"], facts[f"{part}.lora_alpha"]) == (RANK, ALPHA)
+    count = len(load_file(folders[name] / student.WEIGHTS))
+    assert report.found.tensors == count and len(report.found.lora) == count / 2
+    assert f"{count} tensors read, {report.tensors} written, {count // 2} layers matched, 0 unmatched" in str(report)
+    assert "alpha / rank: 4" in str(report)
+
+
+def test_trap_t1_a_converted_file_brings_its_alpha_into_a_plain_pipeline(folders, tmp_path):
+    file = tmp_path / "back.safetensors"
+    convert(folders["sd"] / export.FILES["kohya"], file, "diffusers")
+    pipe = StableDiffusionPipeline.from_pretrained(student.read_contract(folders["sd"]).base_model)
+    pipe.load_lora_weights(tmp_path, weight_name=file.name, adapter_name="x")
+    scales = {layer.scaling["x"] for layer in pipe.unet.modules() if "x" in vars(layer).get("scaling", {})}
+    assert scales == {ALPHA / RANK}
+
+
+def test_a_lost_alpha_shows_in_verify(copied, capsys):
+    folder = copied("sd")
+    (folder / export.FILES["comfyui"]).unlink()
+
+    def rank_for_alpha(state):
+        state |= {key: torch.tensor(float(RANK)) for key in state if key.endswith("alpha")}
+
+    edited(folder / export.FILES["kohya"], rank_for_alpha)
+    with pytest.raises(SystemExit) as error:
+        main(["verify", str(folder)])
+    assert error.value.code == 1
+    right, wrong = (float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines())
+    assert right < 1e-5 and wrong > 0.05
+
+
+def test_another_matrix_shows_in_verify(copied):
+    folder = copied("sd3")
+    (folder / export.FILES["kohya"]).unlink()
+
+    def other_matrix(state):
+        state["transformer.proj_out.lora_B.weight"] += 0.5
+
+    edited(folder / export.FILES["comfyui"], other_matrix)
+    found = export.verify(folder)
+    assert found["diffusers"] < 1e-5 and found["comfyui"] > 1e-3
+
+
+# fused
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_fused_student_draws_the_same_without_any_lora(folders, tmp_path, name):
+    assert fuse(folders[name], tmp_path / "fused") < 1e-5
+    contract = student.read_contract(tmp_path / "fused")
+    assert (contract.kind, contract.lora) == ("full", None)
+    assert contract.network and contract.network.fused and contract.proof and contract.proof.difference < 1e-5
+    assert student.verify(tmp_path / "fused") < 1e-5
+    card = (tmp_path / "fused" / "README.md").read_text()
+    assert "load_lora_weights" not in card and f"subfolder='{loras.component(name)}'" in card
+    family = CLASSES[name](pretrained_teacher_model=contract.base_model)
+    lora, whole = family.load(), family.load()
+    call = student.load_student(lora, folders[name])
+    assert call == student.load_student(whole, tmp_path / "fused")
+    drawn = []
+    for pipe in (lora, whole):
+        torch.manual_seed(0)
+        noise = torch.randn(1, 4, 8, 8)
+        drawn.append(pipe("a rose", latents=noise, output_type="latent", **call).images)
+    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-4)
+    with pytest.raises(StudentError, match="which holds a student"):
+        fuse(folders[name], tmp_path / "fused")
+    with pytest.raises(StudentError, match="holds full weights"):
+        convert(tmp_path / "fused", tmp_path / "x.safetensors", "kohya")
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart", "sana"])
+def test_a_merged_network_is_the_base_with_the_lora(tmp_path, family):
+    net, base = loras.network(family), loras.network(family)
+    save_file(loras.state(family), tmp_path / "lora.safetensors", loras.metadata(family))
+    found = load(tmp_path / "lora.safetensors", Layout(family))
+    merge(net, found.lora, "transformer")
+    expected = loras.deltas(loras.state(family))
+    for name, delta in expected.items():
+        weight = base.get_submodule(name.removeprefix("transformer.")).weight
+        merged = net.get_submodule(name.removeprefix("transformer.")).weight
+        torch.testing.assert_close(merged, weight + delta.reshape(weight.shape), rtol=1e-5, atol=1e-5)
+    with pytest.raises(StudentError, match="a LoRA on .* expected layers of this UNet2DConditionModel"):
+        merge(tiny.pipeline("sd").unet, found.lora, "transformer")
+
+
+# bad input
+
+
+def refused(source: Path, tmp_path: Path, said: str, to: str = "comfyui", family: str | None = None) -> str:
+    """The conversion fails, says so, and leaves nothing behind."""
+    out = tmp_path / "out"
+    with pytest.raises((StudentError, ConfigError), match=said) as error:
+        convert(source, out / "x.safetensors", to, family)
+    assert not out.exists()
+    return str(error.value)
+
+
+def test_a_pickle_is_refused(tmp_path):
+    for suffix in ("bin", "pt", "ckpt"):
+        file = tmp_path / f"lora.{suffix}"
+        file.write_bytes(pickle.dumps({}))
+        refused(file, tmp_path, "the pickle .* runs whatever code it holds")
+    disguised = tmp_path / "lora.safetensors"
+    disguised.write_bytes(pickle.dumps({"a": 1}))
+    refused(disguised, tmp_path, "unreadable")
+    with pytest.raises(ConfigError, match="the target .*x.bin"):
+        convert(disguised, tmp_path / "x.bin", "kohya")
+
+
+def test_a_file_that_is_cut_short_or_corrupted_is_refused(folders, tmp_path):
+    whole = (folders["sd"] / export.FILES["kohya"]).read_bytes()
+    file = tmp_path / "cut.safetensors"
+    for content in (whole[: len(whole) // 2], whole[:4], b"", whole[:8] + b"x" * 100 + whole[108:]):
+        file.write_bytes(content)
+        refused(file, tmp_path, "unreadable .*cut.safetensors, expected a whole .safetensors file")
+    refused(tmp_path / "nowhere.safetensors", tmp_path, "unreadable .*nowhere")
+
+
+def test_a_lora_of_another_family_is_refused(tmp_path):
+    save_file(loras.state("flux"), tmp_path / "flux.safetensors", loras.metadata("flux"))
+    said = refused(tmp_path / "flux.safetensors", tmp_path, "keys unmatched", family="sd3")
+    assert "they look like flux" in said and said.count("\n") == 11
+    save_file(loras.state("sd"), tmp_path / "sd.safetensors", loras.metadata("sd"))
+    assert "they look like sd;" in refused(tmp_path / "sd.safetensors", tmp_path, "unmatched", family="sdxl")
+
+
+def test_a_student_folder_with_the_lora_of_another_family_is_refused(copied, tmp_path):
+    folder = copied("sd3")
+    shutil.copy(copied("sd") / student.WEIGHTS, folder / student.WEIGHTS)
+    assert "they look like sd" in refused(folder, tmp_path, "keys of a sd3 LoRA in the diffusers format")
+
+
+def test_unmatched_keys_are_listed_with_the_nearest_names(folders, tmp_path):
+    file = Path(shutil.copy(folders["sd"] / student.WEIGHTS, tmp_path / "odd.safetensors"))
+    old = "unet.down_blocks.0.resnets.0.conv1"
+
+    def misspell(state):
+        for x in "AB":
+            state[f"{old}x.lora_{x}.weight"] = state.pop(f"{old}.lora_{x}.weight")
+
+    edited(file, misspell)
+    said = refused(file, tmp_path, "2 of .* keys unmatched")
+    assert f"{old}x.lora_A.weight  (the nearest layer: {old})" in said
+
+
+@pytest.mark.parametrize("end", ["dora_scale", "hada_w1_a", "lora_mid.weight", "diff"])
+def test_what_is_no_plain_lora_is_refused(folders, tmp_path, end):
+    file = Path(shutil.copy(folders["sd"] / export.FILES["kohya"], tmp_path / "odd.safetensors"))
+    name = next(iter(load_file(file))).split(".")[0]
+    edited(file, lambda state: state.update({f"{name}.{end}": torch.ones(1)}))
+    assert f"{name}.{end}" in refused(file, tmp_path, "1 of .* keys unmatched", "diffusers", "sd")
+
+
+def test_a_layer_without_one_of_its_matrices_is_refused(folders, tmp_path):
+    file = Path(shutil.copy(folders["sd3"] / export.FILES["kohya"], tmp_path / "odd.safetensors"))
+    gone = next(key for key in load_file(file) if "lora_up" in key)
+    edited(file, lambda state: state.pop(gone))
+    assert gone.replace("lora_up", "lora_down") in refused(file, tmp_path, "2 of .* unmatched", "diffusers", "sd3")
+
+
+def test_text_encoders_without_a_name_are_refused(tmp_path):
+    made = loras.state("flux")
+    made |= {f"text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    save_file(made, tmp_path / "t5.safetensors", loras.metadata("flux"))
+    assert "T5 are not converted" in refused(tmp_path / "t5.safetensors", tmp_path, "2 of .* unmatched")
+
+
+def test_a_missing_alpha_is_the_rank_of_all_or_an_error(folders, tmp_path):
+    file = Path(shutil.copy(folders["sd"] / export.FILES["kohya"], tmp_path / "mute.safetensors"))
+    alphas = [key for key in load_file(file) if key.endswith(".alpha")]
+    edited(file, lambda state: state.pop(alphas[0]))
+    refused(file, tmp_path, "1 layers without an alpha, the first " + alphas[0].split(".")[0], "diffusers")
+    edited(file, lambda state: [state.pop(key) for key in alphas[1:]])
+    report = convert(file, tmp_path / "there.safetensors", "diffusers")
+    assert f"{len(alphas)} layers came without an alpha" in str(report) and "alpha / rank: 1\n" in str(report)
+    # the same of Diffusers' format without metadata
+    edited(tmp_path / "there.safetensors", lambda state: None, keep_metadata=False)
+    report = convert(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "kohya")
+    assert report.found.mute == len(alphas)
+    state = load_file(tmp_path / "back.safetensors")
+    assert all(value.item() == RANK for key, value in state.items() if key.endswith("alpha"))
+
+
+def test_odd_shapes_are_refused(folders, tmp_path):
+    file = Path(shutil.copy(folders["sd3"] / export.FILES["kohya"], tmp_path / "odd.safetensors"))
+    fused = next(key for key in load_file(file) if "x_block_attn_qkv.lora_up" in key)
+    edited(file, lambda state: state.update({fused: state[fused][:-1].clone()}))
+    refused(file, tmp_path, "odd shapes in .* rows, expected", "diffusers", "sd3")
+    edited(file, lambda state: state.update({fused: state[fused][:, 1:].clone()}))
+    refused(file, tmp_path, "have no rank in common", "diffusers", "sd3")
+
+
+def test_what_is_no_lora_is_refused(tmp_path):
+    save_file({"conv_in.weight": torch.ones(1)}, tmp_path / "net.safetensors")
+    refused(tmp_path / "net.safetensors", tmp_path, "expected lora_A and lora_B")
+    save_file({}, tmp_path / "none.safetensors")
+    refused(tmp_path / "none.safetensors", tmp_path, "with 0 tensors")
+
+
+def test_names_of_several_families_ask_for_one(tmp_path):
+    save_file(loras.state("pixart", only=lambda name: "attn" in name), tmp_path / "attn.safetensors")
+    refused(tmp_path / "attn.safetensors", tmp_path, "pixart and of sana.*say --family pixart")
+    assert convert(tmp_path / "attn.safetensors", tmp_path / "x.safetensors", "comfyui", "pixart")
+
+
+@pytest.mark.parametrize(("width", "family"), [(768, "sd"), (1024, "sd"), (2048, "sdxl")])
+def test_unets_are_told_apart_by_the_prompt_s_width(tmp_path, width, family):
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    state = {f"{name}.lora_A.weight": torch.ones(2, width), f"{name}.lora_B.weight": torch.ones(640, 2)}
+    save_file(state, tmp_path / "x.safetensors")
+    assert load(tmp_path / "x.safetensors").layout.family == family
+    report = convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "kohya")
+    assert report.found.layout.family == family
+    assert ("input_blocks_4_1" if family == "sdxl" else "down_blocks_1") in next(
+        iter(load_file(tmp_path / "y.safetensors"))
+    )
+
+
+@pytest.mark.parametrize(("family", "to"), [("pixart", "kohya"), ("sana", "kohya"), ("sana", "comfyui")])
+def test_formats_without_names_for_a_family_are_refused(tmp_path, family, to):
+    save_file(loras.state(family), tmp_path / "x.safetensors", loras.metadata(family))
+    assert "--to fused" in refused(tmp_path / "x.safetensors", tmp_path, f"{to} for {family}", to)
+
+
+def test_a_contract_of_a_newer_schema_is_refused(copied, tmp_path):
+    folder = copied("sd")
+    contract = json.loads((folder / student.CONTRACT).read_text())
+    (folder / student.CONTRACT).write_text(json.dumps(contract | {"schema_version": 2}))
+    refused(folder, tmp_path, "got schema version 2 .*, expected 1")
+    with pytest.raises(StudentError, match="schema version 2"):
+        fuse(folder, tmp_path / "fused")
+    with pytest.raises(StudentError, match="schema version 2"):
+        export.verify(folder)
+    assert not (tmp_path / "fused").exists()
+
+
+def test_the_command(folders, tmp_path, capsys):
+    out = tmp_path / "new" / "x.safetensors"
+    main(["convert", str(folders["sd"]), str(out), "--to", "kohya"])
+    assert "0 unmatched" in capsys.readouterr().out and out.exists()
+    main(["convert", str(folders["sd"]), str(tmp_path / "fused"), "--to", "fused"])
+    assert "plain Diffusers differs by" in capsys.readouterr().out
+    assert UNet2DConditionModel.from_pretrained(tmp_path / "fused", subfolder="unet")
+    with pytest.raises(SystemExit) as error:
+        main(["convert", str(out), str(tmp_path / "y.safetensors"), "--to", "diffusers", "--family", "flux"])
+    assert error.value.code == 2 and "unmatched" in capsys.readouterr().err
+    assert not (tmp_path / "y.safetensors").exists()
+
+
+# export
+
+
+def test_the_exports_stand_in_no_one_s_way(folders):
+    """Diffusers still picks its own file of the folder."""
+    state, alphas, facts = StableDiffusionPipeline.lora_state_dict(folders["sd"], return_lora_metadata=True)
+    assert state.keys() == load_file(folders["sd"] / student.WEIGHTS).keys()
+    assert alphas is None and facts["unet.lora_alpha"] == ALPHA
+
+
+def run(base: str, out: Path, **train) -> Run:
+    options = {"max_train_steps": 1, "train_batch_size": 2, "report_to": "none", "watch_samples": 0}
+    source = TeacherSamples(source=Prompts(prompts=("rose",)), folder=str(out / "kept"), count=2, num_inference_steps=2)
+    return Run(
+        family=StableDiffusion(pretrained_teacher_model=base),
+        method=Regression(num_inference_steps=2, ema_decay=None),
+        data=source,
+        lora=LoraSpec(rank=2, alpha=8),
+        train=TrainSpec(output_dir=str(out / "run"), **options, **train),
+    )
+
+
+def test_a_run_exports_what_it_is_told_to_and_nothing_of_an_earlier_run_stays(folders, tmp_path):
+    base = student.read_contract(folders["sd"]).base_model
+    old = tmp_path / "run"
+    old.mkdir()
+    for name in (WORKFLOW, export.FILES["comfyui"]):
+        shutil.copy(folders["sd"] / name, old)
+    out = distill(run(base, tmp_path, export_formats=("kohya",)))
+    assert not (out / WORKFLOW).exists() and not (out / export.FILES["comfyui"]).exists()
+    with safe_open(out / export.FILES["kohya"], "pt") as file:
+        assert {file.get_tensor(key).item() for key in file.keys() if key.endswith("alpha")} == {8.0}  # noqa: SIM118
+
+
+def test_formats_that_there_will_not_be_are_refused_at_the_start(folders, tmp_path):
+    one = run(student.read_contract(folders["sd"]).base_model, tmp_path, export_formats=("kohya",))
+    check(one)
+    with pytest.raises(ConfigError, match="only a LoRA has other formats"):
+        check(replace(one, method=Reflow(num_inference_steps=2, width=0.5, ema_decay=None)))
