@@ -130,10 +130,13 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         calls.append(("check", source))
         return "12 samples"
 
+    def kohya(folder: Path) -> float:
+        return float(folder.name.split("+")[-1])
+
     stubs = {
         "run": {"Run": run_class, "distill": distill, "dry_run": dry_run},
         "data": {"check": check},
-        "student": {"verify": lambda folder: float(folder.name)},
+        "export": {"verify": lambda folder: {"diffusers": float(folder.name.split("+")[0]), "kohya": kohya(folder)}},
     }
     for name, members in stubs.items():
         module = types.ModuleType(f"stepdistill.{name}")
@@ -159,7 +162,7 @@ def test_help_comes_without_the_heavy_libraries() -> None:
     code = """
 import sys, time
 from stepdistill.cli import main
-for command in [], ["train"], ["init"], ["data", "check"], ["verify"], ["multi"]:
+for command in [], ["train"], ["init"], ["data", "check"], ["verify"], ["convert"], ["multi"]:
     try:
         main([*command, "--help"])
     except SystemExit as ended:
@@ -170,8 +173,8 @@ assert time.process_time() < 1, time.process_time()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: stepdistill") == 6
-    assert done.stdout.count("example") >= 6
+    assert done.stdout.count("usage: stepdistill") == 7
+    assert done.stdout.count("example") >= 7
     assert "--learning_rate 1e-4" in done.stdout
 
 
@@ -256,6 +259,10 @@ def test_verify_fails_above_the_tolerance_and_for_nan(library, capsys) -> None:
     assert ended("verify", "2e-4") == 1
     cli.main(["verify", "2e-4", "--tolerance", "1e-3"])
     assert ended("verify", "nan") == 1
+    capsys.readouterr()
+    assert ended("verify", "1e-6+2e-4") == 1  # one format is enough
+    assert capsys.readouterr().out.splitlines()[1] == "the same of the kohya file: 0.0002"
+    assert ended("verify", "1e-6+nan") == 1
 
 
 @pytest.mark.parametrize("launcher", ["train/distill.py", "stepdistill"])

@@ -441,6 +441,15 @@ def test_the_exports_stand_in_no_one_s_way(folders):
     assert alphas is None and facts["unet.lora_alpha"] == ALPHA
 
 
+def test_a_student_that_comfyui_cannot_sample_gets_no_workflow_and_a_reason(copied, caplog):
+    folder = copied("sd")
+    (folder / WORKFLOW).unlink()
+    contract = json.loads((folder / student.CONTRACT).read_text())
+    (folder / student.CONTRACT).write_text(json.dumps(contract | {"eta": 0.3}))
+    export.export(folder, ("comfyui",))
+    assert not (folder / WORKFLOW).exists() and "ComfyUI has no sampler that steps so" in caplog.text
+
+
 def run(base: str, out: Path, **train) -> Run:
     options = {"max_train_steps": 1, "train_batch_size": 2, "report_to": "none", "watch_samples": 0}
     source = TeacherSamples(source=Prompts(prompts=("rose",)), folder=str(out / "kept"), count=2, num_inference_steps=2)
