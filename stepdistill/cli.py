@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 from stepdistill import config, families, methods
-from stepdistill.commands import convert as conversion, generate, precompute
+from stepdistill.commands import convert as conversion
+from stepdistill.commands import generate, precompute
 from stepdistill.errors import MissingWeights, StepdistillError
 from stepdistill.evaluation import command as evaluation
 

@@ -21,9 +21,9 @@ def lost(tokenizer: Any, limit: int, prompt: str) -> str:  # noqa: ANN401
     return tokenizer.decode(bare[limit - (len(whole) - len(bare)) :]).strip()
 
 
-def warn_of_cut(family: Family, pipe: DiffusionPipeline, prompts: Sequence[str]) -> None:
-    """One warning for each tokenizer that leaves out the end of any of the prompts, with what it leaves out."""
-    texts = list(dict.fromkeys(prompts))
+def warn_of_cut(family: Family, pipe: DiffusionPipeline, prompts: Sequence[str]) -> bool:
+    """One warning for each tokenizer that leaves out the end of any of the prompts; whether there was any."""
+    texts, warned = list(dict.fromkeys(prompts)), False
     for name, limit in family.limits(pipe).items():
         cut = [(text, end) for text in texts if (end := lost(pipe.components[name], limit, text))]
         if cut:
@@ -32,3 +32,5 @@ def warn_of_cut(family: Family, pipe: DiffusionPipeline, prompts: Sequence[str])
                 "out %r; the pictures will not show it",
                 *(len(cut), len(texts), limit, name, cut[0][0][:60], cut[0][1][:200]),
             )
+            warned = True
+    return warned

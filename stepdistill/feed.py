@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.cache import LatentCache, PromptCache
+from stepdistill.cut import warn_of_cut
 from stepdistill.data import FixedCrops, GuidedState, Sample, Source, Stream, loader
 from stepdistill.denoiser import Condition
 from stepdistill.errors import ConfigError, problem
@@ -70,6 +71,7 @@ class Feed:
         self.pipe = parts.pipe
         self.folder = Path(spec.cache_dir) if spec.cache_dir else None
         self.latents: LatentCache | None = None
+        self.warned = False  # of prompts that are cut; once is enough
         self.encoded = 0  # rows of prompts that were in no cache
         key = f"{keys.text}/{self.pipe.vae_scale_factor}"  # SDXL's conditions hold it
         folder = self.folder and self.folder / "prompts"
@@ -96,6 +98,7 @@ class Feed:
         # kernels round by the number of rows (the pooled row of 3 prompts is another than that of 4), and a row must
         # not depend on which run or process made it
         self.encoded += len(prompts)
+        self.warned = self.warned or warn_of_cut(self.family, self.pipe, prompts)
         found = self.family.condition(self.pipe, prompts + [""] * (BLOCK - len(prompts)))
         return {key: value[: len(prompts)] for key, value in found.items()}
 
