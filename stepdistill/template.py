@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType
+from types import ModuleType, NoneType
 from typing import Annotated, Literal, get_args, get_origin
 
 from omegaconf import OmegaConf
@@ -51,9 +51,7 @@ def find(base: type, name: str) -> type:
     Raises:
         ConfigError: with the names there are.
     """
-    home = importlib.import_module(base.__module__)
-    package = home if "__path__" in vars(home) else importlib.import_module(home.__name__.rpartition(".")[0])
-    modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    package, modules = _beside(base)
     head, dot, _ = name.partition(".")
     if dot:
         return pick([base], f"{package.__name__}.{name}" if head in modules else name)
@@ -80,6 +78,21 @@ def _simplest(base: type) -> list[type]:
     if not found or needs(found[0])[0]:  # wrappers around one another have no end
         raise ConfigError(f"{base.__name__} has no subclass that stands alone; name one")
     return found
+
+
+def every(base: type) -> list[type]:
+    """The finished subclasses of `base`: those of all modules beside it, and what else is imported."""
+    package, modules = _beside(base)
+    for name in modules:
+        importlib.import_module(f"{package.__name__}.{name}")
+    return heirs(base)
+
+
+def _beside(base: type) -> tuple[ModuleType, list[str]]:
+    """The package of `base`, and the names of its modules."""
+    home = importlib.import_module(base.__module__)
+    package = home if "__path__" in vars(home) else importlib.import_module(home.__name__.rpartition(".")[0])
+    return package, [module.name for module in pkgutil.iter_modules(package.__path__)]
 
 
 def heirs(base: type) -> list[type]:

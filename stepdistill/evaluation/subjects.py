@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill import config, families, student
+from stepdistill import config, student
 from stepdistill.adapters import GuidedCall
 from stepdistill.contract import STUDENTS, Contract, is_multi, read_contract, teacher
 from stepdistill.errors import ConfigError, problem
@@ -21,7 +19,7 @@ from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.metrics.cost import Cost
 from stepdistill.multi import Students, generate_each
-from stepdistill.template import find, heirs
+from stepdistill.template import every, find
 
 Role = Literal["reference", "teacher", "student"]
 
@@ -63,9 +61,7 @@ def family_of(place: str, kind: str | None, contracts: Sequence[Contract]) -> Fa
     Raises:
         ConfigError: there is none.
     """
-    for module in iter_modules(families.__path__):
-        import_module(f"{families.__name__}.{module.name}")
-    known = {cls.pipeline_class.__name__: cls for cls in heirs(Family)}
+    known = {cls.pipeline_class.__name__: cls for cls in every(Family)}
     chosen: Family | None = None
     if kind is not None:
         chosen = find(Family, kind)(pretrained_teacher_model=place)

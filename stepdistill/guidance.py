@@ -1,0 +1,276 @@
+"""Negative prompts for students, which are sampled without guidance: taken off inside attention, in the same pass.
+
+    with stepdistill.guidance.negative(pipe, "flowers", scale=0.2):
+        pipe("a garden", **call)
+
+Guidance compares two outputs of the network, and one-step students blend both pictures. NASA instead subtracts what
+the picture's tokens read of the negative prompt from what they read of the prompt, before attention's last layer:
+`Z = Z+ - scale Z-` with `Z+- = softmax(Q K+-^T / sqrt(d)) V+-` of the same queries and weights. Nguyen et al. 2024,
+https://arxiv.org/abs/2412.02687. NAG extrapolates and stays near Z+. Chen et al. 2025, https://arxiv.org/abs/2505.21179.
+
+Where the prompt has attention of its own (UNets, PixArt, SANA) every such layer is asked a second time, with the
+negative's tokens and their mask. Where text and picture attend to one another in one joint attention (SD3, Flux),
+NASA's authors give no code, and what is done is our reading of them: each block is asked a second time, with the
+negative's tokens in place of the prompt's. Its pictures' tokens are those of the sample as it is being changed, and
+so is the embedding of time and pooled prompt that modulates it. From that come Z-, which is what the picture's queries
+find among [picture; negative], and the negative's tokens for the next block. Z is Z+ - scale Z- on the picture's
+queries alone; the prompt's own tokens are as they were. So each such block costs about twice.
+
+All is done by hooks: names, weights, LoRAs and attention processors stay as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+from weakref import WeakSet
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from torch import Tensor, nn
+
+from stepdistill.errors import ConfigError, problem
+from stepdistill.families.base import Family
+from stepdistill.template import every
+
+Mode = Literal["nasa", "nag"]
+Combine = Callable[[Tensor, Tensor], Tensor]
+JOINT = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
+_busy: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def negative(
+    pipe: DiffusionPipeline,
+    prompt: str | Sequence[str],
+    scale: float = 0.2,
+    mode: Mode = "nasa",
+    limit: float = 2.5,
+    blend: float = 0.25,
+    family: Family | None = None,
+) -> Iterator[None]:
+    """What `pipe` draws inside of the `with` avoids the negative prompt; afterwards the network is as it was.
+
+    A student is loaded before, its LoRA active or fused. A guided call, which it needs not, has the negative in both of
+    its halves. Two of these cannot be nested: put both concepts into one prompt.
+
+    Args:
+        prompt: one for all pictures, or one for each picture of a call, in their order; with
+            `num_images_per_prompt=2` that is two for each prompt.
+        scale: of NASA: 0 changes nothing. Published: 0.04 to 0.3 for UNets of one step, 0.45 to 0.8 for PixArt; too
+            much of it ruins the picture. Of NAG: phi, 0 changes nothing; its authors take 4 to 11.
+        mode: `nasa`, or `nag`: `Z~ = Z+ + scale (Z+ - Z-)`, made smaller where its 1-norm over a token's channels is
+            more than `limit` times that of Z+, and `blend Z~ + (1 - blend) Z+` in the end.
+        limit: of NAG, at least 1.
+        blend: of NAG, in [0, 1].
+        family: for pipelines other than those of `stepdistill.families`, or to say its settings, such as the
+            `max_sequence_length` of SD3; None is the one with the pipeline's class.
+
+    Raises:
+        ConfigError: a value out of its range, an unknown pipeline, IP-adapters, a negative inside of another; inside
+            of the `with` a number of prompts that does not fit the pictures, or gradient checkpointing.
+    """
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    combine = _combine(texts, scale, mode, limit, blend)
+    family = family or _family(pipe)
+    net: Any = family.network(pipe)
+    _check(net)
+    places = [m for m in net.modules() if isinstance(m, JOINT)]
+    places = places or [m for m in net.modules() if isinstance(m, Attention) and m.is_cross_attention]
+    if not places:
+        got, expected = f"a {type(net).__name__}", "attention to the prompt, of its own or joint"
+        raise ConfigError(problem(got, expected, "a negative prompt is taken off there", "sample without one"))
+    subtraction = _Subtraction(*_embedded(family, pipe, places[0], texts), combine)
+    _busy.add(net)
+    try:
+        subtraction.attach(net, places)
+        yield
+    finally:
+        subtraction.remove()
+        _busy.discard(net)
+
+
+def nasa(found: Tensor, other: Tensor, scale: float) -> Tensor:
+    """`Z+ - scale Z-` of what a layer's picture tokens found (B, N, D) of the prompt and of the negative."""
+    return found - scale * other
+
+
+def nag(found: Tensor, other: Tensor, scale: float, limit: float, blend: float) -> Tensor:
+    """The same, extrapolated, held within `limit` times the 1-norm of Z+ for each token, and blended with Z+."""
+    z, away = found.float(), found.float() - other.float()
+    far = z + scale * away
+    size, most = far.abs().sum(-1, keepdim=True), limit * z.abs().sum(-1, keepdim=True)
+    far = torch.where(size > most, far * (most / size), far)
+    return (z + blend * (far - z)).to(found.dtype)  # exactly Z+ where either is 0
+
+
+def _combine(texts: Sequence[str], scale: float, mode: str, limit: float, blend: float) -> Combine:
+    wrong = [
+        (not texts, "no negative prompt", "one, or one for each picture"),
+        (mode not in ("nasa", "nag"), f"mode {mode!r}", "nasa or nag"),
+        (not 0 <= scale < math.inf, f"scale {scale}", "a finite number, 0 or more"),
+        (not 1 <= limit < math.inf, f"limit {limit}", "a finite number, 1 or more"),
+        (not 0 <= blend <= 1, f"blend {blend}", "a number from 0 to 1"),
+    ]
+    for is_so, got, expected in wrong:
+        if is_so:
+            raise ConfigError(problem(got, expected, "there is no such negative prompt", "change it"))
+    return partial(nasa, scale=scale) if mode == "nasa" else partial(nag, scale=scale, limit=limit, blend=blend)
+
+
+def _family(pipe: DiffusionPipeline) -> Family:
+    families = {cls.pipeline_class: cls for cls in every(Family)}
+    if type(pipe) not in families:
+        expected = f"one of {sorted(kind.__name__ for kind in families)}"
+        why, todo = "a family says how the prompt is embedded", "pass `family=`, that of the pipeline's network"
+        raise ConfigError(problem(f"a {type(pipe).__name__}", expected, why, todo))
+    return families[type(pipe)](pretrained_teacher_model=pipe.name_or_path)
+
+
+def _check(net: Any) -> None:  # noqa: ANN401
+    if net in _busy:
+        why, todo = "they would take off each other's", "put both concepts into one prompt, or pass one a picture"
+        raise ConfigError(problem("a negative prompt inside of another", "one at a time", why, todo))
+    adapters = sorted({type(p).__name__ for p in net.attn_processors.values() if "IPAdapter" in type(p).__name__})
+    if adapters:
+        why = "a layer that looks at pictures, too, would lose these by the negative prompt"
+        raise ConfigError(problem(f"IP-adapters ({', '.join(adapters)})", "none", why, "unload_ip_adapter() first"))
+
+
+class _Reached(Exception):  # noqa: N818
+    """The network came to where its prompt is first seen."""
+
+
+@torch.no_grad()
+def _embedded(
+    family: Family, pipe: DiffusionPipeline, place: nn.Module, texts: Sequence[str]
+) -> tuple[Tensor, Tensor | None]:
+    """What the layer or block `place` is given of prompts: tokens (P, L, D), and their mask or None.
+
+    The network itself projects and norms them and makes a mask of what the tokenizer said: it is run up to `place`.
+    """
+    net: Any = family.network(pipe)
+    seen: list[tuple[Tensor, Tensor | None]] = []
+
+    def look(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        seen.append((given["encoder_hidden_states"], given.get("attention_mask")))
+        raise _Reached
+
+    side = family.native_side(pipe)
+    where: Any = {"device": net.device, "dtype": net.dtype}
+    cond = family.condition(pipe, texts)
+    cond = {key: v.to(**where) if v.is_floating_point() else v.to(net.device) for key, v in cond.items()}
+    x_t = torch.zeros(len(texts), *family.latent_shape(pipe, side, side), **where)
+    handle = place.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        family.call(net, x_t, torch.zeros(len(texts), device=net.device), cond)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+class _Subtraction:
+    """Hooks that ask layers or blocks a second time, and combine what the picture's tokens found.
+
+    Args:
+        states: tokens of the negative prompts (P, L, D), as the first layer or block is given them.
+        mask: theirs, (P, 1, L), added to logits; None where there is none.
+        combine: Z of Z+ and Z-, (B, N, D) each.
+    """
+
+    def __init__(self, states: Tensor, mask: Tensor | None, combine: Combine) -> None:
+        self.states, self.mask, self.combine = states, mask, combine
+        self.stream = states  # of joint blocks: the negative's tokens before the next of them
+        self.asking = False  # the second time, which comes first
+        self.other: Tensor | None = None  # Z- of the layer at hand
+        self.length = 0  # of the text before the picture's tokens, where a block has both in one sequence
+        self.handles: list[Any] = []
+
+    def attach(self, net: nn.Module, places: Sequence[nn.Module]) -> None:
+        """Into a network whose prompt is seen at `places`, all layers of attention or all joint blocks."""
+        self.handles.append(net.register_forward_pre_hook(self._start))
+        for place in places:
+            attn: Any = place if isinstance(place, Attention) else place.attn
+            ask = self._ask_layer if isinstance(place, Attention) else self._ask_block
+            self.handles.append(place.register_forward_pre_hook(ask, with_kwargs=True))
+            if isinstance(place, FluxSingleTransformerBlock):  # its attention has no last layer of its own
+                self.handles.append(attn.register_forward_hook(self._end_single))
+            else:
+                self.handles.append(attn.to_out[0].register_forward_pre_hook(self._end))
+
+    def remove(self) -> None:
+        """Leave the network as it was."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _start(self, net: Any, args: tuple) -> None:  # noqa: ANN401
+        if torch.is_grad_enabled() and net.is_gradient_checkpointing:
+            got, todo = "gradient checkpointing", "call net.disable_gradient_checkpointing(), or sample without grad"
+            raise ConfigError(problem(got, "none", "a block that runs again would be asked out of turn", todo))
+        self.stream = self.states
+
+    def _ask_layer(self, attn: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(attn.forward).bind(*args, **kwargs)
+        x = given.arguments["hidden_states"]
+        mask = None if self.mask is None else self._rows(self.mask, x)
+        given.arguments |= {"encoder_hidden_states": self._rows(self.states, x), "attention_mask": mask}
+        self._ask(attn, given)
+
+    def _ask_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(block.forward).bind(*args, **kwargs)
+        text, stream = (
+            given.arguments["encoder_hidden_states"],
+            self._rows(self.stream, given.arguments["hidden_states"]),
+        )
+        given.arguments["encoder_hidden_states"] = stream
+        if given.arguments.get("image_rotary_emb") is not None:  # text stands at one place, whatever its length
+            parts = given.arguments["image_rotary_emb"]
+            moved = [torch.cat([p[:1].expand(stream.shape[1], -1), p[text.shape[1] :]]) for p in parts]
+            given.arguments["image_rotary_emb"] = tuple(moved)
+        self.length = stream.shape[1]
+        self.stream, _ = self._ask(block, given)
+        self.length = text.shape[1]
+
+    def _ask(self, module: nn.Module, given: inspect.BoundArguments) -> Any:  # noqa: ANN401
+        self.asking = True
+        found = module.forward(*given.args, **given.kwargs)  # not the call, which would come here again
+        self.asking = False
+        return found
+
+    def _end(self, layer: nn.Module, args: tuple) -> tuple | None:
+        mixed = self._met(args[0])
+        return None if mixed is None else (mixed,)
+
+    def _end_single(self, attn: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        mixed = self._met(output[:, self.length :])
+        return None if mixed is None else torch.cat([output[:, : self.length], mixed], dim=1)
+
+    def _met(self, found: Tensor) -> Tensor | None:
+        """Z, or None where the layer is being asked for Z-."""
+        if self.asking:
+            self.other = found
+            return None
+        assert self.other is not None
+        other, self.other = self.other, None
+        return self.combine(found, other)
+
+    def _rows(self, value: Tensor, x: Tensor) -> Tensor:
+        """One row for each of x."""
+        if len(value) not in (1, len(x)):
+            got, expected = f"{len(value)} negative prompts", f"1, or {len(x)}, one for each picture"
+            why, todo = (
+                "each picture has one",
+                "repeat them as the prompts are; without guidance, which doubles the rows",
+            )
+            raise ConfigError(problem(got, expected, why, todo))
+        return value.to(x).expand(len(x), *value.shape[1:])
