@@ -29,6 +29,7 @@ from stepdistill.signs import Yardstick
 from stepdistill.tiny.benchmark import N, Results, data_features, figures, prompts, reference
 from stepdistill.tiny.guidance import measure_guidance
 from stepdistill.tiny.matrix import measure_families
+from stepdistill.tiny.negative import measure_negative
 from stepdistill.tiny.recipes import recipes, seconds, step_seconds, trained, warm_start
 from stepdistill.tiny.render import EARLY, STEPS
 
@@ -230,6 +231,7 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "distribution": partial(measure_students, "distribution"),
     "reflow": partial(measure_students, "reflow"),
     "guidance": measure_guidance,
+    "negative": measure_negative,
     "time": measure_time,
     "watch": measure_watch,
     "families": measure_families,
