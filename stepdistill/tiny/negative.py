@@ -1,16 +1,21 @@
 """The README's table of negative prompts: how much of a named concept is left in few-step students, and at what cost.
 
-Which words are taken off is a rule about the captions, so that no pair was chosen by its result: every word that is in
-at least four names of a subgroup of the tables, and in no more than half of them. What a picture shows is said by the
-drawing that is nearest to it in features, and so is how clean it is.
+What is taken off from what is a rule about the captions, so that no pair was chosen by its result:
+
+- words: every word that is in at least four names of a subgroup of the tables, and in no more than half of them, with
+  the subgroup for a prompt. A picture shows the word if the drawing nearest to it in features has it in its name.
+- colours: of each heart named by a hue, its colour, and red of "heart". Shown is the share of strong pixels of its hue.
+
+Beside each stands what another word of the list does, which has nothing to do with the prompt.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepdistill import config, student
-from stepdistill.evaluate import SEED_B, Row, generate, grid, student_row
+from stepdistill.evaluate import SEED_A, SEED_B, Row, generate, grid, student_row, teacher_row
 from stepdistill.families.base import Family
 from stepdistill.guidance import negative
 from stepdistill.metrics.cost import Cost
@@ -29,80 +34,130 @@ from stepdistill.tiny import emoji
 from stepdistill.tiny.benchmark import Results, extractor
 from stepdistill.tiny.recipes import recipes, trained
 
-N = 256  # seeds of a cell
+N = 128  # seeds of a cell
+TAUGHT = 64  # the teacher's pictures of a concept
 VERSIONS = 12  # pictures of each drawing that others are compared with
 LEAST = 4  # names with the word
 EMPTY = {"with", "of", "in", "without", "behind", "on"}  # words that name nothing
+HUES = {"red": 0, "orange": 30, "yellow": 50, "green": 100, "blue": 205, "purple": 270}  # degrees, of Twemoji's hearts
+NEAR, CHROMA = 25, 110  # degrees, and of 255: more than the pastel grounds have
 SETTINGS: dict[str, dict[str, Any]] = {
-    **{f"{scale:g}": {"scale": scale} for scale in (0.0, 0.1, 0.2, 0.5, 1.0)},
+    **{f"{scale:g}": {"scale": scale} for scale in (0.1, 0.2, 0.5, 1.0)},
     "nag 5": {"scale": 5.0, "mode": "nag"},
 }
+CONTROLLED = ("0.2", "0.5", "nag 5")
 STUDENTS = {  # name: table, config, steps
     "tiny-sd": {"dmd2": ("distribution", "dmd2", 1), "lcm": ("consistency", "lcm", 4)},
     "tiny-sd3": {"regression": ("consistency", "regression", 4)},
 }
-SHOWN = ("0", "0.2", "0.5", "1", "nag 5")  # lines of the picture
-REDNESS = 64  # of 255, by which red exceeds green and blue
+SHOWN = ("0.2", "0.5", "1", "nag 5")  # lines of the picture, below the plain one
+Shown = Callable[[Tensor, Tensor], Tensor]
 
 
-def pairs() -> list[tuple[str, str]]:
-    """(prompt, word) of the rule, most frequent first."""
+@dataclass(frozen=True)
+class Pair:
+    """What is drawn, what is taken off, another word in its place, the concept in full, and the measure of it.
+
+    Args:
+        shown: how much of it is in pictures (n, 3, H, W) uint8 with features (n, D), in [0, 1] each, (n,).
+    """
+
+    prompt: str
+    word: str
+    control: str
+    concept: str
+    gallery: str
+    shown: Shown
+
+
+def pairs() -> list[Pair]:
+    """All of the rule: words, most frequent first, then colours."""
     found = []
     for group in emoji.prompts():
         names = [drawing.name for drawing in emoji.subjects() if drawing.subgroup == group]
         count = Counter(word for name in names for word in set(name.split()) - EMPTY)
         found += [(n, group, word) for word, n in count.items() if LEAST <= n <= len(names) / 2]
-    return [(group, word) for _, group, word in sorted(found, key=lambda each: (-each[0], *each[1:]))]
-
-
-def control_of(prompt: str, word: str) -> str:
-    """The next word of the list that no name of the prompt has: what any negative prompt does."""
-    words, at = [each for _, each in pairs()], pairs().index((prompt, word))
-    own = {each for drawing in emoji.subjects() if drawing.subgroup == prompt for each in drawing.name.split()}
-    return next(other for other in (*words[at:], *words) if other not in own)
+    words = [(group, word) for _, group, word in sorted(found, key=lambda each: (-each[0], *each[1:]))]
+    made = []
+    for i, (group, word) in enumerate(words):
+        own = {each for drawing in emoji.subjects() if drawing.subgroup == group for each in drawing.name.split()}
+        control = next(other for _, other in (*words[i:], *words) if other not in own)
+        made.append(Pair(group, word, control, word, group, partial(named, group, word)))
+    hues = list(HUES)
+    for prompt, hue in [("heart", "red"), *((f"{hue} heart", hue) for hue in hues)]:
+        control = hues[(hues.index(hue) + len(hues) // 2) % len(hues)]
+        made.append(Pair(prompt, hue, control, f"{hue} heart", "heart", partial(coloured, hue)))
+    return made
 
 
 @cache
-def gallery(prompt: str, seed: int) -> tuple[Tensor, list[str]]:
-    """Features (n, D) and names of `VERSIONS` pictures of each drawing of a prompt."""
-    rng, source = random.Random(seed), emoji.sheet()
-    drawn = [each for each in emoji.subjects() if each.subgroup == prompt for _ in range(VERSIONS)]
-    made = emoji.pixels([emoji.picture(source, each, rng) for each in drawn])
-    return extractor()((made * 127.5 + 127.5).round().to(torch.uint8)), [each.name for each in drawn]
+def gallery(prompt: str) -> tuple[Tensor, list[str]]:
+    """Features (n, D) and names of `VERSIONS` pictures of each drawing of a subgroup."""
+    rng, source = random.Random(0), emoji.sheet()
+    drawings = [each for each in emoji.subjects() if each.subgroup == prompt for _ in range(VERSIONS)]
+    made = emoji.pixels([emoji.picture(source, each, rng) for each in drawings])
+    return extractor()((made * 127.5 + 127.5).round().to(torch.uint8)), [each.name for each in drawings]
 
 
-def shows(features: Tensor, prompt: str, word: str) -> tuple[Tensor, Tensor]:
-    """Whether the drawing nearest to each picture (n, D) has the word in its name, and its distance, (n,) both."""
-    known, names = gallery(prompt, 0)
-    distance, nearest = torch.cdist(features, known).min(1)
-    return torch.tensor([word in names[i].split() for i in nearest.tolist()]), distance
+def named(prompt: str, word: str, images: Tensor, features: Tensor) -> Tensor:
+    """1 where the nearest drawing of the subgroup has the word in its name."""
+    known, names = gallery(prompt)
+    nearest = torch.cdist(features, known).argmin(1).tolist()
+    return torch.tensor([float(word in names[i].split()) for i in nearest])
 
 
-def redness(images: Tensor) -> float:
-    """Share of red pixels of pictures (n, 3, H, W) uint8."""
-    red, green, blue = images.int().unbind(1)
-    return (red - torch.maximum(green, blue) > REDNESS).float().mean().item()
+def coloured(hue: str, images: Tensor, features: Tensor) -> Tensor:
+    """Share of the pixels that are strongly of a hue."""
+    red, green, blue = images.float().unbind(1)
+    chroma = images.amax(1).float() - images.amin(1).float()
+    angle = torch.rad2deg(torch.atan2(3**0.5 * (green - blue), 2 * red - green - blue))
+    off = (angle - HUES[hue] + 180) % 360 - 180
+    return ((chroma > CHROMA) & (off.abs() < NEAR)).float().mean((1, 2))
 
 
 def measure_negative(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
-    """Draw each student's pictures of a prompt with a word of its drawings, or one of others, as negative prompt."""
+    """Draw each student's pictures of a prompt with a word of it, or one of others, for a negative prompt."""
     for label, (table, method, steps) in STUDENTS[name].items():
         if rows and label not in rows:
             continue
         file = recipes(name, table)[method]
         run, out = config.load(Run, file, []), trained(file)
-        pipe = run.family.load()
+        teacher, pipe = run.family.load(), run.family.load()
         row = student_row(run.family, run.method, pipe, steps)
         student.load_student(pipe, out)
         pipe.fuse_lora()  # pyright: ignore[reportAttributeAccessIssue]
         facts = {"teacher": name, "student": label, "config": config.digest(run), "steps": steps, "n": N}
-        for prompt, word in pairs():
-            own = {**facts, "prompt": prompt, "negative": word, "control": control_of(prompt, word)}
-            made = partial(suppressed, run.family, pipe, row, prompt, word)
-            results.once(f"{name}/{label}/{prompt}: {word}", made, **own)
-        results.once(f"{name}/{label}/heart: red", partial(reddened, run.family, pipe, row), **facts)
+        for pair in pairs():
+            own = {**facts, "prompt": pair.prompt, "negative": pair.word, "control": pair.control}
+            made = partial(suppressed, run, teacher, pipe, row, pair)
+            results.once(f"{name}/{label}/{pair.prompt}: {pair.word}", made, **own)
         if label == "dmd2":
             show(run.family, pipe, row, results.file.with_suffix(".png"))
+
+
+def suppressed(run: Run, teacher: DiffusionPipeline, pipe: DiffusionPipeline, row: Row, pair: Pair) -> dict[str, Any]:
+    """How much is shown of the concept, by setting; how far pictures are from the teacher's of it and from drawings.
+
+    `moved` is the distance in features from the same seed without a negative prompt, over what did not show it.
+    """
+    w, steps = run.train.teacher_guidance_scale, run.train.teacher_steps
+    full = teacher_row(run.family, teacher, steps, w, "teacher")
+    concept = extractor()(generate(teacher, full, [pair.concept] * TAUGHT, SEED_A)[0])
+    images, plain = drawn(run.family, pipe, row, pair.prompt, "", {})
+    start = extractor()(images)
+    rest = pair.shown(images, start) < 0.05
+
+    def cell(images: Tensor, cost: Cost) -> dict[str, float]:
+        features = extractor()(images)
+        near = {"to_teacher": concept, "to_drawings": gallery(pair.gallery)[0]}
+        found = {key: torch.cdist(features, known).min(1).values.mean().item() for key, known in near.items()}
+        found |= {"moved": (features - start)[rest].norm(dim=1).mean().item()} if rest.any() else {}
+        return {"shown": pair.shown(images, features).mean().item(), **found, "seconds_per_image": cost.seconds / N}
+
+    draw = partial(drawn, run.family, pipe, row, pair.prompt)
+    settings = {"0": cell(images, plain)} | {key: cell(*draw(pair.word, how)) for key, how in SETTINGS.items()}
+    control = {key: cell(*draw(pair.control, SETTINGS[key])) for key in CONTROLLED}
+    return {"seeds": [SEED_B], "taught": TAUGHT, "rest": int(rest.sum()), "settings": settings, "other": control}
 
 
 def drawn(
@@ -114,52 +169,19 @@ def drawn(
         return generate(pipe, row, [prompt] * n, SEED_B)
 
 
-def suppressed(family: Family, pipe: DiffusionPipeline, row: Row, prompt: str, word: str) -> dict[str, Any]:
-    """Share of pictures that show the word, by setting, and what becomes of those that do not show it anyway."""
-    fresh, names = gallery(prompt, 1)
-    truth = torch.tensor([word in name.split() for name in names])
-    told = (shows(fresh, prompt, word)[0] == truth).float().mean().item()
-    images, cost = drawn(family, pipe, row, prompt, word, {})
-    start = extractor()(images)
-    rest = ~shows(start, prompt, word)[0]
-    found: dict[str, Any] = {"seeds": [SEED_B], "right_on_drawings": told, "rest": int(rest.sum())}
-    found |= {"plain_seconds_per_image": cost.seconds / N, "settings": {}}
-    for key, how in SETTINGS.items():
-        cells = {}
-        for kind, text in (("", word), ("control_", control_of(prompt, word))):
-            images, cost = drawn(family, pipe, row, prompt, text, how)
-            features = extractor()(images)
-            has, distance = shows(features, prompt, word)
-            cells[f"{kind}share"] = has.float().mean().item()
-            cells[f"{kind}to_drawings"] = distance.mean().item()
-            cells[f"{kind}moved"] = (features - start)[rest].norm(dim=1).mean().item()
-        found["settings"][key] = cells | {"seconds_per_image": cost.seconds / N}
-    return found
-
-
-def reddened(family: Family, pipe: DiffusionPipeline, row: Row) -> dict[str, Any]:
-    """Share of red pixels of hearts, with "red" and with "green" as negative prompt."""
-    settings = {
-        key: {
-            f"{kind}share": redness(drawn(family, pipe, row, "heart", text, how)[0])
-            for kind, text in (("", "red"), ("control_", "green"))
-        }
-        for key, how in SETTINGS.items()
-    }
-    return {"seeds": [SEED_B], "prompt": "heart", "negative": "red", "control": "green", "settings": settings}
-
-
 def show(family: Family, pipe: DiffusionPipeline, row: Row, file: Path) -> None:
-    """A picture: of the first word of each prompt the first two seeds that show it, and the first that does not."""
-    firsts = {prompt: word for prompt, word in reversed(pairs())}
+    """A picture: of each prompt's first word the two seeds of 64 that show most of it, and the one that shows least."""
+    firsts = list({pair.prompt: pair for pair in reversed(pairs())}.values())
+    firsts = [pair for pair in reversed(firsts) if pair.prompt in emoji.prompts()]
     columns: list[str] = []
-    lines: dict[str, list[Tensor]] = {key: [] for key in SHOWN}
-    for prompt, word in reversed(firsts.items()):
-        images = drawn(family, pipe, row, prompt, word, {}, 64)[0]
-        has = shows(extractor()(images), prompt, word)[0]
-        seeds = [*has.nonzero().flatten()[:2].tolist(), *(~has).nonzero().flatten()[:1].tolist()]
-        columns += [f"{prompt}, not {word}"] * len(seeds)
+    lines: dict[str, list[Tensor]] = {key: [] for key in ("0", *SHOWN)}
+    for pair in firsts:
+        images = drawn(family, pipe, row, pair.prompt, "", {}, 64)[0]
+        order = pair.shown(images, extractor()(images)).argsort(descending=True, stable=True)
+        seeds = order[[0, 1, -1]]
+        columns += [f"{pair.prompt}, not {pair.word}"] * len(seeds)
+        lines["0"] += list(images[seeds])
         for key in SHOWN:
-            lines[key] += list(drawn(family, pipe, row, prompt, word, SETTINGS[key], 64)[0][seeds])
-    labels = {key: key if key.startswith("nag") else f"scale {key}" for key in SHOWN}
+            lines[key] += list(drawn(family, pipe, row, pair.prompt, pair.word, SETTINGS[key], 64)[0][seeds])
+    labels = {key: key if key.startswith("nag") else f"scale {key}" for key in lines}
     grid([(labels[key], torch.stack(made)) for key, made in lines.items()], columns, 2).save(file)
