@@ -4,7 +4,8 @@ What is taken off from what is a rule about the captions, so that no pair was ch
 
 - words: every word that is in at least four names of a subgroup of the tables, and in no more than half of them, with
   the subgroup for a prompt. A picture shows the word if the drawing nearest to it in features has it in its name.
-- colours: of each heart named by a hue, its colour, and red of "heart". Shown is the share of strong pixels of its hue.
+- colours: of each heart that is strongly of one hue, its colour, and red of "heart". Shown is the share of pixels that
+  are strongly of it.
 
 Beside each stands what another word of the list does, which has nothing to do with the prompt.
 """
@@ -39,7 +40,7 @@ TAUGHT = 64  # the teacher's pictures of a concept
 VERSIONS = 12  # pictures of each drawing that others are compared with
 LEAST = 4  # names with the word
 EMPTY = {"with", "of", "in", "without", "behind", "on"}  # words that name nothing
-HUES = {"red": 0, "orange": 30, "yellow": 50, "green": 100, "blue": 205, "purple": 270}  # degrees, of Twemoji's hearts
+HUES = {"red": 355, "yellow": 42, "blue": 205}  # degrees, of the hearts; others are as pale as the grounds, or between
 NEAR, CHROMA = 25, 110  # degrees, and of 255: more than the pastel grounds have
 SETTINGS: dict[str, dict[str, Any]] = {
     **{f"{scale:g}": {"scale": scale} for scale in (0.1, 0.2, 0.5, 1.0)},
@@ -85,7 +86,7 @@ def pairs() -> list[Pair]:
         made.append(Pair(group, word, control, word, group, partial(named, group, word)))
     hues = list(HUES)
     for prompt, hue in [("heart", "red"), *((f"{hue} heart", hue) for hue in hues)]:
-        control = hues[(hues.index(hue) + len(hues) // 2) % len(hues)]
+        control = hues[hues.index(hue) - 1]
         made.append(Pair(prompt, hue, control, f"{hue} heart", "heart", partial(coloured, hue)))
     return made
 
