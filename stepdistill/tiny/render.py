@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from stepdistill.tiny.matrix import matrix
 STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4), "reflow": (1, 2, 4)}
 DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1, "reflow": 1}  # steps whose other figures are shown
 EARLY = {"distribution": 799.0}  # one step may do better from an earlier time, for any method: shown for all
+AWAY = {  # distances of negative prompts' pictures, in features
+    "to_teacher": "to the teacher's of the concept",
+    "to_drawings": "to drawings",
+    "moved": "moved, of those that did not show it",
+}
 
 
 def render(text: str, results: Path) -> str:
@@ -100,6 +106,31 @@ def _guidance(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _negative(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line a pair, a column a setting: what is shown of the concept. Then means of what else changes, by student."""
+    some = next(iter(rows.values()))
+    heads = [key if key.startswith("nag") else f"scale {key}" for key in some["settings"]]
+    heads = ["plain", *heads[1:], *(f"{key}, another word" for key in some["other"])]
+    shown, means = (
+        [f"| {title} | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
+        for title in ("shown of the concept, %", "over all of them")
+    )
+    for name in dict.fromkeys(key.rpartition("/")[0] for key in rows):
+        label, cells = name.replace("/", ": "), []
+        for key, row in rows.items():
+            if key.startswith(f"{name}/"):
+                cells.append([*row["settings"].values(), *row["other"].values()])
+                values = " | ".join(f"{100 * cell['shown']:.1f}" for cell in cells[-1])
+                shown += [f"| {label}, {key.rpartition('/')[2].replace(':', ', not')} | {values} |"]
+        for kind, title in AWAY.items():
+            found = [mean(row[i][kind] for row in cells if kind in row[i]) for i in range(len(heads))]
+            means += [f"| {label}: {title} | {' | '.join(f'{each:.1f}' for each in found)} |"]
+        plain = mean(row[0]["seconds_per_image"] for row in cells)
+        times = [mean(row[i]["seconds_per_image"] for row in cells) / plain for i in range(len(heads))]
+        means += [f"| {label}: seconds / plain | {' | '.join(f'{each:.2f}' for each in times)} |"]
+    return "\n".join([*shown, "", *means])
+
+
 def plot_paths(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     """Draw where the paths of the unguided teacher and of its reflowed student bend."""
     (row,) = (row for key, row in rows.items() if key.endswith("unguided/paths"))
@@ -169,6 +200,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "distribution": _distribution,
     "reflow": _reflow,
     "guidance": _guidance,
+    "negative": _negative,
     "watch": _watch,
     "families": matrix,
 }
