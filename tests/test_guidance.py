@@ -12,7 +12,8 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SanaTran
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.utils import logging as diffusers_logging
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from stepdistill.errors import ConfigError
@@ -361,17 +362,18 @@ def test_nag_is_held_within_the_limit_and_blended():
     assert torch.allclose(nasa(z, other, 0.5), torch.tensor([[[1.5, -1.5], [1.05, 0.0]]]))
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_a_plain_pipeline_with_a_lora_active_or_fused(name):
     pipe, family = tiny.pipeline(name), tiny.FAMILIES[name]
     net = family.network(pipe)
-    net.add_adapter(LoraConfig(r=4, target_modules=["to_k", "to_v", "to_out.0"], init_lora_weights=False))
-    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32, "output_type": "latent"}
-    call |= family.arguments()
+    inject_adapter_in_model(LoraConfig(target_modules=["to_k", "to_v", "to_out.0"], init_lora_weights=False), net)
+    loras = [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
+    call = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent"}
+    call |= family.guidance(1.0) | family.arguments()
 
     def draw(prompts, **more):
         noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        return pipe(list(prompts), latents=noise, **call, **more).images
+        return pipe(list(prompts), latents=family.pack(noise), **call, **more).images
 
     pipe.set_progress_bar_config(disable=True)
     both = ["red apple", "cat face"]
@@ -385,11 +387,13 @@ def test_a_plain_pipeline_with_a_lora_active_or_fused(name):
         two = draw(["red apple"], num_images_per_prompt=2)
     with negative(pipe, "rose", 0.5, family=family):
         assert torch.allclose(two[1], draw(["red apple"] * 2)[1], atol=1e-5)
-    net.disable_adapters()
+    for lora in loras:
+        lora.enable_adapters(False)
     with negative(pipe, "octopus", 0.5, family=family):
         assert (draw(both) - active).abs().max() > 1e-3  # so the LoRA of to_k and to_v was in it
-    net.enable_adapters()
-    net.fuse_lora()
+    for lora in loras:
+        lora.enable_adapters(True)
+        lora.merge()
     with negative(pipe, "octopus", 0.5, family=family):
         assert torch.allclose(draw(both), active, atol=1e-4)
 
