@@ -1,6 +1,7 @@
 """Negative prompts for students, which are sampled without guidance: taken off inside attention, in the same pass.
 
-    with stepdistill.guidance.negative(pipe, "flowers", scale=0.2):
+    call = stepdistill.load_student(pipe, folder)
+    with negative(pipe, "flowers", scale=0.2):
         pipe("a garden", **call)
 
 Guidance compares two outputs of the network, and one-step students blend both pictures. NASA instead subtracts what
