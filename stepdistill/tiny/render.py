@@ -122,6 +122,8 @@ def _negative(rows: Mapping[str, Mapping[str, Any]]) -> str:
                 cells.append([*row["settings"].values(), *row["other"].values()])
                 values = " | ".join(f"{100 * cell['shown']:.1f}" for cell in cells[-1])
                 shown += [f"| {label}, {key.rpartition('/')[2].replace(':', ', not')} | {values} |"]
+        found = [100 * mean(row[i]["shown"] for row in cells) for i in range(len(heads))]
+        means += [f"| {label}: shown, % | {' | '.join(f'{each:.1f}' for each in found)} |"]
         for kind, title in AWAY.items():
             found = [mean(row[i][kind] for row in cells if kind in row[i]) for i in range(len(heads))]
             means += [f"| {label}: {title} | {' | '.join(f'{each:.1f}' for each in found)} |"]
