@@ -37,6 +37,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
+from stepdistill.cut import warn_of_cut
 from stepdistill.errors import ConfigError, problem
 from stepdistill.families.base import Family
 from stepdistill.template import every
@@ -88,6 +89,7 @@ def negative(
     if not places:
         got, expected = f"a {type(net).__name__}", "attention to the prompt, of its own or joint"
         raise ConfigError(problem(got, expected, "a negative prompt is taken off there", "sample without one"))
+    warn_of_cut(family, pipe, texts)
     subtraction = _Subtraction(*_embedded(family, pipe, places[0], texts), combine)
     _busy.add(net)
     try:
