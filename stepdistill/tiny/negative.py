@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 CONTROLLED = ("0.2", "0.5", "nag 5")
 STUDENTS = {  # name: table, config, steps
-    "tiny-sd": {"dmd2": ("distribution", "dmd2", 1), "lcm": ("consistency", "lcm", 4)},
+    "tiny-sd": {"dmd2": ("distribution", "dmd2", 1)},
     "tiny-sd3": {"regression": ("consistency", "regression", 4)},
 }
 SHOWN = ("0.2", "0.5", "1", "nag 5")  # lines of the picture, below the plain one
