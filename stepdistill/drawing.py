@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from stepdistill.contract import Contract, absolute, is_multi, read_contract, re
 from stepdistill.cut import warn_of_cut
 from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import Family, each
+from stepdistill.guidance import Mode, negative
 from stepdistill.loras import merge, weigh
 from stepdistill.methods.base import Method
 from stepdistill.multi import Students
@@ -147,6 +149,33 @@ class Drawer:
         old = ("timesteps", "sigmas", "num_inference_steps", "eta", *self.family.guidance(2))
         kept = {key: value for key, value in found.items() if key not in old}
         return steps | self.family.guidance(sampler.guidance_scale) | kept
+
+    @contextmanager
+    def against(
+        self, text: str | None, call: dict[str, Any], scale: float | None = None, mode: Mode = "nasa"
+    ) -> Iterator[dict[str, Any]]:
+        """The call with a negative prompt, by guidance where it guides, else by `stepdistill.guidance.negative`.
+
+        Args:
+            text: None is none.
+            scale: of what is taken off without guidance; None is the default there.
+
+        Raises:
+            StudentError: there is a scale, or another mode, for a call that guides.
+        """
+        if text is None:
+            yield call
+            return
+        ((name, own),) = [(key, call.get(key, 1.0)) for key in self.family.guidance(1.0)]
+        if own > 1:
+            if scale is not None or mode != "nasa":
+                got, todo = f"a scale or mode for a negative prompt beside {name} {own:g}", "leave these out"
+                raise StudentError(problem(got, "none", "guidance departs from the negative prompt", todo))
+            yield call | {"negative_prompt": text}
+            return
+        given = {} if scale is None else {"scale": scale}
+        with negative(self.pipe, text, mode=mode, family=self.family, **given):
+            yield call
 
     @torch.no_grad()
     def draw(

@@ -269,3 +269,25 @@ def test_what_is_lost_is_all_that_is_beyond_the_limit():
     letters = pipeline("pixart_sigma").tokenizer
     assert lost(letters, 6, "abcd") == "" == lost(letters, 6, "")
     assert lost(letters, 5, "abcd") == "d" and lost(letters, 4, "ab cd") == "cd"
+
+
+def test_a_negative_prompt_goes_by_attention_or_where_there_is_guidance_by_it(quiet):
+    drawer = Drawer.load(quiet)
+    call = drawer.call(Wish()) | {"output_type": "np"}
+    plain = np.stack(list(drawer.draw(["rose"], [0], call)))
+    with drawer.against("red apple", call, 0.5) as told:
+        assert told == call
+        other = np.stack(list(drawer.draw(["rose"], [0], told)))
+    assert apart(plain, other) > 1e-4
+    assert apart(np.stack(list(drawer.draw(["rose"], [0], call))), plain) == 0
+    with drawer.against("red apple", call, 0.0) as told:
+        assert apart(np.stack(list(drawer.draw(["rose"], [0], told))), plain) == 0
+    guided = drawer.call(Wish(guidance_scale=3.0))
+    with drawer.against("red apple", guided) as told:
+        assert told == guided | {"negative_prompt": "red apple"}
+        list(drawer.draw(["rose", "octopus"], [0, 1], told))
+    with (
+        pytest.raises(StudentError, match="guidance departs from the negative prompt"),
+        drawer.against("a", guided, 0.5),
+    ):
+        pass

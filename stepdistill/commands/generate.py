@@ -13,7 +13,8 @@ GENERATE = """\
 Loads the base into a plain Diffusers pipeline, and the student into it, and draws under the student's own contract:
 its scheduler, noise levels and guidance. Picture n has the seed SEED + n: it is what the card's snippet draws with
 `torch.manual_seed(SEED + n)`, whatever else is in its batch. OUT gets 00000.png and so on, and pictures.jsonl with the
-prompt and seed of each. What is drawn away from the contract is warned of.
+prompt and seed of each. What is drawn away from the contract is warned of. A negative prompt goes by guidance where
+there is any, else by attention: NASA, or NAG, see `stepdistill.guidance`.
 
 examples:
   stepdistill generate runs/quickstart "cat face" rose --grid sheet.png
@@ -38,6 +39,9 @@ def declare(group: Any, make: Callable[..., argparse.ArgumentParser]) -> None:  
     steps.add_argument("--timesteps", type=_numbers, metavar="T,...", help="where steps start, descending")
     steps.add_argument("--sigmas", type=_numbers, metavar="S,...", help="the same as shares of noise")
     command.add_argument("--guidance_scale", type=float, metavar="W", help="of uncond + W (cond - uncond); 1 is none")
+    command.add_argument("--negative_prompt", metavar="TEXT", help="what pictures should not show")
+    command.add_argument("--negative_scale", type=float, metavar="A", help="of it where there is no guidance")
+    command.add_argument("--negative_mode", choices=("nasa", "nag"), default="nasa", help="(default: nasa)")
     command.add_argument("--eta", type=float, help="share of each step that is noised again")
     command.add_argument("--height", type=int, metavar="PIXELS")
     command.add_argument("--width", type=int, metavar="PIXELS")
@@ -100,7 +104,8 @@ def _draw(drawer: Any, prompts: list[str], args: argparse.Namespace, call: dict[
 
     args.out.mkdir(parents=True, exist_ok=True)
     seeds, made, lines, began = [args.seed + n for n in range(len(prompts))], [], [], time.perf_counter()
-    with count_calls(drawer.family.network(drawer.pipe)) as cost:
+    taken_off = drawer.against(args.negative_prompt, call, args.negative_scale, args.negative_mode)
+    with count_calls(drawer.family.network(drawer.pipe)) as cost, taken_off as call:
         pictures = tqdm(drawer.draw(prompts, seeds, call, args.batch), total=len(prompts), desc="Pictures")
         for n, picture in enumerate(pictures):
             picture.save(args.out / f"{n:05d}.png")
