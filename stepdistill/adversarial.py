@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from stepdistill.roles import Tap
 
@@ -82,7 +83,7 @@ class Head(nn.Module):
     """DMD2's discriminator head: halving convolutions down to 4 x 4, one that takes these in, a logit.
 
     Yin et al. 2024, https://arxiv.org/abs/2405.14867, section 4.3. On larger maps than the native one the logit is
-    the mean over places.
+    the mean over places; smaller ones are stretched to it.
 
     Args:
         tap: where the features come from.
@@ -92,6 +93,7 @@ class Head(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         side, width = tap.side, tap.channels
+        self.side = side
 
         def block(kernel: int, stride: int, padding: int) -> list[nn.Module]:
             groups = next(n for n in (32, 16, 8, 4, 2, 1) if width % n == 0)
@@ -105,4 +107,8 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (B, 1), float32, of features (B, channels, h, w)."""
-        return self.layers(features.float()).mean((2, 3))
+        features = features.float()
+        size = [max(side, self.side) for side in features.shape[-2:]]
+        if size != list(features.shape[-2:]):
+            features = interpolate(features, size, mode="bilinear")
+        return self.layers(features).mean((2, 3))
