@@ -75,8 +75,17 @@ class Shards:
                 self.net(*args, **kwargs)
 
 
-def check(roles: Mapping[str, Role]) -> None:
-    """Raise ConfigError for roles that a sharded base cannot have."""
+def check(roles: Mapping[str, Role], quantized: bool) -> None:
+    """Raise ConfigError for a base that cannot be sharded, or for roles that a sharded one cannot have."""
+    if quantized:
+        raise ConfigError(
+            problem(
+                "train.shard_base with family.quantization",
+                "one of the two",
+                "a quantised tensor is no array that could be cut and gathered, and the two were never tried together",
+                "switch one off",
+            )
+        )
     for name, role in roles.items():
         if isinstance(role, Copy):
             raise ConfigError(

@@ -249,6 +249,7 @@ def exact(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_gradients_are_those_of_one_process(exact, case):
     """Of student, fake score and head, in two steps of DMD2; a process has one of two samples."""
@@ -321,6 +322,7 @@ def measured(out: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_goes_on_is_as_one_process_makes_it(teacher, tmp_path):
     out, whole = tmp_path / "sharded", tmp_path / "whole"
     sharded = {"shard_base": True, "gradient_checkpointing": True}
@@ -352,7 +354,15 @@ def test_a_network_of_its_own_is_refused_before_anything_is_loaded(teacher, tmp_
         run = replace(make(teacher, tmp_path / "out", DMD2(), shard_base=True, validation_steps=None), method=method)
         with pytest.raises(ConfigError, match="shard_base with role 'student', a network of its own.*optimizer"):
             distill(run)
-    sharding.check({"student": Lora(), "ema": Ema("student", 0.9), "head": Module(Smooth)})
+    sharding.check({"student": Lora(), "ema": Ema("student", 0.9), "head": Module(Smooth)}, quantized=False)
+
+
+def test_a_quantised_base_is_refused_before_anything_is_loaded(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(Family, "load", lambda self: pytest.fail("loaded"))
+    run = make(teacher, tmp_path / "out", DMD2(), shard_base=True)
+    fewer = Factory("torchao.quantization.Int8WeightOnlyConfig")
+    with pytest.raises(ConfigError, match="shard_base with family.quantization"):
+        distill(replace(run, family=replace(run.family, quantization=fewer)))
 
 
 def test_one_process_is_refused_before_anything_is_loaded(teacher, tmp_path, monkeypatch):
