@@ -96,7 +96,8 @@ class Head(nn.Module):
         self.side = side
 
         def block(kernel: int, stride: int, padding: int) -> list[nn.Module]:
-            groups = next(n for n in (32, 16, 8, 4, 2, 1) if width % n == 0)
+            # the last map is one place: a group of one channel there would be a constant
+            groups = next(n for n in (32, 16, 8, 4, 2, 1) if width % n == 0 and width > n)
             return [nn.Conv2d(width, width, kernel, stride, padding), nn.GroupNorm(groups, width), nn.SiLU()]
 
         while side > 4:

@@ -92,7 +92,7 @@ class Flux(Flow):
         """The picture's tokens where the two streams join."""
         config: Any = net.config
         width = config["num_attention_heads"] * config["attention_head_dim"]
-        return Tap("single_transformer_blocks.0", width, 2, 32)
+        return Tap("single_transformer_blocks.0", width, 2, 16)
 
     def sites(self, net: nn.Module) -> Sites:
         """The picture's part of every joint attention of two streams; the prompt there is the block's text stream."""
