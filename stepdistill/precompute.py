@@ -64,11 +64,11 @@ def precompute(run: Run) -> Filled:
     rank, processes = accelerator.process_index, accelerator.num_processes
     parts = Parts(run.family, run.family.load(PARTS), accelerator.device)
     feed = Feed(parts, run.train, keys(run, accelerator), accelerator.device)
-    _embed(feed, wanted[rank::processes], rank > 0)
+    _embed(feed, wanted, rank, processes)
     source = feed.fixed(run.data)
     pictures = len(source) if feed.latents else 0
     if feed.latents:
-        _encode(feed, source, range(rank, pictures, processes), rank > 0)
+        _encode(feed, source, rank, processes)
     elif "images" in source.provides and rank == 0:
         logger.warning("train.cache_latents is off: training will read and encode the pictures at every step")
     distributed.barrier()
@@ -97,39 +97,44 @@ def prompts_of(run: Run) -> list[str]:
     return list(found)
 
 
-def _embed(feed: Feed, mine: Sequence[str], quiet: bool) -> None:
+def _embed(feed: Feed, wanted: Sequence[str], rank: int, processes: int) -> None:
     store = feed.prompts.store
-    missing = store.missing(mine)
-    if missing:
-        feed.parts.text(f"{len(missing)} of {len(mine)} prompts are not in {feed.folder}")
-    with tqdm(total=len(mine), initial=len(mine) - len(missing), desc="Embeddings", disable=quiet) as bar:
-        for start in range(0, len(missing), SLICE):
-            part = missing[start : start + SLICE]
+    missing = store.missing(wanted)
+    mine = _share(missing, rank, processes)
+    if mine:
+        feed.parts.text(f"{len(missing)} of {len(wanted)} prompts are not in {feed.folder}")
+    with tqdm(total=len(mine), desc="Embeddings", disable=rank > 0) as bar:
+        for start in range(0, len(mine), SLICE):
+            part = mine[start : start + SLICE]
             feed.prompts.fill(part)
             _check(store, feed)
             bar.update(len(part))
-    if not quiet:
+    if rank == 0:
         _ = feed.null  # makes its row, once
     store.save()
     _check(store, feed)
 
 
-def _encode(feed: Feed, source: Source, mine: Sequence[int], quiet: bool) -> None:
+def _encode(feed: Feed, source: Source, rank: int, processes: int) -> None:
     assert feed.latents is not None
     store = feed.latents.store
-    missing = [int(item) for item in store.missing([str(item) for item in mine])]
+    mine = [int(item) for item in _share(store.missing([str(item) for item in range(len(source))]), rank, processes)]
     # one picture at a time, since their sizes may differ
-    read = DataLoader(_Pictures(source, missing), collate_fn=_only, num_workers=feed.spec.dataloader_num_workers)
-    with tqdm(total=len(mine), initial=len(mine) - len(missing), desc="Latents", disable=quiet) as bar:
-        for sample in read:
-            if isinstance(sample, BadSample):
-                logger.warning("skipped %s", sample)
-            else:
-                feed.encode([sample])
-                _check(store, feed)
-            bar.update()
+    read = DataLoader(_Pictures(source, mine), collate_fn=_only, num_workers=feed.spec.dataloader_num_workers)
+    for sample in tqdm(read, total=len(mine), desc="Latents", disable=rank > 0):
+        if isinstance(sample, BadSample):
+            logger.warning("skipped %s", sample)
+        else:
+            feed.encode([sample])
+            _check(store, feed)
     store.save()
     _check(store, feed)
+
+
+def _share(missing: Sequence[str], rank: int, processes: int) -> Sequence[str]:
+    """This process's part of what is missing; all have looked before any of them writes."""
+    distributed.barrier()
+    return missing[rank::processes]
 
 
 def _only(batch: list[Sample | BadSample]) -> Sample | BadSample:
