@@ -13,7 +13,7 @@ from types import ModuleType
 
 from stepdistill import config, families, methods
 from stepdistill.commands import convert as conversion
-from stepdistill.commands import generate, precompute
+from stepdistill.commands import generate, precompute, view
 from stepdistill.errors import MissingWeights, StepdistillError
 from stepdistill.evaluation import command as evaluation
 
@@ -158,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.declare(commands, _command)
     conversion.declare(commands, _command)
     evaluation.declare(commands, _command)
+    view.declare(commands, _command)
     return parser
 
 

@@ -71,3 +71,9 @@ def merge(net: nn.Module) -> None:
     for layer in net.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
+
+
+def strengths(net: nn.Module, names: Collection[str]) -> list[tuple[dict[str, float], str]]:
+    """Where a pipeline's network keeps the strengths of these LoRAs, and under which name; none of what is fused."""
+    layers = [layer for layer in net.modules() if isinstance(layer, LoraLayer) and not layer.merged]
+    return [(layer.scaling, name) for layer in layers for name in names if name in layer.scaling]

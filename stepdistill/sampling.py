@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.denoiser import Condition, Denoise
+from stepdistill.prediction import Estimate
 from stepdistill.schedule import NoiseSchedule
 
 
@@ -86,6 +87,23 @@ def few_step(
             else:
                 x_t = schedule.renoise(x_t, low, s, z)
     return x_t
+
+
+def relay(base: Denoise, student: Denoise, timesteps: Sequence[float], base_steps: int = 1) -> Denoise:
+    """The base for the first `base_steps` of the steps that start at `timesteps`, the student for the rest.
+
+    Diversity distillation: a student settles the picture's structure in its first step, and draws less various
+    pictures than its base; a first step of the base, best without guidance, brings the variety back. Each replaces one
+    of the student's. Gandikota & Bau 2025, https://arxiv.org/abs/2503.10637. All samples of a batch are at one time.
+    """
+    if base_steps < 0:
+        raise ValueError(f"base_steps is {base_steps}: expected 0, which is the student alone, or more")
+    hand_over = timesteps[base_steps] if base_steps < len(timesteps) else -1.0
+
+    def call(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        return (base if t[0] > hand_over else student)(x_t, t, cond)
+
+    return call
 
 
 def follow(denoise: Denoise, schedule: NoiseSchedule, times: Sequence[float], x_t: Tensor, cond: Condition) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from stepdistill.metrics.frechet import excess, frechet, frechet_terms
+from stepdistill.metrics.frechet import diversity, diversity_replicates, excess, frechet, frechet_terms
 from stepdistill.metrics.jackknife import (
     block_sizes,
     difference_of_means,
@@ -249,3 +249,31 @@ def test_floor_counts_no_dimension_without_variance():
 def test_odd_input_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# diversity
+
+
+def test_diversity_without_each_block_is_made_anew():
+    x, index = features(3, 61, 5), torch.arange(61) % 7
+    for blocks in (5, 20):
+        found = diversity_replicates(x, index, blocks)
+        parts = [torch.arange(0), *torch.arange(61).tensor_split(blocks)]
+        kept = [torch.ones(61, dtype=torch.bool).index_fill(0, part, False) for part in parts]
+        brute = [diversity(x[k], index[k]) for k in kept]
+        torch.testing.assert_close(found, torch.tensor(brute, dtype=torch.float64), rtol=1e-10, atol=0)
+    same = diversity_replicates(torch.ones(40, 3), torch.arange(40) % 2)
+    assert same.abs().max() == 0  # equal pictures
+    shuffled = torch.randperm(7, generator=torch.Generator().manual_seed(0))[index]  # other numbers for the prompts
+    torch.testing.assert_close(diversity_replicates(x, shuffled, 5), diversity_replicates(x, index, 5))
+    with pytest.raises(ValueError, match="1 samples of prompt 3 outside of block 1"):
+        diversity_replicates(x, torch.tensor([3, *[0] * 59, 3]), 5)
+
+
+def test_the_interval_of_diversity_covers_its_law():
+    """Pairwise distances of normals of one dimension: E|a - b| = 2 / sqrt(pi)."""
+    index, covered = torch.arange(200) % 4, 0
+    for seed in range(200):
+        found = interval(diversity_replicates(normal(seed, 200, 1), index), block_sizes(200))
+        covered += found.low <= 2 / math.sqrt(math.pi) <= found.high
+    assert 0.9 <= covered / 200 <= 0.99

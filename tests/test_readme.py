@@ -34,6 +34,20 @@ def test_a_stale_table_is_noticed(tmp_path):
     assert render.render(made, tmp_path) == made
 
 
+def test_hybrids_and_styles_are_told_with_their_intervals():
+    row = {"excess": 174.8, "ci95": [155.0, 194.6], "paired": 48.04, "diversity": 0.949, "steps": 4, "base_steps": 1}
+    row |= {"diversity_ci95": [0.94, 0.958], "gain": 0.058, "gain_ci95": [0.049, -0.067]}
+    alone = {**row, "base_steps": 0, "diversity": 0.891}
+    made = render.RENDERERS["hybrid"]({"tiny-sd/m/late": row, "tiny-sd/m/student": alone}).split("\n")
+    assert made[2].startswith("| tiny-sd: m, student | 4, 0 | 0.891 [0.940, 0.958] |  | 175 [155, 195] | 48.0 |")
+    assert "late | 4, 1 | 0.949 [0.940, 0.958] | +0.058 [+0.049, -0.067] |" in made[3]
+    row = {"on_teacher": -0.2, "on_student": -0.1, "share": 0.5, "strength": 1.0, "steps": 1}
+    row |= {f"{key}_ci95": [row[key] - 0.01, row[key] + 0.01] for key in ("on_teacher", "on_student", "share")}
+    made = render.RENDERERS["transfer"]({"tiny-sd/grey, learnt on m/m/1": row}).split("\n")[2]
+    cells = "1 | -0.200 [-0.210, -0.190] | -0.100 [-0.110, -0.090] | 0.50 [0.49, 0.51]"
+    assert made == f"| tiny-sd: grey, learnt on m; m, 1 step | {cells} |"
+
+
 def test_every_method_is_in_the_readme_and_cites_its_paper():
     found = [m.name for m in pkgutil.iter_modules(methods.__path__) if m.name != "base"]
     assert found

@@ -90,6 +90,21 @@ def interval(replicate: Tensor, sizes: Sequence[int]) -> Interval:
 
 def mean_interval(scores: Tensor, blocks: int = 20) -> Interval:
     """The interval of the mean of scores (N,), such as CLIP's. Raises TypeError, ValueError."""
+    return interval(_means(scores, blocks), block_sizes(len(scores), blocks))
+
+
+def ratio_of_means(a: Tensor, b: Tensor, blocks: int = 20) -> Interval:
+    """The interval of mean(a) / mean(b) for scores (N,) at equal prompts and seeds. Raises TypeError, ValueError."""
+    if a.shape != b.shape:
+        raise ValueError(
+            f"ratio_of_means got {tuple(a.shape)} and {tuple(b.shape)}, expected equal shapes: score i of both "
+            "must come from one prompt and seed; draw both over the same list"
+        )
+    return interval(_means(a, blocks) / _means(b, blocks), block_sizes(len(a), blocks))
+
+
+def _means(scores: Tensor, blocks: int) -> Tensor:
+    """The mean of all scores, then without each block."""
     if not scores.is_floating_point():
         raise TypeError(f"got scores of type {scores.dtype}, expected floating point: one number for each sample")
     if scores.ndim != 1 or not scores.isfinite().all():
@@ -99,8 +114,7 @@ def mean_interval(scores: Tensor, blocks: int = 20) -> Interval:
         )
     x = scores.detach().cpu().double()
     without = _blocks(len(x), blocks)
-    means = [(x.sum() - x[block].sum()) / (len(x) - len(block)) for block in without]
-    return interval(torch.stack(means), [len(block) for block in without[1:]])
+    return torch.stack([(x.sum() - x[block].sum()) / (len(x) - len(block)) for block in without])
 
 
 def difference_of_means(a: Tensor, b: Tensor, blocks: int = 20) -> Interval:

@@ -19,6 +19,7 @@ from stepdistill import student
 from stepdistill.evaluate import SEED_A, SEED_B, Reference, Row, generate, teacher_row
 from stepdistill.evaluation.measure import Reference as Compared
 from stepdistill.evaluation.measure import Sampled, measured
+from stepdistill.metrics.cost import Cost
 from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.stats import Stats
 from stepdistill.multi import Students, generate_each
@@ -85,12 +86,26 @@ def taught(name: str, run: Run, captions: list[str]) -> Reference:
 
 def figures(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> dict[str, Any]:
     """Excess, paired distance, diversity over the teacher's, and cost of one way to sample."""
+    return judged(*drawn(drawer, row, ref), ref)
+
+
+def drawn(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> tuple[Tensor, Cost]:
+    """Features of the pictures of one way to sample, in the order of the reference, and what they cost."""
     if isinstance(drawer, Students):
         images, cost = generate_each(drawer, ref.prompts, SEED_B, row)
     else:
         images, cost = generate(drawer, row, ref.prompts, SEED_B, progress=True)
-    made, n = extractor()(images), len(images)
-    places = torch.tensor([sorted(set(ref.prompts)).index(prompt) for prompt in ref.prompts])
+    return extractor()(images), cost
+
+
+def places(ref: Reference) -> Tensor:
+    """Which of the reference's prompts a picture is of, (N,)."""
+    return torch.tensor([sorted(set(ref.prompts)).index(prompt) for prompt in ref.prompts])
+
+
+def judged(made: Tensor, cost: Cost, ref: Reference) -> dict[str, Any]:
+    """What `figures` says of pictures with these features."""
+    n = len(made)
     teacher, student = (
         Sampled(name=role, role=role, features=features)
         for role, features in (("teacher", ref.features["floor"]), ("student", made))
@@ -98,7 +113,7 @@ def figures(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> d
     stored = ref.features["reference"]
     against = Compared(stats=Stats.of(stored), features=stored, paired=True, facts={})
     key = extractor().identity.key
-    found = measured([teacher, student], against, key, ("paired", "diversity"), places)[1]["metrics"]
+    found = measured([teacher, student], against, key, ("paired", "diversity"), places(ref))[1]["metrics"]
     return {
         "n": n,
         "seeds": [SEED_A, SEED_B],

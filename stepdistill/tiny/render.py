@@ -133,6 +133,35 @@ def _negative(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*shown, "", *means])
 
 
+def _hybrid(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["| | steps, of the teacher | diversity [95 %] | beside the student's [95 %] | excess [95 %] | paired |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for key in sorted(rows, key=lambda key: (key.split("/")[:2], rows[key]["steps"], rows[key]["base_steps"])):
+        row, (teacher, method, way) = rows[key], key.split("/")
+        more = _signed(row["gain"], row["gain_ci95"]) if way != "student" else ""
+        own = f"{row['diversity']:.3f} [{row['diversity_ci95'][0]:.3f}, {row['diversity_ci95'][1]:.3f}]"
+        cells = [f"{row['steps']}, {row['base_steps']}", own, more, _excess(row), f"{row['paired']:.1f}"]
+        lines.append(f"| {teacher}: {method}, {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _transfer(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["| | strength | on the teacher [95 %] | on the student [95 %] | crosses over [95 %] |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for key, row in rows.items():
+        teacher, style, method, _ = key.split("/")
+        moved = [_signed(row[name], row[f"{name}_ci95"]) for name in ("on_teacher", "on_student")]
+        share, (low, high) = row["share"], row["share_ci95"]
+        name, count = f"{teacher}: {style}", f"{row['steps']} step{'s' * (row['steps'] > 1)}"
+        cells = [f"{name}; {method}, {count}", f"{row['strength']:g}", *moved, f"{share:.2f} [{low:.2f}, {high:.2f}]"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _signed(value: float, span: Sequence[float]) -> str:
+    return f"{value:+.3f} [{span[0]:+.3f}, {span[1]:+.3f}]"
+
+
 def plot_paths(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     """Draw where the paths of the unguided teacher and of its reflowed student bend."""
     (row,) = (row for key, row in rows.items() if key.endswith("unguided/paths"))
@@ -205,5 +234,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "negative": _negative,
     "watch": _watch,
     "families": matrix,
+    "hybrid": _hybrid,
+    "transfer": _transfer,
 }
 PLOTS: dict[str, Callable[[Mapping[str, Any], Path], None]] = {"reflow": plot_paths, "time": plot_time}

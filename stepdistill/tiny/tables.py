@@ -26,12 +26,14 @@ from stepdistill.run import Run, distill
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import DiscreteVP
 from stepdistill.signs import Yardstick
-from stepdistill.tiny.benchmark import N, Results, data_features, figures, prompts, reference
+from stepdistill.tiny.benchmark import N, Results, data_features, figures, places, prompts, reference
 from stepdistill.tiny.guidance import measure_guidance
+from stepdistill.tiny.hybrid import measure_hybrid
 from stepdistill.tiny.matrix import measure_families
 from stepdistill.tiny.negative import measure_negative
 from stepdistill.tiny.recipes import recipes, seconds, step_seconds, trained, warm_start
 from stepdistill.tiny.render import EARLY, STEPS
+from stepdistill.tiny.transfer import measure_transfer
 
 HERE = Path(__file__).parent
 TIMES = {  # steps that take about 2.5, 5, 10, 20 and 40 minutes, with the student that the run starts from
@@ -77,7 +79,6 @@ def measure_teacher(name: str, results: Results, work: Path, rows: Sequence[str]
     """Distance to the data, diversity, and every stock sampler of a teacher."""
     run = config.load(Run, next(iter(recipes(name, "consistency").values())), [])
     ref, pipe = reference(name, run, work), run.family.load()
-    places = torch.tensor([sorted(set(ref.prompts)).index(prompt) for prompt in ref.prompts])
     facts = {
         "teacher": name,
         "hash": ref.facts["teacher_sha256"][:16],
@@ -94,7 +95,7 @@ def measure_teacher(name: str, results: Results, work: Path, rows: Sequence[str]
             "fd_to_data": frechet(Stats.of(floor), Stats.of(data)),
             "fd_data_to_data": frechet(Stats.of(data_features(1)), Stats.of(data)),
             "floor": frechet(Stats.of(floor), Stats.of(ref.features["reference"])),
-            "diversity_of_data": diversity(floor, places) / diversity(data, places),
+            "diversity_of_data": diversity(floor, places(ref)) / diversity(data, places(ref)),
         }
 
     results.once(f"{name}/full", full, **facts)
@@ -232,7 +233,9 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "reflow": partial(measure_students, "reflow"),
     "guidance": measure_guidance,
     "negative": measure_negative,
+    "hybrid": measure_hybrid,
     "time": measure_time,
+    "transfer": measure_transfer,
     "watch": measure_watch,
     "families": measure_families,
 }

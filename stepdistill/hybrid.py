@@ -1,0 +1,75 @@
+"""Diversity distillation: the base draws the first step or steps of a picture, its student the rest.
+
+A student settles the structure of a picture in its first step, and its pictures of one prompt vary less than the
+base's; a first step of the base brings the variety back at no further cost. Gandikota & Bau 2025,
+https://arxiv.org/abs/2503.10637. `stepdistill.sampling.relay` is the same between any two denoisers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepdistill.errors import ConfigError, StudentError, problem
+from stepdistill.loras import strengths
+
+
+@contextmanager
+def base_first(
+    pipe: Any,  # noqa: ANN401
+    base_steps: int = 1,
+    adapters: Collection[str] = ("student",),
+) -> Iterator[None]:
+    """In every call of the pipeline inside, the base takes the first `base_steps` steps, and the student the rest.
+
+        call = stepdistill.load_student(pipe, folder)
+        with base_first(pipe):
+            image = pipe("red apple", **call).images[0]
+
+    The noise levels and the scheduler are those of the call, so a step of the base replaces one of the student's; for
+    one more, ask for one more. The base's steps are guided as the call is: with a student's usual `guidance_scale` of 1
+    not at all, as the paper found best. Styles keep their strength in both parts.
+
+    Args:
+        pipe: a pipeline with a student's LoRA, `adapters`, loaded and not fused. Students that are networks of their
+            own have no base beside them in a pipeline.
+        base_steps: 0 is the student alone; as many as the call has, or more, the base alone.
+
+    Raises:
+        StudentError: there is no such LoRA in the pipeline.
+    """
+    if base_steps < 0:
+        why, todo = "they are the first steps of each picture", "give 1, as the paper does, or 0 for the student alone"
+        raise ConfigError(problem(f"base_steps {base_steps}", "0 or more", why, todo))
+    net = pipe.components["unet"] if "unet" in pipe.components else pipe.components["transformer"]
+    signature = inspect.signature(net.forward)
+    own = [(kept, name, kept[name]) for kept, name in strengths(net, adapters)]
+    if not own:
+        expected = f"{sorted(adapters)}, loaded and not fused"
+        why = "only a LoRA can be left out of some steps; a network of its own has no base beside it in a pipeline"
+        todo = "load the student with `stepdistill.load_student`, and say its adapter_name if that is another"
+        raise StudentError(problem("a pipeline without such a LoRA", expected, why, todo))
+    grid, time, taken = None, None, 0
+
+    def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal grid, time, taken
+        now = torch.as_tensor(signature.bind(*args, **kwargs).arguments["timestep"]).flatten()[0].item()
+        if pipe.scheduler.timesteps is not grid:  # each call of a pipeline has them made anew
+            grid, time, taken = pipe.scheduler.timesteps, now, 0
+        elif now != time:  # some pipelines call the network twice a step
+            time, taken = now, taken + 1
+        for kept, name, strength in own:
+            kept[name] = 0.0 if taken < base_steps else strength
+
+    handle = net.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for kept, name, strength in own:
+            kept[name] = strength

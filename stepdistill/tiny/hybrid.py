@@ -1,0 +1,75 @@
+"""The README's table of diversity: students alone, and after a first step of their teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepdistill import config, student
+from stepdistill.evaluate import Reference, student_row
+from stepdistill.hybrid import base_first
+from stepdistill.metrics.cost import Cost
+from stepdistill.metrics.frechet import diversity_replicates
+from stepdistill.metrics.jackknife import block_sizes, interval
+from stepdistill.run import Run
+from stepdistill.tiny.benchmark import Results, drawn, judged, places, reference
+from stepdistill.tiny.recipes import recipes, trained
+
+TABLES = {"tiny-sd": {"dmd2": "distribution", "disback": "distribution", "tscd": "consistency"}}
+STEPS = 4
+WAYS = {  # steps in all, and how many of them are the teacher's
+    "student": (STEPS, 0),
+    "teacher's first step in place of the student's": (STEPS, 1),
+    "one step more, the first the teacher's": (STEPS + 1, 1),
+    "student, one step more": (STEPS + 1, 0),
+}
+
+
+def measure_hybrid(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
+    """Draw with each student in `STEPS` steps and in one more, with and without the teacher in the first."""
+    for method, table in TABLES.get(name, {}).items():
+        if rows and method not in rows:
+            continue
+        file = recipes(name, table)[method]
+        run, out = config.load(Run, file, []), trained(file)
+        facts = {"teacher": name, "config": config.digest(run), "train_steps": run.train.max_train_steps}
+        for way, (steps, base_steps) in WAYS.items():
+            made = partial(compared, run, out, reference(name, run, work), work / "hybrid" / out.name, way)
+            results.once(f"{name}/{method}/{way}", made, **facts, steps=steps, base_steps=base_steps)
+
+
+def compared(run: Run, out: Path, ref: Reference, kept: Path, way: str) -> dict[str, Any]:
+    """The figures of one way, and its diversity over the teacher's and beside the student's, each with an interval.
+
+    Args:
+        kept: folder for the features of the student alone, which every other way is compared with.
+    """
+    made, cost = features(run, out, ref, *WAYS[way])
+    file = kept / "student.safetensors"
+    if way == "student":
+        kept.mkdir(parents=True, exist_ok=True)
+        save_file({"features": made}, file)
+    elif not file.exists():
+        save_file({"features": features(run, out, ref, *WAYS["student"])[0]}, file)
+    sizes, index = block_sizes(len(made)), places(ref)
+    own, alone, taught = (
+        diversity_replicates(each, index) for each in (made, load_file(file)["features"], ref.features["floor"])
+    )
+    ratio, gain = interval(own / taught, sizes), interval((own - alone) / taught, sizes)
+    found = judged(made, cost, ref) | {"diversity_ci95": [ratio.low, ratio.high]}
+    return found | {"gain": gain.value, "gain_ci95": [gain.low, gain.high]}
+
+
+def features(run: Run, out: Path, ref: Reference, steps: int, base_steps: int) -> tuple[Tensor, Cost]:
+    """Features of what a student draws in `steps` steps, of which its teacher takes the first ones."""
+    pipe = run.family.load()
+    row = student_row(run.family, run.method, pipe, steps)
+    student.load_student(pipe, out)
+    with torch.no_grad(), base_first(pipe, base_steps):
+        return drawn(pipe, row, ref)

@@ -1,0 +1,231 @@
+"""Frames of a course: the last is the picture, the others what our own sampler estimates, and all one for one point."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stepdistill import cli, student
+from stepdistill.contract import CONTRACT, STUDENTS, MultiContract, read_contract
+from stepdistill.denoiser import Denoiser, guided
+from stepdistill.errors import ConfigError
+from stepdistill.evaluate import Row, generate, teacher_row
+from stepdistill.families.base import Family, each
+from stepdistill.families.sd import StableDiffusion
+from stepdistill.methods.consistency import Consistency
+from stepdistill.metrics.features import to_uint8
+from stepdistill.roles import TEACHER, Lora
+from stepdistill.router import Routing, consecutive
+from stepdistill.sampling import Sampler, few_step
+from stepdistill.schedule import DiscreteVP, expand
+from stepdistill.visualize import LEFT, Strip, View, course, picked, sheet, view
+
+PROMPTS = ["red apple", "cat face"]
+NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+EVEN = (999.0, 749.0, 499.0, 249.0)
+SAMPLERS = {  # those that a table's and a flow's families have a scheduler for
+    "lcm": Sampler(EVEN, eta=1.0),
+    "tcd": Sampler(EVEN, eta=0.3, clean=False),
+    "ddim": Sampler(EVEN, clean=False),
+    "ddim, clean": Sampler(EVEN),
+    "euler": Sampler((799.0, 500.0, 99.0)),
+    "one step": Sampler((799.0,), eta=1.0),
+}
+FLOWED = ("sd3", "flux", "sana")
+FLOWS = {"euler": Sampler((1000.0, 700.0, 200.0)), "noised again": Sampler((1000.0, 500.0), eta=1.0)}
+CASES = [
+    (name, key, w)
+    for name in sorted(tiny.FAMILIES)
+    for key, w in [(key, 1.0) for key in (FLOWS if name in FLOWED else SAMPLERS)] + [("euler", 3.0)]
+]
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    return {name: tiny.pipeline(name) for name in tiny.FAMILIES}
+
+
+def drawn(pipe, family: Family, sampler: Sampler, w: float):
+    """A pipeline with the sampler's scheduler, and its call."""
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler, call = family.scheduler(pipe, sampler)
+    return call | family.guidance(w) | family.arguments() | {"height": 32, "width": 32}
+
+
+@pytest.mark.parametrize(("name", "key", "w"), CASES)
+def test_frames_are_our_own_sampler_s_estimates_and_the_last_is_the_picture(pipes, name, key, w):
+    pipe, family, sampler = pipes[name], tiny.FAMILIES[name], (FLOWS if name in FLOWED else SAMPLERS)[key]
+    own, call = pipe.scheduler, drawn(pipe, family, sampler, w)
+    schedule, kind = family.schedule(pipe.scheduler), family.kind(pipe)
+    torch.manual_seed(5)
+    seen = course(pipe, family, PROMPTS, NOISE, call, clean=sampler.clean)
+    assert seen.timesteps == pytest.approx(sampler.timesteps)
+    assert "step" not in vars(pipe.scheduler)
+    # the picture, bit for bit
+    torch.manual_seed(5)
+    with torch.no_grad():
+        picture = pipe(PROMPTS, latents=family.pack(NOISE), output_type="pt", **each(call, 2)).images
+        frame = to_uint8((family.decode(pipe, seen.final) / 2 + 0.5).clamp(0, 1))
+    assert torch.equal(frame, to_uint8(picture.clamp(0, 1)))
+    size = seen.final.abs().max()
+    assert (seen.predicted[-1] - seen.final).abs().max() < 1e-5 * size
+    # every frame by the library's own sampler
+    estimates: list[Tensor] = []
+    bone = tiny.backbone(name, pipe)
+    alone = guided(Denoiser(bone, TEACHER, schedule, kind, family.call, grad=False), family.unconditional(pipe), w)
+
+    def kept(x_t, t, cond):
+        est = alone(x_t, t, cond)
+        end = None if sampler.clean else torch.zeros_like(t)
+        estimates.append(schedule.add_noise(est.x0, est.eps, end))
+        return est
+
+    def fresh(i):
+        return family.unpack(torch.randn_like(family.pack(NOISE)), 8, 8)
+
+    torch.manual_seed(5)
+    with torch.no_grad():
+        few_step(kept, schedule, sampler, NOISE, family.condition(pipe, PROMPTS), fresh)
+    for mine, theirs in zip(estimates, seen.predicted, strict=True):
+        assert (mine - theirs).abs().max() < 1e-4 * mine.abs().max()
+    pipe.scheduler = own
+
+
+@pytest.mark.parametrize("name", sorted(tiny.FAMILIES))
+def test_every_frame_of_a_single_point_is_the_point(pipes, name):
+    pipe, family = pipes[name], tiny.FAMILIES[name]
+    own = pipe.scheduler
+    call = drawn(pipe, family, (FLOWS if name in FLOWED else SAMPLERS)["euler"], 1.0)
+    schedule, point = family.schedule(pipe.scheduler), torch.linspace(-1, 1, 256).reshape(4, 8, 8)
+
+    def single(net, args, kwargs, output):
+        given = inspect.signature(net.forward).bind(*args, **kwargs).arguments
+        x_t = family.unpack(given["sample" if "sample" in given else "hidden_states"], 8, 8)
+        t = torch.tensor(family.time(net, torch.as_tensor(given["timestep"]).flatten()[0].item())).expand(len(x_t))
+        alpha_t, sigma_t = (expand(value, x_t) for value in schedule(t.float()))
+        eps = (x_t - alpha_t * point) / sigma_t
+        y = family.pack(eps if isinstance(schedule, DiscreteVP) else eps - point)
+        return (torch.cat([y, y], 1) if output[0].shape[1] == 8 else y,)  # PixArt's predicts a variance, too
+
+    hook = family.network(pipe).register_forward_hook(single, with_kwargs=True)
+    seen = course(pipe, family, PROMPTS, NOISE, call)
+    hook.remove()
+    assert (seen.predicted - point).abs().max() < 2e-5
+    assert (seen.final - point).abs().max() < 2e-5
+    pipe.scheduler = own
+
+
+def test_the_scheduler_is_as_before_after_an_exception(pipes):
+    pipe, family = pipes["sd"], tiny.FAMILIES["sd"]
+
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    hook = pipe.unet.register_forward_hook(broken)
+    with pytest.raises(KeyboardInterrupt):
+        course(pipe, family, PROMPTS, NOISE, {"num_inference_steps": 2})
+    hook.remove()
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_columns_are_even_with_both_ends():
+    assert picked(3, 8) == [0, 1, 2]
+    assert picked(25, 4) == [0, 8, 16, 24]
+    assert picked(50, 2) == [0, 49]
+    assert picked(1, 2) == [0]
+    for count in range(2, 60):
+        found = picked(count, 7)
+        assert found[0] == 0 and found[-1] == count - 1 and len(set(found)) == min(count, 7)
+    with pytest.raises(ConfigError, match="1 columns, expected 2 or more"):
+        picked(9, 1)
+
+
+# whole students
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A student folder on a teacher in a folder; and one of two students, the second of another strength."""
+    base, found = tmp_path_factory.mktemp("base"), {}
+    tiny.pipeline("sd").save_pretrained(base)
+    family = StableDiffusion(pretrained_teacher_model=str(base))
+    for name, size, method in (("a", 0.05, Consistency(ema_decay=None)), ("b", 0.2, Consistency(end="any"))):
+        pipe = family.load()
+        bone = tiny.backbone("sd", pipe, 4, 16)
+        bone.add("student", Lora())
+        tiny.awake(bone, "student", size)
+        found[name] = tmp_path_factory.mktemp(name)
+        student.write(
+            found[name], family=family, pipe=pipe, backbone=bone, role="student", resolution=(32, 32), method=method
+        )
+    both = tmp_path_factory.mktemp("both")
+    for k, name in enumerate("ab"):
+        shutil.copytree(found[name], both / STUDENTS / str(k))
+    fields = json.loads((found["a"] / CONTRACT).read_text())
+    shared = {key: fields[key] for key in fields.keys() & MultiContract.__dataclass_fields__.keys()}
+    (both / CONTRACT).write_text(json.dumps(shared | {"kind": "multi", "students": 2}))
+    Routing(None, consecutive(PROMPTS, 2)).save(both)
+    return found | {"both": both}
+
+
+def alone(folder: Path, teacher_steps: int | None = None) -> Tensor:
+    """The pictures of both prompts, one by one, of a student or of its teacher."""
+    contract = read_contract(folder)
+    family = student.teacher(contract)
+    pipe = family.load()
+    if teacher_steps:
+        row = teacher_row(family, pipe, teacher_steps, 2.0, "teacher")
+    else:
+        call = student.load_student(pipe, folder)
+        row = Row("student", pipe.scheduler, {k: v for k, v in call.items() if k not in ("height", "width")}, family)
+    return torch.cat([generate(pipe, row, [p], 7, numbers=[i])[0] for i, p in enumerate(PROMPTS)])
+
+
+@pytest.mark.parametrize("name", ["a", "both"])
+def test_a_view_shows_teacher_and_student(folders, name):
+    pipe = student.teacher(read_contract(folders["a"])).load()
+    wanted = View(prompts=PROMPTS, seed=7, teacher_steps=5, teacher_guidance=2.0, columns=3)
+    blocks = view(pipe, folders[name], wanted)
+    named = [["student, 4 steps"] * 2, ["student 0, 4 steps", "student 1, 4 steps"]][name == "both"]
+    for i, block in enumerate(blocks):
+        assert [strip.label for strip in block] == ["teacher, 5 steps", "teacher, 4 steps", named[i]]
+        assert [len(strip.frames) for strip in block] == [3, 3, 3]
+        whole, few, learnt = block
+        assert whole.timesteps == (999.0, 599.0, 199.0) and few.timesteps == (999.0, 499.0, 249.0)
+        own = folders["ab"[i] if name == "both" else "a"]
+        trained = read_contract(own).timesteps
+        assert learnt.timesteps == (trained[0], trained[2], trained[3])
+        assert torch.equal(whole.frames[-1], alone(folders["a"], 5)[i])
+        assert torch.equal(few.frames[-1], alone(folders["a"], 4)[i])
+        assert torch.equal(learnt.frames[-1], alone(own)[i])
+        assert not torch.equal(whole.frames[0], whole.frames[-1])
+
+
+def test_a_sheet_has_the_frames_where_they_belong():
+    frames = torch.arange(4, dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 3, 32, 32) * 60
+    blocks = [[Strip("a", (9.0, 5.0, 3.0, 1.0), frames), Strip("b", (9.0, 1.0), frames[2:])]] * 2
+    made = sheet(blocks, ["one", "two"], scale=2)
+    cell, tall = 64 + 6, 64 + 14 + 6
+    assert made.size == (LEFT + 4 * cell, 2 * (20 + 2 * tall))
+    for block in range(2):
+        for line, shown in enumerate(([0, 60, 120, 180], [255, 255, 120, 180])):
+            y = block * (20 + 2 * tall) + 20 + line * tall + 14 + 32
+            assert [made.getpixel((LEFT + k * cell + 32, y)) for k in range(4)] == [(value,) * 3 for value in shown]
+
+
+def test_the_command_writes_a_sheet(folders, tmp_path, capsys):
+    out = tmp_path / "new" / "view.png"
+    cli.main(["view", str(folders["a"]), *PROMPTS, "--teacher-steps", "5", "--columns", "3", "-o", str(out)])
+    assert str(out) in capsys.readouterr().out
+    assert Image.open(out).size == (LEFT + 3 * (96 + 6), 2 * (20 + 3 * (96 + 20)))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["view", str(tmp_path / "nothing"), "red apple", "-o", str(out)])
+    assert ended.value.code == 2 and "expected a student folder or a hub id" in capsys.readouterr().err
