@@ -217,6 +217,18 @@ def test_the_command_writes_pictures_that_the_drawer_draws(quiet, tmp_path, caps
     assert "6 pictures, 2 calls" in capsys.readouterr().out
 
 
+def test_the_command_lets_the_base_begin(quiet, tmp_path):
+    def drawn(name: str, *options: object) -> np.ndarray:
+        cli.main(list(map(str, ["generate", quiet, "rose", "-o", tmp_path / name, *options])))
+        return np.asarray(Image.open(tmp_path / name / "00000.png"), dtype=float) / 255
+
+    student_, base = drawn("a"), drawn("b", "--strength", 0)
+    assert apart(drawn("c", "--base_steps", 0), student_) == 0
+    assert apart(drawn("d", "--base_steps", 2), base) == 0
+    mixed = drawn("e", "--base_steps", 1)
+    assert apart(mixed, student_) > 0.01 and apart(mixed, base) > 0.01
+
+
 def test_the_command_says_what_is_wrong(quiet, tmp_path, capsys):
     newer = tmp_path / "newer"
     newer.mkdir()

@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def declare(group: Any, make: Callable[..., argparse.ArgumentParser]) -> None:  
     command.add_argument("--eta", type=float, help="share of each step that is noised again")
     command.add_argument("--height", type=int, metavar="PIXELS")
     command.add_argument("--width", type=int, metavar="PIXELS")
+    command.add_argument("--base_steps", type=int, metavar="N", help="first steps that the base takes: more variety")
     command.add_argument("--base", metavar="PLACE", help="another checkpoint of the base (default: the contract's)")
     command.add_argument("--strength", type=float, help="of the student's LoRA (default: the contract's)")
     command.add_argument(
@@ -100,12 +102,14 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
 def _draw(drawer: Any, prompts: list[str], args: argparse.Namespace, call: dict[str, Any]) -> None:  # noqa: ANN401
     from tqdm.auto import tqdm
 
+    from stepdistill.hybrid import base_first
     from stepdistill.metrics.cost import count_calls
 
     args.out.mkdir(parents=True, exist_ok=True)
     seeds, made, lines, began = [args.seed + n for n in range(len(prompts))], [], [], time.perf_counter()
     taken_off = drawer.against(args.negative_prompt, call, args.negative_scale, args.negative_mode)
-    with count_calls(drawer.family.network(drawer.pipe)) as cost, taken_off as call:
+    mixed = nullcontext() if args.base_steps is None else base_first(drawer.pipe, args.base_steps)
+    with count_calls(drawer.family.network(drawer.pipe)) as cost, taken_off as call, mixed:
         pictures = tqdm(drawer.draw(prompts, seeds, call, args.batch), total=len(prompts), desc="Pictures")
         for n, picture in enumerate(pictures):
             picture.save(args.out / f"{n:05d}.png")

@@ -21,7 +21,7 @@ from stepdistill.run import Run
 from stepdistill.tiny.benchmark import Results, drawn, judged, places, reference
 from stepdistill.tiny.recipes import recipes, trained
 
-TABLES = {"tiny-sd": {"dmd2": "distribution", "disback": "distribution", "tscd": "consistency"}}
+TABLES = {"tiny-sd": {"dmd2": "distribution", "disback": "distribution", "tscd": "consistency", "lcm": "consistency"}}
 STEPS = 4
 WAYS = {  # steps in all, and how many of them are the teacher's
     "student": (STEPS, 0),
