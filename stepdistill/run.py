@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 from stepdistill import checkpoint, config, distributed, export, report, sharding, student
-from stepdistill.backbone import Backbone
 from stepdistill.data import InvertedImages, Source, Stream, TeacherSamples, Trajectories, inside
 from stepdistill.errors import ConfigError, problem
 from stepdistill.families.base import Family
 from stepdistill.feed import check_cache, check_needs
 from stepdistill.logs import Logs
+from stepdistill.memory.predict import predict
 from stepdistill.methods.base import Method
-from stepdistill.roles import Copy, Ema, LoraSpec
+from stepdistill.roles import Copy, LoraSpec
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import NoiseSchedule
 from stepdistill.spec import TrainSpec
@@ -243,24 +243,6 @@ def _announce(run: Run, team: Team, global_batch: int, start: int) -> None:
 
 
 def dry_run(run: Run) -> str:
-    """Predicted memory by role, for weights, gradients and optimizer states; activations come on top."""
+    """Predicted memory by role."""
     check(run)
-    pipe = run.family.load()
-    net = run.family.network(pipe)
-    half = run.train.mixed_precision in ("bf16", "fp16")
-    base = sum(p.numel() for p in net.parameters())
-    rows = [("base", base, base * (2 if half else 4))]
-    for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module) and part is not net:
-            size = sum(p.numel() for p in part.parameters())
-            rows.append((name, size, 4 * size))
-    targets, tap = run.family.lora_targets(net), run.family.tap(net)
-    backbone = Backbone(net, run.lora, targets, tap, run.train.seed, run.family.narrow, run.family.sites(net))
-    for name, role in run.method.roles().items():
-        backbone.add(name, role)
-        size = sum(p.numel() for p in backbone.parameters_of(name).values())
-        # float32 weights; gradients and Adam's two moments where the role is trained
-        rows.append((name, size, size * (4 if isinstance(role, Ema) else 16)))
-    lines = [f"{name:>16} {count / 1e6:10.2f} M parameters {size / 2**20:10.1f} MiB" for name, count, size in rows]
-    total = sum(size for _, _, size in rows) / 2**20
-    return "\n".join(["predicted memory, without activations:", *lines, f"{'in all':>16} {total:37.1f} MiB"])
+    return str(predict(run))

@@ -252,14 +252,23 @@ def prepare(run: Run) -> Stage:
     if spec.enable_xformers_memory_efficient_attention:
         net.enable_xformers_memory_efficient_attention()  # pyright: ignore[reportCallIssue]
     stay = (family.network_name,) if spec.shard_base else ()  # the whole network may not fit on the device
-    parts = Parts(family, pipe, accelerator.device, stay)
     if dtype != torch.float32 and family.quantization is None:
-        net.to(dtype)
+        net.to(dtype)  # first, so that the device never holds it in float32
+    parts = Parts(family, pipe, accelerator.device, stay)
+    stage = staged(run, accelerator, parts, base, keys(run, accelerator))
+    if spec.shard_base:
+        stage.shards = sharding.shard(stage.backbone, accelerator.device, dtype)
+    return stage
+
+
+def staged(run: Run, accelerator: Accelerator, parts: Parts, base: Base, keys: Keys) -> Stage:
+    """Backbone and feed around a pipeline in its place and precision."""
+    family, pipe = run.family, parts.pipe
+    net, dtype = family.network(pipe), DTYPES[accelerator.mixed_precision]
     targets = family.lora_targets(net)
-    backbone = Backbone(net, run.lora, targets, family.tap(net), spec.seed, family.narrow, family.sites(net))
-    feed = Feed(parts, spec, keys(run, accelerator), accelerator.device)
-    shards = sharding.shard(backbone, accelerator.device, dtype) if spec.shard_base else None
-    return Stage(run, accelerator, pipe, base, dtype, backbone, feed, shards)
+    backbone = Backbone(net, run.lora, targets, family.tap(net), run.train.seed, family.narrow, family.sites(net))
+    feed = Feed(parts, run.train, keys, accelerator.device)
+    return Stage(run, accelerator, pipe, base, dtype, backbone, feed, None)
 
 
 def keys(run: Run, accelerator: Accelerator) -> Keys:

@@ -28,21 +28,29 @@ class Team:
     def assemble(cls, backbone: Backbone, method: Method, spec: TrainSpec) -> Team:
         """Declare the method's roles, give every process rank 0's weights, and build the optimizers."""
         team = cls(backbone)
+        team.declare(method)
+        team.equip(spec)
+        return team
+
+    def declare(self, method: Method) -> None:
+        """Add the method's roles to the backbone, with rank 0's weights on every process."""
         for name, role in method.roles().items():
-            backbone.add(name, role)
-            distributed.broadcast(list(backbone.parameters_of(name).values()))
+            self.backbone.add(name, role)
+            distributed.broadcast(list(self.params(name).values()))
+
+    def equip(self, spec: TrainSpec) -> None:
+        """Build optimizer and schedule of every declared role that is trained."""
+        for name, role in self.backbone.declared.items():
             if isinstance(role, Ema):
                 continue
-            params = list(backbone.parameters_of(name).values())
             make = (spec.optimizers or {}).get(name, spec.optimizer)
-            team.optimizers[name] = make(params, lr=spec.learning_rate)
-            team.schedulers[name] = get_scheduler(
+            self.optimizers[name] = make(list(self.params(name).values()), lr=spec.learning_rate)
+            self.schedulers[name] = get_scheduler(
                 spec.lr_scheduler,
-                team.optimizers[name],
+                self.optimizers[name],
                 num_warmup_steps=spec.lr_warmup_steps,
                 num_training_steps=spec.max_train_steps,
             )
-        return team
 
     def params(self, role: str) -> dict[str, nn.Parameter]:
         """A role's parameters by name."""

@@ -1,0 +1,1 @@
+"""What a run needs of memory, by role, before anything of it is loaded."""

@@ -1,0 +1,224 @@
+"""A run's memory, predicted by running its training loop on tensors that have shapes and no content.
+
+What runs is the trainer's own step (`Loop.one_step`: the method's updates, backward, clipping, optimizers) on networks
+whose weights are fake tensors, so that nothing is read, computed or allocated, and the prediction cannot drift from the
+code. Only the weights are fake, and with them all that is computed from them. What a method draws is real, a few
+kilobytes, since its numbers decide how many steps are simulated, and which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from stepdistill.backbone import Backbone
+from stepdistill.errors import ConfigError, problem
+from stepdistill.logs import Logs
+from stepdistill.memory.tracker import Tracker
+from stepdistill.methods.base import Batch, Method, Play
+from stepdistill.spec import TrainSpec
+from stepdistill.team import Team
+from stepdistill.trainer import Loop
+
+LONGEST = 100  # steps in which every role has to step
+BASE = "base"
+UNCOUNTED = (
+    "the allocator's slack, the CUDA context and workspaces of kernels; samples kept in memory, and embeddings and "
+    "latents cached beyond the first; validation pictures and the watch; what the teacher makes before training"
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network or role, in bytes; of what is frozen there are weights only.
+
+    Args:
+        parameters: their number.
+        gradients: while the role is updated; they are dropped after each update.
+    """
+
+    name: str
+    parameters: int
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Memory of a run in bytes.
+
+    Args:
+        peak: the most that lives at once in a step.
+        gradients: those that live then.
+        loading: of the pipeline as it is loaded, in float32 in main memory; 0 where nothing is loaded.
+    """
+
+    parts: tuple[Part, ...]
+    peak: int
+    gradients: int
+    loading: int = 0
+
+    @property
+    def static(self) -> int:
+        """What stays between steps: weights and optimizer states."""
+        return sum(part.weights + part.optimizer for part in self.parts)
+
+    @property
+    def activations(self) -> int:
+        """What lives at the peak besides weights, optimizer states and gradients."""
+        return self.peak - self.static - self.gradients
+
+    def __str__(self) -> str:
+        heads = ("parameters", "weights", "gradients", "optimizer")
+        lines = ["predicted memory in MiB", "".join(f"{cell:>18}" for cell in ("", *heads))]
+        for part in self.parts:
+            cells = [f"{size / 2**20:.1f}" for size in (part.weights, part.gradients, part.optimizer)]
+            count = f"{part.parameters / 1e6:.2f} M"
+            lines.append("".join(f"{cell:>18}" for cell in (part.name, count, *cells)))
+        rows = {
+            "static: weights and optimizer states": self.static,
+            "gradients at the peak, dropped after each update": self.gradients,
+            "activations and batches at the peak": self.activations,
+            "peak": self.peak,
+            "while loading, in main memory": self.loading,
+        }
+        lines += ["", *(f"{label:>54}{size / 2**20:>18.1f}" for label, size in rows.items() if size)]
+        return "\n".join([*lines, f"not counted: {UNCOUNTED}"])
+
+
+def single(
+    *,
+    method: Method,
+    backbone: Backbone,
+    spec: TrainSpec,
+    play: Callable[[int], Play],
+    batches: Iterator[list[Batch]],
+    device: torch.device,
+    half: bool = False,
+) -> Loop:
+    """A loop for single steps, which logs, validates and saves nothing; its team has no roles yet.
+
+    Args:
+        half: whether gradients are scaled, as for float16.
+    """
+    return Loop(
+        method=method,
+        team=Team(backbone),
+        spec=spec,
+        play=play,
+        batches=batches,
+        logs=cast(Logs, None),
+        validate=lambda step: False,
+        scaler=torch.amp.GradScaler(device.type, enabled=half),
+        facts={},
+        device=device,
+    )
+
+
+def equip(loop: Loop) -> None:
+    """Build the optimizers of declared roles, let each step once on zeros, so that its states are there, and drop the
+    gradients."""
+    team, spec = loop.team, loop.spec
+    team.equip(spec)
+    for role, optimizer in team.optimizers.items():
+        for param in team.params(role).values():
+            param.grad = torch.zeros_like(param)
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            kind, why = type(optimizer).__name__, "its states are counted by letting it step on tensors without content"
+            todo = "predict with an optimizer of torch.optim, and mind that the states of this one may be smaller"
+            raise ConfigError(problem(f"{kind}, which cannot ({error})", "one that can", why, todo)) from error
+    team.zero()
+
+
+def forecast(loop: Loop, frozen: Mapping[str, nn.Module], loading: int = 0) -> Prediction:
+    """Predict the memory of a run.
+
+    Args:
+        loop: as `single` makes it; its network lies on the meta device.
+        frozen: other networks on that device that the run keeps, by name.
+        loading: see `Prediction`.
+    """
+    team, device = loop.team, loop.device
+    tracker = Tracker(device)
+    with torch.device("meta"):
+        team.declare(loop.method)
+    with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+        for network in (*frozen.values(), team.backbone):
+            network.to_empty(device=device)
+            if isinstance(network, PreTrainedModel):
+                network.tie_weights()  # what was one tensor has become two
+    if loop.spec.gradient_checkpointing:
+        team.backbone.enable_checkpointing()
+    with tracker:
+        equip(loop)
+        parts = _parts(loop, frozen, tracker)
+        for role in team.optimizers:
+            for param in team.params(role).values():
+                param.register_post_accumulate_grad_hook(lambda p: tracker.mark(_grad(p)))
+        peak, gradients = _peak(loop, tracker)
+    return Prediction(tuple(parts), peak, gradients, loading)
+
+
+def cycle(loop: Loop, micro_batches: int) -> None:
+    """Run the first step, then the last ones, until every role has stepped: what a run comes to hold, it holds there.
+
+    Args:
+        micro_batches: so many of each step's.
+    """
+    stepped = dict.fromkeys(loop.team.optimizers, 0)
+    last = loop.spec.max_train_steps - 1
+    for step in (0, *range(last, max(0, last - LONGEST), -1)):
+        loop.one_step(step, next(loop.batches)[:micro_batches], stepped)
+        if all(stepped.values()):
+            return
+
+
+def _peak(loop: Loop, tracker: Tracker) -> tuple[int, int]:
+    """The most bytes that live at once, and of these the gradients'.
+
+    Of many micro-batches each after the second adds what the second did: they advance in lockstep, and those that wait
+    hold their batch and what their method keeps from one update to the next.
+    """
+    found, many = [], loop.spec.gradient_accumulation_steps
+    for micro_batches in (1, 2)[:many]:
+        tracker.reset()
+        cycle(loop, micro_batches)
+        found.append(tracker.peak)
+    return found[-1] + max(0, many - 2) * (found[-1] - found[0]), tracker.gradients_at_peak
+
+
+def _parts(loop: Loop, frozen: Mapping[str, nn.Module], tracker: Tracker) -> Iterator[Part]:
+    backbone, team = loop.team.backbone, loop.team
+    roles = {name: list(team.params(name).values()) for name in backbone.declared}
+    own = {id(param) for params in roles.values() for param in params}
+    shared = [p for p in backbone.net.parameters() if id(p) not in own]
+    yield Part(BASE, _count(shared), tracker.bytes([*shared, *backbone.net.buffers()]))
+    for name, network in frozen.items():
+        params = list(network.parameters())
+        yield Part(name, _count(params), tracker.bytes([*params, *network.buffers()]))
+    for name, params in roles.items():
+        kept = [*params, *(backbone.others[name].buffers() if name in backbone.others else ())]
+        states: list[Any] = []
+        if name in team.optimizers:
+            states = [value for state in team.optimizers[name].state.values() for value in state.values()]
+        optimizer = tracker.bytes(value for value in states if isinstance(value, Tensor))
+        gradients = sum(p.nbytes for p in params) if name in team.optimizers else 0
+        yield Part(name, _count(params), tracker.bytes(kept), gradients, optimizer)
+
+
+def _count(params: list[nn.Parameter]) -> int:
+    return sum(p.numel() for p in params)
+
+
+def _grad(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad

@@ -1,0 +1,64 @@
+"""A teacher's pipeline from its configs alone: its networks have shapes, and no weights are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from stepdistill.families.base import Family
+from stepdistill.schema import locate
+
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # which no single file holds
+
+
+def outline(family: Family) -> DiffusionPipeline:
+    """The pipeline that `family.load` gives, with its networks on the meta device; of a hub id only configs and
+    tokenizers are fetched."""
+    where, single = family.location(), family.location().endswith(".safetensors")
+    if single:
+        where = family.single_file_config or configs_of(where)
+    pipeline: Any = family.pipeline_class
+    index: Any = pipeline.load_config(where, revision=family.revision)
+    given = {name: value for name, value in index.items() if not name.startswith("_")}
+    for name, value in given.items():
+        if isinstance(value, list | tuple):
+            library, kind = value
+            absent = library is None or (single and name in OPTIONAL)
+            given[name] = None if absent else _component(where, name, library, kind, family.revision)
+    return pipeline(**given)
+
+
+def configs_of(file: str) -> str:
+    """The hub id whose configs Diffusers takes for a single file, by the names and shapes in its header."""
+    with safe_open(file, "pt") as stored:
+        shapes = {key: stored.get_slice(key).get_shape() for key in stored.keys()}  # noqa: SIM118 - it is no dict
+    header = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return fetch_diffusers_config(header)["pretrained_model_name_or_path"]
+
+
+def networks(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The networks of a pipeline by the names of its components."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _component(where: str, name: str, library: str, kind: str, revision: str | None) -> Any:  # noqa: ANN401
+    # a pipeline's own classes, as its safety checker, stand under the pipeline's name
+    own = library not in ("diffusers", "transformers")
+    cls: Any = locate(f"diffusers.pipelines.{library}.{kind}" if own else f"{library}.{kind}")
+    place = {"subfolder": name, "revision": revision}
+    if issubclass(cls, PreTrainedModel):
+        config: Any = cls.config_class
+        config = config.from_pretrained(where, **place)
+        with torch.device("meta"):
+            return cls(config).float()
+    if issubclass(cls, ModelMixin):
+        config = cls.load_config(where, **place)
+        with torch.device("meta"):
+            return cls.from_config(config).float()
+    return cls.from_pretrained(where, **place)

@@ -1,0 +1,83 @@
+"""The memory that a config's run will need."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+
+from stepdistill.data import GuidedState, Sample, Source, inside
+from stepdistill.data.chunks import Made
+from stepdistill.folder import Base
+from stepdistill.memory.forecast import Prediction, forecast, single
+from stepdistill.memory.outline import networks, outline
+from stepdistill.stage import DTYPES, staged
+
+if TYPE_CHECKING:
+    from stepdistill.run import Run
+
+
+def predict(run: Run) -> Prediction:
+    """Predict a run's memory on this process's device. Weights are not read, but for those of networks that a method's
+    own terms load, as CLIP and LPIPS."""
+    accelerator = Accelerator(mixed_precision=run.train.mixed_precision)
+    pipe, dtype = outline(run.family), DTYPES[accelerator.mixed_precision]
+    frozen, net = networks(pipe), run.family.network(pipe)
+    loading = sum(p.nbytes for part in frozen.values() for p in part.parameters())
+    if dtype != torch.float32:
+        net.to(dtype)
+    # nothing is taken from caches, and nothing written to them
+    spec = replace(run.train, cache_dir=None, dataloader_num_workers=0)
+    spec = replace(spec, gradient_accumulation_steps=min(2, spec.gradient_accumulation_steps))
+    stage = staged(replace(run, train=spec), accelerator, pipe, Base({}, (), None), "")
+    data = run.data
+    if any(isinstance(source, Made) for source in inside(data)):
+        data = Unmade(source=data, shape=stage.feed.shape)
+    loop = single(
+        method=run.method,
+        backbone=stage.backbone,
+        spec=run.train,
+        play=stage.play,
+        batches=stage.feed.batches(data, 0, 0, 1),
+        device=accelerator.device,
+        half=dtype == torch.float16,
+    )
+    return forecast(loop, {name: part for name, part in frozen.items() if part is not net}, loading)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unmade(Source):
+    """A source that the teacher will make: samples of its shapes, with zeros.
+
+    Args:
+        shape: (C, h, w) of the latents.
+    """
+
+    source: Source
+    shape: tuple[int, ...]
+
+    @property
+    def provides(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.source.provides
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def captions(self, i: int) -> Sequence[str]:
+        return [str(i)]
+
+    def sample(self, i: int, rng: random.Random) -> Sample:
+        zeros, have = torch.zeros(self.shape), self.provides
+        state = GuidedState(zeros, torch.tensor(0.0), torch.tensor(1.0), zeros) if "trajectories" in have else None
+        latents, noise = (zeros if name in have else None for name in ("latents", "noise"))
+        return Sample(prompt=self.prompt(i, rng), latents=latents, noise=noise, state=state, item=i)
+
+    def name(self, i: int) -> str:
+        return self.source.name(i)
+
+    def stamp(self, i: int) -> str:
+        return str(i)
