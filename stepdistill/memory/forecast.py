@@ -8,7 +8,7 @@ kilobytes, since its numbers decide how many steps are simulated, and which.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from stepdistill.team import Team
 from stepdistill.trainer import Loop
 
 LONGEST = 100  # steps in which every role has to step
+FEW = 3  # micro-batches of a step that are run
 BASE = "base"
 UNCOUNTED = (
     "the allocator's slack, the CUDA context and workspaces of kernels; samples kept in memory, and embeddings and "
@@ -168,16 +169,16 @@ def forecast(loop: Loop, frozen: Mapping[str, nn.Module], loading: int = 0) -> P
     return Prediction(tuple(parts), peak, gradients, loading)
 
 
-def cycle(loop: Loop, micro_batches: int) -> None:
+def cycle(loop: Loop, micro_batches: Sequence[Batch]) -> None:
     """Run the first step, then the last ones, until every role has stepped: what a run comes to hold, it holds there.
 
     Args:
-        micro_batches: so many of each step's.
+        micro_batches: of each of these steps.
     """
     stepped = dict.fromkeys(loop.team.optimizers, 0)
     last = loop.spec.max_train_steps - 1
     for step in (0, *range(last, max(0, last - LONGEST), -1)):
-        loop.one_step(step, next(loop.batches)[:micro_batches], stepped)
+        loop.one_step(step, micro_batches, stepped)
         if all(stepped.values()):
             return
 
@@ -185,15 +186,21 @@ def cycle(loop: Loop, micro_batches: int) -> None:
 def _peak(loop: Loop, tracker: Tracker) -> tuple[int, int]:
     """The most bytes that live at once, and of these the gradients'.
 
-    Of many micro-batches each after the second adds what the second did: they advance in lockstep, and those that wait
-    hold their batch and what their method keeps from one update to the next.
+    Micro-batches advance in lockstep: while one is at work, each of the others holds its batch, and what its method
+    keeps from one update to the next. Gradients that wait for more count from the second on, so beyond three a
+    micro-batch adds what the third did.
     """
-    found, many = [], loop.spec.gradient_accumulation_steps
-    for micro_batches in (1, 2)[:many]:
+    more = loop.spec.gradient_accumulation_steps - FEW
+    tracker.reset()
+    micro_batches = next(loop.batches)[:FEW]  # what encoding takes may be the most
+    cycle(loop, micro_batches)
+    peak, gradients = tracker.peak, tracker.gradients_at_peak
+    if more > 0:
+        del micro_batches[-1]
         tracker.reset()
         cycle(loop, micro_batches)
-        found.append(tracker.peak)
-    return found[-1] + max(0, many - 2) * (found[-1] - found[0]), tracker.gradients_at_peak
+        peak += more * (peak - tracker.peak)
+    return peak, gradients
 
 
 def _parts(loop: Loop, frozen: Mapping[str, nn.Module], tracker: Tracker) -> Iterator[Part]:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 
 from stepdistill.data import GuidedState, Sample, Source, inside
 from stepdistill.data.chunks import Made
 from stepdistill.folder import Base
-from stepdistill.memory.forecast import Prediction, forecast, single
+from stepdistill.memory.forecast import FEW, Prediction, forecast, single
 from stepdistill.memory.outline import networks, outline
 from stepdistill.stage import DTYPES, staged
+from stepdistill.trainer import Loop
 
 if TYPE_CHECKING:
     from stepdistill.run import Run
@@ -26,27 +28,34 @@ def predict(run: Run) -> Prediction:
     own terms load, as CLIP and LPIPS."""
     accelerator = Accelerator(mixed_precision=run.train.mixed_precision)
     pipe, dtype = outline(run.family), DTYPES[accelerator.mixed_precision]
-    frozen, net = networks(pipe), run.family.network(pipe)
-    loading = sum(p.nbytes for part in frozen.values() for p in part.parameters())
+    parts, net = networks(pipe), run.family.network(pipe)
+    loading = sum(p.nbytes for part in parts.values() for p in part.parameters())
     if dtype != torch.float32:
         net.to(dtype)
-    # nothing is taken from caches, and nothing written to them
+    frozen = {name: part for name, part in parts.items() if part is not net}
+    return forecast(rehearsal(run, accelerator, pipe), frozen, loading)
+
+
+def rehearsal(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Loop:
+    """The run's loop for single steps, around a pipeline in its place and precision; its roles are not declared.
+
+    Caches are neither read nor written, and what the teacher makes before training need not be there.
+    """
     spec = replace(run.train, cache_dir=None, dataloader_num_workers=0)
-    spec = replace(spec, gradient_accumulation_steps=min(2, spec.gradient_accumulation_steps))
+    spec = replace(spec, gradient_accumulation_steps=min(FEW, spec.gradient_accumulation_steps))
     stage = staged(replace(run, train=spec), accelerator, pipe, Base({}, (), None), "")
     data = run.data
     if any(isinstance(source, Made) for source in inside(data)):
         data = Unmade(source=data, shape=stage.feed.shape)
-    loop = single(
+    return single(
         method=run.method,
         backbone=stage.backbone,
         spec=run.train,
         play=stage.play,
         batches=stage.feed.batches(data, 0, 0, 1),
         device=accelerator.device,
-        half=dtype == torch.float16,
+        half=stage.dtype == torch.float16,
     )
-    return forecast(loop, {name: part for name, part in frozen.items() if part is not net}, loading)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +81,7 @@ class Unmade(Source):
 
     def sample(self, i: int, rng: random.Random) -> Sample:
         zeros, have = torch.zeros(self.shape), self.provides
-        state = GuidedState(zeros, torch.tensor(0.0), torch.tensor(1.0), zeros) if "trajectories" in have else None
+        state = GuidedState(zeros, torch.tensor(0.0), torch.tensor(2.0), zeros) if "trajectories" in have else None
         latents, noise = (zeros if name in have else None for name in ("latents", "noise"))
         return Sample(prompt=self.prompt(i, rng), latents=latents, noise=noise, state=state, item=i)
 

@@ -8,7 +8,7 @@ checkpointing. Text embeddings are random, as if they came from a cache: no text
 largest resident memory, likewise. Each is of a process of its own. That process runs with glibc's `MALLOC_ARENA_MAX=1`
 and a fixed `MALLOC_MMAP_THRESHOLD_` of 64 KiB: blocks from that size on go back to the system when they are freed, and
 what is resident is what is in use. Left alone, malloc raises that threshold to 32 MiB as it goes, and keeps freed
-blocks below it; such slack is not predicted, as that of a GPU's caching allocator is not.
+blocks below it: so much slack is not predicted, as that of a GPU's caching allocator is not. Linux and glibc only.
 
     python -m stepdistill.tiny.cycles predict sdxl
 """
@@ -29,12 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from stepdistill.backbone import Backbone
 from stepdistill.denoiser import Condition, Denoiser
 from stepdistill.families.base import Family
+from stepdistill.families.pixart import PixArtSigma
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.families.sdxl import StableDiffusionXL
@@ -109,6 +110,11 @@ def stable_diffusion_3() -> nn.Module:
     )
 
 
+def pixart() -> nn.Module:
+    """The network of PixArt-Sigma XL 2, 1024 pixels."""
+    return PixArtTransformer2DModel(sample_size=128, caption_channels=4096, use_additional_conditions=False)
+
+
 VP = DiscreteVP(vp_scheduler().alphas_cumprod)
 SD15 = (StableDiffusion(pretrained_teacher_model="random"), stable_diffusion, {"states": (77, 768)}, VP, "epsilon")
 CYCLES = {
@@ -128,6 +134,13 @@ CYCLES = {
         Rectified(3.0),
         "flow",
         latents=(16, 32, 32),
+    ),
+    "pixart": Cycle(
+        PixArtSigma(pretrained_teacher_model="random"),
+        pixart,
+        {"states": (300, 4096), "mask": (300,), "scale": (1,)},
+        VP,
+        "epsilon",
     ),
 }
 
@@ -200,9 +213,9 @@ def figures(name: str) -> dict[str, Any]:
 
 
 def _apart(task: str, name: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, task, name]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | MALLOC | threads)
+    command = [sys.executable, "-m", "stepdistill.tiny.cycles", task, name]
+    own = MALLOC | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | own)
     return json.loads(done.stdout.splitlines()[-1])
 
 

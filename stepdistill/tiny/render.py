@@ -17,6 +17,7 @@ from stepdistill.tiny.matrix import matrix
 
 STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4), "reflow": (1, 2, 4)}
 DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1, "reflow": 1}  # steps whose other figures are shown
+MEMORY = {"sd15": "SD 1.5", "sdxl": "SDXL", "sd3": "SD 3 medium", "pixart": "PixArt-Sigma"}
 EARLY = {"distribution": 799.0}  # one step may do better from an earlier time, for any method: shown for all
 AWAY = {  # distances of negative prompts' pictures, in features
     "to_teacher": "to the teacher's of the concept",
@@ -185,6 +186,18 @@ def _watch(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _memory(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    heads = ("GiB", "base", "student", "fake score", "optimizers", "gradients", "activations")
+    lines = [f"| {' | '.join((*heads, 'predicted', 'measured', 'ratio'))} |", "| --- " * (len(heads) + 3) + "|"]
+    for key, row in sorted(rows.items(), key=lambda each: each[1]["predicted"]["peak"]):
+        said = row["predicted"]
+        weights, _, states = zip(*(said["parts"][name] for name in ("base", "student", "fake")), strict=True)
+        sizes = (*weights, sum(states), said["gradients"], said["activations"], said["peak"], row["measured"]["peak"])
+        name = f"{MEMORY[key]}, {said['parameters'] / 1e9:.2f} B"
+        lines.append(f"| {name} | {' | '.join(f'{size / 2**30:.2f}' for size in sizes)} | {row['ratio']:.3f} |")
+    return "\n".join(lines)
+
+
 def _quickstart(report: Mapping[str, Any]) -> str:
     lines = ["| | calls | nfe | excess [95 %] |", "| --- | --- | --- | --- |"]
     for row in report["rows"]:
@@ -236,5 +249,6 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "families": matrix,
     "hybrid": _hybrid,
     "transfer": _transfer,
+    "memory": _memory,
 }
 PLOTS: dict[str, Callable[[Mapping[str, Any], Path], None]] = {"reflow": plot_paths, "time": plot_time}

@@ -26,6 +26,7 @@ from stepdistill.run import Run, distill
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import DiscreteVP
 from stepdistill.signs import Yardstick
+from stepdistill.tiny import cycles
 from stepdistill.tiny.benchmark import N, Results, data_features, figures, places, prompts, reference
 from stepdistill.tiny.guidance import measure_guidance
 from stepdistill.tiny.hybrid import measure_hybrid
@@ -54,6 +55,7 @@ WATCHED = {  # runs of DMD2's recipe and of others, and what is wrong with them
 }
 WATCHED_STEPS, WATCHED_EVERY = 240, 40
 TEACHERS = ("tiny-sd", "tiny-sd3")
+LARGE = ("sd15", "sdxl", "sd3", "pixart")
 
 
 def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Row]]:
@@ -226,6 +228,13 @@ def watched(run: Run) -> dict[str, Any]:
     return {"steps": WATCHED_STEPS, "every": WATCHED_EVERY, "samples": run.train.watch_samples} | found
 
 
+def measure_memory(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
+    """A cycle of DMD2 at each network's real size: its memory, predicted and measured, SDXL's with 13 GB."""
+    for label in LARGE if name == TEACHERS[0] else ():
+        if not rows or label in rows:
+            results.once(label, partial(cycles.figures, label), rank=cycles.RANK)
+
+
 TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "teachers": measure_teacher,
     "consistency": partial(measure_students, "consistency"),
@@ -238,6 +247,7 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "transfer": measure_transfer,
     "watch": measure_watch,
     "families": measure_families,
+    "memory": measure_memory,
 }
 
 

@@ -1,0 +1,76 @@
+"""A cycle of DMD2 on SDXL at its real size, with random weights on a CPU: memory, predicted and measured.
+
+    python tests/bench/sdxl_cycle.py
+
+takes 12 GB. The same of other networks and methods, `sd15`, `sd15-lcm` (LCM, batch 2, latents of 64 x 64), `sd3` or
+`pixart`: name one. What a cycle is, and how memory is measured: `stepdistill/tiny/cycles.py`.
+
+`ratio` and `static_ratio` are (measured / predicted) of the peak and of what stays between steps. `seconds` is the
+measured cycle's wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from harness import surroundings
+
+from stepdistill.tiny.cycles import CYCLES, RANK, figures
+
+
+def summary(name: str, found: dict[str, Any]) -> dict[str, object]:
+    """The line for programs."""
+    said, seen, case = found["predicted"], found["measured"], CYCLES[name]
+    return {
+        "name": "sdxl_cycle",
+        "case": name,
+        "peak_gib": gibibytes(seen["peak"]),
+        "predicted_gib": gibibytes(said["peak"]),
+        "ratio": found["ratio"],
+        "static_gib": gibibytes(seen["static"]),
+        "static_predicted_gib": gibibytes(said["static"]),
+        "static_ratio": found["static_ratio"],
+        "seconds": round(seen["seconds"], 1),
+        "parameters": said["parameters"],
+        "method": type(case.method).__name__,
+        "steps": case.steps,
+        "batch": case.batch,
+        "latents": list(case.latents),
+        "rank": RANK,
+        **surroundings(),
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """GiB by role, and both sides of what stays and of the peak."""
+    said, seen = found["predicted"], found["measured"]
+    heads = ("weights", "gradients", "optimizer")
+    lines = [row("GiB", heads), *(row(name, map(gibibytes, part)) for name, part in said["parts"].items())]
+    lines += ["", row("", ("predicted", "measured", "ratio"))]
+    for key, ratio in (("static", "static_ratio"), ("peak", "ratio")):
+        lines.append(row(key, (gibibytes(said[key]), gibibytes(seen[key]), found[ratio])))
+    at_peak = {key: gibibytes(said[key]) for key in ("gradients", "activations")}
+    return "\n".join([*lines, f"of the predicted peak: {at_peak}"])
+
+
+def row(name: str, cells: Any) -> str:
+    return "".join(f"{cell:>14}" for cell in (name, *cells))
+
+
+def gibibytes(size: float) -> float:
+    return round(size / 2**30, 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="?", default="sdxl", choices=sorted(CYCLES))
+    name = parser.parse_args().case
+    found = figures(name)
+    print(table(found))
+    print(json.dumps(summary(name, found)))
+
+
+if __name__ == "__main__":
+    main()
