@@ -123,11 +123,8 @@ def single(
     )
 
 
-def equip(loop: Loop) -> None:
-    """Build the optimizers of declared roles, let each step once on zeros, so that its states are there, and drop the
-    gradients."""
-    team, spec = loop.team, loop.spec
-    team.equip(spec)
+def prime(team: Team) -> None:
+    """Let every optimizer step once on zeros, so that its states are there; the gradients are dropped."""
     for role, optimizer in team.optimizers.items():
         for param in team.params(role).values():
             param.grad = torch.zeros_like(param)
@@ -138,6 +135,13 @@ def equip(loop: Loop) -> None:
             todo = "predict with an optimizer of torch.optim, and mind that the states of this one may be smaller"
             raise ConfigError(problem(f"{kind}, which cannot ({error})", "one that can", why, todo)) from error
     team.zero()
+
+
+def by_foreach(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer of torch.optim work on all tensors at once, as by itself it does on a GPU with real ones."""
+    for group in optimizer.param_groups:
+        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            group["foreach"] = True
 
 
 def forecast(loop: Loop, frozen: Mapping[str, nn.Module], loading: int = 0) -> Prediction:
@@ -160,7 +164,11 @@ def forecast(loop: Loop, frozen: Mapping[str, nn.Module], loading: int = 0) -> P
     if loop.spec.gradient_checkpointing:
         team.backbone.enable_checkpointing()
     with tracker:
-        equip(loop)
+        team.equip(loop.spec)
+        if device.type == "cuda":
+            for optimizer in team.optimizers.values():
+                by_foreach(optimizer)
+        prime(team)
         parts = _parts(loop, frozen, tracker)
         for role in team.optimizers:
             for param in team.params(role).values():

@@ -39,7 +39,7 @@ from stepdistill.families.pixart import PixArtSigma
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.families.sdxl import StableDiffusionXL
-from stepdistill.memory.forecast import equip, forecast, single
+from stepdistill.memory.forecast import forecast, prime, single
 from stepdistill.methods.base import Batch, Method, Play
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd2 import DMD2
@@ -150,7 +150,8 @@ def build(case: Cycle) -> Loop:
     with _precision(torch.bfloat16):  # a float32 network beside it would be a peak of its own
         net = case.network()
     family, device = case.family, torch.device("cpu")
-    backbone = Backbone(net, LoraSpec(rank=RANK), family.lora_targets(net), family.tap(net), sites=family.sites(net))
+    targets, tap, sites = family.lora_targets(net), family.tap(net), family.sites(net)
+    backbone = Backbone(net, LoraSpec(rank=RANK), targets, tap, 0, family.narrow, sites)
 
     def denoiser(role: str) -> Denoiser:
         return Denoiser(backbone, role, case.schedule, case.kind, family.call, torch.bfloat16)
@@ -190,7 +191,8 @@ def measured(case: Cycle) -> dict[str, float]:
     loop = build(case)
     loop.team.declare(case.method)
     loop.team.backbone.enable_checkpointing()
-    equip(loop)
+    loop.team.equip(loop.spec)
+    prime(loop.team)
     gc.collect()
     static = resident("VmRSS") - before
     began, stepped = time.perf_counter(), dict.fromkeys(loop.team.optimizers, 0)

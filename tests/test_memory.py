@@ -1,0 +1,531 @@
+"""Predicted memory: by hand what stays, and at the peak what the same code takes on real tensors."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors
+import tiny
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+import sdxl_cycle as bench
+
+from stepdistill import run as running
+from stepdistill.data import Prompts, TeacherSamples, Trajectories
+from stepdistill.errors import ConfigError
+from stepdistill.families.base import Family
+from stepdistill.families.sd import StableDiffusion
+from stepdistill.families.sd3 import StableDiffusion3
+from stepdistill.memory.forecast import BASE, Part, Prediction, by_foreach, cycle, forecast, prime
+from stepdistill.memory.outline import configs_of, networks, outline
+from stepdistill.memory.predict import predict, rehearsal
+from stepdistill.memory.tracker import Tracker
+from stepdistill.methods.base import Method
+from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.dmd2 import DMD2, Gan
+from stepdistill.methods.guidance_distillation import AdapterGuidance
+from stepdistill.methods.reflow import Reflow
+from stepdistill.methods.regression import Regression
+from stepdistill.roles import LoraSpec
+from stepdistill.run import Run, dry_run
+from stepdistill.schedule import Rectified
+from stepdistill.schema import Factory
+from stepdistill.spec import TrainSpec
+from stepdistill.tiny import cycles
+from stepdistill.tiny.cycles import RANK, VP, Cycle
+from stepdistill.tiny.render import render
+from stepdistill.trainer import Loop
+
+CPU = torch.device("cpu")
+WIDTH, TOKENS, BLOCK = 16, 5, 32
+
+
+def unet() -> nn.Module:
+    return UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(WIDTH,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=WIDTH,
+        norm_num_groups=8,
+        attention_head_dim=2,
+    )
+
+
+def transformer() -> nn.Module:
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=BLOCK,
+        pooled_projection_dim=WIDTH,
+        pos_embed_max_size=4,
+    )
+
+
+SD3 = Cycle(
+    StableDiffusion3(pretrained_teacher_model="random"),
+    transformer,
+    {"states": (TOKENS, WIDTH), "pooled": (WIDTH,)},
+    Rectified(3.0),
+    "flow",
+    latents=(4, 8, 8),
+    method=Consistency(ema_decay=None),
+    batch=2,
+)
+UNET = replace(
+    SD3,
+    family=StableDiffusion(pretrained_teacher_model="random"),
+    network=unet,
+    condition={"states": (TOKENS, WIDTH)},
+    schedule=VP,
+    kind="epsilon",
+)
+
+
+def built(case: Cycle, **train) -> Loop:
+    """A loop of `case`; in its own precision, which is float32 but for the frozen network."""
+    loop = cycles.build(case)
+    loop.spec = replace(loop.spec, **({"gradient_checkpointing": False} | train))
+    ones, micro = loop.batches, loop.spec.gradient_accumulation_steps
+    loop.batches = iter(lambda: [next(ones)[0] for _ in range(micro)], None)
+    return loop
+
+
+def said(case: Cycle, **train) -> Prediction:
+    with torch.device("meta"):
+        loop = built(case, **train)
+    return forecast(loop, {})
+
+
+def real(case: Cycle, **train) -> Loop:
+    """All that stays between steps, on real tensors."""
+    loop = built(case, **train)
+    loop.team.declare(case.method)
+    if loop.spec.gradient_checkpointing:
+        loop.team.backbone.enable_checkpointing()
+    loop.team.equip(loop.spec)
+    prime(loop.team)
+    gc.collect()
+    return loop
+
+
+def taken(case: Cycle, **train) -> int:
+    """The most bytes that live at once on real tensors."""
+    tracker = Tracker(CPU)
+    with tracker:
+        loop = real(case, **train)
+        tracker.reset()
+        cycle(loop, next(loop.batches))
+    return tracker.peak
+
+
+def lora_numbers(case: Cycle) -> tuple[int, int]:
+    """Numbers and tensors of a LoRA, from the layers' shapes."""
+    with torch.device("meta"):
+        net = case.network()
+    layers = [net.get_submodule(name) for name in case.family.lora_targets(net)]
+    return sum(RANK * (m.weight[0].numel() + m.weight.shape[0]) for m in layers), 2 * len(layers)
+
+
+def network_bytes(case: Cycle, size: int) -> int:
+    with torch.device("meta"):
+        net = case.network()
+    return size * sum(p.numel() for p in net.parameters()) + sum(b.nbytes for b in net.buffers())
+
+
+SGD = Factory("torch.optim.SGD", {})
+MOMENTUM = Factory("torch.optim.SGD", {"momentum": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "states", "counters"),
+    [(Factory("torch.optim.AdamW"), 2, 4), (SGD, 0, 0), (MOMENTUM, 1, 0)],
+    ids=["adamw", "sgd", "momentum"],
+)
+def test_what_stays_is_counted_by_hand(optimizer, states, counters):
+    """bfloat16 base; float32 LoRA and its average; Adam has two moments, and the number of steps for each tensor."""
+    found = said(replace(SD3, method=Consistency()), optimizer=optimizer)
+    numbers, tensors = lora_numbers(SD3)
+    size = 4 * numbers
+    base = Part(BASE, found.parts[0].parameters, network_bytes(SD3, 2))
+    assert found.parts == (
+        base,
+        Part("student", numbers, size, size, states * size + counters * tensors),
+        Part("ema", numbers, size),
+    )
+    assert found.static == base.weights + (2 + states) * size + counters * tensors
+
+
+def test_heads_copies_and_adapters_are_counted_by_hand():
+    gan = said(replace(SD3, method=DMD2(critic_steps=1, gan=Gan(), ema_decay=None)), optimizer=SGD)
+    parts = {part.name: part for part in gan.parts}
+    assert list(parts) == [BASE, "student", "fake", "head"]
+    # features of 4 x 4 tokens: a 4 x 4 convolution to one place, its norm, and the logit's weights
+    head = BLOCK * BLOCK * 16 + BLOCK + 2 * BLOCK + BLOCK + 1
+    assert parts["head"] == Part("head", head, 4 * head, 4 * head)
+
+    with torch.device("meta"):
+        slim = UNET.family.narrow(replace(UNET, network=wide).network(), 0.5)
+    count = sum(p.numel() for p in slim.parameters())
+    student, ema = said(replace(UNET, network=wide, method=Reflow(width=0.5)), optimizer=MOMENTUM).parts[1:]
+    assert student == Part("student", count, 4 * count, 4 * count, 4 * count)
+    assert ema == Part("ema", count, 4 * count)
+
+
+def wide() -> nn.Module:
+    return UNet2DConditionModel.from_config(dict(unet().config) | {"block_out_channels": (2 * WIDTH,)})
+
+
+def test_other_optimizers_by_role():
+    found = said(replace(SD3, method=DMD2(critic_steps=1, ema_decay=None)), optimizers={"fake": SGD})
+    size = 4 * lora_numbers(SD3)[0]
+    student, fake = found.parts[1:]
+    assert fake == replace(student, name="fake", optimizer=0) and student.optimizer > 2 * size
+
+
+CASES: dict[str, tuple[Cycle, Method, dict]] = {
+    "lcm": (SD3, Consistency(), {}),
+    "dmd2": (SD3, DMD2(critic_steps=3), {}),
+    "gan": (SD3, DMD2(critic_steps=1, gan=Gan(), ema_decay=None), {}),
+    "copy": (SD3, Reflow(width=0.5), {}),
+    "unet, checkpointed": (UNET, Consistency(ema_decay=None), {"gradient_checkpointing": True}),
+    "sd3, checkpointed": (SD3, DMD2(critic_steps=2), {"gradient_checkpointing": True}),
+    "accumulated": (SD3, Regression(), {"gradient_accumulation_steps": 3}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_peak_is_that_of_the_same_code_on_real_tensors(name):
+    case, method, train = CASES[name]
+    case = replace(case, method=method)
+    assert said(case, **train).peak == taken(case, **train)
+
+
+def allocated(case: Cycle) -> tuple[int, int]:
+    """What stays and the peak by the profiler's log of the CPU's allocator, which knows of no operators."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
+        loop = real(case)
+        torch.empty(12345, dtype=torch.uint8)  # a mark
+        cycle(loop, next(loop.batches))
+    now, sizes, marked = 0, [], 0
+    for event in log.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            sizes.append(now)
+            marked = len(sizes) if event.nbytes() == 12345 else marked
+    return sizes[marked], max(sizes[marked:])
+
+
+@pytest.mark.parametrize("case", [SD3, UNET], ids=["sd3", "unet"])
+def test_the_allocator_saw_the_same(case):
+    """A little more: kernels have temporaries of their own, and blocks are rounded up."""
+    found, (static, peak) = said(case), allocated(case)
+    assert found.static <= static <= 1.02 * found.static
+    assert found.peak <= peak <= 1.1 * found.peak
+
+
+def test_checkpointing_lowers_the_peak_and_samples_raise_it_in_line():
+    case = replace(UNET, method=Consistency(ema_decay=None, guidance_scale=1.0))
+    sizes = [said(replace(case, batch=batch)).activations for batch in (1, 2, 3)]
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0.5 * sizes[0]
+    assert said(replace(case, batch=3), gradient_checkpointing=True).activations < 0.7 * sizes[2]
+
+
+def test_many_micro_batches_are_extrapolated():
+    case, train = replace(SD3, method=Regression()), {"gradient_accumulation_steps": 8}
+    assert said(case, **train).peak == pytest.approx(taken(case, **train), rel=0.002)
+
+
+def test_a_role_that_starts_late_is_counted():
+    """Here the student steps once in three, and not at all in the first steps."""
+    methods = [DMD2(critic_steps=3, warmup_steps=warm, num_inference_steps=1, ema_decay=None) for warm in (0, 30)]
+    at_once, late = (said(replace(SD3, method=method), max_train_steps=31) for method in methods)
+    assert at_once == late
+    never = said(replace(SD3, method=methods[1]), max_train_steps=3)
+    assert never.static == late.static and never.peak < late.peak
+
+
+def test_the_sum_of_the_parts_is_the_peak():
+    found = said(replace(SD3, method=DMD2(critic_steps=1)))
+    lines = {line.strip().rsplit(maxsplit=1)[0]: line.split()[-1] for line in str(found).splitlines() if "  " in line}
+    rows = [line.split() for line in str(found).splitlines() if line.split()[0:1] in ([p.name] for p in found.parts)]
+    assert [row[0] for row in rows] == [BASE, "student", "fake", "ema"]
+    kept = sum(float(row[k]) for row in rows for k in (3, 5))
+    shown = {key: float(lines[name]) for key, name in SHOWN.items() if name in lines}
+    assert shown["static"] == pytest.approx(kept, abs=0.5)
+    assert shown["peak"] == pytest.approx(sum(size for key, size in shown.items() if key != "peak"), abs=0.2)
+    assert "not counted: the allocator's slack" in str(found) and "CUDA context" in str(found)
+    assert "while loading" not in str(found) and "while loading" in str(replace(found, loading=2**30))
+
+
+SHOWN = {
+    "static": "static: weights and optimizer states",
+    "gradients": "gradients at the peak, dropped after each update",
+    "activations": "activations and batches at the peak",
+    "peak": "peak",
+}
+
+
+def test_gradients_at_the_peak():
+    """With SGD on a tiny batch all gradients are there at the peak, but those of the last layers to be done."""
+    found = said(replace(SD3, batch=1, latents=(4, 2, 2)), optimizer=SGD)
+    student = found.parts[1]
+    assert 0.5 * student.gradients < found.gradients <= student.gradients
+
+
+def test_an_optimizer_that_needs_content_is_refused(monkeypatch):
+    def step(self: object) -> None:
+        raise RuntimeError("Cannot access data pointer of a fake tensor")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    with pytest.raises(ConfigError, match="SGD, which cannot .Cannot access.*states"):
+        said(SD3, optimizer=SGD)
+
+
+def test_on_a_gpu_adam_takes_a_copy_of_its_moments():
+    peaks = []
+    for wanted in (False, True):
+        tracker = Tracker(CPU)
+        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+            params = [nn.Parameter(torch.empty(1000)) for _ in range(10)]
+            optimizer = torch.optim.AdamW(params)
+            if wanted:
+                by_foreach(optimizer)
+            for _ in range(2):
+                tracker.reset()
+                for p in params:
+                    p.grad = torch.zeros_like(p)
+                optimizer.step()
+        peaks.append(tracker.peak - tracker.total)
+    one, every = 4000, 40000
+    assert peaks[0] <= 3 * one and every <= peaks[1] <= every + 3 * one
+    fused = torch.optim.AdamW([nn.Parameter(torch.ones(1))], fused=True)
+    by_foreach(fused)
+    assert not fused.param_groups[0]["foreach"]
+
+
+# the tracker
+
+
+def test_storages_count_while_they_live():
+    tracker = Tracker(CPU)
+    with tracker:
+        a = torch.ones(1000)
+        b = a.view(10, 100)[2:]
+        assert tracker.total == tracker.peak == 4000
+        c = a + a
+        assert tracker.total == 8000 and tracker.bytes([a, b, c]) == 8000 and tracker.bytes([b]) == 4000
+        del a
+        assert tracker.total == 8000
+        del b
+        assert tracker.total == 4000 and tracker.peak == 8000
+        tracker.reset()
+        assert tracker.peak == 4000
+        torch.ones(5, device="meta")
+        assert tracker.total == 4000
+        # (a + a) and its square root are saved for backward, the exponential is the root's square's
+        x = torch.ones(1000, requires_grad=True)
+        y = (x.exp() * 2).sqrt().sum()
+        assert tracker.total == 4000 + 4000 + 4000 + 4000 + 4
+        y.backward()
+        del y
+        assert tracker.total == 4000 + 4000 + 4000 and x.grad is not None
+        tracker.mark(x.grad)
+        tracker.mark(x.grad)
+        assert tracker.gradients == 4000
+        tracker.reset()
+        assert tracker.gradients_at_peak == 4000
+        x.grad = None
+        assert tracker.gradients == 0 and tracker.total == 8000
+    torch.ones(9)
+    assert tracker.total == 8000
+
+
+def test_fake_tensors_have_size_and_say_one():
+    tracker = Tracker(CPU)
+    with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+        fake = torch.empty(1000, dtype=torch.bfloat16)
+    with tracker:
+        assert tracker.total == 2000
+        mixed = fake * torch.ones(1000)
+        assert tracker.total == 2000 + 4000 and tracker.peak == 2000 + 4000 + 4000
+        assert mixed.sum().item() == 1 and bool(torch.isfinite(mixed.sum())) and int(mixed[0].long()) == 1
+        assert torch.tensor(3.5).item() == 3.5
+
+
+# whole configs
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Callable[[str], Path]:
+    """A pipeline's folder without any weights, by family."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            tiny.pipeline(name).save_pretrained(made[name])
+            for file in made[name].rglob("*.safetensors"):
+                file.unlink()
+        return made[name]
+
+    return folder
+
+
+def run(folder: Path, name: str, method: Method, tmp_path: Path, **train) -> Run:
+    data = Prompts(prompts=("red apple", "rose", "octopus", "cat face"))
+    if method.needs - {"prompts"}:
+        kind = Trajectories if "trajectories" in method.needs else TeacherSamples
+        data = kind(source=data, folder=str(tmp_path / "unmade"), count=4)
+    given = {"output_dir": str(tmp_path / "out"), "train_batch_size": 2, "max_train_steps": 20, "report_to": "none"}
+    family = replace(tiny.FAMILIES[name], pretrained_teacher_model=str(folder))
+    return Run(family=family, method=method, data=data, lora=LoraSpec(rank=4), train=TrainSpec(**(given | train)))
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_an_outline_is_the_pipeline_without_content(folders, name):
+    pipe = tiny.pipeline(name)
+    found = outline(replace(tiny.FAMILIES[name], pretrained_teacher_model=str(folders(name))))
+    assert type(found) is type(pipe) and found.config.keys() == pipe.config.keys()
+    public = [{k: v for k, v in p.scheduler.config.items() if not k.startswith("_")} for p in (found, pipe)]
+    assert public[0] == public[1]
+    ours, theirs = networks(found), networks(pipe)
+    assert ours.keys() == theirs.keys()
+    for part in ours:
+        shapes = [{key: (p.shape, p.dtype) for key, p in net.named_parameters()} for net in (ours[part], theirs[part])]
+        assert shapes[0] == shapes[1], part
+        assert all(p.is_meta for p in ours[part].parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "train"),
+    [
+        ("sd3", DMD2(critic_steps=2), {"mixed_precision": "bf16", "gradient_checkpointing": True}),
+        ("pixart_alpha", AdapterGuidance(width=8), {"mixed_precision": "no"}),
+    ],
+)
+def test_a_dry_run_reads_no_weights_and_is_right(folders, tmp_path, monkeypatch, name, method, train):
+    given = run(folders(name), name, method, tmp_path, **train)
+    pipe = tiny.pipeline(name)  # the same configs, with weights
+
+    AcceleratorState._reset_state()  # another test's precision
+    predictions: list[Prediction] = []
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("weights were read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Family, "load", never)
+        patch.setattr(torch, "load", never)
+        patch.setattr(safetensors, "safe_open", never)
+        patch.setattr(running, "predict", lambda run: predictions.append(predict(run)) or predictions[0])
+        shown = dry_run(given)
+    (found,) = predictions
+    assert shown == str(found) and not (tmp_path / "out").exists() and not (tmp_path / "unmade").exists()
+
+    accelerator, net = Accelerator(mixed_precision=given.train.mixed_precision), given.family.network(pipe)
+    assert found.loading == sum(4 * p.numel() for part in networks(pipe).values() for p in part.parameters())
+    tracker = Tracker(CPU)
+    with tracker:
+        for part in networks(pipe).values():
+            for module in part.modules():  # made anew, so that the tracker sees them
+                for key, buffer in list(module.named_buffers(recurse=False)):
+                    setattr(module, key, buffer.clone())
+            for p in part.parameters():
+                p.data = p.data.clone()
+        if accelerator.mixed_precision == "bf16":
+            net.to(torch.bfloat16)
+        loop = rehearsal(given, accelerator, pipe)
+        loop.team.declare(method)
+        if given.train.gradient_checkpointing:
+            loop.team.backbone.enable_checkpointing()
+        loop.team.equip(given.train)
+        prime(loop.team)
+        gc.collect()
+        kept = tracker.total
+        tracker.reset()
+        cycle(loop, next(loop.batches))
+    assert (found.static, found.peak) == (kept, tracker.peak)
+
+
+def test_a_single_file_is_outlined_by_its_config_or_its_header(folders, tmp_path):
+    key = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"  # of SDXL's second text encoder
+    file = tmp_path / "model.safetensors"
+    save_file({key: torch.zeros(4)}, file)
+    assert configs_of(str(file)) == "stabilityai/stable-diffusion-xl-base-1.0"
+    family = replace(tiny.FAMILIES["sdxl"], pretrained_teacher_model=str(file), single_file_config=str(folders("sdxl")))
+    found = networks(outline(family))
+    assert found.keys() == networks(tiny.pipeline("sdxl")).keys()
+
+
+# bench and table
+
+
+FIGURES = {
+    "predicted": {
+        "parameters": 2_567_463_684,
+        "parts": {"base": [2**31, 0, 0], "student": [2**30, 2**30, 2**31], "fake": [2**29, 2**29, 2**30]},
+        "static": 7 * 2**30,
+        "gradients": 2**30,
+        "activations": 2**28,
+        "peak": 9 * 2**30,
+    },
+    "measured": {"static": 7.07 * 2**30, "peak": 10 * 2**30, "seconds": 12.34},
+    "ratio": 1.1111,
+    "static_ratio": 1.01,
+}
+
+
+def test_the_bench_says_what_is_asked():
+    line = json.loads(json.dumps(bench.summary("sdxl", FIGURES)))
+    asked = {"name": "sdxl_cycle", "case": "sdxl", "peak_gib": 10.0, "predicted_gib": 9.0, "ratio": 1.1111}
+    asked |= {"static_ratio": 1.01, "seconds": 12.3, "method": "DMD2", "steps": 5, "rank": 64, "latents": [4, 32, 32]}
+    assert asked.items() <= line.items() and {"machine", "torch", "threads"} <= line.keys()
+    rows = [row.split() for row in bench.table(FIGURES).splitlines()]
+    assert ["student", "1.0", "1.0", "2.0"] in rows and ["peak", "9.0", "10.0", "1.1111"] in rows
+
+
+def test_both_sides_of_a_cycle_have_the_same_parts(monkeypatch):
+    """In one process: what is measured has the parts that are predicted."""
+    monkeypatch.setattr(cycles, "resident", lambda field: 0)
+    case = replace(SD3, method=DMD2(critic_steps=2, ema_decay=None), steps=2)
+    line = cycles.predicted(case)
+    assert line["peak"] == line["static"] + line["gradients"] + line["activations"]
+    assert list(line["parts"]) == [BASE, "student", "fake"]
+    assert cycles.measured(case).keys() == {"static", "peak", "seconds"}
+
+
+def test_the_large_networks_have_their_published_sizes():
+    sizes = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "sd3": 2_028_328_000, "pixart": 610_856_096}
+    for name, size in sizes.items():
+        with torch.device("meta"):
+            assert sum(p.numel() for p in cycles.CYCLES[name].network().parameters()) == size, name
+
+
+def test_the_table_shows_each_part(tmp_path):
+    (tmp_path / "memory.json").write_text(json.dumps({"sdxl": FIGURES}))
+    made = render("<!-- table memory -->\n<!-- end -->", tmp_path)
+    cells = "SDXL, 2.57 B | 2.00 | 1.00 | 0.50 | 3.00 | 1.00 | 0.25 | 9.00 | 10.00 | 1.111"
+    assert f"| {cells} |" in made
