@@ -13,9 +13,11 @@ from diffusers import DiffusionPipeline
 
 from stepdistill.data import GuidedState, Sample, Source, inside
 from stepdistill.data.chunks import Made
+from stepdistill.fingerprint import Keys
 from stepdistill.folder import Base
 from stepdistill.memory.forecast import FEW, Prediction, forecast, single
 from stepdistill.memory.outline import networks, outline
+from stepdistill.parts import Parts
 from stepdistill.stage import DTYPES, staged
 from stepdistill.trainer import Loop
 
@@ -43,7 +45,8 @@ def rehearsal(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Lo
     """
     spec = replace(run.train, cache_dir=None, dataloader_num_workers=0)
     spec = replace(spec, gradient_accumulation_steps=min(FEW, spec.gradient_accumulation_steps))
-    stage = staged(replace(run, train=spec), accelerator, pipe, Base({}, (), None), "")
+    parts = Outlined(run.family, pipe, accelerator.device, stay=tuple(networks(pipe)))
+    stage = staged(replace(run, train=spec), accelerator, parts, Base({}, (), None), Keys())
     data = run.data
     if any(isinstance(source, Made) for source in inside(data)):
         data = Unmade(source=data, shape=stage.feed.shape)
@@ -56,6 +59,16 @@ def rehearsal(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Lo
         device=accelerator.device,
         half=stage.dtype == torch.float16,
     )
+
+
+class Outlined(Parts):
+    """A pipeline whose parts have no content, which for a prediction is as good as having them."""
+
+    def text(self, why: str) -> DiffusionPipeline:
+        return self.pipe
+
+    def vae(self, why: str) -> DiffusionPipeline:
+        return self.pipe
 
 
 @dataclass(frozen=True, kw_only=True)
