@@ -182,7 +182,8 @@ class Backbone(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Backbone:
         self._own.clear()  # `to_empty` and its like put other parameters in their place
-        return nn.Module._apply(self, fn, recurse)
+        nn.Module._apply(self, fn, recurse)
+        return self
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """A role's own parameters by name, trainable or averaged. The teacher's are never given: it has none."""

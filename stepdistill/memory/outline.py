@@ -25,12 +25,12 @@ def outline(family: Family) -> DiffusionPipeline:
         where = family.single_file_config or configs_of(where)
     pipeline: Any = family.pipeline_class
     index: Any = pipeline.load_config(where, revision=family.revision)
-    given = {name: value for name, value in index.items() if not name.startswith("_")}
+    given: dict[str, Any] = {name: value for name, value in index.items() if not name.startswith("_")}
     for name, value in given.items():
         if isinstance(value, list | tuple):
             library, kind = value
-            absent = library is None or (single and name in OPTIONAL)
-            given[name] = None if absent else _component(where, name, library, kind, family.revision)
+            unheld = single and name in OPTIONAL
+            given[name] = None if library is None or unheld else _component(where, name, library, kind, family.revision)
     return pipeline(**given)
 
 
@@ -58,7 +58,8 @@ def _component(where: str, name: str, library: str, kind: str, revision: str | N
         with torch.device("meta"):
             return cls(config).float()
     if issubclass(cls, ModelMixin):
-        config = cls.load_config(where, **place)
+        model: Any = cls
+        config = model.load_config(where, **place)
         with torch.device("meta"):
-            return cls.from_config(config).float()
+            return model.from_config(config).float()
     return cls.from_pretrained(where, **place)
