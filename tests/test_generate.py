@@ -301,3 +301,15 @@ def test_a_negative_prompt_goes_by_attention_or_where_there_is_guidance_by_it(qu
     departs = pytest.raises(StudentError, match="guidance departs from the negative prompt")
     with departs, drawer.against("a", guided, 0.5):
         pass
+
+
+def test_a_teacher_that_cannot_be_downloaded_is_said_so(tmp_path, capsys):
+    """The tests run without a network."""
+    for command in (
+        ["train", "configs/recipes/sana_dmd2_four_step.yaml", "--dry-run"],
+        ["eval", "run", "some/teacher", "-o", str(tmp_path / "out")],
+    ):
+        with pytest.raises(SystemExit) as left:
+            cli.main(command)
+        said = capsys.readouterr().err
+        assert left.value.code == 2 and "check the name" in said and "Traceback" not in said

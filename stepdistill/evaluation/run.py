@@ -26,7 +26,7 @@ from stepdistill.evaluation.rows import sampled, scores_of, sheets
 from stepdistill.evaluation.scores import ClipScore
 from stepdistill.evaluation.spec import Draws, Measures
 from stepdistill.evaluation.store import FACTS, write
-from stepdistill.evaluation.subjects import contract_of, family_of, loaded
+from stepdistill.evaluation.subjects import contract_of, family_of
 from stepdistill.evaluation.table import alike, flat, read, write_csv
 from stepdistill.families.base import BUNDLED_NAMES
 from stepdistill.metrics.extractors import extractor
@@ -53,7 +53,7 @@ def run(spec: Draws) -> dict[str, Any]:
     n = spec.num or spec.under.n or len(records)
     enough(n, "a row")
     ways = plan(spec)
-    made = extracted(spec, device, loaded(family).components["vae"] if spec.features == "vae" else None)
+    made = extracted(spec, device, family.load().components["vae"] if spec.features == "vae" else None)
     if "lpips" in spec.metrics:
         lpips("alex", device)
     each = [prompt_of(records[i % len(records)]) for i in range(n)]

@@ -86,15 +86,6 @@ def family_of(place: str, kind: str | None, contracts: Sequence[Contract]) -> Fa
     return chosen or known[found](pretrained_teacher_model=place)
 
 
-def loaded(family: Family) -> DiffusionPipeline:
-    """The teacher's pipeline. Raises ConfigError where it cannot be had."""
-    try:
-        return family.load()
-    except OSError as error:
-        got, why = f"teacher {family.pretrained_teacher_model}", str(error).splitlines()[0]
-        raise ConfigError(problem(got, "a whole pipeline", why, "check the name, and the network")) from error
-
-
 @dataclass(frozen=True)
 class Subject:
     """A pipeline that draws as the teacher, or as one student.
@@ -121,7 +112,7 @@ class Subject:
         Args:
             size: height and width in pixels; None is what the teacher was trained at.
         """
-        pipe = loaded(family)
+        pipe = family.load()
         own, side = pipe.scheduler, family.native_side(pipe)
         pipe.to(device)
         if dtype != torch.float32:  # which it is; Diffusers warns of any cast

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -96,27 +97,13 @@ class Family(ABC):
             without: parts to leave out; networks without weights, on the meta device, stand in their places. Of a
                 single file, and of a teacher with LoRAs, they are read all the same, and then let go.
         """
-        where = self.location()
-        quantize.check(self.quantization, where.endswith(".safetensors"), bool(self.teacher_loras))
+        quantize.check(self.quantization, self.location().endswith(".safetensors"), bool(self.teacher_loras))
         if self.teacher_loras and not self.loads_lora:
             got, expected = f"family.teacher_loras for a {self.pipeline_class.__name__}", "none"
             todo = "fuse them by `stepdistill convert --to fused`, and give the network that this makes"
             raise ConfigError(problem(got, expected, "Diffusers has no LoRA loader for it", todo))
-        if where.endswith(".safetensors"):
-            pipe = self.pipeline_class.from_single_file(  # pyright: ignore[reportAttributeAccessIssue]
-                where, config=self.single_file_config
-            )
-        else:
-            index: Any = self.pipeline_class.load_config(where, revision=self.revision)
-            # Diffusers drops the parts a folder goes without, such as SD3's T5, and then asks for them
-            given: dict[str, Any] = {n: None for n, part in index.items() if isinstance(part, list) and part[0] is None}
-            for name, part in index.items():
-                if name not in given and self.part_of(name) in without and not self.teacher_loras:
-                    given[name] = shell(where, name, ".".join(part), self.revision)
-            if self.quantization is not None and "denoiser" not in without:
-                given["quantization_config"] = quantize.quantized(self.quantization, self.network_name)
-                given["torch_dtype"] = torch.float32  # of what is not quantised; else torchao takes bfloat16
-            pipe = self.pipeline_class.from_pretrained(where, revision=self.revision, variant=self.variant, **given)
+        with self.reached():
+            pipe = self._read(without)
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False)
@@ -131,14 +118,42 @@ class Family(ABC):
                 part.to("meta")
         return pipe
 
+    def _read(self, without: Collection[Part]) -> DiffusionPipeline:
+        where = self.location()
+        if where.endswith(".safetensors"):
+            return self.pipeline_class.from_single_file(  # pyright: ignore[reportAttributeAccessIssue]
+                where, config=self.single_file_config
+            )
+        index: Any = self.pipeline_class.load_config(where, revision=self.revision)
+        # Diffusers drops the parts a folder goes without, such as SD3's T5, and then asks for them
+        given: dict[str, Any] = {n: None for n, part in index.items() if isinstance(part, list) and part[0] is None}
+        for name, part in index.items():
+            if name not in given and self.part_of(name) in without and not self.teacher_loras:
+                given[name] = shell(where, name, ".".join(part), self.revision)
+        if self.quantization is not None and "denoiser" not in without:
+            given["quantization_config"] = quantize.quantized(self.quantization, self.network_name)
+            given["torch_dtype"] = torch.float32  # of what is not quantised; else torchao takes bfloat16
+        return self.pipeline_class.from_pretrained(where, revision=self.revision, variant=self.variant, **given)
+
+    @contextmanager
+    def reached(self) -> Iterator[None]:
+        """Raise ConfigError for what cannot be read of the teacher inside."""
+        try:
+            yield
+        except OSError as error:
+            got, why = f"teacher {self.pretrained_teacher_model}", str(error).splitlines()[0]
+            todo = "check the name, revision and variant, and the network: a hub id is downloaded"
+            raise ConfigError(problem(got, "a whole pipeline", why, todo)) from error
+
     def load_scheduler(self) -> Any:  # noqa: ANN401
         """The teacher's scheduler alone, from its few bytes; None for a single file, which keeps it inside."""
         where = self.location()
         if where.endswith(".safetensors"):
             return None
-        index: Any = self.pipeline_class.load_config(where, revision=self.revision)
-        kind = locate(f"diffusers.{index['scheduler'][1]}")
-        return kind.from_pretrained(where, subfolder="scheduler", revision=self.revision)
+        with self.reached():
+            index: Any = self.pipeline_class.load_config(where, revision=self.revision)
+            kind = locate(f"diffusers.{index['scheduler'][1]}")
+            return kind.from_pretrained(where, subfolder="scheduler", revision=self.revision)
 
     def network(self, pipe: DiffusionPipeline) -> nn.Module:
         """The denoiser among the pipeline's components."""
@@ -261,31 +276,4 @@ def each(call: Mapping[str, Any], count: int) -> dict[str, Any]:
     found = dict(call)
     if isinstance(found.get("negative_prompt"), str):  # Flux takes no single one for several prompts
         found["negative_prompt"] = [found["negative_prompt"]] * count
-    return found
-
-
-def rebuilt(net: nn.Module, **changes: Any) -> Any:  # noqa: ANN401
-    """A new network of the class and config of `net`, a Diffusers model, with other values of some config keys."""
-    kind: Any = type(net)
-    config: Any = net.config
-    # without its private keys: one lists the defaults that were used, which then would be used again
-    return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")} | changes)
-
-
-def named(net: nn.Module, endings: Sequence[str], kinds: tuple[type[nn.Module], ...]) -> list[str]:
-    """Full names of the layers of `kinds` whose name is, or ends in a dot and, one of `endings`."""
-    found = [
-        name
-        for name, module in net.named_modules()
-        if isinstance(module, kinds) and any(name == end or name.endswith("." + end) for end in endings)
-    ]
-    if not found:
-        raise ConfigError(
-            problem(
-                f"no layer of {type(net).__name__} matching {list(endings)}",
-                "at least one",
-                "the LoRA needs a place",
-                "name layers of this network in lora.target_modules",
-            )
-        )
     return found

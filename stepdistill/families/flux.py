@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
-from stepdistill.families.base import named, rebuilt
 from stepdistill.families.flow import Flow, decoded, encoded
+from stepdistill.layers import named, rebuilt
 from stepdistill.roles import Site, Sites, Tap
 from stepdistill.schedule import Rectified
 

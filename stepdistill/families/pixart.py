@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
-from stepdistill.families.base import named, rebuilt
 from stepdistill.families.vp import VariancePreserving
+from stepdistill.layers import named, rebuilt
 from stepdistill.roles import Site, Sites, Tap
 
 TARGETS = (

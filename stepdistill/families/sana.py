@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
 from stepdistill.errors import ConfigError, problem
-from stepdistill.families.base import named, rebuilt
 from stepdistill.families.flow import Flow
+from stepdistill.layers import named, rebuilt
 from stepdistill.prediction import Kind
 from stepdistill.roles import Site, Sites, Tap
 from stepdistill.schedule import Rectified

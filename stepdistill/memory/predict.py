@@ -29,7 +29,9 @@ def predict(run: Run) -> Prediction:
     """Predict a run's memory on this process's device. Weights are not read, but for those of networks that a method's
     own terms load, as CLIP and LPIPS."""
     accelerator = Accelerator(mixed_precision=run.train.mixed_precision)
-    pipe, dtype = outline(run.family), DTYPES[accelerator.mixed_precision]
+    with run.family.reached():
+        pipe = outline(run.family)
+    dtype = DTYPES[accelerator.mixed_precision]
     parts, net = networks(pipe), run.family.network(pipe)
     loading = sum(p.nbytes for part in parts.values() for p in part.parameters())
     if dtype != torch.float32:
