@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from stepdistill.errors import ConfigError, problem
+from stepdistill.roles import Site, Sites, Tap
 
 
 def rebuilt(net: nn.Module, **changes: Any) -> Any:  # noqa: ANN401
@@ -35,3 +36,28 @@ def named(net: nn.Module, endings: Sequence[str], kinds: tuple[type[nn.Module], 
             )
         )
     return found
+
+
+def inner(net: nn.Module) -> int:
+    """The channels of a transformer's tokens."""
+    config: Any = net.config
+    return config["num_attention_heads"] * config["attention_head_dim"]
+
+
+def halfway(net: nn.Module) -> Tap:
+    """The picture's tokens at half the depth of a transformer."""
+    config: Any = net.config
+    patch = config["patch_size"]
+    return Tap(f"transformer_blocks.{config['num_layers'] // 2}", inner(net), patch, config["sample_size"] // patch)
+
+
+def attentions(net: nn.Module, layer: str, time: str) -> Sites:
+    """The attention `layer` of every block of a transformer, to a prompt as wide as its tokens.
+
+    Args:
+        time: dotted name of the module whose output is the time's embedding, as wide, too.
+    """
+    config: Any = net.config
+    width = inner(net)
+    places = [Site(f"transformer_blocks.{i}.{layer}", width, width) for i in range(config["num_layers"])]
+    return Sites(time, width, tuple(places))

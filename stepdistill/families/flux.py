@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
 from stepdistill.families.flow import Flow, decoded, encoded
-from stepdistill.layers import named, rebuilt
-from stepdistill.roles import Site, Sites, Tap
+from stepdistill.layers import attentions, inner, named, rebuilt
+from stepdistill.roles import Sites, Tap
 from stepdistill.schedule import Rectified
 
 TARGETS = (
@@ -90,16 +90,11 @@ class Flux(Flow):
 
     def tap(self, net: nn.Module) -> Tap:
         """The picture's tokens where the two streams join."""
-        config: Any = net.config
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        return Tap("single_transformer_blocks.0", width, 2, 16)
+        return Tap("single_transformer_blocks.0", inner(net), 2, 16)
 
     def sites(self, net: nn.Module) -> Sites:
         """The picture's part of every joint attention of two streams; the prompt there is the block's text stream."""
-        config: Any = net.config
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        places = [Site(f"transformer_blocks.{i}.attn", width, width) for i in range(config["num_layers"])]
-        return Sites("time_text_embed.timestep_embedder", width, tuple(places))
+        return attentions(net, "attn", "time_text_embed.timestep_embedder")
 
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
         return {"tokenizer": pipe.tokenizer.model_max_length, "tokenizer_2": self.max_sequence_length}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
 from stepdistill.families.vp import VariancePreserving
-from stepdistill.layers import named, rebuilt
-from stepdistill.roles import Site, Sites, Tap
+from stepdistill.layers import attentions, halfway, named, rebuilt
+from stepdistill.roles import Sites, Tap
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out"),
@@ -50,16 +50,11 @@ class PixArt(VariancePreserving):
 
     def tap(self, net: nn.Module) -> Tap:
         """The tokens at half the depth."""
-        config: Any = net.config
-        width, patch = config["num_attention_heads"] * config["attention_head_dim"], config["patch_size"]
-        return Tap(f"transformer_blocks.{config['num_layers'] // 2}", width, patch, config["sample_size"] // patch)
+        return halfway(net)
 
     def sites(self, net: nn.Module) -> Sites:
         """Every cross-attention."""
-        config: Any = net.config
-        width, prompt = config["num_attention_heads"] * config["attention_head_dim"], config["cross_attention_dim"]
-        places = [Site(f"transformer_blocks.{i}.attn2", width, prompt) for i in range(config["num_layers"])]
-        return Sites("adaln_single.emb.timestep_embedder", width, tuple(places))
+        return attentions(net, "attn2", "adaln_single.emb.timestep_embedder")
 
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
         return {"tokenizer": self.max_sequence_length}

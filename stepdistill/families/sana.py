@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from stepdistill.denoiser import Condition
 from stepdistill.errors import ConfigError, problem
 from stepdistill.families.flow import Flow
-from stepdistill.layers import named, rebuilt
+from stepdistill.layers import attentions, halfway, named, rebuilt
 from stepdistill.prediction import Kind
-from stepdistill.roles import Site, Sites, Tap
+from stepdistill.roles import Sites, Tap
 from stepdistill.schedule import Rectified
 
 TARGETS = (
@@ -69,16 +69,11 @@ class Sana(Flow):
 
     def tap(self, net: nn.Module) -> Tap:
         """The tokens at half the depth."""
-        config: Any = net.config
-        width, patch = config["num_attention_heads"] * config["attention_head_dim"], config["patch_size"]
-        return Tap(f"transformer_blocks.{config['num_layers'] // 2}", width, patch, config["sample_size"] // patch)
+        return halfway(net)
 
     def sites(self, net: nn.Module) -> Sites:
         """Every cross-attention."""
-        config: Any = net.config
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        places = [Site(f"transformer_blocks.{i}.attn2", width, width) for i in range(config["num_layers"])]
-        return Sites("time_embed.emb.timestep_embedder", width, tuple(places))
+        return attentions(net, "attn2", "time_embed.emb.timestep_embedder")
 
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
         return {"tokenizer": self.max_sequence_length}

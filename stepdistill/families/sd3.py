@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from stepdistill.denoiser import Condition
 from stepdistill.errors import ConfigError, problem
 from stepdistill.families.flow import Flow, decoded, encoded
-from stepdistill.layers import named, rebuilt
-from stepdistill.roles import Site, Sites, Tap
+from stepdistill.layers import attentions, halfway, named, rebuilt
+from stepdistill.roles import Sites, Tap
 from stepdistill.schedule import Rectified
 
 TARGETS = (
@@ -69,16 +69,11 @@ class StableDiffusion3(Flow):
 
     def tap(self, net: nn.Module) -> Tap:
         """The picture's tokens at half the depth."""
-        config: Any = net.config
-        width, patch = config["num_attention_heads"] * config["attention_head_dim"], config["patch_size"]
-        return Tap(f"transformer_blocks.{config['num_layers'] // 2}", width, patch, config["sample_size"] // patch)
+        return halfway(net)
 
     def sites(self, net: nn.Module) -> Sites:
         """The picture's part of every joint attention; the prompt there is the block's own text stream."""
-        config: Any = net.config
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        places = [Site(f"transformer_blocks.{i}.attn", width, width) for i in range(config["num_layers"])]
-        return Sites("time_text_embed.timestep_embedder", width, tuple(places))
+        return attentions(net, "attn", "time_text_embed.timestep_embedder")
 
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
         found = {name: pipe.components[name].model_max_length for name in ("tokenizer", "tokenizer_2")}
