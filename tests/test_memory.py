@@ -198,6 +198,16 @@ def wide() -> nn.Module:
     return UNet2DConditionModel.from_config(dict(unet().config) | {"block_out_channels": (2 * WIDTH,)})
 
 
+def test_primed_optimizers_have_states_and_no_gradients():
+    loop = real(replace(SD3, method=DMD2(critic_steps=1, gan=Gan())))
+    assert list(loop.team.optimizers) == ["student", "fake", "head"]
+    for role, optimizer in loop.team.optimizers.items():
+        params = list(loop.team.params(role).values())
+        assert all(p.grad is None for p in params) and len(optimizer.state) == len(params)
+        moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        assert not any(moment.any() for moment in moments)
+
+
 def test_other_optimizers_by_role():
     found = said(replace(SD3, method=DMD2(critic_steps=1, ema_decay=None)), optimizers={"fake": SGD})
     size = 4 * lora_numbers(SD3)[0]
@@ -343,8 +353,8 @@ def test_storages_count_while_they_live():
         assert tracker.total == 4000 and tracker.peak == 8000
         tracker.reset()
         assert tracker.peak == 4000
-        torch.ones(5, device="meta")
-        assert tracker.total == 4000
+        elsewhere = torch.ones(5, device="meta")
+        assert tracker.total == 4000 and elsewhere.is_meta
         # (a + a) and its square root are saved for backward, the exponential is the root's square's
         x = torch.ones(1000, requires_grad=True)
         y = (x.exp() * 2).sqrt().sum()

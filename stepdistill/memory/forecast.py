@@ -169,12 +169,12 @@ def forecast(loop: Loop, frozen: Mapping[str, nn.Module], loading: int = 0) -> P
             for optimizer in team.optimizers.values():
                 by_foreach(optimizer)
         prime(team)
-        parts = _parts(loop, frozen, tracker)
+        parts = tuple(_parts(loop, frozen, tracker))
         for role in team.optimizers:
             for param in team.params(role).values():
                 param.register_post_accumulate_grad_hook(lambda p: tracker.mark(_grad(p)))
         peak, gradients = _peak(loop, tracker)
-    return Prediction(tuple(parts), peak, gradients, loading)
+    return Prediction(parts, peak, gradients, loading)
 
 
 def cycle(loop: Loop, micro_batches: Sequence[Batch]) -> None:

@@ -76,6 +76,7 @@ class Tracker(TorchDispatchMode):
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = id(storage)  # torch keeps one Python object for a storage as long as that lives
+        # a fake one would send `device` through the dispatcher
         place = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
         if key in self._live or place.type != self.device:
             return

@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false
+# Diffusers annotates its constructors more narrowly than it calls them.
 """Memory of one cycle of training at a network's real size, with random weights: predicted, and measured on a CPU.
 
 A cycle is `steps` steps of a method, K for DMD2: so many updates of the fake score, and one of the student. The
