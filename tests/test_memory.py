@@ -31,6 +31,7 @@ from stepdistill.errors import ConfigError
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
+from stepdistill.memory import predict as predicting
 from stepdistill.memory.forecast import BASE, Part, Prediction, by_foreach, cycle, forecast, prime
 from stepdistill.memory.outline import configs_of, networks, outline
 from stepdistill.memory.predict import predict, rehearsal
@@ -47,7 +48,7 @@ from stepdistill.schedule import Rectified
 from stepdistill.schema import Factory
 from stepdistill.spec import TrainSpec
 from stepdistill.tiny import cycles
-from stepdistill.tiny.cycles import RANK, VP, Cycle
+from stepdistill.tiny.cycles import VP, Cycle, Shape
 from stepdistill.tiny.render import render
 from stepdistill.trainer import Loop
 
@@ -84,45 +85,38 @@ def transformer() -> nn.Module:
     )
 
 
-SD3 = Cycle(
-    StableDiffusion3(pretrained_teacher_model="random"),
-    transformer,
-    {"states": (TOKENS, WIDTH), "pooled": (WIDTH,)},
-    Rectified(3.0),
-    "flow",
-    latents=(4, 8, 8),
-    method=Consistency(ema_decay=None),
-    batch=2,
-)
-UNET = replace(
-    SD3,
-    family=StableDiffusion(pretrained_teacher_model="random"),
-    network=unet,
-    condition={"states": (TOKENS, WIDTH)},
-    schedule=VP,
-    kind="epsilon",
-)
+LCM = Consistency(ema_decay=None)
+RANK = 8
+FLOW = Shape(transformer, {"states": (TOKENS, WIDTH), "pooled": (WIDTH,)}, Rectified(3.0), "flow")
 
 
-def built(case: Cycle, **train) -> Loop:
-    """A loop of `case`; in its own precision, which is float32 but for the frozen network."""
-    loop = cycles.build(case)
-    loop.spec = replace(loop.spec, **({"gradient_checkpointing": False} | train))
-    ones, micro = loop.batches, loop.spec.gradient_accumulation_steps
-    loop.batches = iter(lambda: [next(ones)[0] for _ in range(micro)], None)
-    return loop
+def cycle_of(family: Family, shape: Shape, method: Method, **train) -> Cycle:
+    """By default two samples with latents of 4 x 8 x 8."""
+    given = {"output_dir": "unused", "mixed_precision": "bf16", "train_batch_size": 2, "resolution": 64} | train
+    data = Prompts(prompts=("rose",))
+    run = Run(family=family, method=method, data=data, lora=LoraSpec(rank=RANK), train=TrainSpec(**given))
+    return Cycle(run, shape)
 
 
-def said(case: Cycle, **train) -> Prediction:
+def sd3(method: Method = LCM, **train) -> Cycle:
+    return cycle_of(StableDiffusion3(pretrained_teacher_model="random"), FLOW, method, **train)
+
+
+def sd(method: Method = LCM, network: Callable[[], nn.Module] = unet, **train) -> Cycle:
+    shape = Shape(network, {"states": (TOKENS, WIDTH)}, VP, "epsilon")
+    return cycle_of(StableDiffusion(pretrained_teacher_model="random"), shape, method, **train)
+
+
+def said(case: Cycle) -> Prediction:
     with torch.device("meta"):
-        loop = built(case, **train)
+        loop = cycles.build(case)
     return forecast(loop, {})
 
 
-def real(case: Cycle, **train) -> Loop:
+def real(case: Cycle) -> Loop:
     """All that stays between steps, on real tensors."""
-    loop = built(case, **train)
-    loop.team.declare(case.method)
+    loop = cycles.build(case)
+    loop.team.declare(loop.method)
     if loop.spec.gradient_checkpointing:
         loop.team.backbone.enable_checkpointing()
     loop.team.equip(loop.spec)
@@ -131,27 +125,31 @@ def real(case: Cycle, **train) -> Loop:
     return loop
 
 
-def taken(case: Cycle, **train) -> int:
+def taken(case: Cycle) -> int:
     """The most bytes that live at once on real tensors."""
     tracker = Tracker(CPU)
     with tracker:
-        loop = real(case, **train)
+        loop = real(case)
         tracker.reset()
         cycle(loop, next(loop.batches))
     return tracker.peak
 
 
+def shapes(case: Cycle) -> nn.Module:
+    """The network without content."""
+    with torch.device("meta"):
+        return case.shape.network()
+
+
 def lora_numbers(case: Cycle) -> tuple[int, int]:
     """Numbers and tensors of a LoRA, from the layers' shapes."""
-    with torch.device("meta"):
-        net = case.network()
-    layers = [net.get_submodule(name) for name in case.family.lora_targets(net)]
+    net = shapes(case)
+    layers = [net.get_submodule(name) for name in case.run.family.lora_targets(net)]
     return sum(RANK * (m.weight[0].numel() + m.weight.shape[0]) for m in layers), 2 * len(layers)
 
 
 def network_bytes(case: Cycle, size: int) -> int:
-    with torch.device("meta"):
-        net = case.network()
+    net = shapes(case)
     return size * sum(p.numel() for p in net.parameters()) + sum(b.nbytes for b in net.buffers())
 
 
@@ -166,10 +164,10 @@ MOMENTUM = Factory("torch.optim.SGD", {"momentum": 0.9})
 )
 def test_what_stays_is_counted_by_hand(optimizer, states, counters):
     """bfloat16 base; float32 LoRA and its average; Adam has two moments, and the number of steps for each tensor."""
-    found = said(replace(SD3, method=Consistency()), optimizer=optimizer)
-    numbers, tensors = lora_numbers(SD3)
+    case = sd3(Consistency(), optimizer=optimizer)
+    found, (numbers, tensors) = said(case), lora_numbers(case)
     size = 4 * numbers
-    base = Part(BASE, found.parts[0].parameters, network_bytes(SD3, 2))
+    base = Part(BASE, found.parts[0].parameters, network_bytes(case, 2))
     assert found.parts == (
         base,
         Part("student", numbers, size, size, states * size + counters * tensors),
@@ -179,17 +177,18 @@ def test_what_stays_is_counted_by_hand(optimizer, states, counters):
 
 
 def test_heads_copies_and_adapters_are_counted_by_hand():
-    gan = said(replace(SD3, method=DMD2(critic_steps=1, gan=Gan(), ema_decay=None)), optimizer=SGD)
+    gan = said(sd3(DMD2(critic_steps=1, gan=Gan(), ema_decay=None), optimizer=SGD))
     parts = {part.name: part for part in gan.parts}
     assert list(parts) == [BASE, "student", "fake", "head"]
     # features of 4 x 4 tokens: a 4 x 4 convolution to one place, its norm, and the logit's weights
     head = BLOCK * BLOCK * 16 + BLOCK + 2 * BLOCK + BLOCK + 1
     assert parts["head"] == Part("head", head, 4 * head, 4 * head)
 
+    case = sd(Reflow(width=0.5), wide, optimizer=MOMENTUM)
     with torch.device("meta"):
-        slim = UNET.family.narrow(replace(UNET, network=wide).network(), 0.5)
+        slim = case.run.family.narrow(shapes(case), 0.5)
     count = sum(p.numel() for p in slim.parameters())
-    student, ema = said(replace(UNET, network=wide, method=Reflow(width=0.5)), optimizer=MOMENTUM).parts[1:]
+    student, ema = said(case).parts[1:]
     assert student == Part("student", count, 4 * count, 4 * count, 4 * count)
     assert ema == Part("ema", count, 4 * count)
 
@@ -199,7 +198,7 @@ def wide() -> nn.Module:
 
 
 def test_primed_optimizers_have_states_and_no_gradients():
-    loop = real(replace(SD3, method=DMD2(critic_steps=1, gan=Gan())))
+    loop = real(sd3(DMD2(critic_steps=1, gan=Gan())))
     assert list(loop.team.optimizers) == ["student", "fake", "head"]
     for role, optimizer in loop.team.optimizers.items():
         params = list(loop.team.params(role).values())
@@ -209,28 +208,27 @@ def test_primed_optimizers_have_states_and_no_gradients():
 
 
 def test_other_optimizers_by_role():
-    found = said(replace(SD3, method=DMD2(critic_steps=1, ema_decay=None)), optimizers={"fake": SGD})
-    size = 4 * lora_numbers(SD3)[0]
+    case = sd3(DMD2(critic_steps=1, ema_decay=None), optimizers={"fake": SGD})
+    found, size = said(case), 4 * lora_numbers(case)[0]
     student, fake = found.parts[1:]
     assert fake == replace(student, name="fake", optimizer=0) and student.optimizer > 2 * size
 
 
-CASES: dict[str, tuple[Cycle, Method, dict]] = {
-    "lcm": (SD3, Consistency(), {}),
-    "dmd2": (SD3, DMD2(critic_steps=3), {}),
-    "gan": (SD3, DMD2(critic_steps=1, gan=Gan(), ema_decay=None), {}),
-    "copy": (SD3, Reflow(width=0.5), {}),
-    "unet, checkpointed": (UNET, Consistency(ema_decay=None), {"gradient_checkpointing": True}),
-    "sd3, checkpointed": (SD3, DMD2(critic_steps=2), {"gradient_checkpointing": True}),
-    "accumulated": (SD3, Regression(), {"gradient_accumulation_steps": 3}),
+CASES = {
+    "lcm": sd3(Consistency()),
+    "dmd2": sd3(DMD2(critic_steps=3)),
+    "gan": sd3(DMD2(critic_steps=1, gan=Gan(), ema_decay=None)),
+    "copy": sd3(Reflow(width=0.5)),
+    "float32": sd3(mixed_precision="no"),
+    "unet, checkpointed": sd(gradient_checkpointing=True),
+    "sd3, checkpointed": sd3(DMD2(critic_steps=2), gradient_checkpointing=True),
+    "accumulated": sd3(Regression(), gradient_accumulation_steps=3),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_peak_is_that_of_the_same_code_on_real_tensors(name):
-    case, method, train = CASES[name]
-    case = replace(case, method=method)
-    assert said(case, **train).peak == taken(case, **train)
+    assert said(CASES[name]).peak == taken(CASES[name])
 
 
 def allocated(case: Cycle) -> tuple[int, int]:
@@ -248,7 +246,7 @@ def allocated(case: Cycle) -> tuple[int, int]:
     return sizes[marked], max(sizes[marked:])
 
 
-@pytest.mark.parametrize("case", [SD3, UNET], ids=["sd3", "unet"])
+@pytest.mark.parametrize("case", [sd3(), sd()], ids=["sd3", "unet"])
 def test_the_allocator_saw_the_same(case):
     """A little more: kernels have temporaries of their own, and blocks are rounded up."""
     found, (static, peak) = said(case), allocated(case)
@@ -257,28 +255,29 @@ def test_the_allocator_saw_the_same(case):
 
 
 def test_checkpointing_lowers_the_peak_and_samples_raise_it_in_line():
-    case = replace(UNET, method=Consistency(ema_decay=None, guidance_scale=1.0))
-    sizes = [said(replace(case, batch=batch)).activations for batch in (1, 2, 3)]
+    method = Consistency(ema_decay=None, guidance_scale=1.0)
+    sizes = [said(sd3(method, train_batch_size=batch)).activations for batch in (1, 2, 3)]
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0.5 * sizes[0]
-    assert said(replace(case, batch=3), gradient_checkpointing=True).activations < 0.7 * sizes[2]
+    whole, less = (said(sd(method, gradient_checkpointing=each)).activations for each in (False, True))
+    assert less < 0.7 * whole
 
 
 def test_many_micro_batches_are_extrapolated():
-    case, train = replace(SD3, method=Regression()), {"gradient_accumulation_steps": 8}
-    assert said(case, **train).peak == pytest.approx(taken(case, **train), rel=0.002)
+    case = sd3(Regression(), gradient_accumulation_steps=8)
+    assert said(case).peak == pytest.approx(taken(case), rel=0.002)
 
 
 def test_a_role_that_starts_late_is_counted():
     """Here the student steps once in three, and not at all in the first steps."""
     methods = [DMD2(critic_steps=3, warmup_steps=warm, num_inference_steps=1, ema_decay=None) for warm in (0, 30)]
-    at_once, late = (said(replace(SD3, method=method), max_train_steps=31) for method in methods)
+    at_once, late = (said(sd3(method, max_train_steps=31)) for method in methods)
     assert at_once == late
-    never = said(replace(SD3, method=methods[1]), max_train_steps=3)
+    never = said(sd3(methods[1], max_train_steps=3))
     assert never.static == late.static and never.peak < late.peak
 
 
 def test_the_sum_of_the_parts_is_the_peak():
-    found = said(replace(SD3, method=DMD2(critic_steps=1)))
+    found = said(sd3(DMD2(critic_steps=1)))
     lines = {line.strip().rsplit(maxsplit=1)[0]: line.split()[-1] for line in str(found).splitlines() if "  " in line}
     rows = [line.split() for line in str(found).splitlines() if line.split()[0:1] in ([p.name] for p in found.parts)]
     assert [row[0] for row in rows] == [BASE, "student", "fake", "ema"]
@@ -300,7 +299,7 @@ SHOWN = {
 
 def test_gradients_at_the_peak():
     """With SGD on a tiny batch all gradients are there at the peak, but those of the last layers to be done."""
-    found = said(replace(SD3, batch=1, latents=(4, 2, 2)), optimizer=SGD)
+    found = said(sd3(train_batch_size=1, resolution=16, optimizer=SGD))
     student = found.parts[1]
     assert 0.5 * student.gradients < found.gradients <= student.gradients
 
@@ -311,7 +310,7 @@ def test_an_optimizer_that_needs_content_is_refused(monkeypatch):
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
     with pytest.raises(ConfigError, match="SGD, which cannot .Cannot access.*states"):
-        said(SD3, optimizer=SGD)
+        said(sd3(optimizer=SGD))
 
 
 def test_on_a_gpu_adam_takes_a_copy_of_its_moments():
@@ -480,6 +479,18 @@ def test_a_dry_run_reads_no_weights_and_is_right(folders, tmp_path, monkeypatch,
     assert (found.static, found.peak) == (kept, tracker.peak)
 
 
+def test_what_an_outline_does_not_show_is_said(folders, tmp_path, monkeypatch):
+    plain = Prediction((), 0, 0)
+    monkeypatch.setattr(predicting, "forecast", lambda *args: plain)
+    given = run(folders("sd3"), "sd3", DMD2(), tmp_path, shard_base=True, cache_dir=str(tmp_path / "cache"))
+    few = replace(given.family, quantization=Factory("torchao.quantization.Int8WeightOnlyConfig"))
+    said_of = str(predict(replace(given, family=few)))
+    for words in ("family.quantization were left out", "train.shard_base each process", "where train.cache_dir holds"):
+        assert words in said_of
+    assert not (tmp_path / "cache").exists()
+    assert predict(run(folders("sd3"), "sd3", DMD2(), tmp_path)) == plain
+
+
 def test_a_single_file_is_outlined_by_its_config_or_its_header(folders, tmp_path):
     key = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"  # of SDXL's second text encoder
     file = tmp_path / "model.safetensors"
@@ -520,7 +531,7 @@ def test_the_bench_says_what_is_asked():
 def test_both_sides_of_a_cycle_have_the_same_parts(monkeypatch):
     """In one process: what is measured has the parts that are predicted."""
     monkeypatch.setattr(cycles, "resident", lambda field: 0)
-    case = replace(SD3, method=DMD2(critic_steps=2, ema_decay=None), steps=2)
+    case = sd3(DMD2(critic_steps=2, ema_decay=None), max_train_steps=2)
     line = cycles.predicted(case)
     assert line["peak"] == line["static"] + line["gradients"] + line["activations"]
     assert list(line["parts"]) == [BASE, "student", "fake"]
@@ -531,7 +542,7 @@ def test_the_large_networks_have_their_published_sizes():
     sizes = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "sd3": 2_028_328_000, "pixart": 610_856_096}
     for name, size in sizes.items():
         with torch.device("meta"):
-            assert sum(p.numel() for p in cycles.CYCLES[name].network().parameters()) == size, name
+            assert sum(p.numel() for p in cycles.load(name).shape.network().parameters()) == size, name
 
 
 def test_the_table_shows_each_part(tmp_path):

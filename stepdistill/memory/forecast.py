@@ -59,12 +59,14 @@ class Prediction:
         peak: the most that lives at once in a step.
         gradients: those that live then.
         loading: of the pipeline as it is loaded, in float32 in main memory; 0 where nothing is loaded.
+        remarks: where the run will hold less than is said.
     """
 
     parts: tuple[Part, ...]
     peak: int
     gradients: int
     loading: int = 0
+    remarks: tuple[str, ...] = ()
 
     @property
     def static(self) -> int:
@@ -91,7 +93,7 @@ class Prediction:
             "while loading, in main memory": self.loading,
         }
         lines += ["", *(f"{label:>54}{size / 2**20:>18.1f}" for label, size in rows.items() if size)]
-        return "\n".join([*lines, f"not counted: {UNCOUNTED}"])
+        return "\n".join([*lines, *self.remarks, f"not counted: {UNCOUNTED}"])
 
 
 def single(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from stepdistill.data import GuidedState, Sample, Source, inside
 from stepdistill.data.chunks import Made
 from stepdistill.fingerprint import Keys
 from stepdistill.folder import Base
-from stepdistill.memory.forecast import FEW, Prediction, forecast, single
+from stepdistill.memory.forecast import BASE, FEW, Prediction, forecast, single
 from stepdistill.memory.outline import networks, outline
 from stepdistill.parts import Parts
 from stepdistill.stage import DTYPES, staged
@@ -37,7 +37,17 @@ def predict(run: Run) -> Prediction:
     if dtype != torch.float32:
         net.to(dtype)
     frozen = {name: part for name, part in parts.items() if part is not net}
-    return forecast(rehearsal(run, accelerator, pipe), frozen, loading)
+    return replace(forecast(rehearsal(run, accelerator, pipe), frozen, loading), remarks=tuple(_remarks(run)))
+
+
+def _remarks(run: Run) -> Iterator[str]:
+    """What the outline of a pipeline does not show."""
+    if run.family.quantization is not None:
+        yield f"{BASE} counts as if family.quantization were left out: it will take less, by the bits that it keeps"
+    if run.train.shard_base:
+        yield f"{BASE} counts whole: with train.shard_base each process keeps its share, and a gathered block"
+    if run.train.cache_dir:
+        yield "text encoders and autoencoder count: where train.cache_dir holds all that is asked for, they stay away"
 
 
 def rehearsal(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Loop:

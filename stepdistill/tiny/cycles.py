@@ -1,10 +1,8 @@
-# pyright: reportArgumentType=false
-# Diffusers annotates its constructors more narrowly than it calls them.
 """Memory of one cycle of training at a network's real size, with random weights: predicted, and measured on a CPU.
 
-A cycle is `steps` steps of a method, K for DMD2: so many updates of the fake score, and one of the student. The
-networks are built from their published configs in bfloat16, with LoRAs of rank 64 in float32, AdamW and gradient
-checkpointing. Text embeddings are random, as if they came from a cache: no text encoder and no autoencoder is there.
+A cycle is all steps of a config of `configs/tables/memory`: of DMD2, say, K updates of the fake score and one of the
+student. The networks are built from their published shapes, the frozen one in bfloat16. Text embeddings are random, as
+if they came from a cache: no text encoder and no autoencoder is there.
 
 *static*: what is resident between steps, weights and optimizer states, beyond what the imports take. *peak*: the
 largest resident memory, likewise. Each is of a process of its own. That process runs with glibc's `MALLOC_ARENA_MAX=1`
@@ -26,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,49 +31,53 @@ import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
+from stepdistill import config
 from stepdistill.backbone import Backbone
 from stepdistill.denoiser import Condition, Denoiser
-from stepdistill.families.base import Family
-from stepdistill.families.pixart import PixArtSigma
-from stepdistill.families.sd import StableDiffusion
-from stepdistill.families.sd3 import StableDiffusion3
-from stepdistill.families.sdxl import StableDiffusionXL
 from stepdistill.memory.forecast import forecast, prime, single
-from stepdistill.methods.base import Batch, Method, Play
-from stepdistill.methods.consistency import Consistency
-from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.base import Batch, Play
 from stepdistill.prediction import Kind
-from stepdistill.roles import LoraSpec
+from stepdistill.run import Run
 from stepdistill.schedule import DiscreteVP, NoiseSchedule, Rectified
-from stepdistill.spec import TrainSpec
+from stepdistill.stage import DTYPES
 from stepdistill.tiny.build import vp_scheduler
+from stepdistill.tiny.recipes import CONFIGS
 from stepdistill.trainer import Loop
 
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-CRITIC = DMD2(critic_steps=5, ema_decay=None)
-RANK = 64
+PIXELS = 8  # a side, that one latent stands for
 
 
 @dataclass(frozen=True)
-class Cycle:
-    """What is trained, and on what shapes.
+class Shape:
+    """A network, and what it is called with.
 
     Args:
         network: builds it, in torch's default precision.
         condition: the shape of each embedding of one prompt.
-        latents: (C, h, w).
-        steps: of a cycle.
+        channels: of the latents.
     """
 
-    family: Family
     network: Callable[[], nn.Module]
     condition: dict[str, tuple[int, ...]]
     schedule: NoiseSchedule
     kind: Kind
-    latents: tuple[int, int, int] = (4, 32, 32)
-    method: Method = CRITIC
-    steps: int = CRITIC.critic_steps
-    batch: int = 1
+    channels: int = 4
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """What is trained, and on what shapes; the run's teacher and data are not read."""
+
+    run: Run
+    shape: Shape
+
+    @property
+    def latents(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        assert self.run.train.resolution is not None
+        side = self.run.train.resolution // PIXELS
+        return self.shape.channels, side, side
 
 
 def stable_diffusion() -> nn.Module:
@@ -118,55 +119,42 @@ def pixart() -> nn.Module:
 
 
 VP = DiscreteVP(vp_scheduler().alphas_cumprod)
-SD15 = (StableDiffusion(pretrained_teacher_model="random"), stable_diffusion, {"states": (77, 768)}, VP, "epsilon")
-CYCLES = {
-    "sdxl": Cycle(
-        StableDiffusionXL(pretrained_teacher_model="random"),
-        stable_diffusion_xl,
-        {"states": (77, 2048), "pooled": (1280,), "scale": (1,)},
-        VP,
-        "epsilon",
+SD15 = Shape(stable_diffusion, {"states": (77, 768)}, VP, "epsilon")
+SHAPES = {
+    "sd15": SD15,
+    "sd15_lcm": SD15,
+    "sdxl": Shape(stable_diffusion_xl, {"states": (77, 2048), "pooled": (1280,), "scale": (1,)}, VP, "epsilon"),
+    "sd3": Shape(
+        stable_diffusion_3, {"states": (77 + 256, 4096), "pooled": (2048,)}, Rectified(3.0), "flow", channels=16
     ),
-    "sd15": Cycle(*SD15),
-    "sd15-lcm": Cycle(*SD15, latents=(4, 64, 64), method=Consistency(), steps=1, batch=2),
-    "sd3": Cycle(
-        StableDiffusion3(pretrained_teacher_model="random"),
-        stable_diffusion_3,
-        {"states": (77 + 256, 4096), "pooled": (2048,)},
-        Rectified(3.0),
-        "flow",
-        latents=(16, 32, 32),
-    ),
-    "pixart": Cycle(
-        PixArtSigma(pretrained_teacher_model="random"),
-        pixart,
-        {"states": (300, 4096), "mask": (300,), "scale": (1,)},
-        VP,
-        "epsilon",
-    ),
+    "pixart": Shape(pixart, {"states": (300, 4096), "mask": (300,), "scale": (1,)}, VP, "epsilon"),
 }
+
+
+def load(name: str) -> Cycle:
+    """A cycle by the name of its config."""
+    return Cycle(config.load(Run, CONFIGS / "memory" / f"{name}.yaml", []), SHAPES[name])
 
 
 def build(case: Cycle) -> Loop:
     """The loop of a run around a network with random weights, on torch's default device; its roles are not declared."""
-    with _precision(torch.bfloat16):  # a float32 network beside it would be a peak of its own
-        net = case.network()
-    family, device = case.family, torch.device("cpu")
+    run, shape, device = case.run, case.shape, torch.device("cpu")
+    family, dtype = run.family, DTYPES[run.train.mixed_precision or "no"]
+    with _precision(dtype):  # a float32 network beside it would be a peak of its own
+        net = shape.network()
     targets, tap, sites = family.lora_targets(net), family.tap(net), family.sites(net)
-    backbone = Backbone(net, LoraSpec(rank=RANK), targets, tap, 0, family.narrow, sites)
+    backbone = Backbone(net, run.lora, targets, tap, run.train.seed, family.narrow, sites)
 
     def denoiser(role: str) -> Denoiser:
-        return Denoiser(backbone, role, case.schedule, case.kind, family.call, torch.bfloat16)
+        return Denoiser(backbone, role, shape.schedule, shape.kind, family.call, dtype)
 
     def play(step: int) -> Play:
-        null = _embeddings(case, 1)
-        return Play(case.schedule, null, denoiser, backbone.others.__getitem__, nn.Identity(), 0, step, device)
+        null, module = _embeddings(case, 1), backbone.others.__getitem__
+        return Play(shape.schedule, null, denoiser, module, nn.Identity(), run.train.seed, step, device)
 
-    spec = TrainSpec(
-        output_dir="unused", gradient_checkpointing=True, train_batch_size=case.batch, max_train_steps=1000
+    return single(
+        method=run.method, backbone=backbone, spec=run.train, play=play, batches=_batches(case), device=device
     )
-    batches = _batches(case)
-    return single(method=case.method, backbone=backbone, spec=spec, play=play, batches=batches, device=device)
 
 
 def predicted(case: Cycle) -> dict[str, Any]:
@@ -191,14 +179,15 @@ def measured(case: Cycle) -> dict[str, float]:
     """Resident bytes of this process beyond those of its imports, and seconds of the cycle."""
     before = resident("VmRSS")
     loop = build(case)
-    loop.team.declare(case.method)
-    loop.team.backbone.enable_checkpointing()
+    loop.team.declare(loop.method)
+    if loop.spec.gradient_checkpointing:
+        loop.team.backbone.enable_checkpointing()
     loop.team.equip(loop.spec)
     prime(loop.team)
     gc.collect()
     static = resident("VmRSS") - before
     began, stepped = time.perf_counter(), dict.fromkeys(loop.team.optimizers, 0)
-    for step in range(case.steps):
+    for step in range(loop.spec.max_train_steps):
         loop.one_step(step, next(loop.batches), stepped)
     return {"static": static, "peak": resident("VmHWM") - before, "seconds": time.perf_counter() - began}
 
@@ -224,14 +213,19 @@ def _apart(task: str, name: str) -> dict[str, Any]:
 
 
 def _embeddings(case: Cycle, rows: int) -> Condition:
-    return {key: torch.randn(rows, *shape, generator=torch.Generator()) for key, shape in case.condition.items()}
+    return {key: torch.randn(rows, *shape, generator=torch.Generator()) for key, shape in case.shape.condition.items()}
 
 
 def _batches(case: Cycle) -> Iterator[list[Batch]]:
-    for step in count():
-        index = tuple(range(step * case.batch, (step + 1) * case.batch))
-        latents, noise = (torch.randn(case.batch, *case.latents) for _ in range(2))
-        yield [Batch(index, _embeddings(case, case.batch), case.latents, latents, noise)]
+    size, parts, start = case.run.train.train_batch_size, case.run.train.gradient_accumulation_steps, 0
+    while True:
+        made = []
+        for _ in range(parts):
+            latents, noise = (torch.randn(size, *case.latents) for _ in range(2))
+            index = tuple(range(start, start + size))
+            made.append(Batch(index, _embeddings(case, size), case.latents, latents, noise))
+            start += size
+        yield made
 
 
 @contextmanager
@@ -247,4 +241,4 @@ def _precision(dtype: torch.dtype) -> Iterator[None]:
 if __name__ == "__main__":
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_flush_denormal(True)  # as a run does
-    print(json.dumps({"predict": predicted, "measure": measured}[sys.argv[1]](CYCLES[sys.argv[2]])))
+    print(json.dumps({"predict": predicted, "measure": measured}[sys.argv[1]](load(sys.argv[2]))))

@@ -232,7 +232,7 @@ def measure_memory(name: str, results: Results, work: Path, rows: Sequence[str])
     """A cycle of DMD2 at each network's real size: its memory, predicted and measured, SDXL's with 13 GB."""
     for label in LARGE if name == TEACHERS[0] else ():
         if not rows or label in rows:
-            results.once(label, partial(cycles.figures, label), rank=cycles.RANK)
+            results.once(label, partial(cycles.figures, label), config=config.digest(cycles.load(label).run))
 
 
 TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {

@@ -2,7 +2,7 @@
 
     python tests/bench/sdxl_cycle.py
 
-takes 12 GB. The same of other networks and methods, `sd15`, `sd15-lcm` (LCM, batch 2, latents of 64 x 64), `sd3` or
+takes 12 GB. The same of other networks and methods, `sd15`, `sd15_lcm` (LCM, batch 2, latents of 64 x 64), `sd3` or
 `pixart`: name one. What a cycle is, and how memory is measured: `stepdistill/tiny/cycles.py`.
 
 `ratio` and `static_ratio` are (measured / predicted) of the peak and of what stays between steps. `seconds` is the
@@ -17,12 +17,13 @@ from typing import Any
 
 from harness import surroundings
 
-from stepdistill.tiny.cycles import CYCLES, RANK, figures
+from stepdistill.tiny.cycles import SHAPES, figures, load
 
 
 def summary(name: str, found: dict[str, Any]) -> dict[str, object]:
     """The line for programs."""
-    said, seen, case = found["predicted"], found["measured"], CYCLES[name]
+    said, seen, case = found["predicted"], found["measured"], load(name)
+    run = case.run
     return {
         "name": "sdxl_cycle",
         "case": name,
@@ -34,11 +35,11 @@ def summary(name: str, found: dict[str, Any]) -> dict[str, object]:
         "static_ratio": found["static_ratio"],
         "seconds": round(seen["seconds"], 1),
         "parameters": said["parameters"],
-        "method": type(case.method).__name__,
-        "steps": case.steps,
-        "batch": case.batch,
+        "method": type(run.method).__name__,
+        "steps": run.train.max_train_steps,
+        "batch": run.train.train_batch_size,
         "latents": list(case.latents),
-        "rank": RANK,
+        "rank": run.lora.rank,
         **surroundings(),
     }
 
@@ -65,7 +66,7 @@ def gibibytes(size: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", nargs="?", default="sdxl", choices=sorted(CYCLES))
+    parser.add_argument("case", nargs="?", default="sdxl", choices=sorted(SHAPES))
     name = parser.parse_args().case
     found = figures(name)
     print(table(found))
