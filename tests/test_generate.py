@@ -17,12 +17,15 @@ from tiny import FAMILIES, SIDE, awake, backbone, pipeline
 from stepdistill import cli, student
 from stepdistill.contract import CONTRACT
 from stepdistill.cut import lost, warn_of_cut
+from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.drawing import Drawer, Wish, fuse_all, wished
 from stepdistill.errors import StudentError
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
-from stepdistill.roles import Lora
+from stepdistill.roles import Lora, LoraSpec
+from stepdistill.run import Run, distill
 from stepdistill.sampling import Sampler
+from stepdistill.spec import TrainSpec
 
 NOISY, QUIET = Consistency(ema_decay=None), Regression(num_inference_steps=2, ema_decay=None)
 
@@ -313,3 +316,20 @@ def test_a_teacher_that_cannot_be_downloaded_is_said_so(tmp_path, capsys):
             cli.main(command)
         said = capsys.readouterr().err
         assert left.value.code == 2 and "check the name" in said and "Traceback" not in said
+
+
+def test_training_says_once_that_prompts_are_cut(tmp_path, caplog):
+    pipeline("sd").save_pretrained(tmp_path / "teacher")
+    long = tuple(f"{word} " * 30 for word in ("rose", "cat", "octopus"))
+    distill(
+        Run(
+            family=replace(FAMILIES["sd"], pretrained_teacher_model=str(tmp_path / "teacher")),
+            method=QUIET,
+            data=TeacherSamples(
+                folder=str(tmp_path / "samples"), source=Prompts(prompts=long), count=3, num_inference_steps=2
+            ),
+            lora=LoraSpec(rank=2),
+            train=TrainSpec(output_dir=str(tmp_path / "out"), max_train_steps=1, train_batch_size=1, report_to="none"),
+        )
+    )
+    assert caplog.text.count("longer than the 16 tokens of tokenizer") == 1
