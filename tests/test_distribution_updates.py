@@ -269,14 +269,14 @@ def test_a_copy_stops_where_it_is_told():
 def whole(name: str, net: nn.Module, tap: Tap, x: torch.Tensor, call) -> torch.Tensor:
     """The features as a plain hook behind the module before the tap sees them, in a whole pass."""
     found = []
-    last = "transformer_blocks.0" if name == "sd3" else "mid_block"
+    last = {"sd": "mid_block", "sdxl": "mid_block", "flux": "transformer_blocks.1"}.get(name, "transformer_blocks.0")
     handle = net.get_submodule(last).register_forward_hook(lambda m, args, out: found.append(out))
     with torch.no_grad():
         call()
     handle.remove()
-    if name != "sd3":
+    if last == "mid_block":
         return found[0]
-    tokens = found[0][1]
+    tokens = found[0][1] if name in ("sd3", "flux") else found[0]  # of two streams the picture's is the second
     return tokens.transpose(1, 2).unflatten(2, (x.shape[2] // tap.patch, x.shape[3] // tap.patch))
 
 
@@ -292,7 +292,9 @@ def test_features_are_those_of_a_whole_pass_which_ends_early(name):
         return family.call(net, x, t, part.cond)
 
     expected = whole(name, net, tap, x, call)
-    net.get_submodule("proj_out" if name == "sd3" else "conv_out").register_forward_hook(lambda *_: after.append(1))
+    net.get_submodule("conv_out" if name in ("sd", "sdxl") else "proj_out").register_forward_hook(
+        lambda *_: after.append(1)
+    )
     found = features_before(net, tap, x, call)
     assert torch.equal(found, expected) and found.shape[1] == tap.channels and not after
     assert found.shape[2:] == (4 // tap.patch, 8 // tap.patch)

@@ -104,7 +104,8 @@ class PixArt(VariancePreserving):
         """In the form that Diffusers gives the LoRAs of its other transformers."""
         name = self.network_name
         layers = {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
-        facts = json.dumps({f"{name}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        facts = json.dumps({f"{name}.{key}": value for key, value in plain.items()}, indent=2, sort_keys=True)
         save_file(layers, folder / "pytorch_lora_weights.safetensors", {"format": "pt", "lora_adapter_metadata": facts})
 
 
