@@ -228,6 +228,8 @@ def test_the_prompt_of_sana_has_its_instruction_and_the_null_has_not(monkeypatch
     cond, null = family.condition(pipe, ["rose"]), family.unconditional(pipe)
     assert asked == [(["rose"], True), ([""], False), ([""], True), ([""], False)]
     assert cond["states"].shape == null["states"].shape
+    assert torch.equal(null["states"], FAMILIES["sana"].condition(pipe, [""])["states"])  # that one has none
+    assert not torch.equal(null["states"], family.condition(pipe, [""])["states"])
     assert "complex_human_instruction" not in family.arguments()
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import FAMILIES, SIDE, awake, backbone, pipeline
 
 from stepdistill import cli, student
@@ -260,6 +262,19 @@ def test_a_lora_of_another_family_is_refused(folders, tmp_path):
         (mixed / student.WEIGHTS).symlink_to(folders[other] / student.WEIGHTS)
         with pytest.raises(StudentError, match="do not go together|unreadable"):
             Drawer.load(mixed)
+
+
+@pytest.mark.parametrize("name", ["sd", "sana", "pixart_sigma"])
+def test_a_lora_that_lacks_layers_is_refused(folders, tmp_path, name):
+    for part in folders[name].iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    with safe_open(folders[name] / student.WEIGHTS, "pt") as file:
+        state, facts = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    (tmp_path / student.WEIGHTS).unlink()
+    lost = sorted(state)[0]
+    save_file({key: value for key, value in state.items() if key != lost}, tmp_path / student.WEIGHTS, facts)
+    with pytest.raises(StudentError, match="do not go together.* tensors in the file and"):
+        Drawer.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
