@@ -62,7 +62,7 @@ def two(job, *given, seconds: float = 300) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # forked after other tests, autograd has threads
     processes = [context.Process(target=_begin, args=(rank, port, job, *given)) for rank in (0, 1)]
     for process in processes:
         process.start()
