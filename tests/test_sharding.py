@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from tiny import FAMILIES, awake, backbone, batch, pipeline, play, tokens
 from torch import nn
@@ -45,8 +44,6 @@ def _begin(rank: int, port: int, job, *given) -> None:
     """One of two processes, as torchrun starts them."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()  # of earlier tests, in the process that this is a fork of
     try:
         job(rank, *given)
         code = 0
