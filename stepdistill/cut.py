@@ -15,9 +15,10 @@ logger = logging.getLogger(__name__)
 
 def lost(tokenizer: Any, limit: int, prompt: str) -> str:  # noqa: ANN401
     """The end of a prompt that is beyond `limit` tokens, those that begin and end a text included."""
-    whole, bare = tokenizer(prompt).input_ids, tokenizer(prompt, add_special_tokens=False).input_ids
+    whole = tokenizer(prompt).input_ids
     if len(whole) <= limit:
         return ""
+    bare = tokenizer(prompt, add_special_tokens=False).input_ids
     return tokenizer.decode(bare[limit - (len(whole) - len(bare)) :]).strip()
 
 

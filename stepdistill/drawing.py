@@ -73,12 +73,11 @@ class Drawer:
         place: str | Path,
         base: str | None = None,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
         strength: float | None = None,
         loras: Sequence[tuple[str, float]] = (),
         fuse: bool = False,
     ) -> Drawer:
-        """The student of a folder or hub id in a fresh pipeline of its base.
+        """The student of a folder or hub id in a fresh pipeline of its base, in float32.
 
         Args:
             base: another checkpoint of the base: pipeline folder, hub id or single file.
@@ -97,8 +96,6 @@ class Drawer:
             family = replace(family, pretrained_teacher_model=base)
         pipe = family.load()
         pipe.to(device)
-        if dtype != torch.float32:
-            pipe.to(dtype)
         native, loaded = pipe.scheduler, student.load_student(pipe, folder, STUDENT)
         pipe.set_progress_bar_config(disable=True)
         own = None if contract is None or contract.lora is None else contract.lora
@@ -248,6 +245,9 @@ def _style(family: Family, pipe: DiffusionPipeline, source: str, name: str) -> s
     except (OSError, ValueError, RuntimeError) as error:
         todo = "check the path, and that it was trained on this family"
         raise StudentError(problem(f"LoRA {source}", "one that Diffusers loads", str(error), todo)) from error
+    if not any(name in names for names in loader.get_list_adapters().values()):  # of which Diffusers only warns
+        got, why = f"LoRA {source}", "none of its names is a layer's of this pipeline"
+        raise StudentError(problem(got, f"one of a {type(pipe).__name__}", why, "check what it was trained on"))
     return name
 
 

@@ -6,23 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stepdistill.card import write_card
 from stepdistill.contract import CONTRACT, Network, read_contract, save, teacher
 from stepdistill.convert import layout_of, load, merge
 from stepdistill.errors import StudentError, problem
 from stepdistill.proof import prove
-from stepdistill.student import in_memory
+from stepdistill.student import accept, in_memory
 from stepdistill.weights import WEIGHTS, into_pipeline, scheduler_class
 
 
-def fuse(source: Path, target: Path, tolerance: float = 1e-4) -> float:
+def fuse(source: Path, target: Path) -> float:
     """Write the student of a LoRA folder as a folder of kind `full`, in float32, and prove it.
 
     Returns:
         The largest difference of final latents from the LoRA's, relative to the teacher's largest value.
 
     Raises:
-        StudentError: the source is no LoRA, the target is in use, or the difference is above `tolerance`.
+        StudentError: the source is no LoRA, the target is in use, or the difference is too large.
     """
     contract = read_contract(source)
     if contract.lora is None:
@@ -45,12 +44,4 @@ def fuse(source: Path, target: Path, tolerance: float = 1e-4) -> float:
     contract = replace(contract, kind="full", lora=None, network=network, proof=None)
     save(target, contract)
     into_pipeline(plain, target, contract, family, "student")
-    proof = prove(contract, family, plain, pipe, backbone, "student", 0)
-    if not proof.difference <= tolerance:
-        got = f"a difference of {proof.difference:.3g} between {target} and the LoRA"
-        todo = "do not share it; was the LoRA trained on this base?"
-        raise StudentError(problem(got, f"at most {tolerance:g}", "the folder draws other pictures", todo))
-    contract = replace(contract, proof=proof)
-    save(target, contract)
-    write_card(target, contract)
-    return proof.difference
+    return accept(target, contract, prove(contract, family, plain, pipe, backbone, "student", 0))

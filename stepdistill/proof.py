@@ -74,12 +74,10 @@ def prove(
 
     ours, taught = sample(role), sample(TEACHER)
     visited = _watch(family, family.network(plain))
+    packed, call = family.pack(noise), each(contract.call, len(PROMPTS))
     with half, _seeded(seed, device):
-        call = each(contract.call, len(PROMPTS))
-        theirs = plain(  # pyright: ignore[reportCallIssue]
-            list(PROMPTS), latents=family.pack(noise), output_type="latent", **call
-        ).images
-    theirs = family.unpack(theirs, *shape[1:])
+        drawn: Any = plain(list(PROMPTS), latents=packed, output_type="latent", **call)  # pyright: ignore[reportCallIssue]
+    theirs = family.unpack(drawn.images, *shape[1:])
     _compare(visited, contract.timesteps)
     return Proof(
         difference=((theirs - ours).abs().max() / taught.abs().max()).item(),

@@ -30,26 +30,19 @@ def snippet(contract: Contract, address: Path | str) -> str:
     return "\n".join(lines)
 
 
-def _loaded_snippet(contract: Contract, address: Path | str) -> str:
-    """For a pipeline that Diffusers has no LoRA loader for."""
-    lines = [
-        "import stepdistill",
-        *_loading(contract, address),
-        "call = stepdistill.load_student(pipe, student)",
-        "",
-        'image = pipe("red apple", **call, generator=torch.manual_seed(0)).images[0]',
-        'image.save("student.png")',
-    ]
-    return "\n".join(lines)
-
-
 def _adapter_snippet(contract: Contract, adapters: Attached, address: Path | str) -> str:
     low, high = contract.guidance_range or (adapters.guidance_scale,) * 2
+    told = f"call.guidance_scale = {adapters.guidance_scale:g}"
+    return _loaded_snippet(contract, address, f"{told}  # from {low:g} to {high:g}; the pipeline's own stays 1")
+
+
+def _loaded_snippet(contract: Contract, address: Path | str, *settings: str) -> str:
+    """For what plain Diffusers cannot load."""
     lines = [
         "import stepdistill",
         *_loading(contract, address),
         "call = stepdistill.load_student(pipe, student)",
-        f"call.guidance_scale = {adapters.guidance_scale:g}  # from {low:g} to {high:g}; the pipeline's own stays 1",
+        *settings,
         "",
         'image = pipe("red apple", **call, generator=torch.manual_seed(0)).images[0]',
         'image.save("student.png")',

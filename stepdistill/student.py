@@ -22,6 +22,7 @@ from stepdistill.contract import (
     CONTRACT,
     STUDENTS,
     Contract,
+    Proof,
     base_hash,
     is_multi,
     read_contract,
@@ -98,14 +99,18 @@ def write(
         # the base was rounded in training and the LoRA was not; `net.to` would warn of it
         nn.Module.to(family.network(plain), dtype).float()
     into_pipeline(plain, folder, contract, family, "student")
-    proof = prove(contract, family, plain, pipe, backbone, role, seed)
+    return accept(folder, contract, prove(contract, family, plain, pipe, backbone, role, seed))
+
+
+def accept(folder: Path, contract: Contract, proof: Proof) -> float:
+    """Keep a proof in the contract and card; returns its difference. Raises StudentError where that is too large."""
     if not proof.difference <= proof.tolerance:
         raise StudentError(
             problem(
                 f"a difference of {proof.difference:.3g} between {folder} in plain Diffusers and the student",
                 f"at most {proof.tolerance:g} of the teacher's largest value, in {proof.dtype}",
                 "the folder draws other pictures than training did",
-                "do not share it; compare its LoRA metadata and scheduler with distill_config.json",
+                "do not share it; compare its weights and scheduler with distill_config.json",
             )
         )
     contract = replace(contract, proof=proof)

@@ -139,6 +139,8 @@ def test_two_loras_are_the_sum_of_their_updates(folders, tmp_path, name):
 def test_a_further_lora_without_a_loader_or_that_is_none_is_refused(folders, tmp_path):
     with pytest.raises(StudentError, match="Diffusers has no LoRA loader for it"):
         Drawer.load(folders["pixart_sigma"], loras=[(str(folders["pixart_sigma"]), 1.0)])
+    with pytest.raises(StudentError, match="expected one of a StableDiffusionPipeline: none of its names"):
+        Drawer.load(folders["sd"], loras=[(str(folders["sd3"]), 1.0)])
     with pytest.raises(StudentError, match="LoRA .*nowhere.*, expected one that Diffusers loads"):
         Drawer.load(folders["sd"], loras=[(str(tmp_path / "nowhere.safetensors"), 1.0)])
 

@@ -89,7 +89,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
         todo = "write prompts behind the student, or give --prompts_file"
         raise ConfigError(problem("no prompt", "at least one", "there is nothing to draw", todo))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    drawer = Drawer.load(args.student, args.base, device, torch.float32, args.strength, args.lora, args.fuse)
+    drawer = Drawer.load(args.student, args.base, device, args.strength, args.lora, args.fuse)
     usual = "float32" if device == "cpu" or drawer.contract is None else drawer.contract.dtype
     if (args.dtype or usual) != "float32":
         drawer.pipe.to(getattr(torch, args.dtype or usual))

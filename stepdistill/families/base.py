@@ -266,9 +266,12 @@ class Family(ABC):
         What the loss cannot reach is no parameter of it, so that every parameter learns.
         """
 
-    @abstractmethod
     def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
         """Write `pytorch_lora_weights.safetensors` with its metadata, as the pipeline's loader reads it."""
+        pipeline: Any = self.pipeline_class
+        name = self.network_name
+        given = {f"{name}_lora_layers": {**state}, f"{name}_lora_adapter_metadata": config}
+        pipeline.save_lora_weights(folder, **given)
 
 
 def each(call: Mapping[str, Any], count: int) -> dict[str, Any]:

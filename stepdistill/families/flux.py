@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -140,7 +139,3 @@ class Flux(Flow):
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
         config: Any = net.config
         return rebuilt(net, num_attention_heads=max(1, round(width * config["num_attention_heads"])))
-
-    def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-        layers: dict[str, nn.Module | Tensor] = {**state}
-        FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)

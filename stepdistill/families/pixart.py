@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
-from safetensors.torch import save_file
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline, SanaPipeline
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Condition
@@ -101,12 +99,9 @@ class PixArt(VariancePreserving):
         return rebuilt(net, num_attention_heads=heads, cross_attention_dim=heads * config["attention_head_dim"])
 
     def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-        """In the form that Diffusers gives the LoRAs of its other transformers."""
-        name = self.network_name
-        layers = {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
-        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        facts = json.dumps({f"{name}.{key}": value for key, value in plain.items()}, indent=2, sort_keys=True)
-        save_file(layers, folder / "pytorch_lora_weights.safetensors", {"format": "pt", "lora_adapter_metadata": facts})
+        """By another pipeline's writer, since PixArt's have none; the form is that of all transformers."""
+        layers: dict[str, nn.Module | Tensor] = {**state}
+        SanaPipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)
 
 
 @dataclass(frozen=True, kw_only=True)

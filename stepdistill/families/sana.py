@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -122,7 +121,3 @@ class Sana(Flow):
         )
         inner = heads * config["attention_head_dim"]
         return rebuilt(net, num_attention_heads=heads, num_cross_attention_heads=cross, cross_attention_dim=inner)
-
-    def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-        layers: dict[str, nn.Module | Tensor] = {**state}
-        SanaPipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)

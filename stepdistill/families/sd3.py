@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -120,9 +119,3 @@ class StableDiffusion3(Flow):
                 delattr(layer, name)
                 layer.register_buffer(name, value.data)
         return slim
-
-    def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-        layers: dict[str, nn.Module | Tensor] = {**state}
-        StableDiffusion3Pipeline.save_lora_weights(
-            folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config
-        )

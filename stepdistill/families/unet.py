@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
+from torch import nn
 
 from stepdistill.families.vp import VariancePreserving
 from stepdistill.layers import named, rebuilt
@@ -56,8 +55,3 @@ class UNet(VariancePreserving):
         units = [math.lcm(config["norm_num_groups"], n) for n in heads]
         slim = [max(1, round(width * c / unit)) * unit for c, unit in zip(channels, units, strict=True)]
         return rebuilt(net, block_out_channels=slim)
-
-    def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-        layers: dict[str, nn.Module | Tensor] = {**state}
-        pipeline: Any = self.pipeline_class
-        pipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config)

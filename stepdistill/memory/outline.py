@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
 
 from stepdistill.families.base import Family
 from stepdistill.schema import locate
+from stepdistill.shell import shell
 
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # which no single file holds
 
@@ -51,15 +51,6 @@ def _component(where: str, name: str, library: str, kind: str, revision: str | N
     # a pipeline's own classes, as its safety checker, stand under the pipeline's name
     own = library not in ("diffusers", "transformers")
     cls: Any = locate(f"diffusers.pipelines.{library}.{kind}" if own else f"{library}.{kind}")
-    place = {"subfolder": name, "revision": revision}
-    if issubclass(cls, PreTrainedModel):
-        config: Any = cls.config_class
-        config = config.from_pretrained(where, **place)
-        with torch.device("meta"):
-            return cls(config).float()
-    if issubclass(cls, ModelMixin):
-        model: Any = cls
-        config = model.load_config(where, **place)
-        with torch.device("meta"):
-            return model.from_config(config).float()
-    return cls.from_pretrained(where, **place)
+    if issubclass(cls, nn.Module):
+        return shell(where, name, f"{cls.__module__}.{cls.__name__}", revision).float()
+    return cls.from_pretrained(where, subfolder=name, revision=revision)
