@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.errors import StepdistillError, problem
+from stepdistill.core.errors import StepdistillError, problem
 
 logger = logging.getLogger(__name__)
 FLUSH = 256  # new rows after which a file is written

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.errors import CheckpointError, problem
+from stepdistill.core.errors import CheckpointError, problem
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"

@@ -14,7 +14,7 @@ from types import ModuleType
 from stepdistill import config, families, methods
 from stepdistill.commands import convert as conversion
 from stepdistill.commands import generate, precompute, view
-from stepdistill.errors import MissingWeights, StepdistillError
+from stepdistill.core.errors import MissingWeights, StepdistillError
 from stepdistill.evaluation import command as evaluation
 
 TRAIN = """\

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.schema import (
     Factory,
     Hint,

@@ -17,12 +17,12 @@ from diffusers import DiffusionPipeline
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
-from stepdistill.errors import StudentError, problem
+from stepdistill.core.errors import StudentError, problem
+from stepdistill.core.prediction import Kind
+from stepdistill.core.solvers import Sampler
 from stepdistill.families.base import BUNDLED_NAMES, Family
-from stepdistill.prediction import Kind
 from stepdistill.quantize import dense
 from stepdistill.roles import AdapterArch
-from stepdistill.sampling import Sampler
 from stepdistill.schema import pick
 
 CONTRACT = "distill_config.json"

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stepdistill.contract import read_contract, teacher
-from stepdistill.errors import ConfigError, StudentError, problem
+from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.formats import FAMILIES, Format, Lora, Part, Read, format_of, read, write
 from stepdistill.keys import NETWORKS, PIPELINES, Layer, by_name, by_part

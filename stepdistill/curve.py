@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stepdistill.errors import CheckpointError, problem
+from stepdistill.core.errors import CheckpointError, problem
 
 STRETCHES = 40  # rows of training in a curve
 NEAR = 3  # settings in which a recipe may differ and still be named as the nearest

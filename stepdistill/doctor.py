@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from stepdistill import signs
+from stepdistill.core.errors import CheckpointError, problem
 from stepdistill.curve import Curve, averages, course, differences, matching
-from stepdistill.errors import CheckpointError, problem
 from stepdistill.signs import PREFIX, SCORE, Yardstick
 
 Rows = Sequence[Mapping[str, float]]

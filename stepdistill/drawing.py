@@ -16,15 +16,15 @@ from PIL import Image
 from stepdistill import config, student
 from stepdistill.adapters import GuidedCall
 from stepdistill.contract import Contract, absolute, is_multi, read_contract, read_multi, teacher
+from stepdistill.core.errors import StudentError, problem
+from stepdistill.core.schedule import NoiseSchedule, Rectified
+from stepdistill.core.solvers import Sampler, check_starts
 from stepdistill.cut import warn_of_cut
-from stepdistill.errors import StudentError, problem
 from stepdistill.families.base import Family, each
 from stepdistill.guidance import Mode, negative
 from stepdistill.loras import merge, weigh
 from stepdistill.methods.base import Method
 from stepdistill.multi import Students
-from stepdistill.sampling import Sampler, check_starts
-from stepdistill.schedule import NoiseSchedule, Rectified
 
 logger = logging.getLogger(__name__)
 STUDENT = "student"  # the adapter's name

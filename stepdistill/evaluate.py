@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from stepdistill.data.samples import noise_of
+from stepdistill.core.cost import Cost, count_calls
+from stepdistill.core.pixels import to_uint8
+from stepdistill.core.random import noise_of
+from stepdistill.core.schedule import Rectified
 from stepdistill.families.base import Family, each
 from stepdistill.methods.base import Method
-from stepdistill.metrics.cost import Cost, count_calls
-from stepdistill.metrics.features import to_uint8
-from stepdistill.schedule import Rectified
 
 SEED_A, SEED_B = 1, 2  # the reference's noises, and those of every row
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from stepdistill import convert, student, workflow
 from stepdistill.contract import STUDENTS, Contract, is_multi, read_contract, teacher
-from stepdistill.errors import ConfigError, StudentError, problem
+from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.formats import FAMILIES, Format
 from stepdistill.proof import prove

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from stepdistill.cache import LatentCache, PromptCache
+from stepdistill.core.denoise import Condition
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.cut import warn_of_cut
 from stepdistill.data import FixedCrops, GuidedState, Sample, Source, Stream, loader
-from stepdistill.denoiser import Condition
-from stepdistill.errors import ConfigError, problem
 from stepdistill.fingerprint import Keys
 from stepdistill.methods.base import Batch
 from stepdistill.parts import Parts

@@ -17,7 +17,7 @@ from stepdistill.backbone import Backbone
 from stepdistill.card import licence_of, write_card
 from stepdistill.config import to_node
 from stepdistill.contract import Adapter, Attached, Contract, Network, absolute, base_hash, missing, save
-from stepdistill.errors import StudentError, problem
+from stepdistill.core.errors import StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.proof import TOLERANCE

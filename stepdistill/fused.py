@@ -8,7 +8,7 @@ from typing import Any
 
 from stepdistill.contract import CONTRACT, Network, read_contract, save, teacher
 from stepdistill.convert import layout_of, load, merge
-from stepdistill.errors import StudentError, problem
+from stepdistill.core.errors import StudentError, problem
 from stepdistill.proof import prove
 from stepdistill.student import accept, in_memory
 from stepdistill.weights import WEIGHTS, into_pipeline, scheduler_class

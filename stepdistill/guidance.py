@@ -37,8 +37,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.cut import warn_of_cut
-from stepdistill.errors import ConfigError, problem
 from stepdistill.families.base import Family
 from stepdistill.template import every
 

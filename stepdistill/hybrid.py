@@ -2,7 +2,7 @@
 
 A student settles the structure of a picture in its first step, and its pictures of one prompt vary less than the
 base's; a first step of the base brings the variety back at no further cost. Gandikota & Bau 2025,
-https://arxiv.org/abs/2503.10637. `stepdistill.sampling.relay` is the same between any two denoisers.
+https://arxiv.org/abs/2503.10637. `stepdistill.core.solvers.relay` is the same between any two denoisers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepdistill.errors import ConfigError, StudentError, problem
+from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.loras import strengths
 
 

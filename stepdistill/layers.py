@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.roles import Site, Sites, Tap
 
 

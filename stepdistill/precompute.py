@@ -10,11 +10,12 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from stepdistill import distributed
 from stepdistill.cache import RowStore
-from stepdistill.data import BadSample, InvertedImages, Sample, Source, inside, sample_rng
+from stepdistill.core import distributed
+from stepdistill.core.errors import ConfigError, DataError, problem
+from stepdistill.core.random import sample_rng
+from stepdistill.data import BadSample, InvertedImages, Sample, Source, inside
 from stepdistill.data.chunks import Made
-from stepdistill.errors import ConfigError, DataError, problem
 from stepdistill.feed import NULL, Feed, check_cache
 from stepdistill.parts import PARTS, Parts
 from stepdistill.run import Run

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from stepdistill.backbone import Backbone
 from stepdistill.contract import Contract, Proof
-from stepdistill.denoiser import Denoiser, guided, told
-from stepdistill.errors import StudentError, problem
+from stepdistill.core.denoise import guided, told
+from stepdistill.core.errors import StudentError, problem
+from stepdistill.core.solvers import few_step
+from stepdistill.denoiser import Denoiser
 from stepdistill.families.base import Family, each
 from stepdistill.roles import TEACHER
-from stepdistill.sampling import few_step
 from stepdistill.sharding import is_sharded, stream
 
 PROMPTS = ("red apple", "")

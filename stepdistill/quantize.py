@@ -8,7 +8,7 @@ from diffusers import PipelineQuantizationConfig, TorchAoConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.schema import Factory
 
 

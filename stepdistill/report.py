@@ -13,8 +13,9 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
 from stepdistill import export, sharding, student
+from stepdistill.core.cost import Cost
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.data import Partition, inside
-from stepdistill.errors import ConfigError, problem
 from stepdistill.evaluate import SEED_B, Reference, Row, generate, grid, student_row, teacher_row
 from stepdistill.evaluation.measure import Reference as Compared
 from stepdistill.evaluation.measure import Sampled, measured
@@ -22,7 +23,6 @@ from stepdistill.evaluation.prompts import sha256_of
 from stepdistill.evaluation.protocol import PROTOCOLS
 from stepdistill.evaluation.results import document, under
 from stepdistill.methods.base import Method
-from stepdistill.metrics.cost import Cost
 from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.stats import Stats
 from stepdistill.router import ROUTER, Routing

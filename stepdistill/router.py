@@ -22,7 +22,7 @@ from zlib import crc32
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from stepdistill.errors import StudentError, problem
+from stepdistill.core.errors import StudentError, problem
 
 ROUTER = "router.json"
 SCHEMA = 1

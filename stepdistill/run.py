@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 
-from stepdistill import checkpoint, config, distributed, export, report, sharding, student
+from stepdistill import checkpoint, config, export, report, sharding, student
+from stepdistill.core import distributed
+from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.schedule import NoiseSchedule
+from stepdistill.core.solvers import Sampler
 from stepdistill.data import InvertedImages, Source, Stream, TeacherSamples, Trajectories, inside
-from stepdistill.errors import ConfigError, problem
 from stepdistill.families.base import Family
 from stepdistill.feed import check_cache, check_needs
 from stepdistill.logs import Logs
 from stepdistill.memory.predict import predict
 from stepdistill.methods.base import Method
 from stepdistill.roles import Copy, LoraSpec
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import NoiseSchedule
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import Stage, prepare
 from stepdistill.team import Team

@@ -13,7 +13,7 @@ from torch import Tensor
 # Diffusers annotates its tensors as `FloatTensor`, which a tensor is not, and its tables as optional.
 
 # rf++'s rule: each step noises its estimate of x0 again with the noise that sampling began with, where DDIM and Euler
-# take the noise that they estimate. On straight paths all are one; see `stepdistill.sampling.Sampler.first_noise`.
+# take the noise that they estimate. On straight paths all are one; see `stepdistill.core.solvers.Sampler.first_noise`.
 
 
 class FirstNoiseDDIMScheduler(DDIMScheduler):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, problem
 
 Hint: TypeAlias = Any  # an annotation
 Value: TypeAlias = Any  # what a config holds, or what is made of it

@@ -1,7 +1,7 @@
 """A base that outgrows a device: each process keeps a share of it, and blocks are gathered one at a time for use.
 
 By torch's `fully_shard` (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html). Only the frozen base
-is sharded. Roles are whole and plain tensors on every process, as without: `stepdistill.distributed` averages their
+is sharded. Roles are whole and plain tensors on every process, as without: `core.distributed` averages their
 gradients. A call of a sharded network takes every process, so what one process does alone, such as drawing validation
 pictures, goes through `Shards.lead`.
 """
@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from stepdistill import distributed
 from stepdistill.backbone import Backbone
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core import distributed
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.roles import Copy, Role
 
 T = TypeVar("T")

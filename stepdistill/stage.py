@@ -20,21 +20,22 @@ from transformers.utils import logging as transformers_logging
 
 from stepdistill import sharding, student
 from stepdistill.backbone import Backbone
+from stepdistill.core.denoise import guided, told
+from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.pixels import to_uint8
+from stepdistill.core.random import noise_of
+from stepdistill.core.solvers import few_step, follow
 from stepdistill.data import GuidedState
-from stepdistill.data.samples import noise_of
-from stepdistill.denoiser import Denoiser, guided, told
-from stepdistill.errors import ConfigError, problem
+from stepdistill.denoiser import Denoiser
 from stepdistill.evaluate import grid
 from stepdistill.feed import Feed
 from stepdistill.fingerprint import Keys, keys_of
 from stepdistill.folder import Base, base_of
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Play
-from stepdistill.metrics.features import to_uint8
 from stepdistill.metrics.straightness import paths
 from stepdistill.parts import Parts
 from stepdistill.roles import TEACHER
-from stepdistill.sampling import few_step, follow
 from stepdistill.sharding import Shards
 
 if TYPE_CHECKING:

@@ -18,18 +18,8 @@ from stepdistill.backbone import Backbone
 from stepdistill.card import is_non_commercial as is_non_commercial
 from stepdistill.card import warn_of_licence as warn_of_licence
 from stepdistill.card import write_card
-from stepdistill.contract import (
-    CONTRACT,
-    STUDENTS,
-    Contract,
-    Proof,
-    base_hash,
-    is_multi,
-    read_contract,
-    save,
-    teacher,
-)
-from stepdistill.errors import StudentError, problem
+from stepdistill.contract import CONTRACT, STUDENTS, Contract, Proof, base_hash, is_multi, read_contract, save, teacher
+from stepdistill.core.errors import StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.folder import base_of, name_of, write_unproven
 from stepdistill.methods.base import Method
@@ -37,15 +27,7 @@ from stepdistill.proof import prove
 from stepdistill.roles import Adapters, Copy, Ema, Lora, LoraSpec
 from stepdistill.router import ROUTER
 from stepdistill.snippets import snippet as snippet
-from stepdistill.weights import (
-    ADAPTERS,
-    WEIGHTS,
-    into_pipeline,
-    load_adapters,
-    load_network,
-    load_state,
-    read_lora,
-)
+from stepdistill.weights import ADAPTERS, WEIGHTS, into_pipeline, load_adapters, load_network, load_state, read_lora
 
 logger = logging.getLogger(__name__)
 # what loading needs of a hub folder

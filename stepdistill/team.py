@@ -8,8 +8,9 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from stepdistill import distributed, sharding
+from stepdistill import sharding
 from stepdistill.backbone import Backbone
+from stepdistill.core import distributed
 from stepdistill.methods.base import Method
 from stepdistill.quantize import dense
 from stepdistill.roles import Ema

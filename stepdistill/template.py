@@ -17,19 +17,8 @@ from typing import Annotated, Literal, get_args, get_origin
 from omegaconf import OmegaConf
 
 from stepdistill.config import to_node
-from stepdistill.errors import ConfigError
-from stepdistill.schema import (
-    Factory,
-    Hint,
-    Value,
-    arms,
-    dotted,
-    fields,
-    is_structure,
-    nearest,
-    pick,
-    structures,
-)
+from stepdistill.core.errors import ConfigError
+from stepdistill.schema import Factory, Hint, Value, arms, dotted, fields, is_structure, nearest, pick, structures
 
 REQUIRED = "(required) "
 EXAMPLES = {str: "CHANGE-ME", Path: "CHANGE-ME", bool: False, int: 1, float: 1.0, NoneType: None, dict: {}}

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from stepdistill import checkpoint, distributed
-from stepdistill.errors import NonFiniteLoss, StepdistillError, problem
+from stepdistill import checkpoint
+from stepdistill.core import distributed
+from stepdistill.core.errors import NonFiniteLoss, StepdistillError, problem
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Batch, Method, Play
 from stepdistill.spec import TrainSpec

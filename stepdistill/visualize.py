@@ -19,14 +19,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from stepdistill.contract import STUDENTS, is_multi, read_contract, teacher
-from stepdistill.data.samples import noise_of
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.pixels import to_uint8
+from stepdistill.core.prediction import estimate
+from stepdistill.core.random import noise_of
+from stepdistill.core.schedule import DiscreteVP
 from stepdistill.evaluate import teacher_row
 from stepdistill.families.base import Family, each
-from stepdistill.metrics.features import to_uint8
 from stepdistill.multi import Students
-from stepdistill.prediction import estimate
-from stepdistill.schedule import DiscreteVP
 from stepdistill.student import folder_of, load_student
 
 LEFT, LINE, GAP = 150, 14, 6  # pixels of a sheet: its labels, a line of text, between pictures

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from stepdistill import signs
+from stepdistill.core import pixels as pictures
 from stepdistill.folder import write_unproven
 from stepdistill.logs import Logs
-from stepdistill.metrics import pictures
 from stepdistill.plot import plot
 from stepdistill.roles import TEACHER
 from stepdistill.signs import LEVELS, PREFIX, SCORE, Yardstick

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from stepdistill.contract import Contract, teacher
-from stepdistill.errors import ConfigError, StudentError, problem
+from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.keys import PIPELINES
 from stepdistill.weights import scheduler_class
 

@@ -22,16 +22,17 @@ from stepdistill import multi, student
 from stepdistill.adapters import GuidedCall
 from stepdistill.backbone import Backbone
 from stepdistill.contract import read_contract
+from stepdistill.core.cost import count_calls
+from stepdistill.core.denoise import told
+from stepdistill.core.errors import StudentError
+from stepdistill.core.solvers import few_step
 from stepdistill.data import Prompts, Trajectories
-from stepdistill.denoiser import Denoiser, told
-from stepdistill.errors import StudentError
+from stepdistill.denoiser import Denoiser
 from stepdistill.evaluate import generate, student_row
 from stepdistill.families.base import each
 from stepdistill.methods.guidance_distillation import AdapterGuidance
-from stepdistill.metrics.cost import count_calls
 from stepdistill.roles import Adapters, Lora, LoraSpec
 from stepdistill.run import Run, dry_run
-from stepdistill.sampling import few_step
 from stepdistill.spec import TrainSpec
 from stepdistill.weights import ADAPTERS
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from stepdistill.adapters import Hooks, build
 from stepdistill.backbone import Backbone
+from stepdistill.core.denoise import SCALE, guided, told
 from stepdistill.data import GuidedState
-from stepdistill.denoiser import SCALE, guided, told
 from stepdistill.methods.base import Batch
 from stepdistill.methods.guidance_distillation import AdapterGuidance
 from stepdistill.roles import TEACHER, AdapterArch, Adapters, Ema, Lora, LoraSpec

@@ -13,7 +13,7 @@ from tiny import FAMILIES, awake, backbone, batch, pipeline, play
 from torch import nn
 
 from stepdistill.backbone import Backbone
-from stepdistill.denoiser import guided
+from stepdistill.core.denoise import guided
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd2 import DMD2, Gan

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepdistill import cache as module
 from stepdistill.cache import LatentCache, PromptCache
-from stepdistill.errors import StepdistillError
+from stepdistill.core.errors import StepdistillError
 
 
 class Encoder:

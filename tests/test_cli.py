@@ -15,7 +15,7 @@ import pytest
 
 from stepdistill import cli, config
 from stepdistill.config import Factory
-from stepdistill.errors import ConfigError, DataError, NonFiniteLoss
+from stepdistill.core.errors import ConfigError, DataError, NonFiniteLoss
 from stepdistill.schema import dotted, fields, locate
 from stepdistill.template import find, heirs, template
 

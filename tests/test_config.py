@@ -12,7 +12,7 @@ import pytest
 from annotated_types import Ge, Le
 
 from stepdistill.config import Factory, digest, load, to_yaml
-from stepdistill.errors import ConfigError, StepdistillError, problem
+from stepdistill.core.errors import ConfigError, StepdistillError, problem
 
 HERE = __name__
 

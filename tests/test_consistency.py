@@ -27,9 +27,9 @@ from oracles.play import (
 )
 from torch import Tensor
 
+from stepdistill.core.prediction import Estimate
+from stepdistill.core.solvers import few_step, follow
 from stepdistill.methods.consistency import Consistency
-from stepdistill.prediction import Estimate
-from stepdistill.sampling import few_step, follow
 
 SD, MEAN, STD = stable_diffusion(), 0.7, 0.6
 TEACHER = GaussianTeacher(SD, STD)

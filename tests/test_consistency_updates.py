@@ -28,12 +28,12 @@ from oracles.play import (
 )
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Condition, guided
+from stepdistill.core.denoise import Condition, guided
+from stepdistill.core.prediction import Estimate
+from stepdistill.core.schedule import DiscreteVP
+from stepdistill.core.solvers import few_step, follow
 from stepdistill.methods.base import Batch, Play
 from stepdistill.methods.consistency import Consistency
-from stepdistill.prediction import Estimate
-from stepdistill.sampling import few_step, follow
-from stepdistill.schedule import DiscreteVP
 
 SD, MEAN, NULL, STD = stable_diffusion(), 0.7, -0.4, 0.6
 TEACHER = GaussianTeacher(SD, STD)

@@ -22,8 +22,8 @@ from stepdistill import export, student
 from stepdistill.cli import main
 from stepdistill.contract import teacher
 from stepdistill.convert import Layout, convert, load, merge
+from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.data import Prompts, TeacherSamples
-from stepdistill.errors import ConfigError, StudentError
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.fused import fuse
 from stepdistill.methods.consistency import Consistency

@@ -19,18 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-from stepdistill.data import (
-    BadSample,
-    ImageFolder,
-    PromptsOf,
-    Sample,
-    Source,
-    Stream,
-    check,
-    loader,
-    sample_rng,
-)
-from stepdistill.errors import DataError
+from stepdistill.core.errors import DataError
+from stepdistill.core.random import sample_rng
+from stepdistill.data import BadSample, ImageFolder, PromptsOf, Sample, Source, Stream, check, loader
 
 
 @dataclass(frozen=True, kw_only=True)

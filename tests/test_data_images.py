@@ -13,9 +13,10 @@ from pictures import noise
 from PIL import Image
 from torch import Tensor
 
-from stepdistill.data import FixedCrops, ImageFolder, ImageSource, Stream, check, loader, sample_rng
+from stepdistill.core.errors import DataError
+from stepdistill.core.random import sample_rng
+from stepdistill.data import FixedCrops, ImageFolder, ImageSource, Stream, check, loader
 from stepdistill.data.images import bucket_shapes
-from stepdistill.errors import DataError
 
 
 def folder(path: Path, **images: Image.Image) -> Path:

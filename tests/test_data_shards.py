@@ -16,9 +16,9 @@ from pictures import encoded, noise
 from PIL import Image
 from webdataset.compat import WebDataset
 
+from stepdistill.core.errors import DataError
 from stepdistill.data import HubDataset, Shards, check
 from stepdistill.data.tarindex import expand_braces
-from stepdistill.errors import DataError
 
 # shards
 

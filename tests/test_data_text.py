@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stepdistill.data import Latents, Prompts, check, sample_rng
-from stepdistill.errors import DataError
+from stepdistill.core.errors import DataError
+from stepdistill.core.random import sample_rng
+from stepdistill.data import Latents, Prompts, check
 
 # prompts
 

@@ -14,13 +14,13 @@ from oracles.mixture import Mixture
 from oracles.play import Drawn, Flow, drawn, stable_diffusion
 from torch import Tensor
 
-from stepdistill.losses import divergence_weight, surrogate
+from stepdistill.core.losses import divergence_weight, surrogate
+from stepdistill.core.prediction import Estimate
+from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.methods.base import Batch
 from stepdistill.methods.dmd2 import DMD2, Gan, normalised, simulate
 from stepdistill.methods.vsd import VSD
-from stepdistill.prediction import Estimate
 from stepdistill.roles import TEACHER
-from stepdistill.schedule import NoiseSchedule, expand
 
 SD, FLOW = stable_diffusion(), Flow()
 SCHEDULES = pytest.mark.parametrize("schedule", [SD, FLOW], ids=["table", "flow"])

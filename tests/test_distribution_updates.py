@@ -12,8 +12,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from stepdistill.adversarial import Head, features_before
 from stepdistill.backbone import Backbone
+from stepdistill.core.errors import ConfigError
+from stepdistill.core.schedule import Rectified
 from stepdistill.data import Prompts
-from stepdistill.errors import ConfigError
 from stepdistill.families.base import Family
 from stepdistill.feed import check_needs
 from stepdistill.methods.base import Batch, Method, Play
@@ -23,7 +24,6 @@ from stepdistill.methods.vsd import VSD, ClipTerm
 from stepdistill.metrics.clip import clip
 from stepdistill.roles import TEACHER, Ema, Lora, Tap
 from stepdistill.run import Run, distill
-from stepdistill.schedule import Rectified
 from stepdistill.spec import TrainSpec
 
 DMD = DMD2(num_inference_steps=2, guidance_scale=3.0, critic_steps=2)

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from stepdistill import cli, config, signs
+from stepdistill.core.errors import CheckpointError
 from stepdistill.curve import Curve, course, differences, matching
 from stepdistill.doctor import examine, save_curve
-from stepdistill.errors import CheckpointError
 from stepdistill.run import Run
 from stepdistill.signs import PREFIX, SCORE, STATISTICS, Yardstick
 

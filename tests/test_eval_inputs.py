@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
-from stepdistill.errors import DataError
+from stepdistill.core.errors import DataError
 from stepdistill.evaluation.exports import GenEval, T2ICompBench
 from stepdistill.evaluation.pictures import Pictures
 from stepdistill.evaluation.prompts import prompt_of, read_records, sha256_of

@@ -19,7 +19,7 @@ import pytest
 from pictures import noise
 from PIL import Image, ImageDraw
 
-from stepdistill.errors import DataError
+from stepdistill.core.errors import DataError
 from stepdistill.evaluation.chart import Point, against_clip, against_cost, front
 from stepdistill.evaluation.columns import digits, number
 from stepdistill.evaluation.page import page

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill import cli, multi, student
+from stepdistill.core.errors import ConfigError, EvaluationError, MissingWeights, StepdistillError
 from stepdistill.data import Partition, Prompts
-from stepdistill.errors import ConfigError, EvaluationError, MissingWeights, StepdistillError
 from stepdistill.evaluate import SEED_A, SEED_B, generate, student_row, teacher_row
 from stepdistill.evaluation import command, run, scores
 from stepdistill.evaluation.draw import labels, plan

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 
-from stepdistill.errors import ConfigError, MissingWeights
+from stepdistill.core.errors import ConfigError, MissingWeights
 from stepdistill.metrics import extractors
 from stepdistill.metrics.encoders import ClipImages, Dinov2, Latents, Pixels
 from stepdistill.metrics.extractors import Weights, availability, extractor, find_inception

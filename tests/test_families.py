@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tiny import FAMILIES, SIDE, awake, flux, pipeline, pixart, sana
 
 from stepdistill.backbone import Backbone
-from stepdistill.errors import ConfigError
+from stepdistill.core.errors import ConfigError
 from stepdistill.families.base import Family
 from stepdistill.families.sana import Sana
 from stepdistill.families.sd import StableDiffusion

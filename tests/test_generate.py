@@ -18,15 +18,15 @@ from tiny import FAMILIES, SIDE, awake, backbone, pipeline
 
 from stepdistill import cli, student
 from stepdistill.contract import CONTRACT
+from stepdistill.core.errors import StudentError
+from stepdistill.core.solvers import Sampler
 from stepdistill.cut import lost, warn_of_cut
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.drawing import Drawer, Wish, fuse_all, wished
-from stepdistill.errors import StudentError
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.roles import Lora, LoraSpec
 from stepdistill.run import Run, distill
-from stepdistill.sampling import Sampler
 from stepdistill.spec import TrainSpec
 
 NOISY, QUIET = Consistency(ema_decay=None), Regression(num_inference_steps=2, ema_decay=None)

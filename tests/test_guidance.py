@@ -15,7 +15,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from stepdistill.errors import ConfigError
+from stepdistill.core.errors import ConfigError
 from stepdistill.guidance import nag, nasa, negative
 
 PIPELINES = ("sd", "sdxl", "sd3")

@@ -12,14 +12,14 @@ from oracles.play import Flow, Network, Scripted, Tabular, column, stable_diffus
 from tiny import FAMILIES, backbone, batch, pipeline, play
 from torch import nn
 
+from stepdistill.core.denoise import SCALE, guided, told
+from stepdistill.core.prediction import Estimate, estimate
+from stepdistill.core.schedule import expand
+from stepdistill.core.solvers import few_step, follow
 from stepdistill.data import GuidedState
-from stepdistill.denoiser import SCALE, guided, told
 from stepdistill.methods.base import Batch, Method, Update
 from stepdistill.methods.guidance_distillation import AdapterGuidance, GuidedLora, ProgressiveHalving, two_steps
-from stepdistill.prediction import Estimate, estimate
 from stepdistill.roles import TEACHER, Ema
-from stepdistill.sampling import few_step, follow
-from stepdistill.schedule import expand
 
 MEAN, NULL, STD, N = 0.7, -0.5, 0.6, 20
 X0, EPS = column(-0.4, 0.3, 0.9, 2.0), column(1.1, -0.2, 0.5, -1.4)

@@ -13,13 +13,13 @@ from oracles.mixture import Mixture
 from oracles.play import stable_diffusion
 from safetensors.torch import load_file
 
-from stepdistill.errors import ConfigError, StudentError
+from stepdistill.core.errors import ConfigError, StudentError
+from stepdistill.core.prediction import Estimate
+from stepdistill.core.solvers import Sampler, few_step, relay
 from stepdistill.families.base import each
 from stepdistill.hybrid import base_first
 from stepdistill.loras import adapters_on, attach, strengths, switch_on
-from stepdistill.prediction import Estimate
 from stepdistill.roles import Lora, LoraSpec
-from stepdistill.sampling import Sampler, few_step, relay
 from stepdistill.weights import WEIGHTS, read_lora
 
 SD = stable_diffusion()

@@ -13,15 +13,15 @@ from PIL import Image
 from tiny import FAMILIES, pipeline
 
 from stepdistill.contract import read_contract
+from stepdistill.core.errors import ConfigError, DataError
+from stepdistill.core.random import noise_of
+from stepdistill.core.solvers import follow
 from stepdistill.data import ImageFolder, InvertedImages, check
-from stepdistill.data.samples import noise_of
-from stepdistill.errors import ConfigError, DataError
 from stepdistill.feed import provided
 from stepdistill.methods import reflow
 from stepdistill.methods.reflow import Reflow
 from stepdistill.roles import TEACHER
 from stepdistill.run import Run, distill, fill
-from stepdistill.sampling import follow
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import prepare
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import close
 
-from stepdistill.losses import distance
+from stepdistill.core.losses import distance
 
 A = torch.tensor([[0.0, 3.0], [-1.0, 2.0]])
 B = torch.tensor([[0.0, 0.0], [1.0, 2.5]])

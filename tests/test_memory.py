@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 import sdxl_cycle as bench
 
 from stepdistill import run as running
+from stepdistill.core.errors import ConfigError
+from stepdistill.core.schedule import Rectified
 from stepdistill.data import Prompts, TeacherSamples, Trajectories
-from stepdistill.errors import ConfigError
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
@@ -44,7 +45,6 @@ from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.roles import LoraSpec
 from stepdistill.run import Run, dry_run
-from stepdistill.schedule import Rectified
 from stepdistill.schema import Factory
 from stepdistill.spec import TrainSpec
 from stepdistill.tiny import cycles

@@ -14,8 +14,9 @@ from scipy.linalg import sqrtm
 from scipy.stats import t as student_t
 from torch import Tensor, nn
 
-from stepdistill.metrics.cost import count_calls
-from stepdistill.metrics.features import EfficientNetLite0, to_uint8
+from stepdistill.core.cost import count_calls
+from stepdistill.core.pixels import to_uint8
+from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.frechet import diversity, excess, frechet, paired
 from stepdistill.metrics.jackknife import _jackknife, _leave_out, _t975
 from stepdistill.metrics.stats import Stats

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from stepdistill import cli, config, multi, router, student
 from stepdistill.contract import CONTRACT, is_multi, read_contract, read_multi
-from stepdistill.data import ImageFolder, Latents, Partition, Prompts, Stream, TeacherSamples, check, loader, sample_rng
-from stepdistill.errors import ConfigError, DataError, StudentError
+from stepdistill.core.errors import ConfigError, DataError, StudentError
+from stepdistill.core.prediction import Estimate
+from stepdistill.core.random import sample_rng
+from stepdistill.data import ImageFolder, Latents, Partition, Prompts, Stream, TeacherSamples, check, loader
 from stepdistill.evaluate import Row, generate
 from stepdistill.methods.base import Batch
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
-from stepdistill.prediction import Estimate
 from stepdistill.roles import Lora, LoraSpec
 from stepdistill.router import FORMAT, ROUTER, Routing, cluster, consecutive, normal, read_routing
 from stepdistill.run import Run, distill

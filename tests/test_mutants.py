@@ -18,13 +18,15 @@ from oracles.planted import planted
 from oracles.play import stable_diffusion
 from torch import nn
 
-from stepdistill import denoiser, losses, prediction, sampling
+from stepdistill.core import denoise
 from stepdistill.backbone import Backbone
+from stepdistill.core import losses, prediction
+from stepdistill.core import solvers as sampling
+from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
 from stepdistill.methods.base import Play
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.roles import Copy, Ema, LoraSpec
-from stepdistill.schedule import DiscreteVP, NoiseSchedule, Rectified
 
 
 def averages() -> None:
@@ -61,10 +63,10 @@ TEACHER_STEP = "x_u = schedule.add_noise(*teacher(x_t, t, cond), u)"
 
 BUGS = {
     # guidance
-    "1 + w for w": Bug(denoiser.guided, MIX, MIX.replace("w *", "(1 + w) *"), GUIDED),
-    "cond and uncond swapped": Bug(denoiser.guided, MIX, "value[batch:] + w * (value[:batch] - value[batch:])", GUIDED),
+    "1 + w for w": Bug(denoise.guided, MIX, MIX.replace("w *", "(1 + w) *"), GUIDED),
+    "cond and uncond swapped": Bug(denoise.guided, MIX, "value[batch:] + w * (value[:batch] - value[batch:])", GUIDED),
     "prompts in the wrong half": Bug(
-        denoiser.guided, "[null[key].expand_as(value), value]", "[value, null[key].expand_as(value)]", GUIDED
+        denoise.guided, "[null[key].expand_as(value), value]", "[value, null[key].expand_as(value)]", GUIDED
     ),
     "guidance left out": Bug(UPDATES, "self._guidance(play, batch)", "1.0", GUIDED),
     "one scale for the batch": Bug(

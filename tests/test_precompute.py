@@ -24,17 +24,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, Gemma2Model
 
 from stepdistill import cache, cli, fingerprint
 from stepdistill.cache import RowStore
-from stepdistill.data import (
-    FixedCrops,
-    ImageFolder,
-    InvertedImages,
-    Partition,
-    Prompts,
-    TeacherSamples,
-    Trajectories,
-    sample_rng,
-)
-from stepdistill.errors import ConfigError, DataError
+from stepdistill.core.errors import ConfigError, DataError
+from stepdistill.core.random import sample_rng
+from stepdistill.data import FixedCrops, ImageFolder, InvertedImages, Partition, Prompts, TeacherSamples, Trajectories
 from stepdistill.feed import NULL
 from stepdistill.fingerprint import Keys, keys_of
 from stepdistill.folder import base_of

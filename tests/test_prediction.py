@@ -11,9 +11,9 @@ from oracles.gaussian import GaussianTeacher
 from oracles.play import Flow, Network, spoken, stable_diffusion
 from torch import Tensor
 
-from stepdistill.denoiser import guided
-from stepdistill.prediction import Estimate, estimate, output, row
-from stepdistill.schedule import DiscreteVP, Rectified, expand
+from stepdistill.core.denoise import guided
+from stepdistill.core.prediction import Estimate, estimate, output, row
+from stepdistill.core.schedule import DiscreteVP, Rectified, expand
 
 VP = ("epsilon", "sample", "v_prediction")
 KINDS = (*VP, "flow")

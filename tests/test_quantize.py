@@ -12,8 +12,8 @@ from tiny import FAMILIES, SIDE, awake, backbone, batch, pipeline, play
 
 from stepdistill import student
 from stepdistill.contract import base_hash
+from stepdistill.core.errors import ConfigError
 from stepdistill.data import Prompts, TeacherSamples
-from stepdistill.errors import ConfigError
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.tsm import TeacherScoreMatching
 from stepdistill.quantize import dense, quantized

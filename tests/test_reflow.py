@@ -12,18 +12,17 @@ from oracles.gaussian import GaussianTeacher, ddim_gain, guided_mean, levels, od
 from oracles.play import Flow, drawn, stable_diffusion
 from torch import Tensor
 
-from stepdistill.denoiser import Condition
-from stepdistill.losses import whole
+from stepdistill.core.denoise import Condition
+from stepdistill.core.losses import whole
+from stepdistill.core.prediction import Estimate
+from stepdistill.core.schedule import NoiseSchedule, Rectified, expand
+from stepdistill.core.solvers import chord, evenly, few_step, follow, share_of_noise, solve, time_of_share, u_shaped
 from stepdistill.methods import reflow
 from stepdistill.methods.base import Batch
 from stepdistill.methods.reflow import Lpips, PeRFlow, Reflow
 from stepdistill.methods.slimflow import FlowGuided
 from stepdistill.metrics.straightness import paths, plot
-from stepdistill.prediction import Estimate
 from stepdistill.roles import TEACHER, Copy, Lora
-from stepdistill.sampling import few_step, follow
-from stepdistill.schedule import NoiseSchedule, Rectified, expand
-from stepdistill.straight import chord, evenly, share_of_noise, solve, time_of_share, u_shaped
 
 SD, FLOW = stable_diffusion(), Flow()
 SCHEDULES = pytest.mark.parametrize("schedule", [SD, FLOW], ids=["table", "flow"])

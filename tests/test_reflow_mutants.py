@@ -8,7 +8,8 @@ from oracles.planted import planted
 from test_mutants import Bug
 from test_reflow import SD
 
-from stepdistill import losses, straight
+from stepdistill.core import losses
+from stepdistill.core import solvers as straight
 from stepdistill.methods import reflow
 from stepdistill.methods.reflow import PeRFlow, Reflow
 from stepdistill.methods.slimflow import FlowGuided

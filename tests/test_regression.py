@@ -9,10 +9,10 @@ from oracles.gaussian import GaussianTeacher, solver_gain
 from oracles.play import Scripted, Tabular, column, stable_diffusion, teacher_table
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Denoise
+from stepdistill.core.denoise import Denoise
+from stepdistill.core.solvers import few_step, follow
 from stepdistill.methods.base import Batch, Update
 from stepdistill.methods.regression import Regression
-from stepdistill.sampling import few_step, follow
 
 SD, MEAN, STD = stable_diffusion(), 0.7, 0.6
 NOISE = column(-1.7, -0.3, 0.4, 2.1)

@@ -14,15 +14,15 @@ from oracles.mixture import Mixture
 from oracles.play import Flow, Tabular, column, stable_diffusion, sweep
 from torch import Tensor
 
-from stepdistill.denoiser import Denoise
+from stepdistill.core.denoise import Denoise
+from stepdistill.core.prediction import Estimate
+from stepdistill.core.schedule import NoiseSchedule, expand
+from stepdistill.core.solvers import Sampler, few_step, follow
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
-from stepdistill.prediction import Estimate
-from stepdistill.sampling import Sampler, few_step, follow
-from stepdistill.schedule import NoiseSchedule, expand
 
 SD, STD = stable_diffusion(), 0.6
 STEPS = (1, 2, 4, 8)

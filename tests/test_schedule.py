@@ -11,9 +11,9 @@ from oracles import close, stock
 from oracles.gaussian import levels, marginal_std, solver_gain, trajectory_gain
 from oracles.play import Flow, Table, stable_diffusion
 
+from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
-from stepdistill.schedule import DiscreteVP, NoiseSchedule, Rectified
 
 ULP = 1e-12
 

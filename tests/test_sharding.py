@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from stepdistill import sharding, trainer
 from stepdistill.contract import read_contract
+from stepdistill.core.errors import ConfigError
 from stepdistill.data import Prompts, TeacherSamples
-from stepdistill.errors import ConfigError
 from stepdistill.families.base import Family
 from stepdistill.methods.dmd2 import DMD2, Gan
 from stepdistill.methods.reflow import Reflow

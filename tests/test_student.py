@@ -19,7 +19,7 @@ from torch import nn
 from stepdistill import student
 from stepdistill.card import is_non_commercial, licence_of, warn_of_licence
 from stepdistill.contract import FORMAT
-from stepdistill.errors import StudentError
+from stepdistill.core.errors import StudentError
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3

@@ -19,9 +19,9 @@ from tiny import awake, backbone, batch, pipeline, play
 
 from stepdistill import checkpoint, trainer
 from stepdistill.config import to_yaml
+from stepdistill.core.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss, StepdistillError
+from stepdistill.core.random import noise_of
 from stepdistill.data import Prompts, TeacherSamples, chunks
-from stepdistill.data.samples import noise_of
-from stepdistill.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss, StepdistillError
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.base import Update
 from stepdistill.methods.consistency import Consistency

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 from tiny import FAMILIES, pipeline
 
+from stepdistill.core.denoise import guided
+from stepdistill.core.errors import ConfigError, DataError
+from stepdistill.core.solvers import Sampler, follow
 from stepdistill.data import Partition, Prompts, Trajectories, check, chunks, inside, trajectories
-from stepdistill.denoiser import guided
-from stepdistill.errors import ConfigError, DataError
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.guidance_distillation import AdapterGuidance, GuidedLora
 from stepdistill.roles import TEACHER
 from stepdistill.run import Run, check_scales, distill, fill
-from stepdistill.sampling import Sampler, follow
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import prepare
 

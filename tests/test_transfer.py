@@ -8,10 +8,10 @@ import pytest
 import tiny
 import torch
 
+from stepdistill.core.pixels import saturation
 from stepdistill.evaluate import generate, teacher_row
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.metrics.jackknife import mean_interval, ratio_of_means
-from stepdistill.metrics.pictures import saturation
 from stepdistill.roles import Lora
 from stepdistill.tiny import transfer
 from stepdistill.tiny.benchmark import prompts

@@ -10,8 +10,8 @@ from peft import LoraConfig
 from tiny import FAMILIES, awake, backbone, pipeline
 from torch.utils.checkpoint import CheckpointError
 
+from stepdistill.core.solvers import Sampler
 from stepdistill.roles import TEACHER, Lora
-from stepdistill.sampling import Sampler
 
 FLOWS = ("sd3", "flux", "sana")
 TABLES = ("sd", "sdxl", "pixart_alpha", "pixart_sigma")

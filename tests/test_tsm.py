@@ -22,15 +22,15 @@ from torch import nn
 from stepdistill import multi, student
 from stepdistill.backbone import Backbone
 from stepdistill.contract import read_contract
+from stepdistill.core.denoise import Denoise, guided
+from stepdistill.core.errors import StudentError
+from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.data import Partition, Prompts, TeacherSamples
-from stepdistill.denoiser import Denoise, guided
-from stepdistill.errors import StudentError
 from stepdistill.methods.base import Batch, Update
 from stepdistill.methods.tsm import TeacherScoreMatching
 from stepdistill.roles import Copy, LoraSpec
 from stepdistill.router import Routing, cluster
 from stepdistill.run import Run, distill, dry_run
-from stepdistill.schedule import NoiseSchedule, expand
 from stepdistill.spec import TrainSpec
 
 MEAN, STD, N = 0.7, 0.6, 50

@@ -15,17 +15,18 @@ from torch import Tensor
 
 from stepdistill import cli, student
 from stepdistill.contract import CONTRACT, STUDENTS, MultiContract, read_contract
-from stepdistill.denoiser import Denoiser, guided
-from stepdistill.errors import ConfigError
+from stepdistill.core.denoise import guided
+from stepdistill.core.errors import ConfigError
+from stepdistill.core.pixels import to_uint8
+from stepdistill.core.schedule import DiscreteVP, expand
+from stepdistill.core.solvers import Sampler, few_step
+from stepdistill.denoiser import Denoiser
 from stepdistill.evaluate import Row, generate, teacher_row
 from stepdistill.families.base import Family, each
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
-from stepdistill.metrics.features import to_uint8
 from stepdistill.roles import TEACHER, Lora
 from stepdistill.router import Routing, consecutive
-from stepdistill.sampling import Sampler, few_step
-from stepdistill.schedule import DiscreteVP, expand
 from stepdistill.visualize import LEFT, Strip, View, course, picked, sheet, view
 
 PROMPTS = ["red apple", "cat face"]

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from stepdistill import signs, stage
+from stepdistill.core import pixels as pictures
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.logs import Logs
 from stepdistill.methods.regression import Regression
-from stepdistill.metrics import pictures
 from stepdistill.roles import LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.signs import SCORE, Yardstick

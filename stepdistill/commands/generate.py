@@ -78,8 +78,8 @@ def _weighed(text: str) -> tuple[str, float]:
 def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     import torch
 
+    from stepdistill.core.errors import ConfigError, problem
     from stepdistill.drawing import Drawer, Wish
-    from stepdistill.errors import ConfigError, problem
     from stepdistill.evaluation.prompts import prompt_of, read_records
 
     prompts = [*args.prompts]
@@ -102,8 +102,8 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
 def _draw(drawer: Any, prompts: list[str], args: argparse.Namespace, call: dict[str, Any]) -> None:  # noqa: ANN401
     from tqdm.auto import tqdm
 
+    from stepdistill.core.cost import count_calls
     from stepdistill.hybrid import base_first
-    from stepdistill.metrics.cost import count_calls
 
     args.out.mkdir(parents=True, exist_ok=True)
     seeds, made, lines, began = [args.seed + n for n in range(len(prompts))], [], [], time.perf_counter()

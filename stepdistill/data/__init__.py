@@ -1,6 +1,6 @@
 """Where prompts, pictures and latents come from: sources, the order of a run, and their check."""
 
-from stepdistill.data.base import BadSample, FixedCrops, GuidedState, PromptsOf, Sample, Source, inside, sample_rng
+from stepdistill.data.base import BadSample, FixedCrops, GuidedState, PromptsOf, Sample, Source, inside
 from stepdistill.data.check import check
 from stepdistill.data.folder import ImageFolder
 from stepdistill.data.hub import HubDataset
@@ -35,5 +35,4 @@ __all__ = [
     "check",
     "inside",
     "loader",
-    "sample_rng",
 ]

@@ -12,7 +12,8 @@ from typing import Annotated, ClassVar, NamedTuple
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from stepdistill.errors import DataError
+from stepdistill.core.errors import DataError
+from stepdistill.core.random import sample_rng
 
 
 class BadSample(DataError):
@@ -61,11 +62,6 @@ class Sample:
     noise: Tensor | None = None
     state: GuidedState | None = None
     item: int = -1
-
-
-def sample_rng(seed: int, position: int) -> random.Random:
-    """The draws of one sample: a function of the seed and of `step * global_batch + j` alone."""
-    return random.Random(int.from_bytes(hashlib.sha256(f"{seed}:{position}".encode()).digest(), "big"))
 
 
 @dataclass(frozen=True, kw_only=True)

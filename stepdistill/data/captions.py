@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from stepdistill.errors import DataError, problem
+from stepdistill.core.errors import DataError, problem
 
 Row = dict[str, object]
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample, PromptsOf, Source, inside
 from stepdistill.data.chunks import Made
-from stepdistill.errors import DataError, problem
 
 NAMED = 5  # bad samples that the report lists
 

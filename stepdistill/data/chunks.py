@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import Source
-from stepdistill.errors import DataError, problem
 from stepdistill.tiny import bundled
 
 

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO
 
+from stepdistill.core.errors import DataError, problem
 from stepdistill.data.captions import as_captions, read_table, read_text, require_columns
 from stepdistill.data.images import IMAGE_SUFFIXES, ImageSource
-from stepdistill.errors import DataError, problem
 
 logger = logging.getLogger(__name__)
 TABLES = ("metadata.jsonl", "metadata.csv")

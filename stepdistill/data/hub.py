@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample
 from stepdistill.data.captions import as_captions, require_columns
 from stepdistill.data.images import ImageSource
-from stepdistill.errors import DataError, problem
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -20,8 +20,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample, Sample, Source
-from stepdistill.errors import DataError, problem
 
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")

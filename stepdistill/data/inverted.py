@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stepdistill.data.base import BadSample, Sample, sample_rng
+from stepdistill.core.errors import ConfigError, DataError, problem
+from stepdistill.core.random import noise_of, sample_rng
+from stepdistill.data.base import BadSample, Sample
 from stepdistill.data.chunks import Made
 from stepdistill.data.images import ImageSource
-from stepdistill.data.samples import noise_of
-from stepdistill.errors import ConfigError, DataError, problem
 
 logger = logging.getLogger(__name__)
 Invert = Callable[[list[str], Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -12,9 +12,9 @@ from typing import ClassVar
 
 from safetensors import SafetensorError, safe_open
 
+from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample, Sample, Source
 from stepdistill.data.captions import as_captions, read_text
-from stepdistill.errors import DataError, problem
 
 FILE, KEY = "latents.safetensors", "latents"
 

@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.data.base import BadSample, Sample, Source
 from stepdistill.data.captions import read_text
 from stepdistill.data.prompts import Prompts
-from stepdistill.errors import ConfigError, DataError, problem
 from stepdistill.router import Router, Table, cluster, consecutive, normal
 
 logger = logging.getLogger(__name__)

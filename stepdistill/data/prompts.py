@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
+from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import Sample, Source
 from stepdistill.data.captions import as_captions, read_table, read_text, require_columns
-from stepdistill.errors import DataError, problem
 
 
 @dataclass(frozen=True, kw_only=True)

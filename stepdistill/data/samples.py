@@ -13,13 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stepdistill.data.base import Sample, sample_rng
+from stepdistill.core.random import noise_of, sample_rng
+from stepdistill.data.base import Sample
 from stepdistill.data.chunks import Made
-
-
-def noise_of(seed: int, i: int, shape: Sequence[int]) -> Tensor:
-    """The starting noise of sample i: a function of (seed, i) alone, so that it need not be stored."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
 
 
 @dataclass(frozen=True, kw_only=True)

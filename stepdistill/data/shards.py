@@ -17,11 +17,11 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
+from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample
 from stepdistill.data.captions import as_captions, require_columns
 from stepdistill.data.images import IMAGE_SUFFIXES, ImageSource
 from stepdistill.data.tarindex import CAPTION_SUFFIXES, ShardIndex, expand_braces, shard_index
-from stepdistill.errors import DataError, problem
 
 logger = logging.getLogger(__name__)
 

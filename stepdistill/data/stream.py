@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stepdistill.data.base import BadSample, GuidedState, Sample, Source, sample_rng
-from stepdistill.errors import DataError, problem
+from stepdistill.core.errors import DataError, problem
+from stepdistill.core.random import sample_rng
+from stepdistill.data.base import BadSample, GuidedState, Sample, Source
 
 logger = logging.getLogger(__name__)
 PATIENCE = 100  # bad items in a row after which the disk or the format is at fault, not a picture

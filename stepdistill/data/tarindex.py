@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stepdistill.core.errors import DataError, problem
 from stepdistill.data.images import IMAGE_SUFFIXES, header_size
-from stepdistill.errors import DataError, problem
 
 logger = logging.getLogger(__name__)
 CAPTION_SUFFIXES = ("txt", "caption", "json")

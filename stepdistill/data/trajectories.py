@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stepdistill.data.base import GuidedState, Sample, sample_rng
+from stepdistill.core.errors import ConfigError, DataError, problem
+from stepdistill.core.random import noise_of, sample_rng
+from stepdistill.data.base import GuidedState, Sample
 from stepdistill.data.chunks import Made
-from stepdistill.data.samples import noise_of
-from stepdistill.errors import ConfigError, DataError, problem
 
 Generate = Callable[[list[str], Tensor, Tensor, Tensor], GuidedState]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stepdistill import student
 from stepdistill.contract import pipeline_hash
-from stepdistill.errors import EvaluationError, StepdistillError, problem
+from stepdistill.core.errors import EvaluationError, StepdistillError, problem
 from stepdistill.evaluate import Row
 from stepdistill.evaluation.exports import GenEval, T2ICompBench
 from stepdistill.evaluation.fill import Score, Unit, cropped, fill

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill.errors import DataError, problem
+from stepdistill.core.errors import DataError, problem
 from stepdistill.evaluation.prompts import prompt_of
 
 LONGEST = 255 - len("_000000.png")  # bytes of a file name that its prompt may take

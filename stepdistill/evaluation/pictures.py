@@ -20,8 +20,8 @@ from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
 
+from stepdistill.core.errors import DataError, problem
 from stepdistill.data.images import flatten
-from stepdistill.errors import DataError, problem
 
 logger = logging.getLogger(__name__)
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")

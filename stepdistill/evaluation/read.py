@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from stepdistill.errors import EvaluationError, problem
+from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.evaluation.fill import Unit, fill
 from stepdistill.evaluation.pictures import SKIPPED, Pictures
 from stepdistill.evaluation.prompts import sha256_of

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from stepdistill.errors import DataError, EvaluationError, problem
+from stepdistill.core.errors import DataError, EvaluationError, problem
 from stepdistill.evaluation.measure import Reference
 from stepdistill.evaluation.pictures import Pictures
 from stepdistill.evaluation.read import read_into

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL
 
-from stepdistill.errors import EvaluationError, problem
+from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.evaluation.draw import Painter, labels, plan, slug
 from stepdistill.evaluation.measure import Reference, Sampled, measured
 from stepdistill.evaluation.page import page

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stepdistill.errors import EvaluationError, MissingWeights, problem
+from stepdistill.core.errors import EvaluationError, MissingWeights, problem
 from stepdistill.evaluation.fill import Score
 from stepdistill.evaluation.store import Store
 from stepdistill.metrics.clip import Clip, clip

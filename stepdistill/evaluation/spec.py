@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.evaluate import SEED_A, SEED_B
 from stepdistill.evaluation.measure import METRICS, PICKED
 from stepdistill.evaluation.protocol import PROTOCOLS, Protocol

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepdistill.errors import EvaluationError, problem
+from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.metrics.stats import PART, FeatureStats, Stats
 
 FACTS, FEATURES, PICTURES = "facts.json", "features.npy", "pictures.npy"

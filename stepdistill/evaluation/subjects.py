@@ -13,11 +13,11 @@ from torch import Tensor
 from stepdistill import config, student
 from stepdistill.adapters import GuidedCall
 from stepdistill.contract import STUDENTS, Contract, is_multi, read_contract, teacher
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core.cost import Cost
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.evaluate import Row, generate, student_row, teacher_row
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
-from stepdistill.metrics.cost import Cost
 from stepdistill.multi import Students, generate_each
 from stepdistill.template import every, find
 

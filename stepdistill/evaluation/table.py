@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stepdistill.errors import DataError, problem
+from stepdistill.core.errors import DataError, problem
 
 SCHEMA = "stepdistill.eval/1"
 KEYS = ("fid", "fd")  # a distance is one or the other; nothing here turns one into the other

@@ -10,10 +10,10 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.prediction import Kind
+from stepdistill.core.solvers import Sampler
 from stepdistill.families.base import Family
-from stepdistill.prediction import Kind
-from stepdistill.sampling import Sampler
 from stepdistill.schedulers import FirstNoiseEulerScheduler
 
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline, SanaPipeline
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Condition
+from stepdistill.core.denoise import Condition
 from stepdistill.families.vp import VariancePreserving
 from stepdistill.layers import attentions, halfway, named, rebuilt
 from stepdistill.roles import Sites, Tap

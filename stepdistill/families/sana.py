@@ -11,13 +11,13 @@ import torch
 from diffusers import DiffusionPipeline, SanaPipeline
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Condition
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core.denoise import Condition
+from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.prediction import Kind
+from stepdistill.core.schedule import Rectified
 from stepdistill.families.flow import Flow
 from stepdistill.layers import attentions, halfway, named, rebuilt
-from stepdistill.prediction import Kind
 from stepdistill.roles import Sites, Tap
-from stepdistill.schedule import Rectified
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "ff.conv_inverted", "ff.conv_point", "proj_out"),

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Condition
+from stepdistill.core.denoise import Condition
 from stepdistill.families.unet import UNet
 
 

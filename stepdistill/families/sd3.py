@@ -10,12 +10,12 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Condition
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core.denoise import Condition
+from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.schedule import Rectified
 from stepdistill.families.flow import Flow, decoded, encoded
 from stepdistill.layers import attentions, halfway, named, rebuilt
 from stepdistill.roles import Sites, Tap
-from stepdistill.schedule import Rectified
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),

@@ -10,11 +10,11 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.prediction import Kind
+from stepdistill.core.schedule import DiscreteVP
+from stepdistill.core.solvers import Sampler
 from stepdistill.families.base import Family
-from stepdistill.prediction import Kind
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import DiscreteVP
 from stepdistill.schedulers import FirstNoiseDDIMScheduler
 
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from stepdistill.backbone import Backbone
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.logs import Logs
 from stepdistill.memory.tracker import Tracker
 from stepdistill.methods.base import Batch, Method, Play

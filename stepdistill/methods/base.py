@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stepdistill.core.denoise import Condition
+from stepdistill.core.schedule import NoiseSchedule
+from stepdistill.core.solvers import Sampler
 from stepdistill.data.base import GuidedState
-from stepdistill.denoiser import Condition, Denoiser
+from stepdistill.denoiser import Denoiser
 from stepdistill.roles import Role
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import NoiseSchedule
 
 
 class Update(NamedTuple):

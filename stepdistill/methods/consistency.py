@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepdistill.denoiser import guided
-from stepdistill.losses import Distance, distance
+from stepdistill.core.denoise import guided
+from stepdistill.core.losses import Distance, distance
+from stepdistill.core.prediction import Estimate
+from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, expand
+from stepdistill.core.solvers import Sampler
 from stepdistill.methods.base import Batch, Method, Play, Update
-from stepdistill.prediction import Estimate
 from stepdistill.roles import TEACHER, Ema, Lora, Role
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import DiscreteVP, NoiseSchedule, expand
 
 
 @dataclass(frozen=True, kw_only=True)

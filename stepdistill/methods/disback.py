@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from stepdistill.core.schedule import NoiseSchedule
+from stepdistill.core.solvers import Sampler
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.vsd import VSD
 from stepdistill.roles import TEACHER, Ema, Role
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)

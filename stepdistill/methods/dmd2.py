@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from stepdistill.adversarial import Head
-from stepdistill.denoiser import Denoiser, guided
-from stepdistill.losses import (
+from stepdistill.core.denoise import guided
+from stepdistill.core.losses import (
     Adversarial,
     Divergence,
     denoising,
@@ -26,11 +26,12 @@ from stepdistill.losses import (
     generator_loss,
     surrogate,
 )
+from stepdistill.core.schedule import NoiseSchedule
+from stepdistill.core.solvers import Sampler, check_starts, few_step, starts
+from stepdistill.denoiser import Denoiser
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.consistency import latents_of
 from stepdistill.roles import TEACHER, Ema, Lora, Module, Role
-from stepdistill.sampling import Sampler, check_starts, few_step, starts
-from stepdistill.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,14 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stepdistill.core.denoise import SCALE, Condition, Denoise, guided
+from stepdistill.core.losses import distance
+from stepdistill.core.schedule import NoiseSchedule, expand
+from stepdistill.core.solvers import Sampler
 from stepdistill.data.base import GuidedState
-from stepdistill.denoiser import SCALE, Condition, Denoise, guided
-from stepdistill.losses import distance
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.consistency import latents_of
 from stepdistill.roles import TEACHER, AdapterArch, Adapters, Ema, Lora, Role
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import NoiseSchedule, expand
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 The teacher's ODE carries a state from one time to a later, cleaner one along a curve. The student learns to get there
 along a straight line, which one solver step follows without error. What "straight" means on any schedule is in
-`stepdistill.straight`; it makes one engine of these, for epsilon, v and flow networks alike: the student is sampled by
+`core.solvers`; it makes one engine of these, for epsilon, v and flow networks alike: the student is sampled by
 stock schedulers, and before training it has the teacher's own velocity.
 
     reflow      one line from pure noise to the teacher's sample, which was made before
@@ -19,16 +19,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepdistill.denoiser import guided
-from stepdistill.losses import WholeDistance, whole
+from stepdistill.core.denoise import guided
+from stepdistill.core.losses import WholeDistance, whole
+from stepdistill.core.prediction import Estimate
+from stepdistill.core.schedule import NoiseSchedule, expand
+from stepdistill.core.solvers import Sampler, chord, evenly, share_of_noise, solve, time_of_share, u_shaped
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.consistency import latents_of
 from stepdistill.metrics.perceptual import Net, lpips
-from stepdistill.prediction import Estimate
 from stepdistill.roles import TEACHER, Copy, Ema, Lora, Role
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import NoiseSchedule, expand
-from stepdistill.straight import chord, evenly, share_of_noise, solve, time_of_share, u_shaped
 
 logger = logging.getLogger(__name__)
 STRAIGHT = 0.01  # straightness over transport cost, 32 steps

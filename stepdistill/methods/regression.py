@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from stepdistill.losses import Distance, distance
+from stepdistill.core.losses import Distance, distance
+from stepdistill.core.schedule import NoiseSchedule
+from stepdistill.core.solvers import Sampler, check_starts, follow, starts
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.roles import Ema, Lora, Role
-from stepdistill.sampling import Sampler, check_starts, follow, starts
-from stepdistill.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepdistill.losses import WholeDistance, whole
+from stepdistill.core.losses import WholeDistance, whole
+from stepdistill.core.schedule import NoiseSchedule
+from stepdistill.core.solvers import Sampler, evenly, share_of_noise, time_of_share
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.reflow import Lpips, pairs_of, seen_apart, student_of
 from stepdistill.roles import Ema, Role
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import NoiseSchedule
-from stepdistill.straight import evenly, share_of_noise, time_of_share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from stepdistill.denoiser import guided
-from stepdistill.losses import distance
+from stepdistill.core.denoise import guided
+from stepdistill.core.losses import distance
+from stepdistill.core.schedule import NoiseSchedule
+from stepdistill.core.solvers import Sampler
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.consistency import latents_of
 from stepdistill.roles import TEACHER, Copy, Ema, Role
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepdistill.denoiser import guided
-from stepdistill.losses import distance, surrogate
+from stepdistill.core.denoise import guided
+from stepdistill.core.losses import distance, surrogate
+from stepdistill.core.schedule import NoiseSchedule, expand
+from stepdistill.core.solvers import Sampler
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.dmd2 import check_range
 from stepdistill.metrics.clip import clip
 from stepdistill.roles import TEACHER, Ema, Lora, Role
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import NoiseSchedule, expand
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from transformers import AutoImageProcessor, CLIPModel, Dinov2Model, PreTrainedModel
 
-from stepdistill.errors import problem
+from stepdistill.core.errors import problem
 from stepdistill.metrics.features import BATCH, extract
 from stepdistill.metrics.identity import DTYPES, NO_WEIGHTS, Dtype, Identity, WrongWeights, hash_of
 

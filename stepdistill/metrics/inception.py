@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.metrics.features import BATCH, extract
 from stepdistill.metrics.identity import (
     DTYPES,

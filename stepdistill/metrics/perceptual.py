@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from stepdistill.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, problem
 
 Net = Literal["vgg", "alex", "squeeze"]
 SIDE = 224  # of the pictures that the networks were trained on

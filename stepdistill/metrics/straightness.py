@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stepdistill.denoiser import Condition, Denoise
-from stepdistill.schedule import NoiseSchedule, expand
-from stepdistill.straight import share_of_noise, time_of_share
+from stepdistill.core.denoise import Condition, Denoise
+from stepdistill.core.schedule import NoiseSchedule, expand
+from stepdistill.core.solvers import share_of_noise, time_of_share
 
 
 class Paths(NamedTuple):

@@ -16,10 +16,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepdistill import student
+from stepdistill.core.cost import Cost
 from stepdistill.evaluate import SEED_A, SEED_B, Reference, Row, generate, teacher_row
 from stepdistill.evaluation.measure import Reference as Compared
 from stepdistill.evaluation.measure import Sampled, measured
-from stepdistill.metrics.cost import Cost
 from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.stats import Stats
 from stepdistill.multi import Students, generate_each

@@ -33,12 +33,13 @@ from torch import nn
 
 from stepdistill import config
 from stepdistill.backbone import Backbone
-from stepdistill.denoiser import Condition, Denoiser
+from stepdistill.core.denoise import Condition
+from stepdistill.core.prediction import Kind
+from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
+from stepdistill.denoiser import Denoiser
 from stepdistill.memory.forecast import forecast, prime, single
 from stepdistill.methods.base import Batch, Play
-from stepdistill.prediction import Kind
 from stepdistill.run import Run
-from stepdistill.schedule import DiscreteVP, NoiseSchedule, Rectified
 from stepdistill.stage import DTYPES
 from stepdistill.tiny.build import vp_scheduler
 from stepdistill.tiny.recipes import CONFIGS

@@ -14,9 +14,10 @@ from diffusers import DiffusionPipeline
 from stepdistill import config, report, student
 from stepdistill.adapters import GuidedCall
 from stepdistill.backbone import Backbone
+from stepdistill.core.denoise import guided
+from stepdistill.core.random import noise_of
 from stepdistill.data import Trajectories
-from stepdistill.data.samples import noise_of
-from stepdistill.denoiser import Denoiser, guided
+from stepdistill.denoiser import Denoiser
 from stepdistill.evaluate import SEED_B, Reference, generate, student_row, teacher_row
 from stepdistill.roles import TEACHER, LoraSpec
 from stepdistill.run import Run

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill import config, student
+from stepdistill.core.cost import Cost
 from stepdistill.evaluate import Reference, student_row
 from stepdistill.hybrid import base_first
-from stepdistill.metrics.cost import Cost
 from stepdistill.metrics.frechet import diversity_replicates
 from stepdistill.metrics.jackknife import block_sizes, interval
 from stepdistill.run import Run

@@ -26,10 +26,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepdistill import config, student
+from stepdistill.core.cost import Cost
 from stepdistill.evaluate import SEED_A, SEED_B, Row, generate, grid, student_row, teacher_row
 from stepdistill.families.base import Family
 from stepdistill.guidance import negative
-from stepdistill.metrics.cost import Cost
 from stepdistill.run import Run
 from stepdistill.tiny import emoji
 from stepdistill.tiny.benchmark import Results, extractor

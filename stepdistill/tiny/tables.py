@@ -14,8 +14,11 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchE
 
 from stepdistill import config, report, signs, student
 from stepdistill.backbone import Backbone
-from stepdistill.data.samples import noise_of
-from stepdistill.denoiser import Denoiser, guided
+from stepdistill.core.denoise import guided
+from stepdistill.core.random import noise_of
+from stepdistill.core.schedule import DiscreteVP
+from stepdistill.core.solvers import Sampler
+from stepdistill.denoiser import Denoiser
 from stepdistill.evaluate import SEED_B, Reference, Row, student_row, teacher_row
 from stepdistill.metrics import straightness
 from stepdistill.metrics.frechet import diversity, frechet
@@ -23,8 +26,6 @@ from stepdistill.metrics.stats import Stats
 from stepdistill.multi import Students
 from stepdistill.roles import TEACHER, Copy, LoraSpec
 from stepdistill.run import Run, distill
-from stepdistill.sampling import Sampler
-from stepdistill.schedule import DiscreteVP
 from stepdistill.signs import Yardstick
 from stepdistill.tiny import cycles
 from stepdistill.tiny.benchmark import N, Results, data_features, figures, places, prompts, reference

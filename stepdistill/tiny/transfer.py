@@ -18,12 +18,12 @@ from torch import Tensor
 
 from stepdistill import config, student
 from stepdistill.backbone import Backbone
+from stepdistill.core.pixels import saturation
+from stepdistill.core.prediction import Estimate
 from stepdistill.denoiser import Denoiser
 from stepdistill.evaluate import SEED_B, Row, generate, student_row, teacher_row
 from stepdistill.families.base import Family
 from stepdistill.metrics.jackknife import mean_interval, ratio_of_means
-from stepdistill.metrics.pictures import saturation
-from stepdistill.prediction import Estimate
 from stepdistill.roles import Lora, LoraSpec
 from stepdistill.run import Run
 from stepdistill.tiny import emoji

@@ -39,11 +39,12 @@ from harness import CPU, WALL, Rows, Side, beyond, interleaved, memory, quartile
 from torch import Tensor, nn
 
 from stepdistill.backbone import Backbone
-from stepdistill.denoiser import Condition, Denoiser
+from stepdistill.core.denoise import Condition
+from stepdistill.core.schedule import DiscreteVP
+from stepdistill.denoiser import Denoiser
 from stepdistill.methods.base import Batch, Play
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.roles import LoraSpec
-from stepdistill.schedule import DiscreteVP
 from stepdistill.spec import TrainSpec
 from stepdistill.team import Team
 from stepdistill.tiny import build

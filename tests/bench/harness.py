@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from stepdistill.metrics.cost import count_calls
+from stepdistill.core.cost import count_calls
 
 CPU, WALL = "step, CPU", "step, wall"
 Rows = dict[str, list[dict[str, float]]]  # what each step, or process, of each side took

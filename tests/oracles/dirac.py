@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stepdistill.denoiser import Condition
-from stepdistill.prediction import Estimate
-from stepdistill.schedule import NoiseSchedule, expand
+from stepdistill.core.denoise import Condition
+from stepdistill.core.prediction import Estimate
+from stepdistill.core.schedule import NoiseSchedule, expand
 
 
 @dataclass(frozen=True)

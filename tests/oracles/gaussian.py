@@ -16,9 +16,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from stepdistill.denoiser import Condition
-from stepdistill.prediction import Estimate
-from stepdistill.schedule import NoiseSchedule, expand
+from stepdistill.core.denoise import Condition
+from stepdistill.core.prediction import Estimate
+from stepdistill.core.schedule import NoiseSchedule, expand
 
 
 def levels(schedule: NoiseSchedule, t: float | None) -> tuple[float, float]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from oracles.gaussian import levels
-from stepdistill.denoiser import Condition
-from stepdistill.prediction import Estimate
-from stepdistill.schedule import NoiseSchedule, expand
+from stepdistill.core.denoise import Condition
+from stepdistill.core.prediction import Estimate
+from stepdistill.core.schedule import NoiseSchedule, expand
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from oracles.gaussian import levels
-from stepdistill.denoiser import Condition, Denoise
+from stepdistill.core.denoise import Condition, Denoise
+from stepdistill.core.prediction import Estimate, Kind, estimate, output
+from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified, expand
 from stepdistill.methods.base import Batch, Play, Update
 from stepdistill.methods.consistency import Consistency
-from stepdistill.prediction import Estimate, Kind, estimate, output
-from stepdistill.schedule import DiscreteVP, NoiseSchedule, Rectified, expand
 
 
 class Table(DiscreteVP):
@@ -52,7 +52,7 @@ def column(*values: float) -> Tensor:
 
 
 def spoken(kind: Kind, est: Estimate, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-    """What a network of this kind puts out, from the definitions and not by `stepdistill.prediction`."""
+    """What a network of this kind puts out, from the definitions and not by `stepdistill.core.prediction`."""
     x0, eps = est
     return {"epsilon": eps, "sample": x0, "v_prediction": alpha_t * eps - sigma_t * x0, "flow": eps - x0}[kind]
 

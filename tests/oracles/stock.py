@@ -13,9 +13,9 @@ from diffusers import (
 from torch import Tensor
 
 from oracles.play import Table, spoken
-from stepdistill.denoiser import Denoise
-from stepdistill.prediction import Kind
-from stepdistill.schedule import NoiseSchedule, expand
+from stepdistill.core.denoise import Denoise
+from stepdistill.core.prediction import Kind
+from stepdistill.core.schedule import NoiseSchedule, expand
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 END = {"set_alpha_to_one": False}

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from stepdistill.schedule import NoiseSchedule, expand
+from stepdistill.core.schedule import NoiseSchedule, expand
 
 Kind = Literal["epsilon", "sample", "v_prediction", "flow"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from stepdistill.prediction import Estimate
-from stepdistill.schedule import DiscreteVP, NoiseSchedule
+from stepdistill.core.prediction import Estimate
+from stepdistill.core.schedule import DiscreteVP, NoiseSchedule
 
 Distance = Literal["l2", "huber"]
 WholeDistance = Literal["l2", "huber"]

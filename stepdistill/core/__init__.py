@@ -1,0 +1,1 @@
+"""The maths of diffusion and distillation, and what every room needs. It imports torch alone."""
