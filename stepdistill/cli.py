@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from stepdistill import config, families, methods
+from stepdistill import families, methods
 from stepdistill.commands import convert as conversion
 from stepdistill.commands import generate, precompute, view
+from stepdistill.config import load as config
 from stepdistill.core.errors import MissingWeights, StepdistillError
 from stepdistill.evaluation import command as evaluation
 
@@ -198,9 +199,10 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _init(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.config.registry import find
+    from stepdistill.config.schema import fields
+    from stepdistill.config.template import template
     from stepdistill.run import Run
-    from stepdistill.schema import fields
-    from stepdistill.template import find, template
 
     bases = fields(Run)
     chosen = {key: find(bases[key], name) for key, name in (("family", args.family), ("method", args.method))}

@@ -17,13 +17,13 @@ from diffusers import DiffusionPipeline
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
+from stepdistill.config.schema import pick
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.prediction import Kind
 from stepdistill.core.solvers import Sampler
 from stepdistill.families.base import BUNDLED_NAMES, Family
 from stepdistill.quantize import dense
 from stepdistill.roles import AdapterArch
-from stepdistill.schema import pick
 
 CONTRACT = "distill_config.json"
 STUDENTS = "students"  # the subfolder of a folder of several students

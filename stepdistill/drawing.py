@@ -13,8 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from stepdistill import config, student
+from stepdistill import student
 from stepdistill.adapters import GuidedCall
+from stepdistill.config import load as config
 from stepdistill.contract import Contract, absolute, is_multi, read_contract, read_multi, teacher
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.schedule import NoiseSchedule, Rectified

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.config.schema import dotted
 from stepdistill.families.base import Family
-from stepdistill.schema import dotted
 
 logger = logging.getLogger(__name__)
 WEIGHTS = (".safetensors", ".bin")

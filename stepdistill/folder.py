@@ -15,14 +15,14 @@ from pydantic import TypeAdapter
 import stepdistill
 from stepdistill.backbone import Backbone
 from stepdistill.card import licence_of, write_card
-from stepdistill.config import to_node
+from stepdistill.config.load import to_node
+from stepdistill.config.schema import dotted
 from stepdistill.contract import Adapter, Attached, Contract, Network, absolute, base_hash, missing, save
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.proof import TOLERANCE
 from stepdistill.roles import Module
-from stepdistill.schema import dotted
 from stepdistill.weights import save_weights
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")

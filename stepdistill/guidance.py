@@ -37,10 +37,10 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
+from stepdistill.config.registry import every
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.cut import warn_of_cut
 from stepdistill.families.base import Family
-from stepdistill.template import every
 
 Mode = Literal["nasa", "nag"]
 Combine = Callable[[Tensor, Tensor], Tensor]

@@ -8,8 +8,8 @@ from diffusers import PipelineQuantizationConfig, TorchAoConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from stepdistill.config.schema import Factory
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.schema import Factory
 
 
 def quantized(factory: Factory, component: str) -> PipelineQuantizationConfig:

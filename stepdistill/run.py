@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from stepdistill import checkpoint, config, export, report, sharding, student
+from stepdistill import checkpoint, export, report, sharding, student
+from stepdistill.config import load as config
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.schedule import NoiseSchedule

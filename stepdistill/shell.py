@@ -8,7 +8,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from stepdistill.schema import locate
+from stepdistill.config.schema import locate
 
 
 def shell(where: str, name: str, kind: str, revision: str | None) -> nn.Module:

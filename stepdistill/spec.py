@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stepdistill.schema import Factory
+from stepdistill.config.schema import Factory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from stepdistill import cli, config
-from stepdistill.config import Factory
+from stepdistill import cli
+from stepdistill.config import load as config
+from stepdistill.config.load import Factory
+from stepdistill.config.registry import find, heirs
+from stepdistill.config.schema import dotted, fields, locate
+from stepdistill.config.template import template
 from stepdistill.core.errors import ConfigError, DataError, NonFiniteLoss
-from stepdistill.schema import dotted, fields, locate
-from stepdistill.template import find, heirs, template
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from annotated_types import Ge, Le
 
-from stepdistill.config import Factory, digest, load, to_yaml
+from stepdistill.config.load import Factory, digest, load, to_yaml
 from stepdistill.core.errors import ConfigError, StepdistillError, problem
 
 HERE = __name__

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stepdistill import cli, config, signs
+from stepdistill import cli, signs
+from stepdistill.config import load as config
 from stepdistill.core.errors import CheckpointError
 from stepdistill.curve import Curve, course, differences, matching
 from stepdistill.doctor import examine, save_curve

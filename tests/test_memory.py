@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 import sdxl_cycle as bench
 
 from stepdistill import run as running
+from stepdistill.config.schema import Factory
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.schedule import Rectified
 from stepdistill.data import Prompts, TeacherSamples, Trajectories
@@ -45,7 +46,6 @@ from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.roles import LoraSpec
 from stepdistill.run import Run, dry_run
-from stepdistill.schema import Factory
 from stepdistill.spec import TrainSpec
 from stepdistill.tiny import cycles
 from stepdistill.tiny.cycles import VP, Cycle, Shape

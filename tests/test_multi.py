@@ -22,7 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stepdistill import cli, config, multi, router, student
+from stepdistill import cli, multi, router, student
+from stepdistill.config import load as config
 from stepdistill.contract import CONTRACT, is_multi, read_contract, read_multi
 from stepdistill.core.errors import ConfigError, DataError, StudentError
 from stepdistill.core.prediction import Estimate

@@ -18,9 +18,8 @@ from oracles.planted import planted
 from oracles.play import stable_diffusion
 from torch import nn
 
-from stepdistill.core import denoise
 from stepdistill.backbone import Backbone
-from stepdistill.core import losses, prediction
+from stepdistill.core import denoise, losses, prediction
 from stepdistill.core import solvers as sampling
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
 from stepdistill.methods.base import Play

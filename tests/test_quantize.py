@@ -11,6 +11,7 @@ import torch
 from tiny import FAMILIES, SIDE, awake, backbone, batch, pipeline, play
 
 from stepdistill import student
+from stepdistill.config.schema import Factory
 from stepdistill.contract import base_hash
 from stepdistill.core.errors import ConfigError
 from stepdistill.data import Prompts, TeacherSamples
@@ -19,7 +20,6 @@ from stepdistill.methods.tsm import TeacherScoreMatching
 from stepdistill.quantize import dense, quantized
 from stepdistill.roles import TEACHER, Ema, LoraSpec
 from stepdistill.run import Run, check, distill
-from stepdistill.schema import Factory
 from stepdistill.spec import TrainSpec
 
 INT8 = Factory("torchao.quantization.Int8WeightOnlyConfig")

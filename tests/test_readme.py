@@ -8,7 +8,8 @@ import pkgutil
 import re
 from pathlib import Path
 
-from stepdistill import config, methods
+from stepdistill import methods
+from stepdistill.config import load as config
 from stepdistill.run import Run
 from stepdistill.tiny import render
 

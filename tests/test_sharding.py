@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from stepdistill import sharding, trainer
+from stepdistill.config.schema import Factory
 from stepdistill.contract import read_contract
 from stepdistill.core.errors import ConfigError
 from stepdistill.data import Prompts, TeacherSamples
@@ -31,7 +32,6 @@ from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.tsm import TeacherScoreMatching
 from stepdistill.roles import TEACHER, Ema, Lora, LoraSpec, Module
 from stepdistill.run import Run, distill
-from stepdistill.schema import Factory
 from stepdistill.spec import TrainSpec
 from stepdistill.team import Team
 from stepdistill.tiny import build

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from tiny import awake, backbone, batch, pipeline, play
 
 from stepdistill import checkpoint, trainer
-from stepdistill.config import to_yaml
+from stepdistill.config.load import to_yaml
+from stepdistill.config.schema import Factory
 from stepdistill.core.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss, StepdistillError
 from stepdistill.core.random import noise_of
 from stepdistill.data import Prompts, TeacherSamples, chunks
@@ -28,7 +29,6 @@ from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.roles import Lora, LoraSpec
 from stepdistill.run import Run, check, distill
-from stepdistill.schema import Factory
 from stepdistill.spec import TrainSpec
 from stepdistill.team import Team
 from stepdistill.tiny import build

@@ -32,7 +32,7 @@ def declare(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> N
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill import config
+    from stepdistill.config import load as config
     from stepdistill.precompute import precompute
     from stepdistill.run import Run
 

@@ -10,8 +10,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill import config, student
+from stepdistill import student
 from stepdistill.adapters import GuidedCall
+from stepdistill.config import load as config
+from stepdistill.config.registry import every, find
 from stepdistill.contract import STUDENTS, Contract, is_multi, read_contract, teacher
 from stepdistill.core.cost import Cost
 from stepdistill.core.errors import ConfigError, problem
@@ -19,7 +21,6 @@ from stepdistill.evaluate import Row, generate, student_row, teacher_row
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.multi import Students, generate_each
-from stepdistill.template import every, find
 
 Role = Literal["reference", "teacher", "student"]
 

@@ -17,13 +17,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from stepdistill import quantize
+from stepdistill.config.schema import Factory, locate
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.roles import Sites, Tap
-from stepdistill.schema import Factory, locate
 from stepdistill.shell import shell
 from stepdistill.tiny import bundled
 

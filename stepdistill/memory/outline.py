@@ -10,8 +10,8 @@ from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from safetensors import safe_open
 from torch import nn
 
+from stepdistill.config.schema import locate
 from stepdistill.families.base import Family
-from stepdistill.schema import locate
 from stepdistill.shell import shell
 
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # which no single file holds

@@ -31,8 +31,8 @@ import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from stepdistill import config
 from stepdistill.backbone import Backbone
+from stepdistill.config import load as config
 from stepdistill.core.denoise import Condition
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from stepdistill import config, report, student
+from stepdistill import report, student
 from stepdistill.adapters import GuidedCall
 from stepdistill.backbone import Backbone
+from stepdistill.config import load as config
 from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
 from stepdistill.data import Trajectories

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill import config, student
+from stepdistill import student
+from stepdistill.config import load as config
 from stepdistill.core.cost import Cost
 from stepdistill.evaluate import Reference, student_row
 from stepdistill.hybrid import base_first

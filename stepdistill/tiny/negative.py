@@ -25,7 +25,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill import config, student
+from stepdistill import student
+from stepdistill.config import load as config
 from stepdistill.core.cost import Cost
 from stepdistill.evaluate import SEED_A, SEED_B, Row, generate, grid, student_row, teacher_row
 from stepdistill.families.base import Family

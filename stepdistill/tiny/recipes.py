@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from stepdistill import config, student
+from stepdistill import student
+from stepdistill.config import load as config
 from stepdistill.data import Partition
 from stepdistill.multi import join
 from stepdistill.run import Run, distill

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from stepdistill import config, report, signs, student
+from stepdistill import report, signs, student
 from stepdistill.backbone import Backbone
+from stepdistill.config import load as config
 from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
 from stepdistill.core.schedule import DiscreteVP

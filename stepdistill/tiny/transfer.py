@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill import config, student
+from stepdistill import student
 from stepdistill.backbone import Backbone
+from stepdistill.config import load as config
 from stepdistill.core.pixels import saturation
 from stepdistill.core.prediction import Estimate
 from stepdistill.denoiser import Denoiser

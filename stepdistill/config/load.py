@@ -22,8 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from stepdistill.core.errors import ConfigError, problem
-from stepdistill.schema import (
+from stepdistill.config.schema import (
     Factory,
     Hint,
     Value,
@@ -37,6 +36,7 @@ from stepdistill.schema import (
     pick,
     structures,
 )
+from stepdistill.core.errors import ConfigError, problem
 
 __all__ = ["Factory", "digest", "load", "read", "to_node", "to_yaml"]
 

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import json
-import pkgutil
 import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType, NoneType
+from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
 
 from omegaconf import OmegaConf
 
-from stepdistill.config import to_node
+from stepdistill.config.load import to_node
+from stepdistill.config.registry import heirs
+from stepdistill.config.schema import (
+    Factory,
+    Hint,
+    Value,
+    arms,
+    dotted,
+    fields,
+    is_structure,
+    structures,
+)
 from stepdistill.core.errors import ConfigError
-from stepdistill.schema import Factory, Hint, Value, arms, dotted, fields, is_structure, nearest, pick, structures
 
 REQUIRED = "(required) "
 EXAMPLES = {str: "CHANGE-ME", Path: "CHANGE-ME", bool: False, int: 1, float: 1.0, NoneType: None, dict: {}}
@@ -34,27 +42,6 @@ def template(schema: type, chosen: Mapping[str, type]) -> str:
     return "\n".join(_block(schema, dataclasses.MISSING, chosen)) + "\n"
 
 
-def find(base: type, name: str) -> type:
-    """The subclass of `base` that `name` means: a module beside `base`, `module.Class`, or a dotted path.
-
-    Raises:
-        ConfigError: with the names there are.
-    """
-    package, modules = _beside(base)
-    head, dot, _ = name.partition(".")
-    if dot:
-        return pick([base], f"{package.__name__}.{name}" if head in modules else name)
-    if head not in modules:
-        known = ", ".join(modules)
-        raise ConfigError(f"{name}: unknown;{nearest(name, modules)} {package.__name__} has: {known}")
-    module = importlib.import_module(f"{package.__name__}.{head}")
-    classes = [cls for cls in heirs(base) if cls.__module__ == module.__name__]
-    if len(classes) != 1:
-        has = ", ".join(f"{head}.{cls.__name__}" for cls in classes) or "none"
-        raise ConfigError(f"{name}: expected a module with one {base.__name__}, it has: {has}")
-    return classes[0]
-
-
 def _simplest(base: type) -> list[type]:
     """The finished subclasses of `base`, first the one that needs the fewest values and no other object."""
 
@@ -67,27 +54,6 @@ def _simplest(base: type) -> list[type]:
     if not found or needs(found[0])[0]:  # wrappers around one another have no end
         raise ConfigError(f"{base.__name__} has no subclass that stands alone; name one")
     return found
-
-
-def every(base: type) -> list[type]:
-    """The finished subclasses of `base`: those of all modules beside it, and what else is imported."""
-    package, modules = _beside(base)
-    for name in modules:
-        importlib.import_module(f"{package.__name__}.{name}")
-    return heirs(base)
-
-
-def _beside(base: type) -> tuple[ModuleType, list[str]]:
-    """The package of `base`, and the names of its modules."""
-    home = importlib.import_module(base.__module__)
-    package = home if "__path__" in vars(home) else importlib.import_module(home.__name__.rpartition(".")[0])
-    return package, [module.name for module in pkgutil.iter_modules(package.__path__)]
-
-
-def heirs(base: type) -> list[type]:
-    """The finished subclasses of `base` that are imported, in the order of their definition."""
-    below = [heir for cls in base.__subclasses__() for heir in [cls, *heirs(cls)]]
-    return [cls for cls in below if not inspect.isabstract(cls)]
 
 
 def _block(cls: type, value: Value, chosen: Mapping[str, type]) -> list[str]:
