@@ -22,8 +22,8 @@ from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.prediction import Kind
 from stepdistill.core.solvers import Sampler
 from stepdistill.families.base import BUNDLED_NAMES, Family
-from stepdistill.quantize import dense
-from stepdistill.roles import AdapterArch
+from stepdistill.networks.quantize import dense
+from stepdistill.networks.roles import AdapterArch
 
 CONTRACT = "distill_config.json"
 STUDENTS = "students"  # the subfolder of a folder of several students
@@ -58,7 +58,7 @@ class Attached:
     """The guidance adapters in the folder, in place of weights that plain Diffusers knows: their manifest.
 
     Args:
-        arch, width: as `stepdistill.roles.Adapters` has them.
+        arch, width: as `stepdistill.networks.roles.Adapters` has them.
         sites: dotted names of the attention layers that they are for, in the order of the file.
         parameters: how many numbers they have in all.
         guidance_scale: w where none is set.

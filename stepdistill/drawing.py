@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from stepdistill import student
-from stepdistill.adapters import GuidedCall
 from stepdistill.config import load as config
 from stepdistill.contract import Contract, absolute, is_multi, read_contract, read_multi, teacher
 from stepdistill.core.errors import StudentError, problem
@@ -23,9 +22,10 @@ from stepdistill.core.solvers import Sampler, check_starts
 from stepdistill.cut import warn_of_cut
 from stepdistill.families.base import Family, each
 from stepdistill.guidance import Mode, negative
-from stepdistill.loras import merge, weigh
 from stepdistill.methods.base import Method
 from stepdistill.multi import Students
+from stepdistill.networks.guidance_adapters import GuidedCall
+from stepdistill.networks.pipeline_loras import merge, weigh
 
 logger = logging.getLogger(__name__)
 STUDENT = "student"  # the adapter's name

@@ -16,8 +16,8 @@ from stepdistill.contract import STUDENTS, Contract, is_multi, read_contract, te
 from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.formats import FAMILIES, Format
+from stepdistill.networks.roles import Ema, Lora
 from stepdistill.proof import prove
-from stepdistill.roles import Ema, Lora
 from stepdistill.weights import WEIGHTS, into_pipeline, scheduler_class
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from diffusers import DiffusionPipeline
 from pydantic import TypeAdapter
 
 import stepdistill
-from stepdistill.backbone import Backbone
 from stepdistill.card import licence_of, write_card
 from stepdistill.config.load import to_node
 from stepdistill.config.schema import dotted
@@ -21,8 +20,9 @@ from stepdistill.contract import Adapter, Attached, Contract, Network, absolute,
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.roles import Module
 from stepdistill.proof import TOLERANCE
-from stepdistill.roles import Module
 from stepdistill.weights import save_weights
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")

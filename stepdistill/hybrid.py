@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from stepdistill.core.errors import ConfigError, StudentError, problem
-from stepdistill.loras import strengths
+from stepdistill.networks.pipeline_loras import strengths
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from stepdistill.core.cost import Cost
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.evaluate import Row, generate
 from stepdistill.families.base import Family
-from stepdistill.loras import adapters_on, switch_on
+from stepdistill.networks.pipeline_loras import adapters_on, switch_on
 from stepdistill.router import Router, Routing, read_routing
 
 EACH = ("generator", "latents", "negative_prompt")  # arguments of a call that may have one entry a prompt

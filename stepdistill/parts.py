@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepdistill.families.base import Family, Part
-from stepdistill.shell import is_shell
+from stepdistill.networks.meta import is_shell
 
 logger = logging.getLogger(__name__)
 PARTS: frozenset[Part] = frozenset({"text", "vae", "denoiser"})

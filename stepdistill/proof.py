@@ -12,15 +12,15 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from stepdistill.backbone import Backbone
 from stepdistill.contract import Contract, Proof
 from stepdistill.core.denoise import guided, told
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.solvers import few_step
-from stepdistill.denoiser import Denoiser
 from stepdistill.families.base import Family, each
-from stepdistill.roles import TEACHER
-from stepdistill.sharding import is_sharded, stream
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import TEACHER
+from stepdistill.networks.sharding import is_sharded, stream
 
 PROMPTS = ("red apple", "")
 # half precision turns rounding in the seventh digit into rounding in the third, and the steps carry it on

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
-from stepdistill import export, sharding, student
+from stepdistill import export, student
 from stepdistill.core.cost import Cost
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.data import Partition, inside
@@ -25,6 +25,7 @@ from stepdistill.evaluation.results import document, under
 from stepdistill.methods.base import Method
 from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.stats import Stats
+from stepdistill.networks import sharding
 from stepdistill.router import ROUTER, Routing
 from stepdistill.spec import TrainSpec
 from stepdistill.tiny import bundled

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from stepdistill import checkpoint, export, report, sharding, student
+from stepdistill import checkpoint, export, report, student
 from stepdistill.config import load as config
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, problem
@@ -22,7 +22,8 @@ from stepdistill.feed import check_cache, check_needs
 from stepdistill.logs import Logs
 from stepdistill.memory.predict import predict
 from stepdistill.methods.base import Method
-from stepdistill.roles import Copy, LoraSpec
+from stepdistill.networks import sharding
+from stepdistill.networks.roles import Copy, LoraSpec
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import Stage, prepare
 from stepdistill.team import Team

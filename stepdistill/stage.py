@@ -18,15 +18,13 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from stepdistill import sharding, student
-from stepdistill.backbone import Backbone
+from stepdistill import student
 from stepdistill.core.denoise import guided, told
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import noise_of
 from stepdistill.core.solvers import few_step, follow
 from stepdistill.data import GuidedState
-from stepdistill.denoiser import Denoiser
 from stepdistill.evaluate import grid
 from stepdistill.feed import Feed
 from stepdistill.fingerprint import Keys, keys_of
@@ -34,9 +32,12 @@ from stepdistill.folder import Base, base_of
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Play
 from stepdistill.metrics.straightness import paths
+from stepdistill.networks import sharding
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import TEACHER
+from stepdistill.networks.sharding import Shards
 from stepdistill.parts import Parts
-from stepdistill.roles import TEACHER
-from stepdistill.sharding import Shards
 
 if TYPE_CHECKING:
     from stepdistill.run import Run

@@ -13,8 +13,6 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from stepdistill.adapters import GuidedCall
-from stepdistill.backbone import Backbone
 from stepdistill.card import is_non_commercial as is_non_commercial
 from stepdistill.card import warn_of_licence as warn_of_licence
 from stepdistill.card import write_card
@@ -23,8 +21,10 @@ from stepdistill.core.errors import StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.folder import base_of, name_of, write_unproven
 from stepdistill.methods.base import Method
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.guidance_adapters import GuidedCall
+from stepdistill.networks.roles import Adapters, Copy, Ema, Lora, LoraSpec
 from stepdistill.proof import prove
-from stepdistill.roles import Adapters, Copy, Ema, Lora, LoraSpec
 from stepdistill.router import ROUTER
 from stepdistill.snippets import snippet as snippet
 from stepdistill.weights import ADAPTERS, WEIGHTS, into_pipeline, load_adapters, load_network, load_state, read_lora
@@ -152,7 +152,7 @@ def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_
 
     Returns:
         Keyword arguments of the pipeline's call: `pipe(prompt, **load_student(pipe, folder))`. Of guidance adapters
-        they are a `stepdistill.adapters.GuidedCall`, on which the scale is set. For a folder of several students
+        they are a `networks.guidance_adapters.GuidedCall`, on which the scale is set. For a folder of several students
         `stepdistill.multi.Students`, which draw instead: `load_student(pipe, folder)(prompts)`.
 
     Raises:

@@ -8,12 +8,12 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from stepdistill import sharding
-from stepdistill.backbone import Backbone
 from stepdistill.core import distributed
 from stepdistill.methods.base import Method
-from stepdistill.quantize import dense
-from stepdistill.roles import Ema
+from stepdistill.networks import sharding
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.quantize import dense
+from stepdistill.networks.roles import Ema
 from stepdistill.spec import TrainSpec
 
 

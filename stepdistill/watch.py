@@ -24,8 +24,8 @@ from stepdistill import signs
 from stepdistill.core import pixels as pictures
 from stepdistill.folder import write_unproven
 from stepdistill.logs import Logs
+from stepdistill.networks.roles import TEACHER
 from stepdistill.plot import plot
-from stepdistill.roles import TEACHER
 from stepdistill.signs import LEVELS, PREFIX, SCORE, Yardstick
 
 if TYPE_CHECKING:

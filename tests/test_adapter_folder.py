@@ -19,19 +19,19 @@ from torch import nn
 
 import stepdistill
 from stepdistill import multi, student
-from stepdistill.adapters import GuidedCall
-from stepdistill.backbone import Backbone
 from stepdistill.contract import read_contract
 from stepdistill.core.cost import count_calls
 from stepdistill.core.denoise import told
 from stepdistill.core.errors import StudentError
 from stepdistill.core.solvers import few_step
 from stepdistill.data import Prompts, Trajectories
-from stepdistill.denoiser import Denoiser
 from stepdistill.evaluate import generate, student_row
 from stepdistill.families.base import each
 from stepdistill.methods.guidance_distillation import AdapterGuidance
-from stepdistill.roles import Adapters, Lora, LoraSpec
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.guidance_adapters import GuidedCall
+from stepdistill.networks.roles import Adapters, Lora, LoraSpec
 from stepdistill.run import Run, dry_run
 from stepdistill.spec import TrainSpec
 from stepdistill.weights import ADAPTERS

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepdistill.backbone import Backbone
 from stepdistill.families.sd import StableDiffusion
-from stepdistill.roles import TEACHER, Adapters, Lora, LoraSpec
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.roles import TEACHER, Adapters, Lora, LoraSpec
 from stepdistill.tiny import emoji
 
 FAMILY = StableDiffusion(pretrained_teacher_model="tiny-sd")

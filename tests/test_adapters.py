@@ -14,13 +14,13 @@ from oracles.planted import planted
 from tiny import FAMILIES, awake, backbone, batch, pipeline, play
 from torch import Tensor
 
-from stepdistill.adapters import Hooks, build
-from stepdistill.backbone import Backbone
 from stepdistill.core.denoise import SCALE, guided, told
 from stepdistill.data import GuidedState
 from stepdistill.methods.base import Batch
 from stepdistill.methods.guidance_distillation import AdapterGuidance
-from stepdistill.roles import TEACHER, AdapterArch, Adapters, Ema, Lora, LoraSpec
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.guidance_adapters import Hooks, build
+from stepdistill.networks.roles import TEACHER, AdapterArch, Adapters, Ema, Lora, LoraSpec
 from stepdistill.tiny import emoji
 
 ARCHES: tuple[AdapterArch, ...] = ("cross_attention", "mixed", "offset")

@@ -12,13 +12,13 @@ import torch
 from tiny import FAMILIES, awake, backbone, batch, pipeline, play
 from torch import nn
 
-from stepdistill.backbone import Backbone
 from stepdistill.core.denoise import guided
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd2 import DMD2, Gan
 from stepdistill.methods.vsd import VSD
-from stepdistill.roles import TEACHER, Copy, Ema, Lora, Module, Role
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.roles import TEACHER, Copy, Ema, Lora, Module, Role
 
 GAN = Gan(r1_weight=0.1, divergence="jensen_shannon")
 DMD = DMD2(num_inference_steps=2, guidance_scale=3.0, critic_steps=1, gan=GAN)

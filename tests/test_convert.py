@@ -29,7 +29,7 @@ from stepdistill.fused import fuse
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
-from stepdistill.roles import Lora, LoraSpec
+from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.run import Run, check, distill
 from stepdistill.spec import TrainSpec
 from stepdistill.workflow import WORKFLOW

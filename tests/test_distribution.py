@@ -20,7 +20,7 @@ from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.methods.base import Batch
 from stepdistill.methods.dmd2 import DMD2, Gan, normalised, simulate
 from stepdistill.methods.vsd import VSD
-from stepdistill.roles import TEACHER
+from stepdistill.networks.roles import TEACHER
 
 SD, FLOW = stable_diffusion(), Flow()
 SCHEDULES = pytest.mark.parametrize("schedule", [SD, FLOW], ids=["table", "flow"])

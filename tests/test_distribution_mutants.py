@@ -11,14 +11,14 @@ from test_distribution import FLOW, ONE, SD
 from test_distribution_updates import DMD
 from test_mutants import Bug
 
-from stepdistill import adversarial
-from stepdistill.backbone import Backbone
 from stepdistill.core import losses
 from stepdistill.core.schedule import DiscreteVP, Rectified
 from stepdistill.methods import dmd2
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.vsd import VSD
+from stepdistill.networks import taps as adversarial
+from stepdistill.networks.backbone import Backbone
 
 
 def starts() -> None:

@@ -10,8 +10,6 @@ from tiny import FAMILIES, awake, backbone, batch, pipeline, play, tokens
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from stepdistill.adversarial import Head, features_before
-from stepdistill.backbone import Backbone
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.schedule import Rectified
 from stepdistill.data import Prompts
@@ -21,8 +19,10 @@ from stepdistill.methods.base import Batch, Method, Play
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2, Gan
 from stepdistill.methods.vsd import VSD, ClipTerm
-from stepdistill.metrics.clip import clip
-from stepdistill.roles import TEACHER, Ema, Lora, Tap
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.clip import clip
+from stepdistill.networks.roles import TEACHER, Ema, Lora, Tap
+from stepdistill.networks.taps import Head, features_before
 from stepdistill.run import Run, distill
 from stepdistill.spec import TrainSpec
 

@@ -22,8 +22,8 @@ from stepdistill.evaluation.exports import GenEval, T2ICompBench
 from stepdistill.evaluation.pictures import Pictures
 from stepdistill.evaluation.prompts import prompt_of, read_records, sha256_of
 from stepdistill.metrics import clip_score
-from stepdistill.metrics.clip import Clip
 from stepdistill.metrics.clip_score import clip_scores
+from stepdistill.networks.clip import Clip
 
 
 def as_tensor(image: Image.Image) -> Tensor:

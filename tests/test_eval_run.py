@@ -40,11 +40,11 @@ from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.guidance_distillation import AdapterGuidance
-from stepdistill.metrics.clip import Clip, clip
 from stepdistill.metrics.clip_score import clip_scores
 from stepdistill.metrics.frechet import excess, frechet
 from stepdistill.metrics.stats import Stats
-from stepdistill.roles import Adapters, Lora
+from stepdistill.networks.clip import Clip, clip
+from stepdistill.networks.roles import Adapters, Lora
 from stepdistill.router import Routing
 
 LCM = Consistency(ema_decay=None, num_ddim_timesteps=10)

@@ -17,12 +17,12 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 
-from stepdistill.core.errors import ConfigError, MissingWeights
+from stepdistill.core.errors import ConfigError, MissingWeights, WrongWeights
 from stepdistill.metrics import extractors
 from stepdistill.metrics.encoders import ClipImages, Dinov2, Latents, Pixels
 from stepdistill.metrics.extractors import Weights, availability, extractor, find_inception
 from stepdistill.metrics.frechet import frechet
-from stepdistill.metrics.identity import Identity, WrongWeights, hash_of
+from stepdistill.metrics.identity import Identity, hash_of
 from stepdistill.metrics.inception import Inception, RandomInception, random_state
 from stepdistill.metrics.resize import to_299
 from stepdistill.metrics.stats import Stats

@@ -13,12 +13,12 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPi
 from safetensors.torch import save_file
 from tiny import FAMILIES, SIDE, awake, flux, pipeline, pixart, sana
 
-from stepdistill.backbone import Backbone
 from stepdistill.core.errors import ConfigError
 from stepdistill.families.base import Family
 from stepdistill.families.sana import Sana
 from stepdistill.families.sd import StableDiffusion
-from stepdistill.roles import Copy, Lora, LoraSpec
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.roles import Copy, Lora, LoraSpec
 from stepdistill.tiny import build
 
 RESNET = {

@@ -25,7 +25,7 @@ from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.drawing import Drawer, Wish, fuse_all, wished
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
-from stepdistill.roles import Lora, LoraSpec
+from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.spec import TrainSpec
 

@@ -19,7 +19,7 @@ from stepdistill.core.solvers import few_step, follow
 from stepdistill.data import GuidedState
 from stepdistill.methods.base import Batch, Method, Update
 from stepdistill.methods.guidance_distillation import AdapterGuidance, GuidedLora, ProgressiveHalving, two_steps
-from stepdistill.roles import TEACHER, Ema
+from stepdistill.networks.roles import TEACHER, Ema
 
 MEAN, NULL, STD, N = 0.7, -0.5, 0.6, 20
 X0, EPS = column(-0.4, 0.3, 0.9, 2.0), column(1.1, -0.2, 0.5, -1.4)

@@ -11,9 +11,6 @@ import test_guidance_distillation as methods
 from oracles.planted import planted
 from oracles.play import Flow, stable_diffusion
 
-from stepdistill import adapters
-from stepdistill.adapters import CrossAttentionAdapter, Hooks
-from stepdistill.backbone import Backbone
 from stepdistill.methods.guidance_distillation import (
     AdapterGuidance,
     GuidedLora,
@@ -21,6 +18,9 @@ from stepdistill.methods.guidance_distillation import (
     of_the_teacher,
     two_steps,
 )
+from stepdistill.networks import guidance_adapters as adapters
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.guidance_adapters import CrossAttentionAdapter, Hooks
 
 
 @dataclass(frozen=True)

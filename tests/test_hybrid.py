@@ -18,8 +18,8 @@ from stepdistill.core.prediction import Estimate
 from stepdistill.core.solvers import Sampler, few_step, relay
 from stepdistill.families.base import each
 from stepdistill.hybrid import base_first
-from stepdistill.loras import adapters_on, attach, strengths, switch_on
-from stepdistill.roles import Lora, LoraSpec
+from stepdistill.networks.pipeline_loras import adapters_on, attach, strengths, switch_on
+from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.weights import WEIGHTS, read_lora
 
 SD = stable_diffusion()

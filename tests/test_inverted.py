@@ -20,7 +20,7 @@ from stepdistill.data import ImageFolder, InvertedImages, check
 from stepdistill.feed import provided
 from stepdistill.methods import reflow
 from stepdistill.methods.reflow import Reflow
-from stepdistill.roles import TEACHER
+from stepdistill.networks.roles import TEACHER
 from stepdistill.run import Run, distill, fill
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import prepare

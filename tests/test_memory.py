@@ -44,7 +44,7 @@ from stepdistill.methods.dmd2 import DMD2, Gan
 from stepdistill.methods.guidance_distillation import AdapterGuidance
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
-from stepdistill.roles import LoraSpec
+from stepdistill.networks.roles import LoraSpec
 from stepdistill.run import Run, dry_run
 from stepdistill.spec import TrainSpec
 from stepdistill.tiny import cycles

@@ -17,7 +17,7 @@ from stepdistill.data import Prompts, Source, TeacherSamples, Trajectories
 from stepdistill.evaluate import generate
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
-from stepdistill.roles import LoraSpec
+from stepdistill.networks.roles import LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.spec import TrainSpec
 from stepdistill.tiny import matrix

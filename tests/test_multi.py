@@ -33,7 +33,7 @@ from stepdistill.evaluate import Row, generate
 from stepdistill.methods.base import Batch
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
-from stepdistill.roles import Lora, LoraSpec
+from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.router import FORMAT, ROUTER, Routing, cluster, consecutive, normal, read_routing
 from stepdistill.run import Run, distill
 from stepdistill.spec import TrainSpec

@@ -18,14 +18,14 @@ from oracles.planted import planted
 from oracles.play import stable_diffusion
 from torch import nn
 
-from stepdistill.backbone import Backbone
 from stepdistill.core import denoise, losses, prediction
 from stepdistill.core import solvers as sampling
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
 from stepdistill.methods.base import Play
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
-from stepdistill.roles import Copy, Ema, LoraSpec
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.roles import Copy, Ema, LoraSpec
 
 
 def averages() -> None:

@@ -31,11 +31,11 @@ from stepdistill.feed import NULL
 from stepdistill.fingerprint import Keys, keys_of
 from stepdistill.folder import base_of
 from stepdistill.methods.consistency import Consistency
+from stepdistill.networks.meta import is_shell
+from stepdistill.networks.roles import LoraSpec
 from stepdistill.parts import PARTS, Parts
 from stepdistill.precompute import precompute, prompts_of
-from stepdistill.roles import LoraSpec
 from stepdistill.run import Run, assemble, check, distill, fill
-from stepdistill.shell import is_shell
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import Stage, prepare
 from stepdistill.team import Team

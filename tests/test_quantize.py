@@ -17,8 +17,8 @@ from stepdistill.core.errors import ConfigError
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.tsm import TeacherScoreMatching
-from stepdistill.quantize import dense, quantized
-from stepdistill.roles import TEACHER, Ema, LoraSpec
+from stepdistill.networks.quantize import dense, quantized
+from stepdistill.networks.roles import TEACHER, Ema, LoraSpec
 from stepdistill.run import Run, check, distill
 from stepdistill.spec import TrainSpec
 

@@ -22,7 +22,7 @@ from stepdistill.methods.base import Batch
 from stepdistill.methods.reflow import Lpips, PeRFlow, Reflow
 from stepdistill.methods.slimflow import FlowGuided
 from stepdistill.metrics.straightness import paths, plot
-from stepdistill.roles import TEACHER, Copy, Lora
+from stepdistill.networks.roles import TEACHER, Copy, Lora
 
 SD, FLOW = stable_diffusion(), Flow()
 SCHEDULES = pytest.mark.parametrize("schedule", [SD, FLOW], ids=["table", "flow"])

@@ -75,7 +75,7 @@ def sources() -> list[Path]:
     ("importer", "imported"),
     [
         ("methods", "stepdistill.families"),
-        ("methods", "stepdistill.backbone"),
+        ("methods", "stepdistill.networks.backbone"),
         ("families", "stepdistill.methods"),
     ],
 )

@@ -21,7 +21,7 @@ from tiny import FAMILIES, awake, backbone, batch, pipeline, play, tokens
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from stepdistill import sharding, trainer
+from stepdistill import trainer
 from stepdistill.config.schema import Factory
 from stepdistill.contract import read_contract
 from stepdistill.core.errors import ConfigError
@@ -30,7 +30,8 @@ from stepdistill.families.base import Family
 from stepdistill.methods.dmd2 import DMD2, Gan
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.tsm import TeacherScoreMatching
-from stepdistill.roles import TEACHER, Ema, Lora, LoraSpec, Module
+from stepdistill.networks import sharding
+from stepdistill.networks.roles import TEACHER, Ema, Lora, LoraSpec, Module
 from stepdistill.run import Run, distill
 from stepdistill.spec import TrainSpec
 from stepdistill.team import Team

@@ -26,8 +26,8 @@ from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
+from stepdistill.networks.roles import Ema, Lora, Module
 from stepdistill.proof import prove
-from stepdistill.roles import Ema, Lora, Module
 
 RANK, ALPHA = 4, 16
 SIZE = (32, 32)

@@ -27,7 +27,7 @@ from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.base import Update
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
-from stepdistill.roles import Lora, LoraSpec
+from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.run import Run, check, distill
 from stepdistill.spec import TrainSpec
 from stepdistill.team import Team

@@ -21,7 +21,7 @@ from stepdistill.core.solvers import Sampler, follow
 from stepdistill.data import Partition, Prompts, Trajectories, check, chunks, inside, trajectories
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.guidance_distillation import AdapterGuidance, GuidedLora
-from stepdistill.roles import TEACHER
+from stepdistill.networks.roles import TEACHER
 from stepdistill.run import Run, check_scales, distill, fill
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import prepare

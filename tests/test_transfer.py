@@ -12,7 +12,7 @@ from stepdistill.core.pixels import saturation
 from stepdistill.evaluate import generate, teacher_row
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.metrics.jackknife import mean_interval, ratio_of_means
-from stepdistill.roles import Lora
+from stepdistill.networks.roles import Lora
 from stepdistill.tiny import transfer
 from stepdistill.tiny.benchmark import prompts
 

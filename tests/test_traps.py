@@ -11,7 +11,7 @@ from tiny import FAMILIES, awake, backbone, pipeline
 from torch.utils.checkpoint import CheckpointError
 
 from stepdistill.core.solvers import Sampler
-from stepdistill.roles import TEACHER, Lora
+from stepdistill.networks.roles import TEACHER, Lora
 
 FLOWS = ("sd3", "flux", "sana")
 TABLES = ("sd", "sdxl", "pixart_alpha", "pixart_sigma")

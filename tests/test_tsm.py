@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stepdistill import multi, student
-from stepdistill.backbone import Backbone
 from stepdistill.contract import read_contract
 from stepdistill.core.denoise import Denoise, guided
 from stepdistill.core.errors import StudentError
@@ -28,7 +27,8 @@ from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.data import Partition, Prompts, TeacherSamples
 from stepdistill.methods.base import Batch, Update
 from stepdistill.methods.tsm import TeacherScoreMatching
-from stepdistill.roles import Copy, LoraSpec
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.roles import Copy, LoraSpec
 from stepdistill.router import Routing, cluster
 from stepdistill.run import Run, distill, dry_run
 from stepdistill.spec import TrainSpec

@@ -21,7 +21,7 @@ from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.logs import Logs
 from stepdistill.methods.regression import Regression
-from stepdistill.roles import LoraSpec
+from stepdistill.networks.roles import LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.signs import SCORE, Yardstick
 from stepdistill.spec import TrainSpec

@@ -37,8 +37,6 @@ from transformers import (
     T5Tokenizer,
 )
 
-from stepdistill.backbone import Backbone
-from stepdistill.denoiser import Denoiser
 from stepdistill.families.base import Family
 from stepdistill.families.flux import Flux
 from stepdistill.families.pixart import PixArtAlpha, PixArtSigma
@@ -47,7 +45,9 @@ from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.families.sdxl import StableDiffusionXL
 from stepdistill.methods.base import Batch, Play
-from stepdistill.roles import LoraSpec
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import LoraSpec
 from stepdistill.tiny import build
 
 FAMILIES: dict[str, Family] = {

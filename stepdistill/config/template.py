@@ -16,16 +16,7 @@ from omegaconf import OmegaConf
 
 from stepdistill.config.load import to_node
 from stepdistill.config.registry import heirs
-from stepdistill.config.schema import (
-    Factory,
-    Hint,
-    Value,
-    arms,
-    dotted,
-    fields,
-    is_structure,
-    structures,
-)
+from stepdistill.config.schema import Factory, Hint, Value, arms, dotted, fields, is_structure, structures
 from stepdistill.core.errors import ConfigError
 
 REQUIRED = "(required) "

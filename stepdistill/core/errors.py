@@ -27,6 +27,10 @@ class EvaluationError(StepdistillError):
     """Pictures, statistics or an evaluation that cannot be read, mixed or compared."""
 
 
+class WrongWeights(StepdistillError):
+    """A weights file or folder that is not what its features are defined on."""
+
+
 class MissingWeights(StepdistillError):
     """Weights that are nowhere to be found; the message lists where they were looked for. The command exits with 3."""
 

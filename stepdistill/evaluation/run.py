@@ -32,7 +32,7 @@ from stepdistill.families.base import BUNDLED_NAMES
 from stepdistill.metrics.extractors import extractor
 from stepdistill.metrics.features import FeatureExtractor
 from stepdistill.metrics.identity import Identity
-from stepdistill.metrics.perceptual import lpips
+from stepdistill.networks.lpips import lpips
 from stepdistill.tiny import emoji
 
 LEAST = 40  # pictures: 20 blocks of two

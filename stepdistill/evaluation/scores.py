@@ -13,10 +13,10 @@ from torch import Tensor
 from stepdistill.core.errors import EvaluationError, MissingWeights, problem
 from stepdistill.evaluation.fill import Score
 from stepdistill.evaluation.store import Store
-from stepdistill.metrics.clip import Clip, clip
 from stepdistill.metrics.clip_score import clip_scores
 from stepdistill.metrics.identity import hash_of
-from stepdistill.metrics.perceptual import lpips
+from stepdistill.networks.clip import Clip, clip
+from stepdistill.networks.lpips import lpips
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepdistill import student
-from stepdistill.adapters import GuidedCall
 from stepdistill.config import load as config
 from stepdistill.config.registry import every, find
 from stepdistill.contract import STUDENTS, Contract, is_multi, read_contract, teacher
@@ -21,6 +20,7 @@ from stepdistill.evaluate import Row, generate, student_row, teacher_row
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.multi import Students, generate_each
+from stepdistill.networks.guidance_adapters import GuidedCall
 
 Role = Literal["reference", "teacher", "student"]
 

@@ -16,15 +16,15 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
-from stepdistill import quantize
 from stepdistill.config.schema import Factory, locate
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
-from stepdistill.roles import Sites, Tap
-from stepdistill.shell import shell
+from stepdistill.networks import quantize
+from stepdistill.networks.meta import shell
+from stepdistill.networks.roles import Sites, Tap
 from stepdistill.tiny import bundled
 
 BUNDLED_NAMES = ("tiny-sd", "tiny-sd3")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import Rectified
 from stepdistill.families.flow import Flow, decoded, encoded
-from stepdistill.layers import attentions, inner, named, rebuilt
-from stepdistill.roles import Sites, Tap
+from stepdistill.networks.layers import attentions, inner, named, rebuilt
+from stepdistill.networks.roles import Sites, Tap
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),

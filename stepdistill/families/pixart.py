@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition
 from stepdistill.families.vp import VariancePreserving
-from stepdistill.layers import attentions, halfway, named, rebuilt
-from stepdistill.roles import Sites, Tap
+from stepdistill.networks.layers import attentions, halfway, named, rebuilt
+from stepdistill.networks.roles import Sites, Tap
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out"),

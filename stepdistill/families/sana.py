@@ -16,8 +16,8 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import Rectified
 from stepdistill.families.flow import Flow
-from stepdistill.layers import attentions, halfway, named, rebuilt
-from stepdistill.roles import Sites, Tap
+from stepdistill.networks.layers import attentions, halfway, named, rebuilt
+from stepdistill.networks.roles import Sites, Tap
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "ff.conv_inverted", "ff.conv_point", "proj_out"),

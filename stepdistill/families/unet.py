@@ -10,8 +10,8 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from stepdistill.families.vp import VariancePreserving
-from stepdistill.layers import named, rebuilt
-from stepdistill.roles import Site, Sites, Tap
+from stepdistill.networks.layers import named, rebuilt
+from stepdistill.networks.roles import Site, Sites, Tap
 
 # the layers of LCM-LoRA, as diffusers' train_lcm_distill_lora_sdxl.py lists them
 TARGETS = (

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from stepdistill.backbone import Backbone
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.logs import Logs
 from stepdistill.memory.tracker import Tracker
 from stepdistill.methods.base import Batch, Method, Play
+from stepdistill.networks.backbone import Backbone
 from stepdistill.spec import TrainSpec
 from stepdistill.team import Team
 from stepdistill.trainer import Loop

@@ -12,7 +12,7 @@ from torch import nn
 
 from stepdistill.config.schema import locate
 from stepdistill.families.base import Family
-from stepdistill.shell import shell
+from stepdistill.networks.meta import shell
 
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # which no single file holds
 

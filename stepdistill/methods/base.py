@@ -15,8 +15,8 @@ from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.data.base import GuidedState
-from stepdistill.denoiser import Denoiser
-from stepdistill.roles import Role
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import Role
 
 
 class Update(NamedTuple):

@@ -31,7 +31,7 @@ from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler
 from stepdistill.methods.base import Batch, Method, Play, Update
-from stepdistill.roles import TEACHER, Ema, Lora, Role
+from stepdistill.networks.roles import TEACHER, Ema, Lora, Role
 
 
 @dataclass(frozen=True, kw_only=True)

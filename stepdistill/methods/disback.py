@@ -15,7 +15,7 @@ from stepdistill.core.solvers import Sampler
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.vsd import VSD
-from stepdistill.roles import TEACHER, Ema, Role
+from stepdistill.networks.roles import TEACHER, Ema, Role
 
 
 @dataclass(frozen=True, kw_only=True)

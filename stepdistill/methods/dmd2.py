@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepdistill.adversarial import Head
 from stepdistill.core.denoise import guided
 from stepdistill.core.losses import (
     Adversarial,
@@ -28,10 +27,11 @@ from stepdistill.core.losses import (
 )
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts, few_step, starts
-from stepdistill.denoiser import Denoiser
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.consistency import latents_of
-from stepdistill.roles import TEACHER, Ema, Lora, Module, Role
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import TEACHER, Ema, Lora, Module, Role
+from stepdistill.networks.taps import Head
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from stepdistill.core.solvers import Sampler
 from stepdistill.data.base import GuidedState
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.consistency import latents_of
-from stepdistill.roles import TEACHER, AdapterArch, Adapters, Ema, Lora, Role
+from stepdistill.networks.roles import TEACHER, AdapterArch, Adapters, Ema, Lora, Role
 
 
 @dataclass(frozen=True, kw_only=True)

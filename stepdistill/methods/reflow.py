@@ -26,8 +26,8 @@ from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler, chord, evenly, share_of_noise, solve, time_of_share, u_shaped
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.consistency import latents_of
-from stepdistill.metrics.perceptual import Net, lpips
-from stepdistill.roles import TEACHER, Copy, Ema, Lora, Role
+from stepdistill.networks.lpips import Net, lpips
+from stepdistill.networks.roles import TEACHER, Copy, Ema, Lora, Role
 
 logger = logging.getLogger(__name__)
 STRAIGHT = 0.01  # straightness over transport cost, 32 steps

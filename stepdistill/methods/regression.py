@@ -16,7 +16,7 @@ from stepdistill.core.losses import Distance, distance
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts, follow, starts
 from stepdistill.methods.base import Batch, Method, Play, Update
-from stepdistill.roles import Ema, Lora, Role
+from stepdistill.networks.roles import Ema, Lora, Role
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, evenly, share_of_noise, time_of_share
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.reflow import Lpips, pairs_of, seen_apart, student_of
-from stepdistill.roles import Ema, Role
+from stepdistill.networks.roles import Ema, Role
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.consistency import latents_of
-from stepdistill.roles import TEACHER, Copy, Ema, Role
+from stepdistill.networks.roles import TEACHER, Copy, Ema, Role
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.dmd2 import check_range
-from stepdistill.metrics.clip import clip
-from stepdistill.roles import TEACHER, Ema, Lora, Role
+from stepdistill.networks.clip import clip
+from stepdistill.networks.roles import TEACHER, Ema, Lora, Role
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
-from transformers import AutoImageProcessor, CLIPModel, Dinov2Model, PreTrainedModel
+from transformers import AutoImageProcessor, CLIPModel, Dinov2Model
 
-from stepdistill.core.errors import problem
 from stepdistill.metrics.features import BATCH, extract
-from stepdistill.metrics.identity import DTYPES, NO_WEIGHTS, Dtype, Identity, WrongWeights, hash_of
+from stepdistill.metrics.identity import DTYPES, NO_WEIGHTS, Dtype, Identity, hash_of
+from stepdistill.networks.clip import pretrained
 
 DINO_SIDE = 224
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -179,28 +178,6 @@ class Pixels:
         return torch.cat(
             [adaptive_avg_pool2d(x, POOLED).flatten(1), x.mean((2, 3)), x.std((2, 3), correction=0)], dim=1
         )
-
-
-def pretrained(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
-    """A model in float32 and eval mode; transformers draws the weights that a folder lacks at random."""
-    try:
-        found: Any = kind.from_pretrained(name, output_loading_info=True)
-    except SafetensorError as error:
-        raise WrongWeights(
-            problem(f"{name} ({error})", "whole files", "a copy that was cut short has no weights", "copy it again")
-        ) from error
-    net, info = found
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise WrongWeights(
-            problem(
-                f"{name} without {len(missing)} of its tensors, such as {missing[0]}",
-                f"all tensors of a {kind.__name__}",
-                "random ones in their place would give features of no meaning",
-                "pass the folder of a model of this kind",
-            )
-        )
-    return net.float().eval().requires_grad_(False)
 
 
 def _moments(mean: object, std: object, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,18 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepdistill.core.errors import StepdistillError
-
 Dtype = Literal["fp32", "bf16", "fp16"]
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INCEPTION = "inception-2015-12-05"
 RANDOM_INCEPTION = "random-inception"
 FID_WEIGHTS = "6726825d"  # the start of the sha256 of the file, as torch-fidelity and pytorch-fid name it
 NO_WEIGHTS = "none"
-
-
-class WrongWeights(StepdistillError):
-    """A weights file or folder that is not what its features are defined on."""
 
 
 @dataclass(frozen=True)

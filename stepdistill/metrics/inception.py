@@ -19,18 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, WrongWeights, problem
 from stepdistill.metrics.features import BATCH, extract
-from stepdistill.metrics.identity import (
-    DTYPES,
-    FID_WEIGHTS,
-    INCEPTION,
-    RANDOM_INCEPTION,
-    Dtype,
-    Identity,
-    WrongWeights,
-    hash_of,
-)
+from stepdistill.metrics.identity import DTYPES, FID_WEIGHTS, INCEPTION, RANDOM_INCEPTION, Dtype, Identity, hash_of
 from stepdistill.metrics.resize import Resize, to_299
 
 

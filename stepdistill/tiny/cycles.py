@@ -31,14 +31,14 @@ import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from stepdistill.backbone import Backbone
 from stepdistill.config import load as config
 from stepdistill.core.denoise import Condition
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
-from stepdistill.denoiser import Denoiser
 from stepdistill.memory.forecast import forecast, prime, single
 from stepdistill.methods.base import Batch, Play
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.denoiser import Denoiser
 from stepdistill.run import Run
 from stepdistill.stage import DTYPES
 from stepdistill.tiny.build import vp_scheduler

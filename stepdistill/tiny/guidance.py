@@ -12,15 +12,15 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stepdistill import report, student
-from stepdistill.adapters import GuidedCall
-from stepdistill.backbone import Backbone
 from stepdistill.config import load as config
 from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
 from stepdistill.data import Trajectories
-from stepdistill.denoiser import Denoiser
 from stepdistill.evaluate import SEED_B, Reference, generate, student_row, teacher_row
-from stepdistill.roles import TEACHER, LoraSpec
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.guidance_adapters import GuidedCall
+from stepdistill.networks.roles import TEACHER, LoraSpec
 from stepdistill.run import Run
 from stepdistill.tiny.benchmark import Results, figures, prompts, taught
 from stepdistill.tiny.recipes import recipes, seconds, trained

@@ -13,19 +13,19 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from stepdistill import report, signs, student
-from stepdistill.backbone import Backbone
 from stepdistill.config import load as config
 from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
 from stepdistill.core.schedule import DiscreteVP
 from stepdistill.core.solvers import Sampler
-from stepdistill.denoiser import Denoiser
 from stepdistill.evaluate import SEED_B, Reference, Row, student_row, teacher_row
 from stepdistill.metrics import straightness
 from stepdistill.metrics.frechet import diversity, frechet
 from stepdistill.metrics.stats import Stats
 from stepdistill.multi import Students
-from stepdistill.roles import TEACHER, Copy, LoraSpec
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import TEACHER, Copy, LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.signs import Yardstick
 from stepdistill.tiny import cycles

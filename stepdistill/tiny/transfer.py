@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill import student
-from stepdistill.backbone import Backbone
 from stepdistill.config import load as config
 from stepdistill.core.pixels import saturation
 from stepdistill.core.prediction import Estimate
-from stepdistill.denoiser import Denoiser
 from stepdistill.evaluate import SEED_B, Row, generate, student_row, teacher_row
 from stepdistill.families.base import Family
 from stepdistill.metrics.jackknife import mean_interval, ratio_of_means
-from stepdistill.roles import Lora, LoraSpec
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.run import Run
 from stepdistill.tiny import emoji
 from stepdistill.tiny.benchmark import Results, prompts

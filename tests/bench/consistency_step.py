@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 from stepdistill.data import Sample, Source
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
-from stepdistill.roles import LoraSpec
+from stepdistill.networks.roles import LoraSpec
 from stepdistill.run import Run, assemble
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import Stage, prepare

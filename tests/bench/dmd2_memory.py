@@ -38,13 +38,13 @@ from dmd2_plain import FAMILY, FULL, GUIDANCE, HIGH, LOW, RATE, TIMES, Reference
 from harness import CPU, WALL, Rows, Side, beyond, interleaved, memory, quartiles, ratios, surroundings, table
 from torch import Tensor, nn
 
-from stepdistill.backbone import Backbone
 from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import DiscreteVP
-from stepdistill.denoiser import Denoiser
 from stepdistill.methods.base import Batch, Play
 from stepdistill.methods.dmd2 import DMD2
-from stepdistill.roles import LoraSpec
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import LoraSpec
 from stepdistill.spec import TrainSpec
 from stepdistill.team import Team
 from stepdistill.tiny import build

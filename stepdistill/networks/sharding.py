@@ -22,10 +22,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from stepdistill.backbone import Backbone
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.roles import Copy, Role
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.roles import Copy, Role
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # how long the others wait for the next call while one process works alone

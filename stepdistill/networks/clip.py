@@ -4,14 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from stepdistill.metrics.encoders import pretrained
+from stepdistill.core.errors import WrongWeights, problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def pretrained(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
+    """A model in float32 and eval mode; transformers draws the weights that a folder lacks at random."""
+    try:
+        found: Any = kind.from_pretrained(name, output_loading_info=True)
+    except SafetensorError as error:
+        raise WrongWeights(
+            problem(f"{name} ({error})", "whole files", "a copy that was cut short has no weights", "copy it again")
+        ) from error
+    net, info = found
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise WrongWeights(
+            problem(
+                f"{name} without {len(missing)} of its tensors, such as {missing[0]}",
+                f"all tensors of a {kind.__name__}",
+                "random ones in their place would give features of no meaning",
+                "pass the folder of a model of this kind",
+            )
+        )
+    return net.float().eval().requires_grad_(False)
 
 
 class Clip:
@@ -24,6 +49,12 @@ class Clip:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
+        from transformers import (  # seconds, which methods without CLIP save
+            AutoImageProcessor,
+            AutoTokenizer,
+            CLIPModel,
+        )
+
         model: Any = pretrained(CLIPModel, name)
         self.model = model.to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(name)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from stepdistill.roles import Tap
+from stepdistill.networks.roles import Tap
 
 
 class _Reached(Exception):  # noqa: N818 - it is no error

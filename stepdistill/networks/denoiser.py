@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from stepdistill.adversarial import features_before
-from stepdistill.backbone import Backbone
 from stepdistill.core.denoise import SCALE, Condition
 from stepdistill.core.prediction import Estimate, Kind, estimate, output
 from stepdistill.core.schedule import NoiseSchedule
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.taps import features_before
 
 Call = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
 

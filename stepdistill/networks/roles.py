@@ -1,4 +1,4 @@
-"""The roles a method may declare. `stepdistill.backbone` makes them real."""
+"""The roles a method may declare. `stepdistill.networks.backbone` makes them real."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Adapters:
     """Trainable guidance adapters inside the base's attention: with them one pass does what guidance does in two.
 
     Each is told the guidance scale, the time and the prompt, and adds to its attention's output; at the start it adds
-    zero. See `stepdistill.adapters`.
+    zero. See `stepdistill.networks.guidance_adapters`.
 
     Args:
         arch: what they are: cross-attention, the same mixed with the picture's own tokens, or an offset that is one

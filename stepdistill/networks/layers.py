@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.roles import Site, Sites, Tap
+from stepdistill.networks.roles import Site, Sites, Tap
 
 
 def rebuilt(net: nn.Module, **changes: Any) -> Any:  # noqa: ANN401

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from stepdistill.roles import Adapters, Site, Sites
+from stepdistill.networks.roles import Adapters, Site, Sites
 
 logger = logging.getLogger(__name__)
 UNIT = 4.0  # of w - 1, by which an adapter's output is multiplied

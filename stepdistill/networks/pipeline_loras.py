@@ -9,8 +9,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from stepdistill.backbone import peft_config
-from stepdistill.roles import LoraSpec
+from stepdistill.networks.backbone import peft_config
+from stepdistill.networks.roles import LoraSpec
 
 
 def attach(net: nn.Module, spec: LoraSpec, state: dict[str, Tensor], name: str) -> None:

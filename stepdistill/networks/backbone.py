@@ -23,8 +23,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stepdistill.adapters import OFF, Context, Hooks, build
-from stepdistill.roles import TEACHER, Adapters, Copy, Ema, Lora, LoraSpec, Module, Role, Sites, Tap
+from stepdistill.networks.guidance_adapters import OFF, Context, Hooks, build
+from stepdistill.networks.roles import TEACHER, Adapters, Copy, Ema, Lora, LoraSpec, Module, Role, Sites, Tap
 
 
 class Backbone(nn.Module):
