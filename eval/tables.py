@@ -10,7 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from stepdistill.tiny import render, tables
+from tables import measure as tables
+from tables import render
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

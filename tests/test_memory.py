@@ -24,6 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
 import sdxl_cycle as bench
+from tables import memory_at_size as cycles
+from tables.memory_at_size import VP, Cycle, Shape
+from tables.render import render
 
 from stepdistill import run as running
 from stepdistill.config.schema import Factory
@@ -47,9 +50,6 @@ from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.run import Run, dry_run
 from stepdistill.spec import TrainSpec
-from stepdistill.tiny import cycles
-from stepdistill.tiny.cycles import VP, Cycle, Shape
-from stepdistill.tiny.render import render
 from stepdistill.trainer import Loop
 
 CPU = torch.device("cpu")

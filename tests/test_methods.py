@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from tables import matrix
 from tiny import FAMILIES, SIDE, pipeline
 
 from stepdistill import families, methods, report
@@ -20,7 +21,6 @@ from stepdistill.methods.base import Method
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.spec import TrainSpec
-from stepdistill.tiny import matrix
 
 
 def concrete(package, base) -> list[type]:

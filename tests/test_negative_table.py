@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from tables import negative
+from tables.render import RENDERERS
 
-from stepdistill.tiny import emoji, negative
-from stepdistill.tiny.render import RENDERERS
+from stepdistill.tiny import emoji
 
 
 def test_pairs_follow_from_the_captions():

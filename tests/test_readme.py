@@ -8,10 +8,11 @@ import pkgutil
 import re
 from pathlib import Path
 
+from tables import render
+
 from stepdistill import methods
 from stepdistill.config import load as config
 from stepdistill.run import Run
-from stepdistill.tiny import render
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -7,14 +7,14 @@ from functools import partial
 import pytest
 import tiny
 import torch
+from tables import transfer
+from tables.benchmark import prompts
 
 from stepdistill.core.pixels import saturation
 from stepdistill.evaluate import generate, teacher_row
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.metrics.jackknife import mean_interval, ratio_of_means
 from stepdistill.networks.roles import Lora
-from stepdistill.tiny import transfer
-from stepdistill.tiny.benchmark import prompts
 
 FAMILY = StableDiffusion(pretrained_teacher_model="tiny-sd")
 CAPTIONS = prompts(16)

@@ -3,7 +3,7 @@
     python tests/bench/sdxl_cycle.py
 
 takes 12 GB. The same of other networks and methods, `sd15`, `sd15_lcm` (LCM, batch 2, latents of 64 x 64), `sd3` or
-`pixart`: name one. What a cycle is, and how memory is measured: `stepdistill/tiny/cycles.py`.
+`pixart`: name one. What a cycle is, and how memory is measured: `eval/tables/memory_at_size.py`.
 
 `ratio` and `static_ratio` are (measured / predicted) of the peak and of what stays between steps. `seconds` is the
 measured cycle's wall time.
@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from harness import surroundings
 
-from stepdistill.tiny.cycles import SHAPES, figures, load
+sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
+
+from tables.memory_at_size import SHAPES, figures, load
 
 
 def summary(name: str, found: dict[str, Any]) -> dict[str, object]:

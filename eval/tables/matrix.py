@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from stepdistill.tiny.benchmark import Results
+from tables.benchmark import Results
 
 TESTS = Path("tests/test_methods.py")
 FAMILIES = {

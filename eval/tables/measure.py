@@ -28,17 +28,17 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Copy, LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.signs import Yardstick
-from stepdistill.tiny import cycles
-from stepdistill.tiny.benchmark import N, Results, data_features, figures, places, prompts, reference
-from stepdistill.tiny.guidance import measure_guidance
-from stepdistill.tiny.hybrid import measure_hybrid
-from stepdistill.tiny.matrix import measure_families
-from stepdistill.tiny.negative import measure_negative
-from stepdistill.tiny.recipes import recipes, seconds, step_seconds, trained, warm_start
-from stepdistill.tiny.render import EARLY, STEPS
-from stepdistill.tiny.transfer import measure_transfer
+from stepdistill.tiny import bundled
+from tables import memory_at_size as cycles
+from tables.benchmark import N, Results, data_features, figures, places, prompts, reference
+from tables.guidance import measure_guidance
+from tables.hybrid import measure_hybrid
+from tables.matrix import measure_families
+from tables.negative import measure_negative
+from tables.recipes import recipes, seconds, step_seconds, trained, warm_start
+from tables.render import EARLY, STEPS
+from tables.transfer import measure_transfer
 
-HERE = Path(__file__).parent
 TIMES = {  # steps that take about 2.5, 5, 10, 20 and 40 minutes, with the student that the run starts from
     "tiny-sd": {
         "dmd2": (140, 550, 1350, 3000),
@@ -95,7 +95,7 @@ def measure_teacher(name: str, results: Results, work: Path, rows: Sequence[str]
             "n": N,
             "steps": run.train.teacher_steps,
             "parameters": sum(p.numel() for p in run.family.network(pipe).parameters()),
-            "training": json.loads((HERE / name / "training.json").read_text()),
+            "training": json.loads((bundled(name) / "training.json").read_text()),
             "fd_to_data": frechet(Stats.of(floor), Stats.of(data)),
             "fd_data_to_data": frechet(Stats.of(data_features(1)), Stats.of(data)),
             "floor": frechet(Stats.of(floor), Stats.of(ref.features["reference"])),

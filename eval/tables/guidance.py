@@ -22,8 +22,8 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.roles import TEACHER, LoraSpec
 from stepdistill.run import Run
-from stepdistill.tiny.benchmark import Results, figures, prompts, taught
-from stepdistill.tiny.recipes import recipes, seconds, trained
+from tables.benchmark import Results, figures, prompts, taught
+from tables.recipes import recipes, seconds, trained
 
 SCALES = tuple(float(w) for w in range(1, 9))
 PICTURES = 512  # for the excess at one scale

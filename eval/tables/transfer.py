@@ -28,8 +28,8 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.run import Run
 from stepdistill.tiny import emoji
-from stepdistill.tiny.benchmark import Results, prompts
-from stepdistill.tiny.recipes import recipes, trained
+from tables.benchmark import Results, prompts
+from tables.recipes import recipes, trained
 
 Style = Callable[[Tensor], Tensor]  # of pixels (B, 3, H, W) in [-1, 1]
 STUDENTS = {"tiny-sd": {"tscd": ("consistency", 4), "dmd2": ("distribution", 1)}}  # table, and steps to draw in

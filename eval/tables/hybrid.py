@@ -19,8 +19,8 @@ from stepdistill.hybrid import base_first
 from stepdistill.metrics.frechet import diversity_replicates
 from stepdistill.metrics.jackknife import block_sizes, interval
 from stepdistill.run import Run
-from stepdistill.tiny.benchmark import Results, drawn, judged, places, reference
-from stepdistill.tiny.recipes import recipes, trained
+from tables.benchmark import Results, drawn, judged, places, reference
+from tables.recipes import recipes, trained
 
 TABLES = {"tiny-sd": {"dmd2": "distribution", "disback": "distribution", "tscd": "consistency", "lcm": "consistency"}}
 STEPS = 4

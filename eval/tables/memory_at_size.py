@@ -10,7 +10,7 @@ and a fixed `MALLOC_MMAP_THRESHOLD_` of 64 KiB: blocks from that size on go back
 what is resident is what is in use. Left alone, malloc raises that threshold to 32 MiB as it goes, and keeps freed
 blocks below it: so much slack is not predicted, as that of a GPU's caching allocator is not. Linux and glibc only.
 
-    python -m stepdistill.tiny.cycles predict sdxl
+    cd eval && python -m tables.memory_at_size predict sdxl
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.run import Run
 from stepdistill.stage import DTYPES
 from stepdistill.tiny.build import vp_scheduler
-from stepdistill.tiny.recipes import CONFIGS
 from stepdistill.trainer import Loop
+from tables.recipes import CONFIGS
 
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 PIXELS = 8  # a side, that one latent stands for
@@ -207,9 +207,11 @@ def figures(name: str) -> dict[str, Any]:
 
 
 def _apart(task: str, name: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "stepdistill.tiny.cycles", task, name]
+    command = [sys.executable, "-m", "tables.memory_at_size", task, name]
     own = MALLOC | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | own)
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | own, cwd=Path(__file__).parent.parent
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 

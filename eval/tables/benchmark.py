@@ -61,7 +61,7 @@ def reference(name: str, run: Run, work: Path) -> Reference:
         work.mkdir(parents=True, exist_ok=True)
         found.save(file)
         part = {k: v[:SHIPPED] for k, v in found.features.items()}
-        Reference(part, prompts(SHIPPED), found.facts).save(Path(__file__).parent / f"{name}-reference.safetensors")
+        Reference(part, prompts(SHIPPED), found.facts).save(emoji.HERE / f"{name}-reference.safetensors")
     return Reference.load(file)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from stepdistill.metrics.straightness import Paths, plot
-from stepdistill.tiny.matrix import matrix
+from tables.matrix import matrix
 
 STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4), "reflow": (1, 2, 4)}
 DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1, "reflow": 1}  # steps whose other figures are shown

@@ -33,8 +33,8 @@ from stepdistill.families.base import Family
 from stepdistill.guidance import negative
 from stepdistill.run import Run
 from stepdistill.tiny import emoji
-from stepdistill.tiny.benchmark import Results, extractor
-from stepdistill.tiny.recipes import recipes, trained
+from tables.benchmark import Results, extractor
+from tables.recipes import recipes, trained
 
 N = 128  # seeds of a cell
 TAUGHT = 64  # the teacher's pictures of a concept
