@@ -34,10 +34,10 @@ from stepdistill.contract import (
 )
 from stepdistill.core.cost import Cost
 from stepdistill.core.errors import StudentError, problem
+from stepdistill.data.routing import Router, Routing, read_routing
 from stepdistill.evaluate import Row, generate
 from stepdistill.families.base import Family
 from stepdistill.networks.pipeline_loras import adapters_on, switch_on
-from stepdistill.router import Router, Routing, read_routing
 
 EACH = ("generator", "latents", "negative_prompt")  # arguments of a call that may have one entry a prompt
 LEFT_OUT = ("checkpoint-*", "runs")  # parts of a training run that its student does not need

@@ -15,7 +15,7 @@ from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import sample_rng
 from stepdistill.data import BadSample, InvertedImages, Sample, Source, inside
-from stepdistill.data.chunks import Made
+from stepdistill.data.made import Made
 from stepdistill.feed import NULL, Feed, check_cache
 from stepdistill.parts import PARTS, Parts
 from stepdistill.run import Run

@@ -16,6 +16,8 @@ from stepdistill import export, student
 from stepdistill.core.cost import Cost
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.data import Partition, inside
+from stepdistill.data.bundled import bundled
+from stepdistill.data.routing import ROUTER, Routing
 from stepdistill.evaluate import SEED_B, Reference, Row, generate, grid, student_row, teacher_row
 from stepdistill.evaluation.measure import Reference as Compared
 from stepdistill.evaluation.measure import Sampled, measured
@@ -26,9 +28,7 @@ from stepdistill.methods.base import Method
 from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.stats import Stats
 from stepdistill.networks import sharding
-from stepdistill.router import ROUTER, Routing
 from stepdistill.spec import TrainSpec
-from stepdistill.tiny import bundled
 
 if TYPE_CHECKING:
     from stepdistill.run import Run

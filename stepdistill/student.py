@@ -18,6 +18,7 @@ from stepdistill.card import warn_of_licence as warn_of_licence
 from stepdistill.card import write_card
 from stepdistill.contract import CONTRACT, STUDENTS, Contract, Proof, base_hash, is_multi, read_contract, save, teacher
 from stepdistill.core.errors import StudentError, problem
+from stepdistill.data.routing import ROUTER
 from stepdistill.families.base import Family
 from stepdistill.folder import base_of, name_of, write_unproven
 from stepdistill.methods.base import Method
@@ -25,7 +26,6 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.roles import Adapters, Copy, Ema, Lora, LoraSpec
 from stepdistill.proof import prove
-from stepdistill.router import ROUTER
 from stepdistill.snippets import snippet as snippet
 from stepdistill.weights import ADAPTERS, WEIGHTS, into_pipeline, load_adapters, load_network, load_state, read_lora
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stepdistill.data.bundled import emoji
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import TEACHER, Adapters, Lora, LoraSpec
-from stepdistill.tiny import emoji
 
 FAMILY = StableDiffusion(pretrained_teacher_model="tiny-sd")
 T = torch.linspace(100, 900, 8).round()

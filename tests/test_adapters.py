@@ -16,12 +16,12 @@ from torch import Tensor
 
 from stepdistill.core.denoise import SCALE, guided, told
 from stepdistill.data import GuidedState
+from stepdistill.data.bundled import emoji
 from stepdistill.methods.base import Batch
 from stepdistill.methods.guidance_distillation import AdapterGuidance
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.guidance_adapters import Hooks, build
 from stepdistill.networks.roles import TEACHER, AdapterArch, Adapters, Ema, Lora, LoraSpec
-from stepdistill.tiny import emoji
 
 ARCHES: tuple[AdapterArch, ...] = ("cross_attention", "mixed", "offset")
 T = torch.tensor([700.0, 300.0])

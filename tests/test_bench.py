@@ -24,11 +24,11 @@ import guidance_step as guidance
 from stepdistill.core.denoise import guided, told
 from stepdistill.core.schedule import DiscreteVP
 from stepdistill.data import Stream
+from stepdistill.data.bundled import build
 from stepdistill.methods.base import Batch, Play
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Adapters, LoraSpec
-from stepdistill.tiny import build
 
 SMALL = bench.Setup(channels=(32, 32), width=32, vae=(16, 16, 16), rank=4, batch=2, warm=1, steps=1)
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from stepdistill import cli, multi, student
 from stepdistill.core.errors import ConfigError, EvaluationError, MissingWeights, StepdistillError
 from stepdistill.data import Partition, Prompts
+from stepdistill.data.routing import Routing
 from stepdistill.evaluate import SEED_A, SEED_B, generate, student_row, teacher_row
 from stepdistill.evaluation import command, run, scores
 from stepdistill.evaluation.draw import labels, plan
@@ -45,7 +46,6 @@ from stepdistill.metrics.frechet import excess, frechet
 from stepdistill.metrics.stats import Stats
 from stepdistill.networks.clip import Clip, clip
 from stepdistill.networks.roles import Adapters, Lora
-from stepdistill.router import Routing
 
 LCM = Consistency(ema_decay=None, num_ddim_timesteps=10)
 PROMPTS = ["red apple", "cat face", "rose", "octopus", "green apple", "dog face", "pear", "tiger"]

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from tiny import FAMILIES, SIDE, awake, flux, pipeline, pixart, sana
 
 from stepdistill.core.errors import ConfigError
+from stepdistill.data.bundled import build
 from stepdistill.families.base import Family
 from stepdistill.families.sana import Sana
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import Copy, Lora, LoraSpec
-from stepdistill.tiny import build
 
 RESNET = {
     "norm1": "in_layers.0",

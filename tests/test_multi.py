@@ -22,22 +22,23 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stepdistill import cli, multi, router, student
+from stepdistill import cli, multi, student
 from stepdistill.config import load as config
 from stepdistill.contract import CONTRACT, is_multi, read_contract, read_multi
 from stepdistill.core.errors import ConfigError, DataError, StudentError
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.random import sample_rng
 from stepdistill.data import ImageFolder, Latents, Partition, Prompts, Stream, TeacherSamples, check, loader
+from stepdistill.data import routing as router
+from stepdistill.data.bundled import emoji
+from stepdistill.data.routing import FORMAT, ROUTER, Routing, cluster, consecutive, normal, read_routing
 from stepdistill.evaluate import Row, generate
 from stepdistill.methods.base import Batch
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.router import FORMAT, ROUTER, Routing, cluster, consecutive, normal, read_routing
 from stepdistill.run import Run, distill
 from stepdistill.spec import TrainSpec
-from stepdistill.tiny import emoji
 
 ROOT = Path(__file__).parent.parent
 NAMES = [f"{drawing.name} {drawing.subgroup}" for drawing in emoji.drawings()]
@@ -155,7 +156,7 @@ def test_training_and_serving_route_alike(make, tmp_path):
     own = {normal(prompt) for prompt in prompts_of(part)}
     assert own and all((stored.router.route(prompt) == 1) == (normal(prompt) in own) for prompt in NAMES)
     # another process, with other hashes of text
-    code = "import sys; from pathlib import Path; from stepdistill.router import read_routing as read\n"
+    code = "import sys; from pathlib import Path; from stepdistill.data.routing import read_routing as read\n"
     code += f"print([read(Path(sys.argv[1])).router.route(p) for p in {[*NAMES[::50], *UNSEEN]!r}])"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)

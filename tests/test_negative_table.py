@@ -6,7 +6,7 @@ import torch
 from tables import negative
 from tables.render import RENDERERS
 
-from stepdistill.tiny import emoji
+from stepdistill.data.bundled import emoji
 
 
 def test_pairs_follow_from_the_captions():

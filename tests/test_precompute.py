@@ -27,6 +27,7 @@ from stepdistill.cache import RowStore
 from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.random import sample_rng
 from stepdistill.data import FixedCrops, ImageFolder, InvertedImages, Partition, Prompts, TeacherSamples, Trajectories
+from stepdistill.data.bundled import build
 from stepdistill.feed import NULL
 from stepdistill.fingerprint import Keys, keys_of
 from stepdistill.folder import base_of
@@ -39,7 +40,6 @@ from stepdistill.run import Run, assemble, check, distill, fill
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import Stage, prepare
 from stepdistill.team import Team
-from stepdistill.tiny import build
 
 ROOT = Path(__file__).parent.parent
 SIDE = 32

@@ -26,6 +26,7 @@ from stepdistill.config.schema import Factory
 from stepdistill.contract import read_contract
 from stepdistill.core.errors import ConfigError
 from stepdistill.data import Prompts, TeacherSamples
+from stepdistill.data.bundled import build
 from stepdistill.families.base import Family
 from stepdistill.methods.dmd2 import DMD2, Gan
 from stepdistill.methods.reflow import Reflow
@@ -35,7 +36,6 @@ from stepdistill.networks.roles import TEACHER, Ema, Lora, LoraSpec, Module
 from stepdistill.run import Run, distill
 from stepdistill.spec import TrainSpec
 from stepdistill.team import Team
-from stepdistill.tiny import build
 
 CPU = torch.device("cpu")
 SGD = torch.optim.SGD

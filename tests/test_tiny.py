@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from stepdistill.tiny import build, bundled, emoji
+from stepdistill.data.bundled import build, bundled, emoji
 
 
 def test_the_tokenizer_is_the_same_every_time() -> None:

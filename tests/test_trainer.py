@@ -22,7 +22,9 @@ from stepdistill.config.load import to_yaml
 from stepdistill.config.schema import Factory
 from stepdistill.core.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss, StepdistillError
 from stepdistill.core.random import noise_of
-from stepdistill.data import Prompts, TeacherSamples, chunks
+from stepdistill.data import Prompts, TeacherSamples
+from stepdistill.data import made as chunks
+from stepdistill.data.bundled import build
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.base import Update
 from stepdistill.methods.consistency import Consistency
@@ -31,7 +33,6 @@ from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.run import Run, check, distill
 from stepdistill.spec import TrainSpec
 from stepdistill.team import Team
-from stepdistill.tiny import build
 
 LCM = Consistency(num_ddim_timesteps=10, guidance_scale=3.0, ema_decay=0.9, loss_type="l2")
 

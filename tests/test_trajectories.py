@@ -18,7 +18,8 @@ from tiny import FAMILIES, pipeline
 from stepdistill.core.denoise import guided
 from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.solvers import Sampler, follow
-from stepdistill.data import Partition, Prompts, Trajectories, check, chunks, inside, trajectories
+from stepdistill.data import Partition, Prompts, Trajectories, check, inside, trajectories
+from stepdistill.data import made as chunks
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.guidance_distillation import AdapterGuidance, GuidedLora
 from stepdistill.networks.roles import TEACHER

@@ -25,11 +25,11 @@ from stepdistill.core.denoise import Denoise, guided
 from stepdistill.core.errors import StudentError
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.data import Partition, Prompts, TeacherSamples
+from stepdistill.data.routing import Routing, cluster
 from stepdistill.methods.base import Batch, Update
 from stepdistill.methods.tsm import TeacherScoreMatching
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import Copy, LoraSpec
-from stepdistill.router import Routing, cluster
 from stepdistill.run import Run, distill, dry_run
 from stepdistill.spec import TrainSpec
 

@@ -20,13 +20,13 @@ from stepdistill.core.errors import ConfigError
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.schedule import DiscreteVP, expand
 from stepdistill.core.solvers import Sampler, few_step
+from stepdistill.data.routing import Routing, consecutive
 from stepdistill.evaluate import Row, generate, teacher_row
 from stepdistill.families.base import Family, each
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Lora
-from stepdistill.router import Routing, consecutive
 from stepdistill.visualize import LEFT, Strip, View, course, picked, sheet, view
 
 PROMPTS = ["red apple", "cat face"]

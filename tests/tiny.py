@@ -37,6 +37,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from stepdistill.data.bundled import build
 from stepdistill.families.base import Family
 from stepdistill.families.flux import Flux
 from stepdistill.families.pixart import PixArtAlpha, PixArtSigma
@@ -48,7 +49,6 @@ from stepdistill.methods.base import Batch, Play
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import LoraSpec
-from stepdistill.tiny import build
 
 FAMILIES: dict[str, Family] = {
     "sd": StableDiffusion(pretrained_teacher_model="tiny-sd"),

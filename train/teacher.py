@@ -7,7 +7,7 @@ import argparse
 
 from omegaconf import OmegaConf
 
-from stepdistill.tiny import emoji, teacher
+from stepdistill.data.bundled import emoji, teacher
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -18,6 +18,7 @@ from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
 from stepdistill.core.schedule import DiscreteVP
 from stepdistill.core.solvers import Sampler
+from stepdistill.data.bundled import bundled
 from stepdistill.evaluate import SEED_B, Reference, Row, student_row, teacher_row
 from stepdistill.metrics import straightness
 from stepdistill.metrics.frechet import diversity, frechet
@@ -28,7 +29,6 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Copy, LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.signs import Yardstick
-from stepdistill.tiny import bundled
 from tables import memory_at_size as cycles
 from tables.benchmark import N, Results, data_features, figures, places, prompts, reference
 from tables.guidance import measure_guidance

@@ -35,13 +35,13 @@ from stepdistill.config import load as config
 from stepdistill.core.denoise import Condition
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
+from stepdistill.data.bundled.build import vp_scheduler
 from stepdistill.memory.forecast import forecast, prime, single
 from stepdistill.methods.base import Batch, Play
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.run import Run
 from stepdistill.stage import DTYPES
-from stepdistill.tiny.build import vp_scheduler
 from stepdistill.trainer import Loop
 from tables.recipes import CONFIGS
 

@@ -20,6 +20,7 @@ from stepdistill import student
 from stepdistill.config import load as config
 from stepdistill.core.pixels import saturation
 from stepdistill.core.prediction import Estimate
+from stepdistill.data.bundled import emoji
 from stepdistill.evaluate import SEED_B, Row, generate, student_row, teacher_row
 from stepdistill.families.base import Family
 from stepdistill.metrics.jackknife import mean_interval, ratio_of_means
@@ -27,7 +28,6 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.run import Run
-from stepdistill.tiny import emoji
 from tables.benchmark import Results, prompts
 from tables.recipes import recipes, trained
 

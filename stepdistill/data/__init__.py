@@ -7,11 +7,11 @@ from stepdistill.data.hub import HubDataset
 from stepdistill.data.images import ImageSource
 from stepdistill.data.inverted import InvertedImages
 from stepdistill.data.latents import Latents
+from stepdistill.data.order import Stream, loader
 from stepdistill.data.partition import Partition
 from stepdistill.data.prompts import Prompts
-from stepdistill.data.samples import TeacherSamples
 from stepdistill.data.shards import Shards
-from stepdistill.data.stream import Stream, loader
+from stepdistill.data.teacher_samples import TeacherSamples
 from stepdistill.data.trajectories import Trajectories
 
 __all__ = [

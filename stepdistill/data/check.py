@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample, PromptsOf, Source, inside
-from stepdistill.data.chunks import Made
+from stepdistill.data.made import Made
 
 NAMED = 5  # bad samples that the report lists
 

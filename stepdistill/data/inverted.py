@@ -16,8 +16,8 @@ from torch import Tensor
 from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import BadSample, Sample
-from stepdistill.data.chunks import Made
 from stepdistill.data.images import ImageSource
+from stepdistill.data.made import Made
 
 logger = logging.getLogger(__name__)
 Invert = Callable[[list[str], Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -15,7 +15,7 @@ from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.data.base import BadSample, Sample, Source
 from stepdistill.data.captions import read_text
 from stepdistill.data.prompts import Prompts
-from stepdistill.router import Router, Table, cluster, consecutive, normal
+from stepdistill.data.routing import Router, Table, cluster, consecutive, normal
 
 logger = logging.getLogger(__name__)
 

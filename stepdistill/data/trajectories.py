@@ -15,7 +15,7 @@ from torch import Tensor
 from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import GuidedState, Sample
-from stepdistill.data.chunks import Made
+from stepdistill.data.made import Made
 
 Generate = Callable[[list[str], Tensor, Tensor, Tensor], GuidedState]
 

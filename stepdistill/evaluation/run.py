@@ -14,6 +14,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 
 from stepdistill.core.errors import EvaluationError, problem
+from stepdistill.data.bundled import emoji
 from stepdistill.evaluation.draw import Painter, labels, plan, slug
 from stepdistill.evaluation.measure import Reference, Sampled, measured
 from stepdistill.evaluation.page import page
@@ -33,7 +34,6 @@ from stepdistill.metrics.extractors import extractor
 from stepdistill.metrics.features import FeatureExtractor
 from stepdistill.metrics.identity import Identity
 from stepdistill.networks.lpips import lpips
-from stepdistill.tiny import emoji
 
 LEAST = 40  # pictures: 20 blocks of two
 

@@ -22,10 +22,10 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
+from stepdistill.data.bundled import bundled
 from stepdistill.networks import quantize
 from stepdistill.networks.meta import shell
 from stepdistill.networks.roles import Sites, Tap
-from stepdistill.tiny import bundled
 
 BUNDLED_NAMES = ("tiny-sd", "tiny-sd3")
 Part = Literal["text", "vae", "denoiser"]

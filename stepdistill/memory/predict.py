@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from stepdistill.data import GuidedState, Sample, Source, inside
-from stepdistill.data.chunks import Made
+from stepdistill.data.made import Made
 from stepdistill.fingerprint import Keys
 from stepdistill.folder import Base
 from stepdistill.memory.forecast import BASE, FEW, Prediction, forecast, single

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from stepdistill.data import Sample, Source
+from stepdistill.data.bundled import build
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.roles import LoraSpec
@@ -45,7 +46,6 @@ from stepdistill.run import Run, assemble
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import Stage, prepare
 from stepdistill.team import Team
-from stepdistill.tiny import build
 from stepdistill.trainer import Loop
 
 SIDES = ("reference", "uncached", "cached")

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import DiscreteVP
+from stepdistill.data.bundled import build
 from stepdistill.methods.base import Batch, Play
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.networks.backbone import Backbone
@@ -47,7 +48,6 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.spec import TrainSpec
 from stepdistill.team import Team
-from stepdistill.tiny import build
 from stepdistill.trainer import Loop
 
 SIDES = ("reference", "ours")

@@ -15,8 +15,8 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from stepdistill.data.bundled import build
 from stepdistill.families.sd import StableDiffusion
-from stepdistill.tiny import build
 
 FAMILY = StableDiffusion(pretrained_teacher_model="random")
 GUIDANCE, RATE, LOW, HIGH = 7.5, 1e-4, 20, 980  # guidance in our form, `uncond + w (cond - uncond)`

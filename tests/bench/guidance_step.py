@@ -26,10 +26,10 @@ from dmd2_plain import FAMILY, Setup, noise_table
 from harness import CPU, WALL, Rows, Side, interleaved, quartiles, ratios, surroundings, table
 from torch import Tensor, nn
 
+from stepdistill.data.bundled import build as tiny
 from stepdistill.methods.guidance_distillation import AdapterGuidance
 from stepdistill.networks.guidance_adapters import OFF, Attachment, build
 from stepdistill.networks.roles import Adapters
-from stepdistill.tiny import build as tiny
 
 SIDES = ("two passes", "adapters")
 GUIDANCE, NOW, THEN = 7.5, 799, 759

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from stepdistill.tiny import build, emoji
+from stepdistill.data.bundled import build, emoji
 
 CARD = """---
 license: cc-by-4.0

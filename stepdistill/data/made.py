@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import Source
-from stepdistill.tiny import bundled
+from stepdistill.data.bundled import bundled
 
 
 @dataclass(frozen=True, kw_only=True)

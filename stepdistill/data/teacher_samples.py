@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import Sample
-from stepdistill.data.chunks import Made
+from stepdistill.data.made import Made
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from stepdistill.tiny import emoji
+from stepdistill.data.bundled import emoji
 
 LENGTH = 16  # tokens of a caption, both ends included
 
