@@ -19,8 +19,8 @@ from stepdistill.contract import Contract, absolute, is_multi, read_contract, re
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.schedule import NoiseSchedule, Rectified
 from stepdistill.core.solvers import Sampler, check_starts
-from stepdistill.cut import warn_of_cut
 from stepdistill.families.base import Family, each
+from stepdistill.families.prompt_limits import warn_of_cut
 from stepdistill.guidance import Mode, negative
 from stepdistill.methods.base import Method
 from stepdistill.multi import Students

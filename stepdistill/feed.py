@@ -13,11 +13,11 @@ from torch import Tensor
 from stepdistill.cache import LatentCache, PromptCache
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.cut import warn_of_cut
 from stepdistill.data import FixedCrops, GuidedState, Sample, Source, Stream, loader
+from stepdistill.families.lazy_pipeline import Parts
+from stepdistill.families.prompt_limits import warn_of_cut
 from stepdistill.fingerprint import Keys
 from stepdistill.methods.base import Batch
-from stepdistill.parts import Parts
 from stepdistill.spec import TrainSpec
 
 logger = logging.getLogger(__name__)

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 
 from stepdistill.config.registry import every
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.cut import warn_of_cut
 from stepdistill.families.base import Family
+from stepdistill.families.prompt_limits import warn_of_cut
 
 Mode = Literal["nasa", "nag"]
 Combine = Callable[[Tensor, Tensor], Tensor]

@@ -16,8 +16,8 @@ from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import sample_rng
 from stepdistill.data import BadSample, InvertedImages, Sample, Source, inside
 from stepdistill.data.made import Made
+from stepdistill.families.lazy_pipeline import PARTS, Parts
 from stepdistill.feed import NULL, Feed, check_cache
-from stepdistill.parts import PARTS, Parts
 from stepdistill.run import Run
 from stepdistill.stage import begin, keys
 

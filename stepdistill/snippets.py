@@ -17,7 +17,7 @@ def snippet(contract: Contract, address: Path | str) -> str:
     call = "".join(f"    {key}={value!r},\n" for key, value in contract.call.items())
     stock = [] if contract.first_noise else [scheduler]
     lines = [
-        *([f"from stepdistill.schedulers import {scheduler}"] if contract.first_noise else []),
+        *([f"from stepdistill.families.schedulers import {scheduler}"] if contract.first_noise else []),
         *_loading(contract, address, *stock, *([net.class_name] if net else [])),
         f"pipe.{name} = {net.class_name}.from_pretrained(student, subfolder={name!r}).to(pipe.device, pipe.dtype)"
         if net

@@ -26,6 +26,7 @@ from stepdistill.core.random import noise_of
 from stepdistill.core.solvers import few_step, follow
 from stepdistill.data import GuidedState
 from stepdistill.evaluate import grid
+from stepdistill.families.lazy_pipeline import Parts
 from stepdistill.feed import Feed
 from stepdistill.fingerprint import Keys, keys_of
 from stepdistill.folder import Base, base_of
@@ -37,7 +38,6 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER
 from stepdistill.networks.sharding import Shards
-from stepdistill.parts import Parts
 
 if TYPE_CHECKING:
     from stepdistill.run import Run

@@ -135,8 +135,8 @@ def into_pipeline(
 
 
 def scheduler_class(contract: Contract) -> Any:  # noqa: ANN401
-    """The class of a contract's scheduler: one of Diffusers, or of `stepdistill.schedulers`."""
-    package = "stepdistill.schedulers" if contract.first_noise else "diffusers"
+    """The class of a contract's scheduler: one of Diffusers, or of `stepdistill.families.schedulers`."""
+    package = "stepdistill.families.schedulers" if contract.first_noise else "diffusers"
     return locate(f"{package}.{contract.scheduler['_class_name']}")
 
 

@@ -20,9 +20,9 @@ from stepdistill import cli, student
 from stepdistill.contract import CONTRACT
 from stepdistill.core.errors import StudentError
 from stepdistill.core.solvers import Sampler
-from stepdistill.cut import lost, warn_of_cut
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.drawing import Drawer, Wish, fuse_all, wished
+from stepdistill.families.prompt_limits import lost, warn_of_cut
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec

@@ -28,13 +28,13 @@ from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.random import sample_rng
 from stepdistill.data import FixedCrops, ImageFolder, InvertedImages, Partition, Prompts, TeacherSamples, Trajectories
 from stepdistill.data.bundled import build
+from stepdistill.families.lazy_pipeline import PARTS, Parts
 from stepdistill.feed import NULL
 from stepdistill.fingerprint import Keys, keys_of
 from stepdistill.folder import base_of
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.meta import is_shell
 from stepdistill.networks.roles import LoraSpec
-from stepdistill.parts import PARTS, Parts
 from stepdistill.precompute import precompute, prompts_of
 from stepdistill.run import Run, assemble, check, distill, fill
 from stepdistill.spec import TrainSpec

@@ -14,7 +14,7 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.prediction import Kind
 from stepdistill.core.solvers import Sampler
 from stepdistill.families.base import Family
-from stepdistill.schedulers import FirstNoiseEulerScheduler
+from stepdistill.families.schedulers import FirstNoiseEulerScheduler
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import DiscreteVP
 from stepdistill.core.solvers import Sampler
 from stepdistill.families.base import Family
-from stepdistill.schedulers import FirstNoiseDDIMScheduler
+from stepdistill.families.schedulers import FirstNoiseDDIMScheduler
 
 
 @dataclass(frozen=True, kw_only=True)
