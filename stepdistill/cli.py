@@ -235,7 +235,7 @@ def _make(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.export import verify
+    from stepdistill.students.verify import verify
 
     found = verify(args.folder)
     print(f"largest difference between plain Diffusers and the student's own sampler: {found['diffusers']:.3g}")
@@ -247,7 +247,7 @@ def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _multi(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.multi import join
+    from stepdistill.students.several import join
 
     print(f"joined {len(args.students)} students in {join(args.out, args.students, args.move)}")
 

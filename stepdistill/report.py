@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
-from stepdistill import export, student
 from stepdistill.core.cost import Cost
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.data import Partition, inside
 from stepdistill.data.bundled import bundled
 from stepdistill.data.routing import ROUTER, Routing
-from stepdistill.evaluate import SEED_B, Reference, Row, generate, grid, student_row, teacher_row
 from stepdistill.evaluation.measure import Reference as Compared
 from stepdistill.evaluation.measure import Sampled, measured
 from stepdistill.evaluation.prompts import sha256_of
@@ -29,6 +27,9 @@ from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.stats import Stats
 from stepdistill.networks import sharding
 from stepdistill.spec import TrainSpec
+from stepdistill.students import single as student
+from stepdistill.students import verify as export
+from stepdistill.students.draw.call import SEED_B, Reference, Row, generate, grid, student_row, teacher_row
 
 if TYPE_CHECKING:
     from stepdistill.run import Run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from stepdistill import checkpoint, export, report, student
+from stepdistill import checkpoint, report
 from stepdistill.config import load as config
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, problem
@@ -26,6 +26,8 @@ from stepdistill.networks import sharding
 from stepdistill.networks.roles import Copy, LoraSpec
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import Stage, prepare
+from stepdistill.students import single as student
+from stepdistill.students import verify as export
 from stepdistill.team import Team
 from stepdistill.trainer import Loop
 from stepdistill.watch import Watch

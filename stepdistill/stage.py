@@ -18,18 +18,15 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from stepdistill import student
 from stepdistill.core.denoise import guided, told
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import noise_of
 from stepdistill.core.solvers import few_step, follow
 from stepdistill.data import GuidedState
-from stepdistill.evaluate import grid
 from stepdistill.families.lazy_pipeline import Parts
 from stepdistill.feed import Feed
 from stepdistill.fingerprint import Keys, keys_of
-from stepdistill.folder import Base, base_of
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Play
 from stepdistill.metrics.straightness import paths
@@ -38,6 +35,9 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER
 from stepdistill.networks.sharding import Shards
+from stepdistill.students import single as student
+from stepdistill.students.draw.call import grid
+from stepdistill.students.write import Base, base_of
 
 if TYPE_CHECKING:
     from stepdistill.run import Run

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from stepdistill import signs
 from stepdistill.core import pixels as pictures
-from stepdistill.folder import write_unproven
 from stepdistill.logs import Logs
 from stepdistill.networks.roles import TEACHER
 from stepdistill.plot import plot
 from stepdistill.signs import LEVELS, PREFIX, SCORE, Yardstick
+from stepdistill.students.write import write_unproven
 
 if TYPE_CHECKING:
     from stepdistill.stage import Stage

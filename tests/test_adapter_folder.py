@@ -18,14 +18,11 @@ from test_adapters import stirred
 from torch import nn
 
 import stepdistill
-from stepdistill import multi, student
-from stepdistill.contract import read_contract
 from stepdistill.core.cost import count_calls
 from stepdistill.core.denoise import told
 from stepdistill.core.errors import StudentError
 from stepdistill.core.solvers import few_step
 from stepdistill.data import Prompts, Trajectories
-from stepdistill.evaluate import generate, student_row
 from stepdistill.families.base import each
 from stepdistill.methods.guidance_distillation import AdapterGuidance
 from stepdistill.networks.backbone import Backbone
@@ -34,7 +31,11 @@ from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.roles import Adapters, Lora, LoraSpec
 from stepdistill.run import Run, dry_run
 from stepdistill.spec import TrainSpec
-from stepdistill.weights import ADAPTERS
+from stepdistill.students import several as multi
+from stepdistill.students import single as student
+from stepdistill.students.contract import read_contract
+from stepdistill.students.draw.call import generate, student_row
+from stepdistill.students.weights import ADAPTERS
 
 METHOD = AdapterGuidance(arch="mixed", width=16, guidance_range=(1.0, 8.0), num_inference_steps=4)
 EACH = pytest.mark.parametrize("name", tiny.FAMILIES)

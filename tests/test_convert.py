@@ -18,21 +18,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stepdistill import export, student
 from stepdistill.cli import main
-from stepdistill.contract import teacher
-from stepdistill.convert import Layout, convert, load, merge
 from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.families.sd import StableDiffusion
-from stepdistill.fused import fuse
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.run import Run, check, distill
 from stepdistill.spec import TrainSpec
-from stepdistill.workflow import WORKFLOW
+from stepdistill.students import single as student
+from stepdistill.students import verify as export
+from stepdistill.students.contract import teacher
+from stepdistill.students.lora.comfyui import WORKFLOW
+from stepdistill.students.lora.files import Layout, convert, load, merge
+from stepdistill.students.lora.fuse import fuse
 
 RANK, ALPHA = 4, 16
 UNETS = ("sd", "sdxl")

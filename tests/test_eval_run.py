@@ -24,11 +24,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill import cli, multi, student
+from stepdistill import cli
 from stepdistill.core.errors import ConfigError, EvaluationError, MissingWeights, StepdistillError
 from stepdistill.data import Partition, Prompts
 from stepdistill.data.routing import Routing
-from stepdistill.evaluate import SEED_A, SEED_B, generate, student_row, teacher_row
 from stepdistill.evaluation import command, run, scores
 from stepdistill.evaluation.draw import labels, plan
 from stepdistill.evaluation.fill import cropped
@@ -46,6 +45,9 @@ from stepdistill.metrics.frechet import excess, frechet
 from stepdistill.metrics.stats import Stats
 from stepdistill.networks.clip import Clip, clip
 from stepdistill.networks.roles import Adapters, Lora
+from stepdistill.students import several as multi
+from stepdistill.students import single as student
+from stepdistill.students.draw.call import SEED_A, SEED_B, generate, student_row, teacher_row
 
 LCM = Consistency(ema_decay=None, num_ddim_timesteps=10)
 PROMPTS = ["red apple", "cat face", "rose", "octopus", "green apple", "dog face", "pear", "tiger"]

@@ -12,8 +12,8 @@ from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from diffusers.utils import convert_state_dict_to_kohya
 
-from stepdistill.formats import FAMILIES, Part, format_of, fuse, read, split, write
-from stepdistill.keys import NETWORKS, Layer, by_name, by_part, layers
+from stepdistill.students.lora.names import NETWORKS, Layer, by_name, by_part, layers
+from stepdistill.students.lora.tensors import FAMILIES, Part, format_of, fuse, read, split, write
 
 CELLS = [(family, to) for to in ("kohya", "comfyui", "diffusers") for family in FAMILIES[to]]
 DEPTH = {"sdxl": 1}  # layers per block of the small UNet

@@ -16,18 +16,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import FAMILIES, SIDE, awake, backbone, pipeline
 
-from stepdistill import cli, student
-from stepdistill.contract import CONTRACT
+from stepdistill import cli
 from stepdistill.core.errors import StudentError
 from stepdistill.core.solvers import Sampler
 from stepdistill.data import Prompts, TeacherSamples
-from stepdistill.drawing import Drawer, Wish, fuse_all, wished
 from stepdistill.families.prompt_limits import lost, warn_of_cut
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.spec import TrainSpec
+from stepdistill.students import single as student
+from stepdistill.students.contract import CONTRACT
+from stepdistill.students.draw.pipeline import Drawer, Wish, fuse_all, wished
 
 NOISY, QUIET = Consistency(ema_decay=None), Regression(num_inference_steps=2, ema_decay=None)
 

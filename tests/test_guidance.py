@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from stepdistill.core.errors import ConfigError
-from stepdistill.guidance import nag, nasa, negative
+from stepdistill.students.draw.negative_prompt import nag, nasa, negative
 
 PIPELINES = ("sd", "sdxl", "sd3")
 NETWORKS = (*PIPELINES, "sd35", "flux", "pixart", "sana")

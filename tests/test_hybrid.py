@@ -17,10 +17,10 @@ from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.solvers import Sampler, few_step, relay
 from stepdistill.families.base import each
-from stepdistill.hybrid import base_first
 from stepdistill.networks.pipeline_loras import adapters_on, attach, strengths, switch_on
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.weights import WEIGHTS, read_lora
+from stepdistill.students.draw.base_first import base_first
+from stepdistill.students.weights import WEIGHTS, read_lora
 
 SD = stable_diffusion()
 TIMES = (999.0, 749.0, 499.0, 249.0)

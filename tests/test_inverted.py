@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from tiny import FAMILIES, pipeline
 
-from stepdistill.contract import read_contract
 from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.random import noise_of
 from stepdistill.core.solvers import follow
@@ -24,6 +23,7 @@ from stepdistill.networks.roles import TEACHER
 from stepdistill.run import Run, distill, fill
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import prepare
+from stepdistill.students.contract import read_contract
 
 SIDE = 16
 

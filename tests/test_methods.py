@@ -15,12 +15,12 @@ from tiny import FAMILIES, SIDE, pipeline
 
 from stepdistill import families, methods, report
 from stepdistill.data import Prompts, Source, TeacherSamples, Trajectories
-from stepdistill.evaluate import generate
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.spec import TrainSpec
+from stepdistill.students.draw.call import generate
 
 
 def concrete(package, base) -> list[type]:

@@ -22,9 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stepdistill import cli, multi, student
+from stepdistill import cli
 from stepdistill.config import load as config
-from stepdistill.contract import CONTRACT, is_multi, read_contract, read_multi
 from stepdistill.core.errors import ConfigError, DataError, StudentError
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.random import sample_rng
@@ -32,13 +31,16 @@ from stepdistill.data import ImageFolder, Latents, Partition, Prompts, Stream, T
 from stepdistill.data import routing as router
 from stepdistill.data.bundled import emoji
 from stepdistill.data.routing import FORMAT, ROUTER, Routing, cluster, consecutive, normal, read_routing
-from stepdistill.evaluate import Row, generate
 from stepdistill.methods.base import Batch
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.spec import TrainSpec
+from stepdistill.students import several as multi
+from stepdistill.students import single as student
+from stepdistill.students.contract import CONTRACT, is_multi, read_contract, read_multi
+from stepdistill.students.draw.call import Row, generate
 
 ROOT = Path(__file__).parent.parent
 NAMES = [f"{drawing.name} {drawing.subgroup}" for drawing in emoji.drawings()]

@@ -31,7 +31,6 @@ from stepdistill.data.bundled import build
 from stepdistill.families.lazy_pipeline import PARTS, Parts
 from stepdistill.feed import NULL
 from stepdistill.fingerprint import Keys, keys_of
-from stepdistill.folder import base_of
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.meta import is_shell
 from stepdistill.networks.roles import LoraSpec
@@ -39,6 +38,7 @@ from stepdistill.precompute import precompute, prompts_of
 from stepdistill.run import Run, assemble, check, distill, fill
 from stepdistill.spec import TrainSpec
 from stepdistill.stage import Stage, prepare
+from stepdistill.students.write import base_of
 from stepdistill.team import Team
 
 ROOT = Path(__file__).parent.parent

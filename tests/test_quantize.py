@@ -10,9 +10,7 @@ import pytest
 import torch
 from tiny import FAMILIES, SIDE, awake, backbone, batch, pipeline, play
 
-from stepdistill import student
 from stepdistill.config.schema import Factory
-from stepdistill.contract import base_hash
 from stepdistill.core.errors import ConfigError
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.methods.dmd2 import DMD2
@@ -21,6 +19,8 @@ from stepdistill.networks.quantize import dense, quantized
 from stepdistill.networks.roles import TEACHER, Ema, LoraSpec
 from stepdistill.run import Run, check, distill
 from stepdistill.spec import TrainSpec
+from stepdistill.students import single as student
+from stepdistill.students.contract import base_hash
 
 INT8 = Factory("torchao.quantization.Int8WeightOnlyConfig")
 

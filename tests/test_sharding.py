@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor
 
 from stepdistill import trainer
 from stepdistill.config.schema import Factory
-from stepdistill.contract import read_contract
 from stepdistill.core.errors import ConfigError
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.data.bundled import build
@@ -35,6 +34,7 @@ from stepdistill.networks import sharding
 from stepdistill.networks.roles import TEACHER, Ema, Lora, LoraSpec, Module
 from stepdistill.run import Run, distill
 from stepdistill.spec import TrainSpec
+from stepdistill.students.contract import read_contract
 from stepdistill.team import Team
 
 CPU = torch.device("cpu")

@@ -16,9 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stepdistill import student
-from stepdistill.card import is_non_commercial, licence_of, warn_of_licence
-from stepdistill.contract import FORMAT
 from stepdistill.core.errors import StudentError
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
@@ -27,7 +24,10 @@ from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Ema, Lora, Module
-from stepdistill.proof import prove
+from stepdistill.students import single as student
+from stepdistill.students.card import is_non_commercial, licence_of, warn_of_licence
+from stepdistill.students.contract import FORMAT
+from stepdistill.students.proof import prove
 
 RANK, ALPHA = 4, 16
 SIZE = (32, 32)

@@ -11,10 +11,10 @@ from tables import transfer
 from tables.benchmark import prompts
 
 from stepdistill.core.pixels import saturation
-from stepdistill.evaluate import generate, teacher_row
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.metrics.jackknife import mean_interval, ratio_of_means
 from stepdistill.networks.roles import Lora
+from stepdistill.students.draw.call import generate, teacher_row
 
 FAMILY = StableDiffusion(pretrained_teacher_model="tiny-sd")
 CAPTIONS = prompts(16)

@@ -19,8 +19,6 @@ from oracles.play import Flow, Scripted, Tabular, column, stable_diffusion
 from safetensors.torch import load_file
 from torch import nn
 
-from stepdistill import multi, student
-from stepdistill.contract import read_contract
 from stepdistill.core.denoise import Denoise, guided
 from stepdistill.core.errors import StudentError
 from stepdistill.core.schedule import NoiseSchedule, expand
@@ -32,6 +30,9 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import Copy, LoraSpec
 from stepdistill.run import Run, distill, dry_run
 from stepdistill.spec import TrainSpec
+from stepdistill.students import several as multi
+from stepdistill.students import single as student
+from stepdistill.students.contract import read_contract
 
 MEAN, STD, N = 0.7, 0.6, 50
 X0, EPS = column(-0.4, 0.3, 0.9, 2.0), column(1.1, -0.2, 0.5, -1.4)

@@ -13,21 +13,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill import cli, student
-from stepdistill.contract import CONTRACT, STUDENTS, MultiContract, read_contract
+from stepdistill import cli
 from stepdistill.core.denoise import guided
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.schedule import DiscreteVP, expand
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.data.routing import Routing, consecutive
-from stepdistill.evaluate import Row, generate, teacher_row
 from stepdistill.families.base import Family, each
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Lora
-from stepdistill.visualize import LEFT, Strip, View, course, picked, sheet, view
+from stepdistill.students import single as student
+from stepdistill.students.contract import CONTRACT, STUDENTS, MultiContract, read_contract
+from stepdistill.students.draw.call import Row, generate, teacher_row
+from stepdistill.students.draw.steps import LEFT, Strip, View, course, picked, sheet, view
 
 PROMPTS = ["red apple", "cat face"]
 NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))

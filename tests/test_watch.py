@@ -25,7 +25,7 @@ from stepdistill.networks.roles import LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.signs import SCORE, Yardstick
 from stepdistill.spec import TrainSpec
-from stepdistill.student import load_student, verify
+from stepdistill.students.single import load_student, verify
 from stepdistill.team import Team
 from stepdistill.watch import SETS, Watch, ratios, statistics, yardstick
 

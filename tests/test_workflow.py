@@ -11,12 +11,12 @@ import pytest
 import tiny
 import torch
 
-from stepdistill.contract import Adapter, Contract
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.solvers import Sampler, few_step
-from stepdistill.workflow import WORKFLOW, check, save, sigmas, workflow
+from stepdistill.students.contract import Adapter, Contract
+from stepdistill.students.lora.comfyui import WORKFLOW, check, save, sigmas, workflow
 
 # inputs and outputs of ComfyUI's own nodes, from their definitions in nodes.py and comfy_extras
 NODES = {

@@ -15,16 +15,16 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill import student
 from stepdistill.core.cost import Cost
 from stepdistill.data.bundled import emoji
-from stepdistill.evaluate import SEED_A, SEED_B, Reference, Row, generate, teacher_row
 from stepdistill.evaluation.measure import Reference as Compared
 from stepdistill.evaluation.measure import Sampled, measured
 from stepdistill.metrics.features import EfficientNetLite0
 from stepdistill.metrics.stats import Stats
-from stepdistill.multi import Students, generate_each
 from stepdistill.run import Run
+from stepdistill.students import single as student
+from stepdistill.students.draw.call import SEED_A, SEED_B, Reference, Row, generate, teacher_row
+from stepdistill.students.several import Students, generate_each
 
 N = 2048
 SHIPPED = 256  # rows of the features that the quickstart compares with

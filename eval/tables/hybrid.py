@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill import student
 from stepdistill.config import load as config
 from stepdistill.core.cost import Cost
-from stepdistill.evaluate import Reference, student_row
-from stepdistill.hybrid import base_first
 from stepdistill.metrics.frechet import diversity_replicates
 from stepdistill.metrics.jackknife import block_sizes, interval
 from stepdistill.run import Run
+from stepdistill.students import single as student
+from stepdistill.students.draw.base_first import base_first
+from stepdistill.students.draw.call import Reference, student_row
 from tables.benchmark import Results, drawn, judged, places, reference
 from tables.recipes import recipes, trained
 

@@ -12,23 +12,24 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from stepdistill import report, signs, student
+from stepdistill import report, signs
 from stepdistill.config import load as config
 from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
 from stepdistill.core.schedule import DiscreteVP
 from stepdistill.core.solvers import Sampler
 from stepdistill.data.bundled import bundled
-from stepdistill.evaluate import SEED_B, Reference, Row, student_row, teacher_row
 from stepdistill.metrics import straightness
 from stepdistill.metrics.frechet import diversity, frechet
 from stepdistill.metrics.stats import Stats
-from stepdistill.multi import Students
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Copy, LoraSpec
 from stepdistill.run import Run, distill
 from stepdistill.signs import Yardstick
+from stepdistill.students import single as student
+from stepdistill.students.draw.call import SEED_B, Reference, Row, student_row, teacher_row
+from stepdistill.students.several import Students
 from tables import memory_at_size as cycles
 from tables.benchmark import N, Results, data_features, figures, places, prompts, reference
 from tables.guidance import measure_guidance

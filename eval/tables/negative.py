@@ -25,14 +25,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill import student
 from stepdistill.config import load as config
 from stepdistill.core.cost import Cost
 from stepdistill.data.bundled import emoji
-from stepdistill.evaluate import SEED_A, SEED_B, Row, generate, grid, student_row, teacher_row
 from stepdistill.families.base import Family
-from stepdistill.guidance import negative
 from stepdistill.run import Run
+from stepdistill.students import single as student
+from stepdistill.students.draw.call import SEED_A, SEED_B, Row, generate, grid, student_row, teacher_row
+from stepdistill.students.draw.negative_prompt import negative
 from tables.benchmark import Results, extractor
 from tables.recipes import recipes, trained
 

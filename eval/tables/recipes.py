@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from stepdistill import student
 from stepdistill.config import load as config
 from stepdistill.data import Partition
-from stepdistill.multi import join
 from stepdistill.run import Run, distill
+from stepdistill.students import single as student
+from stepdistill.students.several import join
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "tables"
 

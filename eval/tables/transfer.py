@@ -16,18 +16,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill import student
 from stepdistill.config import load as config
 from stepdistill.core.pixels import saturation
 from stepdistill.core.prediction import Estimate
 from stepdistill.data.bundled import emoji
-from stepdistill.evaluate import SEED_B, Row, generate, student_row, teacher_row
 from stepdistill.families.base import Family
 from stepdistill.metrics.jackknife import mean_interval, ratio_of_means
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.run import Run
+from stepdistill.students import single as student
+from stepdistill.students.draw.call import SEED_B, Row, generate, student_row, teacher_row
 from tables.benchmark import Results, prompts
 from tables.recipes import recipes, trained
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stepdistill.keys import NETWORKS
+from stepdistill.students.lora.names import NETWORKS
 
 CONVERT = """\
 IN is a student folder or a LoRA file, in the format of Diffusers, kohya (sd-scripts) or ComfyUI; OUT is a file. Each
@@ -41,8 +41,8 @@ def declare(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> N
 
 
 def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.convert import convert
-    from stepdistill.fused import fuse
+    from stepdistill.students.lora.files import convert
+    from stepdistill.students.lora.fuse import fuse
 
     if args.to == "fused":
         print(

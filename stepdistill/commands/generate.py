@@ -15,7 +15,7 @@ Loads the base into a plain Diffusers pipeline, and the student into it, and dra
 its scheduler, noise levels and guidance. Picture n has the seed SEED + n: it is what the card's snippet draws with
 `torch.manual_seed(SEED + n)`, whatever else is in its batch. OUT gets 00000.png and so on, and pictures.jsonl with the
 prompt and seed of each. What is drawn away from the contract is warned of. A negative prompt goes by guidance where
-there is any, else by attention: NASA, or NAG, see `stepdistill.guidance`.
+there is any, else by attention: NASA, or NAG, see `stepdistill.students.draw.negative_prompt`.
 
 examples:
   stepdistill generate runs/quickstart "cat face" rose --grid sheet.png
@@ -79,8 +79,8 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     import torch
 
     from stepdistill.core.errors import ConfigError, problem
-    from stepdistill.drawing import Drawer, Wish
     from stepdistill.evaluation.prompts import prompt_of, read_records
+    from stepdistill.students.draw.pipeline import Drawer, Wish
 
     prompts = [*args.prompts]
     if args.prompts_file:
@@ -103,7 +103,7 @@ def _draw(drawer: Any, prompts: list[str], args: argparse.Namespace, call: dict[
     from tqdm.auto import tqdm
 
     from stepdistill.core.cost import count_calls
-    from stepdistill.hybrid import base_first
+    from stepdistill.students.draw.base_first import base_first
 
     args.out.mkdir(parents=True, exist_ok=True)
     seeds, made, lines, began = [args.seed + n for n in range(len(prompts))], [], [], time.perf_counter()
@@ -126,7 +126,7 @@ def _sheet(pictures: list[Any], prompts: list[str], each: int) -> Any:  # noqa: 
     import numpy as np
     import torch
 
-    from stepdistill.evaluate import grid
+    from stepdistill.students.draw.call import grid
 
     made = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
     rows = [(f"picture {k + 1}", made[k::each]) for k in range(each)]

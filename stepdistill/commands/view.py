@@ -38,9 +38,9 @@ def declare(commands: Any, command: Make) -> None:  # noqa: ANN401
 
 
 def _view(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.contract import STUDENTS, is_multi, read_contract, teacher
-    from stepdistill.student import folder_of
-    from stepdistill.visualize import View, sheet, view
+    from stepdistill.students.contract import STUDENTS, is_multi, read_contract, teacher
+    from stepdistill.students.draw.steps import View, sheet, view
+    from stepdistill.students.single import folder_of
 
     folder = folder_of(args.folder)
     wanted = View(

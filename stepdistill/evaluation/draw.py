@@ -15,10 +15,7 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
-from stepdistill import student
-from stepdistill.contract import pipeline_hash
 from stepdistill.core.errors import EvaluationError, StepdistillError, problem
-from stepdistill.evaluate import Row
 from stepdistill.evaluation.exports import GenEval, T2ICompBench
 from stepdistill.evaluation.fill import Score, Unit, cropped, fill
 from stepdistill.evaluation.prompts import prompt_of, sha256_of
@@ -29,6 +26,9 @@ from stepdistill.evaluation.subjects import Subject, Way, contract_of
 from stepdistill.families.base import Family
 from stepdistill.metrics.features import FeatureExtractor
 from stepdistill.metrics.identity import DTYPES
+from stepdistill.students import single as student
+from stepdistill.students.contract import pipeline_hash
+from stepdistill.students.draw.call import Row
 
 LATENCY = "latency.json"
 WARMUP = 3  # pictures drawn before any is timed

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stepdistill.evaluate import grid
 from stepdistill.evaluation.draw import LATENCY, labels, slug
 from stepdistill.evaluation.measure import Sampled
 from stepdistill.evaluation.results import SCORES
@@ -16,6 +15,7 @@ from stepdistill.evaluation.scores import ClipScore
 from stepdistill.evaluation.spec import Draws
 from stepdistill.evaluation.store import Store
 from stepdistill.evaluation.subjects import Way, contract_of
+from stepdistill.students.draw.call import grid
 
 
 def sampled(way: Way, store: Store, reasons: Sequence[str], clip: ClipScore | None) -> Sampled:

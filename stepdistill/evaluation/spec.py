@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.evaluate import SEED_A, SEED_B
 from stepdistill.evaluation.measure import METRICS, PICKED
 from stepdistill.evaluation.protocol import PROTOCOLS, Protocol
 from stepdistill.metrics.extractors import Weights
 from stepdistill.metrics.resize import Resize
+from stepdistill.students.draw.call import SEED_A, SEED_B
 
 
 @dataclass(frozen=True, kw_only=True)

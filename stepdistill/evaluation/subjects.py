@@ -10,17 +10,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill import student
 from stepdistill.config import load as config
 from stepdistill.config.registry import every, find
-from stepdistill.contract import STUDENTS, Contract, is_multi, read_contract, teacher
 from stepdistill.core.cost import Cost
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.evaluate import Row, generate, student_row, teacher_row
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
-from stepdistill.multi import Students, generate_each
 from stepdistill.networks.guidance_adapters import GuidedCall
+from stepdistill.students import single as student
+from stepdistill.students.contract import STUDENTS, Contract, is_multi, read_contract, teacher
+from stepdistill.students.draw.call import Row, generate, student_row, teacher_row
+from stepdistill.students.several import Students, generate_each
 
 Role = Literal["reference", "teacher", "student"]
 
@@ -144,7 +144,7 @@ class Subject:
     def draw(
         self, way: Way, row: Row, prompts: Sequence[str], numbers: Sequence[int], batch: int
     ) -> tuple[Tensor, Cost]:
-        """Pictures (B, 3, H, W) uint8 and their cost, see `stepdistill.evaluate.generate`."""
+        """Pictures (B, 3, H, W) uint8 and their cost, see `stepdistill.students.draw.call.generate`."""
         if isinstance(self.call, Students):
             alike = None if way.steps is way.guidance is None else row  # else each under its own contract
             return generate_each(self.call, prompts, way.seed, alike, batch, numbers, self.size)

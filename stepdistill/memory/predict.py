@@ -15,10 +15,10 @@ from stepdistill.data import GuidedState, Sample, Source, inside
 from stepdistill.data.made import Made
 from stepdistill.families.lazy_pipeline import Parts
 from stepdistill.fingerprint import Keys
-from stepdistill.folder import Base
 from stepdistill.memory.forecast import BASE, FEW, Prediction, forecast, single
 from stepdistill.memory.outline import networks, outline
 from stepdistill.stage import DTYPES, staged
+from stepdistill.students.write import Base
 from stepdistill.trainer import Loop
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 from yaml import YAMLError, safe_dump
 
-from stepdistill.contract import STUDENTS, Contract, MultiContract, read_contract
 from stepdistill.families.base import BUNDLED_NAMES, Family
-from stepdistill.snippets import multi_snippet, snippet
+from stepdistill.students.contract import STUDENTS, Contract, MultiContract, read_contract
+from stepdistill.students.snippets import multi_snippet, snippet
 
 logger = logging.getLogger(__name__)
 

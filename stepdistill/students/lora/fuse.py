@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stepdistill.contract import CONTRACT, Network, read_contract, save, teacher
-from stepdistill.convert import layout_of, load, merge
 from stepdistill.core.errors import StudentError, problem
-from stepdistill.proof import prove
-from stepdistill.student import accept, in_memory
-from stepdistill.weights import WEIGHTS, into_pipeline, scheduler_class
+from stepdistill.students.contract import CONTRACT, Network, read_contract, save, teacher
+from stepdistill.students.lora.files import layout_of, load, merge
+from stepdistill.students.proof import prove
+from stepdistill.students.single import accept, in_memory
+from stepdistill.students.weights import WEIGHTS, into_pipeline, scheduler_class
 
 
 def fuse(source: Path, target: Path) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepdistill.contract import Attached, Contract, MultiContract, teacher
+from stepdistill.students.contract import Attached, Contract, MultiContract, teacher
 
 
 def snippet(contract: Contract, address: Path | str) -> str:

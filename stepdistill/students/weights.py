@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stepdistill.config.schema import locate
-from stepdistill.contract import Adapter, Attached, Contract, Network
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.guidance_adapters import Attachment, build
 from stepdistill.networks.pipeline_loras import adapters_on, attach, keys_of, same_keys, switch_on
 from stepdistill.networks.roles import Adapters, LoraSpec
+from stepdistill.students.contract import Adapter, Attached, Contract, Network
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ADAPTERS = "guidance_adapters.safetensors"

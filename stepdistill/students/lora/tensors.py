@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stepdistill.keys import NETWORKS, Layer, by_name, by_part
+from stepdistill.students.lora.names import NETWORKS, Layer, by_name, by_part
 
 Format = Literal["diffusers", "kohya", "comfyui"]
 FORMATS: tuple[Format, ...] = ("diffusers", "kohya", "comfyui")

@@ -19,9 +19,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill import student
-from stepdistill.card import write_card, write_multi_card
-from stepdistill.contract import (
+from stepdistill.core.cost import Cost
+from stepdistill.core.errors import StudentError, problem
+from stepdistill.data.routing import Router, Routing, read_routing
+from stepdistill.families.base import Family
+from stepdistill.networks.pipeline_loras import adapters_on, switch_on
+from stepdistill.students import single as student
+from stepdistill.students.card import write_card, write_multi_card
+from stepdistill.students.contract import (
     CONTRACT,
     STUDENTS,
     Contract,
@@ -32,12 +37,7 @@ from stepdistill.contract import (
     save,
     teacher,
 )
-from stepdistill.core.cost import Cost
-from stepdistill.core.errors import StudentError, problem
-from stepdistill.data.routing import Router, Routing, read_routing
-from stepdistill.evaluate import Row, generate
-from stepdistill.families.base import Family
-from stepdistill.networks.pipeline_loras import adapters_on, switch_on
+from stepdistill.students.draw.call import Row, generate
 
 EACH = ("generator", "latents", "negative_prompt")  # arguments of a call that may have one entry a prompt
 LEFT_OUT = ("checkpoint-*", "runs")  # parts of a training run that its student does not need
@@ -135,7 +135,7 @@ def generate_each(
     numbers: Sequence[int] | None = None,
     size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Cost]:
-    """What `stepdistill.evaluate.generate` draws, each prompt with its student: the same pictures as of it alone.
+    """What `students.draw.call.generate` draws, each prompt with its student: the same pictures as of it alone.
 
     Args:
         row: how all of them sample; None is each under its own contract.

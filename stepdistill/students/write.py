@@ -1,4 +1,4 @@
-"""Writing the files of a student folder: weights, scheduler, contract and card. `stepdistill.student` proves them."""
+"""Writing the files of a student folder: weights, scheduler, contract and card. `students.single` proves them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from diffusers import DiffusionPipeline
 from pydantic import TypeAdapter
 
 import stepdistill
-from stepdistill.card import licence_of, write_card
 from stepdistill.config.load import to_node
 from stepdistill.config.schema import dotted
-from stepdistill.contract import Adapter, Attached, Contract, Network, absolute, base_hash, missing, save
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import Module
-from stepdistill.proof import TOLERANCE
-from stepdistill.weights import save_weights
+from stepdistill.students.card import licence_of, write_card
+from stepdistill.students.contract import Adapter, Attached, Contract, Network, absolute, base_hash, missing, save
+from stepdistill.students.proof import TOLERANCE
+from stepdistill.students.weights import save_weights
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 KINDS: dict[type, Literal["lora", "full", "adapters"]] = {Adapter: "lora", Network: "full", Attached: "adapters"}

@@ -13,19 +13,19 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from stepdistill import student
 from stepdistill.config import load as config
-from stepdistill.contract import Contract, absolute, is_multi, read_contract, read_multi, teacher
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.schedule import NoiseSchedule, Rectified
 from stepdistill.core.solvers import Sampler, check_starts
 from stepdistill.families.base import Family, each
 from stepdistill.families.prompt_limits import warn_of_cut
-from stepdistill.guidance import Mode, negative
 from stepdistill.methods.base import Method
-from stepdistill.multi import Students
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.pipeline_loras import merge, weigh
+from stepdistill.students import single as student
+from stepdistill.students.contract import Contract, absolute, is_multi, read_contract, read_multi, teacher
+from stepdistill.students.draw.negative_prompt import Mode, negative
+from stepdistill.students.several import Students
 
 logger = logging.getLogger(__name__)
 STUDENT = "student"  # the adapter's name
@@ -152,7 +152,8 @@ class Drawer:
     def against(
         self, text: str | None, call: dict[str, Any], scale: float | None = None, mode: Mode = "nasa"
     ) -> Iterator[dict[str, Any]]:
-        """The call with a negative prompt, by guidance where it guides, else by `stepdistill.guidance.negative`.
+        """The call with a negative prompt, by guidance where it guides, else by
+        `students.draw.negative_prompt.negative`.
 
         Args:
             text: None is none.

@@ -12,7 +12,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from stepdistill.contract import Contract, Proof
 from stepdistill.core.denoise import guided, told
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.solvers import few_step
@@ -21,6 +20,7 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER
 from stepdistill.networks.sharding import is_sharded, stream
+from stepdistill.students.contract import Contract, Proof
 
 PROMPTS = ("red apple", "")
 # half precision turns rounding in the seventh digit into rounding in the third, and the steps carry it on

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
 
-from stepdistill import convert, student, workflow
-from stepdistill.contract import STUDENTS, Contract, is_multi, read_contract, teacher
 from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.families.base import Family
-from stepdistill.formats import FAMILIES, Format
 from stepdistill.networks.roles import Ema, Lora
-from stepdistill.proof import prove
-from stepdistill.weights import WEIGHTS, into_pipeline, scheduler_class
+from stepdistill.students import single as student
+from stepdistill.students.contract import STUDENTS, Contract, is_multi, read_contract, teacher
+from stepdistill.students.lora import comfyui as workflow
+from stepdistill.students.lora import files as convert
+from stepdistill.students.lora.tensors import FAMILIES, Format
+from stepdistill.students.proof import prove
+from stepdistill.students.weights import WEIGHTS, into_pipeline, scheduler_class
 
 if TYPE_CHECKING:
     from stepdistill.run import Run
@@ -64,7 +66,7 @@ def clear(folder: Path) -> None:
 
 
 def verify(folder: Path) -> dict[str, float]:
-    """The largest difference by format, as `stepdistill.student.verify` measures it, for each that the folder has.
+    """The largest difference by format, as `students.single.verify` measures it, for each that the folder has.
 
     A file of another format is read by Diffusers where Diffusers reads it for the family, else converted back; and a
     workflow must hold the contract's noise levels.

@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stepdistill.contract import read_contract, teacher
 from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.families.base import Family
-from stepdistill.formats import FAMILIES, Format, Lora, Part, Read, format_of, read, write
-from stepdistill.keys import NETWORKS, PIPELINES, Layer, by_name, by_part
-from stepdistill.weights import WEIGHTS
+from stepdistill.students.contract import read_contract, teacher
+from stepdistill.students.lora.names import NETWORKS, PIPELINES, Layer, by_name, by_part
+from stepdistill.students.lora.tensors import FAMILIES, Format, Lora, Part, Read, format_of, read, write
+from stepdistill.students.weights import WEIGHTS
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHOWN = 10
@@ -30,7 +30,7 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Layout:
-    """Whose layers a LoRA is on: a key of `stepdistill.keys.NETWORKS`, and `layers_per_block` of its UNet."""
+    """Whose layers a LoRA is on: a key of `students.lora.names.NETWORKS`, and `layers_per_block` of its UNet."""
 
     family: str
     per_block: int = 2

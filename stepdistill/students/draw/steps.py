@@ -18,16 +18,16 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from stepdistill.contract import STUDENTS, is_multi, read_contract, teacher
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.prediction import estimate
 from stepdistill.core.random import noise_of
 from stepdistill.core.schedule import DiscreteVP
-from stepdistill.evaluate import teacher_row
 from stepdistill.families.base import Family, each
-from stepdistill.multi import Students
-from stepdistill.student import folder_of, load_student
+from stepdistill.students.contract import STUDENTS, is_multi, read_contract, teacher
+from stepdistill.students.draw.call import teacher_row
+from stepdistill.students.several import Students
+from stepdistill.students.single import folder_of, load_student
 
 LEFT, LINE, GAP = 150, 14, 6  # pixels of a sheet: its labels, a line of text, between pictures
 
@@ -127,7 +127,7 @@ class View:
 
     Args:
         prompts: a block of lines each.
-        seed: picture i starts from `noise_of(seed, i)`, as `stepdistill.evaluate.generate` has it.
+        seed: picture i starts from `noise_of(seed, i)`, as `stepdistill.students.draw.call.generate` has it.
         teacher_steps, teacher_guidance: of the teacher at its best.
         columns: frames of a line at most; the first and the last are always there.
     """

@@ -13,21 +13,39 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from stepdistill.card import is_non_commercial as is_non_commercial
-from stepdistill.card import warn_of_licence as warn_of_licence
-from stepdistill.card import write_card
-from stepdistill.contract import CONTRACT, STUDENTS, Contract, Proof, base_hash, is_multi, read_contract, save, teacher
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.data.routing import ROUTER
 from stepdistill.families.base import Family
-from stepdistill.folder import base_of, name_of, write_unproven
 from stepdistill.methods.base import Method
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.roles import Adapters, Copy, Ema, Lora, LoraSpec
-from stepdistill.proof import prove
-from stepdistill.snippets import snippet as snippet
-from stepdistill.weights import ADAPTERS, WEIGHTS, into_pipeline, load_adapters, load_network, load_state, read_lora
+from stepdistill.students.card import is_non_commercial as is_non_commercial
+from stepdistill.students.card import warn_of_licence as warn_of_licence
+from stepdistill.students.card import write_card
+from stepdistill.students.contract import (
+    CONTRACT,
+    STUDENTS,
+    Contract,
+    Proof,
+    base_hash,
+    is_multi,
+    read_contract,
+    save,
+    teacher,
+)
+from stepdistill.students.proof import prove
+from stepdistill.students.snippets import snippet as snippet
+from stepdistill.students.weights import (
+    ADAPTERS,
+    WEIGHTS,
+    into_pipeline,
+    load_adapters,
+    load_network,
+    load_state,
+    read_lora,
+)
+from stepdistill.students.write import base_of, name_of, write_unproven
 
 logger = logging.getLogger(__name__)
 # what loading needs of a hub folder
@@ -153,14 +171,14 @@ def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_
     Returns:
         Keyword arguments of the pipeline's call: `pipe(prompt, **load_student(pipe, folder))`. Of guidance adapters
         they are a `networks.guidance_adapters.GuidedCall`, on which the scale is set. For a folder of several students
-        `stepdistill.multi.Students`, which draw instead: `load_student(pipe, folder)(prompts)`.
+        `stepdistill.students.several.Students`, which draw instead: `load_student(pipe, folder)(prompts)`.
 
     Raises:
         StudentError: there is no student, or it does not fit the pipeline.
     """
     folder = folder_of(folder_or_hub_id)
     if is_multi(folder):
-        from stepdistill.multi import load  # it loads each by this function
+        from stepdistill.students.several import load  # it loads each by this function
 
         return load(pipe, folder, adapter_name)
     contract = read_contract(folder)

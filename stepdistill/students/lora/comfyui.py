@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from stepdistill.contract import Contract, teacher
 from stepdistill.core.errors import ConfigError, StudentError, problem
-from stepdistill.keys import PIPELINES
-from stepdistill.weights import scheduler_class
+from stepdistill.students.contract import Contract, teacher
+from stepdistill.students.lora.names import PIPELINES
+from stepdistill.students.weights import scheduler_class
 
 WORKFLOW = "comfyui_workflow.json"
 SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
