@@ -19,12 +19,12 @@ from stepdistill.data.bundled import bundled
 from stepdistill.data.routing import ROUTER, Routing
 from stepdistill.evaluation.measure import Reference as Compared
 from stepdistill.evaluation.measure import Sampled, measured
+from stepdistill.evaluation.metrics.features import EfficientNetLite0
+from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.prompts import sha256_of
 from stepdistill.evaluation.protocol import PROTOCOLS
-from stepdistill.evaluation.results import document, under
+from stepdistill.evaluation.report.results import document, under
 from stepdistill.methods.base import Method
-from stepdistill.metrics.features import EfficientNetLite0
-from stepdistill.metrics.stats import Stats
 from stepdistill.networks import sharding
 from stepdistill.spec import TrainSpec
 from stepdistill.students import single as student

@@ -24,12 +24,12 @@ from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import noise_of
 from stepdistill.core.solvers import few_step, follow
 from stepdistill.data import GuidedState
+from stepdistill.evaluation.metrics.straightness import paths
 from stepdistill.families.lazy_pipeline import Parts
 from stepdistill.feed import Feed
 from stepdistill.fingerprint import Keys, keys_of
 from stepdistill.logs import Logs
 from stepdistill.methods.base import Play
-from stepdistill.metrics.straightness import paths
 from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser

@@ -19,10 +19,10 @@ from transformers import CLIPImageProcessor
 
 from stepdistill.core.errors import DataError
 from stepdistill.evaluation.exports import GenEval, T2ICompBench
+from stepdistill.evaluation.metrics import clip_score
+from stepdistill.evaluation.metrics.clip_score import clip_scores
 from stepdistill.evaluation.pictures import Pictures
 from stepdistill.evaluation.prompts import prompt_of, read_records, sha256_of
-from stepdistill.metrics import clip_score
-from stepdistill.metrics.clip_score import clip_scores
 from stepdistill.networks.clip import Clip
 
 

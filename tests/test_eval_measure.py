@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from stepdistill.evaluation.measure import Reference, Sampled, measured
+from stepdistill.evaluation.metrics.frechet import frechet, frechet_terms
+from stepdistill.evaluation.metrics.identity import FID_WEIGHTS, INCEPTION, Identity
+from stepdistill.evaluation.metrics.jackknife import difference_of_means, noise_floor
+from stepdistill.evaluation.metrics.kernel import kid
+from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.protocol import PROTOCOLS
-from stepdistill.evaluation.results import under
-from stepdistill.metrics.frechet import frechet, frechet_terms
-from stepdistill.metrics.identity import FID_WEIGHTS, INCEPTION, Identity
-from stepdistill.metrics.jackknife import difference_of_means, noise_floor
-from stepdistill.metrics.kernel import kid
-from stepdistill.metrics.stats import Stats
+from stepdistill.evaluation.report.results import under
 
 FID = Identity(INCEPTION, FID_WEIGHTS + 56 * "0", "file", 2048, "pool3", "clean", "(u - 128) / 128", "fp32", 64)
 

@@ -20,10 +20,10 @@ from pictures import noise
 from PIL import Image, ImageDraw
 
 from stepdistill.core.errors import DataError
-from stepdistill.evaluation.chart import Point, against_clip, against_cost, front
-from stepdistill.evaluation.columns import digits, number
-from stepdistill.evaluation.page import page
-from stepdistill.evaluation.table import FIELDS, alike, flat, identity, read, write_csv
+from stepdistill.evaluation.report.chart import Point, against_clip, against_cost, front
+from stepdistill.evaluation.report.columns import digits, number
+from stepdistill.evaluation.report.page import page
+from stepdistill.evaluation.report.table import FIELDS, alike, flat, identity, read, write_csv
 
 TEACHER = {
     "id": "tiny-sd",

@@ -31,6 +31,9 @@ from stepdistill.data.routing import Routing
 from stepdistill.evaluation import command, run, scores
 from stepdistill.evaluation.draw import labels, plan
 from stepdistill.evaluation.fill import cropped
+from stepdistill.evaluation.metrics.clip_score import clip_scores
+from stepdistill.evaluation.metrics.frechet import excess, frechet
+from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.pictures import Pictures
 from stepdistill.evaluation.spec import Draws, Measures
 from stepdistill.evaluation.store import Store
@@ -40,9 +43,6 @@ from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.guidance_distillation import AdapterGuidance
-from stepdistill.metrics.clip_score import clip_scores
-from stepdistill.metrics.frechet import excess, frechet
-from stepdistill.metrics.stats import Stats
 from stepdistill.networks.clip import Clip, clip
 from stepdistill.networks.roles import Adapters, Lora
 from stepdistill.students import several as multi

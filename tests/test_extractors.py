@@ -18,14 +18,14 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 
 from stepdistill.core.errors import ConfigError, MissingWeights, WrongWeights
-from stepdistill.metrics import extractors
-from stepdistill.metrics.encoders import ClipImages, Dinov2, Latents, Pixels
-from stepdistill.metrics.extractors import Weights, availability, extractor, find_inception
-from stepdistill.metrics.frechet import frechet
-from stepdistill.metrics.identity import Identity, hash_of
-from stepdistill.metrics.inception import Inception, RandomInception, random_state
-from stepdistill.metrics.resize import to_299
-from stepdistill.metrics.stats import Stats
+from stepdistill.evaluation.metrics import extractors
+from stepdistill.evaluation.metrics.encoders import ClipImages, Dinov2, Latents, Pixels
+from stepdistill.evaluation.metrics.extractors import Weights, availability, extractor, find_inception
+from stepdistill.evaluation.metrics.frechet import frechet
+from stepdistill.evaluation.metrics.identity import Identity, hash_of
+from stepdistill.evaluation.metrics.inception import Inception, RandomInception, random_state
+from stepdistill.evaluation.metrics.resize import to_299
+from stepdistill.evaluation.metrics.stats import Stats
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
@@ -406,7 +406,7 @@ def test_odd_names_are_refused(name, options, message):
 
 def test_a_user_s_own_extractor(tmp_path, monkeypatch):
     (tmp_path / "own_features.py").write_text(
-        "from stepdistill.metrics.encoders import Pixels\ndef make():\n    return Pixels(batch=7)\n"
+        "from stepdistill.evaluation.metrics.encoders import Pixels\ndef make():\n    return Pixels(batch=7)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert extractor("module:own_features:make").identity.batch == 7

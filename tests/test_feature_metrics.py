@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepdistill.metrics import kernel, neighbours
-from stepdistill.metrics.kernel import cmmd, cubic, kid, mmd
-from stepdistill.metrics.neighbours import prdc
-from stepdistill.metrics.vendi import vendi
+from stepdistill.evaluation.metrics import kernel, neighbours
+from stepdistill.evaluation.metrics.kernel import cmmd, cubic, kid, mmd
+from stepdistill.evaluation.metrics.neighbours import prdc
+from stepdistill.evaluation.metrics.vendi import vendi
 
 
 def normal(n: int, dim: int = 4, seed: int = 0, mean: float = 0.0) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from stepdistill.metrics.frechet import diversity, diversity_replicates, excess, frechet, frechet_terms
-from stepdistill.metrics.jackknife import (
+from stepdistill.evaluation.metrics.frechet import diversity, diversity_replicates, excess, frechet, frechet_terms
+from stepdistill.evaluation.metrics.jackknife import (
     block_sizes,
     difference_of_means,
     interval,
@@ -18,7 +18,7 @@ from stepdistill.metrics.jackknife import (
     noise_floor,
     replicates,
 )
-from stepdistill.metrics.stats import Stats
+from stepdistill.evaluation.metrics.stats import Stats
 
 
 def normal(seed: int, *shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Closed forms and independent computations for stepdistill.metrics."""
+"""Closed forms and independent computations for stepdistill.evaluation.metrics."""
 
 import math
 import time
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from stepdistill.core.cost import count_calls
 from stepdistill.core.pixels import to_uint8
-from stepdistill.metrics.features import EfficientNetLite0
-from stepdistill.metrics.frechet import diversity, excess, frechet, paired
-from stepdistill.metrics.jackknife import _jackknife, _leave_out, _t975
-from stepdistill.metrics.stats import Stats
+from stepdistill.evaluation.metrics.features import EfficientNetLite0
+from stepdistill.evaluation.metrics.frechet import diversity, excess, frechet, paired
+from stepdistill.evaluation.metrics.jackknife import _jackknife, _leave_out, _t975
+from stepdistill.evaluation.metrics.stats import Stats
 
 
 def normal(seed: int, *shape: int) -> Tensor:

@@ -17,11 +17,11 @@ from stepdistill.core.losses import whole
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, Rectified, expand
 from stepdistill.core.solvers import chord, evenly, few_step, follow, share_of_noise, solve, time_of_share, u_shaped
+from stepdistill.evaluation.metrics.straightness import paths, plot
 from stepdistill.methods import reflow
 from stepdistill.methods.base import Batch
 from stepdistill.methods.reflow import Lpips, PeRFlow, Reflow
 from stepdistill.methods.slimflow import FlowGuided
-from stepdistill.metrics.straightness import paths, plot
 from stepdistill.networks.roles import TEACHER, Copy, Lora
 
 SD, FLOW = stable_diffusion(), Flow()

@@ -10,10 +10,10 @@ from test_reflow import SD
 
 from stepdistill.core import losses
 from stepdistill.core import solvers as straight
+from stepdistill.evaluation.metrics import straightness
 from stepdistill.methods import reflow
 from stepdistill.methods.reflow import PeRFlow, Reflow
 from stepdistill.methods.slimflow import FlowGuided
-from stepdistill.metrics import straightness
 
 
 def line() -> None:

@@ -12,8 +12,8 @@ import torch
 from oracles import close
 from torch import Tensor
 
-from stepdistill.metrics.frechet import frechet
-from stepdistill.metrics.stats import FeatureStats, Stats
+from stepdistill.evaluation.metrics.frechet import frechet
+from stepdistill.evaluation.metrics.stats import FeatureStats, Stats
 
 
 def features(n: int, dim: int = 6, offset: float = 0.0, seed: int = 0) -> Tensor:

@@ -11,8 +11,8 @@ from tables import transfer
 from tables.benchmark import prompts
 
 from stepdistill.core.pixels import saturation
+from stepdistill.evaluation.metrics.jackknife import mean_interval, ratio_of_means
 from stepdistill.families.sd import StableDiffusion
-from stepdistill.metrics.jackknife import mean_interval, ratio_of_means
 from stepdistill.networks.roles import Lora
 from stepdistill.students.draw.call import generate, teacher_row
 

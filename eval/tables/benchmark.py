@@ -19,8 +19,8 @@ from stepdistill.core.cost import Cost
 from stepdistill.data.bundled import emoji
 from stepdistill.evaluation.measure import Reference as Compared
 from stepdistill.evaluation.measure import Sampled, measured
-from stepdistill.metrics.features import EfficientNetLite0
-from stepdistill.metrics.stats import Stats
+from stepdistill.evaluation.metrics.features import EfficientNetLite0
+from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.run import Run
 from stepdistill.students import single as student
 from stepdistill.students.draw.call import SEED_A, SEED_B, Reference, Row, generate, teacher_row

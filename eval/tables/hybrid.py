@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stepdistill.config import load as config
 from stepdistill.core.cost import Cost
-from stepdistill.metrics.frechet import diversity_replicates
-from stepdistill.metrics.jackknife import block_sizes, interval
+from stepdistill.evaluation.metrics.frechet import diversity_replicates
+from stepdistill.evaluation.metrics.jackknife import block_sizes, interval
 from stepdistill.run import Run
 from stepdistill.students import single as student
 from stepdistill.students.draw.base_first import base_first

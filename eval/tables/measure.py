@@ -19,9 +19,9 @@ from stepdistill.core.random import noise_of
 from stepdistill.core.schedule import DiscreteVP
 from stepdistill.core.solvers import Sampler
 from stepdistill.data.bundled import bundled
-from stepdistill.metrics import straightness
-from stepdistill.metrics.frechet import diversity, frechet
-from stepdistill.metrics.stats import Stats
+from stepdistill.evaluation.metrics import straightness
+from stepdistill.evaluation.metrics.frechet import diversity, frechet
+from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Copy, LoraSpec

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stepdistill.metrics.straightness import Paths, plot
+from stepdistill.evaluation.metrics.straightness import Paths, plot
 from tables.matrix import matrix
 
 STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4), "reflow": (1, 2, 4)}

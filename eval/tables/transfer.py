@@ -20,8 +20,8 @@ from stepdistill.config import load as config
 from stepdistill.core.pixels import saturation
 from stepdistill.core.prediction import Estimate
 from stepdistill.data.bundled import emoji
+from stepdistill.evaluation.metrics.jackknife import mean_interval, ratio_of_means
 from stepdistill.families.base import Family
-from stepdistill.metrics.jackknife import mean_interval, ratio_of_means
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Lora, LoraSpec

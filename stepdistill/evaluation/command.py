@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stepdistill.metrics.extractors import Weights
+    from stepdistill.evaluation.metrics.extractors import Weights
 
 RUN = """\
 Draws TEACHER at its best and in few steps, and every STUDENT, all from the same prompts and noises; measures them
@@ -180,7 +180,7 @@ def _chosen(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _given(args: argparse.Namespace) -> Weights:
-    from stepdistill.metrics.extractors import Weights
+    from stepdistill.evaluation.metrics.extractors import Weights
 
     return Weights(args.inception_weights, args.clip_weights, args.dinov2_weights)
 
@@ -215,7 +215,7 @@ def _tell(found: dict[str, Any], args: argparse.Namespace) -> None:
     PartialState().destroy_process_group()  # leaving gloo's threads running aborts some exits
     if not found:  # of the first process alone
         return
-    from stepdistill.evaluation.results import lines
+    from stepdistill.evaluation.report.results import lines
 
     print("\n".join(lines(found)))
     print(f"\n{args.out / 'report.html'}")
@@ -240,7 +240,7 @@ def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _doctor(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.metrics.extractors import availability
+    from stepdistill.evaluation.metrics.extractors import availability
 
     for line in availability(_given(args)):
         print(f"{line.name:<22} {'ok' if line.ok else 'missing':<8} {line.where}")

@@ -18,14 +18,14 @@ from torch import Tensor
 from stepdistill.core.errors import EvaluationError, StepdistillError, problem
 from stepdistill.evaluation.exports import GenEval, T2ICompBench
 from stepdistill.evaluation.fill import Score, Unit, cropped, fill
+from stepdistill.evaluation.metrics.features import FeatureExtractor
+from stepdistill.evaluation.metrics.identity import DTYPES
 from stepdistill.evaluation.prompts import prompt_of, sha256_of
 from stepdistill.evaluation.scores import ClipScore, against_teacher, perceptual
 from stepdistill.evaluation.spec import Draws
 from stepdistill.evaluation.store import Store
 from stepdistill.evaluation.subjects import Subject, Way, contract_of
 from stepdistill.families.base import Family
-from stepdistill.metrics.features import FeatureExtractor
-from stepdistill.metrics.identity import DTYPES
 from stepdistill.students import single as student
 from stepdistill.students.contract import pipeline_hash
 from stepdistill.students.draw.call import Row

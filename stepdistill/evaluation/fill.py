@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from stepdistill.evaluation.metrics.features import FeatureExtractor
 from stepdistill.evaluation.pictures import fitted
 from stepdistill.evaluation.store import Store
-from stepdistill.metrics.features import FeatureExtractor
 
 Score = Callable[[Tensor, Sequence[int]], dict[str, list[float]]]  # of pictures and their numbers, by name
 

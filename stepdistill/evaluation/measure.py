@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.metrics.frechet import diversity, paired
-from stepdistill.metrics.jackknife import (
+from stepdistill.evaluation.metrics.frechet import diversity, paired
+from stepdistill.evaluation.metrics.jackknife import (
     Interval,
     block_sizes,
     difference_of_means,
@@ -24,10 +24,10 @@ from stepdistill.metrics.jackknife import (
     noise_floor,
     replicates,
 )
-from stepdistill.metrics.kernel import cmmd, kid
-from stepdistill.metrics.neighbours import prdc
-from stepdistill.metrics.stats import Stats
-from stepdistill.metrics.vendi import vendi
+from stepdistill.evaluation.metrics.kernel import cmmd, kid
+from stepdistill.evaluation.metrics.neighbours import prdc
+from stepdistill.evaluation.metrics.stats import Stats
+from stepdistill.evaluation.metrics.vendi import vendi
 
 BLOCKS = 20
 ENOUGH = 4  # pictures a dimension, from which on the jackknife's bias correction is of use

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stepdistill.metrics.identity import Identity
-from stepdistill.metrics.resize import Resize
+from stepdistill.evaluation.metrics.identity import Identity
+from stepdistill.evaluation.metrics.resize import Resize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Protocol:
     Args:
         name: what the report calls it.
         n: pictures; None is any number.
-        features: name of the extractor, as `stepdistill.metrics.extractors.extractor` has it.
+        features: name of the extractor, as `stepdistill.evaluation.metrics.extractors.extractor` has it.
         resize: of the pictures, to the extractor's size.
         eval_res: side in pixels that pictures of both sides are cropped and resized to before; None leaves them.
         reference: what the reference must be, in words; empty for anything.

@@ -9,12 +9,12 @@ from accelerate import PartialState
 
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.evaluation.fill import Unit, fill
+from stepdistill.evaluation.metrics.features import FeatureExtractor
 from stepdistill.evaluation.pictures import SKIPPED, Pictures
 from stepdistill.evaluation.prompts import sha256_of
 from stepdistill.evaluation.scores import ClipScore
 from stepdistill.evaluation.spec import Measures
 from stepdistill.evaluation.store import Store
-from stepdistill.metrics.features import FeatureExtractor
 
 
 def read_into(

@@ -11,12 +11,12 @@ from accelerate import PartialState
 
 from stepdistill.core.errors import DataError, EvaluationError, problem
 from stepdistill.evaluation.measure import Reference
+from stepdistill.evaluation.metrics.features import FeatureExtractor
+from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.pictures import Pictures
 from stepdistill.evaluation.read import read_into
 from stepdistill.evaluation.spec import Measures
 from stepdistill.evaluation.store import FACTS, Store
-from stepdistill.metrics.features import FeatureExtractor
-from stepdistill.metrics.stats import Stats
 
 TEACHER = "teacher"
 UNKNOWN_FEATURES = "unknown"  # of statistics that another tool wrote

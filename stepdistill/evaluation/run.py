@@ -17,22 +17,22 @@ from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.data.bundled import emoji
 from stepdistill.evaluation.draw import Painter, labels, plan, slug
 from stepdistill.evaluation.measure import Reference, Sampled, measured
-from stepdistill.evaluation.page import page
+from stepdistill.evaluation.metrics.extractors import extractor
+from stepdistill.evaluation.metrics.features import FeatureExtractor
+from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.pictures import Pictures
 from stepdistill.evaluation.prompts import prompt_of, read_records, sha256_of
 from stepdistill.evaluation.read import read_into
 from stepdistill.evaluation.reference import TEACHER, Referent
-from stepdistill.evaluation.results import document, finish, samples, under
-from stepdistill.evaluation.rows import sampled, scores_of, sheets
+from stepdistill.evaluation.report.page import page
+from stepdistill.evaluation.report.results import document, finish, samples, under
+from stepdistill.evaluation.report.rows import sampled, scores_of, sheets
+from stepdistill.evaluation.report.table import alike, flat, read, write_csv
 from stepdistill.evaluation.scores import ClipScore
 from stepdistill.evaluation.spec import Draws, Measures
 from stepdistill.evaluation.store import FACTS, write
 from stepdistill.evaluation.subjects import contract_of, family_of
-from stepdistill.evaluation.table import alike, flat, read, write_csv
 from stepdistill.families.base import BUNDLED_NAMES
-from stepdistill.metrics.extractors import extractor
-from stepdistill.metrics.features import FeatureExtractor
-from stepdistill.metrics.identity import Identity
 from stepdistill.networks.lpips import lpips
 
 LEAST = 40  # pictures: 20 blocks of two

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from stepdistill.core.errors import EvaluationError, MissingWeights, problem
 from stepdistill.evaluation.fill import Score
+from stepdistill.evaluation.metrics.clip_score import clip_scores
+from stepdistill.evaluation.metrics.identity import hash_of
 from stepdistill.evaluation.store import Store
-from stepdistill.metrics.clip_score import clip_scores
-from stepdistill.metrics.identity import hash_of
 from stepdistill.networks.clip import Clip, clip
 from stepdistill.networks.lpips import lpips
 

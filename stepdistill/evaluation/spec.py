@@ -9,9 +9,9 @@ from typing import Literal
 
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.evaluation.measure import METRICS, PICKED
+from stepdistill.evaluation.metrics.extractors import Weights
+from stepdistill.evaluation.metrics.resize import Resize
 from stepdistill.evaluation.protocol import PROTOCOLS, Protocol
-from stepdistill.metrics.extractors import Weights
-from stepdistill.metrics.resize import Resize
 from stepdistill.students.draw.call import SEED_A, SEED_B
 
 

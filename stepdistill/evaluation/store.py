@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.errors import EvaluationError, problem
-from stepdistill.metrics.stats import PART, FeatureStats, Stats
+from stepdistill.evaluation.metrics.stats import PART, FeatureStats, Stats
 
 FACTS, FEATURES, PICTURES = "facts.json", "features.npy", "pictures.npy"
 

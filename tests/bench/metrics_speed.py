@@ -26,9 +26,9 @@ import torch
 from harness import CPU, WALL, Rows, Side, interleaved, quartiles, ratios, surroundings, table
 from torch import Tensor
 
-from stepdistill.metrics.frechet import frechet
-from stepdistill.metrics.inception import Inception, random_state
-from stepdistill.metrics.stats import Stats
+from stepdistill.evaluation.metrics.frechet import frechet
+from stepdistill.evaluation.metrics.inception import Inception, random_state
+from stepdistill.evaluation.metrics.stats import Stats
 
 FEATURES, DISTANCE = ("torchmetrics", "ours"), ("scipy", "ours")
 WARM = 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepdistill.evaluation.draw import LATENCY, labels, slug
 from stepdistill.evaluation.measure import Sampled
-from stepdistill.evaluation.results import SCORES
+from stepdistill.evaluation.report.results import SCORES
 from stepdistill.evaluation.scores import ClipScore
 from stepdistill.evaluation.spec import Draws
 from stepdistill.evaluation.store import Store

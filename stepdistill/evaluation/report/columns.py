@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stepdistill.evaluation.table import UNKNOWN, Identity
+from stepdistill.evaluation.report.table import UNKNOWN, Identity
 
 Row = Mapping[str, Any]  # of `flat`; empty where the column has nothing to say of it
 Cells = list[tuple[str, str]]  # of each row the value, and what stands below it

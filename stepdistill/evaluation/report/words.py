@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from stepdistill.evaluation.columns import TITLES, Row, digits, number
-from stepdistill.evaluation.table import UNKNOWN, Evaluation, Identity, alike
+from stepdistill.evaluation.report.columns import TITLES, Row, digits, number
+from stepdistill.evaluation.report.table import UNKNOWN, Evaluation, Identity, alike
 
 SHARED = {
     "teacher": "Their teachers differ: each row's excess and speed-up are over the teacher of its own evaluation.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.linalg import eigvalsh
 
-from stepdistill.metrics.stats import rows_of
+from stepdistill.evaluation.metrics.stats import rows_of
 
 
 def vendi(features: Tensor) -> float:

@@ -17,11 +17,11 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from stepdistill.core.errors import ConfigError, MissingWeights, problem
-from stepdistill.metrics.encoders import VAE_BATCH, ClipImages, Dinov2, Latents, Pixels
-from stepdistill.metrics.features import BATCH, EfficientNetLite0, FeatureExtractor
-from stepdistill.metrics.identity import DTYPES, FID_WEIGHTS, Dtype, Identity
-from stepdistill.metrics.inception import Inception, RandomInception
-from stepdistill.metrics.resize import Resize
+from stepdistill.evaluation.metrics.encoders import VAE_BATCH, ClipImages, Dinov2, Latents, Pixels
+from stepdistill.evaluation.metrics.features import BATCH, EfficientNetLite0, FeatureExtractor
+from stepdistill.evaluation.metrics.identity import DTYPES, FID_WEIGHTS, Dtype, Identity
+from stepdistill.evaluation.metrics.inception import Inception, RandomInception
+from stepdistill.evaluation.metrics.resize import Resize
 
 DINOV2 = {f"dinov2-{size[0]}": f"facebook/dinov2-{size}" for size in ("small", "base", "large", "giant")}
 CLIP = {
@@ -235,7 +235,7 @@ def _from_module(place: str) -> FeatureExtractor:
                 f"features 'module:{place}' of {type(found)}",
                 "an object with `identity`, an `Identity`",
                 "results name what they were computed on",
-                "see stepdistill.metrics.features.FeatureExtractor",
+                "see stepdistill.evaluation.metrics.features.FeatureExtractor",
             )
         )
     return _Users(replace(found.identity, arch=f"module:{found.identity.arch}"), found)

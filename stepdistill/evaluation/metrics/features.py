@@ -16,7 +16,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from stepdistill.metrics.identity import Identity
+from stepdistill.evaluation.metrics.identity import Identity
 
 BATCH = 64
 

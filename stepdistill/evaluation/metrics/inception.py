@@ -20,9 +20,17 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from stepdistill.core.errors import ConfigError, WrongWeights, problem
-from stepdistill.metrics.features import BATCH, extract
-from stepdistill.metrics.identity import DTYPES, FID_WEIGHTS, INCEPTION, RANDOM_INCEPTION, Dtype, Identity, hash_of
-from stepdistill.metrics.resize import Resize, to_299
+from stepdistill.evaluation.metrics.features import BATCH, extract
+from stepdistill.evaluation.metrics.identity import (
+    DTYPES,
+    FID_WEIGHTS,
+    INCEPTION,
+    RANDOM_INCEPTION,
+    Dtype,
+    Identity,
+    hash_of,
+)
+from stepdistill.evaluation.metrics.resize import Resize, to_299
 
 
 class Inception:

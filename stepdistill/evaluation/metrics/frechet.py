@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from stepdistill.metrics.jackknife import Interval, block_sizes, interval, replicates
-from stepdistill.metrics.stats import PART, TOLERANCE, Stats, roots, rows_of
+from stepdistill.evaluation.metrics.jackknife import Interval, block_sizes, interval, replicates
+from stepdistill.evaluation.metrics.stats import PART, TOLERANCE, Stats, roots, rows_of
 
 
 def frechet(a: Stats, b: Stats) -> float:
@@ -90,7 +90,7 @@ def diversity(features: Tensor, prompt_index: Tensor) -> float:
 def diversity_replicates(features: Tensor, prompt_index: Tensor, blocks: int = 20) -> Tensor:
     """`diversity` of all samples, then without each block of consecutive ones: (1 + blocks,), float64.
 
-    As `stepdistill.metrics.jackknife.interval` takes them, also quotients and differences of equal blocks. Each prompt
+    As `evaluation.metrics.jackknife.interval` takes them, also quotients and differences of equal blocks. Each prompt
     needs two samples without any block. Raises TypeError, ValueError.
     """
     x, prompt_index = rows_of(features), prompt_index.cpu()

@@ -15,7 +15,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from stepdistill.metrics.stats import Stats, rows_of
+from stepdistill.evaluation.metrics.stats import Stats, rows_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stepdistill.metrics.stats import rows_of
+from stepdistill.evaluation.metrics.stats import rows_of
 
 BLOCK = 1024  # rows of a kernel matrix that are held at once
 Kernel = Callable[[Tensor, Tensor], Tensor]

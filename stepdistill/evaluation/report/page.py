@@ -8,10 +8,10 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from stepdistill.evaluation import columns, words
-from stepdistill.evaluation.chart import Point, against_clip, against_cost
-from stepdistill.evaluation.columns import TITLES, Row
-from stepdistill.evaluation.table import Evaluation, flat
+from stepdistill.evaluation.report import columns, words
+from stepdistill.evaluation.report.chart import Point, against_clip, against_cost
+from stepdistill.evaluation.report.columns import TITLES, Row
+from stepdistill.evaluation.report.table import Evaluation, flat
 
 NORMAL = 1.96  # half a 95 % interval in standard errors
 
@@ -35,7 +35,7 @@ def page(evaluations: Sequence[Evaluation], title: str) -> str:
         lstrip_blocks=True,
     )
     against, reading = words.notes(evaluations, rows)
-    return env.get_template("report.html.j2").render(
+    return env.get_template("template.html.j2").render(
         title=title,
         names=[one.name for one in evaluations],
         about=words.about(evaluations),

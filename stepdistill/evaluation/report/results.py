@@ -15,11 +15,11 @@ from accelerate import PartialState
 
 import stepdistill
 from stepdistill.evaluation.measure import Reference
-from stepdistill.evaluation.page import page
+from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.protocol import Protocol
+from stepdistill.evaluation.report.page import page
+from stepdistill.evaluation.report.table import SCHEMA, flat, read, write_csv
 from stepdistill.evaluation.store import Store, write
-from stepdistill.evaluation.table import SCHEMA, flat, read, write_csv
-from stepdistill.metrics.identity import Identity
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 SCORES = ("clip", "psnr", "ssim", "lpips")  # what a unit tells of single pictures

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stepdistill.metrics.stats import rows_of
+from stepdistill.evaluation.metrics.stats import rows_of
 
 BLOCK = 1024  # rows of a distance matrix that are held at once
 

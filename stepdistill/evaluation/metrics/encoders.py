@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from transformers import AutoImageProcessor, CLIPModel, Dinov2Model
 
-from stepdistill.metrics.features import BATCH, extract
-from stepdistill.metrics.identity import DTYPES, NO_WEIGHTS, Dtype, Identity, hash_of
+from stepdistill.evaluation.metrics.features import BATCH, extract
+from stepdistill.evaluation.metrics.identity import DTYPES, NO_WEIGHTS, Dtype, Identity, hash_of
 from stepdistill.networks.clip import pretrained
 
 DINO_SIDE = 224

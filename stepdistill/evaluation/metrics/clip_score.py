@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill.metrics.features import check_images
+from stepdistill.evaluation.metrics.features import check_images
 from stepdistill.networks.clip import Clip
 
 BATCH = 64  # pictures that go through CLIP at once
