@@ -7,7 +7,7 @@ __all__ = ["__version__", "distill", "load_student"]
 def __getattr__(name: str) -> object:
     """`distill` and `load_student`, imported on first use: `stepdistill --help` must not wait for torch."""
     if name == "distill":
-        from stepdistill.run import distill
+        from stepdistill.training.distill import distill
 
         return distill
     if name == "load_student":

@@ -187,7 +187,8 @@ def _command(
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.run import Run, distill, dry_run
+    from stepdistill.training.distill import distill, dry_run
+    from stepdistill.training.recipe import Run
 
     run = config.load(Run, args.config, overrides)
     if os.environ.get("RANK", "0") == "0":  # one process of those that a launcher started
@@ -202,7 +203,7 @@ def _init(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.config.registry import find
     from stepdistill.config.schema import fields
     from stepdistill.config.template import template
-    from stepdistill.run import Run
+    from stepdistill.training.recipe import Run
 
     bases = fields(Run)
     chosen = {key: find(bases[key], name) for key, name in (("family", args.family), ("method", args.method))}
@@ -219,14 +220,15 @@ def _made_for(method: type) -> str:
 
 def _check(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.data import check
-    from stepdistill.run import Run
+    from stepdistill.training.recipe import Run
 
     print(check(config.load(Run, args.config, overrides).data))
 
 
 def _make(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.run import Run, fill
-    from stepdistill.stage import prepare
+    from stepdistill.training.distill import fill
+    from stepdistill.training.recipe import Run
+    from stepdistill.training.setup import prepare
 
     stage = prepare(config.load(Run, args.config, overrides))
     fill(stage)
@@ -253,7 +255,7 @@ def _multi(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _doctor(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.doctor import examine, save_curve
+    from stepdistill.training.watch.doctor import examine, save_curve
 
     if args.save_curve:
         save_curve(args.folder, args.save_curve)

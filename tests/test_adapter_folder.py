@@ -29,13 +29,13 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.roles import Adapters, Lora, LoraSpec
-from stepdistill.run import Run, dry_run
-from stepdistill.spec import TrainSpec
 from stepdistill.students import several as multi
 from stepdistill.students import single as student
 from stepdistill.students.contract import read_contract
 from stepdistill.students.draw.call import generate, student_row
 from stepdistill.students.weights import ADAPTERS
+from stepdistill.training.distill import dry_run
+from stepdistill.training.recipe import Run, TrainSpec
 
 METHOD = AdapterGuidance(arch="mixed", width=16, guidance_range=(1.0, 8.0), num_inference_steps=4)
 EACH = pytest.mark.parametrize("name", tiny.FAMILIES)

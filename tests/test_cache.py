@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stepdistill import cache as module
-from stepdistill.cache import LatentCache, PromptCache
 from stepdistill.core.errors import StepdistillError
+from stepdistill.training.cache import rows as module
+from stepdistill.training.cache.rows import LatentCache, PromptCache
 
 
 class Encoder:

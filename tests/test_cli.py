@@ -144,7 +144,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         module = types.ModuleType(f"stepdistill.{name}")
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, f"stepdistill.{name}", module)
-    return types.SimpleNamespace(Run=run_class, part=part, calls=calls, run=sys.modules["stepdistill.run"])
+    return types.SimpleNamespace(Run=run_class, part=part, calls=calls, run=sys.modules["stepdistill.training.distill"])
 
 
 @pytest.fixture
@@ -334,8 +334,8 @@ def test_an_abstract_field_without_a_subclass_is_an_error(library) -> None:
 
 
 def test_init_of_every_method_and_family_and_source_loads(tmp_path, capsys) -> None:
-    from stepdistill.feed import check_needs
-    from stepdistill.run import Run
+    from stepdistill.training.batches import check_needs
+    from stepdistill.training.recipe import Run
 
     names: dict[str, list[str]] = {}
     for key, base in fields(Run).items():

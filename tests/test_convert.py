@@ -26,14 +26,14 @@ from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.run import Run, check, distill
-from stepdistill.spec import TrainSpec
 from stepdistill.students import single as student
 from stepdistill.students import verify as export
 from stepdistill.students.contract import teacher
 from stepdistill.students.lora.comfyui import WORKFLOW
 from stepdistill.students.lora.files import Layout, convert, load, merge
 from stepdistill.students.lora.fuse import fuse
+from stepdistill.training.distill import check, distill
+from stepdistill.training.recipe import Run, TrainSpec
 
 RANK, ALPHA = 4, 16
 UNETS = ("sd", "sdxl")

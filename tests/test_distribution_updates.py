@@ -14,7 +14,6 @@ from stepdistill.core.errors import ConfigError
 from stepdistill.core.schedule import Rectified
 from stepdistill.data import Prompts
 from stepdistill.families.base import Family
-from stepdistill.feed import check_needs
 from stepdistill.methods.base import Batch, Method, Play
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2, Gan
@@ -23,8 +22,9 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.clip import clip
 from stepdistill.networks.roles import TEACHER, Ema, Lora, Tap
 from stepdistill.networks.taps import Head, features_before
-from stepdistill.run import Run, distill
-from stepdistill.spec import TrainSpec
+from stepdistill.training.batches import check_needs
+from stepdistill.training.distill import distill
+from stepdistill.training.recipe import Run, TrainSpec
 
 DMD = DMD2(num_inference_steps=2, guidance_scale=3.0, critic_steps=2)
 GAN = replace(DMD, gan=Gan())

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stepdistill import cli, signs
+from stepdistill import cli
 from stepdistill.config import load as config
 from stepdistill.core.errors import CheckpointError
-from stepdistill.curve import Curve, course, differences, matching
-from stepdistill.doctor import examine, save_curve
-from stepdistill.run import Run
-from stepdistill.signs import PREFIX, SCORE, STATISTICS, Yardstick
+from stepdistill.training.recipe import Run
+from stepdistill.training.watch import rules as signs
+from stepdistill.training.watch.curves import Curve, course, differences, matching
+from stepdistill.training.watch.doctor import examine, save_curve
+from stepdistill.training.watch.rules import PREFIX, SCORE, STATISTICS, Yardstick
 
 ROOT = Path(__file__).parent.parent
 FACTS = {"teacher_sha256": "f00", "prompts": ["a"], "samples": 4, "steps": 25, "guidance_scale": 7.5}

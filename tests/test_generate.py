@@ -24,11 +24,11 @@ from stepdistill.families.prompt_limits import lost, warn_of_cut
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.run import Run, distill
-from stepdistill.spec import TrainSpec
 from stepdistill.students import single as student
 from stepdistill.students.contract import CONTRACT
 from stepdistill.students.draw.pipeline import Drawer, Wish, fuse_all, wished
+from stepdistill.training.distill import distill
+from stepdistill.training.recipe import Run, TrainSpec
 
 NOISY, QUIET = Consistency(ema_decay=None), Regression(num_inference_steps=2, ema_decay=None)
 

@@ -16,14 +16,14 @@ from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.random import noise_of
 from stepdistill.core.solvers import follow
 from stepdistill.data import ImageFolder, InvertedImages, check
-from stepdistill.feed import provided
 from stepdistill.methods import reflow
 from stepdistill.methods.reflow import Reflow
 from stepdistill.networks.roles import TEACHER
-from stepdistill.run import Run, distill, fill
-from stepdistill.spec import TrainSpec
-from stepdistill.stage import prepare
 from stepdistill.students.contract import read_contract
+from stepdistill.training.batches import provided
+from stepdistill.training.distill import distill, fill
+from stepdistill.training.recipe import Run, TrainSpec
+from stepdistill.training.setup import prepare
 
 SIDE = 16
 

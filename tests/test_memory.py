@@ -28,7 +28,6 @@ from tables import memory_at_size as cycles
 from tables.memory_at_size import VP, Cycle, Shape
 from tables.render import render
 
-from stepdistill import run as running
 from stepdistill.config.schema import Factory
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.schedule import Rectified
@@ -36,11 +35,6 @@ from stepdistill.data import Prompts, TeacherSamples, Trajectories
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
-from stepdistill.memory import predict as predicting
-from stepdistill.memory.forecast import BASE, Part, Prediction, by_foreach, cycle, forecast, prime
-from stepdistill.memory.outline import configs_of, networks, outline
-from stepdistill.memory.predict import predict, rehearsal
-from stepdistill.memory.tracker import Tracker
 from stepdistill.methods.base import Method
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd2 import DMD2, Gan
@@ -48,9 +42,15 @@ from stepdistill.methods.guidance_distillation import AdapterGuidance
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import LoraSpec
-from stepdistill.run import Run, dry_run
-from stepdistill.spec import TrainSpec
-from stepdistill.trainer import Loop
+from stepdistill.training import distill as running
+from stepdistill.training.distill import dry_run
+from stepdistill.training.loop import Loop
+from stepdistill.training.memory import predict as predicting
+from stepdistill.training.memory.forecast import BASE, Part, Prediction, by_foreach, cycle, forecast, prime
+from stepdistill.training.memory.outline import configs_of, networks, outline
+from stepdistill.training.memory.predict import predict, rehearsal
+from stepdistill.training.memory.tracker import Tracker
+from stepdistill.training.recipe import Run, TrainSpec
 
 CPU = torch.device("cpu")
 WIDTH, TOKENS, BLOCK = 16, 5, 32

@@ -13,14 +13,15 @@ import pytest
 from tables import matrix
 from tiny import FAMILIES, SIDE, pipeline
 
-from stepdistill import families, methods, report
+from stepdistill import families, methods
 from stepdistill.data import Prompts, Source, TeacherSamples, Trajectories
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.networks.roles import LoraSpec
-from stepdistill.run import Run, distill
-from stepdistill.spec import TrainSpec
 from stepdistill.students.draw.call import generate
+from stepdistill.training import finish as report
+from stepdistill.training.distill import distill
+from stepdistill.training.recipe import Run, TrainSpec
 
 
 def concrete(package, base) -> list[type]:

@@ -35,12 +35,12 @@ from stepdistill.methods.base import Batch
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.run import Run, distill
-from stepdistill.spec import TrainSpec
 from stepdistill.students import several as multi
 from stepdistill.students import single as student
 from stepdistill.students.contract import CONTRACT, is_multi, read_contract, read_multi
 from stepdistill.students.draw.call import Row, generate
+from stepdistill.training.distill import distill
+from stepdistill.training.recipe import Run, TrainSpec
 
 ROOT = Path(__file__).parent.parent
 NAMES = [f"{drawing.name} {drawing.subgroup}" for drawing in emoji.drawings()]

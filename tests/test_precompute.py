@@ -22,24 +22,26 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, pipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, Gemma2Model, T5EncoderModel
 
-from stepdistill import cache, cli, fingerprint
-from stepdistill.cache import RowStore
+from stepdistill import cli
 from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.random import sample_rng
 from stepdistill.data import FixedCrops, ImageFolder, InvertedImages, Partition, Prompts, TeacherSamples, Trajectories
 from stepdistill.data.bundled import build
 from stepdistill.families.lazy_pipeline import PARTS, Parts
-from stepdistill.feed import NULL
-from stepdistill.fingerprint import Keys, keys_of
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.meta import is_shell
 from stepdistill.networks.roles import LoraSpec
-from stepdistill.precompute import precompute, prompts_of
-from stepdistill.run import Run, assemble, check, distill, fill
-from stepdistill.spec import TrainSpec
-from stepdistill.stage import Stage, prepare
 from stepdistill.students.write import base_of
-from stepdistill.team import Team
+from stepdistill.training.batches import NULL
+from stepdistill.training.cache import keys as fingerprint
+from stepdistill.training.cache import rows as cache
+from stepdistill.training.cache.keys import Keys, keys_of
+from stepdistill.training.cache.precompute import precompute, prompts_of
+from stepdistill.training.cache.rows import RowStore
+from stepdistill.training.distill import assemble, check, distill, fill
+from stepdistill.training.optimizers import Team
+from stepdistill.training.recipe import Run, TrainSpec
+from stepdistill.training.setup import Stage, prepare
 
 ROOT = Path(__file__).parent.parent
 SIDE = 32

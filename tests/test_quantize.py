@@ -17,10 +17,10 @@ from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.tsm import TeacherScoreMatching
 from stepdistill.networks.quantize import dense, quantized
 from stepdistill.networks.roles import TEACHER, Ema, LoraSpec
-from stepdistill.run import Run, check, distill
-from stepdistill.spec import TrainSpec
 from stepdistill.students import single as student
 from stepdistill.students.contract import base_hash
+from stepdistill.training.distill import check, distill
+from stepdistill.training.recipe import Run, TrainSpec
 
 INT8 = Factory("torchao.quantization.Int8WeightOnlyConfig")
 

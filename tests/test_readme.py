@@ -12,7 +12,7 @@ from tables import render
 
 from stepdistill import methods
 from stepdistill.config import load as config
-from stepdistill.run import Run
+from stepdistill.training.recipe import Run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

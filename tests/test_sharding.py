@@ -21,7 +21,6 @@ from tiny import FAMILIES, awake, backbone, batch, pipeline, play, tokens
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from stepdistill import trainer
 from stepdistill.config.schema import Factory
 from stepdistill.core.errors import ConfigError
 from stepdistill.data import Prompts, TeacherSamples
@@ -32,10 +31,11 @@ from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.tsm import TeacherScoreMatching
 from stepdistill.networks import sharding
 from stepdistill.networks.roles import TEACHER, Ema, Lora, LoraSpec, Module
-from stepdistill.run import Run, distill
-from stepdistill.spec import TrainSpec
 from stepdistill.students.contract import read_contract
-from stepdistill.team import Team
+from stepdistill.training import loop as trainer
+from stepdistill.training.distill import distill
+from stepdistill.training.optimizers import Team
+from stepdistill.training.recipe import Run, TrainSpec
 
 CPU = torch.device("cpu")
 SGD = torch.optim.SGD

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 from tiny import awake, backbone, batch, pipeline, play
 
-from stepdistill import checkpoint, trainer
 from stepdistill.config.load import to_yaml
 from stepdistill.config.schema import Factory
 from stepdistill.core.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss, StepdistillError
@@ -30,9 +29,11 @@ from stepdistill.methods.base import Update
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.run import Run, check, distill
-from stepdistill.spec import TrainSpec
-from stepdistill.team import Team
+from stepdistill.training import checkpoint
+from stepdistill.training import loop as trainer
+from stepdistill.training.distill import check, distill
+from stepdistill.training.optimizers import Team
+from stepdistill.training.recipe import Run, TrainSpec
 
 LCM = Consistency(num_ddim_timesteps=10, guidance_scale=3.0, ema_decay=0.9, loss_type="l2")
 

@@ -23,9 +23,9 @@ from stepdistill.data import made as chunks
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.guidance_distillation import AdapterGuidance, GuidedLora
 from stepdistill.networks.roles import TEACHER
-from stepdistill.run import Run, check_scales, distill, fill
-from stepdistill.spec import TrainSpec
-from stepdistill.stage import prepare
+from stepdistill.training.distill import check_scales, distill, fill
+from stepdistill.training.recipe import Run, TrainSpec
+from stepdistill.training.setup import prepare
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = Prompts(prompts=("red apple", "cat face", "rose"))

@@ -28,11 +28,11 @@ from stepdistill.methods.base import Batch, Update
 from stepdistill.methods.tsm import TeacherScoreMatching
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import Copy, LoraSpec
-from stepdistill.run import Run, distill, dry_run
-from stepdistill.spec import TrainSpec
 from stepdistill.students import several as multi
 from stepdistill.students import single as student
 from stepdistill.students.contract import read_contract
+from stepdistill.training.distill import distill, dry_run
+from stepdistill.training.recipe import Run, TrainSpec
 
 MEAN, STD, N = 0.7, 0.6, 50
 X0, EPS = column(-0.4, 0.3, 0.9, 2.0), column(1.1, -0.2, 0.5, -1.4)

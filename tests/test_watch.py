@@ -15,19 +15,20 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from stepdistill import signs, stage
 from stepdistill.core import pixels as pictures
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.families.sd import StableDiffusion
-from stepdistill.logs import Logs
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import LoraSpec
-from stepdistill.run import Run, distill
-from stepdistill.signs import SCORE, Yardstick
-from stepdistill.spec import TrainSpec
 from stepdistill.students.single import load_student, verify
-from stepdistill.team import Team
-from stepdistill.watch import SETS, Watch, ratios, statistics, yardstick
+from stepdistill.training import setup as stage
+from stepdistill.training.distill import distill
+from stepdistill.training.logs import Logs
+from stepdistill.training.optimizers import Team
+from stepdistill.training.recipe import Run, TrainSpec
+from stepdistill.training.watch import rules as signs
+from stepdistill.training.watch.measure import SETS, Watch, ratios, statistics, yardstick
+from stepdistill.training.watch.rules import SCORE, Yardstick
 
 # --- statistics of pictures ------------------------------------------------------------------------------------------
 
@@ -183,7 +184,7 @@ def watch(scene, tmp_path, monkeypatch, caplog):
         shutil.copy(folder / "watch.json", out)  # so that the teacher need not draw again
         spec = replace(scene.run.train, output_dir=str(out), **train)
         monkeypatch.setattr(scene, "run", replace(scene.run, train=spec))
-        monkeypatch.setattr("stepdistill.watch.plot", lambda *args: None)  # most of a look's time here
+        monkeypatch.setattr("stepdistill.training.watch.measure.plot", lambda *args: None)  # most of a look's time here
         made = None
         for step, name in enumerate(students):
 

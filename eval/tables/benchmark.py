@@ -21,10 +21,10 @@ from stepdistill.evaluation.measure import Reference as Compared
 from stepdistill.evaluation.measure import Sampled, measured
 from stepdistill.evaluation.metrics.features import EfficientNetLite0
 from stepdistill.evaluation.metrics.stats import Stats
-from stepdistill.run import Run
 from stepdistill.students import single as student
 from stepdistill.students.draw.call import SEED_A, SEED_B, Reference, Row, generate, teacher_row
 from stepdistill.students.several import Students, generate_each
+from stepdistill.training.recipe import Run
 
 N = 2048
 SHIPPED = 256  # rows of the features that the quickstart compares with

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from stepdistill import report
 from stepdistill.config import load as config
 from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
@@ -20,9 +19,10 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.roles import TEACHER, LoraSpec
-from stepdistill.run import Run
 from stepdistill.students import single as student
 from stepdistill.students.draw.call import SEED_B, Reference, generate, student_row, teacher_row
+from stepdistill.training import finish as report
+from stepdistill.training.recipe import Run
 from tables.benchmark import Results, figures, prompts, taught
 from tables.recipes import recipes, seconds, trained
 

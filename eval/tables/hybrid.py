@@ -15,10 +15,10 @@ from stepdistill.config import load as config
 from stepdistill.core.cost import Cost
 from stepdistill.evaluation.metrics.frechet import diversity_replicates
 from stepdistill.evaluation.metrics.jackknife import block_sizes, interval
-from stepdistill.run import Run
 from stepdistill.students import single as student
 from stepdistill.students.draw.base_first import base_first
 from stepdistill.students.draw.call import Reference, student_row
+from stepdistill.training.recipe import Run
 from tables.benchmark import Results, drawn, judged, places, reference
 from tables.recipes import recipes, trained
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from stepdistill import report, signs
 from stepdistill.config import load as config
 from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
@@ -25,11 +24,14 @@ from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Copy, LoraSpec
-from stepdistill.run import Run, distill
-from stepdistill.signs import Yardstick
 from stepdistill.students import single as student
 from stepdistill.students.draw.call import SEED_B, Reference, Row, student_row, teacher_row
 from stepdistill.students.several import Students
+from stepdistill.training import finish as report
+from stepdistill.training.distill import distill
+from stepdistill.training.recipe import Run
+from stepdistill.training.watch import rules as signs
+from stepdistill.training.watch.rules import Yardstick
 from tables import memory_at_size as cycles
 from tables.benchmark import N, Results, data_features, figures, places, prompts, reference
 from tables.guidance import measure_guidance

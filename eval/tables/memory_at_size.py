@@ -36,13 +36,13 @@ from stepdistill.core.denoise import Condition
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
 from stepdistill.data.bundled.build import vp_scheduler
-from stepdistill.memory.forecast import forecast, prime, single
 from stepdistill.methods.base import Batch, Play
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.run import Run
-from stepdistill.stage import DTYPES
-from stepdistill.trainer import Loop
+from stepdistill.training.loop import Loop
+from stepdistill.training.memory.forecast import forecast, prime, single
+from stepdistill.training.recipe import Run
+from stepdistill.training.setup import DTYPES
 from tables.recipes import CONFIGS
 
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -29,10 +29,10 @@ from stepdistill.config import load as config
 from stepdistill.core.cost import Cost
 from stepdistill.data.bundled import emoji
 from stepdistill.families.base import Family
-from stepdistill.run import Run
 from stepdistill.students import single as student
 from stepdistill.students.draw.call import SEED_A, SEED_B, Row, generate, grid, student_row, teacher_row
 from stepdistill.students.draw.negative_prompt import negative
+from stepdistill.training.recipe import Run
 from tables.benchmark import Results, extractor
 from tables.recipes import recipes, trained
 

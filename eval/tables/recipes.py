@@ -7,9 +7,10 @@ from pathlib import Path
 
 from stepdistill.config import load as config
 from stepdistill.data import Partition
-from stepdistill.run import Run, distill
 from stepdistill.students import single as student
 from stepdistill.students.several import join
+from stepdistill.training.distill import distill
+from stepdistill.training.recipe import Run
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "tables"
 

@@ -25,9 +25,9 @@ from stepdistill.families.base import Family
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.run import Run
 from stepdistill.students import single as student
 from stepdistill.students.draw.call import SEED_B, Row, generate, student_row, teacher_row
+from stepdistill.training.recipe import Run
 from tables.benchmark import Results, prompts
 from tables.recipes import recipes, trained
 

@@ -33,8 +33,8 @@ def declare(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> N
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.config import load as config
-    from stepdistill.precompute import precompute
-    from stepdistill.run import Run
+    from stepdistill.training.cache.precompute import precompute
+    from stepdistill.training.recipe import Run
 
     run = config.load(Run, args.config, overrides)
     filled = precompute(run)

@@ -23,7 +23,7 @@ from stepdistill.students.proof import prove
 from stepdistill.students.weights import WEIGHTS, into_pipeline, scheduler_class
 
 if TYPE_CHECKING:
-    from stepdistill.run import Run
+    from stepdistill.training.recipe import Run
 
 logger = logging.getLogger(__name__)
 

@@ -42,11 +42,11 @@ from stepdistill.data.bundled import build
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.roles import LoraSpec
-from stepdistill.run import Run, assemble
-from stepdistill.spec import TrainSpec
-from stepdistill.stage import Stage, prepare
-from stepdistill.team import Team
-from stepdistill.trainer import Loop
+from stepdistill.training.distill import assemble
+from stepdistill.training.loop import Loop
+from stepdistill.training.optimizers import Team
+from stepdistill.training.recipe import Run, TrainSpec
+from stepdistill.training.setup import Stage, prepare
 
 SIDES = ("reference", "uncached", "cached")
 ENCODING, PASSES = ("text encoding", "image encoding"), ("teacher", "target", "student forward")

@@ -46,9 +46,9 @@ from stepdistill.methods.dmd2 import DMD2
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import LoraSpec
-from stepdistill.spec import TrainSpec
-from stepdistill.team import Team
-from stepdistill.trainer import Loop
+from stepdistill.training.loop import Loop
+from stepdistill.training.optimizers import Team
+from stepdistill.training.recipe import TrainSpec
 
 SIDES = ("reference", "ours")
 CAUSES = ("forward", "backward", "clip, optimizer", "rest")

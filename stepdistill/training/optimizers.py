@@ -14,7 +14,7 @@ from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.quantize import dense
 from stepdistill.networks.roles import Ema
-from stepdistill.spec import TrainSpec
+from stepdistill.training.recipe import TrainSpec
 
 
 @dataclass

@@ -1,11 +1,15 @@
-"""The `train` section of a config."""
+"""What a config describes: a whole run, and its `train` section."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from stepdistill.config.schema import Factory
+from stepdistill.data import Source
+from stepdistill.families.base import Family
+from stepdistill.methods.base import Method
+from stepdistill.networks.roles import LoraSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,3 +124,22 @@ class TrainSpec:
             )
         if self.watch_stop and not (self.watch_samples and self.validation_steps and self.validation_prompts):
             raise ValueError("watch_stop without a watch: give validation_steps, validation_prompts and watch_samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A whole run, as a config describes it.
+
+    Args:
+        family: the teacher's pipeline.
+        method: how it is distilled.
+        data: what it is distilled on.
+        lora: the size and place of the adapters.
+        train: everything else.
+    """
+
+    family: Family
+    method: Method
+    data: Source
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    train: TrainSpec

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stepdistill.cache import LatentCache, PromptCache
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.data import FixedCrops, GuidedState, Sample, Source, Stream, loader
 from stepdistill.families.lazy_pipeline import Parts
 from stepdistill.families.prompt_limits import warn_of_cut
-from stepdistill.fingerprint import Keys
 from stepdistill.methods.base import Batch
-from stepdistill.spec import TrainSpec
+from stepdistill.training.cache.keys import Keys
+from stepdistill.training.cache.rows import LatentCache, PromptCache
+from stepdistill.training.recipe import TrainSpec
 
 logger = logging.getLogger(__name__)
 NULL = "\0"  # the id of the unconditional row, which no prompt has

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepdistill.signs import BAND, GAPS, PICTURE, PREFIX, SCORE, deviation, title
+from stepdistill.training.watch.rules import BAND, GAPS, PICTURE, PREFIX, SCORE, deviation, title
 
 
 def plot(found: Sequence[Mapping[str, float]], spread: Mapping[str, float], file: Path) -> None:

@@ -4,54 +4,32 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from stepdistill import checkpoint, report
 from stepdistill.config import load as config
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.data import InvertedImages, Source, Stream, TeacherSamples, Trajectories, inside
-from stepdistill.families.base import Family
-from stepdistill.feed import check_cache, check_needs
-from stepdistill.logs import Logs
-from stepdistill.memory.predict import predict
-from stepdistill.methods.base import Method
 from stepdistill.networks import sharding
-from stepdistill.networks.roles import Copy, LoraSpec
-from stepdistill.spec import TrainSpec
-from stepdistill.stage import Stage, prepare
+from stepdistill.networks.roles import Copy
 from stepdistill.students import single as student
 from stepdistill.students import verify as export
-from stepdistill.team import Team
-from stepdistill.trainer import Loop
-from stepdistill.watch import Watch
+from stepdistill.training import checkpoint
+from stepdistill.training import finish as report
+from stepdistill.training.batches import check_cache, check_needs
+from stepdistill.training.logs import Logs
+from stepdistill.training.loop import Loop
+from stepdistill.training.memory.predict import predict
+from stepdistill.training.optimizers import Team
+from stepdistill.training.setup import Stage, prepare
+from stepdistill.training.watch.measure import Watch
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A whole run, as a config describes it.
-
-    Args:
-        family: the teacher's pipeline.
-        method: how it is distilled.
-        data: what it is distilled on.
-        lora: the size and place of the adapters.
-        train: everything else.
-    """
-
-    family: Family
-    method: Method
-    data: Source
-    lora: LoraSpec = field(default_factory=LoraSpec)
-    train: TrainSpec
 
 
 def check(run: Run) -> None:

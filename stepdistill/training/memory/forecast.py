@@ -18,13 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.logs import Logs
-from stepdistill.memory.tracker import Tracker
 from stepdistill.methods.base import Batch, Method, Play
 from stepdistill.networks.backbone import Backbone
-from stepdistill.spec import TrainSpec
-from stepdistill.team import Team
-from stepdistill.trainer import Loop
+from stepdistill.training.logs import Logs
+from stepdistill.training.loop import Loop
+from stepdistill.training.memory.tracker import Tracker
+from stepdistill.training.optimizers import Team
+from stepdistill.training.recipe import TrainSpec
 
 LONGEST = 100  # steps in which every role has to step
 FEW = 3  # micro-batches of a step that are run

@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from stepdistill import signs
 from stepdistill.core.errors import CheckpointError, problem
-from stepdistill.curve import Curve, averages, course, differences, matching
-from stepdistill.signs import PREFIX, SCORE, Yardstick
+from stepdistill.training.watch import rules as signs
+from stepdistill.training.watch.curves import Curve, averages, course, differences, matching
+from stepdistill.training.watch.rules import PREFIX, SCORE, Yardstick
 
 Rows = Sequence[Mapping[str, float]]
 ENOUGH = 20  # values, below which a trend is not spoken of

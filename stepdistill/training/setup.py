@@ -26,9 +26,6 @@ from stepdistill.core.solvers import few_step, follow
 from stepdistill.data import GuidedState
 from stepdistill.evaluation.metrics.straightness import paths
 from stepdistill.families.lazy_pipeline import Parts
-from stepdistill.feed import Feed
-from stepdistill.fingerprint import Keys, keys_of
-from stepdistill.logs import Logs
 from stepdistill.methods.base import Play
 from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
@@ -38,9 +35,12 @@ from stepdistill.networks.sharding import Shards
 from stepdistill.students import single as student
 from stepdistill.students.draw.call import grid
 from stepdistill.students.write import Base, base_of
+from stepdistill.training.batches import Feed
+from stepdistill.training.cache.keys import Keys, keys_of
+from stepdistill.training.logs import Logs
 
 if TYPE_CHECKING:
-    from stepdistill.run import Run
+    from stepdistill.training.recipe import Run
 
 T = TypeVar("T")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

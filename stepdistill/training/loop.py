@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from stepdistill import checkpoint
 from stepdistill.core import distributed
 from stepdistill.core.errors import NonFiniteLoss, StepdistillError, problem
-from stepdistill.logs import Logs
 from stepdistill.methods.base import Batch, Method, Play
-from stepdistill.spec import TrainSpec
-from stepdistill.team import Team
+from stepdistill.training import checkpoint
+from stepdistill.training.logs import Logs
+from stepdistill.training.optimizers import Team
+from stepdistill.training.recipe import TrainSpec
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Stop:
 
 @dataclass
 class Loop:
-    """One run's training. `play(step)` and `batches` come from `stepdistill.run`.
+    """One run's training. `play(step)` and `batches` come from `stepdistill.training.distill`.
 
     Args:
         batches: the micro-batches of each step from `start` on.

@@ -10,16 +10,16 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from stepdistill.cache import RowStore
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import sample_rng
 from stepdistill.data import BadSample, InvertedImages, Sample, Source, inside
 from stepdistill.data.made import Made
 from stepdistill.families.lazy_pipeline import PARTS, Parts
-from stepdistill.feed import NULL, Feed, check_cache
-from stepdistill.run import Run
-from stepdistill.stage import begin, keys
+from stepdistill.training.batches import NULL, Feed, check_cache
+from stepdistill.training.cache.rows import RowStore
+from stepdistill.training.recipe import Run
+from stepdistill.training.setup import begin, keys
 
 logger = logging.getLogger(__name__)
 SLICE = 64  # rows between two looks at whether they can be written
@@ -49,8 +49,8 @@ class Filled:
 def precompute(run: Run) -> Filled:
     """Encode what `train.cache_dir` lacks of all that training may ask for; the processes share the work.
 
-    Started again it goes on. Files appear whole, every `stepdistill.cache.FLUSH` rows. What a source of your own yields
-    beyond its `captions` cannot be known here: training encodes it when it comes, and says so.
+    Started again it goes on. Files appear whole, every `training.cache.rows.FLUSH` rows. What a source of your own
+    yields beyond its `captions` cannot be known here: training encodes it when it comes, and says so.
 
     Raises:
         ConfigError: there is no `train.cache_dir`, or it can be no folder.

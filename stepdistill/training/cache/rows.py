@@ -148,7 +148,7 @@ class PromptCache:
         encode: prompts to named tensors, each (len(prompts), ...) with the same trailing shape for every
             prompt.
         folder: keeps them for the next run; None for memory only.
-        key: digest of all that an embedding depends on, see `stepdistill.fingerprint`.
+        key: digest of all that an embedding depends on, see `stepdistill.training.cache.keys`.
         batch_size: most prompts in one call of `encode`. Where a kernel's rounding depends on the batch's
             size, 1 makes an embedding independent of the prompts that were missing with it.
     """

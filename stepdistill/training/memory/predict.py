@@ -14,15 +14,15 @@ from diffusers import DiffusionPipeline
 from stepdistill.data import GuidedState, Sample, Source, inside
 from stepdistill.data.made import Made
 from stepdistill.families.lazy_pipeline import Parts
-from stepdistill.fingerprint import Keys
-from stepdistill.memory.forecast import BASE, FEW, Prediction, forecast, single
-from stepdistill.memory.outline import networks, outline
-from stepdistill.stage import DTYPES, staged
 from stepdistill.students.write import Base
-from stepdistill.trainer import Loop
+from stepdistill.training.cache.keys import Keys
+from stepdistill.training.loop import Loop
+from stepdistill.training.memory.forecast import BASE, FEW, Prediction, forecast, single
+from stepdistill.training.memory.outline import networks, outline
+from stepdistill.training.setup import DTYPES, staged
 
 if TYPE_CHECKING:
-    from stepdistill.run import Run
+    from stepdistill.training.recipe import Run
 
 
 def predict(run: Run) -> Prediction:

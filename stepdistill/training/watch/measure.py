@@ -2,8 +2,8 @@
 
 On fixed prompts and seeds, never fitted to: the ratios student / teacher of saturation, luminance, contrast,
 high-frequency energy and pairwise diversity, and of the teacher's own denoising error on the samples at a few noise
-levels, the score gap: 1 where the teacher takes the student's samples for its own. `stepdistill.signs` says when that
-is too far.
+levels, the score gap: 1 where the teacher takes the student's samples for its own. `training.watch.rules` says when
+that is too far.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stepdistill import signs
 from stepdistill.core import pixels as pictures
-from stepdistill.logs import Logs
 from stepdistill.networks.roles import TEACHER
-from stepdistill.plot import plot
-from stepdistill.signs import LEVELS, PREFIX, SCORE, Yardstick
 from stepdistill.students.write import write_unproven
+from stepdistill.training.logs import Logs
+from stepdistill.training.watch import rules as signs
+from stepdistill.training.watch.plot import plot
+from stepdistill.training.watch.rules import LEVELS, PREFIX, SCORE, Yardstick
 
 if TYPE_CHECKING:
-    from stepdistill.stage import Stage
+    from stepdistill.training.setup import Stage
 
 logger = logging.getLogger(__name__)
 SETS = 4  # independent sets of the teacher's pictures, each of the student's size

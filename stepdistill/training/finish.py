@@ -26,14 +26,14 @@ from stepdistill.evaluation.protocol import PROTOCOLS
 from stepdistill.evaluation.report.results import document, under
 from stepdistill.methods.base import Method
 from stepdistill.networks import sharding
-from stepdistill.spec import TrainSpec
 from stepdistill.students import single as student
 from stepdistill.students import verify as export
 from stepdistill.students.draw.call import SEED_B, Reference, Row, generate, grid, student_row, teacher_row
+from stepdistill.training.recipe import TrainSpec
 
 if TYPE_CHECKING:
-    from stepdistill.run import Run
-    from stepdistill.stage import Stage
+    from stepdistill.training.recipe import Run
+    from stepdistill.training.setup import Stage
 
 FEW = 4  # steps at which teacher and student are compared
 
