@@ -5,6 +5,6 @@ Merge evaluations on one page: `stepdistill eval compare`. `--help` says more.
 
 import sys
 
-from stepdistill.cli import main
+from stepdistill.cli.main import main
 
 main(["eval", "compare", *sys.argv[1:]])

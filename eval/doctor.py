@@ -5,6 +5,6 @@ Say which features can be used here without a download: `stepdistill eval doctor
 
 import sys
 
-from stepdistill.cli import main
+from stepdistill.cli.main import main
 
 main(["eval", "doctor", *sys.argv[1:]])

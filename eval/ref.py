@@ -5,6 +5,6 @@ Make statistics of pictures: `stepdistill eval ref`. `--help` says more.
 
 import sys
 
-from stepdistill.cli import main
+from stepdistill.cli.main import main
 
 main(["eval", "ref", *sys.argv[1:]])

@@ -5,6 +5,6 @@ Draw a teacher and its students, measure them, and write the report: `stepdistil
 
 import sys
 
-from stepdistill.cli import main
+from stepdistill.cli.main import main
 
 main(["eval", "run", *sys.argv[1:]])

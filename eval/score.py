@@ -5,6 +5,6 @@ Measure pictures that are there: `stepdistill eval score`. `--help` says more.
 
 import sys
 
-from stepdistill.cli import main
+from stepdistill.cli.main import main
 
 main(["eval", "score", *sys.argv[1:]])

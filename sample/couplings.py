@@ -6,6 +6,6 @@ are. Overrides follow it. `stepdistill data make --help` says more.
 
 import sys
 
-from stepdistill.cli import main
+from stepdistill.cli.main import main
 
 main(["data", "make", *sys.argv[1:]])

@@ -5,6 +5,6 @@ Draw with a student folder: `stepdistill generate`. `--help` says more.
 
 import sys
 
-from stepdistill.cli import main
+from stepdistill.cli.main import main
 
 main(["generate", *sys.argv[1:]])

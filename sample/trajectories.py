@@ -6,6 +6,6 @@ Make the guided trajectories of a config before training, on as many processes a
 
 import sys
 
-from stepdistill.cli import main
+from stepdistill.cli.main import main
 
 main(["data", "make", *sys.argv[1:]])

@@ -1,5 +1,5 @@
 """`python -m stepdistill`, which is also what `accelerate launch -m stepdistill` runs."""
 
-from stepdistill.cli import main
+from stepdistill.cli.main import main
 
 main()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from stepdistill import cli
+from stepdistill.cli import main as cli
 from stepdistill.config import load as config
 from stepdistill.config.load import Factory
 from stepdistill.config.registry import find, heirs
@@ -163,7 +163,7 @@ def ended(*argv: str) -> int:
 def test_help_comes_without_the_heavy_libraries() -> None:
     code = """
 import sys, time
-from stepdistill.cli import main
+from stepdistill.cli.main import main
 for command in [], ["train"], ["init"], ["data", "check"], ["verify"], ["convert"], ["multi"]:
     try:
         main([*command, "--help"])

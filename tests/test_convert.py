@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stepdistill.cli import main
+from stepdistill.cli.main import main
 from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.families.sd import StableDiffusion

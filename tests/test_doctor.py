@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stepdistill import cli
+from stepdistill.cli import main as cli
 from stepdistill.config import load as config
 from stepdistill.core.errors import CheckpointError
 from stepdistill.training.recipe import Run

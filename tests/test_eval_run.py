@@ -24,11 +24,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill import cli
+from stepdistill.cli import eval as command
+from stepdistill.cli import main as cli
 from stepdistill.core.errors import ConfigError, EvaluationError, MissingWeights, StepdistillError
 from stepdistill.data import Partition, Prompts
 from stepdistill.data.routing import Routing
-from stepdistill.evaluation import command, run, scores
+from stepdistill.evaluation import run, scores
 from stepdistill.evaluation.draw import labels, plan
 from stepdistill.evaluation.fill import cropped
 from stepdistill.evaluation.metrics.clip_score import clip_scores

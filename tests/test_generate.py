@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import FAMILIES, SIDE, awake, backbone, pipeline
 
-from stepdistill import cli
+from stepdistill.cli import main as cli
 from stepdistill.core.errors import StudentError
 from stepdistill.core.solvers import Sampler
 from stepdistill.data import Prompts, TeacherSamples

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stepdistill import cli
+from stepdistill.cli import main as cli
 from stepdistill.config import load as config
 from stepdistill.core.errors import ConfigError, DataError, StudentError
 from stepdistill.core.prediction import Estimate

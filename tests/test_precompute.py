@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, pipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, Gemma2Model, T5EncoderModel
 
-from stepdistill import cli
+from stepdistill.cli import main as cli
 from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.random import sample_rng
 from stepdistill.data import FixedCrops, ImageFolder, InvertedImages, Partition, Prompts, TeacherSamples, Trajectories

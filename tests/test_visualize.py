@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill import cli
+from stepdistill.cli import main as cli
 from stepdistill.core.denoise import guided
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.pixels import to_uint8

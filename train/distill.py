@@ -6,6 +6,6 @@ Distil the teacher of a config into a few-step student. Overrides follow it: `tr
 
 import sys
 
-from stepdistill.cli import train
+from stepdistill.cli.main import train
 
 train(sys.argv[1:])

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import ModuleType
 
 from stepdistill import families, methods
-from stepdistill.commands import convert as conversion
-from stepdistill.commands import generate, precompute, view
+from stepdistill.cli import convert as conversion
+from stepdistill.cli import eval as evaluation
+from stepdistill.cli import generate, precompute, view
 from stepdistill.config import load as config
 from stepdistill.core.errors import MissingWeights, StepdistillError
-from stepdistill.evaluation import command as evaluation
 
 TRAIN = """\
 overrides come after CONFIG and win over it:

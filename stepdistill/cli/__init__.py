@@ -1,0 +1,1 @@
+"""Commands of the `stepdistill` command line, one a file; `stepdistill.cli.main` declares them."""

@@ -1,1 +1,0 @@
-"""Commands of the `stepdistill` command line, one a file; `stepdistill.cli` declares them."""
