@@ -26,6 +26,7 @@ from stepdistill.training.logs import Logs
 from stepdistill.training.loop import Loop
 from stepdistill.training.memory.predict import predict
 from stepdistill.training.optimizers import Team
+from stepdistill.training.recipe import Run
 from stepdistill.training.setup import Stage, prepare
 from stepdistill.training.watch.measure import Watch
 
