@@ -11,7 +11,7 @@ def __getattr__(name: str) -> object:
 
         return distill
     if name == "load_student":
-        from stepdistill.students.single import load_student
+        from stepdistill.students.load import load_student
 
         return load_student
     raise AttributeError(f"module 'stepdistill' has no attribute {name!r}")

@@ -33,6 +33,7 @@ from stepdistill.students import several as multi
 from stepdistill.students import single as student
 from stepdistill.students.contract import read_contract
 from stepdistill.students.draw.call import generate, student_row
+from stepdistill.students.load import load_student
 from stepdistill.students.weights import ADAPTERS
 from stepdistill.training.distill import dry_run
 from stepdistill.training.recipe import Run, TrainSpec
@@ -128,10 +129,10 @@ def test_a_plain_pipeline_draws_what_was_trained_at_every_scale_in_one_pass(fami
 def test_taken_off_again_the_pipeline_guides_as_ever(families, written, name):
     """O-d8, and no second set of hooks by a second load."""
     family, plain, pipe = families[name], families[name].load(), families[name].load()
-    call = student.load_student(pipe, written[name])
+    call = load_student(pipe, written[name])
     once = latents(pipe, call)
     plain.scheduler = pipe.scheduler
-    again = student.load_student(pipe, written[name])
+    again = load_student(pipe, written[name])
     assert torch.equal(latents(pipe, again), once)
     again.remove()
     usual = {**again, **family.guidance(4.0)}
@@ -140,7 +141,7 @@ def test_taken_off_again_the_pipeline_guides_as_ever(families, written, name):
 
 
 def test_a_scale_that_was_not_trained_is_warned_of(families, written, caplog):
-    call = student.load_student(families["sd"].load(), written["sd"])
+    call = load_student(families["sd"].load(), written["sd"])
     call.guidance_scale = 8.0
     assert not [record for record in caplog.records if record.name.startswith("stepdistill")]
     for w in (0.5, 12.0):
@@ -171,7 +172,7 @@ def test_with_a_style_lora_and_on_a_checkpoint_that_was_fine_tuned(families, wri
         pytest.skip("Diffusers loads no style into this pipeline")
     for one in (plain, ours):
         one.load_lora_weights(tmp_path, adapter_name="style")
-    call = student.load_student(ours, written[name])
+    call = load_student(ours, written[name])
     assert "has other weights" in caplog.text
     assert ours.get_active_adapters() == ["style"]
     both = latents(ours, call)
@@ -191,10 +192,10 @@ def test_half_precision_and_a_pipeline_that_is_moved_later(families, tmp_path):
     assert write(tmp_path, families["sd3"], "sd3", dtype=torch.bfloat16) < 1e-5
     assert read_contract(tmp_path).proof.dtype == "bfloat16"
     pipe, other = families["sd3"].load().to(torch.bfloat16), families["sd3"].load()
-    call = student.load_student(pipe, tmp_path)
+    call = load_student(pipe, tmp_path)
     adapters = call.attachment.adapters
     assert {p.dtype for p in adapters.parameters()} == {torch.bfloat16}
-    half, whole = latents(pipe, call), latents(other, student.load_student(other, tmp_path))
+    half, whole = latents(pipe, call), latents(other, load_student(other, tmp_path))
     assert (half - whole).abs().max() < 0.1 * whole.abs().max()
     call.attachment.net.to("meta")  # anywhere else
     call.attachment._follow(call.attachment.net, ())
@@ -212,7 +213,7 @@ def test_the_card_s_snippet_runs_as_pasted(families, written, tmp_path, monkeypa
     names: dict = {}
     exec(code, names)
     pipe = families[name].load()
-    call = student.load_student(pipe, written[name])
+    call = load_student(pipe, written[name])
     expected = pipe("red apple", generator=torch.manual_seed(0), **call).images[0]
     assert np.array_equal(np.asarray(names["image"]), np.asarray(expected)) and (tmp_path / "student.png").exists()
 
@@ -234,16 +235,16 @@ def test_what_does_not_fit_is_refused(families, written, tmp_path):
     folder = Path(shutil.copytree(written["sd"], tmp_path / "copy"))
     state = load_file(folder / ADAPTERS)
     save_file({key: value for key, value in state.items() if not key.startswith("0.")}, folder / ADAPTERS)
-    for use in (student.verify, lambda place: student.load_student(families["sd"].load(), place)):
+    for use in (student.verify, lambda place: load_student(families["sd"].load(), place)):
         with pytest.raises(StudentError, match="Missing key"):
             use(folder)
     (folder / ADAPTERS).unlink()
     with pytest.raises(StudentError, match="unreadable"):
-        student.load_student(families["sd"].load(), folder)
+        load_student(families["sd"].load(), folder)
     other = tiny.pipeline("sd")
     other.unet = families["sdxl"].network(families["sdxl"].load())
     with pytest.raises(StudentError, match="for 7 attention layers, and the network has 8"):
-        student.load_student(other, written["sd"])
+        load_student(other, written["sd"])
     with pytest.raises(StudentError, match="which holds guidance adapters"):
         multi.join(tmp_path / "all", [written["sd"], written["sd3"]])
 
@@ -258,6 +259,6 @@ def test_pictures_and_a_dry_run(families, written, tmp_path):
     assert f"{size / 1e6:.2f} M" in line
     assert line.split()[3:] == [f"{each * size / 2**20:.1f}" for each in (4, 4, 8)]
     pipe, teacher = family.load(), family.load()
-    student.load_student(pipe, written["sd"])
+    load_student(pipe, written["sd"])
     pictures, cost = generate(pipe, student_row(run.family, run.method, teacher, 4), ["rose", "cat face"], 0)
     assert pictures.shape == (2, 3, 32, 32) and (cost.calls, cost.rows) == (4, 8)

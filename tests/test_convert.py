@@ -29,6 +29,7 @@ from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students import single as student
 from stepdistill.students import verify as export
 from stepdistill.students.contract import teacher
+from stepdistill.students.load import load_student
 from stepdistill.students.lora.comfyui import WORKFLOW
 from stepdistill.students.lora.files import Layout, convert, load, merge
 from stepdistill.students.lora.fuse import fuse
@@ -155,7 +156,7 @@ def comfy_transformer(net: nn.Module, state: dict[str, torch.Tensor]) -> set[str
 def test_a_reader_as_comfyui_s_draws_the_same(folders, name):
     family = family_of(folders[name])
     plain, merged, bare = family.load(), family.load(), family.load()
-    call = student.load_student(plain, folders[name])
+    call = load_student(plain, folders[name])
     read = comfy_unet if name in UNETS else comfy_transformer
     assert read(family.network(merged), load_file(folders[name] / export.FILES["comfyui"])) == set()
     for pipe in (merged, bare):
@@ -229,8 +230,8 @@ def test_a_fused_student_draws_the_same_without_any_lora(folders, tmp_path, name
     assert contract.network and contract.network.fused and contract.proof and contract.proof.difference < 1e-5
     family = family_of(folders[name])
     lora, whole = family.load(), family.load()
-    call = student.load_student(lora, folders[name])
-    assert call == student.load_student(whole, tmp_path / "fused")
+    call = load_student(lora, folders[name])
+    assert call == load_student(whole, tmp_path / "fused")
     torch.testing.assert_close(drawn(family, whole, call), drawn(family, lora, call), rtol=1e-4, atol=1e-4)
     with pytest.raises(StudentError, match="which holds a student"):
         fuse(folders[name], tmp_path / "fused")
@@ -248,7 +249,7 @@ def test_the_card_of_a_fused_pixart_needs_nothing_but_diffusers(folders, tmp_pat
     names: dict = {}
     exec(code, names)
     pipe = family_of(folders["pixart_sigma"]).load()
-    call = student.load_student(pipe, folders["pixart_sigma"])
+    call = load_student(pipe, folders["pixart_sigma"])
     expected = np.asarray(pipe("red apple", generator=torch.manual_seed(0), **call).images[0]).astype(int)
     assert np.abs(np.asarray(names["image"]).astype(int) - expected).max() <= 1
 

@@ -39,6 +39,7 @@ from stepdistill.students import several as multi
 from stepdistill.students import single as student
 from stepdistill.students.contract import CONTRACT, is_multi, read_contract, read_multi
 from stepdistill.students.draw.call import Row, generate
+from stepdistill.students.load import load_student
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run, TrainSpec
 
@@ -324,12 +325,12 @@ def test_the_router_sends_each_prompt_to_its_student(runs, joined):
     prompts = ["cat face", "RED  apple", "dog face", "green apple", "red apple", "a photo of a dog", "zzz"]
     route = read_routing(joined).router.route
     ours = family(runs).load()
-    students = student.load_student(ours, joined)
+    students = load_student(ours, joined)
     made = drawn(students, {}, prompts, range(len(prompts)))
     numbers, alone = [route(prompt) for prompt in prompts], []
     for k in range(2):
         pipe = family(runs).load()
-        call = student.load_student(pipe, runs / str(k))
+        call = load_student(pipe, runs / str(k))
         alone.append(torch.cat([drawn(pipe, call, [prompts[i]], [i]) for i in range(len(prompts))]))
     assert set(numbers) == {0, 1}
     for i, k in enumerate(numbers):
@@ -345,7 +346,7 @@ def test_the_router_sends_each_prompt_to_its_student(runs, joined):
 
 
 def test_generators_are_shared_out_with_the_prompts(runs, joined):
-    students = student.load_student(family(runs).load(), joined)
+    students = load_student(family(runs).load(), joined)
     prompts = ["cat face", "red apple", "dog face"]
 
     def noises(*seeds: int) -> list[torch.Generator]:
@@ -358,7 +359,7 @@ def test_generators_are_shared_out_with_the_prompts(runs, joined):
 
 
 def test_pictures_come_in_the_form_that_is_asked_for(runs, joined):
-    students = student.load_student(family(runs).load(), joined)
+    students = load_student(family(runs).load(), joined)
     students.pipe.set_progress_bar_config(disable=True)
     images = students(["cat face", "red apple"], generator=[torch.manual_seed(0), torch.manual_seed(1)])
     assert [image.size for image in images] == [(32, 32)] * 2 and isinstance(images[0], Image.Image)
@@ -379,16 +380,16 @@ def test_a_style_and_the_pipeline_itself_are_left_as_they_were(runs, joined, tmp
     tiny.awake(bone, "style", 0.05)
     family(runs).save_lora(tmp_path, bone.state("style"), bone.lora_config("style"))
     pipe.load_lora_weights(tmp_path, adapter_name="style")
-    students = student.load_student(pipe, joined)
+    students = load_student(pipe, joined)
     made = drawn(students, {}, list(PROMPTS), range(4))
 
     k = students.router.route(PROMPTS[2])
     plain = family(runs).load()
     plain.load_lora_weights(tmp_path, adapter_name="style")
-    call = student.load_student(plain, runs / str(k))
+    call = load_student(plain, runs / str(k))
     alone = drawn(plain, call, [PROMPTS[2]], [2])[0]
     assert (made[2] - alone).abs().max() < 1e-4 * alone.abs().max()
-    bare = drawn(student.load_student(family(runs).load(), joined), {}, list(PROMPTS), range(4))
+    bare = drawn(load_student(family(runs).load(), joined), {}, list(PROMPTS), range(4))
     assert (made - bare).abs().max() > 1e-3 * bare.abs().max()
     with students.use(1):
         assert pipe.transformer.active_adapters() == ["style", "student-1"]
@@ -429,12 +430,12 @@ def test_the_snippet_runs_as_pasted(joined, tmp_path, monkeypatch):
 
 def test_the_script_draws_what_each_student_draws_alone(runs, joined, tmp_path, monkeypatch, capsys):
     prompts = ["cat face", "red apple", "dog face"]
-    students = student.load_student(family(runs).load(), joined)
+    students = load_student(family(runs).load(), joined)
     pictures, cost = multi.generate_each(students, prompts, 3)
     calls = 0
     for k in range(2):
         pipe = family(runs).load()
-        call = student.load_student(pipe, runs / str(k))
+        call = load_student(pipe, runs / str(k))
         call = {key: value for key, value in call.items() if key not in ("height", "width")}
         alone, one = generate(pipe, Row("one", pipe.scheduler, call, family(runs)), prompts, 3)
         calls += one.calls
@@ -446,7 +447,7 @@ def test_the_script_draws_what_each_student_draws_alone(runs, joined, tmp_path, 
     runpy.run_path(str(ROOT / "sample" / "generate.py"), run_name="__main__")
     assert "5 calls" in capsys.readouterr().out
     drawn = [np.asarray(Image.open(tmp_path / "drawn" / f"{n:05d}.png")) for n in range(3)]
-    again = student.load_student(family(runs).load(), joined)
+    again = load_student(family(runs).load(), joined)
     generators = [torch.Generator().manual_seed(3 + n) for n in range(3)]
     assert all(np.array_equal(a, b) for a, b in zip(drawn, again(prompts, generator=generators), strict=True))
 
@@ -503,10 +504,10 @@ def test_a_router_of_another_number_of_students_is_refused(runs, joined, tmp_pat
     folder = shutil.copytree(joined, tmp_path / "copy")
     Routing(None, cluster(PROMPTS, 3)).save(folder)
     with pytest.raises(StudentError, match="a router of 3 and a contract of 2 students"):
-        student.load_student(family(runs).load(), folder)
+        load_student(family(runs).load(), folder)
     (folder / ROUTER).write_bytes(FORMAT.dump_json(Routing(None, cluster(PROMPTS, 2))).replace(b'"tree"', b'"cake"'))
     with pytest.raises(StudentError, match="no readable"):
-        student.load_student(family(runs).load(), folder)
+        load_student(family(runs).load(), folder)
 
 
 # the closed form

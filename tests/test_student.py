@@ -27,6 +27,7 @@ from stepdistill.networks.roles import Ema, Lora, Module
 from stepdistill.students import single as student
 from stepdistill.students.card import is_non_commercial, licence_of, warn_of_licence
 from stepdistill.students.contract import FORMAT
+from stepdistill.students.load import load_student
 from stepdistill.students.proof import prove
 
 RANK, ALPHA = 4, 16
@@ -127,7 +128,7 @@ def test_a_plain_pipeline_visits_the_trained_times_and_no_others(families, writt
     def before(_, args, kwargs):
         seen.append(float(kwargs["timestep"][0]) if "timestep" in kwargs else float(args[1]))
 
-    call = student.load_student(pipe, folder)
+    call = load_student(pipe, folder)
     family.network(pipe).register_forward_pre_hook(before, with_kwargs=True)
     pipe("a rose", output_type="latent", **call)
     # shift 3 spaces the teacher's grid, and 1000 sigma is rounded twice on the way
@@ -217,8 +218,8 @@ def test_a_style_stays_active_at_its_strength(families, written, tmp_path, name)
     for each in (ours, plain):
         each.load_lora_weights(tmp_path, adapter_name="style")
     ours.set_adapters("style", 0.5)
-    call = student.load_student(ours, folder)
-    assert student.load_student(alone, folder) == call
+    call = load_student(ours, folder)
+    assert load_student(alone, folder) == call
 
     plain.load_lora_weights(folder, adapter_name="student")
     plain.scheduler = ours.scheduler
@@ -227,35 +228,35 @@ def test_a_style_stays_active_at_its_strength(families, written, tmp_path, name)
     assert torch.equal(both, latents(plain, call))
     assert (both - latents(alone, call)).abs().max() > 1e-3 * both.abs().max()
     with pytest.raises(StudentError, match="already in use"):
-        student.load_student(ours, folder)
-    student.load_student(ours, folder, adapter_name="another")
+        load_student(ours, folder)
+    load_student(ours, folder, adapter_name="another")
 
 
 def test_another_base_is_warned_of_and_another_precision_or_a_style_is_not(families, written, caplog):
     family, folder = families["sd"], written["sd"]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         pipe = family.load().to(torch_dtype=dtype)
-        student.load_student(pipe, folder, adapter_name="style")
-        student.load_student(pipe, folder)
+        load_student(pipe, folder, adapter_name="style")
+        load_student(pipe, folder)
     ours = [record for record in caplog.records if record.name.startswith("stepdistill")]
     assert not ours
 
     pipe = family.load()
     with torch.no_grad():
         pipe.unet.conv_in.weight.mul_(1.01)
-    student.load_student(pipe, folder)
+    load_student(pipe, folder)
     assert "this pipeline's unet has other weights" in caplog.text
 
 
 def test_what_does_not_fit_is_refused(families, written, tmp_path):
     with pytest.raises(StudentError, match="StableDiffusion3Pipeline, which has no unet"):
-        student.load_student(families["sd3"].load(), written["sd"])
+        load_student(families["sd3"].load(), written["sd"])
     with pytest.raises(StudentError, match="nowhere, which does not exist"):
-        student.load_student(families["sd"].load(), "nowhere")
+        load_student(families["sd"].load(), "nowhere")
     broken = copied(written, "sd", tmp_path)
     (broken / student.WEIGHTS).unlink()
     with pytest.raises(StudentError, match="do not go together"):
-        student.load_student(families["sd"].load(), broken)
+        load_student(families["sd"].load(), broken)
     with pytest.raises(StudentError, match="unreadable"):
         student.verify(broken)
 
@@ -263,7 +264,7 @@ def test_what_does_not_fit_is_refused(families, written, tmp_path):
 def test_a_hub_id_is_downloaded(families, written, monkeypatch):
     asked = []
     monkeypatch.setattr(student, "snapshot_download", lambda name, **_: asked.append(name) or written["sd"])
-    student.load_student(families["sd"].load(), "someone/student")
+    load_student(families["sd"].load(), "someone/student")
     assert asked == ["someone/student"]
 
 
@@ -321,7 +322,7 @@ def pasted(folder: Path, plain: bool = True) -> np.ndarray:
 
 def expected(family: Family, folder: Path) -> np.ndarray:
     pipe = family.load()
-    call = student.load_student(pipe, folder)
+    call = load_student(pipe, folder)
     return np.asarray(pipe("red apple", generator=torch.manual_seed(0), **call).images[0])
 
 
@@ -419,7 +420,7 @@ def test_training_goes_on_from_a_student_at_the_same_strength(families, written)
     contract = student.read_contract(written["sd3"])
     for role in ("student", "ema"):
         plain = family.load()
-        student.load_student(plain, written["sd3"])
+        load_student(plain, written["sd3"])
         assert prove(contract, family, plain, pipe, bone, role, 0).difference < 1e-5
 
     wide = tiny.backbone("sd3", family.load(), 2 * RANK)

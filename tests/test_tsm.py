@@ -31,6 +31,7 @@ from stepdistill.networks.roles import Copy, LoraSpec
 from stepdistill.students import several as multi
 from stepdistill.students import single as student
 from stepdistill.students.contract import read_contract
+from stepdistill.students.load import load_student
 from stepdistill.training.distill import distill, dry_run
 from stepdistill.training.recipe import Run, TrainSpec
 
@@ -182,7 +183,7 @@ def test_the_folder_holds_a_whole_network(place, monkeypatch, tmp_path, name, pa
     assert student.verify(folder) < 1e-5 and not (folder / student.WEIGHTS).exists()
 
     plain, ours = family.load(), family.load()
-    call = student.load_student(ours, folder)
+    call = load_student(ours, folder)
     setattr(plain, part, type(net).from_pretrained(folder, subfolder=part))
     plain.scheduler = ours.scheduler
     assert torch.equal(pictures(plain, **call), pictures(ours, **call))
@@ -239,7 +240,7 @@ def test_a_folder_without_its_network_is_refused(place, tmp_path):
     folder = shutil.copytree(place / "student-sd", tmp_path / "copy")
     shutil.rmtree(folder / "unet")
     with pytest.raises(StudentError, match="unreadable"):
-        student.load_student(run(place, "sd", "").family.load(), folder)
+        load_student(run(place, "sd", "").family.load(), folder)
 
 
 def test_a_dry_run_counts_the_smaller_network(place):
@@ -259,13 +260,13 @@ def test_several_smaller_students_in_one_folder(place, tmp_path, name):
     folder = multi.join(tmp_path / "all", [tmp_path / "0", tmp_path / "1"])
     assert student.verify(folder) < 1e-5
     pipe = whole.family.load()
-    students = student.load_student(pipe, folder)
+    students = load_student(pipe, folder)
     assert [net is pipe.components[part] for net in students.nets] == [True, False]
     made = pictures(students, name)
     assert students.route(["red apple", "cat face"]).keys() == {0, 1}
     for i, prompt in enumerate(["red apple", "cat face"]):
         alone = whole.family.load()
-        call = student.load_student(alone, tmp_path / str(students.router.route(prompt)))
+        call = load_student(alone, tmp_path / str(students.router.route(prompt)))
         expected = pictures(alone, name, **call)[i]
         assert (made[i] - expected).abs().max() < 1e-4 * expected.abs().max()
     with students.use(1):
@@ -278,7 +279,7 @@ def test_the_other_students_are_not_taken_for_another_base(place, tmp_path, capl
     for k in range(2):
         copy = shutil.copytree(first, tmp_path / str(k))
         Routing(k, cluster(["a", "b"], 2)).save(copy)
-    student.load_student(whole.load(), multi.join(tmp_path / "all", [tmp_path / "0", tmp_path / "1"]))
+    load_student(whole.load(), multi.join(tmp_path / "all", [tmp_path / "0", tmp_path / "1"]))
     assert "has other weights" not in caplog.text
 
 

@@ -29,6 +29,7 @@ from stepdistill.students import single as student
 from stepdistill.students.contract import CONTRACT, STUDENTS, MultiContract, read_contract
 from stepdistill.students.draw.call import Row, generate, teacher_row
 from stepdistill.students.draw.steps import LEFT, Strip, View, course, picked, sheet, view
+from stepdistill.students.load import load_student
 
 PROMPTS = ["red apple", "cat face"]
 NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -186,7 +187,7 @@ def alone(folder: Path, teacher_steps: int | None = None) -> Tensor:
     if teacher_steps:
         row = teacher_row(family, pipe, teacher_steps, 2.0, "teacher")
     else:
-        call = student.load_student(pipe, folder)
+        call = load_student(pipe, folder)
         row = Row("student", pipe.scheduler, {k: v for k, v in call.items() if k not in ("height", "width")}, family)
     return torch.cat([generate(pipe, row, [p], 7, numbers=[i])[0] for i, p in enumerate(PROMPTS)])
 

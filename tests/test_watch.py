@@ -20,7 +20,8 @@ from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import LoraSpec
-from stepdistill.students.single import load_student, verify
+from stepdistill.students.load import load_student
+from stepdistill.students.single import verify
 from stepdistill.training import setup as stage
 from stepdistill.training.distill import distill
 from stepdistill.training.logs import Logs

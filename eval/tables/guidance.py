@@ -19,8 +19,8 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.roles import TEACHER, LoraSpec
-from stepdistill.students import single as student
 from stepdistill.students.draw.call import SEED_B, Reference, generate, student_row, teacher_row
+from stepdistill.students.load import load_student
 from stepdistill.training import finish as report
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, figures, prompts, taught
@@ -57,7 +57,7 @@ def compared(name: str, run: Run, out: Path, work: Path) -> dict[str, Any]:
         teacher_row(run.family, teacher, steps, w, f"two passes, w = {w:g}"),
         student_row(run.family, run.method, pipe, steps),
     )
-    call = student.load_student(pipe, out)
+    call = load_student(pipe, out)
     found: dict[str, Any] = {"n": PICTURES, "steps": steps, "states": PATHS * steps}
     if isinstance(call, GuidedCall):
         call.guidance_scale = w

@@ -15,9 +15,9 @@ from stepdistill.config import load as config
 from stepdistill.core.cost import Cost
 from stepdistill.evaluation.metrics.frechet import diversity_replicates
 from stepdistill.evaluation.metrics.jackknife import block_sizes, interval
-from stepdistill.students import single as student
 from stepdistill.students.draw.base_first import base_first
 from stepdistill.students.draw.call import Reference, student_row
+from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, drawn, judged, places, reference
 from tables.recipes import recipes, trained
@@ -71,6 +71,6 @@ def features(run: Run, out: Path, ref: Reference, steps: int, base_steps: int) -
     """Features of what a student draws in `steps` steps, of which its teacher takes the first ones."""
     pipe = run.family.load()
     row = student_row(run.family, run.method, pipe, steps)
-    student.load_student(pipe, out)
+    load_student(pipe, out)
     with torch.no_grad(), base_first(pipe, base_steps):
         return drawn(pipe, row, ref)

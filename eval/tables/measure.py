@@ -24,8 +24,8 @@ from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Copy, LoraSpec
-from stepdistill.students import single as student
 from stepdistill.students.draw.call import SEED_B, Reference, Row, student_row, teacher_row
+from stepdistill.students.load import load_student
 from stepdistill.students.several import Students
 from stepdistill.training import finish as report
 from stepdistill.training.distill import distill
@@ -122,7 +122,7 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
         sampled = {str(steps): student_row(run.family, run.method, pipe, steps) for steps in STEPS[table]}
         if table in EARLY:
             sampled[f"1 from {EARLY[table]:g}"] = early_row(run, pipe, EARLY[table])
-        loaded = student.load_student(pipe, out)
+        loaded = load_student(pipe, out)
         drawer = loaded if isinstance(loaded, Students) else pipe
         if drawer is pipe and not isinstance(run.method.roles()["student"], Copy):
             pipe.fuse_lora()  # the same student in two thirds of the time
@@ -194,7 +194,7 @@ def measure_later(run: Run, ref: Reference) -> dict[str, Any]:
     warm_start(run)
     out = distill(run)
     pipe = run.family.load()
-    student.load_student(pipe, out)
+    load_student(pipe, out)
     pipe.fuse_lora()
     early = figures(pipe, early_row(run, pipe, EARLY["distribution"]), ref)
     found = figures(pipe, student_row(run.family, run.method, pipe, 1), ref)

@@ -29,9 +29,9 @@ from stepdistill.config import load as config
 from stepdistill.core.cost import Cost
 from stepdistill.data.bundled import emoji
 from stepdistill.families.base import Family
-from stepdistill.students import single as student
 from stepdistill.students.draw.call import SEED_A, SEED_B, Row, generate, grid, student_row, teacher_row
 from stepdistill.students.draw.negative_prompt import negative
+from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, extractor
 from tables.recipes import recipes, trained
@@ -126,7 +126,7 @@ def measure_negative(name: str, results: Results, work: Path, rows: Sequence[str
         run, out = config.load(Run, file, []), trained(file)
         teacher, pipe = run.family.load(), run.family.load()
         row = student_row(run.family, run.method, pipe, steps)
-        student.load_student(pipe, out)
+        load_student(pipe, out)
         pipe.fuse_lora()  # pyright: ignore[reportAttributeAccessIssue]
         facts = {"teacher": name, "student": label, "config": config.digest(run), "steps": steps, "n": N}
         for pair in pairs():

@@ -25,8 +25,8 @@ from stepdistill.families.base import Family
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.students import single as student
 from stepdistill.students.draw.call import SEED_B, Row, generate, student_row, teacher_row
+from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, prompts
 from tables.recipes import recipes, trained
@@ -86,7 +86,7 @@ def carried(run: Run, out: Path, steps: int, style: str, origin: str, strength: 
         pipe, times = family.load(), None
         if origin != "teacher":
             times = student_sampler(run, pipe, steps)
-            student.load_student(pipe, out)
+            load_student(pipe, out)
             pipe.fuse_lora()
             pipe.unload_lora_weights()
         learn(family, pipe, STYLES[style][0], folder, times)
@@ -100,7 +100,7 @@ def carried(run: Run, out: Path, steps: int, style: str, origin: str, strength: 
                 "student": student_row(family, run.method, pipe, steps),
             }
             if on != "teacher":
-                student.load_student(pipe, out)
+                load_student(pipe, out)
             row = rows["teacher" if on == "teacher" else "student"]
             save_file({"moved": effect(pipe, row, folder, strength, STYLES[style][1], captions)}, file)
         return load_file(file)["moved"]

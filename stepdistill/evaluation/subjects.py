@@ -20,6 +20,7 @@ from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.students import single as student
 from stepdistill.students.contract import STUDENTS, Contract, is_multi, read_contract, teacher
 from stepdistill.students.draw.call import Row, generate, student_row, teacher_row
+from stepdistill.students.load import load_student
 from stepdistill.students.several import Students, generate_each
 
 Role = Literal["reference", "teacher", "student"]
@@ -118,7 +119,7 @@ class Subject:
         pipe.to(device)
         if dtype != torch.float32:  # which it is; Diffusers warns of any cast
             pipe.to(dtype)
-        call = student.load_student(pipe, place) if place else None
+        call = load_student(pipe, place) if place else None
         contract = contract_of(place) if place else None
         return Subject(family, pipe, size or (side, side), contract, call, (own, pipe.scheduler))
 

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stepdistill.core.denoise import Condition
+from stepdistill.core.denoise import Condition, RoleDenoise
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.data.base import GuidedState
-from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Role
 
 
@@ -61,7 +60,7 @@ class Play:
 
     schedule: NoiseSchedule
     null: Condition
-    denoiser: Callable[[str], Denoiser]
+    denoiser: Callable[[str], RoleDenoise]
     module: Callable[[str], nn.Module]
     decode: Callable[[Tensor], Tensor]
     seed: int

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepdistill.core.denoise import guided
+from stepdistill.core.denoise import RoleDenoise, guided
 from stepdistill.core.losses import (
     Adversarial,
     Divergence,
@@ -29,7 +29,6 @@ from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts, few_step, starts
 from stepdistill.methods.base import Batch, Method, Play, Update
 from stepdistill.methods.consistency import latents_of
-from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Ema, Lora, Module, Role
 from stepdistill.networks.taps import Head
 
@@ -186,12 +185,12 @@ class DMD2(Method):
         return loss
 
 
-def judge(gan: Gan, play: Play) -> Denoiser:
+def judge(gan: Gan, play: Play) -> RoleDenoise:
     """The role whose features the head sees."""
     return play.denoiser("fake" if gan.features == "fake" else TEACHER)
 
 
-def logits_of(role: Denoiser, play: Play, batch: Batch, x0: Tensor, purpose: str, shake: float = 0.0) -> Tensor:
+def logits_of(role: RoleDenoise, play: Play, batch: Batch, x0: Tensor, purpose: str, shake: float = 0.0) -> Tensor:
     """The head's logits (B, 1) at `x0` noised by draws of its own, and then by `shake` more."""
     t = play.schedule.spread(play.draw(batch, f"{purpose} t"), *play.schedule.span)
     x_t = play.schedule.add_noise(x0, play.noise(batch, f"{purpose} eps"), t)

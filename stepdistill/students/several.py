@@ -176,7 +176,7 @@ def load(pipe: DiffusionPipeline, folder: Path, adapter_name: str = "student") -
     for k, place in enumerate(places):
         if k:  # a whole network has taken its place
             pipe.register_modules(**{part: base})
-        calls.append(student.load_student(pipe, place, names[k]))
+        calls.append(student.load_one(pipe, place, names[k]))
         nets.append(family.network(pipe))
         schedulers.append(pipe.scheduler)
     adapters = [()] * len(names)

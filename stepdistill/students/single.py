@@ -162,25 +162,8 @@ def in_memory(folder: Path, contract: Contract, family: Family) -> tuple[Diffusi
     return pipe, backbone
 
 
-def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_name: str = "student") -> Any:  # noqa: ANN401
-    """Load a student's LoRA, or guidance adapters, and its scheduler into a plain pipeline of its base.
-
-    Adapters that are active there, such as a style, stay so, at the strength that they have. A student that is a
-    network of its own takes the place of the pipeline's, with whatever was on that.
-
-    Returns:
-        Keyword arguments of the pipeline's call: `pipe(prompt, **load_student(pipe, folder))`. Of guidance adapters
-        they are a `networks.guidance_adapters.GuidedCall`, on which the scale is set. For a folder of several students
-        `stepdistill.students.several.Students`, which draw instead: `load_student(pipe, folder)(prompts)`.
-
-    Raises:
-        StudentError: there is no student, or it does not fit the pipeline.
-    """
-    folder = folder_of(folder_or_hub_id)
-    if is_multi(folder):
-        from stepdistill.students.several import load  # it loads each by this function
-
-        return load(pipe, folder, adapter_name)
+def load_one(pipe: DiffusionPipeline, folder: Path, adapter_name: str) -> Any:  # noqa: ANN401
+    """Load the one student of a local folder; what it returns is `stepdistill.load_student`'s."""
     contract = read_contract(folder)
     family = teacher(contract)
     name = family.network_name

@@ -7,45 +7,24 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.families.base import Family
-from stepdistill.networks.roles import Ema, Lora
 from stepdistill.students import single as student
 from stepdistill.students.contract import STUDENTS, Contract, is_multi, read_contract, teacher
 from stepdistill.students.lora import comfyui as workflow
 from stepdistill.students.lora import files as convert
-from stepdistill.students.lora.tensors import FAMILIES, Format
+from stepdistill.students.lora.tensors import Format
 from stepdistill.students.proof import prove
 from stepdistill.students.weights import WEIGHTS, into_pipeline, scheduler_class
-
-if TYPE_CHECKING:
-    from stepdistill.training.recipe import Run
 
 logger = logging.getLogger(__name__)
 
 FILES: dict[Format, str] = {"kohya": "lora_kohya.safetensors", "comfyui": "lora_comfyui.safetensors"}
 KOHYA_IN_DIFFUSERS = ("sd", "sdxl")  # its reader of Flux expects the full size, and knows no other family
-
-
-def check(run: Run) -> None:
-    """Raise ConfigError where a run asks for formats that its student will not have."""
-    formats = run.train.export_formats
-    if not formats:
-        return
-    roles, name = run.method.roles(), run.method.exported()
-    while isinstance(role := roles[name], Ema):
-        name = role.of
-    layout = convert.layout_of(run.family)
-    missing = [to for to in formats if layout.family not in FAMILIES[to]]
-    if isinstance(role, Lora) and not missing:
-        return
-    got = f"train.export_formats {list(formats)}"
-    why = f"{missing[0]} has no names for {layout.family}" if missing else "only a LoRA has other formats"
-    raise ConfigError(problem(got, "formats that the student can be written in", why, "leave them out"))
 
 
 def export(folder: Path, formats: Sequence[Format]) -> None:

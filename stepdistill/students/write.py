@@ -12,7 +12,6 @@ import torch
 from diffusers import DiffusionPipeline
 from pydantic import TypeAdapter
 
-import stepdistill
 from stepdistill.config.load import to_node
 from stepdistill.config.schema import dotted
 from stepdistill.core.errors import StudentError, problem
@@ -118,7 +117,7 @@ def _contract(
         resolution=resolution,
         dtype="float32",
         licence=base.licence,
-        versions={"stepdistill": stepdistill.__version__} | {name: version(name) for name in LIBRARIES},
+        versions={name: version(name) for name in ("stepdistill", *LIBRARIES)},
     )
 
 

@@ -29,6 +29,7 @@ from stepdistill.networks import sharding
 from stepdistill.students import single as student
 from stepdistill.students import verify as export
 from stepdistill.students.draw.call import SEED_B, Reference, Row, generate, grid, student_row, teacher_row
+from stepdistill.students.load import load_student
 from stepdistill.training.recipe import TrainSpec
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _show(stage: Stage, out: Path) -> dict[str, Any]:
         teacher_row(run.family, teacher, n, spec.teacher_guidance_scale, f"teacher, {n} steps")
         for n in (FEW, spec.teacher_steps)
     )
-    student.load_student(plain, out)
+    load_student(plain, out)
     own = len(run.method.sampler(run.family.schedule(teacher.scheduler)).timesteps)
     rows = [student_row(run.family, run.method, teacher, n) for n in sorted({own, FEW, 2, 1}, reverse=True)]
     for pipe in (teacher, plain):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-import stepdistill
 from stepdistill.evaluation.measure import Reference
 from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.protocol import Protocol
@@ -43,7 +42,7 @@ def document(
     return {
         "schema": SCHEMA,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "tool": {"stepdistill": stepdistill.__version__} | {name: version(name) for name in LIBRARIES},
+        "tool": {name: version(name) for name in ("stepdistill", *LIBRARIES)},
         "host": host(device),
         "teacher": None,
         "prompts": None,

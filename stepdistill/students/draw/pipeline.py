@@ -25,6 +25,7 @@ from stepdistill.networks.pipeline_loras import merge, weigh
 from stepdistill.students import single as student
 from stepdistill.students.contract import Contract, absolute, is_multi, read_contract, read_multi, teacher
 from stepdistill.students.draw.negative_prompt import Mode, negative
+from stepdistill.students.load import load_student
 from stepdistill.students.several import Students
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Drawer:
             family = replace(family, pretrained_teacher_model=base)
         pipe = family.load()
         pipe.to(device)
-        native, loaded = pipe.scheduler, student.load_student(pipe, folder, STUDENT)
+        native, loaded = pipe.scheduler, load_student(pipe, folder, STUDENT)
         pipe.set_progress_bar_config(disable=True)
         own = None if contract is None or contract.lora is None else contract.lora
         if own is None and (strength is not None or loras or fuse):

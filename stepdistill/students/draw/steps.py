@@ -26,8 +26,9 @@ from stepdistill.core.schedule import DiscreteVP
 from stepdistill.families.base import Family, each
 from stepdistill.students.contract import STUDENTS, is_multi, read_contract, teacher
 from stepdistill.students.draw.call import teacher_row
+from stepdistill.students.load import load_student
 from stepdistill.students.several import Students
-from stepdistill.students.single import folder_of, load_student
+from stepdistill.students.single import folder_of
 
 LEFT, LINE, GAP = 150, 14, 6  # pixels of a sheet: its labels, a line of text, between pictures
 
