@@ -19,7 +19,7 @@ from torch import nn
 
 import stepdistill
 from stepdistill.core.cost import count_calls
-from stepdistill.core.denoise import told
+from stepdistill.core.denoise import with_scale
 from stepdistill.core.errors import StudentError
 from stepdistill.core.solvers import few_step
 from stepdistill.data import Prompts, Trajectories
@@ -120,7 +120,7 @@ def test_a_plain_pipeline_draws_what_was_trained_at_every_scale_in_one_pass(fami
             drawn.append(latents(pipe, call))
         assert (cost.calls, cost.rows) == (4, 8)  # O-d5: as many as without guidance
         with torch.no_grad():
-            ours = few_step(told(denoiser, w), schedule, sampler, NOISE, cond)
+            ours = few_step(with_scale(denoiser, w), schedule, sampler, NOISE, cond)
         assert (drawn[-1] - ours).abs().max() < 1e-4 * ours.abs().max()
     assert (drawn[2] - drawn[1]).abs().max() > 1e-3 and list(family.network(pipe).state_dict()) == keys
 

@@ -11,10 +11,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from oracles import close
 from oracles.planted import planted
-from tiny import FAMILIES, awake, backbone, batch, pipeline, play
+from tiny import FAMILIES, awake, backbone, batch, context, pipeline
 from torch import Tensor
 
-from stepdistill.core.denoise import SCALE, guided, told
+from stepdistill.core.denoise import SCALE, guided, with_scale
 from stepdistill.data import GuidedState
 from stepdistill.data.bundled import emoji
 from stepdistill.methods.base import Batch
@@ -47,7 +47,7 @@ def scene(name: str, arch: AdapterArch = "cross_attention", width: int = 16):
 
 def native(name: str, pipe, bone: Backbone, part: Batch, role: str, w: Tensor | None = None) -> Tensor:
     """A role's output at the batch's latents."""
-    denoiser = play(name, pipe, bone).denoiser(role)
+    denoiser = context(name, pipe, bone).denoiser(role)
     cond = part.cond if w is None else {**part.cond, SCALE: w}
     return denoiser.native(denoiser(part.latents, T, cond), T)
 
@@ -93,8 +93,8 @@ def test_each_sample_has_its_own_scale(name, arch):
         same = native(name, pipe, bone, part, "student", torch.full((2,), w))
         close(both[i], same[i], 1e-5)
         close(native(name, pipe, bone, part, "student", torch.full((2, 1), w)), same, 0)
-        denoiser = play(name, pipe, bone).denoiser("student")
-        close(denoiser.native(told(denoiser, w)(part.latents, T, part.cond), T), same, 0)
+        denoiser = context(name, pipe, bone).denoiser("student")
+        close(denoiser.native(with_scale(denoiser, w)(part.latents, T, part.cond), T), same, 0)
     assert (both[1] - native(name, pipe, bone, part, "student", torch.full((2,), 2.0))[1]).abs().max() > 1e-4
 
 
@@ -199,8 +199,8 @@ def test_half_precision_is_the_network_s_and_not_their_own():
     pipe, bone, part = scene("sd3")
     stirred(bone, "student")
     fine = native("sd3", pipe, bone, part, "student", torch.full((2,), 3.0))
-    half = replace(play("sd3", pipe, bone).denoiser("student"), dtype=torch.bfloat16)
-    y = half.native(told(half, 3.0)(part.latents, T, part.cond), T)
+    half = replace(context("sd3", pipe, bone).denoiser("student"), dtype=torch.bfloat16)
+    y = half.native(with_scale(half, 3.0)(part.latents, T, part.cond), T)
     y.square().mean().backward()
     assert {p.dtype for p in bone.parameters_of("student").values()} == {torch.float32}
     assert 0 < (y - fine).abs().max() < 0.1 * fine.abs().max()
@@ -217,7 +217,7 @@ def states(name: str):
     cond = FAMILIES[name].condition(pipe, prompts)
     generator = torch.Generator().manual_seed(3)
     x_t, t = torch.randn(8, 4, 8, 8, generator=generator), torch.linspace(100, 900, 8).round()
-    own = play(name, pipe, bone)
+    own = context(name, pipe, bone)
     denoiser = own.denoiser(TEACHER)
     with torch.no_grad():
         c = denoiser.native(denoiser(x_t, t, cond), t)
@@ -230,7 +230,7 @@ def one(name: str, bone: Backbone, w: Tensor, step: int = 0):
     pipe, cond, x_t, t, u, c = states(name)
     target = torch.where(w[:, None, None, None] == 1, c, u + w[:, None, None, None] * (c - u))
     part = Batch(tuple(range(8)), cond, (4, 8, 8), state=GuidedState(x_t, t, w, target))
-    (update,) = AdapterGuidance(width=16).updates(play(name, pipe, bone), part, step)
+    (update,) = AdapterGuidance(width=16).updates(context(name, pipe, bone), part, step)
     return update
 
 
@@ -285,9 +285,9 @@ def held_out(name: str = "sd") -> None:
     found = {w: r_squared(name, bone, w) for w in (1.5, 2.5, 4.75, 5.0, 5.25, 7.3)}
     assert min(found[w] for w in (4.75, 5.0, 5.25)) > 0.95 and min(found.values()) > 0.8, found
     pipe, cond, x_t, t, _, _ = states(name)
-    student = play(name, pipe, bone).denoiser("student")
+    student = context(name, pipe, bone).denoiser("student")
     with torch.no_grad():  # O-d6, as far as a network of this size goes: nearly straight in w
-        low, mid, high = (student.native(told(student, w)(x_t, t, cond), t) for w in (4.0, 5.0, 6.0))
+        low, mid, high = (student.native(with_scale(student, w)(x_t, t, cond), t) for w in (4.0, 5.0, 6.0))
     assert (high - 2 * mid + low).norm() < 0.35 * (high - low).norm() / 2
 
 
@@ -304,7 +304,7 @@ def test_prompts_and_pictures_that_were_never_trained_are_guided_too():
     pipe, generator = pipeline("sd"), torch.Generator().manual_seed(0)
     bone = backbone("sd", pipe)
     bone.add("student", Adapters("mixed", 32))
-    own = play("sd", pipe, bone)
+    own = context("sd", pipe, bone)
     teacher, method = own.denoiser(TEACHER), AdapterGuidance(width=32)
     words = sorted({drawing.subgroup for drawing in emoji.subjects()})
     cond = FAMILIES["sd"].condition(pipe, words)

@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-from tiny import FAMILIES, awake, backbone, batch, pipeline, play
+from tiny import FAMILIES, awake, backbone, batch, context, pipeline
 from torch import nn
 
 from stepdistill.core.denoise import guided
-from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.base import Batch, Method, StepContext, Update
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd2 import DMD2, Gan
 from stepdistill.methods.vsd import VSD
@@ -37,7 +37,7 @@ class Adversarial(Method):
     def roles(self) -> dict[str, Role]:
         return {"student": Lora(), "fake": Lora()}
 
-    def exported(self) -> str:
+    def student_role(self) -> str:
         return "student"
 
     def sampler(self, schedule, steps=None):
@@ -46,19 +46,19 @@ class Adversarial(Method):
     def check(self, schedule) -> None:
         pass
 
-    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+    def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         t = torch.full((len(batch.index),), 500.0)
-        teacher = guided(play.denoiser(TEACHER), play.null, 2.0)
-        xg = play.denoiser("student")(batch.latents, t, batch.cond).x0
+        teacher = guided(context.denoiser(TEACHER), context.null, 2.0)
+        xg = context.denoiser("student")(batch.latents, t, batch.cond).x0
         xd = xg.detach().requires_grad_()
-        x_t = play.schedule.add_noise(xd, play.noise(batch, "score"), t)
+        x_t = context.schedule.add_noise(xd, context.noise(batch, "score"), t)
         with torch.no_grad():
             real = teacher(x_t, t, batch.cond).x0
-        gap = play.denoiser("fake").frozen()(x_t, t, batch.cond).x0 - real
+        gap = context.denoiser("fake").frozen()(x_t, t, batch.cond).x0 - real
         (v,) = torch.autograd.grad(gap.square().mean(), xd)
         yield Update(("student",), (xg * v).sum())
-        x_t = play.schedule.add_noise(xd.detach(), play.noise(batch, "critic"), t)
-        fake = play.denoiser("fake")(x_t, t, batch.cond)
+        x_t = context.schedule.add_noise(xd.detach(), context.noise(batch, "critic"), t)
+        fake = context.denoiser("fake")(x_t, t, batch.cond)
         yield Update(("fake",), (fake.x0 - xd.detach()).square().mean())
 
 
@@ -74,7 +74,7 @@ METHODS = {
 def gradients(method: Method, name: str, pipe, bones, micro_batches: int) -> dict[str, torch.Tensor]:
     """Each update's gradients of its roles, as the trainer gathers them."""
     batches = [batch(name, pipe, first=2 * k) for k in range(micro_batches)]
-    turns = [method.updates(play(name, pipe, bones), part, 0) for part in batches]
+    turns = [method.updates(context(name, pipe, bones), part, 0) for part in batches]
     found: dict[str, torch.Tensor] = {}
     number = 0
     while True:
@@ -146,7 +146,7 @@ def test_switching_away_before_backward_loses_no_gradient():
         awake(bone, "student")
         if checkpointing:
             bone.enable_checkpointing()
-        part, scene = batch("sd", pipe), play("sd", pipe, bone)
+        part, scene = batch("sd", pipe), context("sd", pipe, bone)
         t = torch.full((2,), 300.0)
         loss = scene.denoiser("student")(part.latents, t, part.cond).x0.square().mean()
         with torch.no_grad():
@@ -190,7 +190,7 @@ def test_frozen_gives_gradients_to_inputs_only():
             bone.enable_checkpointing()
         part = batch("sd", pipe)
         x = part.latents.clone().requires_grad_()
-        play("sd", pipe, bone).denoiser("fake").frozen()(x, torch.full((2,), 300.0), part.cond).x0.sum().backward()
+        context("sd", pipe, bone).denoiser("fake").frozen()(x, torch.full((2,), 300.0), part.cond).x0.sum().backward()
         assert x.grad is not None and x.grad.abs().sum() > 0
         assert all(p.grad is None and p.requires_grad for p in bone.parameters_of("fake").values())
 
@@ -224,7 +224,7 @@ def test_copies_and_modules_are_roles_too():
     bone.add("student", Copy())
     bone.add("ema", Ema("student", 0.5))
     bone.add("head", Module(lambda tap: nn.Linear(tap.side, 1)))
-    part, scene = batch("sd", pipe), play("sd", pipe, bone)
+    part, scene = batch("sd", pipe), context("sd", pipe, bone)
     t = torch.full((2,), 300.0)
     student, teacher = (scene.denoiser(r)(part.latents, t, part.cond).x0 for r in ("student", TEACHER))
     assert torch.equal(student, teacher)

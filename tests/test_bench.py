@@ -21,11 +21,11 @@ import dmd2_memory as cycle
 import dmd2_plain as plain
 import guidance_step as guidance
 
-from stepdistill.core.denoise import guided, told
+from stepdistill.core.denoise import guided, with_scale
 from stepdistill.core.schedule import DiscreteVP
 from stepdistill.data import Stream
 from stepdistill.data.bundled import build
-from stepdistill.methods.base import Batch, Play
+from stepdistill.methods.base import Batch, StepContext
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Adapters, LoraSpec
@@ -66,32 +66,32 @@ def test_the_cached_side_encodes_nothing(teacher):
 
 def test_both_sides_compute_the_same_loss(teacher):
     reference = bench.Reference(teacher, SMALL)
-    stage, loop = bench.production(teacher, SMALL, "uncached")
+    session, loop = bench.production(teacher, SMALL, "uncached")
     (batch,) = next(loop.batches)
-    play = stage.play(0)
-    data = stage.run.data
+    context = session.context(0)
+    data = session.run.data
     pixels, prompts = zip(*(data[i] for i in Stream(data, SMALL.batch, 0).items(0)), strict=True)
-    index = (play.draw(batch, "t") * bench.GRID).long()
+    index = (context.draw(batch, "t") * bench.GRID).long()
     with torch.no_grad():
-        loss = reference.loss(torch.stack(pixels), list(prompts), index, play.noise(batch, "eps"))
-    (update,) = stage.run.method.updates(play, batch, 0)
+        loss = reference.loss(torch.stack(pixels), list(prompts), index, context.noise(batch, "eps"))
+    (update,) = session.run.method.updates(context, batch, 0)
     assert update.loss.item() == pytest.approx(loss.item(), rel=1e-4)
 
 
 CYCLE = plain.Setup(partial(build.unet, (32, 32), 32), torch.float32, tokens=5, rank=4, batch=2, critic_steps=3)
 
 
-def drawn(play: Play, batch: Batch) -> plain.Draws:
+def drawn(context: StepContext, batch: Batch) -> plain.Draws:
     """The draws that our side makes, for the reference."""
-    taken = int(play.shared("step") * len(plain.TIMES))
+    taken = int(context.shared("step") * len(plain.TIMES))
     return plain.Draws(
         taken,
-        play.noise(batch, "start"),
-        [play.noise(batch, f"again {i}") for i in range(taken)],
-        (plain.LOW + play.draw(batch, "score t") * (plain.HIGH - plain.LOW + 1)).long(),
-        play.noise(batch, "score eps"),
-        (play.draw(batch, "fake t") * 1000).long(),
-        play.noise(batch, "fake eps"),
+        context.noise(batch, "start"),
+        [context.noise(batch, f"again {i}") for i in range(taken)],
+        (plain.LOW + context.draw(batch, "score t") * (plain.HIGH - plain.LOW + 1)).long(),
+        context.noise(batch, "score eps"),
+        (context.draw(batch, "fake t") * 1000).long(),
+        context.noise(batch, "fake eps"),
     )
 
 
@@ -105,7 +105,7 @@ def test_both_sides_train_dmd2_alike():
     for number in range(2 * CYCLE.critic_steps):
         (batch,) = next(loop.batches)
         values = loop.one_step(number, [batch], stepped)
-        losses = reference.step(number, batch.cond["states"], drawn(loop.play(number), batch))
+        losses = reference.step(number, batch.cond["states"], drawn(loop.context(number), batch))
         ours = [values[key] for key in ("loss", "loss_fake") if key in values]
         assert len(losses) == 1 + (number % CYCLE.critic_steps == 0)
         assert ours == pytest.approx(losses, rel=1e-4)
@@ -182,7 +182,7 @@ def test_both_sides_of_a_guided_step_are_what_the_library_computes():
     bone.load_state("student", bench.adapters.adapters.state_dict())
     bench.adapters.remove()
     base, student = (Denoiser(bone, role, schedule, "epsilon", plain.FAMILY.call) for role in (TEACHER, "student"))
-    for ours, denoise in ((two, guided(base, null, guidance.GUIDANCE)), (one, told(student, guidance.GUIDANCE))):
+    for ours, denoise in ((two, guided(base, null, guidance.GUIDANCE)), (one, with_scale(student, guidance.GUIDANCE))):
         with torch.no_grad():
             est = denoise(bench.x_t, t, {"states": bench.states})
         torch.testing.assert_close(

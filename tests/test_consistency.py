@@ -5,15 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import close, stock
-from oracles.gaussian import (
-    GaussianTeacher,
-    levels,
-    marginal_std,
-    solver_gain,
-    trajectory_gain,
-    trajectory_slopes,
-)
-from oracles.play import (
+from oracles.context import (
     Flow,
     Network,
     affine,
@@ -24,6 +16,14 @@ from oracles.play import (
     sweep,
     teacher_table,
     update,
+)
+from oracles.gaussian import (
+    GaussianTeacher,
+    levels,
+    marginal_std,
+    solver_gain,
+    trajectory_gain,
+    trajectory_slopes,
 )
 from torch import Tensor
 

@@ -7,10 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracles import close
-from oracles.dirac import Dirac
-from oracles.gaussian import GaussianTeacher, guided_mean, levels
-from oracles.mixture import Mixture
-from oracles.play import (
+from oracles.context import (
     Flow,
     Rows,
     Tabular,
@@ -26,13 +23,16 @@ from oracles.play import (
     teacher_table,
     update,
 )
+from oracles.dirac import Dirac
+from oracles.gaussian import GaussianTeacher, guided_mean, levels
+from oracles.mixture import Mixture
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition, guided
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import DiscreteVP
 from stepdistill.core.solvers import few_step, follow
-from stepdistill.methods.base import Batch, Play
+from stepdistill.methods.base import Batch, StepContext
 from stepdistill.methods.consistency import Consistency
 
 SD, MEAN, NULL, STD = stable_diffusion(), 0.7, -0.4, 0.6
@@ -181,10 +181,10 @@ def test_guidance_is_one_call_and_none_is_none():
 # The update itself
 
 
-def production(seed: int = 0, step: int = 0) -> Play:
+def production(seed: int = 0, step: int = 0) -> StepContext:
     roles = {"teacher": TEACHER, "student": Mixture(SD)}
     null = {"mean": column(NULL)}
-    return Play(
+    return StepContext(
         SD, null, roles.__getitem__, nn.ModuleDict().__getitem__, nn.Identity(), seed, step, torch.device("cpu")
     )
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from oracles import close
+from oracles.context import Drawn, Flow, drawn, stable_diffusion
 from oracles.gaussian import GaussianTeacher, guided_mean, levels
 from oracles.mixture import Mixture
-from oracles.play import Drawn, Flow, drawn, stable_diffusion
 from torch import Tensor
 
 from stepdistill.core.losses import divergence_weight, surrogate
@@ -51,10 +51,10 @@ class Linear:
         return fake
 
 
-def gradient(method: DMD2 | VSD, play: Drawn, batch: Batch) -> Tensor:
+def gradient(method: DMD2 | VSD, context: Drawn, batch: Batch) -> Tensor:
     """The direction that each element of a sample is given, from the student's update (its first)."""
     found: list[Tensor] = []
-    student = play.denoiser("student")
+    student = context.denoiser("student")
 
     def watched(x_t: Tensor, t: Tensor, cond: object) -> Estimate:
         est = student(x_t, t, cond)  # pyright: ignore[reportArgumentType]
@@ -63,10 +63,10 @@ def gradient(method: DMD2 | VSD, play: Drawn, batch: Batch) -> Tensor:
             found.append(est.x0)
         return est
 
-    roles = {"student": watched, "fake": play.denoiser("fake"), TEACHER: play.denoiser(TEACHER)}
+    roles = {"student": watched, "fake": context.denoiser("fake"), TEACHER: context.denoiser(TEACHER)}
     if isinstance(method, DMD2) and method.gan is not None:
-        roles["head"] = play.module("head")
-    first = next(method.updates(replace(play, denoiser=roles.__getitem__), batch, 0))
+        roles["head"] = context.module("head")
+    first = next(method.updates(replace(context, denoiser=roles.__getitem__), batch, 0))
     assert first.roles == ("student",)
     first.loss.backward()
     (x0,) = found
@@ -89,11 +89,11 @@ def test_equal_scores_give_no_gradient_and_guidance_only_its_own(schedule):
     assert not gradient(ONE, drawn(schedule, roles), batch).any()
     for w in (1.0, 3.0, 7.5, (0.5, 4.0)):
         assert not gradient(VSD(guidance_scale=w), drawn(schedule, roles), batch).any()
-    play = drawn(schedule, roles, score_t=0.4)
-    found = gradient(replace(ONE, guidance_scale=3.0), play, batch)
+    context = drawn(schedule, roles, score_t=0.4)
+    found = gradient(replace(ONE, guidance_scale=3.0), context, batch)
     s = schedule.spread(torch.full((16,), 0.4).double(), 20.0, 980.0)
-    x0 = -0.5 + 0.3 * play.seen["start"]
-    x_s = schedule.add_noise(x0, play.seen["score eps"], s)
+    x0 = -0.5 + 0.3 * context.seen["start"]
+    x_s = schedule.add_noise(x0, context.seen["score eps"], s)
     cond, uncond = (teacher(x_s, s, {"mean": torch.full((16, 1, 1, 1), m).double()}).x0 for m in (0.7, 0.0))
     n = (x0 - (uncond + 3 * (cond - uncond))).abs().mean((1, 2, 3), keepdim=True)
     close(found, -2 * (cond - uncond) / n, 1e-7)
@@ -105,11 +105,11 @@ def test_the_gradient_is_that_of_the_divergence(schedule):
     m, std, student = 0.7, 0.6, Linear(-0.4, 0.9)
     roles = {"student": student, "fake": student.score(schedule), TEACHER: GaussianTeacher(schedule, std)}
     for share in (0.4, 0.7):
-        play = drawn(schedule, roles, score_t=share)
-        g = gradient(VSD(guidance_scale=1.0), play, prompts(200_000, m)).flatten()
+        context = drawn(schedule, roles, score_t=share)
+        g = gradient(VSD(guidance_scale=1.0), context, prompts(200_000, m)).flatten()
         alpha, sigma = levels(schedule, schedule.spread(torch.tensor([share]).double(), 20.0, 980.0).item())
         c, q = (alpha * std) ** 2 + sigma**2, (alpha * 0.9) ** 2 + sigma**2
-        z = play.seen["start"].flatten()
+        z = context.seen["start"].flatten()
         for values, expected in (
             (g, sigma**3 * alpha * (-0.4 - m) / c),
             (g * z, sigma**3 * alpha * 0.9 * (1 / c - 1 / q)),
@@ -177,7 +177,7 @@ def run(critic_steps: int, updates: int = 250) -> tuple[float, float, float]:
     """Final mean, final std and highest mean of a student of N(0.8, 0.5) that starts at N(-0.5, 0.3^2)."""
     student, critic = Linear(-0.5, 0.3), Critic(FLOW, 0.8, math.sqrt(0.5))
     roles = {"student": student, "fake": critic, TEACHER: GaussianTeacher(FLOW, math.sqrt(0.5))}
-    play, batch = drawn(FLOW, roles), prompts(24, 0.8, (1, 8, 8))
+    context, batch = drawn(FLOW, roles), prompts(24, 0.8, (1, 8, 8))
     method = replace(ONE, critic_steps=critic_steps)
     optimizers = {
         "student": torch.optim.SGD([student.b, student.a], 0.1),
@@ -185,7 +185,7 @@ def run(critic_steps: int, updates: int = 250) -> tuple[float, float, float]:
     }
     path, last = [], []
     for step in range(updates * critic_steps):
-        for update in method.updates(play, batch, step):
+        for update in method.updates(context, batch, step):
             update.loss.backward()
             for role in update.roles:
                 optimizers[role].step()
@@ -272,18 +272,18 @@ def test_at_the_optimal_discriminator_the_adversarial_term_is_a_weighted_score_t
         roles = {"student": student, "fake": Judge(student.score(schedule)), TEACHER: Judge(teacher), "head": head}
         fixed = {"score_t": 0.3, "gan_student_t": 0.5}
         with_gan, without = (
-            gradient(replace(ONE, gan=g), play := drawn(schedule, roles, **fixed), batch)
+            gradient(replace(ONE, gan=g), context := drawn(schedule, roles, **fixed), batch)
             for g in (gan, replace(gan, generator_weight=0.0))
         )
-        del play
-        play = drawn(schedule, roles, **fixed)
-        gradient(replace(ONE, gan=gan), play, batch)
-        return with_gan - without, play
+        del context
+        context = drawn(schedule, roles, **fixed)
+        gradient(replace(ONE, gan=gan), context, batch)
+        return with_gan - without, context
 
-    found, play = pull(log_ratio(schedule, (0.7, 0.6), (-0.4, 0.9)))
+    found, context = pull(log_ratio(schedule, (0.7, 0.6), (-0.4, 0.9)))
     t = schedule.spread(torch.full((size,), 0.5).double(), *schedule.span)
-    x0 = -0.4 + 0.9 * play.seen["start"]
-    x_t = schedule.add_noise(x0, play.seen["gan student eps"], t)
+    x0 = -0.4 + 0.9 * context.seen["start"]
+    x_t = schedule.add_noise(x0, context.seen["gan student eps"], t)
     alpha, sigma = (expand(v, x_t) for v in schedule(t))
     real = -teacher(x_t, t, batch.cond).eps / sigma
     fake = -student.score(schedule)(x_t, t, batch.cond).eps / sigma
@@ -326,10 +326,10 @@ def test_a_weight_of_the_divergence_multiplies_the_score_term():
         gradient(replace(ONE, gan=Gan(generator_weight=0.0, divergence=kind)), drawn(SD, roles, score_t=0.5), batch)
         for kind in ("reverse_kl", "forward_kl")
     )
-    play = drawn(SD, roles, score_t=0.5)
-    gradient(replace(ONE, gan=Gan(generator_weight=0.0)), play, batch)
+    context = drawn(SD, roles, score_t=0.5)
+    gradient(replace(ONE, gan=Gan(generator_weight=0.0)), context, batch)
     s = SD.spread(torch.full((64,), 0.5).double(), 20.0, 980.0)
-    x_s = SD.add_noise(-0.4 + 0.9 * play.seen["start"], play.seen["score eps"], s)
+    x_s = SD.add_noise(-0.4 + 0.9 * context.seen["start"], context.seen["score eps"], s)
     h = divergence_weight("forward_kl", head(Judge(teacher).features(x_s, s, {})))
     close(weighted, expand(h, plain) * plain, 1e-6)
 
@@ -361,12 +361,12 @@ def test_modes_are_found_at_high_noise_only(start, t_range, low, high):
     x = torch.randn(128, generator=generator)
     particles = Particles(x if start == "between" else 4 + 0.5 * x)
     teacher = Mixture(SD, (0.5, 0.5), (-4.0, 4.0), (0.5, 0.5))
-    play = drawn(SD, {"student": particles, "fake": particles.score, TEACHER: teacher})
+    context = drawn(SD, {"student": particles, "fake": particles.score, TEACHER: teacher})
     optimizer, batch = torch.optim.SGD([particles.x], 40.0), prompts(128, 0.0)
     method = VSD(guidance_scale=1.0, t_range=t_range)
     for step in range(600):
         optimizer.zero_grad()
-        next(method.updates(play, batch, step)).loss.backward()
+        next(method.updates(context, batch, step)).loss.backward()
         optimizer.step()
     share = (particles.x < 0).double().mean().item()
     assert low <= share <= high
@@ -389,8 +389,8 @@ def test_simulated_inputs_have_the_law_that_sampling_makes(schedule, eta):
 
     mean, variance = 0.0, 1.0
     for k in range(steps):
-        play = drawn(schedule, {"student": student}, step=(k + 0.5) / steps)
-        x_t, t = simulate(play, prompts(size, 0.0), method.sampler(schedule))
+        context = drawn(schedule, {"student": student}, step=(k + 0.5) / steps)
+        x_t, t = simulate(context, prompts(size, 0.0), method.sampler(schedule))
         assert set(t.tolist()) == {times[k]} and not x_t.requires_grad
         assert abs(x_t.mean() - mean) < 5 * (variance / size) ** 0.5
         assert abs(x_t.var() / variance - 1) < 5 * (2 / size) ** 0.5

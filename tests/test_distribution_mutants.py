@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import test_distribution as law
 import test_distribution_updates as plumbing
+from oracles.context import stable_diffusion
 from oracles.planted import planted
-from oracles.play import stable_diffusion
 from test_distribution import FLOW, ONE, SD
 from test_distribution_updates import DMD
 from test_mutants import Bug
@@ -84,15 +84,15 @@ BUGS = {
     ),
     "both sides guided": Bug(
         STUDENT,
-        'play.denoiser("fake")(x_s, s, batch.cond).x0',
-        'guided(play.denoiser("fake"), play.null, self.guidance_scale)(x_s, s, batch.cond).x0',
+        'context.denoiser("fake")(x_s, s, batch.cond).x0',
+        'guided(context.denoiser("fake"), context.null, self.guidance_scale)(x_s, s, batch.cond).x0',
         starts,
     ),
-    "guidance lost": Bug(STUDENT, "play.null, self.guidance_scale", "play.null, 1.0", starts),
+    "guidance lost": Bug(STUDENT, "context.null, self.guidance_scale", "context.null, 1.0", starts),
     "scores at different noise": Bug(
         STUDENT,
-        'play.denoiser("fake")(x_s, s, batch.cond)',
-        'play.denoiser("fake")(play.schedule.add_noise(sample, play.noise(batch, "more"), s), s, batch.cond)',
+        'context.denoiser("fake")(x_s, s, batch.cond)',
+        'context.denoiser("fake")(context.schedule.add_noise(sample, context.noise(batch, "more"), s), s, batch.cond)',
         starts,
     ),
     "surrogate without its half": Bug(
@@ -104,19 +104,21 @@ BUGS = {
     "surrogate's target with a graph": Bug(
         losses.surrogate, ".detach()", "", law.test_the_surrogate_has_the_gradient_and_half_its_square
     ),
-    "compared at any time": Bug(VSD.gradient, "*self.t_range", "*play.schedule.span", MODES),
+    "compared at any time": Bug(VSD.gradient, "*self.t_range", "*context.schedule.span", MODES),
     # VSD
-    "VSD weighted by the clean share": Bug(VSD.gradient, "play.schedule(s)[1]", "play.schedule(s)[0]", divergence),
+    "VSD weighted by the clean share": Bug(
+        VSD.gradient, "context.schedule(s)[1]", "context.schedule(s)[0]", divergence
+    ),
     "VSD guides the teacher alone": Bug(
         VSD.gradient,
-        "guided(play.denoiser(role), play.null, w)",
-        "guided(play.denoiser(role), play.null, w if role == target else 1.0)",
+        "guided(context.denoiser(role), context.null, w)",
+        "guided(context.denoiser(role), context.null, w if role == target else 1.0)",
         starts,
     ),
     "PG-SB draws for each side": Bug(
         VSD.gradient,
-        "guided(play.denoiser(role), play.null, w)",
-        "guided(play.denoiser(role), play.null, w if role == target else w + 1)",
+        "guided(context.denoiser(role), context.null, w)",
+        "guided(context.denoiser(role), context.null, w if role == target else w + 1)",
         starts,
     ),
     "VSD uphill": Bug(VSD.gradient, "(real - fake)", "(fake - real)", divergence),
@@ -137,22 +139,22 @@ BUGS = {
     ),
     "fake score trained through the student": Bug(TOWARDS, "x0 = x0.detach()", "pass", trained),
     "fake score never trained": Bug(
-        TOWARDS, "loss = fake_loss(play, batch, x0)", "loss = 0 * fake_loss(play, batch, x0)", trained
+        TOWARDS, "loss = fake_loss(context, batch, x0)", "loss = 0 * fake_loss(context, batch, x0)", trained
     ),
     "student at every step": Bug(TOWARDS, "turn % self.critic_steps == 0", "True", COUNT),
     "no warm-up": Bug(TOWARDS, "step - self.warmup_steps", "step", COUNT),
     # simulation
     "data in the place of simulation": Bug(
         TOWARDS,
-        "x_t, t = simulate(play, batch, self.sampler(play.schedule))",
-        "x_t, t = simulate(play, batch, self.sampler(play.schedule)); x_t = x_t + 0 * batch.latents",
+        "x_t, t = simulate(context, batch, self.sampler(context.schedule))",
+        "x_t, t = simulate(context, batch, self.sampler(context.schedule)); x_t = x_t + 0 * batch.latents",
         prompts_alone,
     ),
     "one step too far": Bug(dmd2.simulate, "taken=k", "taken=k + 1", simulated),
     "always the first step": Bug(dmd2.simulate, "taken=k", "taken=0", simulated),
     "the last start again": Bug(dmd2.simulate, "sampler.timesteps[k]", "sampler.timesteps[0]", simulated),
     "old noise again": Bug(
-        dmd2.simulate, 'play.noise(batch, f"again {i}")', 'play.noise(batch, "start") * 0', simulated
+        dmd2.simulate, 'context.noise(batch, f"again {i}")', 'context.noise(batch, "start") * 0', simulated
     ),
     "simulation with a graph": Bug(
         dmd2.simulate,
@@ -206,7 +208,7 @@ BUGS = {
     # DisBack, whose release never changes its target
     "target stays the teacher": Bug(DisBack.target, 'f"waypoint_{left}" if left > 0 else TEACHER', "TEACHER", BACK),
     "path the wrong way": Bug(DisBack.target, 'f"waypoint_{left}"', 'f"waypoint_{self.waypoints - left}"', BACK),
-    "target not handed on": Bug(STUDENT, "play.denoiser(target)", "play.denoiser('teacher')", BACK),
+    "target not handed on": Bug(STUDENT, "context.denoiser(target)", "context.denoiser('teacher')", BACK),
     "waypoints all the same": Bug(Backbone.average, "step < role.until", "True", BACK),
     "student moves while the way is recorded": Bug(DisBack.updates, "self.waypoints * self.recording_steps", "0", BACK),
 }

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import FAMILIES, awake, backbone, batch, pipeline, play, tokens
+from tiny import FAMILIES, awake, backbone, batch, context, pipeline, tokens
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -14,7 +14,7 @@ from stepdistill.core.errors import ConfigError
 from stepdistill.core.schedule import Rectified
 from stepdistill.data import Prompts
 from stepdistill.families.base import Family
-from stepdistill.methods.base import Batch, Method, Play
+from stepdistill.methods.base import Batch, Method, StepContext
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2, Gan
 from stepdistill.methods.vsd import VSD, ClipTerm
@@ -31,7 +31,7 @@ GAN = replace(DMD, gan=Gan())
 METHODS = {"dmd2": DMD, "gan": GAN, "teacher's": replace(DMD, gan=Gan(features="teacher")), "vsd": VSD()}
 
 
-def scene(method: Method, name: str = "sd", asleep: tuple[str, ...] = ()) -> tuple[Backbone, Batch, Play]:
+def scene(method: Method, name: str = "sd", asleep: tuple[str, ...] = ()) -> tuple[Backbone, Batch, StepContext]:
     """A backbone with the method's roles awake, a batch, and a play."""
     pipe = pipeline(name)
     bone = backbone(name, pipe)
@@ -39,16 +39,16 @@ def scene(method: Method, name: str = "sd", asleep: tuple[str, ...] = ()) -> tup
         bone.add(role, kind)
         if role not in asleep:
             awake(bone, role)
-    return bone, batch(name, pipe), play(name, pipe, bone)
+    return bone, batch(name, pipe), context(name, pipe, bone)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_each_update_reaches_all_of_its_roles_and_the_student_only_in_its_turn(method, name):
-    bone, part, stage = scene(method, name)
+    bone, part, context = scene(method, name)
     seen = []
     for step in range(3):
-        for update in method.updates(replace(stage, step=step), part, step):
+        for update in method.updates(replace(context, step=step), part, step):
             update.loss.backward()
             for role in update.roles:
                 assert all(p.grad is not None and p.grad.any() for p in bone.parameters_of(role).values()), role
@@ -63,30 +63,30 @@ def test_each_update_reaches_all_of_its_roles_and_the_student_only_in_its_turn(m
 
 def test_only_the_last_call_of_the_student_has_a_graph():
     """O20: the steps before it are simulated."""
-    _, part, stage = scene(DMD)
+    _, part, context = scene(DMD)
     with_graph = []
 
     def denoiser(role):
         def call(x_t, t, cond):
             if role == "student":
                 with_graph.append(torch.is_grad_enabled())
-            return stage.denoiser(role)(x_t, t, cond)
+            return context.denoiser(role)(x_t, t, cond)
 
         return call
 
-    class Last(Play):
+    class Last(StepContext):
         def shared(self, purpose):
             return 0.99
 
-    next(DMD.updates(Last(**vars(replace(stage, denoiser=denoiser))), part, 0))
+    next(DMD.updates(Last(**vars(replace(context, denoiser=denoiser))), part, 0))
     assert with_graph == [False, True]
 
 
 @pytest.mark.parametrize("critic_steps", [1, 3, 5])
 def test_the_fake_score_takes_k_steps_for_one_of_the_student_after_its_warm_up(critic_steps):
     method = replace(DMD, critic_steps=critic_steps, warmup_steps=4)
-    _, part, stage = scene(method)
-    roles = [[u.roles[0] for u in method.updates(stage, part, s)] for s in range(4 + 2 * critic_steps)]
+    _, part, context = scene(method)
+    roles = [[u.roles[0] for u in method.updates(context, part, s)] for s in range(4 + 2 * critic_steps)]
     assert all(found == ["fake"] for found in roles[:4])
     assert [s for s, found in enumerate(roles) if "student" in found] == [4, 4 + critic_steps]
     assert all(found[-1] == "fake" for found in roles)
@@ -96,18 +96,18 @@ def test_a_sleeping_fake_score_is_the_teacher_bit_for_bit():
     """O1 through networks, where both sides are one base with adapters."""
     method = replace(DMD, guidance_scale=1.0)
     for found in (method, VSD(guidance_scale=7.5)):
-        bone, part, stage = scene(found, asleep=("fake",))
-        update = next(found.updates(stage, part, 0))
+        bone, part, context = scene(found, asleep=("fake",))
+        update = next(found.updates(context, part, 0))
         update.loss.backward()
         assert update.loss == 0 and not any(p.grad.any() for p in bone.parameters_of("student").values())
 
 
 @pytest.mark.parametrize("method", [DMD, VSD()], ids=["dmd2", "vsd"])
 def test_prompts_alone_never_touch_data(method):
-    _, part, stage = scene(method)
+    _, part, context = scene(method)
     blind = replace(part, latents=None, noise=None)
     poisoned = replace(part, latents=part.latents * float("nan"), noise=part.noise * float("nan"))
-    losses = [[u.loss.item() for u in method.updates(stage, p, 0)] for p in (blind, poisoned, part)]
+    losses = [[u.loss.item() for u in method.updates(context, p, 0)] for p in (blind, poisoned, part)]
     assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 2
     check_needs(Prompts(prompts=("rose",)), method.needs, "method")
 
@@ -116,8 +116,8 @@ def test_a_term_switched_off_changes_no_other_draw():
     """The score and the fake score's terms are the same, to the bit, with and without the adversarial one."""
     logs = []
     for method in (DMD, GAN, replace(GAN, gan=Gan(generator_weight=0.3, r1_weight=1.0, features="teacher"))):
-        _, part, stage = scene(method)
-        logs.append([dict(u.logs) for u in method.updates(stage, part, 0)])
+        _, part, context = scene(method)
+        logs.append([dict(u.logs) for u in method.updates(context, part, 0)])
     for found in logs[1:]:
         assert found[0]["loss"] == logs[0][0]["loss"] and found[1]["loss_fake"] == logs[0][1]["loss_fake"]
         assert "loss_gan" in found[0] and "loss_head" in found[1]
@@ -126,19 +126,19 @@ def test_a_term_switched_off_changes_no_other_draw():
 def test_each_term_draws_for_itself():
     """No two purposes share noise or times, so that the terms' errors are independent."""
     method = replace(GAN, gan=Gan(r1_weight=1.0), num_inference_steps=4)
-    _, part, stage = scene(method)
+    _, part, context = scene(method)
     asked: list[str] = []
 
-    class Listening(Play):
+    class Listening(StepContext):
         def noise(self, batch, purpose):
             asked.append(purpose)
-            return Play.noise(self, batch, purpose)
+            return StepContext.noise(self, batch, purpose)
 
         def draw(self, batch, purpose):
             asked.append(purpose)
-            return Play.draw(self, batch, purpose)
+            return StepContext.draw(self, batch, purpose)
 
-    for _ in method.updates(Listening(**vars(stage)), part, 0):
+    for _ in method.updates(Listening(**vars(context)), part, 0):
         pass
     twice = {purpose for purpose in asked if asked.count(purpose) > 1}
     assert twice == {"gan real t", "gan real eps"}  # R1 compares the same noised data with its neighbour
@@ -147,22 +147,22 @@ def test_each_term_draws_for_itself():
 @pytest.mark.parametrize("shared", [0.0, 0.99])
 def test_an_empty_prompt_is_learned_in_its_share_of_steps(shared):
     method = VSD(proportion_empty_prompts=0.1)
-    _, part, stage = scene(method)
+    _, part, context = scene(method)
     seen = {}
 
     def denoiser(role):
         def call(x_t, t, cond):
             seen[role] = cond["states"]
-            return stage.denoiser(role)(x_t, t, cond)
+            return context.denoiser(role)(x_t, t, cond)
 
         return call
 
-    class Fixed(Play):
+    class Fixed(StepContext):
         def shared(self, purpose):
             return shared
 
-    method.fake_loss(Fixed(**vars(replace(stage, denoiser=denoiser))), part, part.latents)
-    null = stage.null["states"].expand_as(part.cond["states"])
+    method.fake_loss(Fixed(**vars(replace(context, denoiser=denoiser))), part, part.latents)
+    null = context.null["states"].expand_as(part.cond["states"])
     assert torch.equal(seen["fake"], null) is (shared == 0.0)
     assert not torch.equal(part.cond["states"], null)
 
@@ -183,7 +183,7 @@ def clip_folder(tmp_path_factory) -> str:
 
 def test_the_clip_term_pulls_below_its_threshold_only(clip_folder):
     """O21: the gradient reaches the student through decoder and CLIP; above the threshold it is exactly that of VSD."""
-    bone, part, stage = scene(VSD())
+    bone, part, context = scene(VSD())
     part = replace(part, prompts=("red apple", "cat face"))
     found = {}
     for name, term in {
@@ -193,7 +193,7 @@ def test_the_clip_term_pulls_below_its_threshold_only(clip_folder):
         "weightless": ClipTerm(pretrained_clip_model=clip_folder, threshold=1.0, decay_steps=1),
     }.items():
         method = VSD(clip=term)
-        update = next(method.updates(stage, part, int(name == "weightless")))
+        update = next(method.updates(context, part, int(name == "weightless")))
         update.loss.backward()
         found[name] = torch.cat([p.grad.flatten() for p in bone.parameters_of("student").values()])
         bone.zero_grad(set_to_none=True)
@@ -221,7 +221,7 @@ def test_disback_follows_its_waypoints_back_to_the_teacher():
     """O23: the student rests while the way is recorded; then each target is another network, the last the teacher."""
     method = DisBack(matching=replace(DMD, critic_steps=1), waypoints=3, recording_steps=2, backtracking_steps=1)
     assert [method.target(step) for step in range(6, 10)] == ["waypoint_2", "waypoint_1", TEACHER, TEACHER]
-    bone, part, stage = scene(method, asleep=tuple(method.roles()))
+    bone, part, context = scene(method, asleep=tuple(method.roles()))
     rates = {"student": 1e-2, "fake": 1e-2}
     made = {role: torch.optim.Adam(bone.parameters_of(role).values(), lr=lr) for role, lr in rates.items()}
 
@@ -231,7 +231,7 @@ def test_disback_follows_its_waypoints_back_to_the_teacher():
     first, recorded = flat("student").clone(), []
     for step in range(8):
         before = flat("student").clone()
-        for update in method.updates(replace(stage, step=step), part, step):
+        for update in method.updates(replace(context, step=step), part, step):
             update.loss.backward()
             for role in update.roles:
                 made[role].step()
@@ -244,13 +244,13 @@ def test_disback_follows_its_waypoints_back_to_the_teacher():
 
     gradients = []
     for target in ("waypoint_2", "waypoint_1", TEACHER):
-        next(method.matching.towards(target, stage, part, 0)).loss.backward()
+        next(method.matching.towards(target, context, part, 0)).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in bone.parameters_of("student").values()]))
         bone.zero_grad(set_to_none=True)
     assert not any(torch.equal(gradients[i], gradients[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     twin = replace(DMD, guidance_scale=1.0)  # where the target is the fake score itself there is nothing to follow
     bone.load_state("waypoint_2", bone.state("fake"))
-    assert next(twin.towards("waypoint_2", stage, part, 0)).loss == 0
+    assert next(twin.towards("waypoint_2", context, part, 0)).loss == 0
 
 
 def test_a_copy_stops_where_it_is_told():

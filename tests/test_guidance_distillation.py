@@ -7,12 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 from oracles import close
+from oracles.context import Flow, Network, Scripted, Tabular, column, stable_diffusion
 from oracles.gaussian import GaussianTeacher, ddim_gain, guided_mean
-from oracles.play import Flow, Network, Scripted, Tabular, column, stable_diffusion
-from tiny import FAMILIES, backbone, batch, pipeline, play
+from tiny import FAMILIES, backbone, batch, context, pipeline
 from torch import nn
 
-from stepdistill.core.denoise import SCALE, guided, told
+from stepdistill.core.denoise import SCALE, guided, with_scale
 from stepdistill.core.prediction import Estimate, estimate
 from stepdistill.core.schedule import expand
 from stepdistill.core.solvers import few_step, follow
@@ -28,7 +28,7 @@ SCHEDULES = pytest.mark.parametrize("schedule", [stable_diffusion(), Flow()], id
 
 
 def update(method: Method, schedule, roles, part: Batch, share: float = 0.5, step: int = 0) -> Update:
-    play = Scripted(
+    context = Scripted(
         schedule=schedule,
         null=NOTHING,
         denoiser=roles.__getitem__,
@@ -40,7 +40,7 @@ def update(method: Method, schedule, roles, part: Batch, share: float = 0.5, ste
         draws={"t": torch.full((4,), share, dtype=torch.float64)},
         eps=EPS,
     )
-    (only,) = method.updates(play, part, step)
+    (only,) = method.updates(context, part, step)
     return only
 
 
@@ -87,7 +87,7 @@ def test_the_guided_mean_is_straight_in_the_scale():
     sampler, offsets = method.sampler(sd), []
     assert sampler.guidance_scale == 1 and sampler.adapter_range == (1.0, 12.0)
     for w in (1.0, 2.0, 3.0, 8.0):
-        drawn = few_step(told(student, w), sd, sampler, EPS, COND)
+        drawn = few_step(with_scale(student, w), sd, sampler, EPS, COND)
         alone = few_step(teacher, sd, sampler, EPS, {"mean": torch.full_like(X0, guided_mean(NULL, MEAN, w))})
         close(drawn, alone, 1e-6)  # w is float32
         offsets.append(drawn)
@@ -161,7 +161,7 @@ def test_the_lora_is_all_that_is_added(name):
     bone.add("student", method.roles()["student"])
     own = {p.data_ptr() for p in bone.parameters_of("student").values()}
     assert {p.data_ptr() for p in bone.parameters()} == base | own and not base & own
-    rows, part, scene = [], batch(name, pipe), play(name, pipe, bone)
+    rows, part, scene = [], batch(name, pipe), context(name, pipe, bone)
     handle = net.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(args[0])), with_kwargs=True)
     (only,) = method.updates(scene, part, 0)
     handle.remove()
@@ -225,7 +225,7 @@ def test_halved_twice_it_draws_what_the_first_teacher_draws(schedule):
 
 def test_stages_and_their_teachers():
     method = ProgressiveHalving(steps=(4, 2, 1), stage_steps=10)
-    assert [method.stage(step) for step in (0, 9, 10, 29, 30, 99)] == [0, 0, 1, 2, 2, 2]
+    assert [method.session(step) for step in (0, 9, 10, 29, 30, 99)] == [0, 0, 1, 2, 2, 2]
     kept = [role for role in method.roles().values() if isinstance(role, Ema)]
     assert [(role.of, role.decay, role.until) for role in kept] == [("student", 0.0, k) for k in (0, 10, 20)]
     # a stage's teacher is the student as it was when the stage began, and moves no more

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 import test_adapters as roles
 import test_guidance_distillation as methods
+from oracles.context import Flow, stable_diffusion
 from oracles.planted import planted
-from oracles.play import Flow, stable_diffusion
 
 from stepdistill.methods.guidance_distillation import (
     AdapterGuidance,
@@ -140,8 +140,8 @@ BUGS = {
         "until=None",
         methods.test_stages_and_their_teachers,
     ),
-    "a stage too late": Bug(
-        ProgressiveHalving.stage,
+    "a session too late": Bug(
+        ProgressiveHalving.session,
         "step // self.stage_steps",
         "(step - 1) // self.stage_steps",
         methods.test_stages_and_their_teachers,

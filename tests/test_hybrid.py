@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 from oracles import close
+from oracles.context import stable_diffusion
 from oracles.gaussian import GaussianTeacher, ddim_gain
 from oracles.mixture import Mixture
-from oracles.play import stable_diffusion
 from safetensors.torch import load_file
 
 from stepdistill.core.errors import ConfigError, StudentError

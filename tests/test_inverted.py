@@ -62,20 +62,20 @@ def stage_of(place: Path, data: InvertedImages, name: str):
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_a_pair_has_both_ends_of_a_path_of_the_teacher(place, tmp_path, name):
     data = source(place, tmp_path / "pairs")
-    stage = stage_of(place, data, name)
-    fill(stage)
+    session = stage_of(place, data, name)
+    fill(session)
     pictures = data.source
     sample = data.sample(6, random.Random(0))  # of the second picture: there are five
     assert sample.prompt == "colour 1"
     assert {"pairs", "prompts"} <= provided(data)
     pixels = pictures.sample(1, random.Random(0)).pixels  # one colour: the crop makes no difference
-    schedule = stage.play(0).schedule
+    schedule = session.context(0).schedule
     times = schedule.grid(4)
     with torch.no_grad():
         x = schedule.add_noise(
-            stage.run.family.encode(stage.pipe, pixels[None]), noise_of(0, 6, stage.feed.shape)[None], times[:1]
+            session.run.family.encode(session.pipe, pixels[None]), noise_of(0, 6, session.feed.shape)[None], times[:1]
         )
-        top = follow(stage.denoiser(TEACHER), schedule, times.tolist(), x, stage.feed.condition(["colour 1"]))
+        top = follow(session.denoiser(TEACHER), schedule, times.tolist(), x, session.feed.condition(["colour 1"]))
     torch.testing.assert_close(sample.latents, x[0], atol=2e-3, rtol=2e-3)  # stored in half precision
     torch.testing.assert_close(sample.noise, top[0], atol=4e-3, rtol=4e-3)
     assert (sample.noise - sample.latents).abs().max() > 0.1
@@ -133,9 +133,9 @@ def test_a_picture_that_does_not_read_gives_its_place(place, tmp_path, caplog):
 
 def test_pictures_of_another_size_than_the_student_s_are_refused(place, tmp_path):
     larger = ImageFolder(train_data_dir=str(place / "pictures"), resolution=2 * SIDE)
-    stage = stage_of(place, source(place, tmp_path / "pairs", source=larger), "sd")
+    session = stage_of(place, source(place, tmp_path / "pairs", source=larger), "sd")
     with pytest.raises(ConfigError, match="got pictures of 32 pixels, expected 16.*train.resolution"):
-        fill(stage)
+        fill(session)
 
 
 def test_pictures_of_several_sizes_are_refused(place, tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from oracles.play import Scripted, stable_diffusion
+from oracles.context import Scripted, stable_diffusion
 from pictures import encoded, noise
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -520,7 +520,7 @@ def bias(part: Partition) -> tuple[float, float]:
     samples = next(loader(stream, 0, [range(count)], 0, seed=0))
     latents = torch.stack([sample.latents for sample in samples if sample.latents is not None]).double()
     value = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    play = Scripted(
+    context = Scripted(
         schedule=stable_diffusion(),
         null={},
         denoiser=lambda role: lambda x_t, t, cond: Estimate(value + 0 * x_t, x_t),
@@ -535,7 +535,7 @@ def bias(part: Partition) -> tuple[float, float]:
     batch = Batch(tuple(range(count)), {}, (1, 1, 1), latents, torch.zeros_like(latents))
 
     def loss() -> Tensor:
-        (update,) = Regression(num_inference_steps=1).updates(play, batch, 0)
+        (update,) = Regression(num_inference_steps=1).updates(context, batch, 0)
         return update.loss
 
     (slope,) = torch.autograd.grad(loss(), value, create_graph=True)

@@ -14,14 +14,14 @@ import test_regression
 import test_sampling
 import test_schedule
 from oracles import close
+from oracles.context import stable_diffusion
 from oracles.planted import planted
-from oracles.play import stable_diffusion
 from torch import nn
 
 from stepdistill.core import denoise, losses, prediction
 from stepdistill.core import solvers as sampling
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
-from stepdistill.methods.base import Play
+from stepdistill.methods.base import StepContext
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.backbone import Backbone
@@ -67,11 +67,11 @@ BUGS = {
     "prompts in the wrong half": Bug(
         denoise.guided, "[null[key].expand_as(value), value]", "[value, null[key].expand_as(value)]", GUIDED
     ),
-    "guidance left out": Bug(UPDATES, "self._guidance(play, batch)", "1.0", GUIDED),
+    "guidance left out": Bug(UPDATES, "self._guidance(context, batch)", "1.0", GUIDED),
     "one scale for the batch": Bug(
         Consistency._guidance,
-        'play.draw(batch, "guidance_scale")',
-        'play.draw(batch, "guidance_scale")[:1]',
+        'context.draw(batch, "guidance_scale")',
+        'context.draw(batch, "guidance_scale")[:1]',
         single.test_a_hidden_scale_is_averaged,
     ),
     "the range's upper end left out": Bug(
@@ -82,10 +82,10 @@ BUGS = {
     "grid one too low": Bug(UPDATES, "grid[i + 1], grid[i]", "grid[i], grid[(i - 1).clamp(min=0)]", LCM),
     "solver skipped": Bug(UPDATES, TEACHER_STEP, "x_u = x_t", LCM),
     "solver replaced by data": Bug(
-        UPDATES, TEACHER_STEP, 'x_u = schedule.add_noise(latents_of(batch), play.noise(batch, "eps"), u)', LCM
+        UPDATES, TEACHER_STEP, 'x_u = schedule.add_noise(latents_of(batch), context.noise(batch, "eps"), u)', LCM
     ),
     "teacher told the end time": Bug(UPDATES, "teacher(x_t, t, cond)", "teacher(x_t, u, cond)", LCM),
-    "solver on the student": Bug(UPDATES, "play.denoiser(TEACHER)", 'play.denoiser("student")', LCM),
+    "solver on the student": Bug(UPDATES, "context.denoiser(TEACHER)", 'context.denoiser("student")', LCM),
     "levels of a step at its start": Bug(UPDATES, TEACHER_STEP, TEACHER_STEP[:-2] + "t)", LCM),
     # the target
     "target at the wrong time": Bug(UPDATES, "(x_u, u, cond), x_u, u, s,", "(x_u, t, cond), x_u, u, s,", LCM),
@@ -98,14 +98,14 @@ BUGS = {
     ),
     "target never the average": Bug(
         UPDATES,
-        "play.denoiser(self.target)",
-        'play.denoiser("student")',
+        "context.denoiser(self.target)",
+        'context.denoiser("student")',
         single.test_the_target_is_the_average_if_asked,
     ),
     "prompts lost on the way to the target": Bug(
         UPDATES,
-        "play.denoiser(self.target)(x_u, u, cond)",
-        "play.denoiser(self.target)(x_u, u, {k: v.flip(0) for k, v in cond.items()})",
+        "context.denoiser(self.target)(x_u, u, cond)",
+        "context.denoiser(self.target)(x_u, u, {k: v.flip(0) for k, v in cond.items()})",
         lambda: single.test_point_masses_are_fixed("any", 1, "table"),
     ),
     "target where the jump has no length": Bug(
@@ -133,8 +133,8 @@ BUGS = {
     ),
     "ends below the segment": Bug(Consistency.ends, "edge = i // length * length", "edge = i // length * 0", ENDS),
     "the shortest jump never drawn": Bug(Consistency.ends, "(i - edge + 1)", "(i - edge)", ENDS),
-    "end drawn with the start": Bug(UPDATES, 'play.draw(batch, "s")', 'play.draw(batch, "t")', TCD),
-    "stage never changes": Bug(
+    "end drawn with the start": Bug(UPDATES, 'context.draw(batch, "s")', 'context.draw(batch, "t")', TCD),
+    "session never changes": Bug(
         UPDATES,
         "self.segments_at(step)",
         "self.segments[0]",
@@ -257,17 +257,17 @@ BUGS = {
         lambda: test_losses.test_equal_is_zero_with_a_zero_gradient("huber"),
     ),
     "draws by place in the batch": Bug(
-        Play.draw,
+        StepContext.draw,
         "self._generator(i, purpose)) for i in batch.index",
         "self._generator(i, purpose)) for i, _ in enumerate(batch.index)",
         single.test_a_batch_is_its_samples,
     ),
     "the same draws at every step": Bug(
-        Play._generator, "{self.seed}/{self.step}/", "{self.seed}/", single.test_a_batch_is_its_samples
+        StepContext._generator, "{self.seed}/{self.step}/", "{self.seed}/", single.test_a_batch_is_its_samples
     ),
     "regression off the student's rollout": Bug(
         Regression.updates,
-        "follow(student, play.schedule, times[: exit_at + 1], batch.noise, batch.cond)",
+        "follow(student, context.schedule, times[: exit_at + 1], batch.noise, batch.cond)",
         "batch.noise",
         lambda: test_regression.test_it_converges_to_the_pairing(2),
     ),

@@ -41,7 +41,7 @@ from stepdistill.training.cache.rows import RowStore
 from stepdistill.training.distill import assemble, check, distill, fill
 from stepdistill.training.optimizers import Team
 from stepdistill.training.recipe import Run, TrainSpec
-from stepdistill.training.setup import Stage, prepare
+from stepdistill.training.setup import Session, prepare
 
 ROOT = Path(__file__).parent.parent
 SIDE = 32
@@ -138,9 +138,9 @@ def equal(a: dict, b: dict) -> bool:
 
 def batches(run: Run, steps: int = 3) -> list[torch.Tensor]:
     """The tensors of the first steps, and of the unconditional row."""
-    stage = prepare(run)
-    found = [value for _, value in sorted(stage.feed.null.items())]
-    read = stage.feed.batches(run.data, 0, 0, 1)
+    session = prepare(run)
+    found = [value for _, value in sorted(session.feed.null.items())]
+    read = session.feed.batches(run.data, 0, 0, 1)
     for _ in range(steps):
         for part in next(read):
             found += [value for _, value in sorted(part.cond.items())]
@@ -161,19 +161,19 @@ def test_batches_from_the_cache_are_those_without(place, tmp_path, name, request
     assert len(plain) == len(found) and all(map(torch.equal, plain, found))
 
 
-def parts(stage: Stage) -> set[str]:
-    return {name for name, part in stage.pipe.components.items() if is_shell(part)}
+def parts(session: Session) -> set[str]:
+    return {name for name, part in session.pipe.components.items() if is_shell(part)}
 
 
-def trained(run: Run) -> tuple[Stage, dict[str, torch.Tensor]]:
+def trained(run: Run) -> tuple[Session, dict[str, torch.Tensor]]:
     """A run up to its end, without the student folder and its proof, which load a whole plain pipeline."""
     check(run)
-    stage = prepare(run)
+    session = prepare(run)
     Path(run.train.output_dir).mkdir(parents=True, exist_ok=True)
-    fill(stage)
-    assert assemble(stage, Team.assemble(stage.backbone, run.method, run.train)).fit()
-    stage.feed.save()
-    return stage, stage.backbone.state("student")
+    fill(session)
+    assert assemble(session, Team.assemble(session.backbone, run.method, run.train)).fit()
+    session.feed.save()
+    return session, session.backbone.state("student")
 
 
 def test_a_whole_training_from_the_cache_loads_neither(place, tmp_path, caplog, request):
@@ -188,10 +188,10 @@ def test_a_whole_training_from_the_cache_loads_neither(place, tmp_path, caplog, 
     precompute(run("cached", tmp_path / "kept"))
     request.getfixturevalue("sealed")
     caplog.clear()
-    stage, cached = trained(run("cached", tmp_path / "kept"))
+    session, cached = trained(run("cached", tmp_path / "kept"))
     assert plain.keys() == cached.keys() and all(torch.equal(plain[key], cached[key]) for key in plain)
     assert any(value.abs().max() > 0 for key, value in cached.items() if "lora_B" in key)
-    assert parts(stage) == {"text_encoder", "vae"} and not caplog.records
+    assert parts(session) == {"text_encoder", "vae"} and not caplog.records
 
 
 def test_what_is_missing_is_loaded_for_once_and_said(place, tmp_path, caplog, loads):
@@ -202,8 +202,8 @@ def test_what_is_missing_is_loaded_for_once_and_said(place, tmp_path, caplog, lo
     caplog.clear()
     run = run_of(place, tmp_path / "out", data, kept, validation_prompts=("rose",), validation_steps=2, teacher_steps=4)
     run = replace(run, train=replace(run.train, watch_samples=0, max_train_steps=4))
-    stage, _ = trained(run)
-    assert sorted(loads) == ["AutoencoderKL", "CLIPTextModel"] and not parts(stage)
+    session, _ = trained(run)
+    assert sorted(loads) == ["AutoencoderKL", "CLIPTextModel"] and not parts(session)
     told = "\n".join(record.message for record in caplog.records)
     assert told.count("loading text_encoder: ") == told.count("loading vae: ") == 1
     assert "loading vae: pictures are drawn" in told
@@ -419,10 +419,10 @@ def test_another_text_encoder_is_another_cache(place, tmp_path, caplog, loads):
     save_file({key: value + 0.01 for key, value in load_file(file).items()}, file, {"format": "pt"})
     loads.clear()
     caplog.clear()
-    stage = prepare(run)
+    session = prepare(run)
     assert "ignoring 1 cache files" in caplog.text
     assert torch.equal(
-        stage.feed.condition(["rose"])["states"], run.family.condition(run.family.load(), ["rose"])["states"]
+        session.feed.condition(["rose"])["states"], run.family.condition(run.family.load(), ["rose"])["states"]
     )
     assert sorted(loads) == ["AutoencoderKL", "CLIPTextModel", "CLIPTextModel"]  # the cache's, and the whole pipeline's
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 from oracles import close, stock
+from oracles.context import Flow, Network, spoken, stable_diffusion
 from oracles.gaussian import GaussianTeacher
-from oracles.play import Flow, Network, spoken, stable_diffusion
 from torch import Tensor
 
 from stepdistill.core.denoise import guided

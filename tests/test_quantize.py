@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, SIDE, awake, backbone, batch, pipeline, play
+from tiny import FAMILIES, SIDE, awake, backbone, batch, context, pipeline
 
 from stepdistill.config.schema import Factory
 from stepdistill.core.errors import ConfigError
@@ -75,7 +75,7 @@ def test_the_base_is_eight_bits_and_near_and_its_roles_learn_in_float32(family):
     before = {key: dense(p).clone() for key, p in ours.net.named_parameters() if "lora_" not in key}
     grads: list[dict[str, torch.Tensor]] = []
     for pipeline_, bone in ((pipe, ours), (plain, theirs)):
-        for update in method.updates(play(name, pipeline_, bone), batch(name, pipeline_), 0):
+        for update in method.updates(context(name, pipeline_, bone), batch(name, pipeline_), 0):
             update.loss.backward()
         own = [role for role, kind in method.roles().items() if not isinstance(kind, Ema)]
         grads.append({f"{r}/{k}": p.grad for r in own for k, p in bone.parameters_of(r).items()})

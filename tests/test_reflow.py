@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from oracles import close
+from oracles.context import Flow, drawn, stable_diffusion
 from oracles.gaussian import GaussianTeacher, ddim_gain, guided_mean, levels, ode_map
-from oracles.play import Flow, drawn, stable_diffusion
 from torch import Tensor
 
 from stepdistill.core.denoise import Condition
@@ -74,8 +74,8 @@ def straightened(schedule: NoiseSchedule) -> Lines:
 
 
 def losses(method, schedule, student, batch: Batch, seed: int = 0, **others) -> Tensor:
-    play = drawn(schedule, {"student": student, **others}, seed)
-    (update,) = method.updates(play, batch, 0)
+    context = drawn(schedule, {"student": student, **others}, seed)
+    (update,) = method.updates(context, batch, 0)
     assert update.roles == ("student",)
     return update.loss
 
@@ -182,8 +182,8 @@ def test_an_annealed_coupling_has_its_own_floor(beta):
     step = round((1 - beta) * steps)
     method, batch = Reflow(annealing_steps=steps), pairs(FLOW, noises(count))
     assert method.beta(step) == pytest.approx(beta)
-    play = drawn(FLOW, {"student": Annealed(beta)}, 3)
-    (update,) = method.updates(play, batch, step)
+    context = drawn(FLOW, {"student": Annealed(beta)}, 3)
+    (update,) = method.updates(context, batch, step)
     assert update.loss.item() == pytest.approx(annealed_floor(beta), rel=0.03)
     worse = drawn(FLOW, {"student": Annealed(max(0.1, beta - 0.3))}, 3)
     (other,) = method.updates(worse, batch, step)
@@ -335,10 +335,10 @@ def test_the_noisiest_window_begins_at_pure_noise_and_the_others_at_noised_data(
 
     z = noises(64)
     batch = Batch(tuple(range(64)), prompts(64), (1, 1, 1), 5 + noises(64, seed=9))
-    play = drawn(schedule, {"student": teacher, TEACHER: teacher}, 0)
-    next(PeRFlow(windows=2, solver_steps=1, guidance_scale=1.0).updates(play, batch, 0))
+    context = drawn(schedule, {"student": teacher, TEACHER: teacher}, 0)
+    next(PeRFlow(windows=2, solver_steps=1, guidance_scale=1.0).updates(context, batch, 0))
     x_t, t = starts[0]
-    z = play.seen["eps"]
+    z = context.seen["eps"]
     first = t == schedule.span[1]
     assert 16 < first.sum() < 48 and t.unique().tolist() == [schedule.even(schedule.span[1], 2)[1], schedule.span[1]]
     close(x_t[first], z[first], 1e-15)
@@ -385,10 +385,10 @@ def test_the_flow_takes_over_where_the_student_stands():
         fresh["x"], fresh["t"] = x_t, t
         return GaussianTeacher(FLOW, STD)(x_t, t, cond)
 
-    play = drawn(FLOW, {"student": student, "flow": flow}, 0)
+    context = drawn(FLOW, {"student": student, "flow": flow}, 0)
     method = FlowGuided(flow_weight=2.0, turn_range=(0.2, 0.5))
-    (update,) = method.updates(play, batch, 0)
-    z, share = play.seen["fresh"], expand(fresh["t"] / 1000, batch.noise)
+    (update,) = method.updates(context, batch, 0)
+    z, share = context.seen["fresh"], expand(fresh["t"] / 1000, batch.noise)
     assert 0.5 <= share.min() < 0.55 and 0.75 < share.max() <= 0.8
     close(fresh["x"], (1 - share) * MEAN + share * z, 1e-12)  # the student's first step leads to the mean
     d = (1 - share) ** 2 * STD**2 + share**2
@@ -469,11 +469,11 @@ def test_the_first_noise_is_as_good_as_any_on_straight_paths_only(schedule, step
 
 def test_the_first_noise_is_kept_where_paths_are_straight(caplog):
     method = Reflow(first_noise=True)
-    assert method.settled(lambda: 0.009) is method
+    assert method.finalize(lambda: 0.009) is method
     assert not caplog.text
-    assert method.settled(lambda: 0.02) == Reflow()
+    assert method.finalize(lambda: 0.02) == Reflow()
     assert "straightness over transport cost is 0.02, expected below 0.01" in caplog.text
-    assert Reflow().settled(lambda: pytest.fail("nobody asked")) == Reflow()
+    assert Reflow().finalize(lambda: pytest.fail("nobody asked")) == Reflow()
 
 
 @SCHEDULES

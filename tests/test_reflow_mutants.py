@@ -50,7 +50,7 @@ REFLOW, PERFLOW, GUIDED = Reflow.updates, PeRFlow.updates, FlowGuided.updates
 BUGS = {
     "velocity with the wrong sign": Bug(reflow.along, "(line.eps - line.x0)", "(line.x0 - line.eps)", fixed),
     "pure noise assumed at the end of a table": Bug(
-        REFLOW, "chord(play.schedule, z, top, x0, bottom)", "Estimate(x0, z)", fixed
+        REFLOW, "chord(context.schedule, z, top, x0, bottom)", "Estimate(x0, z)", fixed
     ),
     "whole timesteps": Bug(reflow.along, "now), now,", "now), now.round(),", fixed),
     "line's solution singular": Bug(straight.chord, "alpha_t * sigma_s - alpha_s * sigma_t", "sigma_s - sigma_t", line),
@@ -61,7 +61,7 @@ BUGS = {
     "the density of another a": Bug(straight.u_shaped, "math.sinh(a / 2)", "math.sinh(a)", SHARES),
     "steps end clean": Bug(straight.evenly, "clean=False", "clean=True", sampled),
     "annealing of the loss": Bug(
-        REFLOW, 'z = (1 - beta**2) ** 0.5 * z + beta * play.noise(batch, "annealing")', "beta = 0", floor
+        REFLOW, 'z = (1 - beta**2) ** 0.5 * z + beta * context.noise(batch, "annealing")', "beta = 0", floor
     ),
     "annealed noise too large": Bug(REFLOW, "(1 - beta**2) ** 0.5 * z", "z", ANNEALED),
     "annealed along a line": Bug(REFLOW, "(1 - beta**2) ** 0.5 * z", "(1 - beta) * z", ANNEALED),
@@ -74,12 +74,12 @@ BUGS = {
     ),
     "huber element by element": Bug(losses.whole, "flat.square().sum(1)", "flat.square().mean(1) * 1.0", HUBER),
     "huber's constant without d": Bug(losses.whole, "0.00054 * d", "0.00054", HUBER),
-    "windows without guidance": Bug(PERFLOW, "play.null, self.guidance_scale", "play.null, 1.0", windows),
+    "windows without guidance": Bug(PERFLOW, "context.null, self.guidance_scale", "context.null, 1.0", windows),
     "a leaky start": Bug(PERFLOW, "expand(k == 0, z)", "expand(k < 0, z)", starts),
     "every window from noise": Bug(PERFLOW, "expand(k == 0, z)", "expand(k >= 0, z)", starts),
     "a window too far": Bug(PERFLOW, "edges[k + 1]", "edges[-1].expand_as(k)", windows),
     "a flow led without a graph barrier": Bug(GUIDED, "torch.no_grad()", "torch.enable_grad()", LED),
-    "noise of the pair in the place of fresh": Bug(GUIDED, 'play.noise(batch, "fresh")', "batch.noise", LED),
+    "noise of the pair in the place of fresh": Bug(GUIDED, 'context.noise(batch, "fresh")', "batch.noise", LED),
     "the turn at the wrong end": Bug(GUIDED, "high + way * (low - high)", "low + way * (high - low)", LED),
     "the flow's term dropped": Bug(GUIDED, "self.flow_weight * term", "0 * term", LED),
     "straightness from mid-air": Bug(straightness.paths, "path[-1] - path[0]", "path[-1] - path[1]", BENT),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import close
+from oracles.context import Scripted, Tabular, column, stable_diffusion, teacher_table
 from oracles.gaussian import GaussianTeacher, solver_gain
-from oracles.play import Scripted, Tabular, column, stable_diffusion, teacher_table
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import Denoise
@@ -21,7 +21,7 @@ PAIRED = follow(GaussianTeacher(SD, STD), SD, SD.grid(50).flip(0).tolist(), NOIS
 
 
 def update(method: Regression, student: Denoise, share: float, latents: Tensor | None = PAIRED) -> Update:
-    play = Scripted(
+    context = Scripted(
         schedule=SD,
         null={},
         denoiser={"student": student}.__getitem__,
@@ -34,7 +34,7 @@ def update(method: Regression, student: Denoise, share: float, latents: Tensor |
         eps=NOISE,
         common=share,
     )
-    (only,) = method.updates(play, Batch((0, 1, 2, 3), COND, (1, 1, 1), latents, NOISE), 0)
+    (only,) = method.updates(context, Batch((0, 1, 2, 3), COND, (1, 1, 1), latents, NOISE), 0)
     return only
 
 

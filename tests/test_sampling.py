@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import FlowMatchLCMScheduler
 from oracles import close, stock
+from oracles.context import Flow, Tabular, column, stable_diffusion, sweep
 from oracles.gaussian import GaussianTeacher, levels, marginal_std, ode_map
 from oracles.mixture import Mixture
-from oracles.play import Flow, Tabular, column, stable_diffusion, sweep
 from torch import Tensor
 
 from stepdistill.core.denoise import Denoise

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from oracles import close, stock
+from oracles.context import Flow, Table, stable_diffusion
 from oracles.gaussian import levels, marginal_std, solver_gain, trajectory_gain
-from oracles.play import Flow, Table, stable_diffusion
 
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
 from stepdistill.methods.consistency import Consistency

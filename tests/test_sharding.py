@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from tiny import FAMILIES, awake, backbone, batch, pipeline, play, tokens
+from tiny import FAMILIES, awake, backbone, batch, context, pipeline, tokens
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -111,7 +111,7 @@ def gradients(name: str, method: DMD2, keep: list[int], shard: bool, checkpointi
         method=method,
         team=team,
         spec=spec,
-        play=lambda step: play(name, pipe, bone, step),
+        context=lambda step: context(name, pipe, bone, step),
         batches=iter(()),
         logs=None,  # pyright: ignore
         validate=lambda step: False,
@@ -179,7 +179,7 @@ def _alone(rank: int, name: str) -> None:
     bone, part = backbone(name, pipe), batch(name, pipe)
     bone.add("student", Lora())
     awake(bone, "student")
-    teacher, student = (play(name, pipe, bone).denoiser(role) for role in (TEACHER, "student"))
+    teacher, student = (context(name, pipe, bone).denoiser(role) for role in (TEACHER, "student"))
     x, t = part.latents, torch.full((2,), 300.0)
 
     def gradient() -> torch.Tensor:
@@ -224,7 +224,7 @@ def _memory(name: str) -> None:
     size, before = sum(p.numel() * p.element_size() for p in bone.net.parameters()), held()
     sharding.shard(bone, CPU, torch.float32)
     saved = [before - held()]
-    play(name, pipe, bone).denoiser(TEACHER)(
+    context(name, pipe, bone).denoiser(TEACHER)(
         part.latents.requires_grad_(), torch.ones(2), part.cond
     ).x0.sum().backward()
     part.latents.grad = None
@@ -268,10 +268,10 @@ def test_gradients_are_those_of_one_process(exact, case):
 class Interrupted(DMD2):
     """One process is asked to stop in the first step."""
 
-    def updates(self, play, batch, step):
+    def updates(self, context, batch, step):
         if step == 0 and dist.get_rank() == 1:
             signal.raise_signal(signal.SIGTERM)
-        return DMD2.updates(self, play, batch, step)
+        return DMD2.updates(self, context, batch, step)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import awake, backbone, batch, pipeline, play
+from tiny import awake, backbone, batch, context, pipeline
 
 from stepdistill.config.load import to_yaml
 from stepdistill.config.schema import Factory
@@ -181,7 +181,7 @@ def test_micro_batches_keep_no_graph(monkeypatch):
         method=Counting(),  # pyright: ignore
         team=team,
         spec=TrainSpec(output_dir="unused"),
-        play=lambda step: play("sd", pipe, team.backbone, step),
+        context=lambda step: context("sd", pipe, team.backbone, step),
         batches=iter(()),
         logs=None,  # pyright: ignore
         validate=lambda step: False,
@@ -197,8 +197,8 @@ def test_micro_batches_keep_no_graph(monkeypatch):
 class Poisoned(Regression):
     """Its loss is not a number in the third step."""
 
-    def updates(self, play, batch, step):
-        for update in Regression.updates(self, play, batch, step):
+    def updates(self, context, batch, step):
+        for update in Regression.updates(self, context, batch, step):
             yield Update(update.roles, update.loss * (float("nan") if step == 2 else 1.0), update.logs)
 
 
@@ -214,10 +214,10 @@ def test_a_non_finite_loss_stops_and_saves(teacher, samples, tmp_path):
 class Interrupted(Regression):
     """A signal arrives in its second step."""
 
-    def updates(self, play, batch, step):
+    def updates(self, context, batch, step):
         if step == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        yield from Regression.updates(self, play, batch, step)
+        yield from Regression.updates(self, context, batch, step)
 
 
 def test_a_signal_finishes_the_step_and_saves(teacher, samples, tmp_path):
@@ -238,8 +238,8 @@ def test_a_second_signal_leaves_at_once():
 class Dead(Regression):
     """Its loss does not reach the student."""
 
-    def updates(self, play, batch, step):
-        for update in Regression.updates(self, play, batch, step):
+    def updates(self, context, batch, step):
+        for update in Regression.updates(self, context, batch, step):
             yield Update(update.roles, update.loss.detach().requires_grad_(), update.logs)
 
 

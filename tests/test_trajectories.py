@@ -74,22 +74,22 @@ def whole(place, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_a_state_is_on_its_guided_trajectory_and_its_output_is_the_guided_one(place, tmp_path, name):
     data = filled(place, tmp_path / "states", name, count=3)
-    stage = stage_of(place, data, name)
-    play, teacher = stage.play(0), stage.denoiser(TEACHER)
-    grid = play.schedule.grid(4).flip(0).tolist()
+    session = stage_of(place, data, name)
+    context, teacher = session.context(0), session.denoiser(TEACHER)
+    grid = context.schedule.grid(4).flip(0).tolist()
     assert len(data) == 6
     for i in range(6):
         sample, (w, kept) = data.sample(i, random.Random(0)), data.drawn(i // 2)
-        state, cond = sample.state, stage.feed.condition([sample.prompt])
+        state, cond = sample.state, session.feed.condition([sample.prompt])
         assert sample.prompt == data.prompt_of(i // 2) and state.guidance_scale == pytest.approx(w)
         assert state.t == grid[kept[i % 2]]
-        denoise, start = guided(teacher, play.null, w), trajectories.noise_of(0, i // 2, (4, 8, 8))[None]
+        denoise, start = guided(teacher, context.null, w), trajectories.noise_of(0, i // 2, (4, 8, 8))[None]
         with torch.no_grad():
-            x_t = follow(denoise, play.schedule, grid[: kept[i % 2] + 1], start, cond)
+            x_t = follow(denoise, context.schedule, grid[: kept[i % 2] + 1], start, cond)
             y = teacher.native(denoise(state.x_t[None], state.t[None], cond), state.t[None])
         assert (x_t - state.x_t).abs().max() < 1e-2 * x_t.abs().max()  # states are rounded to half precision
         assert (y - state.output).abs().max() < 1e-3 * y.abs().max()  # of the state as it is stored
-    stage.accelerator.end_training()
+    session.accelerator.end_training()
 
 
 def test_scales_are_uniform_outside_of_the_hole_and_steps_a_random_subset(tmp_path):
@@ -166,13 +166,13 @@ def test_two_processes_write_what_one_writes(place, whole, tmp_path):
 
 def test_shares_of_processes_are_whole_together(place, whole, tmp_path):
     data = source(tmp_path / "states")
-    stage = stage_of(place, data)
+    session = stage_of(place, data)
     for rank in (1, 0):
 
         def make(*given):
-            return stage.trajectories(*given, steps=4)
+            return session.trajectories(*given, steps=4)
 
-        data.fill(make, stage.feed.shape, stage.digest, rank, 2)
+        data.fill(make, session.feed.shape, session.digest, rank, 2)
         names = {file.stem for file in Path(data.folder).glob("chunk-*")}
         assert names == ({"chunk-00001"} if rank else {f"chunk-0000{k}" for k in range(3)})
     assert files(tmp_path / "states") == files(whole)

@@ -14,8 +14,8 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from oracles import close
+from oracles.context import Flow, Scripted, Tabular, column, stable_diffusion
 from oracles.gaussian import GaussianTeacher
-from oracles.play import Flow, Scripted, Tabular, column, stable_diffusion
 from safetensors.torch import load_file
 from torch import nn
 
@@ -43,7 +43,7 @@ COND, NULL = {"mean": torch.full_like(X0, MEAN)}, {"mean": column(-0.5)}
 def update(method: TeacherScoreMatching, schedule: NoiseSchedule, learner: Denoise, t: float) -> Update:
     """The one update of the method at time t with a Gaussian teacher."""
     share = t / 1000 if isinstance(schedule, Flow) else (t + 0.5) / 1000  # the middle of a table's entry
-    play = Scripted(
+    context = Scripted(
         schedule=schedule,
         null=NULL,
         denoiser={"student": learner, "teacher": GaussianTeacher(schedule, STD)}.__getitem__,
@@ -55,7 +55,7 @@ def update(method: TeacherScoreMatching, schedule: NoiseSchedule, learner: Denoi
         draws={"t": torch.full((4,), share, dtype=torch.float64)},
         eps=EPS,
     )
-    (only,) = method.updates(play, Batch((0, 1, 2, 3), COND, (1, 1, 1), X0), 0)
+    (only,) = method.updates(context, Batch((0, 1, 2, 3), COND, (1, 1, 1), X0), 0)
     return only
 
 

@@ -22,7 +22,7 @@ from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.students.load import load_student
 from stepdistill.students.single import verify
-from stepdistill.training import setup as stage
+from stepdistill.training import setup as session
 from stepdistill.training.distill import distill
 from stepdistill.training.logs import Logs
 from stepdistill.training.optimizers import Team
@@ -117,7 +117,7 @@ PROMPTS = ("animal mammal", "heart", "food fruit", "sky weather")
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory) -> stage.Stage:
+def scene(tmp_path_factory) -> session.Session:
     """The bundled teacher with an untrained student, and its yardstick in the folder."""
     out = tmp_path_factory.mktemp("scene")
     run = Run(
@@ -134,7 +134,7 @@ def scene(tmp_path_factory) -> stage.Stage:
             teacher_guidance_scale=3.0,
         ),
     )
-    made = stage.prepare(run)
+    made = session.prepare(run)
     Team.assemble(made.backbone, run.method, run.train)
     Watch(made, Logs(made.accelerator, out, 0), 0)
     return made
@@ -143,7 +143,7 @@ def scene(tmp_path_factory) -> stage.Stage:
 DRAWN: dict[tuple[int, ...], torch.Tensor] = {}
 
 
-def taught(scene: stage.Stage, ids) -> torch.Tensor:
+def taught(scene: session.Session, ids) -> torch.Tensor:
     """The teacher's latents at these seeds."""
     spec, key = scene.run.train, tuple(ids)
     if key not in DRAWN:
@@ -152,7 +152,7 @@ def taught(scene: stage.Stage, ids) -> torch.Tensor:
     return DRAWN[key]
 
 
-def saturated(scene: stage.Stage, ids) -> torch.Tensor:
+def saturated(scene: session.Session, ids) -> torch.Tensor:
     """The teacher's pictures with far too much colour, as latents."""
     drawn = scene.pictures(taught(scene, ids))
     grey = pictures.luma(drawn)[:, None]

@@ -45,7 +45,7 @@ from stepdistill.families.sana import Sana
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.families.sdxl import StableDiffusionXL
-from stepdistill.methods.base import Batch, Play
+from stepdistill.methods.base import Batch, StepContext
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import LoraSpec
@@ -268,15 +268,15 @@ def batch(name: str, pipe: DiffusionPipeline, size: int = 2, first: int = 0) -> 
     return Batch(index, FAMILIES[name].condition(pipe, prompts), (4, 8, 8), latents, noise)
 
 
-def play(name: str, pipe: DiffusionPipeline, bones: dict[str, Backbone] | Backbone, step: int = 0) -> Play:
-    """A `Play` over one shared backbone, or over one backbone for each role."""
+def context(name: str, pipe: DiffusionPipeline, bones: dict[str, Backbone] | Backbone, step: int = 0) -> StepContext:
+    """A `StepContext` over one shared backbone, or over one backbone for each role."""
     family = FAMILIES[name]
     schedule = family.schedule(pipe.scheduler)
 
     def bone(role: str) -> Backbone:
         return bones if isinstance(bones, Backbone) else bones[role]
 
-    return Play(
+    return StepContext(
         schedule=schedule,
         null=family.unconditional(pipe),
         denoiser=lambda role: Denoiser(bone(role), role, schedule, family.kind(pipe), family.call),

@@ -36,7 +36,7 @@ from stepdistill.core.denoise import Condition
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
 from stepdistill.data.bundled.build import vp_scheduler
-from stepdistill.methods.base import Batch, Play
+from stepdistill.methods.base import Batch, StepContext
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.training.loop import Loop
@@ -149,12 +149,12 @@ def build(case: Cycle) -> Loop:
     def denoiser(role: str) -> Denoiser:
         return Denoiser(backbone, role, shape.schedule, shape.kind, family.call, dtype)
 
-    def play(step: int) -> Play:
+    def context(step: int) -> StepContext:
         null, module = _embeddings(case, 1), backbone.others.__getitem__
-        return Play(shape.schedule, null, denoiser, module, nn.Identity(), run.train.seed, step, device)
+        return StepContext(shape.schedule, null, denoiser, module, nn.Identity(), run.train.seed, step, device)
 
     return single(
-        method=run.method, backbone=backbone, spec=run.train, play=play, batches=_batches(case), device=device
+        method=run.method, backbone=backbone, spec=run.train, context=context, batches=_batches(case), device=device
     )
 
 

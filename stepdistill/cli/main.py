@@ -230,10 +230,10 @@ def _make(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.training.recipe import Run
     from stepdistill.training.setup import prepare
 
-    stage = prepare(config.load(Run, args.config, overrides))
-    fill(stage)
-    stage.feed.save()
-    stage.accelerator.end_training()
+    session = prepare(config.load(Run, args.config, overrides))
+    fill(session)
+    session.feed.save()
+    session.accelerator.end_training()
 
 
 def _verify(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""YAML to frozen dataclasses, the classes that a config may name, and the commented template."""

@@ -61,7 +61,7 @@ def guided(denoise: Denoise, null: Condition, scale: float | Tensor) -> Denoise:
     return call
 
 
-def told(denoise: Denoise, scale: float | None) -> Denoise:
+def with_scale(denoise: Denoise, scale: float | None) -> Denoise:
     """Guidance adapters are told one scale for all samples; None is for roles without adapters."""
     if scale is None:
         return denoise

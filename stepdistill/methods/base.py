@@ -50,7 +50,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Play:
+class StepContext:
     """What a method may touch in one step: denoisers and modules by role, the schedule, the null condition, pixels
     (B, 3, H, W) in about [-1, 1] from latents, and randomness.
 
@@ -101,7 +101,7 @@ class Method(ABC):
         """The roles to add to the backbone, in order."""
 
     @abstractmethod
-    def exported(self) -> str:
+    def student_role(self) -> str:
         """The role that becomes the student."""
 
     @abstractmethod
@@ -112,11 +112,11 @@ class Method(ABC):
     def check(self, schedule: NoiseSchedule) -> None:
         """Raise ValueError where this method cannot run on this noise process; called before any training."""
 
-    def settled(self, bend: Callable[[], float]) -> Method:
+    def finalize(self, bend: Callable[[], float]) -> Method:
         """The method as the student is exported, after training; `bend` measures straightness over transport cost."""
         return self
 
     @abstractmethod
-    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+    def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         """The updates of one step. Their number and roles depend on `step` and the config only; no yield inside a
         role's context or `no_grad`; only detached tensors are held across a yield."""

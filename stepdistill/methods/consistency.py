@@ -30,7 +30,7 @@ from stepdistill.core.losses import Distance, distance
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler
-from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.base import Batch, Method, StepContext, Update
 from stepdistill.networks.roles import TEACHER, Ema, Lora, Role
 
 
@@ -99,7 +99,7 @@ class Consistency(Method):
         average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
         return {"student": Lora()} | average
 
-    def exported(self) -> str:
+    def student_role(self) -> str:
         return "student" if self.ema_decay is None else "ema"
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -136,28 +136,28 @@ class Consistency(Method):
         scaled = (10 * expand(t, x_t)) ** 2 + 0.25
         return 0.25 / scaled * x_t + 10 * expand(t, x_t) / scaled.sqrt() * est.x0
 
-    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
-        schedule, cond = play.schedule, batch.cond
-        grid = schedule.grid(self.num_ddim_timesteps).to(play.device)
-        i = (play.draw(batch, "t") * self.num_ddim_timesteps).long()
+    def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
+        schedule, cond = context.schedule, batch.cond
+        grid = schedule.grid(self.num_ddim_timesteps).to(context.device)
+        i = (context.draw(batch, "t") * self.num_ddim_timesteps).long()
         t, u = grid[i + 1], grid[i]
-        s = grid[self.ends(i, play.draw(batch, "s"), self.segments_at(step))]
-        x_t = schedule.add_noise(latents_of(batch), play.noise(batch, "eps"), t)
+        s = grid[self.ends(i, context.draw(batch, "s"), self.segments_at(step))]
+        x_t = schedule.add_noise(latents_of(batch), context.noise(batch, "eps"), t)
 
         with torch.no_grad():
-            teacher = guided(play.denoiser(TEACHER), play.null, self._guidance(play, batch))
+            teacher = guided(context.denoiser(TEACHER), context.null, self._guidance(context, batch))
             x_u = schedule.add_noise(*teacher(x_t, t, cond), u)
-            target = self.jump(play.denoiser(self.target)(x_u, u, cond), x_u, u, s, schedule)
+            target = self.jump(context.denoiser(self.target)(x_u, u, cond), x_u, u, s, schedule)
             if self.end != "clean":  # the jump from s to s is the identity, exactly
                 target = torch.where(expand(s == u, x_u), x_u, target)
-        jumped = self.jump(play.denoiser("student")(x_t, t, cond), x_t, t, s, schedule)
+        jumped = self.jump(context.denoiser("student")(x_t, t, cond), x_t, t, s, schedule)
         loss = distance(self.loss_type, jumped, target, self.huber_c)
         yield Update(("student",), loss, {"loss": loss.detach()})
 
-    def _guidance(self, play: Play, batch: Batch) -> float | Tensor:
+    def _guidance(self, context: StepContext, batch: Batch) -> float | Tensor:
         if isinstance(self.guidance_scale, tuple):
             low, high = self.guidance_scale
-            return low + (high - low) * play.draw(batch, "guidance_scale")
+            return low + (high - low) * context.draw(batch, "guidance_scale")
         return self.guidance_scale
 
 

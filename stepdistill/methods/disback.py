@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
-from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.base import Batch, Method, StepContext, Update
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.vsd import VSD
 from stepdistill.networks.roles import TEACHER, Ema, Role
@@ -57,8 +57,8 @@ class DisBack(Method):
         }
         return self.matching.roles() | kept
 
-    def exported(self) -> str:
-        return self.matching.exported()
+    def student_role(self) -> str:
+        return self.matching.student_role()
 
     def check(self, schedule: NoiseSchedule) -> None:
         self.matching.check(schedule)
@@ -66,9 +66,9 @@ class DisBack(Method):
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         return self.matching.sampler(schedule, steps)
 
-    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+    def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         recording = replace(self.matching, warmup_steps=self.waypoints * self.recording_steps)
-        return recording.towards(self.target(step), play, batch, step)
+        return recording.towards(self.target(step), context, batch, step)
 
     def target(self, step: int) -> str:
         """The role that is the real score in `step` (from 0)."""

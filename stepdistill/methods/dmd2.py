@@ -27,7 +27,7 @@ from stepdistill.core.losses import (
 )
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts, few_step, starts
-from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.base import Batch, Method, StepContext, Update
 from stepdistill.methods.consistency import latents_of
 from stepdistill.networks.roles import TEACHER, Ema, Lora, Module, Role
 from stepdistill.networks.taps import Head
@@ -116,7 +116,7 @@ class DMD2(Method):
         average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
         return {"student": Lora(), "fake": Lora()} | head | average
 
-    def exported(self) -> str:
+    def student_role(self) -> str:
         return "student" if self.ema_decay is None else "ema"
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -127,76 +127,80 @@ class DMD2(Method):
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         return Sampler(starts(schedule, self.timesteps, self.num_inference_steps, steps), self.eta, clean=True)
 
-    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
-        return self.towards(TEACHER, play, batch, step)
+    def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
+        return self.towards(TEACHER, context, batch, step)
 
-    def towards(self, target: str, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+    def towards(self, target: str, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         """The updates of one step, with the role `target` as the real score."""
-        student, turn = play.denoiser("student"), step - self.warmup_steps
-        x_t, t = simulate(play, batch, self.sampler(play.schedule))
+        student, turn = context.denoiser("student"), step - self.warmup_steps
+        x_t, t = simulate(context, batch, self.sampler(context.schedule))
         if turn >= 0 and turn % self.critic_steps == 0:
             x0 = student(x_t, t, batch.cond).x0
-            loss, logs = self.student_loss(target, play, batch, x0)
+            loss, logs = self.student_loss(target, context, batch, x0)
             x0 = x0.detach()
             yield Update(("student",), loss, logs)
         else:
             with torch.no_grad():
                 x0 = student(x_t, t, batch.cond).x0
-        loss = fake_loss(play, batch, x0)
+        loss = fake_loss(context, batch, x0)
         if self.gan is None:
             yield Update(("fake",), loss, {"loss_fake": loss.detach()})
         else:
-            judged = self.head_loss(self.gan, play, batch, x0)
+            judged = self.head_loss(self.gan, context, batch, x0)
             logs = {"loss_fake": loss.detach(), "loss_head": judged.detach()}
             yield Update(("fake", "head"), loss + self.gan.discriminator_weight * judged, logs)
 
-    def student_loss(self, target: str, play: Play, batch: Batch, x0: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def student_loss(
+        self, target: str, context: StepContext, batch: Batch, x0: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """A loss whose gradient with respect to the sample is that of the matching and the adversarial term."""
         sample = x0.detach()
-        s = play.schedule.spread(play.draw(batch, "score t"), *self.t_range)
-        x_s = play.schedule.add_noise(sample, play.noise(batch, "score eps"), s)
+        s = context.schedule.spread(context.draw(batch, "score t"), *self.t_range)
+        x_s = context.schedule.add_noise(sample, context.noise(batch, "score eps"), s)
         with torch.no_grad():
-            real = guided(play.denoiser(target), play.null, self.guidance_scale)(x_s, s, batch.cond).x0
-            fake = play.denoiser("fake")(x_s, s, batch.cond).x0
+            real = guided(context.denoiser(target), context.null, self.guidance_scale)(x_s, s, batch.cond).x0
+            fake = context.denoiser("fake")(x_s, s, batch.cond).x0
             gradient = normalised(sample, fake, real)
             if self.gan is not None and self.gan.divergence != "reverse_kl":
-                logits = play.module("head")(judge(self.gan, play).features(x_s, s, batch.cond))
+                logits = context.module("head")(judge(self.gan, context).features(x_s, s, batch.cond))
                 gradient = divergence_weight(self.gan.divergence, logits).reshape(-1, 1, 1, 1) * gradient
         loss = surrogate(x0, gradient)
         logs = {"loss": loss.detach()}
         if self.gan is not None:
             # in two phases: the judge's graph ends at the sample, so no graph spans two roles
             sample.requires_grad_()
-            frozen = judge(self.gan, play).frozen()
-            term = generator_loss(self.gan.loss_type, logits_of(frozen, play, batch, sample, "gan student"))
+            frozen = judge(self.gan, context).frozen()
+            term = generator_loss(self.gan.loss_type, logits_of(frozen, context, batch, sample, "gan student"))
             (pull,) = torch.autograd.grad(term, sample)
             loss = loss + self.gan.generator_weight * (x0 * pull).sum()
             logs["loss_gan"] = term.detach()
         return loss, logs
 
-    def head_loss(self, gan: Gan, play: Play, batch: Batch, x0: Tensor) -> Tensor:
+    def head_loss(self, gan: Gan, context: StepContext, batch: Batch, x0: Tensor) -> Tensor:
         """The head's loss on noised samples and noised data; with `features: fake` it trains the fake score, too."""
-        data, role = latents_of(batch), judge(gan, play)
-        real = logits_of(role, play, batch, data, "gan real")
-        loss = discriminator_loss(gan.loss_type, logits_of(role, play, batch, x0, "gan fake"), real)
+        data, role = latents_of(batch), judge(gan, context)
+        real = logits_of(role, context, batch, data, "gan real")
+        loss = discriminator_loss(gan.loss_type, logits_of(role, context, batch, x0, "gan fake"), real)
         if gan.r1_weight:
-            shaken = logits_of(role, play, batch, data, "gan real", shake=gan.r1_sigma)
+            shaken = logits_of(role, context, batch, data, "gan real", shake=gan.r1_sigma)
             loss = loss + gan.r1_weight * (shaken - real).square().mean()
         return loss
 
 
-def judge(gan: Gan, play: Play) -> RoleDenoise:
+def judge(gan: Gan, context: StepContext) -> RoleDenoise:
     """The role whose features the head sees."""
-    return play.denoiser("fake" if gan.features == "fake" else TEACHER)
+    return context.denoiser("fake" if gan.features == "fake" else TEACHER)
 
 
-def logits_of(role: RoleDenoise, play: Play, batch: Batch, x0: Tensor, purpose: str, shake: float = 0.0) -> Tensor:
+def logits_of(
+    role: RoleDenoise, context: StepContext, batch: Batch, x0: Tensor, purpose: str, shake: float = 0.0
+) -> Tensor:
     """The head's logits (B, 1) at `x0` noised by draws of its own, and then by `shake` more."""
-    t = play.schedule.spread(play.draw(batch, f"{purpose} t"), *play.schedule.span)
-    x_t = play.schedule.add_noise(x0, play.noise(batch, f"{purpose} eps"), t)
+    t = context.schedule.spread(context.draw(batch, f"{purpose} t"), *context.schedule.span)
+    x_t = context.schedule.add_noise(x0, context.noise(batch, f"{purpose} eps"), t)
     if shake:
-        x_t = x_t + shake * play.noise(batch, f"{purpose} shake")
-    return play.module("head")(role.features(x_t, t, batch.cond))
+        x_t = x_t + shake * context.noise(batch, f"{purpose} shake")
+    return context.module("head")(role.features(x_t, t, batch.cond))
 
 
 def check_range(t_range: tuple[float, float]) -> None:
@@ -206,32 +210,32 @@ def check_range(t_range: tuple[float, float]) -> None:
         raise ValueError(f"t_range is {list(t_range)}: expected two ascending timesteps, as [20, 980]")
 
 
-def simulate(play: Play, batch: Batch, sampler: Sampler) -> tuple[Tensor, Tensor]:
+def simulate(context: StepContext, batch: Batch, sampler: Sampler) -> tuple[Tensor, Tensor]:
     """The input `(x_t, t)` of one of the student's steps, as sampling reaches it from pure noise.
 
     Backward simulation (DMD2, section 4.4). The step is drawn once for all samples and processes, and those
     before it are taken without a graph.
     """
-    k = int(play.shared("step") * len(sampler.timesteps))
+    k = int(context.shared("step") * len(sampler.timesteps))
     with torch.no_grad():
         x_t = few_step(
-            play.denoiser("student"),
-            play.schedule,
+            context.denoiser("student"),
+            context.schedule,
             sampler,
-            play.noise(batch, "start"),
+            context.noise(batch, "start"),
             batch.cond,
-            lambda i: play.noise(batch, f"again {i}"),
+            lambda i: context.noise(batch, f"again {i}"),
             taken=k,
         )
     return x_t, torch.full((len(x_t),), sampler.timesteps[k], device=x_t.device)
 
 
-def fake_loss(play: Play, batch: Batch, x0: Tensor) -> Tensor:
+def fake_loss(context: StepContext, batch: Batch, x0: Tensor) -> Tensor:
     """Denoising score matching of the fake score on the student's samples, at any time of the schedule."""
-    t = play.schedule.spread(play.draw(batch, "fake t"), *play.schedule.span)
-    eps = play.noise(batch, "fake eps")
-    est = play.denoiser("fake")(play.schedule.add_noise(x0, eps, t), t, batch.cond)
-    return denoising(est, x0, eps, play.schedule)
+    t = context.schedule.spread(context.draw(batch, "fake t"), *context.schedule.span)
+    eps = context.noise(batch, "fake eps")
+    est = context.denoiser("fake")(context.schedule.add_noise(x0, eps, t), t, batch.cond)
+    return denoising(est, x0, eps, context.schedule)
 
 
 def normalised(x0: Tensor, fake: Tensor, real: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from stepdistill.core.losses import distance
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler
 from stepdistill.data.base import GuidedState
-from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.base import Batch, Method, StepContext, Update
 from stepdistill.methods.consistency import latents_of
 from stepdistill.networks.roles import TEACHER, AdapterArch, Adapters, Ema, Lora, Role
 
@@ -72,7 +72,7 @@ class AdapterGuidance(Method):
     def roles(self) -> dict[str, Role]:
         return {"student": Adapters(self.arch, self.width)}
 
-    def exported(self) -> str:
+    def student_role(self) -> str:
         return "student"
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -82,9 +82,9 @@ class AdapterGuidance(Method):
         own = {"adapter_scale": self.sampling_guidance_scale, "adapter_range": self.guidance_range}
         return replace(of_the_teacher(schedule, steps or self.num_inference_steps), **own)
 
-    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+    def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         x_t, t, w, target = state_of(batch)
-        student = play.denoiser("student")
+        student = context.denoiser("student")
         y = student.native(student(x_t, t, {**batch.cond, SCALE: w}), t)
         loss = distance("l2", y, target)
         yield Update(("student",), loss, {"loss": loss.detach()})
@@ -117,7 +117,7 @@ class GuidedLora(Method):
     def roles(self) -> dict[str, Role]:
         return {"student": Lora()}
 
-    def exported(self) -> str:
+    def student_role(self) -> str:
         return "student"
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -126,15 +126,15 @@ class GuidedLora(Method):
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         return of_the_teacher(schedule, steps or self.num_inference_steps)
 
-    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+    def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         if self.states == "trajectories":
             x_t, t, _, _ = state_of(batch)
         else:
-            t = play.schedule.spread(play.draw(batch, "t"), *play.schedule.span)
-            x_t = play.schedule.add_noise(latents_of(batch), play.noise(batch, "eps"), t)
-        student = play.denoiser("student")
+            t = context.schedule.spread(context.draw(batch, "t"), *context.schedule.span)
+            x_t = context.schedule.add_noise(latents_of(batch), context.noise(batch, "eps"), t)
+        student = context.denoiser("student")
         with torch.no_grad():
-            target = guided(play.denoiser(TEACHER), play.null, self.guidance_scale)(x_t, t, batch.cond)
+            target = guided(context.denoiser(TEACHER), context.null, self.guidance_scale)(x_t, t, batch.cond)
         loss = distance("l2", student.native(student(x_t, t, batch.cond), t), student.native(target, t))
         yield Update(("student",), loss, {"loss": loss.detach()})
 
@@ -175,7 +175,7 @@ class ProgressiveHalving(Method):
         kept = {f"teacher_{k}": Ema("student", 0.0, until=k * self.stage_steps) for k in range(len(self.steps))}
         return {"student": Lora(), **kept}
 
-    def exported(self) -> str:
+    def student_role(self) -> str:
         return "student"
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -189,18 +189,18 @@ class ProgressiveHalving(Method):
         """The stage (from 0) of `step` (from 0)."""
         return min(step // self.stage_steps, len(self.steps) - 1)
 
-    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
-        k, schedule = self.stage(step), play.schedule
+    def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
+        k, schedule = self.stage(step), context.schedule
         n = self.steps[k]
-        grid = schedule.grid(2 * n).to(play.device)
-        j = 2 * (play.draw(batch, "t") * n).long() + 2
+        grid = schedule.grid(2 * n).to(context.device)
+        j = 2 * (context.draw(batch, "t") * n).long() + 2
         t, middle, end = grid[j], grid[j - 1], grid[j - 2]
-        x_t = schedule.add_noise(latents_of(batch), play.noise(batch, "eps"), t)
+        x_t = schedule.add_noise(latents_of(batch), context.noise(batch, "eps"), t)
         with torch.no_grad():
-            target = two_steps(play.denoiser(f"teacher_{k}"), schedule, x_t, t, middle, end, batch.cond, j == 2)
+            target = two_steps(context.denoiser(f"teacher_{k}"), schedule, x_t, t, middle, end, batch.cond, j == 2)
         alpha_t, sigma_t = (expand(level, x_t) for level in schedule(t))
         weight = (alpha_t / sigma_t).square().clamp(min=1)
-        x0 = play.denoiser("student")(x_t, t, batch.cond).x0
+        x0 = context.denoiser("student")(x_t, t, batch.cond).x0
         loss = (weight * (x0 - target).square()).mean()
         yield Update(("student",), loss, {"loss": loss.detach()})
 

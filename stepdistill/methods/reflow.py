@@ -24,7 +24,7 @@ from stepdistill.core.losses import WholeDistance, whole
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler, chord, evenly, share_of_noise, solve, time_of_share, u_shaped
-from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.base import Batch, Method, StepContext, Update
 from stepdistill.methods.consistency import latents_of
 from stepdistill.networks.lpips import Net, lpips
 from stepdistill.networks.roles import TEACHER, Copy, Ema, Lora, Role
@@ -111,7 +111,7 @@ class Reflow(Method):
         average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
         return {"student": student_of(self.width)} | average
 
-    def exported(self) -> str:
+    def student_role(self) -> str:
         return "student" if self.ema_decay is None else "ema"
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -120,7 +120,7 @@ class Reflow(Method):
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         return evenly(schedule, steps or self.num_inference_steps, self.sampling_guidance_scale, self.first_noise)
 
-    def settled(self, bend: Callable[[], float]) -> Reflow:
+    def finalize(self, bend: Callable[[], float]) -> Reflow:
         if not self.first_noise or (found := bend()) < STRAIGHT:
             return self
         logger.warning(
@@ -135,21 +135,21 @@ class Reflow(Method):
         """The share of fresh noise in `step` (from 0)."""
         return max(0.0, 1 - step / self.annealing_steps) if self.annealing_steps else 0.0
 
-    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+    def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         z, x0 = pairs_of(batch)
         if self.random_flip:
-            mirrored = expand(play.draw(batch, "flip") < 0.5, z)
+            mirrored = expand(context.draw(batch, "flip") < 0.5, z)
             z, x0 = (torch.where(mirrored, value.flip(-1), value) for value in (z, x0))
         beta = self.beta(step)
         if beta:
-            z = (1 - beta**2) ** 0.5 * z + beta * play.noise(batch, "annealing")
-        bottom, top = (torch.full((len(z),), time, device=z.device) for time in play.schedule.span)
-        line = chord(play.schedule, z, top, x0, bottom)
-        est, error, share = along(play, batch, line, top, bottom, self.density)
+            z = (1 - beta**2) ** 0.5 * z + beta * context.noise(batch, "annealing")
+        bottom, top = (torch.full((len(z),), time, device=z.device) for time in context.schedule.span)
+        line = chord(context.schedule, z, top, x0, bottom)
+        est, error, share = along(context, batch, line, top, bottom, self.density)
         losses = whole(self.loss_type, error)
         if self.lpips:
-            ends = (play.schedule.add_noise(*each, bottom) for each in (est, line))
-            term = seen_apart(self.lpips, play, *ends)
+            ends = (context.schedule.add_noise(*each, bottom) for each in (est, line))
+            term = seen_apart(self.lpips, context, *ends)
             losses = (1 - share) * losses
             losses[: len(term)] += term / share[: len(term)] if self.lpips.divide else term
         loss = losses.mean()
@@ -207,7 +207,7 @@ class PeRFlow(Method):
         average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
         return {"student": Lora()} | average
 
-    def exported(self) -> str:
+    def student_role(self) -> str:
         return "student" if self.ema_decay is None else "ema"
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -216,38 +216,38 @@ class PeRFlow(Method):
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         return evenly(schedule, steps or self.num_inference_steps or self.windows, self.sampling_guidance_scale)
 
-    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
-        edges = torch.tensor([*self.sampler(play.schedule, self.windows).timesteps, play.schedule.span[0]])
-        edges = edges.to(play.device)
-        k = (play.draw(batch, "window") * self.windows).long()
+    def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
+        edges = torch.tensor([*self.sampler(context.schedule, self.windows).timesteps, context.schedule.span[0]])
+        edges = edges.to(context.device)
+        k = (context.draw(batch, "window") * self.windows).long()
         noisy, clean = edges[k], edges[k + 1]
-        z = play.noise(batch, "eps")
-        start = torch.where(expand(k == 0, z), z, play.schedule.add_noise(latents_of(batch), z, noisy))
-        teacher = guided(play.denoiser(TEACHER), play.null, self.guidance_scale)
+        z = context.noise(batch, "eps")
+        start = torch.where(expand(k == 0, z), z, context.schedule.add_noise(latents_of(batch), z, noisy))
+        teacher = guided(context.denoiser(TEACHER), context.null, self.guidance_scale)
         with torch.no_grad():
-            end = solve(teacher, play.schedule, start, noisy, clean, self.solver_steps, batch.cond)
-        line = chord(play.schedule, start, noisy, end, clean)
-        _, error, _ = along(play, batch, line, noisy, clean, self.density)
+            end = solve(teacher, context.schedule, start, noisy, clean, self.solver_steps, batch.cond)
+        line = chord(context.schedule, start, noisy, end, clean)
+        _, error, _ = along(context, batch, line, noisy, clean, self.density)
         loss = whole(self.loss_type, error).mean()
         yield Update(("student",), loss, {"loss": loss.detach()})
 
 
 def along(
-    play: Play, batch: Batch, line: Estimate, t: Tensor, s: Tensor, density: Density
+    context: StepContext, batch: Batch, line: Estimate, t: Tensor, s: Tensor, density: Density
 ) -> tuple[Estimate, Tensor, Tensor]:
     """At a drawn point of the line between the times t and s (B,): the student's estimate, the error of its velocity
     (B, C, H, W), and the share of noise (B,)."""
-    low, high = (share_of_noise(play.schedule, time) for time in (s, t))
-    drawn = play.draw(batch, "t")
+    low, high = (share_of_noise(context.schedule, time) for time in (s, t))
+    drawn = context.draw(batch, "t")
     share = low + (u_shaped(drawn) if density == "u_shaped" else drawn) * (high - low)
-    now = time_of_share(play.schedule, share)
-    est = play.denoiser("student")(play.schedule.add_noise(*line, now), now, batch.cond)
+    now = time_of_share(context.schedule, share)
+    est = context.denoiser("student")(context.schedule.add_noise(*line, now), now, batch.cond)
     return est, (est.eps - est.x0) - (line.eps - line.x0), share
 
 
-def seen_apart(term: Lpips, play: Play, a: Tensor, b: Tensor) -> Tensor:
+def seen_apart(term: Lpips, context: StepContext, a: Tensor, b: Tensor) -> Tensor:
     """The weighted perceptual distance of the first samples' latents, decoded."""
-    a, b = (play.decode(latents[: term.samples]) for latents in (a, b))
+    a, b = (context.decode(latents[: term.samples]) for latents in (a, b))
     return term.weight * lpips(term.net, a.device)(a, b)
 
 

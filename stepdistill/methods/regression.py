@@ -15,7 +15,7 @@ import torch
 from stepdistill.core.losses import Distance, distance
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts, follow, starts
-from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.base import Batch, Method, StepContext, Update
 from stepdistill.networks.roles import Ema, Lora, Role
 
 
@@ -52,7 +52,7 @@ class Regression(Method):
         average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
         return {"student": Lora()} | average
 
-    def exported(self) -> str:
+    def student_role(self) -> str:
         return "student" if self.ema_decay is None else "ema"
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -62,14 +62,14 @@ class Regression(Method):
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         return Sampler(starts(schedule, self.timesteps, self.num_inference_steps, steps), eta=0.0, clean=True)
 
-    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+    def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         if batch.latents is None or batch.noise is None:
             raise ValueError("regression needs pairs of noise and the teacher's latents; the batch has none")
-        student, times = play.denoiser("student"), self.sampler(play.schedule).timesteps
+        student, times = context.denoiser("student"), self.sampler(context.schedule).timesteps
         # one exit for the whole step, so that no sample is carried further than it is used
-        exit_at = int(play.shared("exit") * len(times))
+        exit_at = int(context.shared("exit") * len(times))
         with torch.no_grad():
-            x_t = follow(student, play.schedule, times[: exit_at + 1], batch.noise, batch.cond)
-        t = torch.full((len(x_t),), times[exit_at], device=play.device)
+            x_t = follow(student, context.schedule, times[: exit_at + 1], batch.noise, batch.cond)
+        t = torch.full((len(x_t),), times[exit_at], device=context.device)
         loss = distance(self.loss_type, student(x_t, t, batch.cond).x0, batch.latents, self.huber_c)
         yield Update(("student",), loss, {"loss": loss.detach()})

@@ -11,7 +11,7 @@ from torch import Tensor
 from stepdistill.core.losses import WholeDistance, whole
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, evenly, share_of_noise, time_of_share
-from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.base import Batch, Method, StepContext, Update
 from stepdistill.methods.reflow import Lpips, pairs_of, seen_apart, student_of
 from stepdistill.networks.roles import Ema, Role
 
@@ -58,7 +58,7 @@ class FlowGuided(Method):
         average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
         return {"student": student_of(self.width), "flow": Ema("student", 0.0, until=0)} | average
 
-    def exported(self) -> str:
+    def student_role(self) -> str:
         return "student" if self.ema_decay is None else "ema"
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -67,28 +67,28 @@ class FlowGuided(Method):
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         return evenly(schedule, steps or 1)
 
-    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+    def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         z, x0 = pairs_of(batch)
-        student = play.denoiser("student")
-        bottom, top = (torch.full((len(z),), time, device=z.device) for time in play.schedule.span)
-        end = play.schedule.add_noise(*student(z, top, batch.cond), bottom)
-        loss = self.apart(play, end, x0)
+        student = context.denoiser("student")
+        bottom, top = (torch.full((len(z),), time, device=z.device) for time in context.schedule.span)
+        end = context.schedule.add_noise(*student(z, top, batch.cond), bottom)
+        loss = self.apart(context, end, x0)
         logs = {"loss": loss.detach()}
         if self.flow_weight:
-            z = play.noise(batch, "fresh")
+            z = context.noise(batch, "fresh")
             est = student(z, top, batch.cond)
-            low, high = (share_of_noise(play.schedule, time) for time in (bottom, top))
-            way = self.turn_range[0] + play.draw(batch, "turn") * (self.turn_range[1] - self.turn_range[0])
-            t = time_of_share(play.schedule, high + way * (low - high))
+            low, high = (share_of_noise(context.schedule, time) for time in (bottom, top))
+            way = self.turn_range[0] + context.draw(batch, "turn") * (self.turn_range[1] - self.turn_range[0])
+            t = time_of_share(context.schedule, high + way * (low - high))
             with torch.no_grad():
-                x_t = play.schedule.add_noise(*est, t)
-                led = play.schedule.add_noise(*play.denoiser("flow")(x_t, t, batch.cond), bottom)
-            term = self.apart(play, play.schedule.add_noise(*est, bottom), led)
+                x_t = context.schedule.add_noise(*est, t)
+                led = context.schedule.add_noise(*context.denoiser("flow")(x_t, t, batch.cond), bottom)
+            term = self.apart(context, context.schedule.add_noise(*est, bottom), led)
             loss = loss + self.flow_weight * term
             logs["loss_flow"] = term.detach()
         yield Update(("student",), loss, logs)
 
-    def apart(self, play: Play, a: Tensor, b: Tensor) -> Tensor:
+    def apart(self, context: StepContext, a: Tensor, b: Tensor) -> Tensor:
         """The mean distance of two ends (B, C, H, W)."""
         losses = whole(self.loss_type, a - b)
-        return losses.mean() if self.lpips is None else losses.mean() + seen_apart(self.lpips, play, a, b).mean()
+        return losses.mean() if self.lpips is None else losses.mean() + seen_apart(self.lpips, context, a, b).mean()

@@ -11,7 +11,7 @@ from stepdistill.core.denoise import guided
 from stepdistill.core.losses import distance
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
-from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.base import Batch, Method, StepContext, Update
 from stepdistill.methods.consistency import latents_of
 from stepdistill.networks.roles import TEACHER, Copy, Ema, Role
 
@@ -59,7 +59,7 @@ class TeacherScoreMatching(Method):
         average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
         return {"student": Copy(width=self.width)} | average
 
-    def exported(self) -> str:
+    def student_role(self) -> str:
         return "student" if self.ema_decay is None else "ema"
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -69,12 +69,12 @@ class TeacherScoreMatching(Method):
         times = schedule.grid(steps or self.num_inference_steps).flip(0)[:-1]
         return Sampler(tuple(times.tolist()), eta=0.0, clean=True, guidance_scale=self.sampling_guidance_scale)
 
-    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+    def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         x0 = latents_of(batch)
-        t = play.schedule.spread(play.draw(batch, "t"), *play.schedule.span)
-        x_t = play.schedule.add_noise(x0, play.noise(batch, "eps"), t)
+        t = context.schedule.spread(context.draw(batch, "t"), *context.schedule.span)
+        x_t = context.schedule.add_noise(x0, context.noise(batch, "eps"), t)
         with torch.no_grad():
-            target = guided(play.denoiser(TEACHER), play.null, self.guidance_scale)(x_t, t, batch.cond)
-        est = play.denoiser("student")(x_t, t, batch.cond)
+            target = guided(context.denoiser(TEACHER), context.null, self.guidance_scale)(x_t, t, batch.cond)
+        est = context.denoiser("student")(x_t, t, batch.cond)
         loss = distance("l2", est.x0, target.x0) + distance("l2", est.eps, target.eps)
         yield Update(("student",), loss, {"loss": loss.detach()})

@@ -17,7 +17,7 @@ from stepdistill.core.denoise import guided
 from stepdistill.core.losses import distance, surrogate
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler
-from stepdistill.methods.base import Batch, Method, Play, Update
+from stepdistill.methods.base import Batch, Method, StepContext, Update
 from stepdistill.methods.dmd2 import check_range
 from stepdistill.networks.clip import clip
 from stepdistill.networks.roles import TEACHER, Ema, Lora, Role
@@ -85,7 +85,7 @@ class VSD(Method):
         average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
         return {"student": Lora(), "fake": Lora()} | average
 
-    def exported(self) -> str:
+    def student_role(self) -> str:
         return "student" if self.ema_decay is None else "ema"
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -99,21 +99,21 @@ class VSD(Method):
         start = schedule.span[1] if self.timestep is None else self.timestep
         return Sampler(schedule.even(start, steps or 1), eta=1.0, clean=True)
 
-    def updates(self, play: Play, batch: Batch, step: int) -> Iterator[Update]:
-        return self.towards(TEACHER, play, batch, step)
+    def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
+        return self.towards(TEACHER, context, batch, step)
 
-    def towards(self, target: str, play: Play, batch: Batch, step: int) -> Iterator[Update]:
+    def towards(self, target: str, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         """The updates of one step, with the role `target` as the real score."""
-        student, z = play.denoiser("student"), play.noise(batch, "start")
-        t = torch.full((len(z),), self.sampler(play.schedule).timesteps[0], device=z.device)
+        student, z = context.denoiser("student"), context.noise(batch, "start")
+        t = torch.full((len(z),), self.sampler(context.schedule).timesteps[0], device=z.device)
         turn = step - self.warmup_steps
         if turn >= 0:
             x0 = student(z, t, batch.cond).x0
-            loss = surrogate(x0, self.gradient(target, play, batch, x0.detach()))
+            loss = surrogate(x0, self.gradient(target, context, batch, x0.detach()))
             logs = {"loss": loss.detach()}
             if self.clip is not None:
-                pictures = (play.decode(x0) / 2 + 0.5).clamp(0, 1)
-                cosine = clip(self.clip.pretrained_clip_model, play.device)(pictures, batch.prompts)
+                pictures = (context.decode(x0) / 2 + 0.5).clamp(0, 1)
+                cosine = clip(self.clip.pretrained_clip_model, context.device)(pictures, batch.prompts)
                 loss = loss + self.clip.weight_at(turn) * (self.clip.threshold - cosine).relu().mean()
                 logs["clip"] = cosine.detach().mean()
             x0 = x0.detach()
@@ -121,29 +121,31 @@ class VSD(Method):
         else:
             with torch.no_grad():
                 x0 = student(z, t, batch.cond).x0
-        loss = self.fake_loss(play, batch, x0)
+        loss = self.fake_loss(context, batch, x0)
         yield Update(("fake",), loss, {"loss_fake": loss.detach()})
 
     @torch.no_grad()
-    def gradient(self, target: str, play: Play, batch: Batch, x0: Tensor) -> Tensor:
+    def gradient(self, target: str, context: StepContext, batch: Batch, x0: Tensor) -> Tensor:
         """`sigma_s^2 (eps_real - eps_fake)` at the noised sample, both guided."""
-        s = play.schedule.spread(play.draw(batch, "score t"), *self.t_range)
-        x_s = play.schedule.add_noise(x0, play.noise(batch, "score eps"), s)
-        w = self._guidance(play)
-        real, fake = (guided(play.denoiser(role), play.null, w)(x_s, s, batch.cond).eps for role in (target, "fake"))
-        return (expand(play.schedule(s)[1], x_s) ** 2 * (real - fake)).nan_to_num(0.0, 0.0, 0.0)
+        s = context.schedule.spread(context.draw(batch, "score t"), *self.t_range)
+        x_s = context.schedule.add_noise(x0, context.noise(batch, "score eps"), s)
+        w = self._guidance(context)
+        real, fake = (
+            guided(context.denoiser(role), context.null, w)(x_s, s, batch.cond).eps for role in (target, "fake")
+        )
+        return (expand(context.schedule(s)[1], x_s) ** 2 * (real - fake)).nan_to_num(0.0, 0.0, 0.0)
 
-    def fake_loss(self, play: Play, batch: Batch, x0: Tensor) -> Tensor:
+    def fake_loss(self, context: StepContext, batch: Batch, x0: Tensor) -> Tensor:
         """Denoising score matching with weight alpha_t^2, in some steps without prompts."""
-        t = play.schedule.spread(play.draw(batch, "fake t"), *play.schedule.span)
-        alpha_t, eps = expand(play.schedule(t)[0], x0), play.noise(batch, "fake eps")
-        empty = play.shared("empty prompt") < self.proportion_empty_prompts
-        cond = {k: play.null[k].expand_as(v) for k, v in batch.cond.items()} if empty else batch.cond
-        est = play.denoiser("fake")(play.schedule.add_noise(x0, eps, t), t, cond)
+        t = context.schedule.spread(context.draw(batch, "fake t"), *context.schedule.span)
+        alpha_t, eps = expand(context.schedule(t)[0], x0), context.noise(batch, "fake eps")
+        empty = context.shared("empty prompt") < self.proportion_empty_prompts
+        cond = {k: context.null[k].expand_as(v) for k, v in batch.cond.items()} if empty else batch.cond
+        est = context.denoiser("fake")(context.schedule.add_noise(x0, eps, t), t, cond)
         return distance("l2", alpha_t * est.eps, alpha_t * eps)
 
-    def _guidance(self, play: Play) -> float:
+    def _guidance(self, context: StepContext) -> float:
         if isinstance(self.guidance_scale, tuple):
             low, high = self.guidance_scale
-            return low + (high - low) * play.shared("guidance_scale")
+            return low + (high - low) * context.shared("guidance_scale")
         return self.guidance_scale

@@ -148,7 +148,7 @@ class Backbone(nn.Module):
         if scale is None:
             raise ValueError(
                 f"role {name!r} is called without a guidance scale, expected `guidance_scale` among the conditions: "
-                "its adapters must know it; add a tensor of B numbers, or call it through `core.denoise.told`"
+                "its adapters must know it; add a tensor of B numbers, or call it through `core.denoise.with_scale`"
             )
         modules = self.others[name]
         assert isinstance(modules, nn.ModuleList)

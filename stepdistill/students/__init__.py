@@ -1,0 +1,1 @@
+"""The student folder: its contract, files, proof and card, and drawing with it."""

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from stepdistill.core.denoise import guided, told
+from stepdistill.core.denoise import guided, with_scale
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.solvers import few_step
 from stepdistill.families.base import Family, each
@@ -70,7 +70,7 @@ def prove(
     def sample(name: str) -> Tensor:
         denoiser = Denoiser(backbone, name, schedule, kind, family.call, dtype, grad=False)
         with _seeded(seed, device):
-            denoise = told(guided(denoiser, null, sampler.guidance_scale), sampler.adapter_scale)
+            denoise = with_scale(guided(denoiser, null, sampler.guidance_scale), sampler.adapter_scale)
             return few_step(denoise, schedule, sampler, noise, cond, fresh)
 
     ours, taught = sample(role), sample(TEACHER)

@@ -63,7 +63,7 @@ def write_unproven(
 ) -> Contract:
     """Write a student folder as `write` does, without the pipeline and the time that its proof takes."""
     if isinstance(backbone.declared[role], Module):
-        why, todo = "it draws nothing", "name the student's role in the method's `exported`"
+        why, todo = "it draws nothing", "name the student's role in the method's `student_role`"
         raise StudentError(problem(f"role {role!r}, which is no denoiser", "a LoRA, a copy or an average", why, todo))
     folder.mkdir(parents=True, exist_ok=True)
     sampler = method.sampler(family.schedule(pipe.scheduler), steps)

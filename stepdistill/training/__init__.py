@@ -1,0 +1,1 @@
+"""A run: its recipe, checks, set-up, loop and end."""

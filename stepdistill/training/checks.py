@@ -87,7 +87,7 @@ def check_exports(run: Run) -> None:
     formats = run.train.export_formats
     if not formats:
         return
-    roles, name = run.method.roles(), run.method.exported()
+    roles, name = run.method.roles(), run.method.student_role()
     while isinstance(role := roles[name], Ema):
         name = role.of
     layout = convert.layout_of(run.family)

@@ -22,7 +22,7 @@ from stepdistill.training.loop import Loop
 from stepdistill.training.memory.predict import predict
 from stepdistill.training.optimizers import Team
 from stepdistill.training.recipe import Run
-from stepdistill.training.setup import Stage, prepare
+from stepdistill.training.setup import Session, prepare
 from stepdistill.training.watch.measure import Watch
 
 logger = logging.getLogger(__name__)
@@ -31,16 +31,16 @@ logger = logging.getLogger(__name__)
 def distill(run: Run) -> Path:
     """Train, write the student folder, prove that plain Diffusers loads it, and report. Returns the folder."""
     check(run)
-    stage = prepare(run)
-    spec, accelerator = run.train, stage.accelerator
+    session = prepare(run)
+    spec, accelerator = run.train, session.accelerator
     out = Path(spec.output_dir)
-    schedule = run.family.schedule(stage.pipe.scheduler)
+    schedule = run.family.schedule(session.pipe.scheduler)
     check_method(run, schedule)
     sampler = run.method.sampler(schedule)
-    run.family.scheduler(stage.pipe, sampler)  # the student must have one, so ask now
+    run.family.scheduler(session.pipe, sampler)  # the student must have one, so ask now
     check_scales(run.data, sampler)
     if spec.eval_samples:
-        report.reference(run, stage.digest)
+        report.reference(run, session.digest)
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         if not spec.resume_from_checkpoint:  # `check` let only an overwritten folder pass
@@ -48,54 +48,54 @@ def distill(run: Run) -> Path:
                 shutil.rmtree(old)
         (out / "config.yaml").write_text(config.to_yaml(run))
     distributed.barrier()
-    fill(stage)
+    fill(session)
 
-    team = Team.assemble(stage.backbone, run.method, spec)
+    team = Team.assemble(session.backbone, run.method, spec)
     if run.lora.init_from:
-        student.start_from(stage.backbone, run.lora.init_from, run.family)
-    loop = assemble(stage, team)
+        student.start_from(session.backbone, run.lora.init_from, run.family)
+    loop = assemble(session, team)
     finished = loop.fit()
-    stage.feed.save()
-    finish = partial(report.finish, stage)
-    if finished and stage.shards is not None:
-        stage.lead(finish)  # while there still is a process group
+    session.feed.save()
+    finish = partial(report.finish, session)
+    if finished and session.shards is not None:
+        session.lead(finish)  # while there still is a process group
     accelerator.end_training()
-    if finished and stage.shards is None:
-        stage.lead(finish)
+    if finished and session.shards is None:
+        session.lead(finish)
     return out
 
 
-def fill(stage: Stage) -> None:
+def fill(session: Session) -> None:
     """Let the teacher make what the data sources lack of its samples.
 
     All processes share the work, but for a sharded teacher, whose every call takes all of them.
     """
-    rank, processes = stage.accelerator.process_index, stage.accelerator.num_processes
-    for source in inside(stage.run.data):
+    rank, processes = session.accelerator.process_index, session.accelerator.num_processes
+    for source in inside(session.run.data):
         match source:
             case TeacherSamples():
-                make = partial(stage.teach, steps=source.num_inference_steps, scale=source.guidance_scale)
+                make = partial(session.teach, steps=source.num_inference_steps, scale=source.guidance_scale)
             case Trajectories():
-                make = partial(stage.trajectories, steps=source.num_inference_steps)
+                make = partial(session.trajectories, steps=source.num_inference_steps)
             case InvertedImages():
-                make = partial(stage.invert, steps=source.num_inference_steps)
+                make = partial(session.invert, steps=source.num_inference_steps)
             case _:
                 continue
-        one = partial(source.fill, make, stage.feed.shape, stage.digest)
-        if stage.shards is None:
+        one = partial(source.fill, make, session.feed.shape, session.digest)
+        if session.shards is None:
             one(rank, processes)
         else:
-            stage.lead(one)
+            session.lead(one)
         distributed.barrier()
 
 
-def assemble(stage: Stage, team: Team) -> Loop:
+def assemble(session: Session, team: Team) -> Loop:
     """The training loop, taken up from a checkpoint where the config says so."""
-    run, accelerator = stage.run, stage.accelerator
+    run, accelerator = session.run, session.accelerator
     spec, out = run.train, Path(run.train.output_dir)
     parts = spec.train_batch_size * spec.gradient_accumulation_steps * accelerator.num_processes
     facts: dict[str, object] = {"config": config.digest(run), "global_batch": parts, "seed": spec.seed}
-    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=stage.dtype == torch.float16)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=session.dtype == torch.float16)
     start, keep = 0, None
     if spec.resume_from_checkpoint:
         keep = checkpoint.find(out, spec.resume_from_checkpoint)
@@ -115,27 +115,27 @@ def assemble(stage: Stage, team: Team) -> Loop:
         start = state["step"]
         logger.warning("going on from %s", keep)
     if spec.gradient_checkpointing:
-        stage.backbone.enable_checkpointing()
+        session.backbone.enable_checkpointing()
     if spec.torch_compile:
-        stage.backbone.net.compile()
+        session.backbone.net.compile()
     logs = Logs(accelerator, out, start)
     accelerator.init_trackers(spec.tracker_project_name, config=None)
     _announce(run, team, parts, start)
-    batches = stage.feed.batches(run.data, start, accelerator.process_index, accelerator.num_processes)
-    watch = stage.lead(partial(Watch.begin, stage, logs, start))
+    batches = session.feed.batches(run.data, start, accelerator.process_index, accelerator.num_processes)
+    watch = session.lead(partial(Watch.begin, session, logs, start))
 
     def look(step: int) -> bool:
-        stage.draw(step, logs)
+        session.draw(step, logs)
         return watch is not None and watch.look(step)
 
     def validate(step: int) -> bool:
-        return bool(stage.lead(partial(look, step)))
+        return bool(session.lead(partial(look, step)))
 
     return Loop(
         method=run.method,
         team=team,
         spec=spec,
-        play=stage.play,
+        context=session.context,
         batches=batches,
         logs=logs,
         validate=validate,

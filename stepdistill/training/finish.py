@@ -34,7 +34,7 @@ from stepdistill.training.recipe import TrainSpec
 
 if TYPE_CHECKING:
     from stepdistill.training.recipe import Run
-    from stepdistill.training.setup import Stage
+    from stepdistill.training.setup import Session
 
 FEW = 4  # steps at which teacher and student are compared
 
@@ -44,19 +44,19 @@ def guidance_of(method: Method) -> Any:  # noqa: ANN401
     return vars(method).get("guidance_scale")
 
 
-def finish(stage: Stage) -> None:
+def finish(session: Session) -> None:
     """Write and prove the student folder, draw `samples/grid.png`, measure `eval.json`, print the summary."""
-    stage = replace(stage, run=replace(stage.run, method=stage.run.method.settled(stage.bend)))
-    run, out = stage.run, Path(stage.run.train.output_dir)
+    session = replace(session, run=replace(session.run, method=session.run.method.finalize(session.bend)))
+    run, out = session.run, Path(session.run.train.output_dir)
     spec = run.train
     difference = student.write(
         out,
         family=run.family,
-        pipe=stage.pipe,
-        backbone=stage.backbone,
-        role=run.method.exported(),
+        pipe=session.pipe,
+        backbone=session.backbone,
+        role=run.method.student_role(),
         method=run.method,
-        resolution=(stage.feed.side, stage.feed.side),
+        resolution=(session.feed.side, session.feed.side),
         seed=spec.seed,
     )
     (out / ROUTER).unlink(missing_ok=True)  # of an earlier run in this folder
@@ -67,7 +67,7 @@ def finish(stage: Stage) -> None:
             Routing(part.student, part.router).save(out)
     summary: dict[str, Any] = {"proof": difference}
     if spec.validation_prompts or spec.eval_samples:  # else the pipelines need not be loaded once more
-        summary = _show(stage, out) | summary
+        summary = _show(session, out) | summary
     _print(out, summary)
     if spec.push_to_hub:
         api = HfApi()
@@ -77,9 +77,9 @@ def finish(stage: Stage) -> None:
         print(f"uploaded to {repo}")
 
 
-def _show(stage: Stage, out: Path) -> dict[str, Any]:
+def _show(session: Session, out: Path) -> dict[str, Any]:
     """Draw `samples/grid.png` and measure `eval.json`, each where asked; returns what was measured."""
-    run, spec = stage.run, stage.run.train
+    run, spec = session.run, session.run.train
     teacher, plain = run.family.load(), run.family.load()
     few, full = (
         teacher_row(run.family, teacher, n, spec.teacher_guidance_scale, f"teacher, {n} steps")
@@ -89,12 +89,12 @@ def _show(stage: Stage, out: Path) -> dict[str, Any]:
     own = len(run.method.sampler(run.family.schedule(teacher.scheduler)).timesteps)
     rows = [student_row(run.family, run.method, teacher, n) for n in sorted({own, FEW, 2, 1}, reverse=True)]
     for pipe in (teacher, plain):
-        if stage.shards is None:
-            pipe.to(stage.accelerator.device)
+        if session.shards is None:
+            pipe.to(session.accelerator.device)
         else:
-            sharding.stream(pipe, run.family.network(pipe), stage.accelerator.device)
+            sharding.stream(pipe, run.family.network(pipe), session.accelerator.device)
     if spec.validation_prompts:
-        prompts, size = list(spec.validation_prompts), (stage.feed.side, stage.feed.side)
+        prompts, size = list(spec.validation_prompts), (session.feed.side, session.feed.side)
         made = [
             (row.name.replace(", ", "\n"), generate(pipe, row, prompts, spec.validation_seed, size=size)[0])
             for pipe, row in ((teacher, full), (teacher, few), *((plain, row) for row in rows))
@@ -104,7 +104,7 @@ def _show(stage: Stage, out: Path) -> dict[str, Any]:
         student.write_card(out, student.read_contract(out))  # again, now that there is a picture
     if not spec.eval_samples:
         return {}
-    found = measure(run, reference(run, stage.digest), teacher, plain, {"full": full, "few": few}, rows)
+    found = measure(run, reference(run, session.digest), teacher, plain, {"full": full, "few": few}, rows)
     (out / "eval.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from stepdistill.core import distributed
 from stepdistill.core.errors import NonFiniteLoss, StepdistillError, problem
-from stepdistill.methods.base import Batch, Method, Play
+from stepdistill.methods.base import Batch, Method, StepContext
 from stepdistill.training import checkpoint
 from stepdistill.training.logs import Logs
 from stepdistill.training.optimizers import Team
@@ -54,7 +54,7 @@ class Stop:
 
 @dataclass
 class Loop:
-    """One run's training. `play(step)` and `batches` come from `stepdistill.training.distill`.
+    """One run's training. `context(step)` and `batches` come from `stepdistill.training.distill`.
 
     Args:
         batches: the micro-batches of each step from `start` on.
@@ -65,7 +65,7 @@ class Loop:
     method: Method
     team: Team
     spec: TrainSpec
-    play: Callable[[int], Play]
+    context: Callable[[int], StepContext]
     batches: Iterator[list[Batch]]
     logs: Logs
     validate: Callable[[int], bool]
@@ -104,8 +104,8 @@ class Loop:
 
     def one_step(self, step: int, micro_batches: Sequence[Batch], stepped: dict[str, int]) -> dict[str, float]:
         """All updates of one step; micro-batches advance in lockstep. Returns the values to log."""
-        play = self.play(step)
-        turns = [self.method.updates(play, batch, step) for batch in micro_batches]
+        context = self.context(step)
+        turns = [self.method.updates(context, batch, step) for batch in micro_batches]
         values: dict[str, float] = {}
         number = 0
         while True:

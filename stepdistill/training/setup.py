@@ -18,7 +18,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from stepdistill.core.denoise import guided, told
+from stepdistill.core.denoise import guided, with_scale
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import noise_of
@@ -26,7 +26,7 @@ from stepdistill.core.solvers import few_step, follow
 from stepdistill.data import GuidedState
 from stepdistill.evaluation.metrics.straightness import paths
 from stepdistill.families.lazy_pipeline import Parts
-from stepdistill.methods.base import Play
+from stepdistill.methods.base import StepContext
 from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
@@ -47,7 +47,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class Stage:
+class Session:
     """The parts of a run on this process: teacher, roles, feed and the ways to call them."""
 
     run: Run
@@ -76,9 +76,9 @@ class Stage:
             return self.shards.lead(job)
         return job() if self.accelerator.is_main_process else None
 
-    def play(self, step: int) -> Play:
+    def context(self, step: int) -> StepContext:
         """What the method may touch in a step."""
-        return Play(
+        return StepContext(
             schedule=self.run.family.schedule(self.pipe.scheduler),
             null=self.feed.null,
             denoiser=self.denoiser,
@@ -92,16 +92,16 @@ class Stage:
     @torch.no_grad()
     def teach(self, prompts: list[str], noise: Tensor, steps: int, scale: float) -> Tensor:
         """The teacher's latents by `steps` deterministic guided steps from `noise`."""
-        play = self.play(0)
-        teacher = guided(self.denoiser(TEACHER), play.null, scale)
-        times = play.schedule.grid(steps).flip(0).tolist()
-        return follow(teacher, play.schedule, times, noise.to(self.accelerator.device), self.feed.condition(prompts))
+        context = self.context(0)
+        teacher = guided(self.denoiser(TEACHER), context.null, scale)
+        times = context.schedule.grid(steps).flip(0).tolist()
+        return follow(teacher, context.schedule, times, noise.to(self.accelerator.device), self.feed.condition(prompts))
 
     @torch.no_grad()
     def invert(self, prompts: list[str], pixels: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """The noise that the teacher's ODE has above pictures (B, 3, H, W), and their latents at the lowest time."""
-        play, device = self.play(0), self.accelerator.device
-        times = play.schedule.grid(steps).tolist()
+        context, device = self.context(0), self.accelerator.device
+        times = context.schedule.grid(steps).tolist()
         pipe = self.feed.parts.vae("pictures are inverted")
         latents = self.run.family.encode(pipe, pixels.to(device))
         if latents.shape != noise.shape:
@@ -112,8 +112,8 @@ class Stage:
             todo = "set train.resolution and data.source.resolution alike"
             raise ConfigError(problem(got, f"{self.feed.side}", why, todo))
         low = torch.full((len(latents),), times[0], device=device)
-        x_t = play.schedule.add_noise(latents, noise.to(device), low)
-        return follow(self.denoiser(TEACHER), play.schedule, times, x_t, self.feed.condition(prompts)), x_t
+        x_t = context.schedule.add_noise(latents, noise.to(device), low)
+        return follow(self.denoiser(TEACHER), context.schedule, times, x_t, self.feed.condition(prompts)), x_t
 
     @torch.no_grad()
     def trajectories(self, prompts: list[str], noise: Tensor, scales: Tensor, kept: Tensor, steps: int) -> GuidedState:
@@ -123,10 +123,10 @@ class Stage:
             scales: (B,).
             kept: (B, K) ascending numbers of steps, from 0.
         """
-        play, teacher = self.play(0), self.denoiser(TEACHER)
-        schedule, times = play.schedule, play.schedule.grid(steps).flip(0)
+        context, teacher = self.context(0), self.denoiser(TEACHER)
+        schedule, times = context.schedule, context.schedule.grid(steps).flip(0)
         x_t, w = noise.to(self.accelerator.device), scales.to(self.accelerator.device)
-        denoise, cond = guided(teacher, play.null, w), self.feed.condition(prompts)
+        denoise, cond = guided(teacher, context.null, w), self.feed.condition(prompts)
         states, outputs = [], []
         for now, then in pairwise(times.tolist()):
             t, s = (torch.full((len(x_t),), time, device=x_t.device) for time in (now, then))
@@ -152,24 +152,26 @@ class Stage:
     @torch.no_grad()
     def sample(self, prompts: list[str], ids: Sequence[int], seed: int) -> Tensor:
         """The student's latents under its contract; row i starts from the noise of `ids[i]`."""
-        play, method = self.play(0), self.run.method
-        sampler = method.sampler(play.schedule)
-        denoise = guided(self.denoiser(method.exported()), play.null, sampler.guidance_scale)
-        denoise = told(denoise, sampler.adapter_scale)
+        context, method = self.context(0), self.run.method
+        sampler = method.sampler(context.schedule)
+        denoise = guided(self.denoiser(method.student_role()), context.null, sampler.guidance_scale)
+        denoise = with_scale(denoise, sampler.adapter_scale)
 
         def fresh(i: int) -> Tensor:
             return self.noise(seed + i + 1, ids)
 
-        return few_step(denoise, play.schedule, sampler, self.noise(seed, ids), self.feed.condition(prompts), fresh)
+        return few_step(denoise, context.schedule, sampler, self.noise(seed, ids), self.feed.condition(prompts), fresh)
 
     def bend(self, count: int = 256) -> float:
         """Straightness over transport cost of the student's paths in 32 steps, from noises that it never saw."""
-        play, method, batch = self.play(0), self.run.method, self.run.train.train_batch_size
-        denoise = guided(self.denoiser(method.exported()), play.null, method.sampler(play.schedule).guidance_scale)
+        context, method, batch = self.context(0), self.run.method, self.run.train.train_batch_size
+        denoise = guided(
+            self.denoiser(method.student_role()), context.null, method.sampler(context.schedule).guidance_scale
+        )
         bent = cost = 0.0
         for ids in torch.arange(count).split(batch):
             cond = self.feed.condition([self.run.data.captions(i % len(self.run.data))[0] for i in ids.tolist()])
-            found = paths(denoise, play.schedule, self.noise(-1, ids.tolist()), cond)
+            found = paths(denoise, context.schedule, self.noise(-1, ids.tolist()), cond)
             bent, cost = bent + found.straightness * len(ids), cost + found.cost * len(ids)
         return bent / cost
 
@@ -231,13 +233,13 @@ def begin(run: Run) -> Accelerator:
     diffusers_logging.set_verbosity_error()  # its hints are about loading, which is checked by the proof
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    set_seed(spec.seed)  # for libraries; methods draw from `Play`
+    set_seed(spec.seed)  # for libraries; methods draw from `StepContext`
     torch.backends.cuda.matmul.allow_tf32 = spec.allow_tf32
     torch.set_flush_denormal(True)  # on a CPU a trained network's smallest numbers cost a quarter of its time
     return accelerator
 
 
-def prepare(run: Run) -> Stage:
+def prepare(run: Run) -> Session:
     """Load the teacher, place it, and build backbone and feed.
 
     With `train.cache_dir` the text encoders and the autoencoder wait until something is not there.
@@ -257,20 +259,20 @@ def prepare(run: Run) -> Stage:
     if dtype != torch.float32 and family.quantization is None:
         net.to(dtype)  # first, so that the device never holds it in float32
     parts = Parts(family, pipe, accelerator.device, stay)
-    stage = staged(run, accelerator, parts, base, keys(run, accelerator))
+    session = staged(run, accelerator, parts, base, keys(run, accelerator))
     if spec.shard_base:
-        stage.shards = sharding.shard(stage.backbone, accelerator.device, dtype)
-    return stage
+        session.shards = sharding.shard(session.backbone, accelerator.device, dtype)
+    return session
 
 
-def staged(run: Run, accelerator: Accelerator, parts: Parts, base: Base, keys: Keys) -> Stage:
+def staged(run: Run, accelerator: Accelerator, parts: Parts, base: Base, keys: Keys) -> Session:
     """Backbone and feed around a pipeline in its place and precision."""
     family, pipe = run.family, parts.pipe
     net, dtype = family.network(pipe), DTYPES[accelerator.mixed_precision]
     targets = family.lora_targets(net)
     backbone = Backbone(net, run.lora, targets, family.tap(net), run.train.seed, family.narrow, family.sites(net))
     feed = Feed(parts, run.train, keys, accelerator.device)
-    return Stage(run, accelerator, pipe, base, dtype, backbone, feed, None)
+    return Session(run, accelerator, pipe, base, dtype, backbone, feed, None)
 
 
 def keys(run: Run, accelerator: Accelerator) -> Keys:

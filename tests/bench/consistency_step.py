@@ -46,7 +46,7 @@ from stepdistill.training.distill import assemble
 from stepdistill.training.loop import Loop
 from stepdistill.training.optimizers import Team
 from stepdistill.training.recipe import Run, TrainSpec
-from stepdistill.training.setup import Stage, prepare
+from stepdistill.training.setup import Session, prepare
 
 SIDES = ("reference", "uncached", "cached")
 ENCODING, PASSES = ("text encoding", "image encoding"), ("teacher", "target", "student forward")
@@ -173,7 +173,7 @@ class Reference:
         return loss.item()
 
 
-def production(folder: Path, setup: Setup, side: str) -> tuple[Stage, Loop]:
+def production(folder: Path, setup: Setup, side: str) -> tuple[Session, Loop]:
     """A run as `stepdistill.distill` builds it; without an average, since the reference has none."""
     run = Run(
         family=StableDiffusion(pretrained_teacher_model=str(folder)),
@@ -188,8 +188,8 @@ def production(folder: Path, setup: Setup, side: str) -> tuple[Stage, Loop]:
             report_to="none",
         ),
     )
-    stage = prepare(run)
-    return stage, assemble(stage, Team.assemble(stage.backbone, run.method, run.train))
+    session = prepare(run)
+    return session, assemble(session, Team.assemble(session.backbone, run.method, run.train))
 
 
 def make(name: str, folder: Path, setup: Setup) -> Side:
@@ -201,15 +201,15 @@ def make(name: str, folder: Path, setup: Setup) -> Side:
         plain.encode_text = side.timed(plain.encode_text, "text encoding")
         plain.teacher.forward = side.timed(plain.teacher.forward, "teacher")
     else:
-        stage, loop = production(folder, setup, name)
+        session, loop = production(folder, setup, name)
         steps, stepped = count(), {"student": 0}
-        unet, vae, optimizer = stage.backbone.net, stage.pipe.vae, loop.team.optimizers["student"]
+        unet, vae, optimizer = session.backbone.net, session.pipe.vae, loop.team.optimizers["student"]
 
         def step() -> dict[str, float]:
             return loop.one_step(next(steps), next(loop.batches), stepped)
 
         side = Side(step, [unet], dict.fromkeys(CAUSES, 0.0))
-        stage.pipe.encode_prompt = side.timed(stage.pipe.encode_prompt, "text encoding")
+        session.pipe.encode_prompt = side.timed(session.pipe.encode_prompt, "text encoding")
 
     def cause(x: Tensor, *_: object) -> str:
         if torch.is_grad_enabled():

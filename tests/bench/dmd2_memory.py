@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import DiscreteVP
 from stepdistill.data.bundled import build
-from stepdistill.methods.base import Batch, Play
+from stepdistill.methods.base import Batch, StepContext
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
@@ -68,10 +68,10 @@ def method(setup: Setup) -> DMD2:
     )
 
 
-def scene(setup: Setup, backbone: Backbone | None, null: Condition, step: int) -> Play:
-    """What `Stage.play` gives in a run; for draws alone there need be no network."""
+def scene(setup: Setup, backbone: Backbone | None, null: Condition, step: int) -> StepContext:
+    """What `Session.context` gives in a run; for draws alone there need be no network."""
     schedule = DiscreteVP(noise_table())
-    return Play(
+    return StepContext(
         schedule=schedule,
         null=null,
         denoiser=lambda role: Denoiser(backbone, role, schedule, "epsilon", FAMILY.call, setup.dtype),
@@ -103,7 +103,7 @@ def production(setup: Setup) -> Loop:
         method=method(setup),
         team=team,
         spec=spec,
-        play=partial(scene, setup, backbone, null),
+        context=partial(scene, setup, backbone, null),
         batches=batches(setup, net),
         logs=None,
         validate=lambda step: False,

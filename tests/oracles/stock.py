@@ -12,7 +12,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from oracles.play import Table, spoken
+from oracles.context import Table, spoken
 from stepdistill.core.denoise import Denoise
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import NoiseSchedule, expand

@@ -1,0 +1,1 @@
+"""The tables, charts and page of an evaluation."""

@@ -1,0 +1,1 @@
+"""A student's LoRA in the formats of Diffusers, kohya and ComfyUI."""

@@ -1,0 +1,1 @@
+"""Embeddings and latents that are kept on disk."""

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.methods.base import Batch, Method, Play
+from stepdistill.methods.base import Batch, Method, StepContext
 from stepdistill.networks.backbone import Backbone
 from stepdistill.training.logs import Logs
 from stepdistill.training.loop import Loop
@@ -101,7 +101,7 @@ def single(
     method: Method,
     backbone: Backbone,
     spec: TrainSpec,
-    play: Callable[[int], Play],
+    context: Callable[[int], StepContext],
     batches: Iterator[list[Batch]],
     device: torch.device,
     half: bool = False,
@@ -115,7 +115,7 @@ def single(
         method=method,
         team=Team(backbone),
         spec=spec,
-        play=play,
+        context=context,
         batches=batches,
         logs=cast(Logs, None),
         validate=lambda step: False,

@@ -58,18 +58,18 @@ def rehearsal(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Lo
     spec = replace(run.train, cache_dir=None, dataloader_num_workers=0)
     spec = replace(spec, gradient_accumulation_steps=min(FEW, spec.gradient_accumulation_steps))
     parts = Outlined(run.family, pipe, accelerator.device, stay=tuple(networks(pipe)))
-    stage = staged(replace(run, train=spec), accelerator, parts, Base({}, (), None), Keys())
+    session = staged(replace(run, train=spec), accelerator, parts, Base({}, (), None), Keys())
     data = run.data
     if any(isinstance(source, Made) for source in inside(data)):
-        data = Unmade(source=data, shape=stage.feed.shape)
+        data = Unmade(source=data, shape=session.feed.shape)
     return single(
         method=run.method,
-        backbone=stage.backbone,
+        backbone=session.backbone,
         spec=run.train,
-        play=stage.play,
-        batches=stage.feed.batches(data, 0, 0, 1),
+        context=session.context,
+        batches=session.feed.batches(data, 0, 0, 1),
         device=accelerator.device,
-        half=stage.dtype == torch.float16,
+        half=session.dtype == torch.float16,
     )
 
 

@@ -1,0 +1,1 @@
+"""Statistics of student and teacher during training, and what they warn of."""

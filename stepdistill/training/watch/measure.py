@@ -29,7 +29,7 @@ from stepdistill.training.watch.plot import plot
 from stepdistill.training.watch.rules import LEVELS, PREFIX, SCORE, Yardstick
 
 if TYPE_CHECKING:
-    from stepdistill.training.setup import Stage
+    from stepdistill.training.setup import Session
 
 logger = logging.getLogger(__name__)
 SETS = 4  # independent sets of the teacher's pictures, each of the student's size
@@ -77,9 +77,9 @@ class Watch:
         start: the step that the run begins at. 0 drops what an earlier run left, and measures the untrained student.
     """
 
-    def __init__(self, stage: Stage, logs: Logs, start: int) -> None:
-        self.stage, self.logs = stage, logs
-        self.spec = stage.run.train
+    def __init__(self, session: Session, logs: Logs, start: int) -> None:
+        self.session, self.logs = session, logs
+        self.spec = session.run.train
         self.out = Path(self.spec.output_dir)
         if start == 0:
             shutil.rmtree(self.out / "best", ignore_errors=True)
@@ -90,11 +90,11 @@ class Watch:
             self.look(start)  # before training, or what a signal left undone after the checkpoint
 
     @classmethod
-    def begin(cls, stage: Stage, logs: Logs, start: int) -> Watch | None:
+    def begin(cls, session: Session, logs: Logs, start: int) -> Watch | None:
         """A watch where the config has validations and prompts and this process is the main one, else None."""
-        spec = stage.run.train
+        spec = session.run.train
         asked = spec.validation_steps and spec.validation_prompts and spec.watch_samples
-        return cls(stage, logs, start) if asked and stage.accelerator.is_main_process else None
+        return cls(session, logs, start) if asked and session.accelerator.is_main_process else None
 
     def look(self, step: int) -> bool:
         """Measure, log, warn, keep the best and plot; whether the run should stop. A step is measured once."""
@@ -124,17 +124,17 @@ class Watch:
         stored = best / "watch.json"
         if stored.exists() and not score < json.loads(stored.read_text())["score"]:
             return
-        stage = self.stage
+        session = self.session
         shutil.rmtree(part, ignore_errors=True)
         write_unproven(
             part,
-            family=stage.run.family,
-            pipe=stage.pipe,
-            backbone=stage.backbone,
-            role=stage.run.method.exported(),
-            method=stage.run.method,
-            resolution=(stage.feed.side, stage.feed.side),
-            base=stage.base,
+            family=session.run.family,
+            pipe=session.pipe,
+            backbone=session.backbone,
+            role=session.run.method.student_role(),
+            method=session.run.method,
+            resolution=(session.feed.side, session.feed.side),
+            base=session.base,
         )
         (part / "watch.json").write_text(json.dumps({"step": step, "score": score}) + "\n")
         shutil.rmtree(best, ignore_errors=True)
@@ -144,15 +144,15 @@ class Watch:
         """The teacher's statistics: those in the folder where they are of the same teacher and settings."""
         spec = self.spec
         facts = {
-            "teacher_sha256": self.stage.digest,
+            "teacher_sha256": self.session.digest,
             "prompts": self.prompts,
             "seed": spec.validation_seed,
             "samples": spec.watch_samples,
             "sets": SETS,
             "steps": spec.teacher_steps,
             "guidance_scale": spec.teacher_guidance_scale,
-            "shape": list(self.stage.feed.shape),
-            "dtype": str(self.stage.dtype),
+            "shape": list(self.session.feed.shape),
+            "dtype": str(self.session.dtype),
         }
         stored = Yardstick.read(self.out / "watch.json")
         if stored and stored.facts == facts:
@@ -164,11 +164,11 @@ class Watch:
 
     def _teach(self, ids: Sequence[int]) -> Tensor:
         spec = self.spec
-        noise = self.stage.noise(spec.validation_seed, ids)
-        return self.stage.teach(self.prompts, noise, self.stage.teacher_steps, spec.teacher_guidance_scale)
+        noise = self.session.noise(spec.validation_seed, ids)
+        return self.session.teach(self.prompts, noise, self.session.teacher_steps, spec.teacher_guidance_scale)
 
     def _student(self, ids: Sequence[int]) -> Tensor:
-        return self.stage.sample(self.prompts, ids, self.spec.validation_seed)
+        return self.session.sample(self.prompts, ids, self.spec.validation_seed)
 
     def _measure(self, make: Callable[[Sequence[int]], Tensor], number: int) -> dict[str, Tensor]:
         """All statistics (P,) of one set of pictures; set 0 is the student's, the others the teacher's.
@@ -180,7 +180,7 @@ class Watch:
         for j in range(seeds):
             first = (number * seeds + j) * prompts
             latents = make(range(first, first + prompts))
-            drawn.append(self.stage.pictures(latents))
+            drawn.append(self.session.pictures(latents))
             errors.append(self._errors(latents, range(j * prompts, (j + 1) * prompts)))
         gaps = {name: torch.stack([one[name] for one in errors]).mean(0) for name in signs.GAPS}
         return statistics(torch.stack(drawn)) | gaps
@@ -188,12 +188,12 @@ class Watch:
     @torch.no_grad()
     def _errors(self, x0: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:
         """The teacher's mean squared error (P,) in the noise at each level, one call a level, without guidance."""
-        play, cond = self.stage.play(0), self.stage.feed.condition(self.prompts)
-        top = play.schedule.grid(1)[-1].item()
+        context, cond = self.session.context(0), self.session.feed.condition(self.prompts)
+        top = context.schedule.grid(1)[-1].item()
         found = {}
         for number, (name, level) in enumerate(zip(signs.GAPS, LEVELS, strict=True)):
-            eps = self.stage.noise(self.spec.validation_seed + FIXED + number, ids)
+            eps = self.session.noise(self.spec.validation_seed + FIXED + number, ids)
             t = torch.full((len(x0),), level * top, device=x0.device)
-            est = play.denoiser(TEACHER)(play.schedule.add_noise(x0, eps, t), t, cond)
+            est = context.denoiser(TEACHER)(context.schedule.add_noise(x0, eps, t), t, cond)
             found[name] = (est.eps - eps).square().mean((1, 2, 3)).cpu()
         return found

@@ -1,4 +1,4 @@
-"""Run a method's own `updates` against closed forms: a `Play` with scripted draws and fake denoisers.
+"""Run a method's own `updates` against closed forms: a `StepContext` with scripted draws and fake denoisers.
 
 What runs is the method as it ships, down to the loss it yields; only networks and random draws are replaced.
 Everything is in float64.
@@ -16,7 +16,7 @@ from oracles.gaussian import levels
 from stepdistill.core.denoise import Condition, Denoise
 from stepdistill.core.prediction import Estimate, Kind, estimate, output
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified, expand
-from stepdistill.methods.base import Batch, Play, Update
+from stepdistill.methods.base import Batch, StepContext, Update
 from stepdistill.methods.consistency import Consistency
 
 
@@ -111,7 +111,7 @@ class Tabular:
 
 
 @dataclass(frozen=True)
-class Scripted(Play):
+class Scripted(StepContext):
     """A play whose draws, by purpose, and whose noise are given."""
 
     draws: Mapping[str, Tensor]
@@ -178,7 +178,7 @@ def update(
         "s": half if rows.chance is None else rows.chance,
         "guidance_scale": half if rows.guidance is None else rows.guidance,
     }
-    play = Scripted(
+    context = Scripted(
         schedule=schedule,
         null={"mean": column(null)},
         denoiser=roles.__getitem__,
@@ -191,7 +191,7 @@ def update(
         eps=rows.eps,
     )
     batch = Batch(tuple(range(len(rows.i))), {"mean": rows.mean}, (1, 1, 1), latents=rows.x0)
-    (only,) = method.updates(play, batch, step)
+    (only,) = method.updates(context, batch, step)
     return only
 
 
@@ -284,7 +284,7 @@ def solved(method: Consistency, schedule: NoiseSchedule, teacher: Denoise) -> De
 
 
 @dataclass(frozen=True)
-class Drawn(Play):
+class Drawn(StepContext):
     """A play that draws from one generator, for closed forms that are means over many draws.
 
     Args:
