@@ -1,6 +1,6 @@
 """python eval/ref.py coco/val2014 --features inception --eval-res 256 -o coco.npz
 
-Make statistics of pictures: `stepdistill eval ref`. `--help` says more.
+Make statistics of images: `stepdistill eval ref`. `--help` says more.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """python eval/score.py samples/ --ref reference.npz -o runs/eval
 
-Measure pictures that are there: `stepdistill eval score`. `--help` says more.
+Measure images that are there: `stepdistill eval score`. `--help` says more.
 """
 
 import sys

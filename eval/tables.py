@@ -2,7 +2,7 @@
 
 A table is resumed row by row: what `eval/results/NAME.json` holds already is not measured again. The embedded
 benchmark: R is the teacher at full steps with seeds A, the floor F the same with seeds B against R, every row uses
-seeds B, and excess = FD(row, R) - F with a 20-block jackknife interval, N pictures over the table's prompts.
+seeds B, and excess = FD(row, R) - F with a 20-block jackknife interval, N images over the table's prompts.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """accelerate launch sample/couplings.py configs/recipes/sd21_reflow.yaml
 
-Make the couplings of a config, pairs of noise and the teacher's picture, before training, on as many processes as there
+Make the couplings of a config, pairs of noise and the teacher's image, before training, on as many processes as there
 are. Overrides follow it. `stepdistill data make --help` says more.
 """
 

@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_refused(families, written, tmp_path):
         multi.join(tmp_path / "all", [written["sd"], written["sd3"]])
 
 
-def test_pictures_and_a_dry_run(families, written, tmp_path):
+def test_images_and_a_dry_run(families, written, tmp_path):
     family = families["sd"]
     data = Trajectories(source=Prompts(prompts=("rose",)), folder=str(tmp_path / "t"), count=2, kept_steps=2)
     spec = TrainSpec(output_dir=str(tmp_path / "out"), report_to="none")
@@ -260,5 +260,5 @@ def test_pictures_and_a_dry_run(families, written, tmp_path):
     assert line.split()[3:] == [f"{each * size / 2**20:.1f}" for each in (4, 4, 8)]
     pipe, teacher = family.load(), family.load()
     load_student(pipe, written["sd"])
-    pictures, cost = generate(pipe, student_row(run.family, run.method, teacher, 4), ["rose", "cat face"], 0)
-    assert pictures.shape == (2, 3, 32, 32) and (cost.calls, cost.rows) == (4, 8)
+    images, cost = generate(pipe, student_row(run.family, run.method, teacher, 4), ["rose", "cat face"], 0)
+    assert images.shape == (2, 3, 32, 32) and (cost.calls, cost.rows) == (4, 8)

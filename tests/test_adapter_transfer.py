@@ -83,7 +83,7 @@ def fitted() -> tuple[Scene, dict[str, Tensor]]:
     rng, sheet = random.Random(0), emoji.sheet()
     drawn = {drawing.subgroup: drawing for drawing in emoji.subjects()}
     names = sorted(drawn)[:8]
-    pixels = emoji.pixels([emoji.picture(sheet, drawn[name], rng) for name in names])
+    pixels = emoji.pixels([emoji.image(sheet, drawn[name], rng) for name in names])
     cond = dict(FAMILY.condition(pipe, names))
     found = Scene(
         bone,

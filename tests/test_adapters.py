@@ -295,7 +295,7 @@ def test_one_pass_is_two_at_scales_that_were_never_trained():
     held_out()
 
 
-def test_prompts_and_pictures_that_were_never_trained_are_guided_too():
+def test_prompts_and_images_that_were_never_trained_are_guided_too():
     """Fresh states in every step; then others, with other prompts, at scales in the hole and beside it.
 
     R^2 is 0.60 to 0.69 after these few steps, and 0.65 to 0.77 after three times as many: far from the 0.95 at states

@@ -54,8 +54,8 @@ class Numbers(Source):
         return str(i)
 
 
-def picture(folder: Path, name: str, size: tuple[int, int] = (8, 8), caption: str | None = "a thing") -> Path:
-    """A picture (H, W) whose columns all differ, with its caption beside it."""
+def image(folder: Path, name: str, size: tuple[int, int] = (8, 8), caption: str | None = "a thing") -> Path:
+    """An image (H, W) whose columns all differ, with its caption beside it."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.RandomState(len(name)).randint(0, 256, (*size, 3)).astype(np.uint8)
@@ -186,11 +186,11 @@ def test_nothing_good_left_is_an_error(workers: int) -> None:
         take(4, loader(Stream(source, 2, seed=0), 0, [range(2)], workers, seed=0))
 
 
-def test_a_broken_picture_does_not_stop_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_image_does_not_stop_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for n in range(5):
-        picture(tmp_path, f"{n}.png")
+        image(tmp_path, f"{n}.png")
     (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:-60])
-    (tmp_path / "1.png").write_text("no picture")
+    (tmp_path / "1.png").write_text("no image")
     source = ImageFolder(train_data_dir=str(tmp_path), resolution=8)
     with caplog.at_level(logging.WARNING):
         batches = take(5, loader(Stream(source, 2, seed=0), 0, [range(2)], 0, seed=0))
@@ -207,7 +207,7 @@ def test_a_broken_picture_does_not_stop_a_run(tmp_path: Path, caplog: pytest.Log
 
 
 def test_a_source_travels_to_a_worker_that_does_not_fork(tmp_path: Path) -> None:
-    picture(tmp_path, "a.png")
+    image(tmp_path, "a.png")
     source = ImageFolder(train_data_dir=str(tmp_path), resolution=8, aspect_buckets=True, bucket_step=4)
     before = source.sample(0, sample_rng(0, 0)).pixels
     after = pickle.loads(pickle.dumps(source)).sample(0, sample_rng(0, 0)).pixels
@@ -224,8 +224,8 @@ def test_proportion_of_empty_prompts_and_choice_of_captions() -> None:
     assert prompts["a 0"] / 4000 == pytest.approx(0.375, abs=0.025)
 
 
-def test_prompts_of_pictures_read_no_picture(tmp_path: Path) -> None:
-    picture(tmp_path, "a.png", caption="an apple").write_text("broken")
+def test_prompts_of_images_read_no_image(tmp_path: Path) -> None:
+    image(tmp_path, "a.png", caption="an apple").write_text("broken")
     source = PromptsOf(source=ImageFolder(train_data_dir=str(tmp_path), resolution=8))
     assert source.sample(0, sample_rng(0, 0)) == Sample(prompt="an apple", item=0)
     assert replace(source, proportion_empty_prompts=1.0).sample(0, sample_rng(0, 0)).prompt == ""

@@ -1,4 +1,4 @@
-"""Pictures: what the pixels are, which crop and bucket, and where they are stored."""
+"""Images: what the pixels are, which crop and bucket, and where they are stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import noise
+from images import noise
 from PIL import Image
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def as_tensor(image: Image.Image) -> Tensor:
 # pixels
 
 
-def test_a_picture_of_the_right_size_comes_through_unchanged(tmp_path: Path) -> None:
+def test_a_image_of_the_right_size_comes_through_unchanged(tmp_path: Path) -> None:
     image = noise(8, 8)
     source = ImageFolder(train_data_dir=str(folder(tmp_path, a=image)), resolution=8)
     found = pixels(source, 0)
@@ -134,7 +134,7 @@ def test_bucket_shapes(resolution: int, step: int) -> None:
         bucket_shapes(resolution, 60)
 
 
-def test_pictures_go_to_the_nearest_aspect_and_batches_have_one_shape(tmp_path: Path) -> None:
+def test_images_go_to_the_nearest_aspect_and_batches_have_one_shape(tmp_path: Path) -> None:
     wide, tall = {f"w{n}": noise(20, 40, n) for n in range(3)}, {f"t{n}": noise(40, 20, n) for n in range(3)}
     place = folder(tmp_path, **wide, **tall, s=noise(33, 32))
     (place / "x.png").write_text("broken")
@@ -157,7 +157,7 @@ def test_pictures_go_to_the_nearest_aspect_and_batches_have_one_shape(tmp_path: 
 # folders
 
 
-def test_captions_from_a_table_or_beside_the_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_captions_from_a_table_or_beside_the_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder(tmp_path / "sub", b=noise(8, 8))
     folder(tmp_path, a=noise(8, 8))
     folder(tmp_path / ".hidden", c=noise(8, 8))
@@ -168,7 +168,7 @@ def test_captions_from_a_table_or_beside_the_pictures(tmp_path: Path, caplog: py
     with caplog.at_level(logging.WARNING):
         tabled = ImageFolder(train_data_dir=str(tmp_path), resolution=8, caption_column="label")
         assert [tabled.captions(i) for i in range(len(tabled))] == [("x", "y")]
-    assert "1 pictures have no row" in caplog.text and "a.png" in caplog.text
+    assert "1 images have no row" in caplog.text and "a.png" in caplog.text
     (tmp_path / "metadata.jsonl").unlink()
     assert ImageFolder(train_data_dir=str(tmp_path), resolution=8).digest() == before
     noise(8, 9).save(tmp_path / "a.png")
@@ -179,7 +179,7 @@ def test_captions_from_a_table_or_beside_the_pictures(tmp_path: Path, caplog: py
 @pytest.mark.parametrize(
     ("table", "content", "message"),
     [
-        (None, "", r"a\.png without a caption \(1 of 2 pictures\)"),
+        (None, "", r"a\.png without a caption \(1 of 2 images\)"),
         ("metadata.csv", "file_name,caption\na.png,x\n", r"columns \['file_name', 'caption'\]"),
         ("metadata.csv", "image,text\na.png,x\n", r"expected \['file_name'\] among them"),
         ("metadata.csv", "file_name,text\nz.png,x\n", "row 1 with file_name 'z.png'"),
@@ -215,7 +215,7 @@ def test_check_reports_what_is_there(tmp_path: Path) -> None:
     source = ImageFolder(train_data_dir=str(place), resolution=16, proportion_empty_prompts=1.0)
     assert check(source, workers=1).splitlines() == [
         "ImageFolder: 3 samples, 3 usable",
-        "  pictures: shorter side 8 to 30 (median 10) px; 2 smaller than the crop",
+        "  images: shorter side 8 to 30 (median 10) px; 2 smaller than the crop",
         "  shapes (3 x H x W): 3x16x16: 3",
         "  captions: 3 for 3 samples, 0 to 2 (median 2) words, 1 empty",
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from pictures import encoded, noise
+from images import encoded, noise
 from PIL import Image
 from webdataset.compat import WebDataset
 
@@ -38,7 +38,7 @@ def two_shards(path: Path) -> str:
         members: dict[str, bytes] = {}
         for k, kind in enumerate(("jpg", "png", "webp")):
             caption = json.dumps({"text": f"c{n}{k}", "id": k}).encode() if k == 1 else f"c{n}{k}\n".encode()
-            members[f"{n}{k}__seg__png"] = encoded(noise(4, 4))  # suffix seg.png: not the picture
+            members[f"{n}{k}__seg__png"] = encoded(noise(4, 4))  # suffix seg.png: not the image
             members[f"{n}{k}__{kind}"] = encoded(noise(9, 8 + k, n), {"jpg": "jpeg"}.get(kind, kind))
             members[f"{n}{k}__{('txt', 'json', 'caption')[k]}"] = caption
         members["stray__cls"] = b"3"
@@ -58,9 +58,9 @@ def test_random_access_equals_webdataset(tmp_path: Path, caplog: pytest.LogCaptu
         assert source.name(i).endswith(f" sample {streamed[i]['__key__']}")
         assert source.captions(i) == (f"c{i // 3}{i % 3}",)
         decoded = Image.open(io.BytesIO(streamed[i][kind])).convert("RGB")
-        assert source.picture(i).tobytes() == decoded.tobytes()
+        assert source.image(i).tobytes() == decoded.tobytes()
         assert source.size(i) == (9, 8 + i % 3)
-    assert "2 samples have no picture and are left out, first stray of" in caplog.text
+    assert "2 samples have no image and are left out, first stray of" in caplog.text
     by_glob = Shards(train_shards_path_or_url=str(tmp_path / "s-*.tar"), resolution=8, max_train_samples=4)
     assert [by_glob.name(i) for i in range(len(by_glob))] == [source.name(i) for i in range(4)]
     assert check(source, strict=True, workers=1).startswith("Shards: 6 samples, 6 usable")
@@ -107,7 +107,7 @@ def test_shards_that_cannot_be_used(tmp_path: Path) -> None:
     fails(r"b-1\.tar, where there is no file", tmp_path / "b-{1..2}.tar")
     fails("where there is no file", tmp_path / "*.tar")
     fails("'y' of .* without a caption", shard(tmp_path / "a.tar", x__png=png, x__txt=b"", y__png=png))
-    fails("none with a picture", shard(tmp_path / "b.tar", x__txt=b"one"))
+    fails("none with an image", shard(tmp_path / "b.tar", x__txt=b"one"))
     columns = shard(tmp_path / "c.tar", x__png=png, x__json=b'{"caption": "x"}')
     fails(r"columns \['caption'\], expected \['text'\]", columns)
     fails("x.png twice", shard(tmp_path / "d.tar", x__png=png, **{"x.png": png}))
@@ -156,7 +156,7 @@ def test_every_form_of_a_data_set_gives_the_same_samples(tmp_path: Path) -> None
         source = HubDataset(dataset_name=str(tmp_path / name), resolution=8)
         assert [source.captions(i) for i in range(len(source))] == [("a",), ("b",), ("c",)], name
         for i in range(3):
-            assert source.picture(i).tobytes() == noise(8, 8, i).tobytes()
+            assert source.image(i).tobytes() == noise(8, 8, i).tobytes()
     assert len(HubDataset(dataset_name=str(tmp_path / "saved"), resolution=8, max_train_samples=2)) == 2
 
 
@@ -166,7 +166,7 @@ def test_data_sets_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.Monke
     assert "row 1: UnidentifiedImageError" in check(source)
     with pytest.raises(DataError, match=r"columns \['image', 'text', 'number'\], expected \['label'\]"):
         len(replace(source, caption_column="label"))
-    with pytest.raises(DataError, match="does not hold pictures"):
+    with pytest.raises(DataError, match="does not hold images"):
         len(replace(source, image_column="number"))
     datasets.DatasetDict({"train": table()}).save_to_disk(tmp_path / "splits")
     with pytest.raises(DataError, match="a data set with split 'test'"):

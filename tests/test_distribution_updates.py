@@ -204,15 +204,15 @@ def test_the_clip_term_pulls_below_its_threshold_only(clip_folder):
 
 
 def test_clip_sees_what_its_own_processor_makes(clip_folder):
-    pictures = torch.rand(2, 3, 32, 32)
-    ours = clip(clip_folder, torch.device("cpu"))(pictures, ["red apple", "cat face"])
+    images = torch.rand(2, 3, 32, 32)
+    ours = clip(clip_folder, torch.device("cpu"))(images, ["red apple", "cat face"])
     model, words = CLIPModel.from_pretrained(clip_folder).eval(), tokens()(["red apple", "cat face"], padding=True)
     plain = CLIPImageProcessor(do_resize=False, do_rescale=False, do_center_crop=False)
     with torch.no_grad():
         out = model(
             input_ids=torch.tensor(words["input_ids"]),
             attention_mask=torch.tensor(words["attention_mask"]),
-            pixel_values=torch.stack([torch.as_tensor(v) for v in plain(list(pictures.numpy())).pixel_values]),
+            pixel_values=torch.stack([torch.as_tensor(v) for v in plain(list(images.numpy())).pixel_values]),
         )
     torch.testing.assert_close(ours, (out.image_embeds * out.text_embeds).sum(1), atol=1e-5, rtol=0)
 
@@ -276,7 +276,7 @@ def whole(name: str, net: nn.Module, tap: Tap, x: torch.Tensor, call) -> torch.T
     handle.remove()
     if last == "mid_block":
         return found[0]
-    tokens = found[0][1] if name in ("sd3", "flux") else found[0]  # of two streams the picture's is the second
+    tokens = found[0][1] if name in ("sd3", "flux") else found[0]  # of two streams the image's is the second
     return tokens.transpose(1, 2).unflatten(2, (x.shape[2] // tap.patch, x.shape[3] // tap.patch))
 
 
@@ -358,7 +358,7 @@ def test_other_numbers_of_steps_start_where_the_student_does():
         assert DMD2().sampler(table, steps) == VSD().sampler(table, steps)
 
 
-def test_an_adversarial_term_without_pictures_is_refused():
+def test_an_adversarial_term_without_images_is_refused():
     with pytest.raises(ConfigError, match="latents"):
         check_needs(Prompts(prompts=("rose",)), GAN.needs, "DMD2")
 

@@ -123,7 +123,7 @@ def test_a_run_is_compared_with_the_curve_of_its_recipe(write):
     assert "grad_norm/student is 7 times" in report
 
 
-def test_pictures_are_compared_with_the_curve_s(write):
+def test_images_are_compared_with_the_curve_s(write):
     pale = {"contrast": lambda i: 0.5 + 0.01 * i}
     save_curve(write("good"), Path("configs/curves/quickstart.json"))
     report, healthy = examine(write("pale", ratios=pale))  # steadily nearer, so the watch alone is quiet

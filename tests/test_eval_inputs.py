@@ -1,4 +1,4 @@
-"""What an evaluation reads and hands on: pictures, prompts, CLIP's view of both, folders for other evaluators."""
+"""What an evaluation reads and hands on: images, prompts, CLIP's view of both, folders for other evaluators."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from pictures import encoded, noise
+from images import encoded, noise
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
 from stepdistill.core.errors import DataError
 from stepdistill.evaluation.exports import GenEval, T2ICompBench
+from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.metrics import clip_score
 from stepdistill.evaluation.metrics.clip_score import clip_scores
-from stepdistill.evaluation.pictures import Pictures
 from stepdistill.evaluation.prompts import prompt_of, read_records, sha256_of
 from stepdistill.networks.clip import Clip
 
@@ -45,8 +45,8 @@ def zipped(file: Path, place: Path) -> Path:
     return file
 
 
-def read(pictures: Pictures, size: int = 64) -> tuple[list[int], list[str], Tensor]:
-    numbers, names, pixels = list(zip(*pictures.batches(size), strict=True))[1:]
+def read(images: Images, size: int = 64) -> tuple[list[int], list[str], Tensor]:
+    numbers, names, pixels = list(zip(*images.batches(size), strict=True))[1:]
     return sum(numbers, []), sum(names, []), torch.cat(pixels)
 
 
@@ -54,23 +54,23 @@ FIVE = {"b.png": noise(8, 8), "a/2.bmp": noise(8, 8, 1), "a/10.PNG": noise(8, 8,
 FIVE["z.jpg"] = noise(8, 8, 4)
 
 
-# pictures: where they lie
+# images: where they lie
 
 
 def test_a_folder_and_a_zip_of_it_are_read_by_name(tmp_path):
-    place = folder(tmp_path / "pictures", FIVE)
-    (place / "notes.txt").write_text("no picture")
+    place = folder(tmp_path / "images", FIVE)
+    (place / "notes.txt").write_text("no image")
     folder(place, {".thumbs/hidden.png": noise(8, 8), "__MACOSX/b.png": noise(8, 8)})
     names = ["a/10.PNG", "a/2.bmp", "b.png", "c.webp", "z.jpg"]
-    for source in (place, zipped(tmp_path / "pictures.zip", place)):
-        pictures = Pictures(source)
-        assert len(pictures) == 5
-        numbers, found, pixels = read(pictures, size=2)
-        assert numbers == [0, 1, 2, 3, 4] and found == names and pictures.skipped == []
+    for source in (place, zipped(tmp_path / "images.zip", place)):
+        images = Images(source)
+        assert len(images) == 5
+        numbers, found, pixels = read(images, size=2)
+        assert numbers == [0, 1, 2, 3, 4] and found == names and images.skipped == []
         assert pixels.dtype == torch.uint8 and pixels.shape == (5, 3, 8, 8)
         for i, name in enumerate(names[:3]):  # those without loss
             assert torch.equal(pixels[i], as_tensor(FIVE[name]))
-        assert [len(part.names) for part in pictures.batches(2)] == [2, 2, 1]
+        assert [len(part.names) for part in images.batches(2)] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -79,17 +79,17 @@ def test_arrays_are_read_row_by_row(tmp_path, save):
     save(tmp_path / "x.npz", labels=np.arange(5), arr_0=x, other=x[::-1])
     np.save(tmp_path / "x.npy", x)
     for name in ("x.npz", "x.npy"):
-        numbers, names, pixels = read(Pictures(tmp_path / name), size=2)
+        numbers, names, pixels = read(Images(tmp_path / name), size=2)
         assert numbers == [0, 1, 2, 3, 4] and names[4] == f"{name}[4]"
         assert torch.equal(pixels, torch.from_numpy(x).permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x.npy"])
-def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, name):
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path, name):
     x = np.zeros((2000, 32, 32, 3), dtype=np.uint8)  # 6.1 MB
     (np.savez if name == "x.npz" else np.save)(tmp_path / name, x)
     tracemalloc.start()
-    seen = sum(len(part.names) for part in Pictures(tmp_path / name).batches(16))
+    seen = sum(len(part.names) for part in Images(tmp_path / name).batches(16))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert seen == 2000 and peak < 1.5e6
@@ -98,19 +98,19 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, name):
 def test_the_digest_is_of_names_and_bytes(tmp_path):
     place = folder(tmp_path / "one", FIVE)
     same = zipped(tmp_path / "two.zip", place)
-    assert Pictures(place).sha256() == Pictures(same).sha256() == Pictures(place, eval_res=4).sha256()
-    seen = {Pictures(place).sha256()}
+    assert Images(place).sha256() == Images(same).sha256() == Images(place, eval_res=4).sha256()
+    seen = {Images(place).sha256()}
     (place / "b.png").rename(place / "bb.png")  # in the same place of the order
-    seen.add(Pictures(place).sha256())
+    seen.add(Images(place).sha256())
     noise(8, 8, 9).save(place / "bb.png")
-    seen.add(Pictures(place).sha256())
+    seen.add(Images(place).sha256())
     np.save(tmp_path / "x.npy", np.zeros((2, 4, 4, 3), dtype=np.uint8))
     np.save(tmp_path / "y.npy", np.ones((2, 4, 4, 3), dtype=np.uint8))
-    seen |= {Pictures(tmp_path / name).sha256() for name in ("x.npy", "y.npy")}
+    seen |= {Images(tmp_path / name).sha256() for name in ("x.npy", "y.npy")}
     assert len(seen) == 5
 
 
-# pictures: what becomes of the pixels
+# images: what becomes of the pixels
 
 
 def test_the_middle_is_cut_out_and_resized_as_the_protocol_has_it(tmp_path):
@@ -119,77 +119,77 @@ def test_the_middle_is_cut_out_and_resized_as_the_protocol_has_it(tmp_path):
     place = folder(tmp_path, images)
     squares = [images["a.png"].crop((4, 0, 12, 8)), images["b.png"].crop((0, 2, 8, 10)), images["c.png"]]
     want = [as_tensor(square.resize((6, 6), Image.Resampling.LANCZOS)) for square in squares]
-    assert torch.equal(read(Pictures(place, eval_res=6))[2], torch.stack(want))
+    assert torch.equal(read(Images(place, eval_res=6))[2], torch.stack(want))
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "npy", "npz"])
 def test_batches_keep_their_numbers_whatever_is_wanted(tmp_path, kind):
-    """A batch has its own pictures, whether others are read or not, and one without any is there, too."""
+    """A batch has its own images, whether others are read or not, and one without any is there, too."""
     pixels = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), dtype=np.uint8)
     place = folder(tmp_path / "all", {f"{i}.png": Image.fromarray(each) for i, each in enumerate(pixels)})
     np.save(tmp_path / "all.npy", pixels)
     np.savez(tmp_path / "all.npz", pixels)
     source = {"folder": place, "npy": tmp_path / "all.npy", "npz": tmp_path / "all.npz"}.get(kind)
-    every = list(Pictures(source or zipped(tmp_path / "all.zip", place)).batches(3))
+    every = list(Images(source or zipped(tmp_path / "all.zip", place)).batches(3))
     assert [(batch.k, batch.numbers) for batch in every] == [(0, [0, 1, 2]), (1, [3, 4, 5]), (2, [6])]
-    some = list(Pictures(source or tmp_path / "all.zip").batches(3, {1, 2}))
+    some = list(Images(source or tmp_path / "all.zip").batches(3, {1, 2}))
     assert [batch.k for batch in some] == [1, 2]
     for one, two in zip(every[1:], some, strict=True):
-        assert torch.equal(one.pictures, two.pictures) and one.names == two.names
+        assert torch.equal(one.images, two.images) and one.names == two.names
 
 
 def test_a_batch_of_nothing_readable_is_empty(tmp_path):
     place = folder(tmp_path / "all", {f"{i:03}.png": noise(4, 4, i) for i in range(100)})
     (place / "099.png").write_bytes(b"")
-    *_, last = Pictures(place).batches(33)
-    assert (last.k, last.numbers, last.pictures.shape[0]) == (3, [], 0)
+    *_, last = Images(place).batches(33)
+    assert (last.k, last.numbers, last.images.shape[0]) == (3, [], 0)
 
 
-def test_grey_and_transparent_pictures_become_rgb(tmp_path):
+def test_grey_and_transparent_images_become_rgb(tmp_path):
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     half.paste((0, 0, 255, 255), (0, 0, 2, 4))
     place = folder(tmp_path, {"grey.png": Image.new("L", (4, 4), 7), "half.png": half})
-    grey, seen = read(Pictures(place))[2]
+    grey, seen = read(Images(place))[2]
     assert (grey == 7).all()
     assert seen[:, 0].T.tolist() == [[0, 0, 255], [0, 0, 255], [255, 255, 255], [255, 255, 255]]
 
 
-def test_an_unreadable_picture_is_named_and_too_many_are_refused(tmp_path, caplog):
-    place = folder(tmp_path / "pictures", {f"{i:03}.png": noise(4, 4, i) for i in range(100)})
+def test_an_unreadable_image_is_named_and_too_many_are_refused(tmp_path, caplog):
+    place = folder(tmp_path / "images", {f"{i:03}.png": noise(4, 4, i) for i in range(100)})
     (place / "007.png").write_bytes(encoded(noise(4, 4))[:60])
-    for source in (place, zipped(tmp_path / "pictures.zip", place)):
-        pictures = Pictures(source)
+    for source in (place, zipped(tmp_path / "images.zip", place)):
+        images = Images(source)
         for _ in range(2):  # the second pass counts anew
             caplog.clear()
-            numbers, names, pixels = read(pictures, size=30)
+            numbers, names, pixels = read(images, size=30)
             assert len(pixels) == 99 and 7 not in numbers and "007.png" not in names
-            assert [name for name, _ in pictures.skipped] == ["007.png"] and "truncated" in pictures.skipped[0][1]
-            assert [record.getMessage()[:22] for record in caplog.records] == ["1 of 100 pictures in " + str(source)[0]]
+            assert [name for name, _ in images.skipped] == ["007.png"] and "truncated" in images.skipped[0][1]
+            assert [record.getMessage()[:22] for record in caplog.records] == ["1 of 100 images in " + str(source)[0]]
             assert "007.png: OSError" in caplog.text
     (place / "050.png").write_bytes(b"")
     with pytest.raises(DataError, match="2 unreadable of 100 .* such as 050.png .*expected 1% at most"):
-        read(Pictures(place))
+        read(Images(place))
 
 
 def test_a_broken_zip_member_is_skipped(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for i in range(100):
             archive.writestr(f"{i:03}.png", encoded(noise(4, 4, i)))
-    whole = Pictures(tmp_path / "x.zip").sha256()
+    whole = Images(tmp_path / "x.zip").sha256()
     content = bytearray((tmp_path / "x.zip").read_bytes())
     content[content.index(b"IDAT") + 8] ^= 255  # of 000.png: its checksum no longer fits
     (tmp_path / "x.zip").write_bytes(content)
-    pictures = Pictures(tmp_path / "x.zip")
-    assert len(read(pictures)[0]) == 99
-    assert pictures.skipped[0][0] == "000.png"
-    assert pictures.sha256() != whole
+    images = Images(tmp_path / "x.zip")
+    assert len(read(images)[0]) == 99
+    assert images.skipped[0][0] == "000.png"
+    assert images.sha256() != whole
 
 
 def test_jpeg_is_warned_of_once(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
-    list(Pictures(folder(tmp_path, FIVE)).batches())
+    list(Images(folder(tmp_path, FIVE)).batches())
     assert [record.getMessage() for record in caplog.records] == [
-        f"1 of 5 pictures in {tmp_path} are JPEG: what it loses moves FID"
+        f"1 of 5 images in {tmp_path} are JPEG: what it loses moves FID"
     ]
 
 
@@ -197,7 +197,7 @@ X = np.zeros((3, 4, 4, 3), dtype=np.uint8)
 
 
 def cut(file: Path) -> None:
-    """An npz whose array ends in its last picture, though the zip is whole."""
+    """An npz whose array ends in its last image, though the zip is whole."""
     np.save(file.with_suffix(".npy"), X)
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("arr_0.npy", file.with_suffix(".npy").read_bytes()[:-5])
@@ -208,13 +208,13 @@ def cut(file: Path) -> None:
     [
         ("gone", lambda file: None, "gone, which is not there, expected a folder"),
         ("x.tar", lambda file: file.write_bytes(b""), "x.tar, expected a folder, .zip, .npz or .npy"),
-        ("empty", lambda file: file.mkdir(), "got 0 pictures .*expected two or more"),
-        ("one", lambda file: folder(file, {"a.png": noise(4, 4)}), "got 1 pictures .*no covariance"),
-        ("one.npy", lambda file: np.save(file, X[:1]), "got 1 pictures"),
+        ("empty", lambda file: file.mkdir(), "got 0 images .*expected two or more"),
+        ("one", lambda file: folder(file, {"a.png": noise(4, 4)}), "got 1 images .*no covariance"),
+        ("one.npy", lambda file: np.save(file, X[:1]), "got 1 images"),
         ("x.zip", lambda file: file.write_bytes(b"no archive"), "BadZipFile"),
         ("x.npy", lambda file: file.write_bytes(b"no array"), "a whole, readable file"),
         ("short.npy", lambda file: (np.save(file, X), file.write_bytes(file.read_bytes()[:-5])), "a whole, readable"),
-        ("short.npz", cut, "EOFError: arr_0.npy ends in picture 2 of 3"),
+        ("short.npz", cut, "EOFError: arr_0.npy ends in image 2 of 3"),
         ("junk.npz", lambda file: zipfile.ZipFile(file, "w").writestr("arr_0.npy", b"junk"), "a whole, readable file"),
         ("none.npz", lambda file: zipfile.ZipFile(file, "w").close(), "with no array"),
         (
@@ -238,12 +238,12 @@ def cut(file: Path) -> None:
 def test_odd_sources_are_refused(tmp_path, name, make, message):
     make(tmp_path / name)
     with pytest.raises(DataError, match=message):
-        read(Pictures(tmp_path / name))
+        read(Images(tmp_path / name))
 
 
 def test_a_side_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="eval_res=0"):
-        Pictures(folder(tmp_path, FIVE), eval_res=0)
+        Images(folder(tmp_path, FIVE), eval_res=0)
 
 
 # prompts
@@ -303,12 +303,12 @@ def test_a_file_of_prompts_that_is_not_there(tmp_path):
 
 
 def test_geneval_folders(tmp_path):
-    record, pictures = {"tag": "counting", "include": [], "prompt": "two cats"}, [noise(4, 6, i) for i in range(2)]
+    record, images = {"tag": "counting", "include": [], "prompt": "two cats"}, [noise(4, 6, i) for i in range(2)]
     export = GenEval(tmp_path / "geneval")
     for sample in (0, 1, 1):  # done again
-        file = export.add(12, sample, record, as_tensor(pictures[sample]))
+        file = export.add(12, sample, record, as_tensor(images[sample]))
         assert file == tmp_path / f"geneval/00012/samples/000{sample}.png"
-        assert torch.equal(as_tensor(Image.open(file)), as_tensor(pictures[sample]))
+        assert torch.equal(as_tensor(Image.open(file)), as_tensor(images[sample]))
     assert json.loads((tmp_path / "geneval/00012/metadata.jsonl").read_text()) == record
     found = sorted(file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file())
     assert found == [f"geneval/00012/{name}" for name in ("metadata.jsonl", "samples/0000.png", "samples/0001.png")]
@@ -333,7 +333,7 @@ GOOD = {"prompt": "x", "tag": "y"}
 RGB = torch.zeros(3, 4, 4, dtype=torch.uint8)
 
 
-def test_an_export_that_is_cut_short_leaves_no_file_beside_the_pictures(tmp_path, monkeypatch):
+def test_an_export_that_is_cut_short_leaves_no_file_beside_the_images(tmp_path, monkeypatch):
     def stop(part: Path, file: Path) -> None:
         raise OSError("the disk is full")
 
@@ -383,10 +383,10 @@ def clip(tmp_path_factory) -> Clip:
     return Clip(str(tiny.clip(tmp_path_factory.mktemp("clip"))), torch.device("cpu"))
 
 
-def by_hand(clip: Clip, pictures: Tensor, prompts: list[str]) -> Tensor:
+def by_hand(clip: Clip, images: Tensor, prompts: list[str]) -> Tensor:
     """100 cos of what the model's own processor and tokenizer make of each."""
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    pixels = CLIPImageProcessor(**size)(list(pictures), return_tensors="pt").pixel_values
+    pixels = CLIPImageProcessor(**size)(list(images), return_tensors="pt").pixel_values
     words = clip.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
         found = clip.model(**words, pixel_values=pixels)
@@ -398,30 +398,30 @@ def test_scores_are_cosines_of_what_the_processor_makes(clip, monkeypatch, heigh
     """Its torchvision form may round a level differently."""
     monkeypatch.setattr(clip_score, "BATCH", 3)
     smooth = [noise(6, 6, i).resize((width, height), Image.Resampling.BICUBIC) for i in range(8)]
-    pictures, prompts = torch.stack([as_tensor(image) for image in smooth]), ["red apple", "cat face", "dog", "ox"] * 2
-    want = by_hand(clip, pictures, prompts)
+    images, prompts = torch.stack([as_tensor(image) for image in smooth]), ["red apple", "cat face", "dog", "ox"] * 2
+    want = by_hand(clip, images, prompts)
     assert (want < 0).any() and (want > 0).any()
-    got = clip_scores(clip, pictures, prompts)
+    got = clip_scores(clip, images, prompts)
     assert got.shape == (8,) and not got.requires_grad
     torch.testing.assert_close(got, want.clamp(min=0), rtol=0, atol=1e-3 if height == width == 32 else 0.3)
 
 
 def test_the_prefix_goes_before_each_prompt(clip):
-    pictures = torch.stack([as_tensor(noise(32, 32, i)) for i in range(4)])
+    images = torch.stack([as_tensor(noise(32, 32, i)) for i in range(4)])
     prompts = ["red apple", "cat face", "blue heart", "dog"]
-    got = clip_scores(clip, pictures, prompts, prefix="green ")
-    assert torch.equal(got, clip_scores(clip, pictures, [f"green {prompt}" for prompt in prompts]))
-    assert not torch.equal(got, clip_scores(clip, pictures, prompts))
+    got = clip_scores(clip, images, prompts, prefix="green ")
+    assert torch.equal(got, clip_scores(clip, images, [f"green {prompt}" for prompt in prompts]))
+    assert not torch.equal(got, clip_scores(clip, images, prompts))
 
 
-def test_a_long_prompt_is_cut_short_and_float_pictures_are_refused(clip):
-    """As torchmetrics does not: its processor divides float pictures by 255, whatever they hold."""
-    pictures, long = torch.stack([as_tensor(noise(32, 32, i)) for i in range(2)]), "red apple " * 200
+def test_a_long_prompt_is_cut_short_and_float_images_are_refused(clip):
+    """As torchmetrics does not: its processor divides float images by 255, whatever they hold."""
+    images, long = torch.stack([as_tensor(noise(32, 32, i)) for i in range(2)]), "red apple " * 200
     assert clip.tokenizer(long)["input_ids"][77:] != []
-    assert torch.equal(clip_scores(clip, pictures, [long, "x"]), clip_scores(clip, pictures, [long + "cat face", "x"]))
+    assert torch.equal(clip_scores(clip, images, [long, "x"]), clip_scores(clip, images, [long + "cat face", "x"]))
     with pytest.raises(TypeError, match="to_uint8"):
-        clip_scores(clip, pictures / 255, ["x", "y"])
+        clip_scores(clip, images / 255, ["x", "y"])
     with pytest.raises(ValueError, match="\\(2, 32, 32, 3\\), expected \\(N, 3, H, W\\)"):
-        clip_scores(clip, pictures.permute(0, 2, 3, 1), ["x", "y"])
-    with pytest.raises(ValueError, match="2 pictures and 1 prompts"):
-        clip_scores(clip, pictures, ["x"])
+        clip_scores(clip, images.permute(0, 2, 3, 1), ["x", "y"])
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
+        clip_scores(clip, images, ["x"])

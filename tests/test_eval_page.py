@@ -16,7 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from pictures import noise
+from images import noise
 from PIL import Image, ImageDraw
 
 from stepdistill.core.errors import DataError
@@ -124,7 +124,7 @@ def other() -> dict:
 
 
 def sheet(rows: int, columns: int = 6, side: int = 64) -> Image.Image:
-    """A sheet of made-up pictures: blurred noise with captions."""
+    """A sheet of made-up images: blurred noise with captions."""
     image = Image.new("RGB", (150 + columns * (side + 6), 34 + rows * (side + 6)), "white")
     pen = ImageDraw.Draw(image)
     for i in range(rows * columns):
@@ -382,7 +382,7 @@ def test_page_holds_all_it_shows(one):
 
 def test_page_says_what_was_measured_in_order(one):
     text = Structure(page([one], "Evening")).text
-    order = ["Evening", "What was measured", "Summary", "Distances and costs", "Plots", "Pictures", "Notes"]
+    order = ["Evening", "What was measured", "Summary", "Distances and costs", "Plots", "Images", "Notes"]
     places = [re.search(rf"^{heading}$", text, re.M).start() for heading in order]
     assert places == sorted(places)
     for part in (
@@ -490,14 +490,14 @@ def test_scores_of_two_clip_models_never_share_a_column(tmp_path):
     assert len(scored.all("svg")) == 3
 
 
-def without_pictures(html: str) -> str:
+def without_images(html: str) -> str:
     return re.sub(r"base64,[\w+/=]+", "", html).lower()
 
 
 def test_only_a_fid_is_called_one(tmp_path, two):
-    assert "fid" not in without_pictures(page(two, "t"))
+    assert "fid" not in without_images(page(two, "t"))
     found = json.loads(json.dumps(facts()).replace('"fd"', '"fid"'))
-    html = without_pictures(page([read(folder(tmp_path / "fid", found))], "t"))
+    html = without_images(page([read(folder(tmp_path / "fid", found))], "t"))
     assert "fid against network evaluations" in html and not re.search(r"\bfd\b", html)
 
 
@@ -506,7 +506,7 @@ def test_little_is_enough(tmp_path):
     bare["rows"] = [{"name": "failed", "role": "student", "n": 1000, "metrics": {}, "n_skipped": 4}]
     found = Structure(page([read(folder(tmp_path / "bare", bare, grids=0))], "t"))
     assert "No distance was measured." in found.text and not found.all("svg") and not found.all("img")
-    assert "bare did not end well (interrupted)" in found.text and "Row 1: 4 pictures were skipped." in found.text
+    assert "bare did not end well (interrupted)" in found.text and "Row 1: 4 images were skipped." in found.text
     bare["rows"] = []
     assert len(Structure(page([read(folder(tmp_path / "none", bare, grids=0))], "t")).tables) == 1
     with pytest.raises(ValueError, match="no evaluation"):

@@ -32,10 +32,10 @@ from stepdistill.data.routing import Routing
 from stepdistill.evaluation import run, scores
 from stepdistill.evaluation.draw import labels, plan
 from stepdistill.evaluation.fill import cropped
+from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.metrics.clip_score import clip_scores
 from stepdistill.evaluation.metrics.frechet import excess, frechet
 from stepdistill.evaluation.metrics.stats import Stats
-from stepdistill.evaluation.pictures import Pictures
 from stepdistill.evaluation.spec import Draws, Measures
 from stepdistill.evaluation.store import Store
 from stepdistill.evaluation.subjects import Subject, Way, family_of
@@ -52,7 +52,7 @@ from stepdistill.students.draw.call import SEED_A, SEED_B, generate, student_row
 
 LCM = Consistency(ema_decay=None, num_ddim_timesteps=10)
 PROMPTS = ["red apple", "cat face", "rose", "octopus", "green apple", "dog face", "pear", "tiger"]
-SMALL = 48  # pictures
+SMALL = 48  # images
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def values(folder: Path) -> list[dict]:
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    """Every feature and picture."""
-    files = sorted([*folder.glob("work/*/*.npy"), *folder.glob("pictures/*/*.png")])
+    """Every feature and image."""
+    files = sorted([*folder.glob("work/*/*.npy"), *folder.glob("images/*/*.png")])
     assert files
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
@@ -180,7 +180,7 @@ class Cut(BaseException):
 
 
 def test_a_run_that_is_cut_goes_on_to_the_same(asked, tmp_path, monkeypatch):
-    asked = replace(asked, save_pictures=True, students=asked.students[:1])
+    asked = replace(asked, save_images=True, students=asked.students[:1])
     whole = replace(asked, output_dir=tmp_path / "whole")
     run.run(whole)
     rng, drawn = random.Random(0), []
@@ -219,8 +219,8 @@ def _forked(spec: Draws) -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_pictures_killed_at_random_moments(asked, tmp_path):
-    asked = replace(asked, num=1000, students=asked.students[:1], save_pictures=True, feature_batch=50, batch=50)
+def test_a_thousand_images_killed_at_random_moments(asked, tmp_path):
+    asked = replace(asked, num=1000, students=asked.students[:1], save_images=True, feature_batch=50, batch=50)
     asked = replace(asked, teacher_steps=1)
     whole = replace(asked, output_dir=tmp_path / "whole")
     start = time.monotonic()
@@ -270,7 +270,7 @@ def test_two_processes_give_one_process_s_values(asked, tmp_path):
     assert json.loads((tmp_path / "two" / "eval.json").read_text())["host"]["world_size"] == 2
 
 
-def test_pictures_hardly_depend_on_the_batch(asked, teachers):
+def test_images_hardly_depend_on_the_batch(asked, teachers):
     """One at a time or many: the same noise, and arithmetic that is off by rounding in a few values."""
     family = family_of(asked.teacher, None, [])
     subject = Subject.load(family, asked.students[0], None, torch.device("cpu"), torch.float32)
@@ -281,11 +281,11 @@ def test_pictures_hardly_depend_on_the_batch(asked, teachers):
     assert (late.int() - one[6:].int()).abs().max() <= 1
 
 
-def test_pictures_that_are_no_numbers_end_it_and_lose_nothing(asked, teachers, tmp_path):
+def test_images_that_are_no_numbers_end_it_and_lose_nothing(asked, teachers, tmp_path):
     pipe = teachers["sd"].load()
     next(pipe.vae.decoder.parameters()).data.fill_(float("nan"))
     pipe.save_pretrained(tmp_path / "odd")
-    with pytest.raises(EvaluationError, match="pictures 0 to 15 of reference: .*non-finite.*--dtype fp32"):
+    with pytest.raises(EvaluationError, match="images 0 to 15 of reference: .*non-finite.*--dtype fp32"):
         run.run(replace(asked, teacher=str(tmp_path / "odd"), students=()))
 
 
@@ -311,8 +311,8 @@ def test_steps_that_a_student_has_not_are_left_out_and_named(asked, teachers, tm
     assert names == ["near, 1 step", "fine, 12 steps", "fine, 1 step"]
 
 
-def test_a_store_knows_all_that_its_pictures_depend_on(asked, teachers, tmp_path):
-    """Not the denoiser alone: the same folder with another decoder draws other pictures."""
+def test_a_store_knows_all_that_its_images_depend_on(asked, teachers, tmp_path):
+    """Not the denoiser alone: the same folder with another decoder draws other images."""
     place = tmp_path / "teacher"
     shutil.copytree(asked.teacher, place)
     own = replace(asked, teacher=str(place), students=())
@@ -323,8 +323,8 @@ def test_a_store_knows_all_that_its_pictures_depend_on(asked, teachers, tmp_path
     pipe.save_pretrained(place)
     with pytest.raises(EvaluationError, match="begun with other teacher"):
         run.run(own)
-    with pytest.raises(EvaluationError, match="begun with other save_pictures"):
-        run.run(replace(own, teacher=asked.teacher, save_pictures=True))
+    with pytest.raises(EvaluationError, match="begun with other save_images"):
+        run.run(replace(own, teacher=asked.teacher, save_images=True))
 
 
 def test_what_an_earlier_evaluation_left_is_not_shown(asked):
@@ -354,7 +354,7 @@ def test_an_evaluation_inside_of_its_student_goes_on(asked, teachers, tmp_path):
     assert run.run(own)["rows"] == run.run(own)["rows"]
 
 
-def test_the_reference_is_known_by_its_pictures(asked, tmp_path):
+def test_the_reference_is_known_by_its_images(asked, tmp_path):
     one = run.run(replace(asked, students=()))
     model = tiny.clip(tmp_path / "clip")
     two = run.run(replace(asked, students=(), output_dir=tmp_path / "two", clip=str(model), columns=3))
@@ -423,7 +423,7 @@ def test_a_metric_that_cannot_be_is_named(asked):
     few.write_text("\n".join(f"prompt {i}" for i in range(40)))
     other = replace(asked, metrics=("diversity",), num=40, students=(), prompts=few, output_dir=few.with_name("b"))
     found = run.run(other)
-    assert found["left_out"] == ["diversity: no prompt has two pictures"]
+    assert found["left_out"] == ["diversity: no prompt has two images"]
 
 
 def test_guidance_is_swept_by_the_call_and_by_adapters(asked, teachers, tmp_path):
@@ -475,7 +475,7 @@ def test_a_teacher_alone_and_its_family(asked, teachers):
 def test_pixels_are_compared_with_the_teacher_s(asked, tmp_path):
     found = run.run(replace(asked, metrics=("pixels", "paired"), students=asked.students[:1], steps=(2,)))
     (told,) = (row["metrics"]["paired"] for row in found["rows"] if row["role"] == "student")
-    made = [np.load(next(asked.output_dir.glob(f"work/*{name}*/pictures.npy"))) for name in ("teacher", "near")]
+    made = [np.load(next(asked.output_dir.glob(f"work/*{name}*/images.npy"))) for name in ("teacher", "near")]
     assert len(made[0]) == SMALL  # the teacher's are all kept
     a, b = (torch.from_numpy(x[:8]).double() for x in made)
     lines = (asked.output_dir / "per_sample.jsonl").read_text().splitlines()
@@ -490,12 +490,12 @@ def test_pixels_are_compared_with_the_teacher_s(asked, tmp_path):
         run.run(replace(own, teacher_steps=1))
 
 
-def test_clip_scores_are_those_of_prompts_and_pictures(asked, tmp_path):
+def test_clip_scores_are_those_of_prompts_and_images(asked, tmp_path):
     model = tiny.clip(tmp_path / "clip")
-    found = run.run(replace(asked, clip=str(model), save_pictures=True, students=asked.students[:1]))
-    folder = asked.output_dir / "pictures" / "near_1-step"
-    pictures = torch.stack([as_tensor(Image.open(folder / f"{i:06d}.png")) for i in range(SMALL)])
-    by_hand = clip_scores(Clip(str(model), torch.device("cpu")), pictures, [PROMPTS[i % 8] for i in range(SMALL)])
+    found = run.run(replace(asked, clip=str(model), save_images=True, students=asked.students[:1]))
+    folder = asked.output_dir / "images" / "near_1-step"
+    images = torch.stack([as_tensor(Image.open(folder / f"{i:06d}.png")) for i in range(SMALL)])
+    by_hand = clip_scores(Clip(str(model), torch.device("cpu")), images, [PROMPTS[i % 8] for i in range(SMALL)])
     (row,) = (row for row in found["rows"] if row["role"] == "student")
     assert row["metrics"]["clip_score"]["value"] == pytest.approx(by_hand.mean().item(), rel=1e-5)
     lines = [json.loads(line) for line in (asked.output_dir / "per_sample.jsonl").read_text().splitlines()]
@@ -521,7 +521,7 @@ def test_a_clip_that_is_not_there_is_missed_before_anything_is_drawn(asked, monk
         run.run(replace(asked, clip="openai/clip-vit-base-patch16"))
 
 
-def test_lpips_is_between_pictures_of_one_prompt_and_noise(asked, monkeypatch):
+def test_lpips_is_between_images_of_one_prompt_and_noise(asked, monkeypatch):
     """A stand-in for the network, whose weights are in no package: the mean absolute difference in [-1, 1]."""
 
     def network(net, device):
@@ -530,9 +530,7 @@ def test_lpips_is_between_pictures_of_one_prompt_and_noise(asked, monkeypatch):
     monkeypatch.setattr(scores, "lpips", network)
     monkeypatch.setattr(run, "lpips", network)
     found = run.run(replace(asked, metrics=("lpips",), students=asked.students[1:], columns=SMALL))
-    a, b = (
-        np.load(next(asked.output_dir.glob(f"work/*{name}*/pictures.npy"))).astype(float) for name in ("r_2-", "far")
-    )
+    a, b = (np.load(next(asked.output_dir.glob(f"work/*{name}*/images.npy"))).astype(float) for name in ("r_2-", "far"))
     (row,) = (row for row in found["rows"] if row["role"] == "student")
     assert row["metrics"]["paired"]["lpips"] == pytest.approx(np.abs(a - b).mean() / 127.5, rel=1e-5)
 
@@ -541,15 +539,15 @@ def test_exports_are_laid_out_for_their_scorers(asked, tmp_path):
     records = [{"tag": "single_object", "include": [], "prompt": prompt} for prompt in PROMPTS]
     file = tmp_path / "metadata.jsonl"
     file.write_text("\n".join(map(json.dumps, records)))
-    run.run(replace(asked, prompts=file, export="geneval", students=asked.students[:1], save_pictures=True))
+    run.run(replace(asked, prompts=file, export="geneval", students=asked.students[:1], save_images=True))
     folder = asked.output_dir / "geneval" / "near_1-step"
     assert json.loads((folder / "00003" / "metadata.jsonl").read_text()) == records[3]
     assert len(list(folder.glob("*/samples/*.png"))) == SMALL
-    same = asked.output_dir / "pictures" / "near_1-step" / f"{3 + 2 * 8:06d}.png"
+    same = asked.output_dir / "images" / "near_1-step" / f"{3 + 2 * 8:06d}.png"
     assert as_tensor(Image.open(folder / "00003" / "samples" / "0002.png")).equal(as_tensor(Image.open(same)))
 
 
-# pictures that are there
+# images that are there
 
 
 def drawn(folder: Path, n: int, seed: int, side: int = 32, shift: float = 0.0) -> Path:
@@ -568,23 +566,23 @@ def scored(tmp_path) -> Measures:
 
 def test_score_and_ref_agree_with_each_other(scored, tmp_path, capsys):
     a, b = drawn(tmp_path / "a", 60, 0), drawn(tmp_path / "b", 70, 1, shift=10)
-    by_pictures = run.score([a], replace(scored, reference=str(b)))
+    by_images = run.score([a], replace(scored, reference=str(b)))
     cli.main(["eval", "ref", str(b), "-o", str(tmp_path / "b.npz"), "--features=pixels"])
     by_stats = run.score([a], replace(scored, reference=str(tmp_path / "b.npz"), output_dir=tmp_path / "again"))
-    one, two = (found["rows"][0]["metrics"]["fd"] for found in (by_pictures, by_stats))
+    one, two = (found["rows"][0]["metrics"]["fd"] for found in (by_images, by_stats))
     assert one["value"] == pytest.approx(two["value"], rel=1e-9) and one["noise_floor"] == pytest.approx(
         two["noise_floor"]
     )
     assert one["mean_term"] + one["cov_term"] == pytest.approx(one["value"])
-    assert "kid" in by_pictures["rows"][0]["metrics"] and "kid" not in by_stats["rows"][0]["metrics"]
+    assert "kid" in by_images["rows"][0]["metrics"] and "kid" not in by_stats["rows"][0]["metrics"]
     pixels = run.extracted(scored, torch.device("cpu"), None)
-    made = [pixels(torch.cat([batch.pictures for batch in Pictures(place).batches()])) for place in (a, b)]
+    made = [pixels(torch.cat([batch.images for batch in Images(place).batches()])) for place in (a, b)]
     assert one["value"] == pytest.approx(frechet(*map(Stats.of, made)), rel=1e-6)
     with np.load(tmp_path / "b.npz") as stats:
         assert set(stats) == {"mu", "sigma", "n", "meta"} and int(stats["n"]) == 70
 
 
-def test_skipped_pictures_are_left_out_of_everything(scored, tmp_path):
+def test_skipped_images_are_left_out_of_everything(scored, tmp_path):
     a, b = drawn(tmp_path / "a", 130, 0), drawn(tmp_path / "b", 60, 1)
     whole = run.score([a], replace(scored, reference=str(b)))
     broken = a / "0077.png"
@@ -634,7 +632,7 @@ def test_sets_that_are_refused_once_are_refused_again(scored, tmp_path):
                 run.score([source], replace(scored, reference=str(b), output_dir=tmp_path / f"out-{source.name}"))
 
 
-def test_a_unit_without_a_readable_picture_has_no_scores(scored, tmp_path):
+def test_a_unit_without_a_readable_image_has_no_scores(scored, tmp_path):
     a, model = drawn(tmp_path / "a", 100, 0), tiny.clip(tmp_path / "clip")
     (tmp_path / "prompts.txt").write_text("cat")
     (a / "0000.png").write_bytes(b"")
@@ -643,7 +641,7 @@ def test_a_unit_without_a_readable_picture_has_no_scores(scored, tmp_path):
     assert found["rows"][0]["n"] == 99 and "clip_score" in found["rows"][0]["metrics"]
 
 
-def test_statistics_are_of_pictures_at_one_size(scored, tmp_path):
+def test_statistics_are_of_images_at_one_size(scored, tmp_path):
     a = drawn(tmp_path / "a", 60, 0)
     small = replace(scored, eval_res=8, output_dir=tmp_path / "work")
     run.statistics(a, small, tmp_path / "small.npz")
@@ -674,7 +672,7 @@ def test_clip_scores_are_of_their_prompts(scored, tmp_path):
     assert found["rows"][0]["metrics"]["clip_score"]["model"].startswith(f"{model}@")
     with pytest.raises(EvaluationError, match="begun with other clip"):
         run.score([a], own, tmp_path / "two.txt")
-    with pytest.raises(EvaluationError, match="61 prompts for 60 pictures"):
+    with pytest.raises(EvaluationError, match="61 prompts for 60 images"):
         run.score([a], own, tmp_path / "many.txt")
     state = load_file(model / "model.safetensors")
     save_file({key: value for key, value in state.items() if "vision" not in key}, model / "model.safetensors")
@@ -683,10 +681,10 @@ def test_clip_scores_are_of_their_prompts(scored, tmp_path):
         run.score([a], own, tmp_path / "one.txt")
 
 
-def test_too_few_pictures_are_said_before_any_is_drawn(asked, scored, tmp_path):
-    with pytest.raises(EvaluationError, match="20 pictures.*40 or more"):
+def test_too_few_images_are_said_before_any_is_drawn(asked, scored, tmp_path):
+    with pytest.raises(EvaluationError, match="20 images.*40 or more"):
         run.run(replace(asked, num=20))
-    with pytest.raises(EvaluationError, match="30 pictures.*40 or more"):
+    with pytest.raises(EvaluationError, match="30 images.*40 or more"):
         run.score([drawn(tmp_path / "few", 30, 0)], replace(scored, reference=str(tmp_path / "few")))
     assert not asked.output_dir.exists()
 
@@ -756,8 +754,8 @@ def _measured(spec: Measures, source: Path, place: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read as Linux tells it")
-def test_memory_does_not_grow_with_the_pictures(scored, tmp_path):
-    """Ten times as many pictures, 220 MB of pixels and 7 MB of features in float64 more, and the peak stays."""
+def test_memory_does_not_grow_with_the_images(scored, tmp_path):
+    """Ten times as many images, 220 MB of pixels and 7 MB of features in float64 more, and the peak stays."""
     peaks = []
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "ref.npz", mu=np.full(198, 0.5), sigma=np.cov(rng.normal(size=(400, 198)).T) / 50)
@@ -797,17 +795,17 @@ def test_a_store_says_what_is_missing(tmp_path):
     kept.open({"a": 1}, (3, 2, 2))
     assert kept.missing() == [0, 1, 2] and kept.missing(1, 2) == [1]
     made = torch.arange(30.0).reshape(10, 3)
-    pictures = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1).expand(10, 3, 2, 2)
+    images = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1).expand(10, 3, 2, 2)
     for k in (2, 0):
         rows = kept.rows(k)
-        kept.put(k, pictures[rows.start : rows.stop], made[rows.start : rows.stop], {"skipped": []})
+        kept.put(k, images[rows.start : rows.stop], made[rows.start : rows.stop], {"skipped": []})
     with pytest.raises(EvaluationError, match="1 of 3 units missing"):
         kept.features()
     with pytest.raises(ValueError, match="expected \\(4, 3\\)"):
-        kept.put(1, pictures[:3], made[:3], {"skipped": []})
-    kept.put(1, pictures[4:8], made[4:8], {"skipped": [6]})
+        kept.put(1, images[:3], made[:3], {"skipped": []})
+    kept.put(1, images[4:8], made[4:8], {"skipped": [6]})
     assert kept.features().equal(made[[i for i in range(10) if i != 6]])
-    assert kept.pictures(range(3, 5))[:, 0, 0, 0].tolist() == [3, 4]
+    assert kept.images(range(3, 5))[:, 0, 0, 0].tolist() == [3, 4]
     with pytest.raises(EvaluationError, match="other a, b"):
         kept.open({"a": 2, "b": 1})
 
@@ -833,11 +831,11 @@ def test_a_plan_has_the_teacher_beside_its_students(asked):
 
 
 def test_cropping_is_pil_s_lanczos():
-    picture = torch.randint(0, 256, (1, 3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    image = (
-        Image.fromarray(picture[0].permute(1, 2, 0).numpy())
+    image = torch.randint(0, 256, (1, 3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = (
+        Image.fromarray(image[0].permute(1, 2, 0).numpy())
         .crop((10, 0, 50, 40))
         .resize((16, 16), Image.Resampling.LANCZOS)
     )
-    assert cropped(picture, 16)[0].permute(1, 2, 0).numpy().tolist() == np.asarray(image).tolist()
-    assert cropped(picture, None) is picture
+    assert cropped(image, 16)[0].permute(1, 2, 0).numpy().tolist() == np.asarray(expected).tolist()
+    assert cropped(image, None) is image

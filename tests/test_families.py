@@ -161,7 +161,7 @@ VARIANTS = {
 
 
 def sd35() -> DiffusionPipeline:
-    """Queries and keys are normalised, and the first block has a second attention of the picture alone."""
+    """Queries and keys are normalised, and the first block has a second attention of the image alone."""
     pipe = pipeline("sd3")
     torch.manual_seed(0)
     config = {**pipe.transformer.config, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}
@@ -249,7 +249,7 @@ def test_packed_latents_are_those_of_the_pipeline_and_come_back():
         assert torch.equal(family.unpack(family.pack(latents), 6, 8), latents), name
 
 
-def test_the_shift_of_flux_is_that_of_its_largest_picture_unless_said():
+def test_the_shift_of_flux_is_that_of_its_largest_image_unless_said():
     config = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "max_image_seq_len": 4096}
     scheduler = FlowMatchEulerDiscreteScheduler(**config)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=1.15)  # the mu of 4,096 tokens

@@ -79,7 +79,7 @@ def quiet(tmp_path_factory) -> Path:
 
 
 def draw(drawer: Drawer, prompts=("red apple",), seeds=(3,), wish: Wish | None = None, batch: int = 4) -> np.ndarray:
-    """Pictures (N, H, W, 3) in [0, 1], not rounded to grey levels."""
+    """Images (N, H, W, 3) in [0, 1], not rounded to grey levels."""
     call = drawer.call(wish or Wish()) | {"output_type": "np"}
     return np.stack(list(drawer.draw(prompts, seeds, call, batch)))
 
@@ -104,7 +104,7 @@ def test_plain_diffusers_draws_the_same_pixels(folders, tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_picture_depends_on_its_own_seed_alone(folders, name):
+def test_a_image_depends_on_its_own_seed_alone(folders, name):
     drawer = Drawer.load(folders[name])
     prompts, seeds = ("rose", "red apple", "octopus"), (8, 3, 3)
     together, alone = draw(drawer, prompts, seeds, batch=3), draw(drawer)
@@ -113,7 +113,7 @@ def test_a_picture_depends_on_its_own_seed_alone(folders, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_fused_is_the_same_picture_and_strength_is_strength(folders, name):
+def test_fused_is_the_same_image_and_strength_is_strength(folders, name):
     family, folder = FAMILIES[name], folders[name]
     whole, half = draw(Drawer.load(folder)), draw(Drawer.load(folder, strength=0.5))
     assert apart(draw(Drawer.load(folder, fuse=True)), whole) < 1e-4
@@ -208,21 +208,21 @@ def test_what_is_no_sampler_is_refused(quiet, wish, said):
         Drawer.load(quiet).call(wish)
 
 
-def test_the_command_writes_pictures_that_the_drawer_draws(quiet, tmp_path, capsys):
+def test_the_command_writes_images_that_the_drawer_draws(quiet, tmp_path, capsys):
     file = tmp_path / "prompts.txt"
     file.write_text("rose\noctopus\n")
     arguments = ["red apple", "--prompts_file", file, "--seed", 5, "--num_images_per_prompt", 2, "--batch", 4]
     sheet = tmp_path / "sheet.png"
     cli.main([*map(str, ["generate", quiet, *arguments, "-o", tmp_path / "out", "--grid", sheet, "--steps", 1])])
     prompts = ["red apple"] * 2 + ["rose"] * 2 + ["octopus"] * 2
-    listed = [json.loads(line) for line in (tmp_path / "out" / "pictures.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
     assert [(row["prompt"], row["seed"]) for row in listed] == list(zip(prompts, range(5, 11), strict=True))
     drawn = draw(Drawer.load(quiet), prompts, range(5, 11), Wish(steps=1))
-    for row, picture in zip(listed, drawn, strict=True):
+    for row, image in zip(listed, drawn, strict=True):
         stored = np.asarray(Image.open(tmp_path / "out" / row["file"])) / 255
-        assert apart(stored, picture) <= 0.51 / 255
+        assert apart(stored, image) <= 0.51 / 255
     assert Image.open(sheet).width > 3 * 96
-    assert "6 pictures, 2 calls" in capsys.readouterr().out
+    assert "6 images, 2 calls" in capsys.readouterr().out
 
 
 def test_the_command_lets_the_base_begin(quiet, tmp_path):

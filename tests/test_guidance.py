@@ -180,7 +180,7 @@ def test_the_network_is_as_it_was_also_after_an_exception(case):
     assert same(state(case.net), before)
 
 
-def test_each_picture_has_its_own_negative_or_all_share_one(case):
+def test_each_image_has_its_own_negative_or_all_share_one(case):
     def drawn(what):
         with case.negative(what, scale=0.4):
             return case()
@@ -295,7 +295,7 @@ def test_joint_blocks_by_plain_softmax_with_a_text_stream_of_the_negative(name):
         case()
     for handle in handles:
         handle.remove()
-    outs = outs[1::2]  # of each block the second call is the picture's
+    outs = outs[1::2]  # of each block the second call is the image's
     cond = case.family.condition(case.pipe, ["octopus"])
     text = case.net.context_embedder(cond["states"]).expand(2, -1, -1)
     for block, kwargs, out in zip(watched, blocks, outs, strict=True):
@@ -327,7 +327,7 @@ def turned(value, cos, sin):
 
 
 @pytest.mark.parametrize("longer", [0, 3])
-def test_flux_single_blocks_change_the_picture_tokens_alone(longer):
+def test_flux_single_blocks_change_the_image_tokens_alone(longer):
     case, seen = Case("flux"), []
     block = case.net.single_transformer_blocks[0]
     plain_condition = case.family.condition

@@ -141,7 +141,7 @@ def test_a_guided_lora_becomes_the_guided_teacher(schedule, states):
 @SCHEDULES
 @pytest.mark.parametrize("method", [AdapterGuidance(num_inference_steps=N), GuidedLora(num_inference_steps=N)])
 def test_one_pass_ends_where_the_teacher_s_own_steps_end(schedule, method):
-    """A table's last time is not clean: the same network, sampled to another end, draws other pictures."""
+    """A table's last time is not clean: the same network, sampled to another end, draws other images."""
     teacher = GaussianTeacher(schedule, STD)
     drawn = few_step(teacher, schedule, method.sampler(schedule), EPS, COND)
     close(drawn, follow(teacher, schedule, schedule.grid(N).flip(0).tolist(), EPS, COND), 1e-12)

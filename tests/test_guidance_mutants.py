@@ -69,7 +69,7 @@ BUGS = {
         "self._hooks.now = context if context.adapters else self._hooks.now",
         lambda: roles.test_other_roles_know_nothing_of_them("sd", "mixed"),
     ),
-    "the prompt's stream in the picture's place": Bug(
+    "the prompt's stream in the image's place": Bug(
         Hooks._site,
         "return (output[0] + more.to(output[0].dtype), *output[1:])",
         "return (output[0], *output[1:])",
@@ -81,7 +81,7 @@ BUGS = {
         "w / UNIT",
         lambda: roles.test_one_is_no_guidance_whatever_they_have_learnt("mixed"),
     ),
-    "mixed without the picture": Bug(CrossAttentionAdapter.forward, "silu(found + q)", "silu(found)", roles.held_out),
+    "mixed without the image": Bug(CrossAttentionAdapter.forward, "silu(found + q)", "silu(found)", roles.held_out),
     "w - 1 for w": Bug(
         AdapterGuidance.updates,
         "SCALE: w}",

@@ -74,7 +74,7 @@ def test_a_student_that_is_the_base_changes_nothing(base_steps):
 
 
 def test_variety_that_a_collapsed_student_lost_comes_back():
-    """A student that gives one picture whatever the noise settles it in its first step, and trusts the state later."""
+    """A student that gives one image whatever the noise settles it in its first step, and trusts the state later."""
     cond = {"mean": torch.full((64, 1, 1, 1), 2.0, dtype=torch.float64)}
     teacher = GaussianTeacher(SD, 0.6)
 

@@ -1,4 +1,4 @@
-"""Real pictures and their noise: the teacher's ODE upwards, kept once, and down again to the picture."""
+"""Real images and their noise: the teacher's ODE upwards, kept once, and down again to the image."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def place(tmp_path_factory) -> Path:
         pipeline(name).save_pretrained(folder / name)
     rng = random.Random(0)
     for i in range(5):
-        (folder / "pictures").mkdir(exist_ok=True)
-        picture = Image.new("RGB", (SIDE + 4, SIDE), tuple(rng.randrange(256) for _ in range(3)))
-        picture.save(folder / "pictures" / f"{i}.png")
-        (folder / "pictures" / f"{i}.txt").write_text(f"colour {i}")
+        (folder / "images").mkdir(exist_ok=True)
+        image = Image.new("RGB", (SIDE + 4, SIDE), tuple(rng.randrange(256) for _ in range(3)))
+        image.save(folder / "images" / f"{i}.png")
+        (folder / "images" / f"{i}.txt").write_text(f"colour {i}")
     return folder
 
 
 def source(place: Path, folder: Path, **fields) -> InvertedImages:
-    pictures = ImageFolder(train_data_dir=str(place / "pictures"), resolution=SIDE)
-    return InvertedImages(**{"source": pictures, "folder": str(folder), "count": 7, "num_inference_steps": 4} | fields)
+    images = ImageFolder(train_data_dir=str(place / "images"), resolution=SIDE)
+    return InvertedImages(**{"source": images, "folder": str(folder), "count": 7, "num_inference_steps": 4} | fields)
 
 
 def stage_of(place: Path, data: InvertedImages, name: str):
@@ -64,11 +64,11 @@ def test_a_pair_has_both_ends_of_a_path_of_the_teacher(place, tmp_path, name):
     data = source(place, tmp_path / "pairs")
     session = stage_of(place, data, name)
     fill(session)
-    pictures = data.source
-    sample = data.sample(6, random.Random(0))  # of the second picture: there are five
+    images = data.source
+    sample = data.sample(6, random.Random(0))  # of the second image: there are five
     assert sample.prompt == "colour 1"
     assert {"pairs", "prompts"} <= provided(data)
-    pixels = pictures.sample(1, random.Random(0)).pixels  # one colour: the crop makes no difference
+    pixels = images.sample(1, random.Random(0)).pixels  # one colour: the crop makes no difference
     schedule = session.context(0).schedule
     times = schedule.grid(4)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_training_runs_on_them_and_bent_paths_lose_the_first_noise(place, tmp_pa
     assert ("sampled by plain steps" in caplog.text) != straight
 
 
-def test_more_or_fewer_later_and_no_other_pictures(place, tmp_path):
+def test_more_or_fewer_later_and_no_other_images(place, tmp_path):
     def never(*given):
         pytest.fail("made again")
 
@@ -113,16 +113,16 @@ def test_more_or_fewer_later_and_no_other_pictures(place, tmp_path):
             source(place, tmp_path, **fields).fill(never, (4, 8, 8), "t")
     with pytest.raises(DataError, match="other teacher"):
         source(place, tmp_path).fill(never, (4, 8, 8), "another")
-    other = ImageFolder(train_data_dir=str(place / "pictures"), resolution=SIDE, max_train_samples=3)
-    with pytest.raises(DataError, match="other pictures"):
+    other = ImageFolder(train_data_dir=str(place / "images"), resolution=SIDE, max_train_samples=3)
+    with pytest.raises(DataError, match="other images"):
         source(place, tmp_path, source=other).fill(never, (4, 8, 8), "t")
 
 
-def test_a_picture_that_does_not_read_gives_its_place(place, tmp_path, caplog):
-    (tmp_path / "pictures").mkdir()
-    for file in (place / "pictures").iterdir():
-        (tmp_path / "pictures" / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "pictures" / "1.png").write_bytes(b"no picture")
+def test_a_image_that_does_not_read_gives_its_place(place, tmp_path, caplog):
+    (tmp_path / "images").mkdir()
+    for file in (place / "images").iterdir():
+        (tmp_path / "images" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "images" / "1.png").write_bytes(b"no image")
     data = source(tmp_path, tmp_path / "pairs", count=3)
     with caplog.at_level(logging.WARNING, "stepdistill"):
         data.fill(lambda prompts, pixels, noise: (noise, noise), (4, 8, 8), "t")
@@ -131,14 +131,14 @@ def test_a_picture_that_does_not_read_gives_its_place(place, tmp_path, caplog):
     assert "5 samples" in check(data)
 
 
-def test_pictures_of_another_size_than_the_student_s_are_refused(place, tmp_path):
-    larger = ImageFolder(train_data_dir=str(place / "pictures"), resolution=2 * SIDE)
+def test_images_of_another_size_than_the_student_s_are_refused(place, tmp_path):
+    larger = ImageFolder(train_data_dir=str(place / "images"), resolution=2 * SIDE)
     session = stage_of(place, source(place, tmp_path / "pairs", source=larger), "sd")
-    with pytest.raises(ConfigError, match="got pictures of 32 pixels, expected 16.*train.resolution"):
+    with pytest.raises(ConfigError, match="got images of 32 pixels, expected 16.*train.resolution"):
         fill(session)
 
 
-def test_pictures_of_several_sizes_are_refused(place, tmp_path):
-    buckets = ImageFolder(train_data_dir=str(place / "pictures"), resolution=64, aspect_buckets=True)
-    with pytest.raises(ConfigError, match="pictures of one size"):
+def test_images_of_several_sizes_are_refused(place, tmp_path):
+    buckets = ImageFolder(train_data_dir=str(place / "images"), resolution=64, aspect_buckets=True)
+    with pytest.raises(ConfigError, match="images of one size"):
         source(place, tmp_path, source=buckets)

@@ -263,7 +263,7 @@ def test_diversity_without_each_block_is_made_anew():
         brute = [diversity(x[k], index[k]) for k in kept]
         torch.testing.assert_close(found, torch.tensor(brute, dtype=torch.float64), rtol=1e-10, atol=0)
     same = diversity_replicates(torch.ones(40, 3), torch.arange(40) % 2)
-    assert same.abs().max() == 0  # equal pictures
+    assert same.abs().max() == 0  # equal images
     shuffled = torch.randperm(7, generator=torch.Generator().manual_seed(0))[index]  # other numbers for the prompts
     torch.testing.assert_close(diversity_replicates(x, shuffled, 5), diversity_replicates(x, index, 5))
     with pytest.raises(ValueError, match="1 samples of prompt 3 outside of block 1"):

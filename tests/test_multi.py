@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from images import encoded, noise
 from oracles.context import Scripted, stable_diffusion
-from pictures import encoded, noise
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ def test_files_say_whose_a_prompt_is(tmp_path, by):
         assert own.router == found[1].router and prompts_of(own) == owned[1]
 
 
-def test_pictures_keep_bucket_and_size_and_their_own_draws(tmp_path):
+def test_images_keep_bucket_and_size_and_their_own_draws(tmp_path):
     for i, (height, width) in enumerate([(16, 16), (8, 32), (8, 32), (16, 16)]):
         (tmp_path / f"{i}.png").write_bytes(encoded(noise(height, width, i)))
         (tmp_path / f"{i}.txt").write_text(f"{'apple' if i % 2 else 'cat'} {i}")
@@ -305,7 +305,7 @@ def family(runs: Path):
 
 
 def drawn(pipe, call, prompts, places) -> Tensor:
-    """Final latents, picture i from a noise and a generator of its own."""
+    """Final latents, image i from a noise and a generator of its own."""
     noises = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in places])
     generators = [torch.Generator().manual_seed(100 + i) for i in places]
     made = pipe(prompts, latents=noises, generator=generators, output_type="latent", **call)
@@ -358,7 +358,7 @@ def test_generators_are_shared_out_with_the_prompts(runs, joined):
         assert (made[i] - alone).abs().max() < 1e-4 * alone.abs().max()
 
 
-def test_pictures_come_in_the_form_that_is_asked_for(runs, joined):
+def test_images_come_in_the_form_that_is_asked_for(runs, joined):
     students = load_student(family(runs).load(), joined)
     students.pipe.set_progress_bar_config(disable=True)
     images = students(["cat face", "red apple"], generator=[torch.manual_seed(0), torch.manual_seed(1)])
@@ -369,7 +369,7 @@ def test_pictures_come_in_the_form_that_is_asked_for(runs, joined):
         students(["cat face", "red apple"], generator=[torch.manual_seed(0)])
     with pytest.raises(ValueError, match="no prompts"):
         students([])
-    with pytest.raises(ValueError, match="4 pictures of 2 prompts"):
+    with pytest.raises(ValueError, match="4 images of 2 prompts"):
         students(PROMPTS, num_images_per_prompt=2, output_type="pt")
 
 
@@ -431,7 +431,7 @@ def test_the_snippet_runs_as_pasted(joined, tmp_path, monkeypatch):
 def test_the_script_draws_what_each_student_draws_alone(runs, joined, tmp_path, monkeypatch, capsys):
     prompts = ["cat face", "red apple", "dog face"]
     students = load_student(family(runs).load(), joined)
-    pictures, cost = multi.generate_each(students, prompts, 3)
+    images, cost = multi.generate_each(students, prompts, 3)
     calls = 0
     for k in range(2):
         pipe = family(runs).load()
@@ -440,7 +440,7 @@ def test_the_script_draws_what_each_student_draws_alone(runs, joined, tmp_path, 
         alone, one = generate(pipe, Row("one", pipe.scheduler, call, family(runs)), prompts, 3)
         calls += one.calls
         own = [i for i, prompt in enumerate(prompts) if students.router.route(prompt) == k]
-        assert own and (pictures[own].int() - alone[own].int()).abs().max() <= 1
+        assert own and (images[own].int() - alone[own].int()).abs().max() <= 1
     assert cost.calls == calls == 5
     argv = ["generate.py", str(joined), *prompts, "--seed", "3", "-o", str(tmp_path / "drawn")]
     monkeypatch.setattr(sys, "argv", argv)

@@ -1,4 +1,4 @@
-"""The table of negative prompts: its pairs come of a rule, its measures are known on made pictures."""
+"""The table of negative prompts: its pairs come of a rule, its measures are known on made images."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def test_a_word_is_shown_where_the_nearest_drawing_has_it(monkeypatch):
 
 def test_a_colour_is_the_share_of_strong_pixels_of_its_hue():
     colours = [(221, 46, 68), (253, 203, 88), (85, 172, 238), (250, 250, 250)]  # red, yellow, blue hearts; white
-    picture = torch.tensor(colours, dtype=torch.uint8).T.reshape(1, 3, 2, 2)
+    image = torch.tensor(colours, dtype=torch.uint8).T.reshape(1, 3, 2, 2)
     grounds = torch.tensor(emoji.GROUNDS[2:], dtype=torch.uint8).T.reshape(1, 3, 2, 2)
     for hue in ("red", "yellow", "blue"):
-        assert negative.coloured(hue, picture, picture).item() == 0.25
+        assert negative.coloured(hue, image, image).item() == 0.25
         assert negative.coloured(hue, grounds, grounds).item() == 0
 
 

@@ -56,7 +56,7 @@ LCM = Consistency(num_ddim_timesteps=10, guidance_scale=3.0, ema_decay=None, los
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Teachers and pictures."""
+    """Teachers and images."""
     folder = tmp_path_factory.mktemp("precompute")
     for name in FAMILIES:
         pipe = pipeline(name)
@@ -65,17 +65,17 @@ def place(tmp_path_factory) -> Path:
             pipe.scheduler = build.vp_scheduler("v_prediction")
         pipe.save_pretrained(folder / name)
     rng = random.Random(0)
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for i in range(5):
-        picture = Image.effect_noise((SIDE + 9, SIDE + 4), 90).convert("RGB")
-        picture.putpixel((0, 0), (rng.randrange(256), 0, 0))
-        picture.save(folder / "pictures" / f"{i}.png")
-        (folder / "pictures" / f"{i}.txt").write_text(f"cat number {i}")
+        image = Image.effect_noise((SIDE + 9, SIDE + 4), 90).convert("RGB")
+        image.putpixel((0, 0), (rng.randrange(256), 0, 0))
+        image.save(folder / "images" / f"{i}.png")
+        (folder / "images" / f"{i}.txt").write_text(f"cat number {i}")
     return folder
 
 
-def pictures(place: Path, **fields) -> ImageFolder:
-    given = {"train_data_dir": str(place / "pictures"), "resolution": SIDE, "proportion_empty_prompts": 0.3}
+def images(place: Path, **fields) -> ImageFolder:
+    given = {"train_data_dir": str(place / "images"), "resolution": SIDE, "proportion_empty_prompts": 0.3}
     return ImageFolder(**given | fields)
 
 
@@ -151,11 +151,11 @@ def batches(run: Run, steps: int = 3) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_batches_from_the_cache_are_those_without(place, tmp_path, name, request):
     """Embeddings, the unconditional row, and latents, bit for bit, with no encoder in reach."""
-    data = pictures(place)
+    data = images(place)
     plain = batches(run_of(place, tmp_path / "a", data, None, name, cache_latents=True))
     kept = run_of(place, tmp_path / "b", data, tmp_path / "kept", name, cache_latents=True)
     filled = precompute(kept)
-    assert (filled.prompts, filled.pictures, filled.lacking) == (6, 5, 0)
+    assert (filled.prompts, filled.images, filled.lacking) == (6, 5, 0)
     request.getfixturevalue("sealed")
     found = batches(kept)
     assert len(plain) == len(found) and all(map(torch.equal, plain, found))
@@ -206,7 +206,7 @@ def test_what_is_missing_is_loaded_for_once_and_said(place, tmp_path, caplog, lo
     assert sorted(loads) == ["AutoencoderKL", "CLIPTextModel"] and not parts(session)
     told = "\n".join(record.message for record in caplog.records)
     assert told.count("loading text_encoder: ") == told.count("loading vae: ") == 1
-    assert "loading vae: pictures are drawn" in told
+    assert "loading vae: images are drawn" in told
     assert f"2 prompts were not in {kept}, and had to be encoded" in told
     # now they are
     loads.clear()
@@ -215,8 +215,8 @@ def test_what_is_missing_is_loaded_for_once_and_said(place, tmp_path, caplog, lo
 
 
 def test_without_latents_in_the_cache_the_autoencoder_is_loaded(place, tmp_path, caplog, loads):
-    run = run_of(place, tmp_path / "out", pictures(place), tmp_path / "kept")
-    assert precompute(run).pictures == 0
+    run = run_of(place, tmp_path / "out", images(place), tmp_path / "kept")
+    assert precompute(run).images == 0
     assert "train.cache_latents is off" in caplog.text
     loads.clear()
     batches(run)
@@ -466,7 +466,7 @@ def test_it_goes_on_where_it_was_killed(place, tmp_path, monkeypatch):
 
 def test_two_processes_share_the_work(place, tmp_path):
     """The same rows as one process makes, each made once."""
-    data = pictures(place)
+    data = images(place)
     run = run_of(place, tmp_path / "out", data, tmp_path / "one", cache_latents=True)
     precompute(run)
     config = {
@@ -493,7 +493,7 @@ def test_two_processes_share_the_work(place, tmp_path):
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("embeddings of 6 prompts, latents of 5 pictures") == 1
+    assert done.stdout.count("embeddings of 6 prompts, latents of 5 images") == 1
     for kind in ("prompts", "latents"):
         ours, theirs = stored(tmp_path / "one" / kind), stored(tmp_path / "two" / kind)
         assert len(list((tmp_path / "two" / kind).glob("*.safetensors"))) == 2 and equal(ours, theirs)
@@ -507,8 +507,8 @@ def test_every_prompt_that_a_source_yields_is_listed(place, tmp_path):
     files = {"folder": str(tmp_path / "made")}
     sources = [
         inner,
-        pictures(place),
-        FixedCrops(source=pictures(place), proportion_empty_prompts=0.2),
+        images(place),
+        FixedCrops(source=images(place), proportion_empty_prompts=0.2),
         Partition(source=inner, students=2, student=1),
         TeacherSamples(source=inner, count=40, proportion_empty_prompts=0.3, **files),
         Trajectories(source=inner, count=40, kept_steps=2, num_inference_steps=4, **files),
@@ -523,30 +523,30 @@ def test_every_prompt_that_a_source_yields_is_listed(place, tmp_path):
     made = {whole.prompt_of(i) for i in range(40)}
     assert made <= set(prompts_of(run_of(place, tmp_path, part, None)))
     assert not made <= {caption for i in range(len(part)) for caption in part.captions(i)}
-    # which pictures are inverted is known only when they are
-    inverted = InvertedImages(source=pictures(place), count=3, **files)
+    # which images are inverted is known only when they are
+    inverted = InvertedImages(source=images(place), count=3, **files)
     assert set(prompts_of(run_of(place, tmp_path, inverted, None))) == {"", *(f"cat number {i}" for i in range(5))}
 
 
-def test_a_picture_that_does_not_read_is_left_out(place, tmp_path, caplog, loads):
-    shutil.copytree(place / "pictures", tmp_path / "pictures")
-    (tmp_path / "pictures" / "3.png").write_bytes(b"no picture")
-    run = run_of(place, tmp_path / "out", pictures(tmp_path), tmp_path / "kept", cache_latents=True)
+def test_a_image_that_does_not_read_is_left_out(place, tmp_path, caplog, loads):
+    shutil.copytree(place / "images", tmp_path / "images")
+    (tmp_path / "images" / "3.png").write_bytes(b"no image")
+    run = run_of(place, tmp_path / "out", images(tmp_path), tmp_path / "kept", cache_latents=True)
     filled = precompute(run)
-    assert filled.lacking == 1 and "1 of these are not there: pictures that do not read" in str(filled)
+    assert filled.lacking == 1 and "1 of these are not there: images that do not read" in str(filled)
     assert "3.png" in caplog.text
     loads.clear()
     batches(run)
     assert not loads
 
 
-def test_latents_of_other_pictures_or_another_autoencoder_are_not_taken(place, tmp_path, loads):
-    shutil.copytree(place / "pictures", tmp_path / "pictures")
+def test_latents_of_other_images_or_another_autoencoder_are_not_taken(place, tmp_path, loads):
+    shutil.copytree(place / "images", tmp_path / "images")
     shutil.copytree(place / "sd", tmp_path / "sd")
-    run = run_of(tmp_path, tmp_path / "out", pictures(tmp_path), tmp_path / "kept", cache_latents=True)
+    run = run_of(tmp_path, tmp_path / "out", images(tmp_path), tmp_path / "kept", cache_latents=True)
     precompute(run)
     loads.clear()
-    Image.new("RGB", (SIDE, SIDE), "red").save(tmp_path / "pictures" / "2.png")
+    Image.new("RGB", (SIDE, SIDE), "red").save(tmp_path / "images" / "2.png")
     precompute(run)
     assert loads == ["AutoencoderKL"]
     loads.clear()

@@ -339,7 +339,7 @@ def test_a_run_that_is_stopped_and_goes_on_is_as_one_process_makes_it(teacher, t
         assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
     for ours, theirs in zip(measured(out), measured(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
-    # also the pictures of validation, and the best student by the watch
+    # also the images of validation, and the best student by the watch
     assert len({tuple(sorted(str(f.relative_to(place)) for f in place.rglob("*"))) for place in (out, whole)}) == 1
 
 

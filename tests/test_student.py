@@ -150,7 +150,7 @@ def test_a_lost_alpha_fails_the_proof(families, tmp_path, monkeypatch, name, dty
         without_metadata(folder / student.WEIGHTS)
 
     monkeypatch.setattr(type(family), "save_lora", careless)
-    with pytest.raises(StudentError, match=r"expected at most .* draws other pictures"):
+    with pytest.raises(StudentError, match=r"expected at most .* draws other images"):
         write(tmp_path, family, dtype=kind)
     assert student.read_contract(tmp_path).proof is None
     assert "has not been compared" in (tmp_path / "README.md").read_text()
@@ -311,7 +311,7 @@ def test_the_lora_metadata_are_in_the_same_order_in_every_process(written):
 
 
 def pasted(folder: Path, plain: bool = True) -> np.ndarray:
-    """The picture that the card's snippet draws, in pixels."""
+    """The image that the card's snippet draws, in pixels."""
     text = (folder / "README.md").read_text()
     code = text.partition("```python\n")[2].partition("```")[0]
     assert ("stepdistill" not in code.replace(str(folder), "")) == plain

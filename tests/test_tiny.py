@@ -17,13 +17,13 @@ def test_the_tokenizer_is_the_same_every_time() -> None:
     assert first == second
 
 
-def test_a_prompt_of_the_tables_has_many_drawings_and_a_drawing_many_pictures() -> None:
+def test_a_prompt_of_the_tables_has_many_drawings_and_a_drawing_many_images() -> None:
     drawings = Counter(drawing.subgroup for drawing in emoji.subjects())
     assert emoji.prompts()
     assert min(drawings[prompt] for prompt in emoji.prompts()) >= 16
     rng, sheet, drawing = random.Random(0), emoji.sheet(), emoji.subjects()[0]
-    pictures = {emoji.picture(sheet, drawing, rng).tobytes() for _ in range(200)}
-    assert len(pictures) >= 16
+    images = {emoji.image(sheet, drawing, rng).tobytes() for _ in range(200)}
+    assert len(images) >= 16
 
 
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sd3"])

@@ -1,4 +1,4 @@
-"""A style that was learnt on the teacher moves its student's pictures as it moves the teacher's, and the other way."""
+"""A style that was learnt on the teacher moves its student's images as it moves the teacher's, and the other way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CAPTIONS = prompts(16)
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A stand-in for a student, whose pictures differ from the teacher's, and grey learnt on either."""
+    """A stand-in for a student, whose images differ from the teacher's, and grey learnt on either."""
     found = {name: tmp_path_factory.mktemp(name) for name in ("student", "on teacher", "on student")}
     pipe = FAMILY.load()
     bone = tiny.backbone("sd", pipe)

@@ -166,7 +166,7 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def pictures(pipe, family: str = "sd", **call) -> torch.Tensor:
+def images(pipe, family: str = "sd", **call) -> torch.Tensor:
     """Latents as the pipeline has them."""
     noises = tiny.FAMILIES[family].pack(torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
     made = pipe(["red apple", "cat face"], latents=noises, output_type="latent", **call)
@@ -186,7 +186,7 @@ def test_the_folder_holds_a_whole_network(place, monkeypatch, tmp_path, name, pa
     call = load_student(ours, folder)
     setattr(plain, part, type(net).from_pretrained(folder, subfolder=part))
     plain.scheduler = ours.scheduler
-    assert torch.equal(pictures(plain, **call), pictures(ours, **call))
+    assert torch.equal(images(plain, **call), images(ours, **call))
 
     monkeypatch.chdir(tmp_path)
     card = ModelCard.load(str(folder / "README.md"))
@@ -262,12 +262,12 @@ def test_several_smaller_students_in_one_folder(place, tmp_path, name):
     pipe = whole.family.load()
     students = load_student(pipe, folder)
     assert [net is pipe.components[part] for net in students.nets] == [True, False]
-    made = pictures(students, name)
+    made = images(students, name)
     assert students.route(["red apple", "cat face"]).keys() == {0, 1}
     for i, prompt in enumerate(["red apple", "cat face"]):
         alone = whole.family.load()
         call = load_student(alone, tmp_path / str(students.router.route(prompt)))
-        expected = pictures(alone, name, **call)[i]
+        expected = images(alone, name, **call)[i]
         assert (made[i] - expected).abs().max() < 1e-4 * expected.abs().max()
     with students.use(1):
         assert students.nets[1] is pipe.components[part]

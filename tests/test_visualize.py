@@ -1,4 +1,4 @@
-"""Frames of a course: the last is the picture, the others what our own sampler estimates, and all one for one point."""
+"""Frames of a course: the last is the image, the others what our own sampler estimates, and all one for one point."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def drawn(pipe, family: Family, sampler: Sampler, w: float):
 
 
 @pytest.mark.parametrize(("name", "key", "w"), CASES)
-def test_frames_are_our_own_sampler_s_estimates_and_the_last_is_the_picture(pipes, name, key, w):
+def test_frames_are_our_own_sampler_s_estimates_and_the_last_is_the_image(pipes, name, key, w):
     pipe, family, sampler = pipes[name], tiny.FAMILIES[name], (FLOWS if name in FLOWED else SAMPLERS)[key]
     own, call = pipe.scheduler, drawn(pipe, family, sampler, w)
     schedule, kind = family.schedule(pipe.scheduler), family.kind(pipe)
@@ -72,12 +72,12 @@ def test_frames_are_our_own_sampler_s_estimates_and_the_last_is_the_picture(pipe
     seen = course(pipe, family, PROMPTS, NOISE, call, clean=sampler.clean)
     assert seen.timesteps == pytest.approx(sampler.timesteps)
     assert "step" not in vars(pipe.scheduler)
-    # the picture, bit for bit
+    # the image, bit for bit
     torch.manual_seed(5)
     with torch.no_grad():
-        picture = pipe(PROMPTS, latents=family.pack(NOISE), output_type="pt", **each(call, 2)).images
+        image = pipe(PROMPTS, latents=family.pack(NOISE), output_type="pt", **each(call, 2)).images
         frame = to_uint8((family.decode(pipe, seen.final) / 2 + 0.5).clamp(0, 1))
-    assert torch.equal(frame, to_uint8(picture.clamp(0, 1)))
+    assert torch.equal(frame, to_uint8(image.clamp(0, 1)))
     size = seen.final.abs().max()
     assert (seen.predicted[-1] - seen.final).abs().max() < 1e-5 * size
     # every frame by the library's own sampler
@@ -180,7 +180,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def alone(folder: Path, teacher_steps: int | None = None) -> Tensor:
-    """The pictures of both prompts, one by one, of a student or of its teacher."""
+    """The images of both prompts, one by one, of a student or of its teacher."""
     contract = read_contract(folder)
     family = student.teacher(contract)
     pipe = family.load()

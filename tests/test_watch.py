@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from stepdistill.core import pixels as pictures
+from stepdistill.core import pixels as images
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.regression import Regression
@@ -31,34 +31,34 @@ from stepdistill.training.watch import rules as signs
 from stepdistill.training.watch.measure import SETS, Watch, ratios, statistics, yardstick
 from stepdistill.training.watch.rules import SCORE, Yardstick
 
-# --- statistics of pictures ------------------------------------------------------------------------------------------
+# --- statistics of images ------------------------------------------------------------------------------------------
 
 
 def plain(red: float, green: float, blue: float, side: int = 4) -> torch.Tensor:
     return torch.tensor([red, green, blue]).reshape(3, 1, 1).expand(3, side, side)
 
 
-def test_statistics_of_pictures_that_can_be_calculated_by_hand():
+def test_statistics_of_images_that_can_be_calculated_by_hand():
     red, grey = plain(1, 0, 0), plain(0.5, 0.5, 0.5)
     both = torch.stack([red, grey])
-    torch.testing.assert_close(pictures.saturation(both), torch.tensor([1.0, 0.0]))
-    torch.testing.assert_close(pictures.luminance(both), torch.tensor([0.299, 0.5]))
-    torch.testing.assert_close(pictures.contrast(both), torch.zeros(2))
-    torch.testing.assert_close(pictures.high_frequency(both), torch.zeros(2))
+    torch.testing.assert_close(images.saturation(both), torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(images.luminance(both), torch.tensor([0.299, 0.5]))
+    torch.testing.assert_close(images.contrast(both), torch.zeros(2))
+    torch.testing.assert_close(images.high_frequency(both), torch.zeros(2))
     half = torch.cat([plain(0, 0, 0), plain(1, 1, 1)], dim=-1)  # 4 x 8, left black, right white
-    assert pictures.contrast(half).item() == pytest.approx(0.5)
+    assert images.contrast(half).item() == pytest.approx(0.5)
     # the two columns beside the edge differ from their average of 3 x 3 by 1/3: 2 of 8 columns
-    assert pictures.high_frequency(half).item() == pytest.approx(2 / 8 / 9)
-    assert pictures.saturation(torch.stack([red, grey])[None]).shape == (1, 2)
+    assert images.high_frequency(half).item() == pytest.approx(2 / 8 / 9)
+    assert images.saturation(torch.stack([red, grey])[None]).shape == (1, 2)
 
 
 def test_diversity_is_the_mean_distance_within_a_prompt():
     black, white, grey = (plain(x, x, x, 32) for x in (0.0, 1.0, 0.5))
     seeds = torch.stack([torch.stack([black, grey]), torch.stack([white, grey]), torch.stack([grey, grey])])
-    # first prompt: black-white 1, black-grey and white-grey 1/2; the second: one picture thrice
-    torch.testing.assert_close(pictures.diversity(seeds), torch.tensor([2 / 3, 0.0]))
+    # first prompt: black-white 1, black-grey and white-grey 1/2; the second: one image thrice
+    torch.testing.assert_close(images.diversity(seeds), torch.tensor([2 / 3, 0.0]))
     with pytest.raises(ValueError, match="at least 2"):
-        pictures.diversity(seeds[:1])
+        images.diversity(seeds[:1])
 
 
 def test_the_spread_is_that_of_sets_of_seeds():
@@ -111,7 +111,7 @@ def test_every_statistic_has_words():
     assert "0.607 to 1.65" in signs.sentence("contrast", [0.0, 9.0], 0.1)
 
 
-# --- on pictures of the bundled teacher ------------------------------------------------------------------------------
+# --- on images of the bundled teacher ------------------------------------------------------------------------------
 
 PROMPTS = ("animal mammal", "heart", "food fruit", "sky weather")
 
@@ -153,9 +153,9 @@ def taught(scene: session.Session, ids) -> torch.Tensor:
 
 
 def saturated(scene: session.Session, ids) -> torch.Tensor:
-    """The teacher's pictures with far too much colour, as latents."""
-    drawn = scene.pictures(taught(scene, ids))
-    grey = pictures.luma(drawn)[:, None]
+    """The teacher's images with far too much colour, as latents."""
+    drawn = scene.images(taught(scene, ids))
+    grey = images.luma(drawn)[:, None]
     return scene.run.family.encode(scene.pipe, ((grey + 5 * (drawn - grey)).clamp(0, 1) * 2 - 1))
 
 
@@ -387,4 +387,4 @@ def test_a_yardstick_of_other_settings_is_drawn_anew(tmp_path):
 
 
 def test_statistics_cover_what_is_documented():
-    assert set(statistics(torch.rand(2, 3, 3, 8, 8))) == set(signs.PICTURE)
+    assert set(statistics(torch.rand(2, 3, 3, 8, 8))) == set(signs.IMAGE)

@@ -65,7 +65,7 @@ FAMILIES: dict[str, Family] = {
         human_instruction=False,
     ),
 }
-SIDE = 32  # of pictures, in pixels
+SIDE = 32  # of images, in pixels
 
 
 @cache
@@ -74,7 +74,7 @@ def tokens():
 
 
 def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
-    """A random pipeline of a family, with latents of 4 x 8 x 8 and pictures of 32 pixels."""
+    """A random pipeline of a family, with latents of 4 x 8 x 8 and images of 32 pixels."""
     torch.manual_seed(seed)
     vae = build.vae((16, 16, 16))
     match name:
@@ -158,7 +158,7 @@ def flux(vae: AutoencoderKL, told: bool = True) -> FluxPipeline:
 
 
 def pixart(name: str, vae: AutoencoderKL, side: int = 8) -> DiffusionPipeline:
-    """PixArt's shape: it predicts a variance, too, and is told the picture's size where `side` is 128."""
+    """PixArt's shape: it predicts a variance, too, and is told the image's size where `side` is 128."""
     encoder, letters = t5(32)
     kind = PixArtAlphaPipeline if name == "pixart_alpha" else PixArtSigmaPipeline
     return kind(

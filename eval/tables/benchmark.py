@@ -49,7 +49,7 @@ def data_features(seed: int) -> Tensor:
     pool: dict[str, list[emoji.Drawing]] = {}
     for drawing in emoji.subjects():
         pool.setdefault(drawing.subgroup, []).append(drawing)
-    made = emoji.pixels([emoji.picture(source, rng.choice(pool[prompt]), rng) for prompt in prompts()])
+    made = emoji.pixels([emoji.image(source, rng.choice(pool[prompt]), rng) for prompt in prompts()])
     return extractor()((made * 127.5 + 127.5).round().to(torch.uint8))
 
 
@@ -90,7 +90,7 @@ def figures(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> d
 
 
 def drawn(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> tuple[Tensor, Cost]:
-    """Features of the pictures of one way to sample, in the order of the reference, and what they cost."""
+    """Features of the images of one way to sample, in the order of the reference, and what they cost."""
     if isinstance(drawer, Students):
         images, cost = generate_each(drawer, ref.prompts, SEED_B, row)
     else:
@@ -99,12 +99,12 @@ def drawn(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> tup
 
 
 def places(ref: Reference) -> Tensor:
-    """Which of the reference's prompts a picture is of, (N,)."""
+    """Which of the reference's prompts an image is of, (N,)."""
     return torch.tensor([sorted(set(ref.prompts)).index(prompt) for prompt in ref.prompts])
 
 
 def judged(made: Tensor, cost: Cost, ref: Reference) -> dict[str, Any]:
-    """What `figures` says of pictures with these features."""
+    """What `figures` says of images with these features."""
     n = len(made)
     teacher, student = (
         Sampled(name=role, role=role, features=features)

@@ -27,7 +27,7 @@ from tables.benchmark import Results, figures, prompts, taught
 from tables.recipes import recipes, seconds, trained
 
 SCALES = tuple(float(w) for w in range(1, 9))
-PICTURES = 512  # for the excess at one scale
+IMAGES = 512  # for the excess at one scale
 PATHS = 128  # trajectories, other than those of training, whose states R^2 is measured on
 
 
@@ -51,14 +51,14 @@ def measure_guidance(name: str, results: Results, work: Path, rows: Sequence[str
 
 def compared(name: str, run: Run, out: Path, work: Path) -> dict[str, Any]:
     """One pass of a student beside two of its teacher, both at the run's `teacher_guidance_scale`."""
-    w, steps, captions = run.train.teacher_guidance_scale, run.train.teacher_steps, prompts(PICTURES)
+    w, steps, captions = run.train.teacher_guidance_scale, run.train.teacher_steps, prompts(IMAGES)
     teacher, pipe = run.family.load(), run.family.load()
     twice, once = (
         teacher_row(run.family, teacher, steps, w, f"two passes, w = {w:g}"),
         student_row(run.family, run.method, pipe, steps),
     )
     call = load_student(pipe, out)
-    found: dict[str, Any] = {"n": PICTURES, "steps": steps, "states": PATHS * steps}
+    found: dict[str, Any] = {"n": IMAGES, "steps": steps, "states": PATHS * steps}
     if isinstance(call, GuidedCall):
         call.guidance_scale = w
         nets = call.attachment.adapters, run.family.network(teacher)

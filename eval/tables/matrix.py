@@ -24,7 +24,7 @@ FAMILIES = {
 
 
 def measure_families(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
-    """Run every cell: two steps, the student folder, its proof in a plain pipeline, a picture in each row."""
+    """Run every cell: two steps, the student folder, its proof in a plain pipeline, an image in each row."""
     if name != "tiny-sd":  # the pipelines are random ones of their own
         return
     file = work / "families.xml"

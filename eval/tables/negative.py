@@ -3,7 +3,7 @@
 What is taken off from what is a rule about the captions, so that no pair was chosen by its result:
 
 - words: every word that is in at least four names of a subgroup of the tables, and in no more than half of them, with
-  the subgroup for a prompt. A picture shows the word if the drawing nearest to it in features has it in its name.
+  the subgroup for a prompt. An image shows the word if the drawing nearest to it in features has it in its name.
 - colours: of each heart that is strongly of one hue, its colour, and red of "heart". Shown is the share of pixels that
   are strongly of it.
 
@@ -37,8 +37,8 @@ from tables.benchmark import Results, extractor
 from tables.recipes import recipes, trained
 
 N = 128  # seeds of a cell
-TAUGHT = 64  # the teacher's pictures of a concept
-VERSIONS = 12  # pictures of each drawing that others are compared with
+TAUGHT = 64  # the teacher's images of a concept
+VERSIONS = 12  # images of each drawing that others are compared with
 LEAST = 4  # names with the word
 EMPTY = {"with", "of", "in", "without", "behind", "on"}  # words that name nothing
 HUES = {"red": 355, "yellow": 42, "blue": 205}  # degrees, of the hearts; others are as pale as the grounds, or between
@@ -52,7 +52,7 @@ STUDENTS = {  # name: table, config, steps
     "tiny-sd": {"dmd2": ("distribution", "dmd2", 1)},
     "tiny-sd3": {"regression": ("consistency", "regression", 4)},
 }
-SHOWN = ("0.2", "0.5", "1", "nag 5")  # lines of the picture, below the plain one
+SHOWN = ("0.2", "0.5", "1", "nag 5")  # lines of the image, below the plain one
 Shown = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -61,7 +61,7 @@ class Pair:
     """What is drawn, what is taken off, another word in its place, the concept in full, and the measure of it.
 
     Args:
-        shown: how much of it is in pictures (n, 3, H, W) uint8 with features (n, D), in [0, 1] each, (n,).
+        shown: how much of it is in images (n, 3, H, W) uint8 with features (n, D), in [0, 1] each, (n,).
     """
 
     prompt: str
@@ -94,10 +94,10 @@ def pairs() -> list[Pair]:
 
 @cache
 def gallery(prompt: str) -> tuple[Tensor, list[str]]:
-    """Features (n, D) and names of `VERSIONS` pictures of each drawing of a subgroup."""
+    """Features (n, D) and names of `VERSIONS` images of each drawing of a subgroup."""
     rng, source = random.Random(0), emoji.sheet()
     drawings = [each for each in emoji.subjects() if each.subgroup == prompt for _ in range(VERSIONS)]
-    made = emoji.pixels([emoji.picture(source, each, rng) for each in drawings])
+    made = emoji.pixels([emoji.image(source, each, rng) for each in drawings])
     return extractor()((made * 127.5 + 127.5).round().to(torch.uint8)), [each.name for each in drawings]
 
 
@@ -118,7 +118,7 @@ def coloured(hue: str, images: Tensor, features: Tensor) -> Tensor:
 
 
 def measure_negative(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
-    """Draw each student's pictures of a prompt with a word of it, or one of others, for a negative prompt."""
+    """Draw each student's images of a prompt with a word of it, or one of others, for a negative prompt."""
     for label, (table, method, steps) in STUDENTS[name].items():
         if rows and label not in rows:
             continue
@@ -138,7 +138,7 @@ def measure_negative(name: str, results: Results, work: Path, rows: Sequence[str
 
 
 def suppressed(run: Run, teacher: DiffusionPipeline, pipe: DiffusionPipeline, row: Row, pair: Pair) -> dict[str, Any]:
-    """How much is shown of the concept, by setting; how far pictures are from the teacher's of it and from drawings.
+    """How much is shown of the concept, by setting; how far images are from the teacher's of it and from drawings.
 
     `moved` is the distance in features from the same seed without a negative prompt, over what did not show it.
     """
@@ -165,14 +165,14 @@ def suppressed(run: Run, teacher: DiffusionPipeline, pipe: DiffusionPipeline, ro
 def drawn(
     family: Family, pipe: DiffusionPipeline, row: Row, prompt: str, text: str, how: Mapping[str, Any], n: int = N
 ) -> tuple[Tensor, Cost]:
-    """Pictures (n, 3, H, W) uint8 of a prompt by the first n seeds, and their cost; plain where `how` is empty."""
+    """Images (n, 3, H, W) uint8 of a prompt by the first n seeds, and their cost; plain where `how` is empty."""
     context = negative(pipe, text, family=family, **how) if how else nullcontext()
     with context:
         return generate(pipe, row, [prompt] * n, SEED_B)
 
 
 def show(family: Family, pipe: DiffusionPipeline, row: Row, file: Path) -> None:
-    """A picture: of each prompt's first word the two seeds of 64 that show most of it, and the one that shows least."""
+    """An image: of each prompt's first word the two seeds of 64 that show most of it, and the one that shows least."""
     firsts = list({pair.prompt: pair for pair in reversed(pairs())}.values())
     firsts = [pair for pair in reversed(firsts) if pair.prompt in emoji.prompts()]
     columns: list[str] = []

@@ -19,7 +19,7 @@ STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": 
 DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1, "reflow": 1}  # steps whose other figures are shown
 MEMORY = {"sd15": "SD 1.5", "sdxl": "SDXL", "sd3": "SD 3 medium", "pixart": "PixArt-Sigma"}
 EARLY = {"distribution": 799.0}  # one step may do better from an earlier time, for any method: shown for all
-AWAY = {  # distances of negative prompts' pictures, in features
+AWAY = {  # distances of negative prompts' images, in features
     "to_teacher": "to the teacher's of the concept",
     "to_drawings": "to drawings",
     "moved": "moved, of those that did not show it",

@@ -1,7 +1,7 @@
 """The README's table of control transfer: a style learnt on the teacher, put on its students, and back.
 
 Gandikota & Bau 2025, https://arxiv.org/abs/2503.10637, section 3, measure it by CLIP scores; here a style moves a plain
-statistic of the pictures, so that its effect is a number of its own.
+statistic of the images, so that its effect is a number of its own.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def red(pixels: Tensor) -> Tensor:
     return (pixels + 1) * tint - 1
 
 
-def redness(pictures: Tensor) -> Tensor:
+def redness(images: Tensor) -> Tensor:
     """Mean of red less the mean of green and blue, (..., 3, H, W) in [0, 1]."""
-    return pictures[..., 0, :, :].mean((-2, -1)) - pictures[..., 1:, :, :].mean((-3, -2, -1))
+    return images[..., 0, :, :].mean((-2, -1)) - images[..., 1:, :, :].mean((-3, -2, -1))
 
 
 STYLES: dict[str, tuple[Style, Callable[[Tensor], Tensor]]] = {"grey": (grey, saturation), "red": (red, redness)}
@@ -142,7 +142,7 @@ def learn(
     optimizer = torch.optim.Adam(list(bone.parameters_of("style").values()), lr=RATE)
     for _ in range(steps):
         chosen = [rng.choice(drawn) for _ in range(BATCH)]
-        pixels = emoji.pixels([emoji.picture(sheet, drawing, rng) for drawing in chosen])
+        pixels = emoji.pixels([emoji.image(sheet, drawing, rng) for drawing in chosen])
         x0, cond = family.encode(pipe, style(pixels)), family.condition(pipe, [each.subgroup for each in chosen])
         t = levels[torch.randint(len(levels), (BATCH,), generator=generator)]
         eps = torch.randn(x0.shape, generator=generator)
@@ -163,7 +163,7 @@ def effect(
     statistic: Callable[[Tensor], Tensor],
     captions: Sequence[str],
 ) -> Tensor:
-    """What a LoRA changes of a statistic of pictures, (N,), at equal prompts and noises, in one way to sample.
+    """What a LoRA changes of a statistic of images, (N,), at equal prompts and noises, in one way to sample.
 
     Args:
         pipe: the teacher, or one with a student's LoRA, at strength 1; it keeps the LoRA beside it.

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 RUN = """\
 Draws TEACHER at its best and in few steps, and every STUDENT, all from the same prompts and noises; measures them
-against a second set of the teacher's pictures (--ref teacher), or against a data set; writes eval.json, rows.csv,
+against a second set of the teacher's images (--ref teacher), or against a data set; writes eval.json, rows.csv,
 report.html, grids/, stats/ and per_sample.jsonl into OUT. Every difference from the teacher has an interval of its own.
-Started again with the same arguments it goes on where it was cut; each process draws its share of the pictures.
+Started again with the same arguments it goes on where it was cut; each process draws its share of the images.
 
 examples:
   stepdistill eval run tiny-sd runs/quickstart --num 256 --teacher-steps 25 -o runs/eval
@@ -23,14 +23,14 @@ examples:
 """
 
 SCORE = """\
-Measures pictures that are there already: folders, zips or arrays, each a row.
+Measures images that are there already: folders, zips or arrays, each a row.
 
 example:
   stepdistill eval score samples/ --ref reference.npz -o runs/eval
 """
 
 REF = """\
-Writes the statistics of pictures, or of a data set, with the features that they were made with; pytorch-fid and
+Writes the statistics of images, or of a data set, with the features that they were made with; pytorch-fid and
 clean-fid can read them.
 
 example:
@@ -71,7 +71,7 @@ def declare(group: Any, make: Make) -> None:  # noqa: ANN401
     command.add_argument(
         "--prompts", metavar="FILE", type=Path, help=".txt, .jsonl or .csv (default: the bundled ones)"
     )
-    command.add_argument("--num", metavar="N", type=int, help="pictures a row, prompts in turn (default: one of each)")
+    command.add_argument("--num", metavar="N", type=int, help="images a row, prompts in turn (default: one of each)")
     command.add_argument("--steps", type=_whole, default=(), metavar="N,...", help="of the students (default: theirs)")
     command.add_argument(
         "--guidance", type=_real, default=(), metavar="W,...", help="of the students (default: theirs)"
@@ -82,22 +82,22 @@ def declare(group: Any, make: Make) -> None:  # noqa: ANN401
     command.add_argument("--reference-seed", type=int, default=1, help="of the teacher as a reference (default: 1)")
     command.add_argument("--family", metavar="NAME", help="of the teacher (default: as its students, or its pipeline)")
     command.add_argument(
-        "--batch", type=int, default=8, metavar="B", help="pictures drawn at once, --feature-batch at most (default: 8)"
+        "--batch", type=int, default=8, metavar="B", help="images drawn at once, --feature-batch at most (default: 8)"
     )
     command.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: fp32)")
-    command.add_argument("--save-pictures", action="store_true", help="keep every picture as PNG in OUT/pictures")
+    command.add_argument("--save-images", action="store_true", help="keep every image as PNG in OUT/images")
     command.add_argument("--columns", type=int, default=8, metavar="N", help="of the sheets (default: 8)")
-    command.add_argument("--latency", type=int, default=0, metavar="N", help="time N pictures one by one (default: 0)")
+    command.add_argument("--latency", type=int, default=0, metavar="N", help="time N images one by one (default: 0)")
     command.add_argument("--export", choices=("geneval", "t2i-compbench"), help="folders that these benchmarks score")
-    _measures(command, "teacher", "teacher, an .npz of statistics, or pictures (default: teacher)")
+    _measures(command, "teacher", "teacher, an .npz of statistics, or images (default: teacher)")
 
-    command = make(parts, "score", _score, "measure pictures that are there", SCORE)
-    command.add_argument("pictures", metavar="PICTURES", nargs="+", type=Path, help="folder, .zip, .npz or .npy")
-    command.add_argument("--prompts", metavar="FILE", type=Path, help="of the pictures by name, for --clip")
-    _measures(command, None, "an .npz of statistics, or pictures")
+    command = make(parts, "score", _score, "measure images that are there", SCORE)
+    command.add_argument("images", metavar="IMAGES", nargs="+", type=Path, help="folder, .zip, .npz or .npy")
+    command.add_argument("--prompts", metavar="FILE", type=Path, help="of the images by name, for --clip")
+    _measures(command, None, "an .npz of statistics, or images")
 
-    command = make(parts, "ref", _ref, "make statistics of pictures", REF)
-    command.add_argument("pictures", metavar="PICTURES", type=Path, help="folder, .zip, .npz or .npy")
+    command = make(parts, "ref", _ref, "make statistics of images", REF)
+    command.add_argument("images", metavar="IMAGES", type=Path, help="folder, .zip, .npz or .npy")
     _features(command)
     command.add_argument("-o", "--output", dest="out", metavar="FILE.npz", type=Path, required=True, help="to write")
 
@@ -143,7 +143,7 @@ def _features(command: argparse.ArgumentParser) -> None:
         choices=("clean", "torchmetrics", "pytorch-fid", "tf1"),
         help="of Inception (default: the protocol's)",
     )
-    command.add_argument("--eval-res", type=int, metavar="PX", help="crop and resize all pictures to this side first")
+    command.add_argument("--eval-res", type=int, metavar="PX", help="crop and resize all images to this side first")
     command.add_argument("--feature-batch", type=int, default=64, metavar="B", help="(default: 64)")
     command.add_argument("--feature-dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: fp32)")
     command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the first accelerator, or the CPU)")
@@ -196,7 +196,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.evaluation.spec import Draws
 
     names = ("teacher", "family", "prompts", "num", "steps", "guidance", "teacher_steps", "teacher_guidance", "seed")
-    more = ("reference_seed", "batch", "dtype", "save_pictures", "columns", "latency", "export")
+    more = ("reference_seed", "batch", "dtype", "save_images", "columns", "latency", "export")
     given = {name: getattr(args, name) for name in (*names, *more)}
     _tell(run(Draws(students=tuple(args.students), **given, **_measured(args, ("kid", "paired")))), args)
 
@@ -205,7 +205,7 @@ def _score(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.evaluation.run import score
     from stepdistill.evaluation.spec import Measures
 
-    _tell(score(args.pictures, Measures(**_measured(args, ("kid",))), args.prompts), args)
+    _tell(score(args.images, Measures(**_measured(args, ("kid",))), args.prompts), args)
 
 
 def _tell(found: dict[str, Any], args: argparse.Namespace) -> None:
@@ -227,7 +227,7 @@ def _ref(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.evaluation.run import statistics
     from stepdistill.evaluation.spec import Measures
 
-    statistics(args.pictures, Measures(output_dir=args.out.with_suffix(".work"), **_chosen(args)), args.out)
+    statistics(args.images, Measures(output_dir=args.out.with_suffix(".work"), **_chosen(args)), args.out)
     print(args.out)
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 GENERATE = """\
 Loads the base into a plain Diffusers pipeline, and the student into it, and draws under the student's own contract:
-its scheduler, noise levels and guidance. Picture n has the seed SEED + n: it is what the card's snippet draws with
-`torch.manual_seed(SEED + n)`, whatever else is in its batch. OUT gets 00000.png and so on, and pictures.jsonl with the
+its scheduler, noise levels and guidance. Image n has the seed SEED + n: it is what the card's snippet draws with
+`torch.manual_seed(SEED + n)`, whatever else is in its batch. OUT gets 00000.png and so on, and images.jsonl with the
 prompt and seed of each. What is drawn away from the contract is warned of. A negative prompt goes by guidance where
 there is any, else by attention: NASA, or NAG, see `stepdistill.students.draw.negative_prompt`.
 
 examples:
   stepdistill generate runs/quickstart "cat face" rose --grid sheet.png
-  stepdistill generate me/student --prompts_file prompts.txt --num_images_per_prompt 4 --batch 8 -o pictures
+  stepdistill generate me/student --prompts_file prompts.txt --num_images_per_prompt 4 --batch 8 -o images
   stepdistill generate runs/mine "a cat" --lora styles/ink.safetensors:0.8 --strength 0.9 --fuse
 """
 
@@ -30,17 +30,17 @@ def declare(group: Any, make: Callable[..., argparse.ArgumentParser]) -> None:  
     command.add_argument("student", metavar="STUDENT", help="student folder or hub id")
     command.add_argument("prompts", metavar="PROMPT", nargs="*")
     command.add_argument("--prompts_file", metavar="FILE", type=Path, help=".txt, .jsonl or .csv")
-    command.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("pictures"), help="(default: pictures)")
-    command.add_argument("--grid", metavar="FILE", type=Path, help="all pictures on a sheet, a column a prompt")
-    command.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    command.add_argument("-o", "--out", metavar="OUT", type=Path, default=Path("images"), help="(default: images)")
+    command.add_argument("--grid", metavar="FILE", type=Path, help="all images on a sheet, a column a prompt")
+    command.add_argument("--seed", type=int, default=0, help="of the first image (default: 0)")
     command.add_argument("--num_images_per_prompt", type=int, default=1, metavar="N", help="(default: 1)")
-    command.add_argument("--batch", type=int, default=4, metavar="N", help="pictures in one call (default: 4)")
+    command.add_argument("--batch", type=int, default=4, metavar="N", help="images in one call (default: 4)")
     steps = command.add_mutually_exclusive_group()
     steps.add_argument("--steps", type=int, metavar="N", help="number of steps, as the method takes them")
     steps.add_argument("--timesteps", type=_numbers, metavar="T,...", help="where steps start, descending")
     steps.add_argument("--sigmas", type=_numbers, metavar="S,...", help="the same as shares of noise")
     command.add_argument("--guidance_scale", type=float, metavar="W", help="of uncond + W (cond - uncond); 1 is none")
-    command.add_argument("--negative_prompt", metavar="TEXT", help="what pictures should not show")
+    command.add_argument("--negative_prompt", metavar="TEXT", help="what images should not show")
     command.add_argument("--negative_scale", type=float, metavar="A", help="of it where there is no guidance")
     command.add_argument("--negative_mode", choices=("nasa", "nag"), default="nasa", help="(default: nasa)")
     command.add_argument("--eta", type=float, help="share of each step that is noised again")
@@ -110,24 +110,24 @@ def _draw(drawer: Any, prompts: list[str], args: argparse.Namespace, call: dict[
     taken_off = drawer.against(args.negative_prompt, call, args.negative_scale, args.negative_mode)
     mixed = nullcontext() if args.base_steps is None else base_first(drawer.pipe, args.base_steps)
     with count_calls(drawer.family.network(drawer.pipe)) as cost, taken_off as call, mixed:
-        pictures = tqdm(drawer.draw(prompts, seeds, call, args.batch), total=len(prompts), desc="Pictures")
-        for n, picture in enumerate(pictures):
-            picture.save(args.out / f"{n:05d}.png")
+        images = tqdm(drawer.draw(prompts, seeds, call, args.batch), total=len(prompts), desc="Images")
+        for n, image in enumerate(images):
+            image.save(args.out / f"{n:05d}.png")
             lines.append({"file": f"{n:05d}.png", "prompt": prompts[n], "seed": seeds[n]})
-            made += [picture] if args.grid else []
-    (args.out / "pictures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            made += [image] if args.grid else []
+    (args.out / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if args.grid:
         _sheet(made, prompts, args.num_images_per_prompt).save(args.grid)
     seconds = time.perf_counter() - began
-    print(f"{args.out}: {len(prompts)} pictures, {cost.calls} calls of the network, {seconds:.1f} s")
+    print(f"{args.out}: {len(prompts)} images, {cost.calls} calls of the network, {seconds:.1f} s")
 
 
-def _sheet(pictures: list[Any], prompts: list[str], each: int) -> Any:  # noqa: ANN401
+def _sheet(images: list[Any], prompts: list[str], each: int) -> Any:  # noqa: ANN401
     import numpy as np
     import torch
 
     from stepdistill.students.draw.call import grid
 
-    made = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
-    rows = [(f"picture {k + 1}", made[k::each]) for k in range(each)]
-    return grid(rows, prompts[::each], max(1, 96 // pictures[0].width))
+    made = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    rows = [(f"image {k + 1}", made[k::each]) for k in range(each)]
+    return grid(rows, prompts[::each], max(1, 96 // images[0].width))

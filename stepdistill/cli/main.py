@@ -51,7 +51,7 @@ example:
 """
 
 MAKE = """\
-Pairs of noise and picture (stepdistill.data.TeacherSamples, or InvertedImages from real ones) or guided trajectories
+Pairs of noise and image (stepdistill.data.TeacherSamples, or InvertedImages from real ones) or guided trajectories
 (stepdistill.data.Trajectories), as training would make them before its first step. Started again it goes on where it
 was cut; each process makes every n-th file, and any number of processes makes the same files. What lies there of
 another teacher or setting is refused.
@@ -79,7 +79,7 @@ example:
 """
 
 DOCTOR = """\
-Says in words what rises or falls that should not: losses, gradient norms, and what the watch saw in the pictures (see
+Says in words what rises or falls that should not: losses, gradient norms, and what the watch saw in the images (see
 train.validation_steps). The run is compared with the reference curve of its recipe, one of configs/**/curves/*.json or
 FILE. A run that is still going on can be asked about, too. The status is 0 where nothing is off, else 1.
 

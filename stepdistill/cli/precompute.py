@@ -9,8 +9,8 @@ from typing import Any
 
 HELP = """\
 Goes over the config's whole data source, and writes into train.cache_dir the embeddings of all its prompts, of the
-empty one and of train.validation_prompts, and with train.cache_latents the latents of its pictures. Training with the
-same train.cache_dir then loads no text encoder, and the autoencoder only to draw pictures. Started again it goes on
+empty one and of train.validation_prompts, and with train.cache_latents the latents of its images. Training with the
+same train.cache_dir then loads no text encoder, and the autoencoder only to draw images. Started again it goes on
 where it was cut; the processes share the work. What is kept is found again by the content of the model's files and of
 the data: after a change of either it is computed anew. Overrides are those of `stepdistill train`.
 
@@ -26,7 +26,7 @@ def declare(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> N
     Args:
         command: (group, name, function, summary, epilog) to a parser.
     """
-    parser = command(commands, "precompute", _run, "encode prompts and pictures before training", HELP)
+    parser = command(commands, "precompute", _run, "encode prompts and images before training", HELP)
     parser.usage = "stepdistill precompute CONFIG [key=value | --key value]..."
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
 

@@ -1,4 +1,4 @@
-"""`stepdistill view`: what each step of teacher and student takes for the final picture."""
+"""`stepdistill view`: what each step of teacher and student takes for the final image."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 VIEW = """\
-A line of frames for the teacher at full steps, for the teacher at the student's steps and for the student: the picture
+A line of frames for the teacher at full steps, for the teacher at the student's steps and for the student: the image
 that sampling would end at, as each step estimates it, with the step's noise level above. The last frame of a line is
-the picture itself. A student usually decides in its first step what the teacher decides in many.
+the image itself. A student usually decides in its first step what the teacher decides in many.
 
 example:
   stepdistill view runs/quickstart "cat face" "red apple" --teacher-steps 25 -o view.png
@@ -26,7 +26,7 @@ def declare(commands: Any, command: Make) -> None:  # noqa: ANN401
     Args:
         command: (group, name, function, summary, epilog) to a parser.
     """
-    parser = command(commands, "view", _view, "show what each step takes for the final picture", VIEW)
+    parser = command(commands, "view", _view, "show what each step takes for the final image", VIEW)
     parser.add_argument("folder", metavar="FOLDER", help="a student folder or hub id")
     parser.add_argument("prompts", metavar="PROMPT", nargs="+")
     parser.add_argument("-o", "--output", dest="out", metavar="FILE.png", type=Path, required=True, help="to write")

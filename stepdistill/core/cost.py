@@ -16,7 +16,7 @@ class Cost:
 
     calls: forward invocations. rows: batch rows summed over the calls, so that a guided step counts twice.
     seconds: wall-clock time of the whole block, whatever ran in it, set when the block ends.
-    batches: of pictures, which whoever draws counts; `calls` / `batches` is the calls of one picture.
+    batches: of images, which whoever draws counts; `calls` / `batches` is the calls of one image.
     """
 
     calls: int = 0

@@ -24,7 +24,7 @@ class StudentError(StepdistillError):
 
 
 class EvaluationError(StepdistillError):
-    """Pictures, statistics or an evaluation that cannot be read, mixed or compared."""
+    """Images, statistics or an evaluation that cannot be read, mixed or compared."""
 
 
 class WrongWeights(StepdistillError):

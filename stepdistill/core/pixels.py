@@ -1,6 +1,6 @@
-"""Plain statistics of pictures, no network needed: what over-saturation, blur and collapse change first.
+"""Plain statistics of images, no network needed: what over-saturation, blur and collapse change first.
 
-Pictures are float RGB in [0, 1], (..., 3, H, W); the leading dimensions are kept.
+Images are float RGB in [0, 1], (..., 3, H, W); the leading dimensions are kept.
 """
 
 from __future__ import annotations
@@ -9,47 +9,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-THUMBNAIL = 16  # pixels a side; collapsed pictures under unlike noise are still the same picture
+THUMBNAIL = 16  # pixels a side; collapsed images under unlike noise are still the same image
 
 
-def luma(pictures: Tensor) -> Tensor:
+def luma(images: Tensor) -> Tensor:
     """Brightness (..., H, W) in [0, 1] with the weights of Rec. 601."""
-    red, green, blue = pictures.unbind(-3)
+    red, green, blue = images.unbind(-3)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def saturation(pictures: Tensor) -> Tensor:
+def saturation(images: Tensor) -> Tensor:
     """Mean over pixels of the largest less the smallest channel, in [0, 1]; 0 is grey."""
-    return (pictures.amax(-3) - pictures.amin(-3)).mean((-2, -1))
+    return (images.amax(-3) - images.amin(-3)).mean((-2, -1))
 
 
-def luminance(pictures: Tensor) -> Tensor:
+def luminance(images: Tensor) -> Tensor:
     """Mean luma, in [0, 1]."""
-    return luma(pictures).mean((-2, -1))
+    return luma(images).mean((-2, -1))
 
 
-def contrast(pictures: Tensor) -> Tensor:
-    """Standard deviation of luma over the picture's pixels, in [0, 0.5]."""
-    return luma(pictures).std((-2, -1), correction=0)
+def contrast(images: Tensor) -> Tensor:
+    """Standard deviation of luma over the image's pixels, in [0, 0.5]."""
+    return luma(images).std((-2, -1), correction=0)
 
 
-def high_frequency(pictures: Tensor) -> Tensor:
+def high_frequency(images: Tensor) -> Tensor:
     """Mean square of luma less its 3 x 3 average: the energy of edges and noise, which blur takes away."""
-    y = luma(pictures)
+    y = luma(images)
     flat = y.reshape(-1, 1, *y.shape[-2:])
     blurred = F.avg_pool2d(F.pad(flat, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     return (flat - blurred).square().mean((-3, -2, -1)).reshape(y.shape[:-2])
 
 
-def diversity(pictures: Tensor) -> Tensor:
-    """Mean distance (root mean square, in [0, 1]) between the pictures of one prompt, reduced to thumbnails.
+def diversity(images: Tensor) -> Tensor:
+    """Mean distance (root mean square, in [0, 1]) between the images of one prompt, reduced to thumbnails.
 
-    pictures (S, P, 3, H, W): S >= 2 seeds of each of P prompts. Returns (P,); 0 where all seeds give one picture.
+    images (S, P, 3, H, W): S >= 2 seeds of each of P prompts. Returns (P,); 0 where all seeds give one image.
     """
-    seeds, prompts = pictures.shape[:2]
+    seeds, prompts = images.shape[:2]
     if seeds < 2:
-        raise ValueError(f"diversity got {seeds} pictures for each prompt, expected at least 2: distances need pairs")
-    small = F.adaptive_avg_pool2d(pictures.flatten(0, 1), THUMBNAIL).reshape(seeds, prompts, -1)
+        raise ValueError(f"diversity got {seeds} images for each prompt, expected at least 2: distances need pairs")
+    small = F.adaptive_avg_pool2d(images.flatten(0, 1), THUMBNAIL).reshape(seeds, prompts, -1)
     apart = [(small[i] - small[j]).square().mean(-1).sqrt() for i in range(seeds) for j in range(i)]
     return sum(apart[1:], apart[0]) / len(apart)
 

@@ -97,8 +97,8 @@ def few_step(
 def relay(base: Denoise, student: Denoise, timesteps: Sequence[float], base_steps: int = 1) -> Denoise:
     """The base for the first `base_steps` of the steps that start at `timesteps`, the student for the rest.
 
-    Diversity distillation: a student settles the picture's structure in its first step, and draws less various
-    pictures than its base; a first step of the base, best without guidance, brings the variety back. Each replaces one
+    Diversity distillation: a student settles the image's structure in its first step, and draws less various
+    images than its base; a first step of the base, best without guidance, brings the variety back. Each replaces one
     of the student's. Gandikota & Bau 2025, https://arxiv.org/abs/2503.10637. All samples of a batch are at one time.
     """
     if base_steps < 0:

@@ -1,4 +1,4 @@
-"""Where prompts, pictures and latents come from: sources, the order of a run, and their check."""
+"""Where prompts, images and latents come from: sources, the order of a run, and their check."""
 
 from stepdistill.data.base import BadSample, FixedCrops, GuidedState, PromptsOf, Sample, Source, inside
 from stepdistill.data.check import check

@@ -17,7 +17,7 @@ from stepdistill.core.random import sample_rng
 
 
 class BadSample(DataError):
-    """One item that cannot be used, such as a picture that does not decode. Built from its name and the
+    """One item that cannot be used, such as an image that does not decode. Built from its name and the
     reason.
 
     A run puts the next good item of the same bucket in its place; any other `DataError` stops the run.
@@ -108,7 +108,7 @@ class Source(ABC):
         return bytes(len(self))  # a sequence of zeros, one byte each
 
     def size(self, i: int) -> tuple[int, int] | None:
-        """(H, W) of item i's picture as stored, in pixels; None for a source without pictures."""
+        """(H, W) of item i's image as stored, in pixels; None for a source without images."""
         return None
 
     def prompt(self, i: int, rng: random.Random) -> str:
@@ -141,7 +141,7 @@ def _prompt_of(outer: Source, inner: Source, i: int, rng: random.Random) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptsOf(Source):
-    """Only the captions of another source, for a method that needs no pictures: none is read or decoded.
+    """Only the captions of another source, for a method that needs no images: none is read or decoded.
 
     Args:
         source: where the captions are; the shares of empty prompts of both apply.
@@ -174,7 +174,7 @@ class FixedCrops(Source):
     first, and would change with a resume or with the number of processes. Captions are drawn as before.
 
     Args:
-        source: the pictures; the shares of empty prompts of both apply.
+        source: the images; the shares of empty prompts of both apply.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "images"})

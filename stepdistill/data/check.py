@@ -67,7 +67,7 @@ class _Tally:
     def lines(self) -> Iterator[str]:
         usable = self.shapes.total()
         if self.sides:
-            yield f"  pictures: shorter side {_spread(self.sides)} px; {self.enlarged} smaller than the crop"
+            yield f"  images: shorter side {_spread(self.sides)} px; {self.enlarged} smaller than the crop"
         shapes = [f"{'x'.join(map(str, shape))}: {count}" for shape, count in self.shapes.most_common() if shape]
         if shapes:
             yield f"  shapes ({'C x h x w' if not self.sides else '3 x H x W'}): {', '.join(shapes)}"

@@ -1,4 +1,4 @@
-"""A folder of pictures, captioned by a table or by a text file beside each."""
+"""A folder of images, captioned by a table or by a text file beside each."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class ImageFolder(ImageSource):
         folder = Path(self.train_data_dir)
         if not folder.is_dir():
             todo = "check data.train_data_dir"
-            raise DataError(problem(folder, "a folder of pictures", "there is no such folder", todo))
-        names = _picture_names(folder)
+            raise DataError(problem(folder, "a folder of images", "there is no such folder", todo))
+        names = _image_names(folder)
         if not names:
             got = f"no {', '.join(IMAGE_SUFFIXES)} file below {folder}"
-            raise DataError(problem(got, "pictures", "there is nothing to train on", "check data.train_data_dir"))
+            raise DataError(problem(got, "images", "there is nothing to train on", "check data.train_data_dir"))
         tables = [folder / name for name in TABLES if (folder / name).exists()]
         if len(tables) > 1:
             got = f"both {TABLES[0]} and {TABLES[1]} in {folder}"
@@ -66,13 +66,13 @@ class ImageFolder(ImageSource):
         return open(self.name(i), "rb")
 
 
-def _picture_names(folder: Path) -> list[str]:
-    """Relative names of all pictures, sorted, so that item numbers are the same on every machine."""
+def _image_names(folder: Path) -> list[str]:
+    """Relative names of all images, sorted, so that item numbers are the same on every machine."""
     names: list[str] = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        pictures = (name for name in files if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES)
-        names += [Path(place, name).relative_to(folder).as_posix() for name in pictures if not name.startswith(".")]
+        images = (name for name in files if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES)
+        names += [Path(place, name).relative_to(folder).as_posix() for name in images if not name.startswith(".")]
     return sorted(names)
 
 
@@ -85,16 +85,16 @@ def _by_table(table: Path, names: list[str], caption_column: str) -> Captioned:
         if name not in have:
             got = f"{where} with file_name {name!r}"
             why = "that file is not in the folder"
-            raise DataError(problem(got, f"a picture below {table.parent}", why, "add it or remove the row"))
+            raise DataError(problem(got, f"an image below {table.parent}", why, "add it or remove the row"))
         if not captions:
             got = f"{where} ({name}) with {caption_column} {row[caption_column]!r}"
-            raise DataError(problem(got, "a text or a list of texts", "every picture needs a caption", "write one"))
+            raise DataError(problem(got, "a text or a list of texts", "every image needs a caption", "write one"))
         captioned[name] = captioned.get(name, ()) + captions
     if not captioned:
-        raise DataError(problem(f"no row in {table}", "one a picture", "there is nothing to train on", "fill it"))
+        raise DataError(problem(f"no row in {table}", "one an image", "there is nothing to train on", "fill it"))
     if len(captioned) < len(names):
         left = [name for name in names if name not in captioned]
-        logger.warning("%d pictures have no row in %s and are left out, first %s", len(left), table, left[0])
+        logger.warning("%d images have no row in %s and are left out, first %s", len(left), table, left[0])
     return captioned
 
 
@@ -102,7 +102,7 @@ def _by_text_files(folder: Path, names: list[str]) -> Captioned:
     texts = {name: (folder / name).with_suffix(".txt") for name in names}
     lacking = [name for name, text in texts.items() if not text.exists()]
     if lacking:
-        got = f"{folder / lacking[0]} without a caption ({len(lacking)} of {len(names)} pictures)"
+        got = f"{folder / lacking[0]} without a caption ({len(lacking)} of {len(names)} images)"
         todo = f"write that file, or {TABLES[0]} with file_name and a caption column at the top of the folder"
         raise DataError(problem(got, f"{texts[lacking[0]].name} beside it", "training needs a caption", todo))
     return {name: (read_text(text).strip(),) for name, text in texts.items()}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HubDataset(ImageSource):
-    """A captioned picture set that `datasets` can read (`pip install 'stepdistill[data]'`).
+    """A captioned image set that `datasets` can read (`pip install 'stepdistill[data]'`).
 
     It is downloaded or mapped whole, not streamed: a run must be able to start at any sample.
 
@@ -29,7 +29,7 @@ class HubDataset(ImageSource):
             reads (parquet, imagefolder), or one parquet file.
         dataset_config_name: the configuration, where there are several.
         split: the split.
-        image_column: column of the pictures: a `datasets.Image`, or encoded bytes.
+        image_column: column of the images: a `datasets.Image`, or encoded bytes.
     """
 
     dataset_name: str
@@ -56,17 +56,17 @@ class HubDataset(ImageSource):
             got = f"no row in split {self.split!r} of {self.dataset_name}"
             raise DataError(problem(got, "at least one", "there is nothing to train on", "check data.split"))
         try:
-            # decoding is ours: a broken picture must be an item to skip, not an error of the table
+            # decoding is ours: a broken image must be an item to skip, not an error of the table
             table = table.cast_column(self.image_column, datasets.Image(decode=False))
         except (TypeError, ValueError, NotImplementedError) as error:
             got = f"column {self.image_column!r} of {table.features[self.image_column]}"
-            why = "it does not hold pictures"
-            raise DataError(problem(got, "encoded pictures", why, "set data.image_column")) from error
+            why = "it does not hold images"
+            raise DataError(problem(got, "encoded images", why, "set data.image_column")) from error
         return table.select(range(min(len(table), self.max_train_samples or len(table))))
 
     @cached_property
     def _captions(self) -> Dataset:
-        # the column alone: a whole row would read the picture too
+        # the column alone: a whole row would read the image too
         return self._table.select_columns([self.caption_column])
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ class HubDataset(ImageSource):
     def open(self, i: int) -> IO[bytes]:
         cell = self._table[i][self.image_column]
         if cell is None:
-            raise BadSample(self.name(i), f"no picture: {self.image_column} is empty")
+            raise BadSample(self.name(i), f"no image: {self.image_column} is empty")
         return open(cell["path"], "rb") if cell["bytes"] is None else io.BytesIO(cell["bytes"])
 
 

@@ -1,4 +1,4 @@
-"""Pictures to pixels: decode, orient, flatten, resize, crop, flip; and the buckets of equal shape."""
+"""Images to pixels: decode, orient, flatten, resize, crop, flip; and the buckets of equal shape."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap the sides
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """The picture in 8-bit RGB: transparency over white, 16-bit grey scaled (a convert would clip it)."""
+    """The image in 8-bit RGB: transparency over white, 16-bit grey scaled (a convert would clip it)."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -39,7 +39,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def header_size(file: IO[bytes]) -> tuple[int, int] | None:
-    """(H, W) of an encoded picture, upright, from its header alone; None where it does not read."""
+    """(H, W) of an encoded image, upright, from its header alone; None where it does not read."""
     try:
         with Image.open(file) as image:
             # a PNG may keep its EXIF behind the pixels, and reading it would decode them
@@ -50,7 +50,7 @@ def header_size(file: IO[bytes]) -> tuple[int, int] | None:
 
 
 def cover(image: Image.Image, size: tuple[int, int], interpolation: Interpolation) -> Image.Image:
-    """Resize, keeping the aspect, to the smallest picture that holds `size` (H, W)."""
+    """Resize, keeping the aspect, to the smallest image that holds `size` (H, W)."""
     height, width = size
     scale = max(height / image.height, width / image.width)
     new = max(width, round(image.width * scale)), max(height, round(image.height * scale))
@@ -65,7 +65,7 @@ def crop(image: Image.Image, size: tuple[int, int], down: float, across: float) 
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture to (3, H, W) float32 in [-1, 1]."""
+    """RGB image to (3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)
 
 
@@ -93,9 +93,9 @@ def nearest(shapes: Sequence[tuple[int, int]], size: tuple[int, int]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource(Source):
-    """Pictures with captions, whatever they are stored in.
+    """Images with captions, whatever they are stored in.
 
-    A picture is turned upright, flattened on white, resized until its shorter side is `resolution` (until it
+    An image is turned upright, flattened on white, resized until its shorter side is `resolution` (until it
     covers its bucket), cropped, perhaps mirrored.
 
     Args:
@@ -122,9 +122,9 @@ class ImageSource(Source):
 
     @abstractmethod
     def open(self, i: int) -> IO[bytes]:
-        """The encoded picture of item i, to be closed by the caller."""
+        """The encoded image of item i, to be closed by the caller."""
 
-    def picture(self, i: int) -> Image.Image:
+    def image(self, i: int) -> Image.Image:
         """Item i upright in RGB, at its own size.
 
         Raises:
@@ -160,9 +160,9 @@ class ImageSource(Source):
             return bytes(count)
         with ThreadPool(8) as pool:
             sizes = pool.imap(self.size, range(count), chunksize=64)
-            sizes = tqdm(sizes, "reading picture sizes", total=count, delay=2)
+            sizes = tqdm(sizes, "reading image sizes", total=count, delay=2)
             found = [nearest(self.shapes, size) if size else -1 for size in sizes]
-        # a picture without a header joins the fullest bucket, where a good one can stand in for it
+        # an image without a header joins the fullest bucket, where a good one can stand in for it
         counts = Counter(b for b in found if b >= 0) or Counter([0])
         fullest = counts.most_common(1)[0][0]
         return array("i", [fullest if b < 0 else b for b in found])
@@ -177,7 +177,7 @@ class ImageSource(Source):
         size = self.shapes[self._bucket_of[i]]
         if self.center_crop:
             down = across = 0.5
-        image = crop(cover(self.picture(i), size, self.interpolation), size, down, across)
+        image = crop(cover(self.image(i), size, self.interpolation), size, down, across)
         if self.random_flip and mirrored:
             image = ImageOps.mirror(image)
         return Sample(prompt=prompt, pixels=to_tensor(image), item=i)

@@ -1,4 +1,4 @@
-"""Real pictures and the noise that they came from: pairs without the error of a teacher's samples."""
+"""Real images and the noise that they came from: pairs without the error of a teacher's samples."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Invert = Callable[[list[str], Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class InvertedImages(Made):
-    """Pairs of noise and a real picture: the teacher's ODE is followed from the picture up to noise, once only.
+    """Pairs of noise and a real image: the teacher's ODE is followed from the image up to noise, once only.
 
-    A picture's latents begin at the schedule's lowest time, with the little noise that belongs there. Lee et al. 2024
+    An image's latents begin at the schedule's lowest time, with the little noise that belongs there. Lee et al. 2024
     (rf++, https://arxiv.org/abs/2405.20320, section 4.3) train a reflow student on such pairs at the end. Guidance
     above 1 has no inverse that a solver follows well, so the student should be one without.
 
     Args:
-        source: pictures with captions. A picture's crop and flip are drawn once.
+        source: images with captions. An image's crop and flip are drawn once.
         folder: where the pairs are kept.
         count: number of pairs; more may be added later.
         num_inference_steps: deterministic solver steps upwards (DDIM; Euler for a flow).
@@ -41,7 +41,7 @@ class InvertedImages(Made):
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "latents", "noise"})
     chunk: ClassVar[int] = 64
-    title: ClassVar[str] = "Inverted pictures"
+    title: ClassVar[str] = "Inverted images"
     stored: ClassVar[str] = "inverted.json"
     source: ImageSource
     count: int = 2048
@@ -50,21 +50,21 @@ class InvertedImages(Made):
 
     def __post_init__(self) -> None:
         if self.source.aspect_buckets:
-            got, why = "aspect_buckets in data.source", "pictures are inverted many at a time, and kept as one size"
-            raise ConfigError(problem(got, "pictures of one size", why, "set data.source.aspect_buckets to false"))
+            got, why = "aspect_buckets in data.source", "images are inverted many at a time, and kept as one size"
+            raise ConfigError(problem(got, "images of one size", why, "set data.source.aspect_buckets to false"))
 
     def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:
         """What every pair depends on."""
         return {
             "teacher": teacher,
             "shape": list(shape),
-            "pictures": self.source.digest()[:16],
+            "images": self.source.digest()[:16],
             "num_inference_steps": self.num_inference_steps,
             "seed": self.seed,
         }
 
     def make(self, generate: Invert, ids: Sequence[int], shape: Sequence[int]) -> dict[str, Tensor]:
-        """`generate` takes prompts, pictures (B, 3, H, W) and noise (B, C, h, w) to both ends of the paths."""
+        """`generate` takes prompts, images (B, 3, H, W) and noise (B, C, h, w) to both ends of the paths."""
         found = [self._read(i) for i in ids]
         items = [sample.item for sample in found]
         pixels = torch.stack([sample.pixels for sample in found if sample.pixels is not None])
@@ -74,14 +74,14 @@ class InvertedImages(Made):
         return {"noise": top.half(), "latents": bottom.half(), "item": torch.tensor(items)}
 
     def _read(self, i: int) -> Sample:
-        """The picture of pair i; where one does not read, the next that does."""
+        """The image of pair i; where one does not read, the next that does."""
         for k in range(len(self.source)):
             item = (i + k) % len(self.source)
             try:
                 return replace(self.source.sample(item, sample_rng(self.seed, i)), item=item)
             except BadSample as bad:
-                logger.warning("%s: the next good picture takes its place", bad)
-        got, why = f"no readable picture in {type(self.source).__name__}", "pictures are what is inverted"
+                logger.warning("%s: the next good image takes its place", bad)
+        got, why = f"no readable image in {type(self.source).__name__}", "images are what is inverted"
         raise DataError(problem(got, "at least one", why, "see `stepdistill data check`"))
 
     def _prompt(self, i: int, item: int) -> str:

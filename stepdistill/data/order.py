@@ -20,7 +20,7 @@ from stepdistill.core.random import sample_rng
 from stepdistill.data.base import BadSample, GuidedState, Sample, Source
 
 logger = logging.getLogger(__name__)
-PATIENCE = 100  # bad items in a row after which the disk or the format is at fault, not a picture
+PATIENCE = 100  # bad items in a row after which the disk or the format is at fault, not an image
 
 
 class Stream:

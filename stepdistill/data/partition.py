@@ -27,9 +27,9 @@ class Partition(Source):
     Multi-student distillation (Song et al. 2024, https://arxiv.org/abs/2410.23274). Each run writes `router.json`
     beside its student; `stepdistill multi` joins the K folders. Prompts that differ in case or white space only
     are one prompt, and belong to one student. The parts of `class` and `cluster` differ by at most one in the
-    number of different prompts; items such as pictures may have any number for each prompt.
+    number of different prompts; items such as images may have any number for each prompt.
 
-    Around prompts or pictures only the student's own are used. Around `TeacherSamples` the K runs share one
+    Around prompts or images only the student's own are used. Around `TeacherSamples` the K runs share one
     folder of samples; inside it, each student has samples of its own prompts, and needs a folder of its own.
     The paper's students share the paired set of their regression loss unfiltered, since pairs of one part alone
     make a student collapse. As a batch here has one source, that is a run of its own: regress once on

@@ -49,11 +49,11 @@ class Shards(ImageSource):
         shards = [(path, shard_index(path)) for path in tqdm(found, "indexing shards", delay=2)]
         strays = [(path, key) for path, index in shards for key in index.strays]
         if not any(index.keys for _, index in shards):
-            got = f"{len(strays)} samples, none with a picture, in {self.train_shards_path_or_url}"
+            got = f"{len(strays)} samples, none with an image, in {self.train_shards_path_or_url}"
             why = "there is nothing to train on"
             raise DataError(problem(got, f"members named .{', .'.join(IMAGE_SUFFIXES)}", why, "check the shards"))
         if strays:
-            logger.warning("%d samples have no picture and are left out, first %s of %s", len(strays), *strays[0][::-1])
+            logger.warning("%d samples have no image and are left out, first %s of %s", len(strays), *strays[0][::-1])
         for path, index in shards:
             lacking = np.flatnonzero(index.kinds == -1)
             if len(lacking):
@@ -103,7 +103,7 @@ class Shards(ImageSource):
 
     def open(self, i: int) -> IO[bytes]:
         path, index, row = self._place(i)
-        return io.BytesIO(_read(path, index.pictures[row]))
+        return io.BytesIO(_read(path, index.images[row]))
 
     def size(self, i: int) -> tuple[int, int] | None:
         _, index, row = self._place(i)

@@ -25,7 +25,7 @@ VERSION = 1
 
 
 class _Member(NamedTuple):
-    """A member: its span is offset and size in bytes, its size height and width from a picture's header."""
+    """A member: its span is offset and size in bytes, its size height and width from an image's header."""
 
     key: str
     suffix: str
@@ -35,22 +35,22 @@ class _Member(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the n samples of a shard that have a picture lie.
+    """Where the n samples of a shard that have an image lie.
 
     Args:
         stamp: version, size and date (ns) of the shard that was indexed.
-        strays: keys without a picture.
+        strays: keys without an image.
         keys: n sample keys.
-        pictures: (n, 2) offset and size in bytes.
-        sizes: (n, 2) height and width from the pictures' headers, 0 where one does not read.
-        captions: (n, 2), as pictures.
+        images: (n, 2) offset and size in bytes.
+        sizes: (n, 2) height and width from the images' headers, 0 where one does not read.
+        captions: (n, 2), as images.
         kinds: (n,) number of the caption's suffix in CAPTION_SUFFIXES, -1 where there is no caption.
     """
 
     stamp: list[int]
     strays: list[str]
     keys: list[str]
-    pictures: np.ndarray
+    images: np.ndarray
     sizes: np.ndarray
     captions: np.ndarray
     kinds: np.ndarray
@@ -92,7 +92,7 @@ def shard_index(shard: Path) -> ShardIndex:
         stamp=stamp,
         strays=content["strays"],
         keys=content["keys"],
-        pictures=np.asarray(content["pictures"], dtype=np.int64).reshape(-1, 2),
+        images=np.asarray(content["images"], dtype=np.int64).reshape(-1, 2),
         sizes=np.asarray(content["sizes"], dtype=np.int32).reshape(-1, 2),
         captions=np.asarray(content["captions"], dtype=np.int64).reshape(-1, 2),
         kinds=np.asarray(content["kinds"], dtype=np.int8),
@@ -125,17 +125,17 @@ def _write(place: Path, content: dict) -> bool:
 
 
 def _scan(shard: Path, stamp: list[int]) -> dict:
-    names = ("strays", "keys", "pictures", "sizes", "captions", "kinds")
+    names = ("strays", "keys", "images", "sizes", "captions", "kinds")
     content: dict[str, list] = {"stamp": stamp, **{name: [] for name in names}}
     for key, members in _samples(shard):
-        picture = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
-        if picture is None:
+        image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+        if image is None:
             content["strays"].append(key)
             continue
         kind = next((n for n, suffix in enumerate(CAPTION_SUFFIXES) if suffix in members), -1)
         content["keys"].append(key)
-        content["pictures"].append(picture.span)
-        content["sizes"].append(picture.size or (0, 0))
+        content["images"].append(image.span)
+        content["sizes"].append(image.size or (0, 0))
         content["captions"].append(members[CAPTION_SUFFIXES[kind]].span if kind >= 0 else (0, 0))
         content["kinds"].append(kind)
     return content

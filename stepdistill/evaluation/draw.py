@@ -1,4 +1,4 @@
-"""Drawing: each way's pictures, unit by unit, into stores."""
+"""Drawing: each way's images, unit by unit, into stores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from stepdistill.students.contract import pipeline_hash
 from stepdistill.students.draw.call import Row
 
 LATENCY = "latency.json"
-WARMUP = 3  # pictures drawn before any is timed
+WARMUP = 3  # images drawn before any is timed
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Painter:
     Args:
         spec: what is asked for.
         family: the teacher's.
-        records: of the prompts, in turn for pictures.
-        n: pictures of a row.
+        records: of the prompts, in turn for images.
+        n: images of a row.
         extractor: of the features.
         clip: of the CLIP score, where there is one.
         state: this process among the others.
@@ -60,11 +60,11 @@ class Painter:
 
     @property
     def prompts(self) -> list[str]:
-        """Of every picture, by number."""
+        """Of every image, by number."""
         return [prompt_of(self.records[i % len(self.records)]) for i in range(self.n)]
 
     def store(self, way: Way) -> Store:
-        """Where a way's pictures are kept; the teacher's whole where others are compared with them."""
+        """Where a way's images are kept; the teacher's whole where others are compared with them."""
         whole = way.role == "teacher" and {"pixels", "lpips"} & set(self.spec.metrics)
         kept = self.n if whole else min(self.n, self.spec.columns)
         folder = self.spec.output_dir / "work" / slug(way.name)
@@ -96,7 +96,7 @@ class Painter:
                     stores[way].open(self._facts(way, subject, stores[way].kept, hashed), shape)
                 self.state.wait_for_everyone()
                 self._fill(subject, way, row, stores[way], scores)
-                self.state.wait_for_everyone()  # the teacher's pictures are whole before others are compared
+                self.state.wait_for_everyone()  # the teacher's images are whole before others are compared
         return stores, left_out
 
     def _against(self, teacher: Store) -> list[Score]:
@@ -123,7 +123,7 @@ class Painter:
             except ValueError as error:
                 if "non-finite" not in str(error):
                     raise
-                got, todo = f"pictures {numbers[0]} to {numbers[-1]} of {way.name}: {error}", "draw with --dtype fp32"
+                got, todo = f"images {numbers[0]} to {numbers[-1]} of {way.name}: {error}", "draw with --dtype fp32"
                 raise EvaluationError(problem(got, "numbers", "what is kept stays whole", todo)) from error
             told = {"calls": cost.calls, "batches": cost.batches, "rows": cost.rows}
             told |= {"seconds": perf_counter() - start, "peak_mem_mib": peak()}
@@ -131,26 +131,26 @@ class Painter:
             yield Unit(k, numbers, cropped(made, self.spec.side), told | {"size": list(made.shape[2:])})
 
     def _keep(self, way: Way, numbers: Sequence[int], made: Tensor) -> None:
-        """Pictures as files, where they are asked for."""
+        """Images as files, where they are asked for."""
         if way.role == "reference":
             return
         name, each = slug(way.name), list(zip(numbers, made, strict=True))
-        if self.spec.save_pictures:
-            folder = self.spec.output_dir / "pictures" / name
+        if self.spec.save_images:
+            folder = self.spec.output_dir / "images" / name
             folder.mkdir(parents=True, exist_ok=True)
-            for i, picture in each:
-                Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i:06d}.png")
+            for i, image in each:
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:06d}.png")
         if self.spec.export:
             kinds = {
                 "geneval": GenEval,
                 "t2i-compbench": partial(T2ICompBench, per_prompt=-(-self.n // len(self.records))),
             }
             out = kinds[self.spec.export](self.spec.output_dir / self.spec.export / name)
-            for i, picture in each:
-                out.add(i % len(self.records), i // len(self.records), self.records[i % len(self.records)], picture)
+            for i, image in each:
+                out.add(i % len(self.records), i // len(self.records), self.records[i % len(self.records)], image)
 
     def _latency(self, subject: Subject, way: Way, row: Row) -> dict[str, Any]:
-        """Milliseconds of one picture alone, from prompt to pixels."""
+        """Milliseconds of one image alone, from prompt to pixels."""
         times = []
         for _ in range(WARMUP + self.spec.latency):
             times.append(1000 * subject.draw(way, row, [self.prompts[0]], [0], 1)[1].seconds)
@@ -159,12 +159,12 @@ class Painter:
         return {**ends, "batch": 1, "warmup": WARMUP, "repetitions": self.spec.latency}
 
     def _beside(self) -> list[object]:
-        """What scores of likeness to the teacher's pictures depend on; nothing where there are none."""
+        """What scores of likeness to the teacher's images depend on; nothing where there are none."""
         likeness = sorted({"pixels", "lpips"} & set(self.spec.metrics))
         return [*likeness, self.spec.teacher_steps, self.spec.teacher_guidance] if likeness else []
 
     def _facts(self, way: Way, subject: Subject, kept: int, hashed: str) -> dict[str, object]:
-        """All that the pictures, their features and scores depend on, and which files there are."""
+        """All that the images, their features and scores depend on, and which files there are."""
         return {
             "teacher": hashed,
             "student": fingerprint(way.student) if way.student else None,
@@ -184,7 +184,7 @@ class Painter:
             "clip": self.clip.facts if self.clip else None,
             "beside": self._beside() if way.student else None,
             "kept": kept,
-            "save_pictures": self.spec.save_pictures,
+            "save_images": self.spec.save_images,
             "export": self.spec.export,
         }
 
@@ -216,7 +216,7 @@ def size_of(students: Sequence[str]) -> tuple[int, int] | None:
     """
     sizes = {place: contract_of(place).resolution for place in students}
     if len(set(sizes.values())) > 1:
-        why = "noises of other sizes are other noises, and distances of their pictures do not compare"
+        why = "noises of other sizes are other noises, and distances of their images do not compare"
         raise EvaluationError(problem(f"students of sizes {sizes}", "one size", why, "evaluate them apart"))
     return next(iter(sizes.values()), None)
 

@@ -1,6 +1,6 @@
-"""Pictures in the folders that GenEval and T2I-CompBench score, whose own environments this one need not hold.
+"""Images in the folders that GenEval and T2I-CompBench score, whose own environments this one need not hold.
 
-Every file is written beside its place and then moved there, so that a run that was cut short leaves no broken picture,
+Every file is written beside its place and then moved there, so that a run that was cut short leaves no broken image,
 and one that is done again writes the same names.
 """
 
@@ -30,8 +30,8 @@ class GenEval:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def add(self, prompt_number: int, sample_number: int, record: Mapping[str, object], picture: Tensor) -> Path:
-        """Write a picture, uint8 (3, H, W), and its prompt's record; returns the picture's file.
+    def add(self, prompt_number: int, sample_number: int, record: Mapping[str, object], image: Tensor) -> Path:
+        """Write an image, uint8 (3, H, W), and its prompt's record; returns the image's file.
 
         Raises TypeError, ValueError; DataError for a record that GenEval would not score.
         """
@@ -41,9 +41,9 @@ class GenEval:
             raise DataError(problem(got, "one with `prompt` and `tag`", why, todo))
         _check_numbers(prompt_number, sample_number)
         place, part = self.folder / f"{prompt_number:05}", self.folder / f"{prompt_number:05}-{sample_number:04}.part"
-        image = _image(picture)
+        encoded = _image(image)
         _write(json.dumps(record).encode(), place / "metadata.jsonl", part)
-        return _write(image, place / "samples" / f"{sample_number:04}.png", part)
+        return _write(encoded, place / "samples" / f"{sample_number:04}.png", part)
 
 
 class T2ICompBench:
@@ -53,7 +53,7 @@ class T2ICompBench:
     inside it, like what a file name cannot hold, become blanks.
 
     Args:
-        per_prompt: pictures of each prompt; T2I-CompBench draws ten.
+        per_prompt: images of each prompt; T2I-CompBench draws ten.
     """
 
     def __init__(self, folder: Path, per_prompt: int) -> None:
@@ -62,18 +62,18 @@ class T2ICompBench:
         self.folder = folder
         self.per_prompt = per_prompt
 
-    def add(self, prompt_number: int, sample_number: int, record: Mapping[str, object], picture: Tensor) -> Path:
-        """Write a picture, uint8 (3, H, W); returns its file. Raises TypeError, ValueError, DataError."""
+    def add(self, prompt_number: int, sample_number: int, record: Mapping[str, object], image: Tensor) -> Path:
+        """Write an image, uint8 (3, H, W); returns its file. Raises TypeError, ValueError, DataError."""
         _check_numbers(prompt_number, sample_number)
         number = prompt_number * self.per_prompt + sample_number
         if sample_number >= self.per_prompt or number > 999_999:
             raise ValueError(
-                f"T2ICompBench got picture {sample_number} of prompt {prompt_number}, expected 0 to "
-                f"{self.per_prompt - 1} and six digits at most: no two pictures may have one number; pass a larger "
+                f"T2ICompBench got image {sample_number} of prompt {prompt_number}, expected 0 to "
+                f"{self.per_prompt - 1} and six digits at most: no two images may have one number; pass a larger "
                 "per_prompt or export in parts"
             )
         name = f"{_file_name(prompt_of(record))}_{number:06}.png"
-        return _write(_image(picture), self.folder / "samples" / name, self.folder / f"{number:06}.part")
+        return _write(_image(image), self.folder / "samples" / name, self.folder / f"{number:06}.part")
 
 
 def _check_numbers(prompt_number: int, sample_number: int) -> None:
@@ -96,22 +96,22 @@ def _file_name(prompt: str) -> str:
     return plain
 
 
-def _image(picture: Tensor) -> Image.Image:
-    if picture.dtype != torch.uint8:
+def _image(image: Tensor) -> Image.Image:
+    if image.dtype != torch.uint8:
         raise TypeError(
-            f"got a picture of {picture.dtype}, expected uint8 in [0, 255]: [0, 1] and [0, 255] cannot be told apart "
-            "safely; convert float pictures with to_uint8"
+            f"got an image of {image.dtype}, expected uint8 in [0, 255]: [0, 1] and [0, 255] cannot be told apart "
+            "safely; convert float images with to_uint8"
         )
-    if picture.ndim != 3 or picture.shape[0] != 3 or 0 in picture.shape:
+    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(
-            f"got a picture of shape {tuple(picture.shape)}, expected (3, H, W), none of them 0: it is written as RGB; "
+            f"got an image of shape {tuple(image.shape)}, expected (3, H, W), none of them 0: it is written as RGB; "
             "permute, or repeat a grey channel"
         )
-    return Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def _write(content: Image.Image | bytes, file: Path, part: Path) -> Path:
-    """Write by way of `part`, which lies elsewhere: evaluators take whatever is beside the pictures for one."""
+    """Write by way of `part`, which lies elsewhere: evaluators take whatever is beside the images for one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         part.write_bytes(content)

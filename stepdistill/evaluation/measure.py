@@ -1,4 +1,4 @@
-"""From features and scores of pictures to the figures of a report: one code for runs, tables and commands.
+"""From features and scores of images to the figures of a report: one code for runs, tables and commands.
 
 The teacher and its students are drawn from the same prompts and noises, so that the interval of a difference does not
 hold what they share.
@@ -30,20 +30,20 @@ from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.metrics.vendi import vendi
 
 BLOCKS = 20
-ENOUGH = 4  # pictures a dimension, from which on the jackknife's bias correction is of use
-SUBSET = 1000  # pictures of one of KID's subsets, or half of them where there are fewer
+ENOUGH = 4  # images a dimension, from which on the jackknife's bias correction is of use
+SUBSET = 1000  # images of one of KID's subsets, or half of them where there are fewer
 PICKED = ("kid", "paired")
 METRICS = ("fd", *PICKED, "prdc", "vendi", "diversity", "cmmd", "pixels", "lpips")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """What is known of the pictures of one row.
+    """What is known of the images of one row.
 
     Args:
         name, role: as the report shows them; the row of role `teacher` that comes first is what others differ from.
         features: (N, D), in the order of prompts and noises that all rows have.
-        scores: one number a picture, (N,), by name: clip, psnr, ssim, lpips.
+        scores: one number an image, (N,), by name: clip, psnr, ssim, lpips.
         clip: what CLIP scores depend on, where there are any.
         cost: as the report shows it; `seconds_per_image` among it.
         facts: what else the report says of the row.
@@ -67,7 +67,7 @@ class Reference:
     Args:
         stats: the Gaussian of its features.
         features: (M, D), or None where only the Gaussian is known.
-        paired: whether picture i is of the rows' prompt i; a block then leaves both sides.
+        paired: whether image i is of the rows' prompt i; a block then leaves both sides.
         facts: kind, path, sha256, n, as the report shows them.
     """
 
@@ -89,7 +89,7 @@ def measured(
     Args:
         key: `fid` or `fd`, as the features' identity says.
         metrics: of `METRICS`; the distance is always there.
-        prompt_index: (N,) which prompt a picture is of, for `diversity`.
+        prompt_index: (N,) which prompt an image is of, for `diversity`.
     """
     sizes = block_sizes(len(rows[0].features), BLOCKS)
     if reference.paired:
@@ -164,7 +164,7 @@ def _of_scores(row: Sampled) -> dict[str, Any]:
 
 
 def _beside(row: Sampled, teacher: Sampled, metrics: Collection[str], prompt_index: Tensor | None) -> dict[str, Any]:
-    """What compares each picture, or each prompt's pictures, with the teacher's."""
+    """What compares each image, or each prompt's images, with the teacher's."""
     pairs = {name: row.scores[name].mean().item() for name in ("psnr", "ssim", "lpips") if name in row.scores}
     if "paired" in metrics:
         pairs["features"] = paired(row.features, teacher.features)

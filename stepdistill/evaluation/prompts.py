@@ -46,7 +46,7 @@ def prompt_of(record: Mapping[str, object]) -> str:
     if not isinstance(value, str) or not value.strip():
         got = f"a record with {list(record)}" if key is None else f"a record with {key} {value!r}"
         expected = f"a text that is not blank under one of {', '.join(KEYS)}"
-        raise DataError(problem(got, expected, "a picture is drawn from it", "correct or remove that record"))
+        raise DataError(problem(got, expected, "an image is drawn from it", "correct or remove that record"))
     return value.strip()
 
 

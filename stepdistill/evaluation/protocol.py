@@ -16,12 +16,12 @@ class Protocol:
 
     Args:
         name: what the report calls it.
-        n: pictures; None is any number.
+        n: images; None is any number.
         features: name of the extractor, as `stepdistill.evaluation.metrics.extractors.extractor` has it.
-        resize: of the pictures, to the extractor's size.
-        eval_res: side in pixels that pictures of both sides are cropped and resized to before; None leaves them.
+        resize: of the images, to the extractor's size.
+        eval_res: side in pixels that images of both sides are cropped and resized to before; None leaves them.
         reference: what the reference must be, in words; empty for anything.
-        reference_n: its pictures; None where its file does not say.
+        reference_n: its images; None where its file does not say.
         clip: the CLIP that the score is by; empty for any.
         prefix: before each prompt in the CLIP score.
         guide: whether figures under it are no more than a hint.
@@ -44,9 +44,9 @@ class Protocol:
         """What of an evaluation is not as the protocol has it, in words; of a protocol of nobody, that.
 
         Args:
-            n: pictures.
+            n: images.
             identity: of the features.
-            eval_res: side in pixels that pictures were cropped and resized to; None left them.
+            eval_res: side in pixels that images were cropped and resized to; None left them.
             reference: its facts.
             clip: of the CLIP score, where there is one.
         """
@@ -87,7 +87,7 @@ COCO = Protocol(
     n=30_000,
     features="inception",
     eval_res=256,
-    reference="all pictures of COCO 2014's validation set",
+    reference="all images of COCO 2014's validation set",
     reference_n=40_504,
     clip="laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
     prefix="A photo depicts ",
@@ -103,7 +103,7 @@ PROTOCOLS = {
             name="coco10k-sdxl",
             n=10_000,
             eval_res=512,
-            reference="the 10,000 pictures of COCO 2014's validation set that belong to the prompts",
+            reference="the 10,000 images of COCO 2014's validation set that belong to the prompts",
             reference_n=10_000,
         ),
         Protocol(

@@ -1,4 +1,4 @@
-"""Reading: pictures that are already there into stores."""
+"""Reading: images that are already there into stores."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from accelerate import PartialState
 
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.evaluation.fill import Unit, fill
+from stepdistill.evaluation.images import SKIPPED, Images
 from stepdistill.evaluation.metrics.features import FeatureExtractor
-from stepdistill.evaluation.pictures import SKIPPED, Pictures
 from stepdistill.evaluation.prompts import sha256_of
 from stepdistill.evaluation.scores import ClipScore
 from stepdistill.evaluation.spec import Measures
@@ -19,27 +19,27 @@ from stepdistill.evaluation.store import Store
 
 def read_into(
     folder: Path,
-    pictures: Pictures,
+    images: Images,
     spec: Measures,
     extractor: FeatureExtractor,
     state: PartialState,
     clip: ClipScore | None = None,
 ) -> Store:
-    """Features of pictures, each process its share; what is in `folder` already is not read again.
+    """Features of images, each process its share; what is in `folder` already is not read again.
 
     Returns:
         The store, whole.
 
     Raises:
-        DataError: of `Pictures`, for what is seen in one pass.
-        EvaluationError: the pictures of all passes together have several sizes, or too many were skipped.
+        DataError: of `Images`, for what is seen in one pass.
+        EvaluationError: the images of all passes together have several sizes, or too many were skipped.
     """
-    store = Store(folder, len(pictures), spec.feature_batch, extractor.identity.dim)
+    store = Store(folder, len(images), spec.feature_batch, extractor.identity.dim)
     if state.is_main_process:
         store.open(
             {
-                "pictures": pictures.sha256(),
-                "n": len(pictures),
+                "images": images.sha256(),
+                "n": len(images),
                 "eval_res": spec.side,
                 "features": extractor.identity.id,
                 "feature_batch": spec.feature_batch,
@@ -48,28 +48,28 @@ def read_into(
         )
     state.wait_for_everyone()
     mine = store.missing(state.process_index, state.num_processes)
-    title = pictures.source.name if state.is_main_process and mine else ""
+    title = images.source.name if state.is_main_process and mine else ""
     total = sum(len(store.rows(k)) for k in mine)
-    fill(store, _units(store, pictures, mine), extractor, [clip] if clip else [], title, total)
+    fill(store, _units(store, images, mine), extractor, [clip] if clip else [], title, total)
     state.wait_for_everyone()
-    _check(store, pictures)
+    _check(store, images)
     return store
 
 
-def _units(store: Store, pictures: Pictures, mine: Sequence[int]) -> Iterator[Unit]:
-    for batch in pictures.batches(store.unit, set(mine)) if mine else ():
-        size = list(batch.pictures.shape[2:]) if batch.numbers else None
-        yield Unit(batch.k, batch.numbers, batch.pictures, {"size": size})
+def _units(store: Store, images: Images, mine: Sequence[int]) -> Iterator[Unit]:
+    for batch in images.batches(store.unit, set(mine)) if mine else ():
+        size = list(batch.images.shape[2:]) if batch.numbers else None
+        yield Unit(batch.k, batch.numbers, batch.images, {"size": size})
 
 
-def _check(store: Store, pictures: Pictures) -> None:
+def _check(store: Store, images: Images) -> None:
     """What one pass cannot see: it may be over a process's share, or over what an earlier one left."""
     units = list(store.told())
     sizes = {tuple(unit["size"]) for unit in units if unit["size"]}
     if len(sizes) > 1:
-        got, todo = f"pictures of {sorted(sizes)} in {pictures.source}", "choose an --eval-res, such as 256"
+        got, todo = f"images of {sorted(sizes)} in {images.source}", "choose an --eval-res, such as 256"
         raise EvaluationError(problem(got, "one size", "how they are made equal changes the distance", todo))
     skipped = sum(len(unit["skipped"]) for unit in units)
     if skipped > SKIPPED * store.n:
-        got, todo = f"{skipped} unreadable of {store.n} pictures in {pictures.source}", "make those again"
+        got, todo = f"{skipped} unreadable of {store.n} images in {images.source}", "make those again"
         raise EvaluationError(problem(got, f"{SKIPPED:.0%} at most", "the rest are no longer the same set", todo))

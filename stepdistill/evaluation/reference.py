@@ -1,4 +1,4 @@
-"""What rows are compared with: the teacher's own pictures, statistics in a file, or pictures."""
+"""What rows are compared with: the teacher's own images, statistics in a file, or images."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from accelerate import PartialState
 
 from stepdistill.core.errors import DataError, EvaluationError, problem
+from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.measure import Reference
 from stepdistill.evaluation.metrics.features import FeatureExtractor
 from stepdistill.evaluation.metrics.stats import Stats
-from stepdistill.evaluation.pictures import Pictures
 from stepdistill.evaluation.read import read_into
 from stepdistill.evaluation.spec import Measures
 from stepdistill.evaluation.store import FACTS, Store
@@ -24,14 +24,14 @@ DRAWN = ("teacher", "steps", "guidance", "seed", "n", "prompts", "size", "dtype"
 
 
 def is_stats(place: Path) -> bool:
-    """Whether a file holds `mu` and `sigma`, and not pictures."""
+    """Whether a file holds `mu` and `sigma`, and not images."""
     if place.suffix.lower() != ".npz":
         return False
     try:
         Stats.load(place)
     except ValueError as error:
         try:
-            Pictures(place)
+            Images(place)
         except DataError:
             raise EvaluationError(str(error)) from error
         return False
@@ -53,30 +53,30 @@ class Referent:
     state: PartialState
 
     def of_teacher(self, store: Store, name: str) -> Reference:
-        """The teacher's pictures under other noises."""
+        """The teacher's images under other noises."""
         features = store.features()
         known = store.noted(FACTS) or {}
-        # what the pictures and their features depend on, and not what else was measured beside them
+        # what the images and their features depend on, and not what else was measured beside them
         digest = sha256(json.dumps({key: known[key] for key in DRAWN}).encode()).hexdigest()
         facts = {"kind": TEACHER, "path": name, "sha256": digest, "n": len(features)}
         return Reference(stats=store.stats(), features=features, paired=True, facts=facts)
 
     def of_file(self, place: Path) -> Reference:
-        """Statistics, or the features of pictures; each process makes its share of these.
+        """Statistics, or the features of images; each process makes its share of these.
 
         Raises EvaluationError, DataError where there are none, or of other features or another size.
         """
         if not place.exists():
-            expected = f"`{TEACHER}`, statistics (.npz), or pictures (a folder, .zip, .npz or .npy)"
+            expected = f"`{TEACHER}`, statistics (.npz), or images (a folder, .zip, .npz or .npy)"
             why, todo = "rows are compared with it", "check the path"
             raise EvaluationError(problem(f"reference {place}, which is not there", expected, why, todo))
         if is_stats(place):
             return self._of_stats(place)
-        pictures = Pictures(place, self.spec.side)
-        folder = self.spec.output_dir / "work" / "reference-pictures"
-        store = read_into(folder, pictures, self.spec, self.extractor, self.state)
+        images = Images(place, self.spec.side)
+        folder = self.spec.output_dir / "work" / "reference-images"
+        store = read_into(folder, images, self.spec, self.extractor, self.state)
         features, known = store.features(), store.noted(FACTS) or {}
-        told = {"kind": "images", "path": str(place), "sha256": known["pictures"], "n": len(features)}
+        told = {"kind": "images", "path": str(place), "sha256": known["images"], "n": len(features)}
         told |= {"features_id": self.extractor.identity.id, "eval_res": self.spec.side}
         return Reference(stats=store.stats(), features=features, paired=False, facts=told)
 
@@ -92,7 +92,7 @@ class Referent:
             got, why = f"{place}, made with {made}", "features of different extractors have no distance"
             raise EvaluationError(problem(got, own.id, why, "make it again with this one"))
         if made != UNKNOWN_FEATURES and facts.get("eval_res") != self.spec.side:
-            got, why = f"{place}, of pictures at eval_res {facts.get('eval_res')}", "both sides are resized alike"
+            got, why = f"{place}, of images at eval_res {facts.get('eval_res')}", "both sides are resized alike"
             raise EvaluationError(problem(got, f"eval_res {self.spec.side}", why, "set --eval-res alike"))
         told = {"kind": "npz", "path": str(place), "sha256": sha256(place.read_bytes()).hexdigest()}
         told |= {"n": stats.n or None, "features_id": made, "eval_res": facts.get("eval_res")}

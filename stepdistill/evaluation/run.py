@@ -16,11 +16,11 @@ from diffusers import AutoencoderKL
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.data.bundled import emoji
 from stepdistill.evaluation.draw import Painter, labels, plan, slug
+from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.measure import Reference, Sampled, measured
 from stepdistill.evaluation.metrics.extractors import extractor
 from stepdistill.evaluation.metrics.features import FeatureExtractor
 from stepdistill.evaluation.metrics.identity import Identity
-from stepdistill.evaluation.pictures import Pictures
 from stepdistill.evaluation.prompts import prompt_of, read_records, sha256_of
 from stepdistill.evaluation.read import read_into
 from stepdistill.evaluation.reference import TEACHER, Referent
@@ -35,7 +35,7 @@ from stepdistill.evaluation.subjects import contract_of, family_of
 from stepdistill.families.base import BUNDLED_NAMES
 from stepdistill.networks.lpips import lpips
 
-LEAST = 40  # pictures: 20 blocks of two
+LEAST = 40  # images: 20 blocks of two
 
 
 def run(spec: Draws) -> dict[str, Any]:
@@ -91,29 +91,29 @@ def run(spec: Draws) -> dict[str, Any]:
 
 
 def score(places: Sequence[Path], spec: Measures, prompts: Path | None = None) -> dict[str, Any]:
-    """Measure pictures that are there: the rows are folders, zips or arrays. Returns and raises as `run` does.
+    """Measure images that are there: the rows are folders, zips or arrays. Returns and raises as `run` does.
 
     Args:
-        prompts: of the pictures in the order of their names, in turn, for the CLIP score.
+        prompts: of the images in the order of their names, in turn, for the CLIP score.
     """
     state, device = joined(spec)
     if spec.reference == TEACHER:
-        why, todo = "there is no teacher here to draw", "name statistics or pictures by --ref"
+        why, todo = "there is no teacher here to draw", "name statistics or images by --ref"
         raise EvaluationError(problem("no reference", "--ref", why, todo))
     if (spec.clip is None) != (prompts is None):
         why, todo = "the CLIP score is of pairs", "name both, --clip and --prompts, or none"
         raise EvaluationError(problem(f"CLIP {spec.clip} and prompts {prompts}", "both or none", why, todo))
     names = labels([str(place) for place in places])
-    sources = {name: Pictures(place, spec.side) for name, place in zip(names, places, strict=True)}
-    for pictures in sources.values():
-        enough(len(pictures), f"in {pictures.source}")
+    sources = {name: Images(place, spec.side) for name, place in zip(names, places, strict=True)}
+    for images in sources.values():
+        enough(len(images), f"in {images.source}")
     made = extracted(spec, device, None)
-    clips = {name: scored(spec, pictures, prompts, device) for name, pictures in sources.items()}
+    clips = {name: scored(spec, images, prompts, device) for name, images in sources.items()}
     reference = Referent(spec, made, state).of_file(Path(spec.reference))
     metrics, left_out = possible(spec.metrics, made.identity, reference, several=False, teacher=False)
     stores = {
-        name: read_into(spec.output_dir / "work" / slug(f"pictures, {name}"), pictures, spec, made, state, clips[name])
-        for name, pictures in sources.items()
+        name: read_into(spec.output_dir / "work" / slug(f"images, {name}"), images, spec, made, state, clips[name])
+        for name, images in sources.items()
     }
     if not state.is_main_process:
         return {}
@@ -139,19 +139,19 @@ def score(places: Sequence[Path], spec: Measures, prompts: Path | None = None) -
 
 
 def statistics(place: Path, spec: Measures, out: Path) -> None:
-    """Write the Gaussian of pictures' features to an npz, which pytorch-fid and clean-fid can read.
+    """Write the Gaussian of images' features to an npz, which pytorch-fid and clean-fid can read.
 
     What a run that was cut left is in `spec.output_dir`, which goes when all is there.
     """
     if out.suffix != ".npz":
         raise EvaluationError(problem(out, "a name that ends in .npz", "--ref knows statistics by it", "add it"))
     state, device = joined(spec)
-    pictures = Pictures(place, spec.side)
+    images = Images(place, spec.side)
     made = extracted(spec, device, None)
-    store = read_into(spec.output_dir, pictures, spec, made, state)
+    store = read_into(spec.output_dir, images, spec, made, state)
     if state.is_main_process:
         facts = {"features_id": made.identity.id, "source": str(place), "eval_res": spec.side}
-        store.stats().save(out, facts | {"sha256": (store.noted(FACTS) or {})["pictures"]})
+        store.stats().save(out, facts | {"sha256": (store.noted(FACTS) or {})["images"]})
         shutil.rmtree(spec.output_dir)
 
 
@@ -169,10 +169,10 @@ def compare(folders: Sequence[Path], out: Path, csv: Path | None) -> list[str]:
 
 
 def enough(n: int, where: str) -> None:
-    """Raise EvaluationError for too few pictures."""
+    """Raise EvaluationError for too few images."""
     if n < LEAST:
         why = "the intervals leave out 20 blocks of two or more"
-        raise EvaluationError(problem(f"{n} pictures {where}", f"{LEAST} or more", why, "draw more"))
+        raise EvaluationError(problem(f"{n} images {where}", f"{LEAST} or more", why, "draw more"))
 
 
 def joined(spec: Measures) -> tuple[PartialState, torch.device]:
@@ -214,18 +214,18 @@ def possible(
     """The metrics that can be measured, and why not the others, in words.
 
     Args:
-        reference: None is the teacher's own pictures.
-        several: whether each prompt has two pictures or more.
+        reference: None is the teacher's own images.
+        several: whether each prompt has two images or more.
         teacher: whether a teacher is drawn beside.
     """
     left_out: dict[str, str] = {}
     if reference is not None and reference.features is None:
         for name in ("kid", "prdc", "cmmd"):
-            left_out[name] = "the reference has no single pictures"
+            left_out[name] = "the reference has no single images"
     if not identity.arch.startswith("clip-"):
         left_out["cmmd"] = f"it is defined on CLIP's embeddings, not on {identity.id}"
     if not several:
-        left_out["diversity"] = "no prompt has two pictures"
+        left_out["diversity"] = "no prompt has two images"
     if not teacher:
         left_out |= {name: "there is no teacher beside" for name in ("paired", "pixels", "lpips", "diversity")}
     return (
@@ -234,15 +234,15 @@ def possible(
     )
 
 
-def scored(spec: Measures, pictures: Pictures, prompts: Path | None, device: torch.device) -> ClipScore | None:
-    """The CLIP score of pictures that are there, if it is asked for."""
+def scored(spec: Measures, images: Images, prompts: Path | None, device: torch.device) -> ClipScore | None:
+    """The CLIP score of images that are there, if it is asked for."""
     if spec.clip is None or prompts is None:
         return None
     records = read_records(prompts)
-    if len(records) > len(pictures):
-        got, why = f"{len(records)} prompts for {len(pictures)} pictures", "each picture has one, in turn"
-        raise EvaluationError(problem(got, "as many at most", why, "name the prompts of these pictures"))
-    each = [prompt_of(records[i % len(records)]) for i in range(len(pictures))]
+    if len(records) > len(images):
+        got, why = f"{len(records)} prompts for {len(images)} images", "each image has one, in turn"
+        raise EvaluationError(problem(got, "as many at most", why, "name the prompts of these images"))
+    each = [prompt_of(records[i % len(records)]) for i in range(len(images))]
     return ClipScore.load(spec.clip, each, spec.under.prefix, device)
 
 

@@ -1,4 +1,4 @@
-"""What is measured of single pictures beside their features: CLIP score, and likeness to the teacher's picture."""
+"""What is measured of single images beside their features: CLIP score, and likeness to the teacher's image."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from stepdistill.networks.lpips import lpips
 
 @dataclass(frozen=True)
 class ClipScore:
-    """CLIP scores of pictures with their prompts.
+    """CLIP scores of images with their prompts.
 
     Args:
         model: the CLIP.
         name: folder or hub id of it.
         prefix: before each prompt.
-        prompts: of every picture, by number.
+        prompts: of every image, by number.
     """
 
     model: Clip
@@ -50,18 +50,18 @@ class ClipScore:
 
     @cached_property
     def facts(self) -> dict[str, str]:
-        """What the scores depend on besides pictures and prompts."""
+        """What the scores depend on besides images and prompts."""
         digest = hash_of(self.model.model.state_dict())
         return {"model": f"{self.name}@{digest[:8]}", "weights_sha256": digest, "prefix": self.prefix}
 
-    def __call__(self, pictures: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
-        """Scores by name, of pictures (B, 3, H, W) uint8 with these numbers."""
+    def __call__(self, images: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
+        """Scores by name, of images (B, 3, H, W) uint8 with these numbers."""
         own = [self.prompts[i] for i in numbers]
-        return {"clip": clip_scores(self.model, pictures, own, self.prefix).tolist()}
+        return {"clip": clip_scores(self.model, images, own, self.prefix).tolist()}
 
 
 def against_teacher(teacher: Store) -> Score:
-    """PSNR in dB and SSIM (Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861) of pictures and the teacher's, by
+    """PSNR in dB and SSIM (Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861) of images and the teacher's, by
     torchmetrics. Raises EvaluationError where that is not installed."""
     try:
         from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -69,30 +69,30 @@ def against_teacher(teacher: Store) -> Score:
         why, todo = "they are torchmetrics'", "pip install 'stepdistill[fid]', or leave `pixels` out"
         raise EvaluationError(problem(f"metric pixels, and {error}", "torchmetrics", why, todo)) from error
 
-    def score(pictures: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
-        a, b = pictures.double(), _same(teacher, numbers).double()
+    def score(images: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
+        a, b = images.double(), _same(teacher, numbers).double()
         psnr = peak_signal_noise_ratio(a, b, data_range=255.0, reduction="none", dim=(1, 2, 3))
         ssim = structural_similarity_index_measure(a, b, data_range=255.0, reduction="none")
         assert isinstance(ssim, Tensor)
-        # equal pictures have infinite PSNR, which JSON cannot hold: one grey level in one value is the next best
-        best = 10 * math.log10(255.0**2 * pictures[0].numel())
+        # equal images have infinite PSNR, which JSON cannot hold: one grey level in one value is the next best
+        best = 10 * math.log10(255.0**2 * images[0].numel())
         return {"psnr": psnr.clamp(max=best).tolist(), "ssim": ssim.tolist()}
 
     return score
 
 
 def perceptual(teacher: Store, device: torch.device) -> Score:
-    """LPIPS (AlexNet) of pictures and the teacher's. Raises ConfigError where its weights are not there."""
+    """LPIPS (AlexNet) of images and the teacher's. Raises ConfigError where its weights are not there."""
     network = lpips("alex", device)
 
     @torch.no_grad()
-    def score(pictures: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
-        a, b = (each.to(device).float() / 127.5 - 1 for each in (pictures, _same(teacher, numbers)))
+    def score(images: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
+        a, b = (each.to(device).float() / 127.5 - 1 for each in (images, _same(teacher, numbers)))
         return {"lpips": network(a, b).tolist()}
 
     return score
 
 
 def _same(teacher: Store, numbers: Sequence[int]) -> Tensor:
-    """The teacher's pictures of the same prompts and noises."""
-    return teacher.pictures(range(numbers[0], numbers[-1] + 1))
+    """The teacher's images of the same prompts and noises."""
+    return teacher.images(range(numbers[0], numbers[-1] + 1))

@@ -17,19 +17,19 @@ from stepdistill.students.draw.call import SEED_A, SEED_B
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """How pictures are measured, wherever they come from.
+    """How images are measured, wherever they come from.
 
     Args:
-        reference: `teacher`, statistics (.npz), or pictures (a folder, .zip, .npz or .npy).
+        reference: `teacher`, statistics (.npz), or images (a folder, .zip, .npz or .npy).
         protocol: a name of `PROTOCOLS`; it says what is None below.
         features: name of the extractor.
-        resize: how pictures are brought to the extractor's size.
-        eval_res: side in pixels that all pictures are cropped and resized to before.
+        resize: how images are brought to the extractor's size.
+        eval_res: side in pixels that all images are cropped and resized to before.
         metrics: of `METRICS`.
         clip: folder or hub id of the CLIP of the CLIP score; None leaves the score out.
         weights: files of extractors.
         allow_unknown_weights: measure with Inception weights that are not FID's, as `fd`.
-        feature_batch: pictures that the extractor takes at once, and that make a unit.
+        feature_batch: images that the extractor takes at once, and that make a unit.
         feature_dtype: of the extractor.
         device: of everything; None is the first accelerator, or the CPU.
     """
@@ -65,7 +65,7 @@ class Measures:
 
     @property
     def side(self) -> int | None:
-        """What pictures are cropped and resized to before anything else."""
+        """What images are cropped and resized to before anything else."""
         return self.under.eval_res if self.eval_res is None else self.eval_res
 
 
@@ -78,18 +78,18 @@ class Draws(Measures):
         students: student folders or hub ids.
         family: module of stepdistill.families; None reads it from the students, or the pipeline.
         prompts: a file; None is the bundled set.
-        num: pictures a row; None is the protocol's number, or one of each prompt. Prompts are taken in turn.
+        num: images a row; None is the protocol's number, or one of each prompt. Prompts are taken in turn.
         seed: of every row's noises.
-        reference_seed: of the teacher's pictures that all are compared with.
+        reference_seed: of the teacher's images that all are compared with.
         steps: of the students, and of the teacher beside them; none are the students' own numbers.
         guidance: scales of the students; none are their own.
         teacher_steps: of the teacher at its best.
         teacher_guidance: of the teacher.
-        batch: pictures drawn at once, of a unit.
+        batch: images drawn at once, of a unit.
         dtype: of the pipeline.
-        save_pictures: every picture as PNG.
-        columns: pictures of a row in the sheets.
-        latency: repetitions of one picture alone, timed; 0 for none.
+        save_images: every image as PNG.
+        columns: images of a row in the sheets.
+        latency: repetitions of one image alone, timed; 0 for none.
         export: folders that other benchmarks score.
     """
 
@@ -106,7 +106,7 @@ class Draws(Measures):
     teacher_guidance: float = 7.5
     batch: int = 8
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    save_pictures: bool = False
+    save_images: bool = False
     columns: int = 8
     latency: int = 0
     export: Literal["geneval", "t2i-compbench"] | None = None
@@ -123,7 +123,7 @@ class Draws(Measures):
             got = f"guidance {list(scales)}"
             raise ConfigError(problem(got, "different finite scales", "each is a row", "correct it"))
         if self.reference == "teacher" and self.seed == self.reference_seed:
-            why = "the teacher would be compared with the very same pictures"
+            why = "the teacher would be compared with the very same images"
             raise ConfigError(problem(f"seed {self.seed} for rows and reference", "two seeds", why, "choose another"))
 
 

@@ -1,6 +1,6 @@
-"""What an evaluation has of its pictures: features in a memory map, and what each unit of them cost and scored.
+"""What an evaluation has of its images: features in a memory map, and what each unit of them cost and scored.
 
-A unit is as many consecutive pictures as the feature extractor takes at once. It is whole or not there, whatever ends
+A unit is as many consecutive images as the feature extractor takes at once. It is whole or not there, whatever ends
 the run; any number of processes make the same units, since nothing of a unit depends on another.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.evaluation.metrics.stats import PART, FeatureStats, Stats
 
-FACTS, FEATURES, PICTURES = "facts.json", "features.npy", "pictures.npy"
+FACTS, FEATURES, IMAGES = "facts.json", "features.npy", "images.npy"
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Store:
 
     Args:
         folder: where they are kept.
-        n: pictures in all.
-        unit: pictures of a unit; the last may have fewer.
-        dim: features of a picture.
-        kept: of how many pictures, from the first on, the pixels are kept, too.
+        n: images in all.
+        unit: images of a unit; the last may have fewer.
+        dim: features of an image.
+        kept: of how many images, from the first on, the pixels are kept, too.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class Store:
 
         Args:
             facts: all that features, costs and scores depend on, as JSON.
-            shape: (3, H, W) of pictures that are kept.
+            shape: (3, H, W) of images that are kept.
 
         Raises:
             EvaluationError: what lies there is of other facts, or it cannot be written.
@@ -57,13 +57,13 @@ class Store:
             odd = sorted(key for key in found.keys() | known.keys() if found.get(key) != known.get(key))
             if odd:
                 got = f"{self.folder}, which was begun with other {', '.join(odd)}"
-                why = "its pictures would be mixed with those of this evaluation"
+                why = "its images would be mixed with those of this evaluation"
                 raise EvaluationError(problem(got, "the same", why, "name another output folder, or remove this one"))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _fresh(self.folder / FEATURES, np.dtype(np.float32), (self.n, self.dim))
             if self.kept:
-                _fresh(self.folder / PICTURES, np.dtype(np.uint8), (self.kept, *shape))
+                _fresh(self.folder / IMAGES, np.dtype(np.uint8), (self.kept, *shape))
             write(file, json.dumps(known, indent=1))
         except OSError as error:
             why, todo = "features and scores are kept there", "name another output folder"
@@ -74,35 +74,35 @@ class Store:
         return [k for k in range(-(-self.n // self.unit))[rank::world] if not self._file(k).exists()]
 
     def rows(self, k: int) -> range:
-        """The numbers of the pictures of unit k."""
+        """The numbers of the images of unit k."""
         return range(k * self.unit, min(self.n, (k + 1) * self.unit))
 
-    def put(self, k: int, pictures: Tensor, features: Tensor, told: Mapping[str, object]) -> None:
-        """Keep unit k: features (B, dim) float32 of pictures (B, 3, H, W) uint8, and what is told of it as JSON; lists
-        in it have an entry a picture, but for `skipped`, the numbers of those without.
+    def put(self, k: int, images: Tensor, features: Tensor, told: Mapping[str, object]) -> None:
+        """Keep unit k: features (B, dim) float32 of images (B, 3, H, W) uint8, and what is told of it as JSON; lists
+        in it have an entry an image, but for `skipped`, the numbers of those without.
 
         Raises ValueError for another number of features.
         """
         rows = self.rows(k)
         if features.shape != (len(rows), self.dim):
             raise ValueError(
-                f"unit {k} got features {tuple(features.shape)}, expected {(len(rows), self.dim)}: one row a picture; "
+                f"unit {k} got features {tuple(features.shape)}, expected {(len(rows), self.dim)}: one row an image; "
                 "look at the extractor"
             )
         self._write(FEATURES, rows.start, features)
         if rows.start < self.kept:
-            self._write(PICTURES, rows.start, pictures[: self.kept - rows.start])
+            self._write(IMAGES, rows.start, images[: self.kept - rows.start])
         write(self._file(k), json.dumps(dict(told)))  # last: it says that the unit is whole
 
     def features(self) -> Tensor:
-        """All features (n, dim) float32, without those of skipped pictures: pages of the file, read when they are used.
+        """All features (n, dim) float32, without those of skipped images: pages of the file, read when they are used.
 
         Raises EvaluationError where a unit is missing.
         """
         missing = self.missing()
         if missing:
             got = f"{len(missing)} of {-(-self.n // self.unit)} units missing in {self.folder}"
-            raise EvaluationError(problem(got, "all", "a distance is over all pictures", "run it again: it goes on"))
+            raise EvaluationError(problem(got, "all", "a distance is over all images", "run it again: it goes on"))
         found = torch.from_numpy(np.load(self.folder / FEATURES, mmap_mode="c"))
         skipped = {i for unit in self.told() for i in unit["skipped"]}
         return found[[i for i in range(self.n) if i not in skipped]] if skipped else found
@@ -117,16 +117,16 @@ class Store:
             sums.update(part)
         return sums.stats()
 
-    def pictures(self, rows: range) -> Tensor:
-        """The kept pictures of these numbers, uint8 (B, 3, H, W)."""
-        return torch.from_numpy(np.load(self.folder / PICTURES, mmap_mode="r")[rows.start : rows.stop].copy())
+    def images(self, rows: range) -> Tensor:
+        """The kept images of these numbers, uint8 (B, 3, H, W)."""
+        return torch.from_numpy(np.load(self.folder / IMAGES, mmap_mode="r")[rows.start : rows.stop].copy())
 
     def told(self) -> Iterator[dict[str, Any]]:
         """What was told of each unit, in order."""
         return (json.loads(self._file(k).read_text()) for k in range(-(-self.n // self.unit)))
 
     def note(self, name: str, facts: Mapping[str, object]) -> None:
-        """Keep something else that is known of all pictures, as JSON."""
+        """Keep something else that is known of all images, as JSON."""
         write(self.folder / name, json.dumps(dict(facts)))
 
     def noted(self, name: str) -> dict[str, Any] | None:

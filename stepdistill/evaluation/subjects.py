@@ -145,7 +145,7 @@ class Subject:
     def draw(
         self, way: Way, row: Row, prompts: Sequence[str], numbers: Sequence[int], batch: int
     ) -> tuple[Tensor, Cost]:
-        """Pictures (B, 3, H, W) uint8 and their cost, see `stepdistill.students.draw.call.generate`."""
+        """Images (B, 3, H, W) uint8 and their cost, see `stepdistill.students.draw.call.generate`."""
         if isinstance(self.call, Students):
             alike = None if way.steps is way.guidance is None else row  # else each under its own contract
             return generate_each(self.call, prompts, way.seed, alike, batch, numbers, self.size)

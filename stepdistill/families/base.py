@@ -164,17 +164,17 @@ class Family(ABC):
         return pipe.components[self.network_name].config["sample_size"] * pipe.vae_scale_factor
 
     def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of a picture of `height` x `width` pixels."""
+        """(C, H, W) of the latents of an image of `height` x `width` pixels."""
         scale = pipe.vae_scale_factor
         self.check_size(height, width, scale)
         return (pipe.components[self.network_name].config["in_channels"], height // scale, width // scale)
 
     def check_size(self, height: int, width: int, unit: int) -> None:
-        """Raise ConfigError for pictures, in pixels, whose sides are no multiples of `unit`."""
+        """Raise ConfigError for images, in pixels, whose sides are no multiples of `unit`."""
         if height % unit or width % unit:
             raise ConfigError(
                 problem(
-                    f"pictures of {height} x {width} pixels",
+                    f"images of {height} x {width} pixels",
                     f"sides that {unit} divides",
                     f"one place of the network's input stands for {unit} pixels a side",
                     f"choose a resolution that is a multiple of {unit}",
@@ -228,7 +228,7 @@ class Family(ABC):
 
     @abstractmethod
     def sites(self, net: nn.Module) -> Sites:
-        """Where guidance adapters go: attention layers whose output reaches the picture, and that see the prompt."""
+        """Where guidance adapters go: attention layers whose output reaches the image, and that see the prompt."""
 
     @abstractmethod
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:

@@ -34,7 +34,7 @@ class Flux(Flow):
     Args:
         guidance_embedding: what a network with such an input is told, teacher and student alike.
         max_sequence_length: tokens of T5's part of the prompt; 512 for dev, 256 for schnell.
-        shift: of the teacher's own grid; none takes the scheduler's, and where that depends on the size of the picture
+        shift: of the teacher's own grid; none takes the scheduler's, and where that depends on the size of the image
             its `max_shift`, which is that of 1024 x 1024 pixels (3.16 for dev; at 512 x 512 it is 1.88).
     """
 
@@ -88,11 +88,11 @@ class Flux(Flow):
         return [name for name in named(net, TARGETS, (nn.Linear,)) if "." in name]
 
     def tap(self, net: nn.Module) -> Tap:
-        """The picture's tokens where the two streams join."""
+        """The image's tokens where the two streams join."""
         return Tap("single_transformer_blocks.0", inner(net), 2, 16)
 
     def sites(self, net: nn.Module) -> Sites:
-        """The picture's part of every joint attention of two streams; the prompt there is the block's text stream."""
+        """The image's part of every joint attention of two streams; the prompt there is the block's text stream."""
         return attentions(net, "attn", "time_text_embed.timestep_embedder")
 
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:

@@ -27,7 +27,7 @@ TARGETS = (
 class PixArt(VariancePreserving):
     """A pipeline around a `PixArtTransformer2DModel`, which predicts a variance, too; that is left out.
 
-    Pictures are drawn at exactly the size that is asked for, not at the nearest of the pipeline's list of sizes, and
+    Images are drawn at exactly the size that is asked for, not at the nearest of the pipeline's list of sizes, and
     captions are taken as they are. Diffusers has no LoRA loader for these pipelines: `stepdistill.load_student` loads
     the student, and `stepdistill convert --to fused` makes a network of it that plain Diffusers loads.
     """
@@ -91,7 +91,7 @@ class PixArt(VariancePreserving):
 
     @abstractmethod
     def told_size(self, config: Any) -> bool:  # noqa: ANN401
-        """Whether the network is told the picture's size."""
+        """Whether the network is told the image's size."""
 
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
         config: Any = net.config

@@ -30,7 +30,7 @@ def warn_of_cut(family: Family, pipe: DiffusionPipeline, prompts: Sequence[str])
         if cut:
             logger.warning(
                 "%d of %d prompts are longer than the %d tokens of %s, which leaves out their end: of %r it leaves "
-                "out %r; the pictures will not show it",
+                "out %r; the images will not show it",
                 *(len(cut), len(texts), limit, name, cut[0][0][:60], cut[0][1][:200]),
             )
             warned = True

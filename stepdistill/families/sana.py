@@ -31,7 +31,7 @@ class Sana(Flow):
     """SANA and SANA 1.5 pipelines, and the base that SANA-Sprint is distilled from: time in [0, 1], normalised queries
     and keys (Chen et al. 2025, https://arxiv.org/abs/2503.09641, section 3.2).
 
-    Pictures are drawn at exactly the size that is asked for, not at the nearest of the pipeline's list of sizes.
+    Images are drawn at exactly the size that is asked for, not at the nearest of the pipeline's list of sizes.
 
     Args:
         max_sequence_length: tokens of a prompt.

@@ -54,7 +54,7 @@ class StableDiffusion3(Flow):
                 problem(
                     "a scheduler with use_dynamic_shifting",
                     "one fixed shift",
-                    "the solver's grid must be the same for every picture size",
+                    "the solver's grid must be the same for every image size",
                     "set use_dynamic_shifting to false and shift to the value for your resolution",
                 )
             )
@@ -67,11 +67,11 @@ class StableDiffusion3(Flow):
         return [name for name in found if name != f"transformer_blocks.{last}.attn.add_q_proj"]
 
     def tap(self, net: nn.Module) -> Tap:
-        """The picture's tokens at half the depth."""
+        """The image's tokens at half the depth."""
         return halfway(net)
 
     def sites(self, net: nn.Module) -> Sites:
-        """The picture's part of every joint attention; the prompt there is the block's own text stream."""
+        """The image's part of every joint attention; the prompt there is the block's own text stream."""
         return attentions(net, "attn", "time_text_embed.timestep_embedder")
 
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:

@@ -93,7 +93,7 @@ class Method(ABC):
     @property
     @abstractmethod
     def needs(self) -> frozenset[str]:
-        """What a sample must carry: "prompts", "latents" (pictures do, too), "pairs" (latents and their noise), or
+        """What a sample must carry: "prompts", "latents" (images do, too), "pairs" (latents and their noise), or
         "trajectories" (guided states)."""
 
     @abstractmethod

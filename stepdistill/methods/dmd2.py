@@ -85,7 +85,7 @@ class DMD2(Method):
         critic_steps: K, updates of the fake score for each of the student, which comes first.
         warmup_steps: steps of the fake score alone, before the student's first.
         t_range: lowest and highest timestep at which the scores are compared.
-        gan: the adversarial term, which needs pictures; none trains on prompts alone.
+        gan: the adversarial term, which needs images; none trains on prompts alone.
         ema_decay: decay of the average of the student that is exported; none exports the student itself.
     """
 

@@ -39,13 +39,13 @@ class AdapterGuidance(Method):
         prompt's have theirs already, and `mixed` is new.
 
     Args:
-        arch: `cross_attention` from the picture's tokens to those of w, time and prompt; `mixed`, the same with the
-            picture's tokens put to it and a nonlinearity, which fits better at the same size; or `offset`, one vector
-            for all of the picture.
+        arch: `cross_attention` from the image's tokens to those of w, time and prompt; `mixed`, the same with the
+            image's tokens put to it and a nonlinearity, which fits better at the same size; or `offset`, one vector
+            for all of the image.
         width: inner dimension of the adapters. 320 is 2.7 % more parameters for Stable Diffusion 1.5; SDXL has 4
             times as many attention layers, so 128 is.
         guidance_range: the scales of the trajectories; written into the contract, which warns of others.
-        sampling_guidance_scale: w of pictures where none is set, within the range.
+        sampling_guidance_scale: w of images where none is set, within the range.
         num_inference_steps: steps that the contract names.
     """
 

@@ -75,7 +75,7 @@ class Reflow(Method):
         density: of the share of noise along the line: `uniform`, or rf++'s `u_shaped`, more at both ends.
         loss_type: of velocities: `l2`, or rf++'s `huber` of a whole sample. The latter, and LPIPS, keep the minimum
             only because the end of a pair is a function of its noise.
-        lpips: the perceptual term; none decodes no picture.
+        lpips: the perceptual term; none decodes no image.
         annealing_steps: steps until the noise is the pair's own; 0 begins with it.
         random_flip: mirror a pair's noise and latents together, every other time.
         width: below 1 the student is a smaller network of about this share of the channels, with fresh weights.

@@ -32,7 +32,7 @@ class FlowGuided(Method):
         flow_weight: of the term on fresh noise; 0 is distillation on pairs alone.
         turn_range: shares of the way from noise to data at which the flow takes over, drawn uniformly.
         loss_type: of the ends, in latents: `l2`, or rf++'s `huber` of a whole sample.
-        lpips: a perceptual term beside it; none decodes no picture.
+        lpips: a perceptual term beside it; none decodes no image.
         width: below 1 the student is a smaller network, as that of `Reflow`.
         ema_decay: decay of the average of the student that is exported; none exports the student itself.
     """

@@ -25,14 +25,14 @@ from stepdistill.networks.roles import TEACHER, Ema, Lora, Role
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTerm:
-    """SwiftBrush v2's clamped term, `weight max(0, threshold - cos(picture, prompt))`; 0 above the threshold.
+    """SwiftBrush v2's clamped term, `weight max(0, threshold - cos(image, prompt))`; 0 above the threshold.
 
     References:
         SwiftBrush v2, Dao et al. 2024, https://arxiv.org/abs/2408.14176, section 4.2.
 
     Args:
         pretrained_clip_model: a folder or hub id.
-        threshold: cosine from which on a picture fits well enough (0.35 published; 0.37 in SNOOPI).
+        threshold: cosine from which on an image fits well enough (0.35 published; 0.37 in SNOOPI).
         weight: at the student's first step.
         decay_steps: steps in which the weight falls to 0 along a line; none keeps it.
     """
@@ -62,7 +62,7 @@ class VSD(Method):
         warmup_steps: steps of the fake score alone, before the student's first.
         t_range: lowest and highest timestep at which the scores are compared.
         proportion_empty_prompts: share of steps in which the fake score learns the unconditional law.
-        clip: the clamped CLIP term; none decodes no picture.
+        clip: the clamped CLIP term; none decodes no image.
         ema_decay: decay of the average of the student that is exported; none exports the student itself.
     """
 
@@ -112,8 +112,8 @@ class VSD(Method):
             loss = surrogate(x0, self.gradient(target, context, batch, x0.detach()))
             logs = {"loss": loss.detach()}
             if self.clip is not None:
-                pictures = (context.decode(x0) / 2 + 0.5).clamp(0, 1)
-                cosine = clip(self.clip.pretrained_clip_model, context.device)(pictures, batch.prompts)
+                images = (context.decode(x0) / 2 + 0.5).clamp(0, 1)
+                cosine = clip(self.clip.pretrained_clip_model, context.device)(images, batch.prompts)
                 loss = loss + self.clip.weight_at(turn) * (self.clip.threshold - cosine).relu().mean()
                 logs["clip"] = cosine.detach().mean()
             x0 = x0.detach()

@@ -1,4 +1,4 @@
-"""How well pictures fit their prompts, by CLIP; differentiable in the pictures."""
+"""How well images fit their prompts, by CLIP; differentiable in the images."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ class Clip:
             for value in (processor.image_mean, processor.image_std)
         )
 
-    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosines (B,) of pictures (B, 3, H, W) in [0, 1] with their B prompts; gradients reach the pictures."""
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosines (B,) of images (B, 3, H, W) in [0, 1] with their B prompts; gradients reach the images."""
         side = self.model.config.vision_config.image_size
-        pixels = interpolate(pictures, (side, side), mode="bicubic", antialias=True, align_corners=False)
-        words = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(pictures.device)
+        pixels = interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False)
+        words = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(images.device)
         found = self.model(**words, pixel_values=(pixels - self.mean) / self.std)
         return cosine_similarity(found.image_embeds, found.text_embeds)
 

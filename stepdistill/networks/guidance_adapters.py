@@ -2,7 +2,7 @@
 
 What an adapter is told about the guidance scale w, the time and the prompt, it turns into something to add to its
 attention's output. Hooks and not other modules, so that names, attention processors and LoRAs stay as they are. What
-comes in with a hook is the picture's tokens and the prompt's; the time's embedding is the network's own, and w is set
+comes in with a hook is the image's tokens and the prompt's; the time's embedding is the network's own, and w is set
 from outside. Jensen & Sadat 2025, https://arxiv.org/abs/2503.07274.
 
 Other than there what an adapter adds is multiplied by w - 1, as the guided output's distance from the unguided one is.
@@ -51,10 +51,10 @@ class ScaleEmbedding(nn.Module):
 
 
 class CrossAttentionAdapter(nn.Module):
-    """One head of attention from the picture's tokens to g(w), the time and the prompt's tokens.
+    """One head of attention from the image's tokens to g(w), the time and the prompt's tokens.
 
-    Attention alone gives mixtures of the values of those few tokens. `mixed` puts the picture's own tokens to them,
-    and a nonlinearity behind, so that what is added can be any function of the picture, too.
+    Attention alone gives mixtures of the values of those few tokens. `mixed` puts the image's own tokens to them,
+    and a nonlinearity behind, so that what is added can be any function of the image, too.
     """
 
     def __init__(self, site: Site, time_width: int, width: int, mixed: bool) -> None:
@@ -77,7 +77,7 @@ class CrossAttentionAdapter(nn.Module):
 
 
 class OffsetAdapter(nn.Module):
-    """A vector from g(w), the time and the prompt's mean, the same for all of the picture's tokens."""
+    """A vector from g(w), the time and the prompt's mean, the same for all of the image's tokens."""
 
     def __init__(self, site: Site, time_width: int, width: int) -> None:
         super().__init__()
@@ -153,12 +153,12 @@ class Hooks:
             assert scale is not None and time is not None
             given = dict(zip(self.names[i], args, strict=False)) | kwargs
             x, prompt = given["hidden_states"], given["encoder_hidden_states"]
-            prompt = prompt[0] if isinstance(prompt, tuple) else prompt  # an IP-adapter sends its pictures with it
+            prompt = prompt[0] if isinstance(prompt, tuple) else prompt  # an IP-adapter sends its images with it
             kind = next(adapters[i].parameters()).dtype
             w = scale.to(x.device).reshape(-1).expand(len(x))
             more = adapters[i](x.to(kind), w, time.to(kind), prompt.to(kind))
             more = more * ((w - 1) / UNIT).to(more.dtype)[:, None, None]
-            if isinstance(output, tuple):  # of the picture, then of the prompt
+            if isinstance(output, tuple):  # of the image, then of the prompt
                 return (output[0] + more.to(output[0].dtype), *output[1:])
             return output + more.to(output.dtype)
 
@@ -166,7 +166,7 @@ class Hooks:
 
 
 class Attachment:
-    """Adapters that are on in a pipeline's network, at one scale for all pictures, until they are removed.
+    """Adapters that are on in a pipeline's network, at one scale for all images, until they are removed.
 
     They take the place of what was attached there before: two of them would guide twice.
     """

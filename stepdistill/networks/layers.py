@@ -45,7 +45,7 @@ def inner(net: nn.Module) -> int:
 
 
 def halfway(net: nn.Module) -> Tap:
-    """The picture's tokens at half the depth of a transformer."""
+    """The image's tokens at half the depth of a transformer."""
     config: Any = net.config
     patch = config["patch_size"]
     return Tap(f"transformer_blocks.{config['num_layers'] // 2}", inner(net), patch, config["sample_size"] // patch)

@@ -1,4 +1,4 @@
-"""LPIPS, the perceptual distance of two pictures; differentiable in both."""
+"""LPIPS, the perceptual distance of two images; differentiable in both."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.nn.functional import interpolate
 from stepdistill.core.errors import ConfigError, problem
 
 Net = Literal["vgg", "alex", "squeeze"]
-SIDE = 224  # of the pictures that the networks were trained on
+SIDE = 224  # of the images that the networks were trained on
 
 
 @cache
 def lpips(net: Net, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """Distances (B,) of pictures (B, 3, H, W) in about [-1, 1], resized to 224; one network in this process.
+    """Distances (B,) of images (B, 3, H, W) in about [-1, 1], resized to 224; one network in this process.
 
     Zhang et al. 2018, https://arxiv.org/abs/1801.03924, in torchmetrics' form. Raises ConfigError where that, or the
     weights of its network, cannot be had.

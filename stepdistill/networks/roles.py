@@ -65,8 +65,8 @@ class Adapters:
     zero. See `stepdistill.networks.guidance_adapters`.
 
     Args:
-        arch: what they are: cross-attention, the same mixed with the picture's own tokens, or an offset that is one
-            vector for all places of the picture.
+        arch: what they are: cross-attention, the same mixed with the image's own tokens, or an offset that is one
+            vector for all places of the image.
         width: their inner dimension.
     """
 

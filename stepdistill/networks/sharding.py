@@ -3,7 +3,7 @@
 By torch's `fully_shard` (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html). Only the frozen base
 is sharded. Roles are whole and plain tensors on every process, as without: `core.distributed` averages their
 gradients. A call of a sharded network takes every process, so what one process does alone, such as drawing validation
-pictures, goes through `Shards.lead`.
+images, goes through `Shards.lead`.
 """
 
 from __future__ import annotations

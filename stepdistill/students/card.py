@@ -29,10 +29,10 @@ TEMPLATE = """\
 
 # {{ name }} in {{ steps }}
 
-{{ what }} with which {{ base }} draws a picture in {{ steps }}. Distilled with stepdistill by the method
+{{ what }} with which {{ base }} draws an image in {{ steps }}. Distilled with stepdistill by the method
 `{{ method }}`; {{ loader }} loads it.
 {% if grid %}
-![Pictures of teacher and student by the same prompts and seeds](samples/grid.png)
+![Images of teacher and student by the same prompts and seeds](samples/grid.png)
 {% endif %}
 ## How to use
 

@@ -92,7 +92,7 @@ class Students:
             switch_on(self.nets[k], self.adapters[k])
 
     def __call__(self, prompts: Sequence[str] | str, **call: Any) -> Any:  # noqa: ANN401
-        """Pictures in the order of the prompts: a list, or one tensor or array by the pipeline's `output_type`.
+        """Images in the order of the prompts: a list, or one tensor or array by the pipeline's `output_type`.
 
         One call of the pipeline for each student with prompts: adapters cannot change within a batch.
 
@@ -100,7 +100,7 @@ class Students:
             prompts: N of them.
             call: further arguments of the pipeline's call, which win over the contract's. A list of N generators
                 or negative prompts, or (N, C, h, w) latents, are shared out with the prompts. With one generator
-                a picture depends on the other prompts; with one each it does not.
+                an image depends on the other prompts; with one each it does not.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         each = {name: call.pop(name) for name in EACH if isinstance(call.get(name), list | tuple | Tensor)}
@@ -118,7 +118,7 @@ class Students:
             if len(made) != len(places):
                 why = "they are put in the prompts' order"
                 todo = "write a prompt several times instead of asking for several images of it"
-                raise ValueError(problem(f"{len(made)} pictures of {len(places)} prompts", "one each", why, todo))
+                raise ValueError(problem(f"{len(made)} images of {len(places)} prompts", "one each", why, todo))
             rows |= dict(zip(places, made, strict=True))
         ordered = [rows[i] for i in range(len(prompts))]
         if isinstance(ordered[0], Tensor):
@@ -135,22 +135,22 @@ def generate_each(
     numbers: Sequence[int] | None = None,
     size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Cost]:
-    """What `students.draw.call.generate` draws, each prompt with its student: the same pictures as of it alone.
+    """What `students.draw.call.generate` draws, each prompt with its student: the same images as of it alone.
 
     Args:
         row: how all of them sample; None is each under its own contract.
         batch, numbers, size: as there.
     """
-    pictures, total = {}, Cost()
+    images, total = {}, Cost()
     for k, places in students.route(prompts).items():
         call = {key: value for key, value in students.calls[k].items() if key not in ("height", "width")}
         own = row or Row(f"student {k}", students.schedulers[k], call, students.family)
         with students.use(k):
             ids = places if numbers is None else [numbers[i] for i in places]
             made, cost = generate(students.pipe, own, [prompts[i] for i in places], seed, batch, numbers=ids, size=size)
-        pictures |= dict(zip(places, made, strict=True))
+        images |= dict(zip(places, made, strict=True))
         total = Cost(*(a + b for a, b in zip(astuple(total), astuple(cost), strict=True)))
-    return torch.stack([pictures[i] for i in range(len(prompts))]), total
+    return torch.stack([images[i] for i in range(len(prompts))]), total
 
 
 def _at(values: Any, places: list[int]) -> Any:  # noqa: ANN401

@@ -109,7 +109,7 @@ def accept(folder: Path, contract: Contract, proof: Proof) -> float:
             problem(
                 f"a difference of {proof.difference:.3g} between {folder} in plain Diffusers and the student",
                 f"at most {proof.tolerance:g} of the teacher's largest value, in {proof.dtype}",
-                "the folder draws other pictures than training did",
+                "the folder draws other images than training did",
                 "do not share it; compare its weights and scheduler with distill_config.json",
             )
         )

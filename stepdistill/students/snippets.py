@@ -8,7 +8,7 @@ from stepdistill.students.contract import Attached, Contract, MultiContract, tea
 
 
 def snippet(contract: Contract, address: Path | str) -> str:
-    """Python that draws a picture, by Diffusers alone where it can; `address` is the student's folder or hub id."""
+    """Python that draws an image, by Diffusers alone where it can; `address` is the student's folder or hub id."""
     if contract.adapters is not None:
         return _adapter_snippet(contract, contract.adapters, address)
     if contract.lora is not None and not teacher(contract).loads_lora:
@@ -51,7 +51,7 @@ def _loaded_snippet(contract: Contract, address: Path | str, *settings: str) -> 
 
 
 def multi_snippet(contract: MultiContract, address: Path | str) -> str:
-    """Python that draws two pictures, each by the student of its prompt."""
+    """Python that draws two images, each by the student of its prompt."""
     lines = [
         "import stepdistill",
         *_loading(contract, address),

@@ -1,4 +1,4 @@
-"""From samples to micro-batches: prompts become embeddings and pictures latents, each once where asked."""
+"""From samples to micro-batches: prompts become embeddings and images latents, each once where asked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BLOCK = 4  # prompts encoded at once
 
 
 def provided(source: Source) -> set[str]:
-    """What methods may ask of a source: pictures give latents too, latents with their noise are pairs."""
+    """What methods may ask of a source: images give latents too, latents with their noise are pairs."""
     have = set(source.provides)
     have |= {"latents"} if "images" in have else set()
     return have | ({"pairs"} if {"latents", "noise"} <= have else set())
@@ -79,12 +79,12 @@ class Feed:
 
     @property
     def side(self) -> int:
-        """Side in pixels where no picture says so."""
+        """Side in pixels where no image says so."""
         return self.spec.resolution or self.family.native_side(self.pipe)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of latents where no picture says so."""
+        """(C, H, W) of latents where no image says so."""
         return self.family.latent_shape(self.pipe, self.side, self.side)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
@@ -120,10 +120,10 @@ class Feed:
             logger.warning("%d prompts were not in %s, and had to be encoded", self.encoded, self.folder)
 
     def fixed(self, source: Source) -> Source:
-        """The source as it is read. Where latents are cached, each picture has one crop, and the cache is opened."""
+        """The source as it is read. Where latents are cached, each image has one crop, and the cache is opened."""
         if not self.spec.cache_latents or "images" not in source.provides:
             return source
-        source = FixedCrops(source=source)  # else a latent would depend on where its picture came first
+        source = FixedCrops(source=source)  # else a latent would depend on where its image came first
         self.latents = LatentCache(self.folder and self.folder / "latents", f"{self.keys.vae}/{source.digest()}")
         return source
 
@@ -161,15 +161,15 @@ class Feed:
         return Batch(tuple(index), cond, shape, _to(latents, self.device), _to(noise, self.device), prompts, state)
 
     def encode(self, samples: Sequence[Sample]) -> Tensor:
-        """Latents (B, C, h, w) of samples with pictures."""
+        """Latents (B, C, h, w) of samples with images."""
         pixels = torch.stack([s.pixels for s in samples if s.pixels is not None])
         if self.latents is None:
-            pipe = self.parts.vae("without train.cache_latents pictures are encoded at every step")
+            pipe = self.parts.vae("without train.cache_latents images are encoded at every step")
             return self.family.encode(pipe, pixels.to(self.device))
         place = {sample.item: n for n, sample in enumerate(samples)}
 
         def encode(items: list[int]) -> Tensor:
-            pipe = self.parts.vae(f"latents of {len(items)} pictures are not in {self.folder}")
+            pipe = self.parts.vae(f"latents of {len(items)} images are not in {self.folder}")
             rows = pixels[[place[item] for item in items]].to(self.device)
             # one by one, for the reason in `_embed`
             return torch.cat([self.family.encode(pipe, row).cpu() for row in rows.split(1)])

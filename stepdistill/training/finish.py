@@ -1,4 +1,4 @@
-"""After training: the student folder, its proof, the picture, the figures and the summary."""
+"""After training: the student folder, its proof, the image, the figures and the summary."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
         ]
         scale = max(1, 96 // made[0][1].shape[-1])
         grid(made, prompts, scale).save(out / "samples" / "grid.png")
-        student.write_card(out, student.read_contract(out))  # again, now that there is a picture
+        student.write_card(out, student.read_contract(out))  # again, now that there is an image
     if not spec.eval_samples:
         return {}
     found = measure(run, reference(run, session.digest), teacher, plain, {"full": full, "few": few}, rows)
@@ -117,7 +117,7 @@ def reference_file(spec: TrainSpec) -> Path:
             problem(
                 f"train.eval_reference {spec.eval_reference!r} with train.eval_samples {spec.eval_samples}",
                 "a file of the teacher's features",
-                "the student's pictures are compared with them",
+                "the student's images are compared with them",
                 "name a file of `eval/tables.py`, or set train.eval_samples to 0",
             )
         )
@@ -154,7 +154,7 @@ def measure(
     rows_of_student: list[Row],
 ) -> dict[str, Any]:
     """The contents of `eval.json`: distance, excess over the teacher's full steps with its interval, and cost, at
-    `eval_samples` pictures.
+    `eval_samples` images.
 
     The teacher's full rows come from the stored reference; the few-step rows are drawn here.
     """
@@ -186,7 +186,7 @@ def measure(
 
 
 def told_of(cost: Cost, n: int) -> dict[str, float]:
-    """What n pictures cost, for each of them."""
+    """What n images cost, for each of them."""
     return {"calls": cost.calls / cost.batches, "nfe": cost.rows / n, "seconds_per_image": cost.seconds / n}
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 
 class Logs:
-    """Scalars to `metrics.jsonl` and to every tracker; pictures to every tracker that shows them.
+    """Scalars to `metrics.jsonl` and to every tracker; images to every tracker that shows them.
 
     Args:
         start: rows of later steps, left by a run that was cut after its last checkpoint, are dropped.
@@ -33,8 +33,8 @@ class Logs:
                 stream.write(json.dumps({"step": step, **values}) + "\n")
         self.accelerator.log(dict(values), step=step)
 
-    def pictures(self, step: int, title: str, images: Sequence[Image.Image]) -> None:
-        """A list of pictures under one title."""
+    def images(self, step: int, title: str, images: Sequence[Image.Image]) -> None:
+        """A list of images under one title."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 array = np.stack([np.asarray(image) for image in images])

@@ -37,11 +37,11 @@ class TrainSpec:
         torch_compile: compile the network; not yet run on a GPU.
         allow_tf32: TF32 matrix products on CUDA.
         enable_xformers_memory_efficient_attention: CUDA only; the default is torch's own attention.
-        resolution: side in pixels where the data has no pictures; none takes the network's own.
-        cache_latents: encode each picture once, with its first crop and flip.
+        resolution: side in pixels where the data has no images; none takes the network's own.
+        cache_latents: encode each image once, with its first crop and flip.
         cache_dir: keeps embeddings and latents, so that text encoders and autoencoder are loaded only where something
             is not there; `stepdistill precompute` fills it. None for memory only.
-        dataloader_num_workers: processes that read pictures.
+        dataloader_num_workers: processes that read images.
         checkpointing_steps: steps between checkpoints; none writes only the last.
         checkpoints_total_limit: older checkpoints beyond this many are removed.
         resume_from_checkpoint: a checkpoint folder, or `latest`.
@@ -50,13 +50,13 @@ class TrainSpec:
         tracker_project_name: project at the tracker.
         validation_prompts: drawn at fixed seeds, under the student's own contract.
         validation_steps: steps between validations; none draws only the final ones.
-        validation_seed: of the validation pictures.
-        teacher_steps: steps of the teacher's row in the pictures.
+        validation_seed: of the validation images.
+        teacher_steps: steps of the teacher's row in the images.
         teacher_guidance_scale: of the teacher's row.
         watch_samples: seeds of each validation prompt by which the watch compares student and teacher at every
             validation; the teacher's are drawn at the start, four times as many. 0 switches it off.
         watch_stop: end the run, after a checkpoint, when the watch warns.
-        eval_samples: pictures for eval.json after training, at least 40; 0 for none.
+        eval_samples: images for eval.json after training, at least 40; 0 for none.
         eval_reference: the teacher's reference features, as `eval/tables.py` makes them for the bundled teachers.
         export_formats: other formats that a LoRA student is written in, too: kohya, comfyui. The second comes with
             `comfyui_workflow.json`.

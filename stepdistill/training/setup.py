@@ -83,7 +83,7 @@ class Session:
             null=self.feed.null,
             denoiser=self.denoiser,
             module=lambda name: self.backbone.others[name],
-            decode=lambda latents: self.decode(latents, "the method compares pictures"),
+            decode=lambda latents: self.decode(latents, "the method compares images"),
             seed=self.run.train.seed,
             step=step,
             device=self.accelerator.device,
@@ -99,14 +99,14 @@ class Session:
 
     @torch.no_grad()
     def invert(self, prompts: list[str], pixels: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """The noise that the teacher's ODE has above pictures (B, 3, H, W), and their latents at the lowest time."""
+        """The noise that the teacher's ODE has above images (B, 3, H, W), and their latents at the lowest time."""
         context, device = self.context(0), self.accelerator.device
         times = context.schedule.grid(steps).tolist()
-        pipe = self.feed.parts.vae("pictures are inverted")
+        pipe = self.feed.parts.vae("images are inverted")
         latents = self.run.family.encode(pipe, pixels.to(device))
         if latents.shape != noise.shape:
             got, why = (
-                f"pictures of {pixels.shape[-1]} pixels",
+                f"images of {pixels.shape[-1]} pixels",
                 "they are kept at the size that the student is trained at",
             )
             todo = "set train.resolution and data.source.resolution alike"
@@ -180,12 +180,12 @@ class Session:
         return self.run.family.decode(self.feed.parts.vae(why), latents)
 
     @torch.no_grad()
-    def pictures(self, latents: Tensor) -> Tensor:
-        """Float pictures (B, 3, H, W) in [0, 1] on the cpu."""
-        return (self.decode(latents, "pictures are drawn").float().cpu() / 2 + 0.5).clamp(0, 1)
+    def images(self, latents: Tensor) -> Tensor:
+        """Float images (B, 3, H, W) in [0, 1] on the cpu."""
+        return (self.decode(latents, "images are drawn").float().cpu() / 2 + 0.5).clamp(0, 1)
 
     def draw(self, step: int, logs: Logs) -> None:
-        """Validation pictures at fixed prompts and seeds: the teacher above the student, under its contract."""
+        """Validation images at fixed prompts and seeds: the teacher above the student, under its contract."""
         prompts = list(self.run.train.validation_prompts)
         if not prompts or not self.accelerator.is_main_process:
             return
@@ -194,14 +194,14 @@ class Session:
         noise = self.noise(spec.validation_seed, ids)
         taught = self.teach(prompts, noise, self.teacher_steps, spec.teacher_guidance_scale)
         rows = [
-            (label, to_uint8(self.pictures(latents)))
+            (label, to_uint8(self.images(latents)))
             for label, latents in (("teacher", taught), (f"student, step {step}", made))
         ]
         sheet = grid(rows, prompts)
         folder = Path(spec.output_dir) / "samples"
         folder.mkdir(exist_ok=True)
         sheet.save(folder / f"step-{step:06d}.png")
-        logs.pictures(step, "validation", [sheet])
+        logs.images(step, "validation", [sheet])
 
 
 def _divisor(steps: int) -> int:

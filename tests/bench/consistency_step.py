@@ -2,11 +2,11 @@
 
     python tests/bench/consistency_step.py
 
-Reference: the step of diffusers' LCM-LoRA training script in its plainest form. It encodes texts and pictures
+Reference: the step of diffusers' LCM-LoRA training script in its plainest form. It encodes texts and images
 in every step, keeps a deep-copied teacher, and calls it twice, with and without the prompt. The rest is equal:
 network, LoRA, batch, loss (`tests/test_bench.py` compares it), optimizer, float32.
 
-Ours: `Feed.batches` and `Loop.one_step` as a run builds them. *uncached*: no picture and no prompt comes twice,
+Ours: `Feed.batches` and `Loop.one_step` as a run builds them. *uncached*: no image and no prompt comes twice,
 so that both encoders work in every step, too. *cached*: all have been seen before.
 
 One process takes the sides in turn, step by step. A speedup is the median over turns of (reference / ours), in
@@ -68,19 +68,19 @@ class Setup:
     steps: int = 60
 
     def count(self, side: str) -> int:
-        """Pictures of a side's data set."""
+        """Images of a side's data set."""
         return self.batch * (EPOCH if side == "cached" else self.warm + self.steps)
 
 
 @cache
-def pictures(count: int) -> Tensor:
+def images(count: int) -> Tensor:
     """(count, 3, 32, 32) in [-1, 1], decoded before, since reading files is no part of the comparison."""
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures(Source):
-    """Pictures in memory, each with a caption of its own; `[i]` is for the reference's DataLoader."""
+class Images(Source):
+    """Images in memory, each with a caption of its own; `[i]` is for the reference's DataLoader."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "images"})
     count: int
@@ -89,16 +89,16 @@ class Pictures(Source):
         return self.count
 
     def __getitem__(self, i: int) -> tuple[Tensor, str]:
-        return pictures(self.count)[i], self.captions(i)[0]
+        return images(self.count)[i], self.captions(i)[0]
 
     def captions(self, i: int) -> tuple[str]:
         return (f"animal mammal face number {i}",)
 
     def sample(self, i: int, rng: Random) -> Sample:
-        return Sample(prompt=self.prompt(i, rng), pixels=pictures(self.count)[i], item=i)
+        return Sample(prompt=self.prompt(i, rng), pixels=images(self.count)[i], item=i)
 
     def name(self, i: int) -> str:
-        return f"picture {i}"
+        return f"image {i}"
 
     def stamp(self, i: int) -> str:
         return str(i)
@@ -122,7 +122,7 @@ class Reference:
         self.alpha, self.sigma = table.sqrt(), (1 - table).sqrt()
         self.times = torch.arange(1, GRID + 1) * (len(table) // GRID) - 1
         self.null = self.encode_text([""] * setup.batch)
-        data = DataLoader(Pictures(count=setup.count("reference")), setup.batch, shuffle=True)
+        data = DataLoader(Images(count=setup.count("reference")), setup.batch, shuffle=True)
         self.batches = chain.from_iterable(repeat(data))
 
     @torch.no_grad()
@@ -178,7 +178,7 @@ def production(folder: Path, setup: Setup, side: str) -> tuple[Session, Loop]:
     run = Run(
         family=StableDiffusion(pretrained_teacher_model=str(folder)),
         method=Consistency(num_ddim_timesteps=GRID, guidance_scale=GUIDANCE, huber_c=HUBER, ema_decay=None),
-        data=Pictures(count=setup.count(side)),
+        data=Images(count=setup.count(side)),
         lora=LoraSpec(rank=setup.rank),
         train=TrainSpec(
             output_dir=mkdtemp(dir=folder),

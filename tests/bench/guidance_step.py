@@ -2,7 +2,7 @@
 
     python tests/bench/guidance_step.py
 
-Reference: classifier-free guidance in its plainest form: one call of the network on two rows a picture, with and
+Reference: classifier-free guidance in its plainest form: one call of the network on two rows an image, with and
 without the prompt, `uncond + w (cond - uncond)`, and a DDIM step. Ours: one call on one row, with adapters attached as
 `stepdistill.load_student` does it, and the same DDIM step. Both take the same network, in turn, step by step; while it
 is the reference's turn the adapters are off, and their hooks do nothing.

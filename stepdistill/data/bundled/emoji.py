@@ -1,6 +1,6 @@
-"""The embedded data set: captioned Twemoji, many pictures per prompt.
+"""The embedded data set: captioned Twemoji, many images per prompt.
 
-One name has one drawing, which would make the law of the pictures given a prompt a single point. So what the
+One name has one drawing, which would make the law of the images given a prompt a single point. So what the
 caption does not say varies (scale, place, mirroring, background), and the caption itself loses words, down to the
 Unicode subgroup ("animal mammal"), which many drawings share.
 
@@ -91,12 +91,12 @@ def subjects() -> list[Drawing]:
 
 
 def sheet() -> Image.Image:
-    """The RGBA sheet itself, opened once by the caller and handed to `picture`."""
+    """The RGBA sheet itself, opened once by the caller and handed to `image`."""
     return Image.open(HERE / "emoji.webp").convert("RGBA")
 
 
-def picture(source: Image.Image, drawing: Drawing, rng: random.Random, size: int = 32) -> Image.Image:
-    """One RGB picture of `size` pixels: whole or 7/8 as large in a corner, mirrored or not, on one of `GROUNDS`.
+def image(source: Image.Image, drawing: Drawing, rng: random.Random, size: int = 32) -> Image.Image:
+    """One RGB image of `size` pixels: whole or 7/8 as large in a corner, mirrored or not, on one of `GROUNDS`.
 
     The choices are few and discrete, so that the law given a prompt has many sharp modes. A small network blurs a
     continuum of places and colours instead, and blurred teachers have nearly straight paths: nothing to distil.
@@ -134,7 +134,7 @@ def prompts(least: int = 16) -> list[str]:
     return [group for group, n in sorted(count.items(), key=lambda item: (-item[1], item[0])) if n >= least]
 
 
-def pixels(pictures: list[Image.Image]) -> Tensor:
-    """Pictures as a float tensor (N, 3, H, W) in [-1, 1]."""
-    array = np.stack([np.asarray(image) for image in pictures])
+def pixels(images: list[Image.Image]) -> Tensor:
+    """Images as a float tensor (N, 3, H, W) in [-1, 1]."""
+    array = np.stack([np.asarray(image) for image in images])
     return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -35,12 +35,12 @@ NOTES = {"unet": "", "transformer": "\nPass `max_sequence_length=16` to its call
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """What `train/teacher.py` reads. All counts are of optimizer steps and pictures.
+    """What `train/teacher.py` reads. All counts are of optimizer steps and images.
 
     Args:
         pipeline: `sd` (UNet, epsilon, Stable Diffusion's noise table) or `sd3` (transformer, rectified flow).
         output_dir: the pipeline folder to write; the autoencoder is taken from `vae_dir` where one is given.
-        pictures: augmented pictures per drawing that are encoded before training.
+        images: augmented images per drawing that are encoded before training.
         dropout: how often a caption is dropped, for classifier-free guidance.
     """
 
@@ -56,7 +56,7 @@ class Teacher:
     learning_rate: float = 1e-3
     warmup: int = 200
     ema: float = 0.999
-    pictures: int = 40
+    images: int = 40
     dropout: float = 0.1
     checkpointing_steps: int = 500
 
@@ -74,7 +74,7 @@ def train_vae(spec: Teacher, folder: Path) -> AutoencoderKL:
     batch = spec.train_batch_size
     bar = tqdm(range(spec.vae_steps), desc="autoencoder", mininterval=5)
     for _ in bar:
-        x = emoji.pixels([emoji.picture(source, rng.choice(drawn), rng) for _ in range(batch)])
+        x = emoji.pixels([emoji.image(source, rng.choice(drawn), rng) for _ in range(batch)])
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x, return_dict=False)[0]
@@ -87,7 +87,7 @@ def train_vae(spec: Teacher, folder: Path) -> AutoencoderKL:
         optimizer.step()
         schedule.step()
         bar.set_postfix(psnr=f"{10 * torch.log10(4 / error.detach()).item():.1f}", refresh=False)
-    x = emoji.pixels([emoji.picture(source, rng.choice(drawn), rng) for _ in range(512)])
+    x = emoji.pixels([emoji.image(source, rng.choice(drawn), rng) for _ in range(512)])
     with torch.no_grad():
         latents = vae.encode(x).latent_dist.mode()
     vae.register_to_config(
@@ -99,14 +99,14 @@ def train_vae(spec: Teacher, folder: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(spec: Teacher, vae: AutoencoderKL, file: Path) -> Tensor:
-    """Latents (pictures, drawings, C, 8, 8) in half precision, as the pipeline's own scale has them."""
+    """Latents (images, drawings, C, 8, 8) in half precision, as the pipeline's own scale has them."""
     if file.exists():
         return torch.load(file, weights_only=True)
     rng = random.Random(spec.seed + 1)
     source, drawn = emoji.sheet(), emoji.subjects()
     rows = []
-    for _ in tqdm(range(spec.pictures), desc="encode", mininterval=5):
-        x = emoji.pixels([emoji.picture(source, drawing, rng) for drawing in drawn])
+    for _ in tqdm(range(spec.images), desc="encode", mininterval=5):
+        x = emoji.pixels([emoji.image(source, drawing, rng) for drawing in drawn])
         with torch.autocast("cpu", torch.bfloat16):
             parts = [vae.encode(part, return_dict=False)[0].mode() for part in x.split(64)]
         rows.append(torch.cat(parts).half())
@@ -212,7 +212,7 @@ def train(spec: Teacher) -> Path:
     for step in bar:
         torch.manual_seed(spec.seed * 1_000_003 + step)
         rng = random.Random(spec.seed * 1_000_003 + step)
-        rows = [(rng.randrange(spec.pictures), rng.randrange(len(drawn))) for _ in range(spec.train_batch_size)]
+        rows = [(rng.randrange(spec.images), rng.randrange(len(drawn))) for _ in range(spec.train_batch_size)]
         x0 = (torch.stack([latents[row] for row in rows]).float() - shift) * scale
         captions = ["" if rng.random() < spec.dropout else emoji.caption(drawn[i], rng) for _, i in rows]
         with torch.autocast("cpu", torch.bfloat16):

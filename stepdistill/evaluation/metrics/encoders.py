@@ -24,7 +24,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DINO_SIZES = {384: "s", 768: "b", 1024: "l", 1536: "g"}  # by width
 CLIP_SIZES = {(768, 32, 224): "b32", (1024, 14, 224): "l14", (1024, 14, 336): "l14-336"}  # by width, patch, side
 POOLED = 8  # the side of pooled latents and pixels
-VAE_BATCH = 8  # an encoder's first activations take 128 MiB a picture of 512 pixels
+VAE_BATCH = 8  # an encoder's first activations take 128 MiB an image of 512 pixels
 
 
 class Dinov2:

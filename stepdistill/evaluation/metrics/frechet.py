@@ -81,7 +81,7 @@ def diversity(features: Tensor, prompt_index: Tensor) -> float:
     if counts.min() < 2:
         raise ValueError(
             f"diversity got one sample of prompt {prompts[counts.argmin()].item()}, expected two or more "
-            "of each: a single picture has no pairwise distance; draw more or drop the prompt"
+            "of each: a single image has no pairwise distance; draw more or drop the prompt"
         )
     means = [torch.pdist(x[prompt_index.cpu() == prompt]).mean() for prompt in prompts]
     return torch.stack(means).mean().item()
@@ -107,7 +107,7 @@ def diversity_replicates(features: Tensor, prompt_index: Tensor, blocks: int = 2
             if count < 2:
                 raise ValueError(
                     f"diversity_replicates got {count} samples of prompt {prompt.item()} outside of block {k}, "
-                    "expected two or more: a single picture has no pairwise distance; draw more or drop the prompt"
+                    "expected two or more: a single image has no pairwise distance; draw more or drop the prompt"
                 )
             found[k] += apart[kept][:, kept].sum() / (count * (count - 1) * len(prompts))
     return found

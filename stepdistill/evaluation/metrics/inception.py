@@ -73,7 +73,7 @@ class Inception:
 
 
 class RandomInception:
-    """Features on weights drawn from a seed, for tests without a download: of no meaning as a distance of pictures."""
+    """Features on weights drawn from a seed, for tests without a download: of no meaning as a distance of images."""
 
     def __init__(
         self,

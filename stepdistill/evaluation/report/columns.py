@@ -91,8 +91,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         mine = [(place, row) for place, row in everywhere if _identity(row) == one]
         group = (_lines(one), columns(FEATURES, [row for _, row in mine], TITLES[one.key]))
         found.append(Table("Other measures on features", mine, [group]))
-    pixels = (["Beside the teacher's pictures"], columns(PIXELS, rows))
-    found.append(Table("Pictures and runs", everywhere, [pixels, (["Run"], columns(RUN, rows))]))
+    pixels = (["Beside the teacher's images"], columns(PIXELS, rows))
+    found.append(Table("Images and runs", everywhere, [pixels, (["Run"], columns(RUN, rows))]))
     filled = [replace(table, groups=[group for group in table.groups if group[1]]) for table in found]
     return [table for table in filled if table.groups]
 

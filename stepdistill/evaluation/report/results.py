@@ -21,7 +21,7 @@ from stepdistill.evaluation.report.table import SCHEMA, flat, read, write_csv
 from stepdistill.evaluation.store import Store, write
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
-SCORES = ("clip", "psnr", "ssim", "lpips")  # what a unit tells of single pictures
+SCORES = ("clip", "psnr", "ssim", "lpips")  # what a unit tells of single images
 
 
 def document(
@@ -81,7 +81,7 @@ def under(
 
 
 def samples(stores: Mapping[str, Store], prompts: Sequence[str] | None, seed: int | None, file: Path) -> None:
-    """Write `per_sample.jsonl`: a line a picture, with every score that it has."""
+    """Write `per_sample.jsonl`: a line an image, with every score that it has."""
     lines = []
     for name, store in stores.items():
         for k, unit in enumerate(store.told()):

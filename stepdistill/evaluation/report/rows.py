@@ -1,4 +1,4 @@
-"""From stores to the rows of a report: what is known of each way's pictures, and sheets of them."""
+"""From stores to the rows of a report: what is known of each way's images, and sheets of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stepdistill.students.draw.call import grid
 
 
 def sampled(way: Way, store: Store, reasons: Sequence[str], clip: ClipScore | None) -> Sampled:
-    """What is known of a way's pictures."""
+    """What is known of a way's images."""
     units, contract = list(store.told()), contract_of(way.student) if way.student else None
     calls, batches, rows, seconds = (
         sum(unit[key] for unit in units) for key in ("calls", "batches", "rows", "seconds")
@@ -52,9 +52,9 @@ def sampled(way: Way, store: Store, reasons: Sequence[str], clip: ClipScore | No
 
 
 def scores_of(store: Store) -> dict[str, Tensor]:
-    """The scores of single pictures, by name."""
+    """The scores of single images, by name."""
     units = list(store.told())
-    told = [key for key in SCORES if any(key in unit for unit in units)]  # a unit of skipped pictures has none
+    told = [key for key in SCORES if any(key in unit for unit in units)]  # a unit of skipped images has none
     return {key: torch.tensor([x for unit in units for x in unit.get(key, [])]) for key in told}
 
 
@@ -72,7 +72,7 @@ def sheets(spec: Draws, stores: Mapping[Way, Store], prompts: Sequence[str]) -> 
     for place, who in zip(spec.students or ("",), labels(spec.students) or ["teacher"], strict=True):
         shown = range(min(spec.columns, len(prompts)))
         rows = [
-            (way.name.replace(", ", "\n"), stores[way].pictures(shown))
+            (way.name.replace(", ", "\n"), stores[way].images(shown))
             for way in [*taught, *(way for way in stores if place and way.student == place)]
         ]
         scale = max(1, 96 // rows[0][1].shape[-1])

@@ -21,14 +21,14 @@ DIFFERENCE = {
     "key": ("metric", "they are distances in other spaces"),
     "features_id": ("features", "each extractor, weights file and resizing has a scale of its own"),
     "n": ("N", "a distance falls as N grows"),
-    "reference_sha256": ("reference", "they are distances from other pictures"),
+    "reference_sha256": ("reference", "they are distances from other images"),
     "protocol": ("protocol", "it fixes prompts, resolution and preprocessing"),
 }
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation folder: its name, the contents of `eval.json`, and the sheets of pictures, sorted by name."""
+    """An evaluation folder: its name, the contents of `eval.json`, and the sheets of images, sorted by name."""
 
     name: str
     facts: dict[str, Any]

@@ -70,7 +70,7 @@ def notes(evaluations: Sequence[Evaluation], rows: Sequence[Row]) -> tuple[list[
             for reason in str(row["comparable_reasons"] or "no reason was recorded").split("; "):
                 reasons.setdefault(reason, []).append(place)
         if row["n_skipped"]:
-            reasons.setdefault(f"{row['n_skipped']} pictures were skipped", []).append(place)
+            reasons.setdefault(f"{row['n_skipped']} images were skipped", []).append(place)
     against += [f"{_places(places)}: {reason}." for reason, places in reasons.items()]
     return against, [text for key, text in READING.items() if any(row[key] is not None for row in rows)]
 
@@ -84,7 +84,7 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, str]:
         "Prompts": _listed(facts, "prompts", "{source}", "N {n}", "sha256 {sha256:.12}"),
         "Reference": _listed(facts, "reference", "{kind}", "{path}", "N {n}", "sha256 {sha256:.12}"),
         "Features": _listed(facts, "features", "{id}", "{dim} dimensions"),
-        "Pictures a row (N)": _values(facts, "n"),
+        "Images a row (N)": _values(facts, "n"),
         "Seed": _values(facts, "seed"),
         "Protocol": "none" if protocol.get("name") == "none" else f"{protocol.get('name', UNKNOWN)}{met}",
         "Host": _listed(facts, "host", "{device}", "world size {world_size}"),

@@ -1,6 +1,6 @@
-"""Diversity distillation: the base draws the first step or steps of a picture, its student the rest.
+"""Diversity distillation: the base draws the first step or steps of an image, its student the rest.
 
-A student settles the structure of a picture in its first step, and its pictures of one prompt vary less than the
+A student settles the structure of an image in its first step, and its images of one prompt vary less than the
 base's; a first step of the base brings the variety back at no further cost. Gandikota & Bau 2025,
 https://arxiv.org/abs/2503.10637. `stepdistill.core.solvers.relay` is the same between any two denoisers.
 """
@@ -44,7 +44,7 @@ def base_first(
         StudentError: there is no such LoRA in the pipeline.
     """
     if base_steps < 0:
-        why, todo = "they are the first steps of each picture", "give 1, as the paper does, or 0 for the student alone"
+        why, todo = "they are the first steps of each image", "give 1, as the paper does, or 0 for the student alone"
         raise ConfigError(problem(f"base_steps {base_steps}", "0 or more", why, todo))
     net = pipe.components["unet"] if "unet" in pipe.components else pipe.components["transformer"]
     signature = inspect.signature(net.forward)

@@ -1,4 +1,4 @@
-"""Pictures and figures of teacher and student, made by plain Diffusers pipelines: what users will get."""
+"""Images and figures of teacher and student, made by plain Diffusers pipelines: what users will get."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def generate(
     numbers: Sequence[int] | None = None,
     size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Cost]:
-    """Pictures (N, 3, H, W) uint8 of the prompts, and what they cost.
+    """Images (N, 3, H, W) uint8 of the prompts, and what they cost.
 
-    Picture i starts from `noise_of(seed, i)` and draws fresh noise from a generator of its own, so it depends on
+    Image i starts from `noise_of(seed, i)` and draws fresh noise from a generator of its own, so it depends on
     neither the batch size nor the other prompts. The pipeline gets its scheduler back: others read the noise
     process from it.
 
     Args:
-        numbers: i for each picture; None counts them from 0.
+        numbers: i for each image; None counts them from 0.
         size: height and width in pixels; None is what the network was trained at.
     """
     family = row.family
@@ -82,7 +82,7 @@ def generate(
     shape = family.latent_shape(pipe, height, width)
     own, pipe.scheduler = pipe.scheduler, row.scheduler
     pipe.set_progress_bar_config(disable=True)
-    pictures = []
+    images = []
     with count_calls(family.network(pipe)) as cost, torch.no_grad():
         for start in tqdm(range(0, len(prompts), batch), desc=row.name, disable=not progress, leave=False):
             ids = (numbers or range(len(prompts)))[start : start + batch]
@@ -95,15 +95,15 @@ def generate(
                 output_type="pt",
                 **each(row.call, len(ids)),
             ).images
-            pictures.append(to_uint8(made.float().cpu().clamp(0, 1)))
+            images.append(to_uint8(made.float().cpu().clamp(0, 1)))
             cost.batches += 1
     pipe.scheduler = own
-    return torch.cat(pictures), cost
+    return torch.cat(images), cost
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Features of a teacher's pictures under fixed prompts and seeds.
+    """Features of a teacher's images under fixed prompts and seeds.
 
     Args:
         features: by name, each (N, D): `reference` (full steps, seeds A), `floor` (full steps, seeds B), and any
@@ -131,11 +131,11 @@ class Reference:
 
 
 def grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], scale: int = 1) -> Image.Image:
-    """A sheet of pictures: a labelled line for each row, the same prompt and seed below each caption.
+    """A sheet of images: a labelled line for each row, the same prompt and seed below each caption.
 
     Args:
-        rows: label and pictures (columns, 3, H, W) uint8.
-        scale: how many times larger the pictures are drawn.
+        rows: label and images (columns, 3, H, W) uint8.
+        scale: how many times larger the images are drawn.
     """
     height, width = (scale * side for side in rows[0][1].shape[-2:])
     cell, left, top = max(width, 96) + 6, 150, 34
@@ -144,12 +144,12 @@ def grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], scale: int
     for column, caption in enumerate(captions):
         lines = _wrapped(caption, 16)[:2]
         pen.multiline_text((left + column * cell, 4), "\n".join(lines), fill="black", spacing=2)
-    for line, (label, pictures) in enumerate(rows):
+    for line, (label, images) in enumerate(rows):
         y = top + line * (height + 6)
         pen.multiline_text((6, y + height // 2 - 12), label, fill="black", spacing=2)
-        for column, picture in enumerate(pictures):
-            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-            sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left + column * cell, y))
+        for column, image in enumerate(images):
+            pil = Image.fromarray(image.permute(1, 2, 0).numpy())
+            sheet.paste(pil.resize((width, height), Image.Resampling.LANCZOS), (left + column * cell, y))
     return sheet
 
 

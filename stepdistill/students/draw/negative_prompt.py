@@ -4,17 +4,17 @@
     with negative(pipe, "flowers", scale=0.2):
         pipe("a garden", **call)
 
-Guidance compares two outputs of the network, and one-step students blend both pictures. NASA instead subtracts what
-the picture's tokens read of the negative prompt from what they read of the prompt, before attention's last layer:
+Guidance compares two outputs of the network, and one-step students blend both images. NASA instead subtracts what
+the image's tokens read of the negative prompt from what they read of the prompt, before attention's last layer:
 `Z = Z+ - scale Z-` with `Z+- = softmax(Q K+-^T / sqrt(d)) V+-` of the same queries and weights. Nguyen et al. 2024,
 https://arxiv.org/abs/2412.02687. NAG extrapolates and stays near Z+. Chen et al. 2025, https://arxiv.org/abs/2505.21179.
 
 Where the prompt has attention of its own (UNets, PixArt, SANA) every such layer is asked a second time, with the
-negative's tokens and their mask. Where text and picture attend to one another in one joint attention (SD3, Flux),
+negative's tokens and their mask. Where text and image attend to one another in one joint attention (SD3, Flux),
 NASA's authors give no code, and what is done is our reading of them: each block is asked a second time, with the
-negative's tokens in place of the prompt's. Its pictures' tokens are those of the sample as it is being changed, and
-so is the embedding of time and pooled prompt that modulates it. From that come Z-, which is what the picture's queries
-find among [picture; negative], and the negative's tokens for the next block. Z is Z+ - scale Z- on the picture's
+negative's tokens in place of the prompt's. Its images' tokens are those of the sample as it is being changed, and
+so is the embedding of time and pooled prompt that modulates it. From that come Z-, which is what the image's queries
+find among [image; negative], and the negative's tokens for the next block. Z is Z+ - scale Z- on the image's
 queries alone; the prompt's own tokens are as they were. So each such block costs about twice.
 
 All is done by hooks: names, weights, LoRAs and attention processors stay as they are.
@@ -64,10 +64,10 @@ def negative(
     its halves. Two of these cannot be nested: put both concepts into one prompt.
 
     Args:
-        prompt: one for all pictures, or one for each picture of a call, in their order; with
+        prompt: one for all images, or one for each image of a call, in their order; with
             `num_images_per_prompt=2` that is two for each prompt.
         scale: of NASA: 0 changes nothing. Published: 0.04 to 0.3 for UNets of one step, 0.45 to 0.8 for PixArt; too
-            much of it ruins the picture. Of NAG: phi, 0 changes nothing; its authors take 4 to 11.
+            much of it ruins the image. Of NAG: phi, 0 changes nothing; its authors take 4 to 11.
         mode: `nasa`, or `nag`: `Z~ = Z+ + scale (Z+ - Z-)`, made smaller where its 1-norm over a token's channels is
             more than `limit` times that of Z+, and `blend Z~ + (1 - blend) Z+` in the end.
         limit: of NAG, at least 1.
@@ -77,7 +77,7 @@ def negative(
 
     Raises:
         ConfigError: a value out of its range, an unknown pipeline, IP-adapters, a negative inside of another; inside
-            of the `with` a number of prompts that does not fit the pictures, or gradient checkpointing.
+            of the `with` a number of prompts that does not fit the images, or gradient checkpointing.
     """
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     combine = _combine(texts, scale, mode, limit, blend)
@@ -101,7 +101,7 @@ def negative(
 
 
 def nasa(found: Tensor, other: Tensor, scale: float) -> Tensor:
-    """`Z+ - scale Z-` of what a layer's picture tokens found (B, N, D) of the prompt and of the negative."""
+    """`Z+ - scale Z-` of what a layer's image tokens found (B, N, D) of the prompt and of the negative."""
     return found - scale * other
 
 
@@ -116,7 +116,7 @@ def nag(found: Tensor, other: Tensor, scale: float, limit: float, blend: float) 
 
 def _combine(texts: Sequence[str], scale: float, mode: str, limit: float, blend: float) -> Combine:
     wrong = [
-        (not texts, "no negative prompt", "one, or one for each picture"),
+        (not texts, "no negative prompt", "one, or one for each image"),
         (mode not in ("nasa", "nag"), f"mode {mode!r}", "nasa or nag"),
         (not 0 <= scale < math.inf, f"scale {scale}", "a finite number, 0 or more"),
         (not 1 <= limit < math.inf, f"limit {limit}", "a finite number, 1 or more"),
@@ -139,11 +139,11 @@ def _family(pipe: DiffusionPipeline) -> Family:
 
 def _check(net: Any) -> None:  # noqa: ANN401
     if net in _busy:
-        why, todo = "they would take off each other's", "put both concepts into one prompt, or pass one a picture"
+        why, todo = "they would take off each other's", "put both concepts into one prompt, or pass one an image"
         raise ConfigError(problem("a negative prompt inside of another", "one at a time", why, todo))
     adapters = sorted({type(p).__name__ for p in net.attn_processors.values() if "IPAdapter" in type(p).__name__})
     if adapters:
-        why = "a layer that looks at pictures, too, would lose these by the negative prompt"
+        why = "a layer that looks at images, too, would lose these by the negative prompt"
         raise ConfigError(problem(f"IP-adapters ({', '.join(adapters)})", "none", why, "unload_ip_adapter() first"))
 
 
@@ -183,7 +183,7 @@ def _embedded(
 
 
 class _Subtraction:
-    """Hooks that ask layers or blocks a second time, and combine what the picture's tokens found.
+    """Hooks that ask layers or blocks a second time, and combine what the image's tokens found.
 
     Args:
         states: tokens of the negative prompts (P, L, D), as the first layer or block is given them.
@@ -196,7 +196,7 @@ class _Subtraction:
         self.stream = states  # of joint blocks: the negative's tokens before the next of them
         self.asking = False  # the second time, which comes first
         self.other: Tensor | None = None  # Z- of the layer at hand
-        self.length = 0  # of the text before the picture's tokens, where a block has both in one sequence
+        self.length = 0  # of the text before the image's tokens, where a block has both in one sequence
         self.handles: list[Any] = []
 
     def attach(self, net: nn.Module, places: Sequence[nn.Module]) -> None:
@@ -270,9 +270,9 @@ class _Subtraction:
     def _rows(self, value: Tensor, x: Tensor) -> Tensor:
         """One row for each of x."""
         if len(value) not in (1, len(x)):
-            got, expected = f"{len(value)} negative prompts", f"1, or {len(x)}, one for each picture"
+            got, expected = f"{len(value)} negative prompts", f"1, or {len(x)}, one for each image"
             why, todo = (
-                "each picture has one",
+                "each image has one",
                 "repeat them as the prompts are; without guidance, which doubles the rows",
             )
             raise ConfigError(problem(got, expected, why, todo))

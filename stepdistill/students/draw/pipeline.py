@@ -181,9 +181,9 @@ class Drawer:
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], call: dict[str, Any], batch: int = 4
     ) -> Iterator[Image.Image]:
-        """A picture of each prompt.
+        """An image of each prompt.
 
-        Picture n is what the pipeline draws of the one prompt with `generator=torch.manual_seed(seeds[n])`, whatever
+        Image n is what the pipeline draws of the one prompt with `generator=torch.manual_seed(seeds[n])`, whatever
         else is drawn with it, but for rounding.
         """
         warn_of_cut(self.family, self.pipe, prompts)
@@ -222,7 +222,7 @@ def wished(contract: Contract, schedule: NoiseSchedule, wish: Wish) -> Sampler:
 
 
 def fuse_all(family: Family, pipe: DiffusionPipeline) -> None:
-    """Merge the LoRAs that are on into the network, at their strength: the same pictures, in less time."""
+    """Merge the LoRAs that are on into the network, at their strength: the same images, in less time."""
     if family.loads_lora:
         loader: Any = pipe
         loader.fuse_lora()

@@ -1,8 +1,8 @@
-"""What a pipeline would give as its final picture, judged by each step of one call: teacher and student as one sheet.
+"""What a pipeline would give as its final image, judged by each step of one call: teacher and student as one sheet.
 
-The x0 that a step estimates, decoded, is the picture that sampling would end at if no later step changed its mind. A
-teacher decides on a picture's structure over many steps, a student in its first one (DT-Visualization: Gandikota & Bau
-2025, https://arxiv.org/abs/2503.10637). The last frame is the picture itself.
+The x0 that a step estimates, decoded, is the image that sampling would end at if no later step changed its mind. A
+teacher decides on an image's structure over many steps, a student in its first one (DT-Visualization: Gandikota & Bau
+2025, https://arxiv.org/abs/2503.10637). The last frame is the image itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stepdistill.students.load import load_student
 from stepdistill.students.several import Students
 from stepdistill.students.single import folder_of
 
-LEFT, LINE, GAP = 150, 14, 6  # pixels of a sheet: its labels, a line of text, between pictures
+LEFT, LINE, GAP = 150, 14, 6  # pixels of a sheet: its labels, a line of text, between images
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def course(
         latents: (B, C, h, w) to begin from, in the network's scale.
         call: further keyword arguments of the pipeline's call.
         generator: of the fresh noise, one a prompt.
-        clean: whether sampling ends at x0; else at time 0 of the table, which leaves some noise in the picture and
+        clean: whether sampling ends at x0; else at time 0 of the table, which leaves some noise in the image and
             hence in every frame.
     """
     schedule, kind, frames, times = family.schedule(pipe.scheduler), family.kind(pipe), [], []
@@ -128,7 +128,7 @@ class View:
 
     Args:
         prompts: a block of lines each.
-        seed: picture i starts from `noise_of(seed, i)`, as `stepdistill.students.draw.call.generate` has it.
+        seed: image i starts from `noise_of(seed, i)`, as `stepdistill.students.draw.call.generate` has it.
         teacher_steps, teacher_guidance: of the teacher at its best.
         columns: frames of a line at most; the first and the last are always there.
     """
@@ -201,7 +201,7 @@ def _steps(count: int) -> str:
 
 
 def sheet(blocks: Sequence[Sequence[Strip]], prompts: Sequence[str], scale: int = 1) -> Image.Image:
-    """One picture: for each prompt its lines, labelled, the timestep above each frame and the last one on the right.
+    """One image: for each prompt its lines, labelled, the timestep above each frame and the last one on the right.
 
     Args:
         scale: how many times larger the frames are drawn.
@@ -218,7 +218,7 @@ def sheet(blocks: Sequence[Sequence[Strip]], prompts: Sequence[str], scale: int 
         y += LINE + GAP
         for strip in block:
             pen.text((GAP, y + LINE + height // 2 - LINE // 2), strip.label, fill="black")
-            first = count - len(strip.frames)  # pictures stand below each other
+            first = count - len(strip.frames)  # images stand below each other
             for k, (time, frame) in enumerate(zip(strip.timesteps, strip.frames, strict=True), first):
                 pen.text((LEFT + k * cell, y), f"{time:.0f}", fill="black")
                 image = Image.fromarray(frame.permute(1, 2, 0).numpy())

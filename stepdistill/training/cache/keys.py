@@ -25,7 +25,7 @@ FILE = "files.json"
 
 @dataclass(frozen=True)
 class Keys:
-    """Digests of all that embeddings (`text`) and latents (`vae`) depend on, besides the prompt and the picture."""
+    """Digests of all that embeddings (`text`) and latents (`vae`) depend on, besides the prompt and the image."""
 
     text: str = ""
     vae: str = ""

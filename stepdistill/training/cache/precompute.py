@@ -30,19 +30,19 @@ class Filled:
     """What the caches hold when all processes are through.
 
     Args:
-        prompts, pictures: how many training may ask for; no pictures where `train.cache_latents` is off.
-        lacking: how many of these are not there: pictures that do not read.
+        prompts, images: how many training may ask for; no images where `train.cache_latents` is off.
+        lacking: how many of these are not there: images that do not read.
     """
 
     folder: Path
     prompts: int
-    pictures: int
+    images: int
     lacking: int
 
     def __str__(self) -> str:
-        lines = [f"{self.folder}: embeddings of {self.prompts} prompts, latents of {self.pictures} pictures"]
+        lines = [f"{self.folder}: embeddings of {self.prompts} prompts, latents of {self.images} images"]
         if self.lacking:
-            lines.append(f"{self.lacking} of these are not there: pictures that do not read, whose places others take")
+            lines.append(f"{self.lacking} of these are not there: images that do not read, whose places others take")
         return "\n".join(lines)
 
 
@@ -67,17 +67,17 @@ def precompute(run: Run) -> Filled:
     feed = Feed(parts, run.train, keys(run, accelerator), accelerator.device)
     _embed(feed, wanted, rank, processes)
     source = feed.fixed(run.data)
-    pictures = len(source) if feed.latents else 0
+    images = len(source) if feed.latents else 0
     if feed.latents:
         _encode(feed, source, rank, processes)
     elif "images" in source.provides and rank == 0:
-        logger.warning("train.cache_latents is off: training will read and encode the pictures at every step")
+        logger.warning("train.cache_latents is off: training will read and encode the images at every step")
     distributed.barrier()
     lacking = len(_lacking(feed.prompts.store, [NULL, *wanted]))
     if feed.latents:
-        lacking += len(_lacking(feed.latents.store, [str(item) for item in range(pictures)]))
+        lacking += len(_lacking(feed.latents.store, [str(item) for item in range(images)]))
     accelerator.end_training()
-    return Filled(Path(run.train.cache_dir), len(wanted), pictures, lacking)
+    return Filled(Path(run.train.cache_dir), len(wanted), images, lacking)
 
 
 def prompts_of(run: Run) -> list[str]:
@@ -88,7 +88,7 @@ def prompts_of(run: Run) -> list[str]:
     sources = [run.data, *(part for part in inside(run.data) if isinstance(part, Made) and part is not run.data)]
     found = dict.fromkeys(["", *run.train.validation_prompts])
     for source in sources:
-        # which pictures it inverts is only known when it has
+        # which images it inverts is only known when it has
         listed = source.source if isinstance(source, InvertedImages) else source
         for i in range(len(listed)):
             try:
@@ -120,8 +120,8 @@ def _encode(feed: Feed, source: Source, rank: int, processes: int) -> None:
     assert feed.latents is not None
     store = feed.latents.store
     mine = [int(item) for item in _share(store.missing([str(item) for item in range(len(source))]), rank, processes)]
-    # one picture at a time, since their sizes may differ
-    read = DataLoader(_Pictures(source, mine), collate_fn=_only, num_workers=feed.spec.dataloader_num_workers)
+    # one image at a time, since their sizes may differ
+    read = DataLoader(_Images(source, mine), collate_fn=_only, num_workers=feed.spec.dataloader_num_workers)
     for sample in tqdm(read, total=len(mine), desc="Latents", disable=rank > 0):
         if isinstance(sample, BadSample):
             logger.warning("skipped %s", sample)
@@ -142,7 +142,7 @@ def _only(batch: list[Sample | BadSample]) -> Sample | BadSample:
     return batch[0]
 
 
-class _Pictures(Dataset["Sample | BadSample"]):
+class _Images(Dataset["Sample | BadSample"]):
     """Items of a source of fixed crops; what cannot be used travels as a value."""
 
     def __init__(self, source: Source, items: Sequence[int]) -> None:

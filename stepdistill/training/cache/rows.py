@@ -1,4 +1,4 @@
-"""Encode once: prompt embeddings and picture latents, kept in memory and, where wanted, on disk."""
+"""Encode once: prompt embeddings and image latents, kept in memory and, where wanted, on disk."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RowStore:
 
     Args:
         folder: where the files go; None keeps the rows in memory only.
-        key: digest of all that the rows depend on: the encoder's weights, for pictures the source's digest.
+        key: digest of all that the rows depend on: the encoder's weights, for images the source's digest.
     """
 
     def __init__(self, folder: Path | None, key: str) -> None:
@@ -182,9 +182,9 @@ class PromptCache:
 
 
 class LatentCache:
-    """Latents of pictures by item number, each picture encoded once.
+    """Latents of images by item number, each image encoded once.
 
-    An item's picture must be the same each time: read it through `stepdistill.data.FixedCrops`, or with
+    An item's image must be the same each time: read it through `stepdistill.data.FixedCrops`, or with
     `center_crop` and without `random_flip`.
 
     Args:

@@ -203,7 +203,7 @@ def _watch(run: Remains, found: Findings) -> None:
 
 
 def _compare(run: Remains, curve: Curve, where: Path | None, found: Findings) -> None:
-    """The last quarter of the run beside the same steps of the curve; the last common look at pictures."""
+    """The last quarter of the run beside the same steps of the curve; the last common look at images."""
     end = min(run.rows[-1]["step"], curve.training[-1]["step"])
     for head, factor in ((LOSS, 2.0), (NORM, 4.0)):
         for key, _ in _series(run.rows, head):
@@ -222,7 +222,7 @@ def _compare(run: Remains, curve: Curve, where: Path | None, found: Findings) ->
     facts = run.yardstick.facts if run.yardstick else {}
     keys = ("teacher_sha256", "prompts", "samples", "steps", "guidance_scale")
     if not run.yardstick or any(facts.get(key) != curve.facts.get(key) for key in keys):
-        found.notes.append("pictures are not compared with the reference's, whose prompts or teacher are others")
+        found.notes.append("images are not compared with the reference's, whose prompts or teacher are others")
         return
     theirs = {row["step"]: row for row in curve.watch}
     common = [row for row in run.rows if SCORE in row and row["step"] in theirs]

@@ -1,4 +1,4 @@
-"""A watch against collapse, for every method: at each validation the student's pictures beside the teacher's.
+"""A watch against collapse, for every method: at each validation the student's images beside the teacher's.
 
 On fixed prompts and seeds, never fitted to: the ratios student / teacher of saturation, luminance, contrast,
 high-frequency energy and pairwise diversity, and of the teacher's own denoising error on the samples at a few noise
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stepdistill.core import pixels as pictures
+from stepdistill.core import pixels as images
 from stepdistill.networks.roles import TEACHER
 from stepdistill.students.write import write_unproven
 from stepdistill.training.logs import Logs
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from stepdistill.training.setup import Session
 
 logger = logging.getLogger(__name__)
-SETS = 4  # independent sets of the teacher's pictures, each of the student's size
+SETS = 4  # independent sets of the teacher's images, each of the student's size
 FIXED = 1000  # the gap's noises have seeds from here on, clear of the noises between the student's steps
 
 
 def statistics(drawn: Tensor) -> dict[str, Tensor]:
-    """Each statistic of pictures, by prompt (P,). drawn: (S, P, 3, H, W) in [0, 1], S seeds of each of P prompts."""
+    """Each statistic of images, by prompt (P,). drawn: (S, P, 3, H, W) in [0, 1], S seeds of each of P prompts."""
     return {
-        "saturation": pictures.saturation(drawn).mean(0),
-        "luminance": pictures.luminance(drawn).mean(0),
-        "contrast": pictures.contrast(drawn).mean(0),
-        "high_frequency": pictures.high_frequency(drawn).mean(0),
-        "diversity": pictures.diversity(drawn),
+        "saturation": images.saturation(drawn).mean(0),
+        "luminance": images.luminance(drawn).mean(0),
+        "contrast": images.contrast(drawn).mean(0),
+        "high_frequency": images.high_frequency(drawn).mean(0),
+        "diversity": images.diversity(drawn),
     }
 
 
@@ -157,7 +157,7 @@ class Watch:
         stored = Yardstick.read(self.out / "watch.json")
         if stored and stored.facts == facts:
             return stored
-        print("watch: drawing the teacher's own pictures, to know how much they differ from seed to seed", flush=True)
+        print("watch: drawing the teacher's own images, to know how much they differ from seed to seed", flush=True)
         made = yardstick([self._measure(self._teach, k) for k in range(1, SETS + 1)], facts)
         made.save(self.out / "watch.json")
         return made
@@ -171,16 +171,16 @@ class Watch:
         return self.session.sample(self.prompts, ids, self.spec.validation_seed)
 
     def _measure(self, make: Callable[[Sequence[int]], Tensor], number: int) -> dict[str, Tensor]:
-        """All statistics (P,) of one set of pictures; set 0 is the student's, the others the teacher's.
+        """All statistics (P,) of one set of images; set 0 is the student's, the others the teacher's.
 
-        One seed of all prompts at a time, which takes no more memory than a validation's pictures do.
+        One seed of all prompts at a time, which takes no more memory than a validation's images do.
         """
         prompts, seeds = len(self.prompts), self.spec.watch_samples
         drawn, errors = [], []
         for j in range(seeds):
             first = (number * seeds + j) * prompts
             latents = make(range(first, first + prompts))
-            drawn.append(self.session.pictures(latents))
+            drawn.append(self.session.images(latents))
             errors.append(self._errors(latents, range(j * prompts, (j + 1) * prompts)))
         gaps = {name: torch.stack([one[name] for one in errors]).mean(0) for name in signs.GAPS}
         return statistics(torch.stack(drawn)) | gaps

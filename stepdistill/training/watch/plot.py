@@ -1,4 +1,4 @@
-"""The watch as a picture: how far each statistic is from the teacher's over the run, and the gradients' norms."""
+"""The watch as an image: how far each statistic is from the teacher's over the run, and the gradients' norms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepdistill.training.watch.rules import BAND, GAPS, PICTURE, PREFIX, SCORE, deviation, title
+from stepdistill.training.watch.rules import BAND, GAPS, IMAGE, PREFIX, SCORE, deviation, title
 
 
 def plot(found: Sequence[Mapping[str, float]], spread: Mapping[str, float], file: Path) -> None:
@@ -17,7 +17,7 @@ def plot(found: Sequence[Mapping[str, float]], spread: Mapping[str, float], file
     above: Any = figure.subplots(3, 1, sharex=True)
     looks = [row for row in found if SCORE in row]
     steps = [row["step"] for row in looks]
-    for axes, names in zip(above[:2], (PICTURE, GAPS), strict=True):
+    for axes, names in zip(above[:2], (IMAGE, GAPS), strict=True):
         axes.axhspan(-BAND, BAND, color="0.92")
         axes.axhline(0, color="0.6", linewidth=0.8)
         for name in names:

@@ -18,9 +18,9 @@ RUNNING = 2  # validations in a row
 FLOOR = 0.01  # smallest relative spread: a teacher that always draws the same is no reason to ask for the impossible
 PREFIX, SCORE = "watch/", "watch/score"
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the schedule at which the score gap is measured
-PICTURE = ("saturation", "luminance", "contrast", "high_frequency", "diversity")
+IMAGE = ("saturation", "luminance", "contrast", "high_frequency", "diversity")
 GAPS = tuple(f"gap_{level:g}" for level in LEVELS)
-STATISTICS = (*PICTURE, *GAPS)
+STATISTICS = (*IMAGE, *GAPS)
 
 # statistic: what too low usually means and what to do, and the same for too high
 MEANING = {
@@ -30,29 +30,29 @@ MEANING = {
         "guidance_scale, train the critic more often, or lower the learning rate",
     ),
     "luminance": (
-        "pictures darken: the student drifts uncorrected; lower the learning rate, train the critic more often",
-        "pictures brighten: the student drifts uncorrected; lower the learning rate, train the critic more often",
+        "images darken: the student drifts uncorrected; lower the learning rate, train the critic more often",
+        "images brighten: the student drifts uncorrected; lower the learning rate, train the critic more often",
     ),
     "contrast": (
-        "pictures turn flat: the student averages several answers; train longer, or on targets that are less random",
+        "images turn flat: the student averages several answers; train longer, or on targets that are less random",
         "shadows and lights burn out: guidance is too strong, or the learning rate too high; lower them",
     ),
     "high_frequency": (
-        "pictures blur: the student averages several answers, or has learned too little yet; train longer, with more "
+        "images blur: the student averages several answers, or has learned too little yet; train longer, with more "
         "steps, or with an adversarial term",
         "noise or hard edges: the learning rate is too high, guidance too strong, or the last step does not end clean; "
         "lower them, or compare the sampler with the contract",
     ),
     "diversity": (
-        "all seeds give nearly one picture, which is collapse: the critic lags or is off, or guidance is too strong; "
+        "all seeds give nearly one image, which is collapse: the critic lags or is off, or guidance is too strong; "
         "train the critic more often, lower guidance_scale, and go back to best/",
-        "pictures of one prompt have less in common than the teacher's: the prompt is heeded too little, or the "
+        "images of one prompt have less in common than the teacher's: the prompt is heeded too little, or the "
         "learning rate is too high; lower it, or raise guidance_scale",
     ),
     "gap": (
-        "the teacher finds the student's pictures easier than its own: they are smoother and more alike, as before a "
+        "the teacher finds the student's images easier than its own: they are smoother and more alike, as before a "
         "collapse; train the critic more often, lower guidance_scale",
-        "the teacher does not take the student's pictures for its own at this noise level (high: layout, low: "
+        "the teacher does not take the student's images for its own at this noise level (high: layout, low: "
         "texture); lower the learning rate or guidance_scale, or train longer",
     ),
 }

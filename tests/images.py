@@ -1,4 +1,4 @@
-"""Pictures made in code, and their bytes."""
+"""Images made in code, and their bytes."""
 
 from __future__ import annotations
 

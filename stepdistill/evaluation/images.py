@@ -1,4 +1,4 @@
-"""Pictures that are already there: a folder, a zip or an array, read lazily in one order, as uint8."""
+"""Images that are already there: a folder, a zip or an array, read lazily in one order, as uint8."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from stepdistill.data.images import flatten
 logger = logging.getLogger(__name__)
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
 CHUNK = 1 << 20  # bytes that are hashed at once
-NAMED = 10  # skipped pictures that the warning names
-SKIPPED = 0.01  # largest share of pictures that may be unreadable
-Wanted = Callable[[int], bool]  # of a picture's number
+NAMED = 10  # skipped images that the warning names
+SKIPPED = 0.01  # largest share of images that may be unreadable
+Wanted = Callable[[int], bool]  # of an image's number
 
 
 class Batch(NamedTuple):
-    """Some pictures.
+    """Some images.
 
     Args:
         k: its number, from 0.
-        numbers: places in the source's order, from 0; a picture that was skipped leaves a gap.
+        numbers: places in the source's order, from 0; an image that was skipped leaves a gap.
         names: file names relative to the source.
-        pictures: uint8 (B, 3, H, W).
+        images: uint8 (B, 3, H, W).
     """
 
     k: int
     numbers: list[int]
     names: list[str]
-    pictures: Tensor
+    images: Tensor
 
 
-class Pictures:
-    """The pictures of a source, sorted by name; memory does not grow with their number.
+class Images:
+    """The images of a source, sorted by name; memory does not grow with their number.
 
     Grey becomes RGB, transparency lies over white; EXIF orientation is ignored, as other tools do. Raises DataError.
 
@@ -59,30 +59,30 @@ class Pictures:
             protocol.
 
     Attributes:
-        skipped: name and reason of each unreadable picture of the last pass; more than 1 % of them is an error.
+        skipped: name and reason of each unreadable image of the last pass; more than 1 % of them is an error.
     """
 
     def __init__(self, source: Path, eval_res: int | None = None) -> None:
         if eval_res is not None and eval_res < 1:
-            raise ValueError(f"Pictures got eval_res={eval_res}, expected 1 or more: it is a side in pixels; use 256")
+            raise ValueError(f"Images got eval_res={eval_res}, expected 1 or more: it is a side in pixels; use 256")
         self.source, self.eval_res = source, eval_res
         self.skipped: list[tuple[str, str]] = []
         self._stored = _stored(source)
         self._names = self._stored.names
         if len(self) < 2:
-            got = f"{len(self)} pictures in {source}"
+            got = f"{len(self)} images in {source}"
             todo = f"check the path and the suffixes ({', '.join(SUFFIXES)}), or draw more"
-            raise DataError(problem(got, "two or more", "one picture has no covariance", todo))
+            raise DataError(problem(got, "two or more", "one image has no covariance", todo))
         lossy = sum(name.lower().endswith((".jpg", ".jpeg")) for name in self._names)
         if lossy:
-            logger.warning("%d of %d pictures in %s are JPEG: what it loses moves FID", lossy, len(self), source)
+            logger.warning("%d of %d images in %s are JPEG: what it loses moves FID", lossy, len(self), source)
 
     def __len__(self) -> int:
         """How many there are, readable or not."""
         return len(self._names)
 
     def batches(self, size: int = 64, wanted: Container[int] | None = None) -> Iterator[Batch]:
-        """Batch k has the readable ones of the pictures k size to (k + 1) size; one warning names what was skipped.
+        """Batch k has the readable ones of the images k size to (k + 1) size; one warning names what was skipped.
 
         Args:
             wanted: the k of batches that are read, in order; None is all.
@@ -107,7 +107,7 @@ class Pictures:
         if self.skipped:
             named = "; ".join(": ".join(pair) for pair in self.skipped[:NAMED])
             named += " ..." if len(self.skipped) > NAMED else ""
-            logger.warning("%d of %d pictures in %s skipped: %s", len(self.skipped), len(self), self.source, named)
+            logger.warning("%d of %d images in %s skipped: %s", len(self.skipped), len(self), self.source, named)
 
     def sha256(self) -> str:
         """Hex digest of names and files, `eval_res` left aside: a folder and a zip of it have the same."""
@@ -119,7 +119,7 @@ class Pictures:
             return torch.from_numpy(np.array(fitted(image, self.eval_res))).permute(2, 0, 1).contiguous()
         self.skipped.append((name, f"{type(image).__name__}: {image}"))
         if len(self.skipped) > SKIPPED * len(self):
-            got = f"{len(self.skipped)} unreadable of {len(self)} pictures in {self.source}, such as {name} ({image})"
+            got = f"{len(self.skipped)} unreadable of {len(self)} images in {self.source}, such as {name} ({image})"
             why, todo = "the rest are no longer the same set", "make those again, or take them out"
             raise DataError(problem(got, f"{SKIPPED:.0%} at most", why, todo))
         return None
@@ -131,19 +131,19 @@ class Pictures:
 
 
 def fitted(image: Image.Image, side: int | None) -> Image.Image:
-    """The middle of a picture, a square of its shorter side, resized to `side` by PIL's Lanczos filter; None leaves it
+    """The middle of an image, a square of its shorter side, resized to `side` by PIL's Lanczos filter; None leaves it
     whole."""
     if side is None:
         return image
     short = min(image.size)
-    # round, as the protocol does: half a pixel off is another picture
+    # round, as the protocol does: half a pixel off is another image
     left, top = (round((length - short) / 2) for length in image.size)
     square = image.crop((left, top, left + short, top + short))
     return square.resize((side, side), Image.Resampling.LANCZOS)
 
 
 class _Stored(Protocol):
-    """Where pictures lie: their names, and each decoded in RGB, or the reason why that one is not, or None where its
+    """Where images lie: their names, and each decoded in RGB, or the reason why that one is not, or None where its
     number is not wanted."""
 
     @property
@@ -156,7 +156,7 @@ class _Stored(Protocol):
 
 @dataclass(frozen=True)
 class _Files:
-    """Encoded pictures of a folder or a zip."""
+    """Encoded images of a folder or a zip."""
 
     source: Path
     names: list[str]
@@ -212,7 +212,7 @@ class _Array:
                 for number in range(self.shape[0]):
                     row = file.read(prod(self.shape[1:]))
                     if len(row) < prod(self.shape[1:]):
-                        raise EOFError(f"{self.member or self.source} ends in picture {number} of {self.shape[0]}")
+                        raise EOFError(f"{self.member or self.source} ends in image {number} of {self.shape[0]}")
                     pixels = np.frombuffer(row, dtype=np.uint8).reshape(self.shape[1:])
                     yield Image.fromarray(pixels) if wanted(number) else None
         except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -231,25 +231,25 @@ class _Array:
 def _stored(source: Path) -> _Stored:
     if source.is_dir():
         names = (file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file())
-        return _Files(source, _pictures(names))
+        return _Files(source, _images(names))
     suffix = source.suffix.lower()
     if suffix not in (".zip", ".npz", ".npy") or not source.is_file():
         got = f"{source}{'' if source.exists() else ', which is not there'}"
-        raise DataError(problem(got, "a folder, .zip, .npz or .npy", "pictures are read from it", "check the path"))
+        raise DataError(problem(got, "a folder, .zip, .npz or .npy", "images are read from it", "check the path"))
     try:
         if suffix == ".npy":
             with source.open("rb") as file:
                 return _Array(source, None, _checked(source, {source.name: _header(file)})[1])
         with zipfile.ZipFile(source) as archive:
             if suffix == ".zip":
-                return _Files(source, _pictures(name for name in archive.namelist() if not name.endswith("/")))
+                return _Files(source, _images(name for name in archive.namelist() if not name.endswith("/")))
             return _Array(source, *_checked(source, _headers(archive)))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _broken(source, error) from error
 
 
-def _pictures(names: Iterator[str]) -> list[str]:
-    """Those of pictures, sorted, without what file managers hide or add."""
+def _images(names: Iterator[str]) -> list[str]:
+    """Those of images, sorted, without what file managers hide or add."""
     shown = (name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
     return sorted(name for name in shown if name.lower().rpartition(".")[2] in SUFFIXES)
 
@@ -272,13 +272,13 @@ def _header(file: IO[bytes]) -> _Header:
 
 
 def _checked(source: Path, headers: dict[str, _Header]) -> tuple[str, tuple[int, ...]]:
-    """Name and shape of the first array that holds pictures."""
+    """Name and shape of the first array that holds images."""
     for name, (shape, fortran, dtype) in headers.items():
         if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and 0 not in shape and not fortran:
             return name, shape
     listed = ", ".join(f"{name} {dtype} {shape}" for name, (shape, _, dtype) in headers.items())
     got, expected = f"{source} with {listed or 'no array'}", "a uint8 array (N, H, W, 3) in C order"
-    todo = "give statistics (mu, sigma) as the reference instead, or convert the pictures"
+    todo = "give statistics (mu, sigma) as the reference instead, or convert the images"
     raise DataError(problem(got, expected, "other ranges and layouts cannot be told apart safely", todo))
 
 
@@ -295,5 +295,5 @@ def _digest(file: IO[bytes]) -> bytes:
 
 
 def _batch(k: int, held: list[tuple[int, str, Tensor]]) -> Batch:
-    pictures = torch.stack([each[2] for each in held]) if held else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-    return Batch(k, [each[0] for each in held], [each[1] for each in held], pictures)
+    images = torch.stack([each[2] for each in held]) if held else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    return Batch(k, [each[0] for each in held], [each[1] for each in held], images)
