@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepdistill.core.cost import Cost
+from stepdistill.core.files import write_text
 from stepdistill.data.bundled import emoji
 from stepdistill.evaluation.measure import Reference as Compared
 from stepdistill.evaluation.measure import Sampled, measured
@@ -151,7 +152,5 @@ class Results:
         """Write a row, in place of what was there."""
         with self._locked() as rows:
             rows[key] = dict(row)
-            part = self.file.with_suffix(".part")
-            part.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
-            part.replace(self.file)
+            write_text(self.file, json.dumps(dict(sorted(rows.items())), indent=1))
         print(f"{key}: {json.dumps(row)}", flush=True)

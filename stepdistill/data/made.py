@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepdistill.core.errors import DataError, problem
+from stepdistill.core.files import written_whole
 from stepdistill.data.base import Source
 from stepdistill.data.bundled import bundled
 
@@ -105,17 +106,15 @@ class Made(Source):
 
 
 def save_chunk(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str], complete: int) -> None:
-    """Write tensors with their facts aside, and rename.
+    """Write tensors with their facts, whole or not at all.
 
     Raises:
         DataError: the disk refuses. No part stays behind, and the message says that `complete` samples do.
     """
-    part = file.with_name(f"{file.name}.part")
     try:
-        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, part, dict(facts))
-        part.replace(file)
+        with written_whole(file) as part:
+            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, part, dict(facts))
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         raise DataError(
             problem(
                 f"{file}, which cannot be written ({error})",

@@ -35,6 +35,10 @@ class Shards(ImageSource):
     (into `~/.cache/stepdistill` where the folder is read-only; remade when the shard's size or date changes),
     and samples are read by offset. Members form samples as they do there; the package itself is not needed.
 
+    `HubDataset` over a folder of shards reads them, too, where every sample has the same members. It refuses shards
+    that mix `.jpg` with `.png`, or hold a sample without image or caption, without naming the sample; it takes no
+    caption out of a `.json` member, and no pattern; and it keeps a second copy of all bytes.
+
     Args:
         train_shards_path_or_url: a path with `{00000..00012}`, `{a,b}`, `*` or `?`. A URL is refused: every
             sample would be one request over the network.

@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stepdistill.core.errors import DataError, problem
+from stepdistill.core.files import write_text
 from stepdistill.data.images import IMAGE_SUFFIXES, header_size
 
 logger = logging.getLogger(__name__)
@@ -108,17 +108,9 @@ def _read(place: Path, stamp: list[int]) -> dict | None:
 
 
 def _write(place: Path, content: dict) -> bool:
-    """Atomic, since several processes may index one shard at once."""
+    """False where the disk refuses. Several processes may index one shard at once."""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=place.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(content, file)
-            os.replace(name, place)
-        except OSError:
-            os.unlink(name)
-            raise
+        write_text(place, json.dumps(content), place.with_name(f"{place.name}.{os.getpid()}.tmp"))
     except OSError:
         return False
     return True

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.errors import EvaluationError, StepdistillError, problem
+from stepdistill.core.files import file_digest
 from stepdistill.evaluation.exports import GenEval, T2ICompBench
 from stepdistill.evaluation.fill import Score, Unit, cropped, fill
 from stepdistill.evaluation.metrics.features import FeatureExtractor
@@ -258,7 +259,7 @@ def fingerprint(place: str) -> str:
         for file in sorted(folder.glob(pattern.replace("/*", "/**/*"))):
             name = file.relative_to(folder)
             if file.is_file() and file.suffix in (".json", ".safetensors") and name.name != "eval.json":
-                found.update(str(name).encode() + b"\0" + sha256(file.read_bytes()).digest())
+                found.update(str(name).encode() + b"\0" + bytes.fromhex(file_digest(file)))
     return found.hexdigest()
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.errors import DataError, problem
+from stepdistill.core.files import written_whole
 from stepdistill.evaluation.prompts import prompt_of
 
 LONGEST = 255 - len("_000000.png")  # bytes of a file name that its prompt may take
@@ -112,10 +113,9 @@ def _image(image: Tensor) -> Image.Image:
 
 def _write(content: Image.Image | bytes, file: Path, part: Path) -> Path:
     """Write by way of `part`, which lies elsewhere: evaluators take whatever is beside the images for one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, bytes):
-        part.write_bytes(content)
-    else:
-        content.save(part, "PNG")
-    part.replace(file)
+    with written_whole(file, part):
+        if isinstance(content, bytes):
+            part.write_bytes(content)
+        else:
+            content.save(part, "PNG")
     return file

@@ -21,11 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.errors import DataError, problem
+from stepdistill.core.files import file_digest
 from stepdistill.data.images import flatten
 
 logger = logging.getLogger(__name__)
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
-CHUNK = 1 << 20  # bytes that are hashed at once
 NAMED = 10  # skipped images that the warning names
 SKIPPED = 0.01  # largest share of images that may be unreadable
 Wanted = Callable[[int], bool]  # of an image's number
@@ -178,7 +178,7 @@ class _Files:
         for name, open_it in zip(self.names, self._opened(), strict=True):
             try:
                 with open_it() as file:
-                    content = _digest(file)
+                    content = bytes.fromhex(file_digest(file))
             except (OSError, zipfile.BadZipFile, zlib.error):  # one that will be skipped
                 content = b"unreadable"
             whole.update(name.encode("utf-8", "surrogateescape") + b"\0" + content)
@@ -219,8 +219,7 @@ class _Array:
             raise _broken(self.source, error) from error
 
     def sha256(self) -> str:
-        with self.source.open("rb") as file:
-            return _digest(file).hex()
+        return file_digest(self.source)
 
     def _opened(self, stack: ExitStack) -> IO[bytes]:
         if self.member is None:
@@ -285,13 +284,6 @@ def _checked(source: Path, headers: dict[str, _Header]) -> tuple[str, tuple[int,
 def _broken(source: Path, error: Exception) -> DataError:
     why, todo = f"{type(error).__name__}: {error}", "make or fetch it again"
     return DataError(problem(source, "a whole, readable file", why, todo))
-
-
-def _digest(file: IO[bytes]) -> bytes:
-    found = hashlib.sha256()
-    while chunk := file.read(CHUNK):
-        found.update(chunk)
-    return found.digest()
 
 
 def _batch(k: int, held: list[tuple[int, str, Tensor]]) -> Batch:

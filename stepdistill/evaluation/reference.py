@@ -10,6 +10,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from stepdistill.core.errors import DataError, EvaluationError, problem
+from stepdistill.core.files import file_digest
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.measure import Reference
 from stepdistill.evaluation.metrics.features import FeatureExtractor
@@ -94,6 +95,6 @@ class Referent:
         if made != UNKNOWN_FEATURES and facts.get("eval_res") != self.spec.side:
             got, why = f"{place}, of images at eval_res {facts.get('eval_res')}", "both sides are resized alike"
             raise EvaluationError(problem(got, f"eval_res {self.spec.side}", why, "set --eval-res alike"))
-        told = {"kind": "npz", "path": str(place), "sha256": sha256(place.read_bytes()).hexdigest()}
+        told = {"kind": "npz", "path": str(place), "sha256": file_digest(place)}
         told |= {"n": stats.n or None, "features_id": made, "eval_res": facts.get("eval_res")}
         return Reference(stats=stats, features=None, paired=False, facts=told)

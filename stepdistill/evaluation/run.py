@@ -14,6 +14,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 
 from stepdistill.core.errors import EvaluationError, problem
+from stepdistill.core.files import write_text
 from stepdistill.data.bundled import emoji
 from stepdistill.evaluation.draw import Painter, labels, plan, slug
 from stepdistill.evaluation.images import Images
@@ -30,7 +31,7 @@ from stepdistill.evaluation.report.rows import sampled, scores_of, sheets
 from stepdistill.evaluation.report.table import alike, flat, read, write_csv
 from stepdistill.evaluation.scores import ClipScore
 from stepdistill.evaluation.spec import Draws, Measures
-from stepdistill.evaluation.store import FACTS, write
+from stepdistill.evaluation.store import FACTS
 from stepdistill.evaluation.subjects import contract_of, family_of
 from stepdistill.families.base import BUNDLED_NAMES
 from stepdistill.networks.lpips import lpips
@@ -162,7 +163,7 @@ def compare(folders: Sequence[Path], out: Path, csv: Path | None) -> list[str]:
     for file in (out, csv):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-    write(out, page(evaluations, "Evaluations compared"))
+    write_text(out, page(evaluations, "Evaluations compared"))
     if csv is not None:
         write_csv(flat(evaluations), csv)
     return alike(evaluations)

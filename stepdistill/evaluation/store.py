@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.errors import EvaluationError, problem
+from stepdistill.core.files import write_text, written_whole
 from stepdistill.evaluation.metrics.stats import PART, FeatureStats, Stats
 
 FACTS, FEATURES, IMAGES = "facts.json", "features.npy", "images.npy"
@@ -64,7 +65,7 @@ class Store:
             _fresh(self.folder / FEATURES, np.dtype(np.float32), (self.n, self.dim))
             if self.kept:
                 _fresh(self.folder / IMAGES, np.dtype(np.uint8), (self.kept, *shape))
-            write(file, json.dumps(known, indent=1))
+            write_text(file, json.dumps(known, indent=1))
         except OSError as error:
             why, todo = "features and scores are kept there", "name another output folder"
             raise EvaluationError(problem(f"{self.folder} ({error})", "a folder to write to", why, todo)) from error
@@ -92,7 +93,7 @@ class Store:
         self._write(FEATURES, rows.start, features)
         if rows.start < self.kept:
             self._write(IMAGES, rows.start, images[: self.kept - rows.start])
-        write(self._file(k), json.dumps(dict(told)))  # last: it says that the unit is whole
+        write_text(self._file(k), json.dumps(dict(told)))  # last: it says that the unit is whole
 
     def features(self) -> Tensor:
         """All features (n, dim) float32, without those of skipped images: pages of the file, read when they are used.
@@ -127,7 +128,7 @@ class Store:
 
     def note(self, name: str, facts: Mapping[str, object]) -> None:
         """Keep something else that is known of all images, as JSON."""
-        write(self.folder / name, json.dumps(dict(facts)))
+        write_text(self.folder / name, json.dumps(dict(facts)))
 
     def noted(self, name: str) -> dict[str, Any] | None:
         """What `note` kept, if anything."""
@@ -147,16 +148,8 @@ class Store:
             os.fsync(file.fileno())
 
 
-def write(file: Path, text: str) -> None:
-    """Write a file that is whole or not there."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text + "\n")
-    part.replace(file)
-
-
 def _fresh(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
     """An empty array in a file, unless it is there."""
     if not file.exists():
-        part = file.with_name(f"{file.name}.part")
-        np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape).flush()
-        part.replace(file)
+        with written_whole(file) as part:
+            np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape).flush()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.core.errors import CheckpointError, problem
+from stepdistill.core.files import file_digest, written_whole
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -32,14 +31,6 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def save(
     folder: Path, roles: Mapping[str, Mapping[str, Tensor]], optimizers: Mapping[str, object], state: Mapping[str, Any]
 ) -> bool:
@@ -48,23 +39,17 @@ def save(
     It appears under its name only when it is whole. Where the disk refuses, the part is removed, the older
     checkpoints stay, and the answer is False.
     """
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        for name, tensors in roles.items():
-            save_file(
-                {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-                part / f"{name}.safetensors",
-            )
-        torch.save(optimizers, part / "optimizers.pt")
-        (part / "state.json").write_text(json.dumps(dict(state), indent=1))
-        listed = {file.name: _digest(file) for file in sorted(part.iterdir())}
-        (part / MANIFEST).write_text(json.dumps(listed, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
+        with written_whole(folder) as part:
+            part.mkdir()
+            for name, tensors in roles.items():
+                plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+                save_file(plain, part / f"{name}.safetensors")
+            torch.save(optimizers, part / "optimizers.pt")
+            (part / "state.json").write_text(json.dumps(dict(state), indent=1))
+            listed = {file.name: file_digest(file) for file in sorted(part.iterdir())}
+            (part / MANIFEST).write_text(json.dumps(listed, indent=1))
     except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
-        shutil.rmtree(part, ignore_errors=True)
         logger.error("cannot write %s (%s): the last good checkpoint stays", folder, error)
         return False
     return True
@@ -80,7 +65,7 @@ def broken(folder: Path) -> str | None:
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if _digest(file) != digest:
+        if file_digest(file) != digest:
             return f"{name} is not as it was written"
     return None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from huggingface_hub import HfApi
 
 from stepdistill.core.cost import Cost
 from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.files import file_digest
 from stepdistill.data import Partition, inside
 from stepdistill.data.bundled import bundled
 from stepdistill.data.routing import ROUTER, Routing
@@ -168,7 +168,7 @@ def measure(
         role = "teacher" if pipe is teacher else "student"
         rows.append(Sampled(name=row.name, role=role, features=extractor(images), cost=told_of(cost, n)))
     file = reference_file(run.train)
-    facts = {"kind": "teacher", "path": file.name, "sha256": sha256(file.read_bytes()).hexdigest(), "n": n}
+    facts = {"kind": "teacher", "path": file.name, "sha256": file_digest(file), "n": n}
     compared = Compared(stats=Stats.of(ref), features=ref, paired=True, facts=facts)
     protocol, reasons = under(PROTOCOLS["none"], extractor.identity, n, None, facts)
     found = measured([replace(row, reasons=reasons) for row in rows], compared, extractor.identity.key)

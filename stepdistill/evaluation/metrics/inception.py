@@ -6,7 +6,6 @@ torch-fidelity's; BatchNorm is folded into its convolutions, and its activations
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 from collections import OrderedDict
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from stepdistill.core.errors import ConfigError, WrongWeights, problem
+from stepdistill.core.files import file_digest
 from stepdistill.evaluation.metrics.features import BATCH, extract
 from stepdistill.evaluation.metrics.identity import (
     DTYPES,
@@ -54,7 +54,7 @@ class Inception:
         batch: int = BATCH,
         allow_unknown_weights: bool = False,
     ) -> None:
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest = file_digest(file)
         if not digest.startswith(FID_WEIGHTS) and not allow_unknown_weights:
             raise WrongWeights(
                 problem(

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepdistill.core.files import written_whole
+
 TOLERANCE = 1e-6  # relative; rounding of a rank-deficient root stays below 1e-7
 PART = 1024  # rows of features that are in memory at once where a file holds more
 UNKNOWN = 0  # samples of statistics that another tool wrote
@@ -71,10 +73,8 @@ class Stats:
         Args:
             facts: what the features depend on, as JSON in `meta`.
         """
-        part = file.with_name(f"{file.name}.part")
-        with part.open("wb") as stream:
+        with written_whole(file) as part, part.open("wb") as stream:
             np.savez(stream, mu=self.mean.numpy(), sigma=self.cov.numpy(), n=self.n, meta=json.dumps(dict(facts)))
-        part.replace(file)
 
     @staticmethod
     def load(file: Path) -> "tuple[Stats, dict[str, object]]":

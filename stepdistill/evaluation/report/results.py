@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from stepdistill.core.files import write_text
 from stepdistill.evaluation.measure import Reference
 from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.protocol import Protocol
 from stepdistill.evaluation.report.page import page
 from stepdistill.evaluation.report.table import SCHEMA, flat, read, write_csv
-from stepdistill.evaluation.store import Store, write
+from stepdistill.evaluation.store import Store
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 SCORES = ("clip", "psnr", "ssim", "lpips")  # what a unit tells of single images
@@ -91,15 +92,15 @@ def samples(stores: Mapping[str, Store], prompts: Sequence[str] | None, seed: in
                 line: dict[str, Any] = {"row": name, "index": i}
                 line |= {"prompt": prompts[i], "seed": seed} if prompts else {}
                 lines.append(json.dumps(line | {key: value[at] for key, value in scores.items()}))
-    write(file, "\n".join(lines))
+    write_text(file, "\n".join(lines))
 
 
 def finish(folder: Path, found: Mapping[str, Any], stores: Mapping[str, Store], reference: Reference) -> None:
     """Write what depends on all rows; statistics of an earlier evaluation in the folder go."""
-    write(folder / "eval.json", json.dumps(found, indent=1))
+    write_text(folder / "eval.json", json.dumps(found, indent=1))
     evaluation = read(folder)
     write_csv(flat([evaluation]), folder / "rows.csv")
-    write(folder / "report.html", page([evaluation], folder.resolve().name))
+    write_text(folder / "report.html", page([evaluation], folder.resolve().name))
     shutil.rmtree(folder / "stats", ignore_errors=True)
     (folder / "stats").mkdir()
     facts = {"features_id": found["features"]["id"], "eval_res": found["eval_res"]}

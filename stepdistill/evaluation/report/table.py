@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stepdistill.core.errors import DataError, problem
+from stepdistill.core.files import written_whole
 
 SCHEMA = "stepdistill.eval/1"
 KEYS = ("fid", "fd")  # a distance is one or the other; nothing here turns one into the other
@@ -110,12 +111,10 @@ def flat(evaluations: Sequence[Evaluation]) -> list[dict[str, object]]:
 
 def write_csv(rows: Sequence[Mapping[str, object]], file: Path) -> None:
     """Write `flat`'s rows below a header; an empty field is a value that was not measured."""
-    part = file.with_name(f"{file.name}.part")
-    with part.open("w", newline="", encoding="utf-8") as stream:
+    with written_whole(file) as part, part.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(file)
 
 
 def _paths(key: str) -> dict[str, tuple[str | int, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stepdistill.core.errors import ConfigError, StudentError, problem
+from stepdistill.core.files import written_whole
 from stepdistill.families.base import Family
 from stepdistill.students.contract import read_contract, teacher
 from stepdistill.students.lora.names import NETWORKS, PIPELINES, Layer, by_name, by_part
@@ -156,10 +156,8 @@ def save(found: Found, target: Path, to: Format) -> Report:
     if odd:
         todo = "keep the source, and report it"
         raise StudentError(problem(f"{odd[:SHOWN]} after conversion", "what was read", "it would draw otherwise", todo))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    half = target.with_name(target.name + ".part")
-    save_file(state, half, metadata)
-    os.replace(half, target)
+    with written_whole(target) as part:
+        save_file(state, part, metadata)
     return Report(found, to, len(state))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.config.schema import dotted
+from stepdistill.core.files import file_digest, write_text
 from stepdistill.families.base import Family
 
 logger = logging.getLogger(__name__)
@@ -148,22 +149,16 @@ class _Digests:
         mark = [facts.st_size, facts.st_mtime_ns]
         known = self.known.get(str(real))
         if known is None or known[:2] != mark:
-            digest = sha256()
-            with real.open("rb") as stream:
-                while block := stream.read(2**20):
-                    digest.update(block)
-            known = self.known[str(real)] = [*mark, digest.hexdigest()]
+            known = self.known[str(real)] = [*mark, file_digest(real)]
             self.changed = True
         return known[2]
 
     def save(self) -> None:
-        """Write them aside and rename; several processes may do so, and the last one wins."""
+        """Write them whole; several processes may do so, and the last one wins."""
         if not self.changed:
             return
-        part = self.file.with_name(f"{FILE}.{os.getpid()}.part")
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(self.known, indent=1) + "\n")
-            os.replace(part, self.file)
+            part = self.file.with_name(f"{FILE}.{os.getpid()}.part")
+            write_text(self.file, json.dumps(self.known, indent=1), part)
         except OSError as error:
             logger.warning("cannot write %s (%s): the files' digests are computed again next time", self.file, error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.core.errors import StepdistillError, problem
+from stepdistill.core.files import written_whole
 
 logger = logging.getLogger(__name__)
 FLUSH = 256  # new rows after which a file is written
@@ -120,18 +120,14 @@ class RowStore:
         tensors = {f"{n}.{name}": tensor for n, row in enumerate(rows) for name, tensor in row.items()}
         metadata = {"key": self.key, "ids": json.dumps(self._new), "names": json.dumps(list(rows[0]))}
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        part = path.with_suffix(".part")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, part, metadata)
-            os.replace(part, path)
+            with written_whole(path) as part:
+                save_file(tensors, part, metadata)
             self._open(path)
             for row in self._new:  # what was written is read from there
                 if row in self._stored:
                     self._bytes -= _size(self._rows.pop(row))
         except (OSError, SafetensorError) as error:
-            if part.exists():
-                part.unlink()
             logger.warning("cannot write the cache to %s (%s): keeping it in memory only", self.folder, error)
             self.folder = None
         self._new = []

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.core import pixels as images
+from stepdistill.core.files import written_whole
 from stepdistill.networks.roles import TEACHER
 from stepdistill.students.write import write_unproven
 from stepdistill.training.logs import Logs
@@ -120,25 +120,23 @@ class Watch:
 
     def _keep(self, step: int, score: float) -> None:
         """Write the exported role to `best/` where no student of this run had a lower score."""
-        best, part = self.out / "best", self.out / "best.part"
+        best = self.out / "best"
         stored = best / "watch.json"
         if stored.exists() and not score < json.loads(stored.read_text())["score"]:
             return
         session = self.session
-        shutil.rmtree(part, ignore_errors=True)
-        write_unproven(
-            part,
-            family=session.run.family,
-            pipe=session.pipe,
-            backbone=session.backbone,
-            role=session.run.method.student_role(),
-            method=session.run.method,
-            resolution=(session.feed.side, session.feed.side),
-            base=session.base,
-        )
-        (part / "watch.json").write_text(json.dumps({"step": step, "score": score}) + "\n")
-        shutil.rmtree(best, ignore_errors=True)
-        os.replace(part, best)
+        with written_whole(best) as part:
+            write_unproven(
+                part,
+                family=session.run.family,
+                pipe=session.pipe,
+                backbone=session.backbone,
+                role=session.run.method.student_role(),
+                method=session.run.method,
+                resolution=(session.feed.side, session.feed.side),
+                base=session.base,
+            )
+            (part / "watch.json").write_text(json.dumps({"step": step, "score": score}) + "\n")
 
     def _yardstick(self) -> Yardstick:
         """The teacher's statistics: those in the folder where they are of the same teacher and settings."""

@@ -1,0 +1,61 @@
+"""Files that are whole or not there, whatever ends the process, and their digests."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import IO
+
+BLOCK = 2**20
+
+
+@contextmanager
+def written_whole(path: Path, part: Path | None = None) -> Iterator[Path]:
+    """Where to write a file or folder that becomes `path` at the end of the block, in place of what was there.
+
+    Where the block raises, `path` stays as it was, and what was written is removed.
+
+    Args:
+        path: its parents are made.
+        part: where to write meanwhile, on the same disk: `path` with the suffix `.part`. Name another one where
+            several processes write `path` at once.
+    """
+    part = part or path.with_name(f"{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(part)
+    try:
+        yield part
+        if part.is_dir():  # a folder cannot be renamed onto one that holds anything
+            _remove(path)
+        part.replace(path)
+    except BaseException:
+        _remove(part)
+        raise
+
+
+def write_text(path: Path, text: str, part: Path | None = None) -> None:
+    """Write text and a last newline by way of `written_whole`."""
+    with written_whole(path, part) as place:
+        place.write_text(text + "\n", encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, if it is there and as far as the disk allows."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def file_digest(file: Path | IO[bytes]) -> str:
+    """sha256 of a file, read block by block from where it stands if it is open."""
+    if isinstance(file, Path):
+        with file.open("rb") as stream:
+            return file_digest(stream)
+    digest = sha256()
+    while block := file.read(BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
