@@ -132,13 +132,17 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         calls.append(("check", source))
         return "12 samples"
 
-    def kohya(folder: Path) -> float:
-        return float(folder.name.split("+")[-1])
+    def verify(folder: Path) -> dict[str, float]:
+        words = folder.name.split("+")
+        return {"diffusers": float(words[0]), "kohya": float(words[-1])}
 
     stubs = {
-        "run": {"Run": run_class, "distill": distill, "dry_run": dry_run},
+        "training.recipe": {"Run": run_class},
+        "training.distill": {"distill": distill, "dry_run": dry_run},
         "data": {"check": check},
-        "export": {"verify": lambda folder: {"diffusers": float(folder.name.split("+")[0]), "kohya": kohya(folder)}},
+        "students.verify": {
+            "verify": lambda folder: {"diffusers": float(folder.name.split("+")[0]), "kohya": kohya(folder)}
+        },
     }
     for name, members in stubs.items():
         module = types.ModuleType(f"stepdistill.{name}")

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import pipeline
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model, PreTrainedModel
 
 from stepdistill.core.errors import ConfigError, MissingWeights, WrongWeights
 from stepdistill.evaluation.metrics import extractors
@@ -493,9 +493,7 @@ def test_missing_models_say_so(name, given, hub, monkeypatch):
     def offline(cls, where: str, **_: object) -> None:
         raise OSError(f"We couldn't connect to load {where}\nand more")
 
-    monkeypatch.setattr(
-        extractors.Dinov2.__init__.__globals__["PreTrainedModel"], "from_pretrained", classmethod(offline)
-    )
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(offline))
     with pytest.raises(MissingWeights) as caught:
         extractor(name)
     lines = str(caught.value).splitlines()

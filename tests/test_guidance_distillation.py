@@ -225,7 +225,7 @@ def test_halved_twice_it_draws_what_the_first_teacher_draws(schedule):
 
 def test_stages_and_their_teachers():
     method = ProgressiveHalving(steps=(4, 2, 1), stage_steps=10)
-    assert [method.session(step) for step in (0, 9, 10, 29, 30, 99)] == [0, 0, 1, 2, 2, 2]
+    assert [method.stage(step) for step in (0, 9, 10, 29, 30, 99)] == [0, 0, 1, 2, 2, 2]
     kept = [role for role in method.roles().values() if isinstance(role, Ema)]
     assert [(role.of, role.decay, role.until) for role in kept] == [("student", 0.0, k) for k in (0, 10, 20)]
     # a stage's teacher is the student as it was when the stage began, and moves no more

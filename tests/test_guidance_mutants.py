@@ -140,8 +140,8 @@ BUGS = {
         "until=None",
         methods.test_stages_and_their_teachers,
     ),
-    "a session too late": Bug(
-        ProgressiveHalving.session,
+    "a stage too late": Bug(
+        ProgressiveHalving.stage,
         "step // self.stage_steps",
         "(step - 1) // self.stage_steps",
         methods.test_stages_and_their_teachers,

@@ -215,7 +215,7 @@ def _init(args: argparse.Namespace, overrides: list[str]) -> None:
 def _made_for(method: type) -> str:
     """The source that the teacher makes for a method."""
     required = [f for f in dataclasses.fields(method) if f.default is f.default_factory is dataclasses.MISSING]
-    return "trajectories" if not required and "trajectories" in method().needs else "samples"
+    return "trajectories" if not required and "trajectories" in method().needs else "teacher_samples"
 
 
 def _check(args: argparse.Namespace, overrides: list[str]) -> None:
