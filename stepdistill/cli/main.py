@@ -35,8 +35,8 @@ INIT = """\
 methods: {methods}
 families: {families}
 Each name is a module; module.Class picks one of several classes, my_package.mine.Mine is a class of your own.
-DATA is a module of stepdistill.data: prompts, folder, ...; the default, teacher_samples or trajectories as the method needs,
-is made by the teacher.
+DATA is a module of stepdistill.data: prompts, folder, ...; the default, teacher_samples or trajectories as the method
+needs, is made by the teacher.
 
 example:
   stepdistill init {example} > mine.yaml && stepdistill train mine.yaml --dry-run
