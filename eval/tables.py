@@ -1,4 +1,4 @@
-"""Measure the README's tables: `python eval/tables.py consistency`, then `python eval/tables.py --render`.
+"""Measure the tables of README and docs: `python eval/tables.py consistency`, then `python eval/tables.py --render`.
 
 A table is resumed row by row: what `eval/results/NAME.json` holds already is not measured again. The embedded
 benchmark: R is the teacher at full steps with seeds A, the floor F the same with seeds B against R, every row uses
@@ -16,7 +16,7 @@ from tables import render
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=sorted(tables.TABLES))
-    parser.add_argument("--render", action="store_true", help="write the tables into README.md")
+    parser.add_argument("--render", action="store_true", help="write the tables into README.md and docs/")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--teacher", choices=sorted(tables.TEACHERS), help="only this one")
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these students, as lcm or dmd2")
@@ -28,8 +28,8 @@ if __name__ == "__main__":
         for name, draw in render.PLOTS.items():
             if (file := results / f"{name}.json").exists():
                 draw(json.loads(file.read_text()), file.with_suffix(".png"))
-        readme = Path(__file__).parent.parent / "README.md"
-        readme.write_text(render.render(readme.read_text(), results))
+        for document in render.documents(Path(__file__).parent.parent):
+            document.write_text(render.render(document.read_text(), results))
     if not (args.name or args.render):
         parser.print_help(sys.stderr)
         raise SystemExit(2)

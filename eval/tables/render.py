@@ -1,4 +1,4 @@
-"""The README's tables, made from the files of `eval/results/`."""
+"""The tables of README and documentation, made from the files of `eval/results/`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,45 @@ AWAY = {  # distances of negative prompts' images, in features
 }
 
 
+OVERVIEW = {  # what the README shows of other tables: file and row
+    "plain DDIM, 1 step": ("teachers", "tiny-sd/DDIM, trailing/1"),
+    "plain DDIM, 2 steps": ("teachers", "tiny-sd/DDIM, trailing/2"),
+    "plain DDIM, 4 steps": ("teachers", "tiny-sd/DDIM, trailing/4"),
+    "DMD2, 1 step": ("distribution", "tiny-sd/dmd2/1"),
+    "TSCD, 2 steps": ("distribution", "tiny-sd/tscd/2"),
+    "LCM, 4 steps": ("consistency", "tiny-sd/lcm/4"),
+    "PCM, 4 steps": ("consistency", "tiny-sd/pcm/4"),
+    "rf++, 4 steps": ("reflow", "tiny-sd/rfpp/4"),
+}
+
+
+def documents(root: Path) -> list[Path]:
+    """The files of a checkout that may show tables."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
 def render(text: str, results: Path) -> str:
     """The text with each `<!-- table NAME -->` ... `<!-- end -->` block made anew from its file."""
 
-    def block(found: re.Match[str]) -> str:
-        name = found[1]
-        rows = json.loads((results / f"{name}.json").read_text())
-        return f"<!-- table {name} -->\n{RENDERERS[name](rows)}\n<!-- end -->"
+    def block(match: re.Match[str]) -> str:
+        name = match[1]
+        table = _overview(results) if name == "overview" else RENDERERS[name](_rows(results, name))
+        return f"<!-- table {name} -->\n{table}\n<!-- end -->"
 
     return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def _rows(results: Path, name: str) -> Mapping[str, Any]:
+    return json.loads((results / f"{name}.json").read_text())
+
+
+def _overview(results: Path) -> str:
+    lines = ["| | network evaluations | excess [95 %] | diversity | training |", "| --- | --- | --- | --- | --- |"]
+    for label, (name, key) in OVERVIEW.items():
+        row = _rows(results, name)[key]
+        trained = f"{row['train_seconds'] / 60:.1f} min" if "train_seconds" in row else "none"
+        lines.append(f"| {label} | {row['nfe']:.0f} | {_excess(row)} | {row['diversity']:.2f} | {trained} |")
+    return "\n".join(lines)
 
 
 def _teachers(rows: Mapping[str, Mapping[str, Any]]) -> str:
