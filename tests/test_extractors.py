@@ -19,11 +19,11 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config
 
 from stepdistill.core.errors import ConfigError, MissingWeights, WrongWeights
 from stepdistill.evaluation.metrics import extractors
-from stepdistill.evaluation.metrics.encoders import ClipImages, Dinov2, Latents, Pixels
+from stepdistill.evaluation.metrics.encoders import clip_images, dinov2, pixels, vae_latents
 from stepdistill.evaluation.metrics.extractors import Weights, availability, extractor, find_inception
 from stepdistill.evaluation.metrics.frechet import frechet
 from stepdistill.evaluation.metrics.identity import Identity, hash_of
-from stepdistill.evaluation.metrics.inception import Inception, RandomInception, random_state
+from stepdistill.evaluation.metrics.inception import inception, random_inception, random_state
 from stepdistill.evaluation.metrics.resize import to_299
 from stepdistill.evaluation.metrics.stats import Stats
 
@@ -83,7 +83,7 @@ def clip(tmp_path_factory) -> Path:
 
 def test_a_user_s_extractor_cannot_call_itself_fid(monkeypatch):
     def factory():
-        found = Pixels()
+        found = pixels()
         found.identity = replace(IDENTITY, dim=198)
         return found
 
@@ -170,7 +170,7 @@ def test_features_are_torchmetrics_own(file):
     theirs = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file))
     with torch.no_grad():
         want = theirs(x)
-    ours = Inception(file, "torchmetrics", batch=3, allow_unknown_weights=True)
+    ours = inception(file, "torchmetrics", batch=3, allow_unknown_weights=True)
     got = ours(x)
     assert got.shape == (4, 2048) and got.dtype == torch.float32 and got.device.type == "cpu"
     assert ((got - want).norm() / want.norm()).item() < 1e-5
@@ -180,7 +180,7 @@ def test_features_are_torchmetrics_own(file):
 
 def test_pytorch_fid_scales_its_own_way(file):
     x = images(2, 299)
-    one, two = (Inception(file, resize, allow_unknown_weights=True) for resize in ("pytorch-fid", "torchmetrics"))
+    one, two = (inception(file, resize, allow_unknown_weights=True) for resize in ("pytorch-fid", "torchmetrics"))
     assert one.identity.input_norm == "(u - 127.5) / 127.5" and two.identity.input_norm == "(u - 128) / 128"
     net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file))
     y = 2 * (x / 255) - 1
@@ -193,8 +193,8 @@ def test_pytorch_fid_scales_its_own_way(file):
 
 def test_a_file_of_another_hash_is_refused_or_fd(file):
     with pytest.raises(WrongWeights, match=r"weights.pth with sha256 .*expected 6726825d.*--allow-unknown-weights"):
-        Inception(file)
-    found = Inception(file, allow_unknown_weights=True).identity
+        inception(file)
+    found = inception(file, allow_unknown_weights=True).identity
     assert (found.arch, found.key, found.dim, found.layer) == ("inception-2015-12-05", "fd", 2048, "pool3")
     assert found.id == f"inception-2015-12-05@{found.weights_sha256[:8]}/clean"
     assert found.weights_path == str(file) and "unknown weights" in found.reasons()[0]
@@ -216,7 +216,7 @@ def test_odd_files_are_refused(state, tmp_path):
         place = tmp_path / f"{number}.pth"
         write(place)
         with pytest.raises(WrongWeights, match=message):
-            Inception(place, allow_unknown_weights=True)
+            inception(place, allow_unknown_weights=True)
 
 
 def test_a_pickle_is_not_run(tmp_path):
@@ -226,13 +226,13 @@ def test_a_pickle_is_not_run(tmp_path):
 
     torch.save({"a": Bomb()}, tmp_path / "bomb.pth")
     with pytest.raises(WrongWeights):
-        Inception(tmp_path / "bomb.pth", allow_unknown_weights=True)
+        inception(tmp_path / "bomb.pth", allow_unknown_weights=True)
     assert not (tmp_path / "ran").exists()
 
 
 def test_random_weights_are_fd_repeatable_and_leave_the_generator():
     before = torch.get_rng_state()
-    one, again, other = RandomInception(3), RandomInception(3), RandomInception(4)
+    one, again, other = random_inception(3), random_inception(3), random_inception(4)
     assert torch.equal(torch.get_rng_state(), before)
     x = images(2, 64)
     rows = one(x)
@@ -242,16 +242,16 @@ def test_random_weights_are_fd_repeatable_and_leave_the_generator():
 
 
 def test_half_precision_is_recorded():
-    found, x = RandomInception(0, dtype="bf16"), images(2, 64)
+    found, x = random_inception(0, dtype="bf16"), images(2, 64)
     assert found.identity.dtype == "bf16" and any("bf16" in reason for reason in found.identity.reasons())
-    rows, want = found(x), RandomInception(0)(x)
+    rows, want = found(x), random_inception(0)(x)
     assert rows.dtype == torch.float32 and 1e-4 < ((rows - want).norm() / want.norm()).item() < 0.1
 
 
 def test_torchmetrics_distance_on_our_features_is_ours():
     class Net(torch.nn.Module):
         num_features = 4
-        extract, seen = RandomInception(0), []
+        extract, seen = random_inception(0), []
 
         def forward(self, x: Tensor) -> Tensor:
             self.seen.append(self.extract(x)[:, : self.num_features])
@@ -270,7 +270,7 @@ def test_torchmetrics_distance_on_our_features_is_ours():
 
 
 def test_dinov2_is_its_layer_normed_class_token(dino):
-    found, x = Dinov2(str(dino)), images(3, 60, 80)
+    found, x = dinov2(str(dino)), images(3, 60, 80)
     net = Dinov2Model.from_pretrained(dino).eval()
     y = torch.nn.functional.interpolate(x.float(), (224, 224), mode="bicubic", antialias=True).clamp(0, 255) / 255
     y = (y - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -282,7 +282,7 @@ def test_dinov2_is_its_layer_normed_class_token(dino):
 
 
 def test_clip_gives_its_embeddings_whatever_transformers_returns(clip, monkeypatch):
-    found, x = ClipImages(str(clip)), images(3, 70, 50)
+    found, x = clip_images(str(clip)), images(3, 70, 50)
     net = CLIPModel.from_pretrained(clip).eval()
     y = torch.nn.functional.interpolate(x.float(), (32, 32), mode="bicubic", antialias=True).clamp(0, 255) / 255
     y = (y - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
@@ -292,21 +292,21 @@ def test_clip_gives_its_embeddings_whatever_transformers_returns(clip, monkeypat
     assert (found.identity.arch, found.identity.dim) == ("clip-32x8x32", 16)
     assert found.identity.id == f"clip-32x8x32@{hash_of(net.state_dict())[:8]}/bicubic32"
     for result in (want, SimpleNamespace(pooler_output=want)):
-        monkeypatch.setattr(found._net, "get_image_features", lambda pixel_values, result=result: result)
+        monkeypatch.setattr(CLIPModel, "get_image_features", lambda self, pixel_values, result=result: result)
         assert torch.equal(found(x), want)
 
 
 def test_a_folder_of_another_model_is_refused(dino, clip):
     """transformers would draw what is missing at random, with a warning."""
     with pytest.raises(WrongWeights, match="expected all tensors of a Dinov2Model"):
-        Dinov2(str(clip))
+        dinov2(str(clip))
 
 
 def test_a_cut_folder_is_refused(dino, tmp_path):
     for place in dino.iterdir():
         (tmp_path / place.name).write_bytes(place.read_bytes()[: 5000 if place.suffix == ".safetensors" else None])
     with pytest.raises(WrongWeights, match="expected whole files"):
-        Dinov2(str(tmp_path))
+        dinov2(str(tmp_path))
 
 
 def test_latents_are_the_pooled_mean():
@@ -321,7 +321,7 @@ def test_latents_are_the_pooled_mean():
     with pytest.raises(ValueError, match=r"latents are \(4, 4\), expected 8 x 8"):
         found(images(1, 16))
     half = pipeline("sd").vae.to(torch.float16)
-    assert (Latents(half)(x) - want).norm() / want.norm() < 0.01 and half.dtype == torch.float16
+    assert (vae_latents(half)(x) - want).norm() / want.norm() < 0.01 and half.dtype == torch.float16
 
 
 def test_pixels_by_hand():
@@ -329,14 +329,14 @@ def test_pixels_by_hand():
     x[0, 0, :, 8:] = 255
     x[0, 1] = 51
     x[0, 2, :2, :2] = torch.tensor([[0, 255], [255, 0]])
-    (row,) = Pixels()(x)
+    (row,) = pixels()(x)
     grid, means, spreads = row[:192].reshape(3, 8, 8), row[192:195], row[195:]
     assert grid[0].tolist() == [[0] * 4 + [1] * 4] * 8
     assert grid[2].flatten().tolist() == [0.5] + [0] * 63
     torch.testing.assert_close(means, torch.tensor([0.5, 0.2, 2 / 256]))
     p = 2 / 256
     torch.testing.assert_close(spreads, torch.tensor([0.5, 0.0, (p * (1 - p)) ** 0.5]), atol=1e-6, rtol=1e-6)
-    assert Pixels().identity.id == "pixels@none/area8" and Pixels().identity.reasons() == []
+    assert pixels().identity.id == "pixels@none/area8" and pixels().identity.reasons() == []
 
 
 def every(dino: Path, clip: Path) -> list:
@@ -369,9 +369,9 @@ def flags() -> tuple[bool, bool]:
 
 
 def test_tf32_is_off_inside_and_back_outside(monkeypatch):
-    seen, found = [], Pixels()
-    inner = found._features
-    monkeypatch.setattr(found, "_features", lambda x: seen.append(flags()) or inner(x))
+    seen, found = [], pixels()
+    inner = found.net
+    found.net = lambda x: seen.append(flags()) or inner(x)
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -406,7 +406,7 @@ def test_odd_names_are_refused(name, options, message):
 
 def test_a_user_s_own_extractor(tmp_path, monkeypatch):
     (tmp_path / "own_features.py").write_text(
-        "from stepdistill.evaluation.metrics.encoders import Pixels\ndef make():\n    return Pixels(batch=7)\n"
+        "from stepdistill.evaluation.metrics.encoders import pixels\ndef make():\n    return pixels(batch=7)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert extractor("module:own_features:make").identity.batch == 7

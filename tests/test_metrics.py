@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stepdistill.core.cost import count_calls
 from stepdistill.core.pixels import to_uint8
-from stepdistill.evaluation.metrics.features import EfficientNetLite0
+from stepdistill.evaluation.metrics.features import Extractor, efficientnet_lite0
 from stepdistill.evaluation.metrics.frechet import diversity, excess, frechet, paired
 from stepdistill.evaluation.metrics.jackknife import _jackknife, _leave_out, _t975
 from stepdistill.evaluation.metrics.stats import Stats
@@ -326,8 +326,8 @@ def test_to_uint8_clamps_rounding_and_refuses_other_ranges() -> None:
 
 
 @pytest.fixture(scope="module")
-def extractor() -> EfficientNetLite0:
-    return EfficientNetLite0()
+def extractor() -> Extractor:
+    return efficientnet_lite0()
 
 
 def images(n: int, size: int) -> Tensor:
@@ -337,7 +337,7 @@ def images(n: int, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [32, 64, 150])
-def test_features_equal_the_plain_network_on_pil_images(extractor: EfficientNetLite0, size: int) -> None:
+def test_features_equal_the_plain_network_on_pil_images(extractor: Extractor, size: int) -> None:
     """Resampling, normalisation, folding, layout and pooling against PIL and the package's own forward."""
     x = images(3, size)
     bands = [Image.fromarray(band.numpy()) for band in x.flatten(0, 1)]
@@ -352,14 +352,14 @@ def test_features_equal_the_plain_network_on_pil_images(extractor: EfficientNetL
     assert ((got - want).norm() / want.norm()).item() < 1e-4
 
 
-def test_features_do_not_depend_on_the_batch(extractor: EfficientNetLite0) -> None:
+def test_features_do_not_depend_on_the_batch(extractor: Extractor) -> None:
     x = images(70, 32)
     got = extractor(x)
     assert not got.requires_grad
     torch.testing.assert_close(torch.cat([extractor(x[:1]), extractor(x[1:])]), got, rtol=1e-4, atol=1e-4)
 
 
-def test_distance_grows_with_noise(extractor: EfficientNetLite0) -> None:
+def test_distance_grows_with_noise(extractor: Extractor) -> None:
     x = images(96, 32)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     clean = Stats.of(extractor(x))
@@ -368,21 +368,21 @@ def test_distance_grows_with_noise(extractor: EfficientNetLite0) -> None:
     assert 0 < distances[0] < distances[1] < distances[2]
 
 
-def test_identity_names_weights_and_resampling(extractor: EfficientNetLite0) -> None:
+def test_identity_names_weights_and_resampling(extractor: Extractor) -> None:
     assert extractor.identity.id == "efficientnet-lite0@57934424/bicubic64"
     state = torch.get_rng_state()
-    assert EfficientNetLite0(size=96).identity.id == "efficientnet-lite0@57934424/bicubic96"
+    assert efficientnet_lite0(size=96).identity.id == "efficientnet-lite0@57934424/bicubic96"
     assert torch.equal(torch.get_rng_state(), state), "building the extractor moved the global generator"
 
 
-def test_bad_images(extractor: EfficientNetLite0) -> None:
+def test_bad_images(extractor: Extractor) -> None:
     with pytest.raises(TypeError, match="torch.float32"):
         extractor(torch.rand(2, 3, 32, 32))
     for shape in ((2, 1, 32, 32), (2, 32, 32, 3), (3, 32, 32), (0, 3, 32, 32)):
         with pytest.raises(ValueError, match="expected \\(N, 3, H, W\\)"):
             extractor(torch.zeros(shape, dtype=torch.uint8))
     with pytest.raises(ValueError, match="size=16"):
-        EfficientNetLite0(size=16)
+        efficientnet_lite0(size=16)
 
 
 # Cost

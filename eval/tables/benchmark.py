@@ -20,7 +20,7 @@ from stepdistill.core.files import write_text
 from stepdistill.data.bundled import emoji
 from stepdistill.evaluation.measure import Reference as Compared
 from stepdistill.evaluation.measure import Sampled, measured
-from stepdistill.evaluation.metrics.features import EfficientNetLite0
+from stepdistill.evaluation.metrics.features import Extractor, efficientnet_lite0
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.students import single as student
 from stepdistill.students.draw.call import SEED_A, SEED_B, Reference, Row, generate, teacher_row
@@ -38,9 +38,9 @@ def prompts(n: int = N) -> list[str]:
 
 
 @cache
-def extractor() -> EfficientNetLite0:
+def extractor() -> Extractor:
     """The benchmark's features, 64 pixels."""
-    return EfficientNetLite0()
+    return efficientnet_lite0()
 
 
 @cache

@@ -19,7 +19,7 @@ from stepdistill.core.errors import EvaluationError, StepdistillError, problem
 from stepdistill.core.files import file_digest
 from stepdistill.evaluation.exports import GenEval, T2ICompBench
 from stepdistill.evaluation.fill import Score, Unit, cropped, fill
-from stepdistill.evaluation.metrics.features import FeatureExtractor
+from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.identity import DTYPES
 from stepdistill.evaluation.prompts import prompt_of, sha256_of
 from stepdistill.evaluation.scores import ClipScore, against_teacher, perceptual
@@ -54,7 +54,7 @@ class Painter:
     family: Family
     records: Sequence[dict[str, object]]
     n: int
-    extractor: FeatureExtractor
+    extractor: Extractor
     clip: ClipScore | None
     state: PartialState
     device: torch.device

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepdistill.evaluation.images import fitted
-from stepdistill.evaluation.metrics.features import FeatureExtractor
+from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.store import Store
 
 Score = Callable[[Tensor, Sequence[int]], dict[str, list[float]]]  # of images and their numbers, by name
@@ -35,7 +35,7 @@ class Unit(NamedTuple):
 
 
 def fill(
-    store: Store, units: Iterable[Unit], extractor: FeatureExtractor, scores: Sequence[Score], title: str, total: int
+    store: Store, units: Iterable[Unit], extractor: Extractor, scores: Sequence[Score], title: str, total: int
 ) -> None:
     """Measure and keep the units that come, with a progress bar over images.
 

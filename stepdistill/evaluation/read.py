@@ -10,7 +10,7 @@ from accelerate import PartialState
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.evaluation.fill import Unit, fill
 from stepdistill.evaluation.images import SKIPPED, Images
-from stepdistill.evaluation.metrics.features import FeatureExtractor
+from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.prompts import sha256_of
 from stepdistill.evaluation.scores import ClipScore
 from stepdistill.evaluation.spec import Measures
@@ -21,7 +21,7 @@ def read_into(
     folder: Path,
     images: Images,
     spec: Measures,
-    extractor: FeatureExtractor,
+    extractor: Extractor,
     state: PartialState,
     clip: ClipScore | None = None,
 ) -> Store:

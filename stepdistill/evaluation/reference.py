@@ -13,7 +13,7 @@ from stepdistill.core.errors import DataError, EvaluationError, problem
 from stepdistill.core.files import file_digest
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.measure import Reference
-from stepdistill.evaluation.metrics.features import FeatureExtractor
+from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.read import read_into
 from stepdistill.evaluation.spec import Measures
@@ -50,7 +50,7 @@ class Referent:
     """
 
     spec: Measures
-    extractor: FeatureExtractor
+    extractor: Extractor
     state: PartialState
 
     def of_teacher(self, store: Store, name: str) -> Reference:

@@ -20,7 +20,7 @@ from stepdistill.evaluation.draw import Painter, labels, plan, slug
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.measure import Reference, Sampled, measured
 from stepdistill.evaluation.metrics.extractors import extractor
-from stepdistill.evaluation.metrics.features import FeatureExtractor
+from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.prompts import prompt_of, read_records, sha256_of
 from stepdistill.evaluation.read import read_into
@@ -191,7 +191,7 @@ def joined(spec: Measures) -> tuple[PartialState, torch.device]:
     return state, device
 
 
-def extracted(spec: Measures, device: torch.device, vae: AutoencoderKL | None) -> FeatureExtractor:
+def extracted(spec: Measures, device: torch.device, vae: AutoencoderKL | None) -> Extractor:
     """The extractor. Raises MissingWeights, which a command tells before anything is drawn."""
     name = spec.features or spec.under.features
     if spec.resize and not name.removeprefix("random-").startswith("inception"):

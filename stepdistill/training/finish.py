@@ -19,7 +19,7 @@ from stepdistill.data.bundled import bundled
 from stepdistill.data.routing import ROUTER, Routing
 from stepdistill.evaluation.measure import Reference as Compared
 from stepdistill.evaluation.measure import Sampled, measured
-from stepdistill.evaluation.metrics.features import EfficientNetLite0
+from stepdistill.evaluation.metrics.features import efficientnet_lite0
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.prompts import sha256_of
 from stepdistill.evaluation.protocol import PROTOCOLS
@@ -160,7 +160,7 @@ def measure(
     """
     n = min(run.train.eval_samples, len(stored.prompts))
     ref, floor = (stored.features[key][:n] for key in ("reference", "floor"))
-    prompts, extractor, steps = stored.prompts[:n], EfficientNetLite0(), run.train.teacher_steps
+    prompts, extractor, steps = stored.prompts[:n], efficientnet_lite0(), run.train.teacher_steps
     _, cost = generate(teacher, taught["full"], prompts[:64], SEED_B)
     rows = [Sampled(name=taught["full"].name, role="teacher", features=floor, cost=told_of(cost, min(n, 64)))]
     for pipe, row in [(teacher, taught["few"]), *((plain, row) for row in rows_of_student)]:

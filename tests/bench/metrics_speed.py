@@ -27,7 +27,7 @@ from harness import CPU, WALL, Rows, Side, interleaved, quartiles, ratios, surro
 from torch import Tensor
 
 from stepdistill.evaluation.metrics.frechet import frechet
-from stepdistill.evaluation.metrics.inception import Inception, random_state
+from stepdistill.evaluation.metrics.inception import inception, random_state
 from stepdistill.evaluation.metrics.stats import Stats
 
 FEATURES, DISTANCE = ("torchmetrics", "ours"), ("scipy", "ours")
@@ -61,7 +61,7 @@ class Networks:
             file = Path(folder) / "weights.pth"
             torch.save(state, file)
             self.reference = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file))
-            self.ours = Inception(file, "torchmetrics", allow_unknown_weights=True)
+            self.ours = inception(file, "torchmetrics", allow_unknown_weights=True)
 
     @torch.no_grad()
     def theirs(self, images: Tensor) -> Tensor:

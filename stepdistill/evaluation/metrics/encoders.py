@@ -6,6 +6,7 @@ for a folder, a hub id, and either file format.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from transformers import AutoImageProcessor, CLIPModel, Dinov2Model
 
-from stepdistill.evaluation.metrics.features import BATCH, extract
+from stepdistill.evaluation.metrics.features import BATCH, Extractor
 from stepdistill.evaluation.metrics.identity import DTYPES, NO_WEIGHTS, Dtype, Identity, hash_of
 from stepdistill.networks.clip import pretrained
 
@@ -27,7 +28,7 @@ POOLED = 8  # the side of pooled latents and pixels
 VAE_BATCH = 8  # an encoder's first activations take 128 MiB an image of 512 pixels
 
 
-class Dinov2:
+def dinov2(name: str, device: str | torch.device = "cpu", dtype: Dtype = "fp32", batch: int = BATCH) -> Extractor:
     """DINOv2's class token after the last LayerNorm.
 
     Oquab et al. 2023, https://arxiv.org/abs/2304.07193; FD-DINOv2 is the Frechet distance on it, Stein et al. 2023,
@@ -38,37 +39,29 @@ class Dinov2:
 
     Raises OSError where there is none, WrongWeights for another model's.
     """
+    net: Any = pretrained(Dinov2Model, name)
+    width = net.config.hidden_size
+    identity = Identity(
+        arch=f"dinov2-{DINO_SIZES.get(width, width)}",
+        weights_sha256=hash_of(net.state_dict()),
+        weights_path=name,
+        dim=width,
+        layer="class token, layer-normed",
+        resize=f"bicubic{DINO_SIDE}",
+        input_norm="(u / 255 - ImageNet mean) / ImageNet std",
+        dtype=dtype,
+        batch=batch,
+    )
+    net.to(device, DTYPES[dtype])
 
-    def __init__(
-        self, name: str, device: str | torch.device = "cpu", dtype: Dtype = "fp32", batch: int = BATCH
-    ) -> None:
-        net: Any = pretrained(Dinov2Model, name)
-        width = net.config.hidden_size
-        self.device = torch.device(device)
-        self.identity = Identity(
-            arch=f"dinov2-{DINO_SIZES.get(width, width)}",
-            weights_sha256=hash_of(net.state_dict()),
-            weights_path=name,
-            dim=width,
-            layer="class token, layer-normed",
-            resize=f"bicubic{DINO_SIDE}",
-            input_norm="(u / 255 - ImageNet mean) / ImageNet std",
-            dtype=dtype,
-            batch=batch,
-        )
-        self._net = net.to(self.device, DTYPES[dtype])
-        self._moments = _moments(IMAGENET_MEAN, IMAGENET_STD, self.device)
+    def class_token(images: Tensor) -> Tensor:
+        x = _bicubic(images, DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD)
+        return net(pixel_values=x.to(net.dtype)).pooler_output
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W), N >= 1, to float32 (N, dim) on the CPU. Raises TypeError, ValueError."""
-        return extract(images, self._features, self.device, self.identity.batch)
-
-    def _features(self, images: Tensor) -> Tensor:
-        x = _bicubic(images, DINO_SIDE, *self._moments)
-        return self._net(pixel_values=x.to(self._net.dtype)).pooler_output
+    return Extractor(identity, class_token, torch.device(device))
 
 
-class ClipImages:
+def clip_images(name: str, device: str | torch.device = "cpu", dtype: Dtype = "fp32", batch: int = BATCH) -> Extractor:
     """CLIP's image embeddings as they are, not normalised.
 
     Radford et al. 2021, https://arxiv.org/abs/2103.00020; CMMD is a kernel distance on them, Jayasumana et al. 2024,
@@ -80,112 +73,90 @@ class ClipImages:
 
     Raises OSError where there is none, WrongWeights for another model's.
     """
+    net: Any = pretrained(CLIPModel, name)
+    processor = AutoImageProcessor.from_pretrained(name)
+    mean, std, vision = list(processor.image_mean), list(processor.image_std), net.config.vision_config
+    shape = vision.hidden_size, vision.patch_size, vision.image_size
+    identity = Identity(
+        arch=f"clip-{CLIP_SIZES.get(shape, 'x'.join(map(str, shape)))}",
+        weights_sha256=hash_of(net.state_dict()),
+        weights_path=name,
+        dim=net.config.projection_dim,
+        layer="image embedding",
+        resize=f"bicubic{vision.image_size}",
+        input_norm=f"(u / 255 - {mean}) / {std}",
+        dtype=dtype,
+        batch=batch,
+    )
+    net.to(device, DTYPES[dtype])
 
-    def __init__(
-        self, name: str, device: str | torch.device = "cpu", dtype: Dtype = "fp32", batch: int = BATCH
-    ) -> None:
-        net: Any = pretrained(CLIPModel, name)
-        processor = AutoImageProcessor.from_pretrained(name)
-        vision = net.config.vision_config
-        shape = vision.hidden_size, vision.patch_size, vision.image_size
-        self.device, self._side = torch.device(device), vision.image_size
-        self.identity = Identity(
-            arch=f"clip-{CLIP_SIZES.get(shape, 'x'.join(map(str, shape)))}",
-            weights_sha256=hash_of(net.state_dict()),
-            weights_path=name,
-            dim=net.config.projection_dim,
-            layer="image embedding",
-            resize=f"bicubic{vision.image_size}",
-            input_norm=f"(u / 255 - {list(processor.image_mean)}) / {list(processor.image_std)}",
-            dtype=dtype,
-            batch=batch,
-        )
-        self._net = net.to(self.device, DTYPES[dtype])
-        self._moments = _moments(processor.image_mean, processor.image_std, self.device)
+    def embedding(images: Tensor) -> Tensor:
+        x = _bicubic(images, vision.image_size, mean, std)
+        output = net.get_image_features(pixel_values=x.to(net.dtype))
+        return output if isinstance(output, Tensor) else output.pooler_output  # an output since transformers 5
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W), N >= 1, to float32 (N, dim) on the CPU. Raises TypeError, ValueError."""
-        return extract(images, self._features, self.device, self.identity.batch)
-
-    def _features(self, images: Tensor) -> Tensor:
-        x = _bicubic(images, self._side, *self._moments)
-        found = self._net.get_image_features(pixel_values=x.to(self._net.dtype))
-        return found if isinstance(found, Tensor) else found.pooler_output  # an output since transformers 5
+    return Extractor(identity, embedding, torch.device(device))
 
 
-class Latents:
+def vae_latents(vae: AutoencoderKL, device: str | torch.device = "cpu", batch: int = VAE_BATCH) -> Extractor:
     """The mean that a pipeline's own autoencoder encodes, averaged to 8 x 8 and flattened: needs no download.
 
     Images keep their size. A VAE in half precision, or on another device, is copied and not changed.
 
     Raises ValueError when called on images whose latents are smaller than 8 x 8.
     """
+    device = torch.device(device)
+    fits = vae.dtype == torch.float32 and vae.device == device
+    net: Any = vae if fits else deepcopy(vae)
+    net.to(device, torch.float32)
+    identity = Identity(
+        arch="vae",
+        weights_sha256=hash_of(net.state_dict()),
+        weights_path="the pipeline's",
+        dim=net.config["latent_channels"] * POOLED**2,
+        layer="encoder mean",
+        resize=f"pool{POOLED}",
+        input_norm="u / 127.5 - 1",
+        dtype="fp32",
+        batch=batch,
+    )
 
-    def __init__(self, vae: AutoencoderKL, device: str | torch.device = "cpu", batch: int = VAE_BATCH) -> None:
-        self.device = torch.device(device)
-        fits = vae.dtype == torch.float32 and vae.device == self.device
-        own: Any = vae if fits else deepcopy(vae)
-        self._vae = own.to(self.device, torch.float32)
-        self.identity = Identity(
-            arch="vae",
-            weights_sha256=hash_of(self._vae.state_dict()),
-            weights_path="the pipeline's",
-            dim=self._vae.config["latent_channels"] * POOLED**2,
-            layer="encoder mean",
-            resize=f"pool{POOLED}",
-            input_norm="u / 127.5 - 1",
-            dtype="fp32",
-            batch=batch,
-        )
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W), N >= 1, to float32 (N, dim) on the CPU. Raises TypeError, ValueError."""
-        return extract(images, self._features, self.device, self.identity.batch)
-
-    def _features(self, images: Tensor) -> Tensor:
-        latents = self._vae.encode(images / 127.5 - 1).latent_dist.mode()
+    def pooled_mean(images: Tensor) -> Tensor:
+        latents = net.encode(images / 127.5 - 1).latent_dist.mode()
         if min(latents.shape[2:]) < POOLED:
             raise ValueError(
-                f"Latents got images of {tuple(images.shape[2:])}, whose latents are {tuple(latents.shape[2:])}, "
+                f"vae features got images of {tuple(images.shape[2:])}, whose latents are {tuple(latents.shape[2:])}, "
                 f"expected {POOLED} x {POOLED} or more: they are averaged to that size; use larger images, or pixels"
             )
         return adaptive_avg_pool2d(latents, POOLED).flatten(1)
 
+    return Extractor(identity, pooled_mean, device)
 
-class Pixels:
+
+def pixels(device: str | torch.device = "cpu", batch: int = BATCH) -> Extractor:
     """Colours averaged over an 8 x 8 grid, and each channel's mean and standard deviation: 198 numbers in [0, 1]."""
+    identity = Identity(
+        arch="pixels",
+        weights_sha256=NO_WEIGHTS,
+        weights_path="",
+        dim=3 * POOLED**2 + 6,
+        layer="grid, means, standard deviations",
+        resize=f"area{POOLED}",
+        input_norm="u / 255",
+        dtype="fp32",
+        batch=batch,
+    )
 
-    def __init__(self, device: str | torch.device = "cpu", batch: int = BATCH) -> None:
-        self.device = torch.device(device)
-        self.identity = Identity(
-            arch="pixels",
-            weights_sha256=NO_WEIGHTS,
-            weights_path="",
-            dim=3 * POOLED**2 + 6,
-            layer="grid, means, standard deviations",
-            resize=f"area{POOLED}",
-            input_norm="u / 255",
-            dtype="fp32",
-            batch=batch,
-        )
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W), N >= 1, to float32 (N, 198) on the CPU. Raises TypeError, ValueError."""
-        return extract(images, self._features, self.device, self.identity.batch)
-
-    def _features(self, images: Tensor) -> Tensor:
+    def statistics(images: Tensor) -> Tensor:
         x = images / 255
         return torch.cat(
             [adaptive_avg_pool2d(x, POOLED).flatten(1), x.mean((2, 3)), x.std((2, 3), correction=0)], dim=1
         )
 
-
-def _moments(mean: object, std: object, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(value, device=device).reshape(1, 3, 1, 1) for value in (mean, std))
-    return mean, std
+    return Extractor(identity, statistics, torch.device(device))
 
 
-def _bicubic(images: Tensor, side: int, mean: Tensor, std: Tensor) -> Tensor:
+def _bicubic(images: Tensor, side: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 to normalised (N, 3, side, side)."""
     x = interpolate(images.float(), (side, side), mode="bicubic", antialias=True).clamp(0, 255)
-    return (x / 255 - mean) / std
+    return (x / 255 - x.new_tensor(mean).reshape(3, 1, 1)) / x.new_tensor(std).reshape(3, 1, 1)

