@@ -20,7 +20,8 @@ else:
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "stepdistill"
 SCRIPTS = ("train", "sample", "eval")
-TOP = {"pyproject.toml", "README.md", "LICENSE", "NOTICE", "stepdistill", "tests", "configs", *SCRIPTS}
+FILES = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "NOTICE"}
+TOP = {*FILES, "stepdistill", "tests", "configs", "docs", *SCRIPTS}
 
 
 def found(folder: Path, pattern: str) -> list[Path]:
