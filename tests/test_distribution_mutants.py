@@ -195,12 +195,12 @@ BUGS = {
     ),
     "tokens in columns": Bug(
         adversarial.features_before,
-        "reshape(len(found), -1, height, width)",
-        "reshape(len(found), -1, width, height).transpose(2, 3)",
+        "reshape(len(features), -1, height, width)",
+        "reshape(len(features), -1, width, height).transpose(2, 3)",
         lambda: plumbing.test_features_are_those_of_a_whole_pass_which_ends_early("sd3"),
     ),
     "hook left behind": Bug(
-        adversarial.features_before,
+        adversarial.inputs_of,
         "handle.remove()",
         "pass",
         lambda: plumbing.test_features_are_those_of_a_whole_pass_which_ends_early("sd"),

@@ -27,7 +27,7 @@ from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.random import sample_rng
 from stepdistill.data import FixedCrops, ImageFolder, InvertedImages, Partition, Prompts, TeacherSamples, Trajectories
 from stepdistill.data.bundled import build
-from stepdistill.families.lazy_pipeline import PARTS, Parts
+from stepdistill.families.lazy_pipeline import PARTS, LazyPipeline
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.meta import is_shell
 from stepdistill.networks.roles import LoraSpec
@@ -252,7 +252,7 @@ def test_parts_of_a_single_file_and_under_loras_are_let_go(place, tmp_path, monk
     monkeypatch.setattr(family.pipeline_class, "from_single_file", lambda where, config: pipeline("sd"), raising=False)
     pipe = family.load(("text",))
     assert is_shell(pipe.text_encoder) and not is_shell(pipe.vae) and not is_shell(pipe.unet)
-    whole = Parts(family, pipe, torch.device("cpu")).text("asked for")
+    whole = LazyPipeline(family, pipe, torch.device("cpu")).text("asked for")
     assert not is_shell(whole.text_encoder)
 
     lora(place, tmp_path / "lora", ("text_encoder", "unet"))
@@ -261,7 +261,7 @@ def test_parts_of_a_single_file_and_under_loras_are_let_go(place, tmp_path, monk
     )
     fused, left = family.load(), family.load(("text",))
     assert base_of(fused, family) == base_of(left, family)
-    later = Parts(family, left, torch.device("cpu")).text("asked for")
+    later = LazyPipeline(family, left, torch.device("cpu")).text("asked for")
     states = [family.condition(pipe, ["rose"])["states"] for pipe in (fused, later, pipeline("sd"))]
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 

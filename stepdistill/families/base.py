@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
@@ -238,21 +239,25 @@ class Family(ABC):
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         """Embeddings of prompts, one row each."""
 
-    @abstractmethod
     def unconditional(self, pipe: DiffusionPipeline) -> Condition:
         """The one row that guidance departs from where the pipeline is given no negative prompt."""
+        return self.condition(pipe, [""])
 
     @abstractmethod
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The network's raw output for x_t (B, C, H, W) and t (B,) in scheduler timesteps."""
 
-    @abstractmethod
+    @torch.no_grad()
     def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
         """Latents (B, C, h, w) in the network's scale from pixels (B, 3, H, W) in [-1, 1]."""
+        coded = pipe.vae.encode(pixels.to(pipe.vae.dtype), return_dict=False)[0]
+        latents = coded.mode() if isinstance(coded, DiagonalGaussianDistribution) else coded
+        return (latents.float() - _shift(pipe)) * pipe.vae.config.scaling_factor
 
-    @abstractmethod
     def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], not clamped, from latents in the network's scale; differentiable."""
+        latents = latents / pipe.vae.config.scaling_factor + _shift(pipe)
+        return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0].float()
 
     @abstractmethod
     def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
@@ -274,9 +279,14 @@ class Family(ABC):
         pipeline.save_lora_weights(folder, **given)
 
 
+def _shift(pipe: DiffusionPipeline) -> float:
+    """What is taken off the autoencoder's latents before they are scaled; most have none."""
+    return pipe.vae.config.get("shift_factor") or 0.0
+
+
 def each(call: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The arguments of a pipeline's call for `count` prompts: a negative prompt is told as often as there are."""
-    found = dict(call)
-    if isinstance(found.get("negative_prompt"), str):  # Flux takes no single one for several prompts
-        found["negative_prompt"] = [found["negative_prompt"]] * count
-    return found
+    """The arguments of a pipeline's call for `count` prompts: the negative prompt is repeated for each."""
+    arguments = dict(call)
+    if isinstance(arguments.get("negative_prompt"), str):  # Flux takes no single one for several prompts
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * count
+    return arguments

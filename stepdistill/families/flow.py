@@ -1,14 +1,12 @@
-"""What families on a rectified flow share: straight paths, their stock schedulers, an autoencoder with a shift."""
+"""What families on a rectified flow share: straight paths, and their stock schedulers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor
 
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.prediction import Kind
@@ -20,6 +18,8 @@ from stepdistill.families.schedulers import FirstNoiseEulerScheduler
 @dataclass(frozen=True, kw_only=True)
 class Flow(Family):
     """A pipeline whose network predicts the velocity `eps - x0`."""
+
+    network_name: ClassVar[str] = "transformer"
 
     def kind(self, pipe: DiffusionPipeline) -> Kind:
         return "flow"
@@ -41,18 +41,3 @@ class Flow(Family):
             "sigmas": [t / 1000 for t in sampler.timesteps],
             "num_inference_steps": len(sampler.timesteps),
         }
-
-
-@torch.no_grad()
-def encoded(pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
-    """Latents of an autoencoder with a shift and a scale, from pixels (B, 3, H, W) in [-1, 1]."""
-    config = pipe.vae.config
-    latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
-    return (latents.float() - config.shift_factor) * config.scaling_factor
-
-
-def decoded(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-    """The way back, not clamped; differentiable."""
-    config = pipe.vae.config
-    latents = latents / config.scaling_factor + config.shift_factor
-    return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0].float()

@@ -1,4 +1,4 @@
-"""Flux: a transformer on a rectified flow that takes 2 x 2 places as one token, and may be told a guidance scale."""
+"""Flux: a transformer on a rectified flow that takes 2 x 2 places as one token; dev also takes a guidance scale."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import Rectified
-from stepdistill.families.flow import Flow, decoded, encoded
+from stepdistill.families.flow import Flow
 from stepdistill.networks.layers import attentions, inner, named, rebuilt
 from stepdistill.networks.roles import Sites, Tap
 
@@ -28,17 +28,16 @@ TARGETS = (
 class Flux(Flow):
     """Flux.1 pipelines, dev and schnell.
 
-    dev is told a guidance scale as it is told the time; that is no classifier-free guidance, and `guidance_scale` of
-    methods is not it.
+    dev takes a guidance scale as an input, as it takes the time. That is no classifier-free guidance, and
+    `guidance_scale` of methods is another setting.
 
     Args:
-        guidance_embedding: what a network with such an input is told, teacher and student alike.
+        guidance_embedding: the value of that input, for teacher and student alike.
         max_sequence_length: tokens of T5's part of the prompt; 512 for dev, 256 for schnell.
         shift: of the teacher's own grid; none takes the scheduler's, and where that depends on the size of the image
             its `max_shift`, which is that of 1024 x 1024 pixels (3.16 for dev; at 512 x 512 it is 1.88).
     """
 
-    network_name: ClassVar[str] = "transformer"
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
     seeds_steps: ClassVar[bool] = False
 
@@ -58,8 +57,8 @@ class Flux(Flow):
 
     def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
         config = scheduler.config
-        own = math.exp(config.max_shift) if config.use_dynamic_shifting else config.shift
-        return Rectified(own if self.shift is None else self.shift)
+        shift = math.exp(config.max_shift) if config.use_dynamic_shifting else config.shift
+        return Rectified(shift if self.shift is None else self.shift)
 
     def native_side(self, pipe: DiffusionPipeline) -> int:
         return pipe.default_sample_size * pipe.vae_scale_factor
@@ -105,9 +104,6 @@ class Flux(Flow):
         )
         return {"states": states, "pooled": pooled}
 
-    def unconditional(self, pipe: DiffusionPipeline) -> Condition:
-        return self.condition(pipe, [""])
-
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         height, width = x_t.shape[-2:]
         config: Any = net.config
@@ -115,13 +111,11 @@ class Flux(Flow):
             *(torch.arange(side // 2, device=x_t.device) for side in (height, width)), indexing="ij"
         )
         places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
-        told = (
-            torch.full((len(x_t),), self.guidance_embedding, device=x_t.device) if config["guidance_embeds"] else None
-        )
+        guidance = torch.full((len(x_t),), self.guidance_embedding, device=x_t.device)
         y = net(
             self.pack(x_t),
             timestep=t / 1000,
-            guidance=told,
+            guidance=guidance if config["guidance_embeds"] else None,
             encoder_hidden_states=cond["states"],
             pooled_projections=cond["pooled"],
             txt_ids=torch.zeros(cond["states"].shape[1], 3, device=x_t.device),
@@ -129,12 +123,6 @@ class Flux(Flow):
             return_dict=False,
         )[0]
         return self.unpack(y, height, width)
-
-    def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
-        return encoded(pipe, pixels)
-
-    def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-        return decoded(pipe, latents)
 
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
         config: Any = net.config

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 PARTS: frozenset[Part] = frozenset({"text", "vae", "denoiser"})
 
 
-class Parts:
+class LazyPipeline:
     """A pipeline and its parts on a device. What `family.load` left out is put in once it is asked for.
 
     Args:

@@ -36,6 +36,11 @@ class PixArt(VariancePreserving):
 
     max_sequence_length: int
 
+    @property
+    @abstractmethod
+    def takes_size(self) -> bool:
+        """Whether a network for 1024 x 1024 pixels takes the image's size as an input."""
+
     def arguments(self) -> dict[str, Any]:
         return {
             "max_sequence_length": self.max_sequence_length,
@@ -69,14 +74,11 @@ class PixArt(VariancePreserving):
         scale = torch.full((len(prompts), 1), float(pipe.vae_scale_factor), device=states.device)
         return {"states": states, "mask": mask, "scale": scale}
 
-    def unconditional(self, pipe: DiffusionPipeline) -> Condition:
-        return self.condition(pipe, [""])
-
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         height, width = x_t.shape[-2:]
         config: Any = net.config
         sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-        if self.told_size(config):
+        if self.takes_size and config["sample_size"] == 128:
             sizes["resolution"] = cond["scale"] * torch.tensor([[height, width]], device=x_t.device)
             sizes["aspect_ratio"] = torch.full_like(cond["scale"], height / width)
         y = net(
@@ -88,10 +90,6 @@ class PixArt(VariancePreserving):
             return_dict=False,
         )[0]
         return y[:, : config["in_channels"]]
-
-    @abstractmethod
-    def told_size(self, config: Any) -> bool:  # noqa: ANN401
-        """Whether the network is told the image's size."""
 
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
         config: Any = net.config
@@ -113,11 +111,9 @@ class PixArtAlpha(PixArt):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = PixArtAlphaPipeline
+    takes_size = True  # pyright: ignore[reportAssignmentType]
 
     max_sequence_length: int = 120
-
-    def told_size(self, config: Any) -> bool:  # noqa: ANN401
-        return config["sample_size"] == 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +125,6 @@ class PixArtSigma(PixArt):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = PixArtSigmaPipeline
+    takes_size = False  # pyright: ignore[reportAssignmentType]
 
     max_sequence_length: int = 300
-
-    def told_size(self, config: Any) -> bool:  # noqa: ANN401
-        return False

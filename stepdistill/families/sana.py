@@ -38,15 +38,14 @@ class Sana(Flow):
         human_instruction: whether the pipeline's own instruction to Gemma stands before every prompt, as in training.
     """
 
-    network_name: ClassVar[str] = "transformer"
     pipeline_class: ClassVar[type[DiffusionPipeline]] = SanaPipeline
 
     max_sequence_length: int = 300
     human_instruction: bool = True
 
     def arguments(self) -> dict[str, Any]:
-        told = {} if self.human_instruction else {"complex_human_instruction": None}
-        return {"max_sequence_length": self.max_sequence_length, "use_resolution_binning": False} | told
+        instruction = {} if self.human_instruction else {"complex_human_instruction": None}
+        return {"max_sequence_length": self.max_sequence_length, "use_resolution_binning": False} | instruction
 
     def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
         config = scheduler.config
@@ -54,7 +53,7 @@ class Sana(Flow):
 
     def kind(self, pipe: DiffusionPipeline) -> Kind:
         if pipe.transformer.config["guidance_embeds"]:
-            got, why = "a network with a guidance embedding", "its pipeline does not tell it any"
+            got, why = "a network with a guidance embedding", "its pipeline gives it none"
             todo = "give the base that it was distilled from"
             raise ConfigError(problem(got, f"one that a {self.pipeline_class.__name__} calls", why, todo))
         return "flow"
@@ -104,15 +103,6 @@ class Sana(Flow):
             timestep=t * config["timestep_scale"],
             return_dict=False,
         )[0]
-
-    @torch.no_grad()
-    def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
-        latents = pipe.vae.encode(pixels.to(pipe.vae.dtype), return_dict=False)[0]
-        return latents.float() * pipe.vae.config.scaling_factor
-
-    def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-        latents = latents / pipe.vae.config.scaling_factor
-        return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0].float()
 
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
         config: Any = net.config

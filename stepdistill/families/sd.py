@@ -28,8 +28,5 @@ class StableDiffusion(UNet):
         states, _ = pipe.encode_prompt(list(prompts), pipe.text_encoder.device, 1, False)
         return {"states": states}
 
-    def unconditional(self, pipe: DiffusionPipeline) -> Condition:
-        return self.condition(pipe, [""])
-
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return net(x_t, t, encoder_hidden_states=cond["states"], return_dict=False)[0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.schedule import Rectified
-from stepdistill.families.flow import Flow, decoded, encoded
+from stepdistill.families.flow import Flow
 from stepdistill.networks.layers import attentions, halfway, named, rebuilt
 from stepdistill.networks.roles import Sites, Tap
 
@@ -39,7 +39,6 @@ class StableDiffusion3(Flow):
             pipeline's own default is 256, the bundled `tiny-sd3` was trained with 16.
     """
 
-    network_name: ClassVar[str] = "transformer"
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
     seeds_steps: ClassVar[bool] = False
 
@@ -61,10 +60,10 @@ class StableDiffusion3(Flow):
         return Rectified(scheduler.config.shift)
 
     def lora_targets(self, net: nn.Module) -> list[str]:
-        found = named(net, TARGETS, (nn.Linear,))
+        names = named(net, TARGETS, (nn.Linear,))
         # the last block's text stream ends in its attention: queries of text tokens reach no output
         last = len(net.get_submodule("transformer_blocks")._modules) - 1
-        return [name for name in found if name != f"transformer_blocks.{last}.attn.add_q_proj"]
+        return [name for name in names if name != f"transformer_blocks.{last}.attn.add_q_proj"]
 
     def tap(self, net: nn.Module) -> Tap:
         """The image's tokens at half the depth."""
@@ -75,8 +74,8 @@ class StableDiffusion3(Flow):
         return attentions(net, "attn", "time_text_embed.timestep_embedder")
 
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
-        found = {name: pipe.components[name].model_max_length for name in ("tokenizer", "tokenizer_2")}
-        return found | ({"tokenizer_3": self.max_sequence_length} if pipe.text_encoder_3 is not None else {})
+        limits = {name: pipe.components[name].model_max_length for name in ("tokenizer", "tokenizer_2")}
+        return limits | ({"tokenizer_3": self.max_sequence_length} if pipe.text_encoder_3 is not None else {})
 
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
@@ -90,9 +89,6 @@ class StableDiffusion3(Flow):
         )
         return {"states": states, "pooled": pooled}
 
-    def unconditional(self, pipe: DiffusionPipeline) -> Condition:
-        return self.condition(pipe, [""])
-
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return net(
             x_t,
@@ -101,12 +97,6 @@ class StableDiffusion3(Flow):
             pooled_projections=cond["pooled"],
             return_dict=False,
         )[0]
-
-    def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
-        return encoded(pipe, pixels)
-
-    def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-        return decoded(pipe, latents)
 
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
         config: Any = net.config

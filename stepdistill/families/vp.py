@@ -1,14 +1,12 @@
-"""What families on a variance-preserving table share: the table, its stock schedulers, an autoencoder that scales."""
+"""What families on a variance-preserving table share: the table, and its stock schedulers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor
 
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.prediction import Kind
@@ -27,15 +25,6 @@ class VariancePreserving(Family):
 
     def kind(self, pipe: DiffusionPipeline) -> Kind:
         return pipe.scheduler.config.prediction_type
-
-    @torch.no_grad()
-    def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
-        latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
-        return latents.float() * pipe.vae.config.scaling_factor
-
-    def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-        latents = latents / pipe.vae.config.scaling_factor
-        return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0].float()
 
     def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
         times = [round(t) for t in sampler.timesteps]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -13,39 +14,45 @@ from stepdistill.networks.roles import Tap
 
 
 class _Reached(Exception):  # noqa: N818 - it is no error
-    """Carries the features out of a forward pass that ends there."""
+    """Carries a module's inputs out of a forward pass that ends there."""
 
-    def __init__(self, features: Tensor) -> None:
-        self.features = features
+    def __init__(self, inputs: dict[str, Any]) -> None:
+        self.inputs = inputs
+
+
+def inputs_of(net: nn.Module, place: nn.Module, call: Callable[[], object]) -> dict[str, Any]:
+    """The arguments that `place`, a part of `net`, is first given while `call()` runs `net`.
+
+    The pass ends there: nothing from `place` on is computed. The hook sits before a module rather than after one,
+    since what comes after a block may run inside a checkpointed function, which has to be left as it is.
+    """
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        raise _Reached(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+
+    handle = place.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        with _ending(net):
+            call()
+    except _Reached as reached:
+        return reached.inputs
+    finally:
+        handle.remove()
+    name = next(name for name, module in net.named_modules() if module is place)
+    raise RuntimeError(f"{type(net).__name__} never reached {name!r}: the tap names another module's input")
 
 
 def features_before(net: nn.Module, tap: Tap, x_t: Tensor, call: Callable[[], object]) -> Tensor:
     """The features (B, channels, H / patch, W / patch) that come into `tap.before` while `call()` runs `net`.
 
-    The pass ends there: nothing from that module on is computed. The hook sits before a module rather than after
-    one, since what comes after a block may run inside a checkpointed function, which has to be left as it is.
-
     Args:
         x_t: (B, C, H, W), what `call` gives the network; it tells the map's size where features are tokens.
     """
-
-    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        raise _Reached(inspect.signature(module.forward).bind(*args, **kwargs).arguments["hidden_states"])
-
-    handle = net.get_submodule(tap.before).register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
-    try:
-        with _ending(net):
-            call()
-    except _Reached as reached:
-        found = reached.features
-    else:
-        raise RuntimeError(f"{type(net).__name__} never reached {tap.before!r}: the tap names another module's input")
-    finally:
-        handle.remove()
-    if found.ndim == 3:  # tokens (B, N, C), row by row
+    features = inputs_of(net, net.get_submodule(tap.before), call)["hidden_states"]
+    if features.ndim == 3:  # tokens (B, N, C), row by row
         height, width = (side // tap.patch for side in x_t.shape[-2:])
-        found = found.transpose(1, 2).reshape(len(found), -1, height, width)
-    return found
+        features = features.transpose(1, 2).reshape(len(features), -1, height, width)
+    return features
 
 
 @contextmanager
@@ -55,18 +62,18 @@ def _ending(net: nn.Module) -> Iterator[None]:
     Hooks on the whole network see no end of a pass that an exception leaves, and a sharded one would keep its weights
     gathered.
     """
-    own, forward, ended = vars(net).get("forward"), net.forward, list[Tensor]()
+    replaced, forward, ended = vars(net).get("forward"), net.forward, list[_Reached]()
 
     def run(*args: object, **kwargs: object) -> object:
         try:
             return forward(*args, **kwargs)
         except _Reached as reached:
-            ended.append(reached.features)
-            return reached.features
+            ended.append(reached)
+            return reached.inputs["hidden_states"]
 
     def leave(module: nn.Module, args: tuple, output: Tensor) -> None:
         if ended:
-            raise _Reached(output)
+            raise _Reached({**ended[0].inputs, "hidden_states": output})
 
     last = net.register_forward_hook(leave)
     net.forward = run
@@ -75,8 +82,8 @@ def _ending(net: nn.Module) -> Iterator[None]:
     finally:
         last.remove()
         del net.forward
-        if own is not None:
-            net.forward = own
+        if replaced is not None:
+            net.forward = replaced
 
 
 class Head(nn.Module):

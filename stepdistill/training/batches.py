@@ -13,7 +13,7 @@ from torch import Tensor
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.data import FixedCrops, GuidedState, Sample, Source, Stream, loader
-from stepdistill.families.lazy_pipeline import Parts
+from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.families.prompt_limits import warn_of_cut
 from stepdistill.methods.base import Batch
 from stepdistill.training.cache.keys import Keys
@@ -66,7 +66,7 @@ class Feed:
         device: where batches go.
     """
 
-    def __init__(self, parts: Parts, spec: TrainSpec, keys: Keys, device: torch.device) -> None:
+    def __init__(self, parts: LazyPipeline, spec: TrainSpec, keys: Keys, device: torch.device) -> None:
         self.family, self.parts, self.spec, self.keys, self.device = parts.family, parts, spec, keys, device
         self.pipe = parts.pipe
         self.folder = Path(spec.cache_dir) if spec.cache_dir else None

@@ -25,7 +25,7 @@ from stepdistill.core.random import noise_of
 from stepdistill.core.solvers import few_step, follow
 from stepdistill.data import GuidedState
 from stepdistill.evaluation.metrics.straightness import paths
-from stepdistill.families.lazy_pipeline import Parts
+from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.methods.base import StepContext
 from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
@@ -258,14 +258,14 @@ def prepare(run: Run) -> Session:
     stay = (family.network_name,) if spec.shard_base else ()  # the whole network may not fit on the device
     if dtype != torch.float32 and family.quantization is None:
         net.to(dtype)  # first, so that the device never holds it in float32
-    parts = Parts(family, pipe, accelerator.device, stay)
+    parts = LazyPipeline(family, pipe, accelerator.device, stay)
     session = staged(run, accelerator, parts, base, keys(run, accelerator))
     if spec.shard_base:
         session.shards = sharding.shard(session.backbone, accelerator.device, dtype)
     return session
 
 
-def staged(run: Run, accelerator: Accelerator, parts: Parts, base: Base, keys: Keys) -> Session:
+def staged(run: Run, accelerator: Accelerator, parts: LazyPipeline, base: Base, keys: Keys) -> Session:
     """Backbone and feed around a pipeline in its place and precision."""
     family, pipe = run.family, parts.pipe
     net, dtype = family.network(pipe), DTYPES[accelerator.mixed_precision]

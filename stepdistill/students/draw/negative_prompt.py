@@ -41,6 +41,7 @@ from stepdistill.config.registry import every
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.families.base import Family
 from stepdistill.families.prompt_limits import warn_of_cut
+from stepdistill.networks.taps import inputs_of
 
 Mode = Literal["nasa", "nag"]
 Combine = Callable[[Tensor, Tensor], Tensor]
@@ -147,10 +148,6 @@ def _check(net: Any) -> None:  # noqa: ANN401
         raise ConfigError(problem(f"IP-adapters ({', '.join(adapters)})", "none", why, "unload_ip_adapter() first"))
 
 
-class _Reached(Exception):  # noqa: N818
-    """The network came to where its prompt is first seen."""
-
-
 @torch.no_grad()
 def _embedded(
     family: Family, pipe: DiffusionPipeline, place: nn.Module, texts: Sequence[str]
@@ -160,26 +157,14 @@ def _embedded(
     The network itself projects and norms them and makes a mask of what the tokenizer said: it is run up to `place`.
     """
     net: Any = family.network(pipe)
-    seen: list[tuple[Tensor, Tensor | None]] = []
-
-    def look(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        seen.append((given["encoder_hidden_states"], given.get("attention_mask")))
-        raise _Reached
-
     side = family.native_side(pipe)
     where: Any = {"device": net.device, "dtype": net.dtype}
     cond = family.condition(pipe, texts)
     cond = {key: v.to(**where) if v.is_floating_point() else v.to(net.device) for key, v in cond.items()}
     x_t = torch.zeros(len(texts), *family.latent_shape(pipe, side, side), **where)
-    handle = place.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        family.call(net, x_t, torch.zeros(len(texts), device=net.device), cond)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return seen[0]
+    t = torch.zeros(len(texts), device=net.device)
+    inputs = inputs_of(net, place, lambda: family.call(net, x_t, t, cond))
+    return inputs["encoder_hidden_states"], inputs.get("attention_mask")
 
 
 class _Subtraction:

@@ -15,7 +15,7 @@ from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import sample_rng
 from stepdistill.data import BadSample, InvertedImages, Sample, Source, inside
 from stepdistill.data.made import Made
-from stepdistill.families.lazy_pipeline import PARTS, Parts
+from stepdistill.families.lazy_pipeline import PARTS, LazyPipeline
 from stepdistill.training.batches import NULL, Feed, check_cache
 from stepdistill.training.cache.rows import RowStore
 from stepdistill.training.recipe import Run
@@ -63,7 +63,7 @@ def precompute(run: Run) -> Filled:
     wanted = prompts_of(run)
     accelerator = begin(run)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    parts = Parts(run.family, run.family.load(PARTS), accelerator.device)
+    parts = LazyPipeline(run.family, run.family.load(PARTS), accelerator.device)
     feed = Feed(parts, run.train, keys(run, accelerator), accelerator.device)
     _embed(feed, wanted, rank, processes)
     source = feed.fixed(run.data)

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from stepdistill.data import GuidedState, Sample, Source, inside
 from stepdistill.data.made import Made
-from stepdistill.families.lazy_pipeline import Parts
+from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.students.write import Base
 from stepdistill.training.cache.keys import Keys
 from stepdistill.training.loop import Loop
@@ -73,7 +73,7 @@ def rehearsal(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Lo
     )
 
 
-class Outlined(Parts):
+class Outlined(LazyPipeline):
     """A pipeline whose parts have no content, which for a prediction is as good as having them."""
 
     def text(self, why: str) -> DiffusionPipeline:
