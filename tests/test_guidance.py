@@ -15,15 +15,16 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+import stepdistill
 from stepdistill.core.errors import ConfigError
-from stepdistill.students.draw.negative_prompt import nag, nasa, negative
+from stepdistill.students.draw.negative_prompt import nag, nasa, negative_prompt
 
 PIPELINES = ("sd", "sdxl", "sd3")
 NETWORKS = (*PIPELINES, "sd35", "flux", "pixart", "sana")
 
 
 class Bare:
-    """A network alone, its prompts hashed: what `negative` asks of a family, for those without text encoders here."""
+    """A network alone, its prompts hashed: what a negative prompt needs of a family without text encoders here."""
 
     def __init__(self, net: nn.Module, shape: tuple[int, int, int], call) -> None:
         self.net, self.shape, self.call = net.eval(), shape, call
@@ -114,7 +115,7 @@ class Case:
             return self.family.call(self.net, self.x_t, self.t, cond)
 
     def negative(self, *args, **kwargs):
-        return negative(self.pipe, *args, family=self.family, **kwargs)
+        return negative_prompt(self.pipe, *args, family=self.family, **kwargs)
 
     def ends(self):
         """Last layers of the attention that sees the prompt."""
@@ -380,23 +381,23 @@ def test_a_plain_pipeline_with_a_lora_active_or_fused(name):
     pipe.set_progress_bar_config(disable=True)
     both = ["red apple", "cat face"]
     plain = draw(both)
-    with negative(pipe, "octopus", 0.0, family=family):
+    with negative_prompt(pipe, "octopus", 0.0, family=family):
         assert torch.equal(draw(both), plain)
-    with negative(pipe, "octopus", 0.5, family=family):
+    with negative_prompt(pipe, "octopus", 0.5, family=family):
         active = draw(both)
     assert (active - plain).abs().max() > 1e-3
-    with negative(pipe, ["octopus", "rose"], 0.5, family=family):
+    with negative_prompt(pipe, ["octopus", "rose"], 0.5, family=family):
         two = draw(["red apple"], num_images_per_prompt=2)
-    with negative(pipe, "rose", 0.5, family=family):
+    with negative_prompt(pipe, "rose", 0.5, family=family):
         assert torch.allclose(two[1], draw(["red apple"] * 2)[1], atol=1e-5)
     for lora in loras:
         lora.enable_adapters(False)
-    with negative(pipe, "octopus", 0.5, family=family):
+    with negative_prompt(pipe, "octopus", 0.5, family=family):
         assert (draw(both) - active).abs().max() > 1e-3  # so the LoRA of to_k and to_v was in it
     for lora in loras:
         lora.enable_adapters(True)
         lora.merge()
-    with negative(pipe, "octopus", 0.5, family=family):
+    with negative_prompt(pipe, "octopus", 0.5, family=family):
         assert torch.allclose(draw(both), active, atol=1e-4)
 
 
@@ -405,16 +406,16 @@ def test_a_guided_call_has_the_shared_negative_in_both_halves():
     pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": 1, "guidance_scale": 3.0, "height": 32, "width": 32, "output_type": "latent"}
     noise = torch.randn(1, 4, 8, 8)
-    with negative(pipe, "octopus", 0.5):
+    with negative_prompt(pipe, "octopus", 0.5):
         assert torch.isfinite(pipe("rose", latents=noise, **call).images).all()
-    with negative(pipe, ["octopus", "rose"], 0.5), pytest.raises(ConfigError, match="2 negative prompts"):
+    with negative_prompt(pipe, ["octopus", "rose"], 0.5), pytest.raises(ConfigError, match="2 negative prompts"):
         pipe(["rose", "bat"], latents=noise.repeat(2, 1, 1, 1), **call)
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_what_is_cut_of_a_long_negative_prompt_is_said(name, caplog):
     pipe = tiny.pipeline(name)
-    with caplog.at_level(logging.WARNING), negative(pipe, "cat " * 200 + "octopus", family=tiny.FAMILIES[name]):
+    with caplog.at_level(logging.WARNING), negative_prompt(pipe, "cat " * 200 + "octopus", family=tiny.FAMILIES[name]):
         pass
     assert any("leaves out their end" in r.getMessage() and "cat" in r.getMessage() for r in caplog.records)
 
@@ -423,9 +424,10 @@ def test_values_out_of_range_unknown_pipelines_and_ip_adapters_are_refused():
     pipe = tiny.pipeline("sd")
     wrong = [{"scale": -0.1}, {"scale": float("nan")}, {"mode": "cfg"}, {"blend": 1.5}, {"limit": 0.5}, {"prompt": []}]
     for kwargs in wrong:
-        with pytest.raises(ConfigError, match="expected"), negative(pipe, **{"prompt": "octopus", **kwargs}):
+        with pytest.raises(ConfigError, match="expected"), negative_prompt(pipe, **{"prompt": "octopus", **kwargs}):
             pass
-    with pytest.raises(ConfigError, match="SimpleNamespace, expected one of"), negative(SimpleNamespace(), "octopus"):
+    match = "SimpleNamespace, expected one of"
+    with pytest.raises(ConfigError, match=match), stepdistill.negative_prompt(SimpleNamespace(), "octopus"):
         pass
     pipe.unet.set_attn_processor(
         {
@@ -433,7 +435,7 @@ def test_values_out_of_range_unknown_pipelines_and_ip_adapters_are_refused():
             for name, old in pipe.unet.attn_processors.items()
         }
     )
-    with pytest.raises(ConfigError, match="IPAdapterAttnProcessor2_0"), negative(pipe, "octopus"):
+    with pytest.raises(ConfigError, match="IPAdapterAttnProcessor2_0"), negative_prompt(pipe, "octopus"):
         pass
 
 

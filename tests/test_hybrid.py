@@ -13,6 +13,7 @@ from oracles.gaussian import GaussianTeacher, ddim_gain
 from oracles.mixture import Mixture
 from safetensors.torch import load_file
 
+import stepdistill
 from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.solvers import Sampler, few_step, relay
@@ -188,7 +189,7 @@ def test_each_part_runs_at_its_times_and_a_style_keeps_its_strength(scene, guida
 def test_a_first_step_of_the_base_is_the_base_s_then_the_student_s(scene):
     """By hand: the student's way, with the base's first output in place of its own."""
     pipe, net, name, *_ = scene
-    with base_first(pipe):
+    with stepdistill.base_first(pipe):
         mine = draw(pipe, name)
     outputs: list = []
     hook = net.register_forward_hook(lambda net, args, output: outputs.append(output))

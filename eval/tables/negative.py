@@ -30,7 +30,7 @@ from stepdistill.core.cost import Cost
 from stepdistill.data.bundled import emoji
 from stepdistill.families.base import Family
 from stepdistill.students.draw.call import SEED_A, SEED_B, Row, generate, grid, student_row, teacher_row
-from stepdistill.students.draw.negative_prompt import negative
+from stepdistill.students.draw.negative_prompt import negative_prompt
 from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, extractor
@@ -166,7 +166,7 @@ def drawn(
     family: Family, pipe: DiffusionPipeline, row: Row, prompt: str, text: str, how: Mapping[str, Any], n: int = N
 ) -> tuple[Tensor, Cost]:
     """Images (n, 3, H, W) uint8 of a prompt by the first n seeds, and their cost; plain where `how` is empty."""
-    context = negative(pipe, text, family=family, **how) if how else nullcontext()
+    context = negative_prompt(pipe, text, family=family, **how) if how else nullcontext()
     with context:
         return generate(pipe, row, [prompt] * n, SEED_B)
 

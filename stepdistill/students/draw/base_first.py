@@ -28,7 +28,7 @@ def base_first(
     """In every call of the pipeline inside, the base takes the first `base_steps` steps, and the student the rest.
 
         call = stepdistill.load_student(pipe, folder)
-        with base_first(pipe):
+        with stepdistill.base_first(pipe):
             image = pipe("red apple", **call).images[0]
 
     The noise levels and the scheduler are those of the call, so a step of the base replaces one of the student's; for

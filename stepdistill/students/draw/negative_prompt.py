@@ -1,7 +1,7 @@
 """Negative prompts for students, which are sampled without guidance: taken off inside attention, in the same pass.
 
     call = stepdistill.load_student(pipe, folder)
-    with negative(pipe, "flowers", scale=0.2):
+    with stepdistill.negative_prompt(pipe, "flowers", scale=0.2):
         pipe("a garden", **call)
 
 Guidance compares two outputs of the network, and one-step students blend both images. NASA instead subtracts what
@@ -50,7 +50,7 @@ _busy: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def negative(
+def negative_prompt(
     pipe: DiffusionPipeline,
     prompt: str | Sequence[str],
     scale: float = 0.2,

@@ -24,7 +24,7 @@ from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.pipeline_loras import merge, weigh
 from stepdistill.students import single as student
 from stepdistill.students.contract import Contract, absolute, is_multi, read_contract, read_multi, teacher
-from stepdistill.students.draw.negative_prompt import Mode, negative
+from stepdistill.students.draw.negative_prompt import Mode, negative_prompt
 from stepdistill.students.load import load_student
 from stepdistill.students.several import Students
 
@@ -154,7 +154,7 @@ class Drawer:
         self, text: str | None, call: dict[str, Any], scale: float | None = None, mode: Mode = "nasa"
     ) -> Iterator[dict[str, Any]]:
         """The call with a negative prompt, by guidance where it guides, else by
-        `students.draw.negative_prompt.negative`.
+        `students.draw.negative_prompt`.
 
         Args:
             text: None is none.
@@ -174,7 +174,7 @@ class Drawer:
             yield call | {"negative_prompt": text}
             return
         given = {} if scale is None else {"scale": scale}
-        with negative(self.pipe, text, mode=mode, family=self.family, **given):
+        with negative_prompt(self.pipe, text, mode=mode, family=self.family, **given):
             yield call
 
     @torch.no_grad()
