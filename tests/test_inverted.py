@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import FAMILIES, pipeline
+from tiny import FAMILIES, FakeTeacher, pipeline
 
 from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.random import noise_of
@@ -21,7 +21,7 @@ from stepdistill.methods.reflow import Reflow
 from stepdistill.networks.roles import TEACHER
 from stepdistill.students.contract import read_contract
 from stepdistill.training.batches import provided
-from stepdistill.training.distill import distill, fill
+from stepdistill.training.distill import distill, make_data
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import prepare
 
@@ -63,7 +63,7 @@ def stage_of(place: Path, data: InvertedImages, name: str):
 def test_a_pair_has_both_ends_of_a_path_of_the_teacher(place, tmp_path, name):
     data = source(place, tmp_path / "pairs")
     session = stage_of(place, data, name)
-    fill(session)
+    make_data(session)
     images = data.source
     sample = data.sample(6, random.Random(0))  # of the second image: there are five
     assert sample.prompt == "colour 1"
@@ -103,19 +103,19 @@ def test_more_or_fewer_later_and_no_other_images(place, tmp_path):
     def make(prompts, pixels, noise):
         return noise, pixels.new_full(noise.shape, float(len(prompts)))
 
-    source(place, tmp_path).fill(make, (4, 8, 8), "t")
-    source(place, tmp_path, count=5).fill(never, (4, 8, 8), "t")
+    source(place, tmp_path).fill(FakeTeacher(make, (4, 8, 8), "t"))
+    source(place, tmp_path, count=5).fill(FakeTeacher(never, (4, 8, 8), "t"))
     assert len(source(place, tmp_path, count=5)) == 5
-    source(place, tmp_path, count=70).fill(make, (4, 8, 8), "t")
+    source(place, tmp_path, count=70).fill(FakeTeacher(make, (4, 8, 8), "t"))
     assert source(place, tmp_path, count=70).sample(69, random.Random(0)).prompt == "colour 4"
     for fields, said in (({"seed": 1}, "seed"), ({"num_inference_steps": 5}, "num_inference_steps")):
         with pytest.raises(DataError, match=f"other {said}"):
-            source(place, tmp_path, **fields).fill(never, (4, 8, 8), "t")
+            source(place, tmp_path, **fields).fill(FakeTeacher(never, (4, 8, 8), "t"))
     with pytest.raises(DataError, match="other teacher"):
-        source(place, tmp_path).fill(never, (4, 8, 8), "another")
+        source(place, tmp_path).fill(FakeTeacher(never, (4, 8, 8), "another"))
     other = ImageFolder(train_data_dir=str(place / "images"), resolution=SIDE, max_train_samples=3)
     with pytest.raises(DataError, match="other images"):
-        source(place, tmp_path, source=other).fill(never, (4, 8, 8), "t")
+        source(place, tmp_path, source=other).fill(FakeTeacher(never, (4, 8, 8), "t"))
 
 
 def test_a_image_that_does_not_read_gives_its_place(place, tmp_path, caplog):
@@ -125,7 +125,7 @@ def test_a_image_that_does_not_read_gives_its_place(place, tmp_path, caplog):
     (tmp_path / "images" / "1.png").write_bytes(b"no image")
     data = source(tmp_path, tmp_path / "pairs", count=3)
     with caplog.at_level(logging.WARNING, "stepdistill"):
-        data.fill(lambda prompts, pixels, noise: (noise, noise), (4, 8, 8), "t")
+        data.fill(FakeTeacher(lambda prompts, pixels, noise: (noise, noise), (4, 8, 8), "t"))
     assert [data.sample(i, random.Random(0)).prompt for i in range(3)] == ["colour 0", "colour 2", "colour 2"]
     assert "1.png" in caplog.text
     assert "5 samples" in check(data)
@@ -135,7 +135,7 @@ def test_images_of_another_size_than_the_student_s_are_refused(place, tmp_path):
     larger = ImageFolder(train_data_dir=str(place / "images"), resolution=2 * SIDE)
     session = stage_of(place, source(place, tmp_path / "pairs", source=larger), "sd")
     with pytest.raises(ConfigError, match="got images of 32 pixels, expected 16.*train.resolution"):
-        fill(session)
+        make_data(session)
 
 
 def test_images_of_several_sizes_are_refused(place, tmp_path):

@@ -38,7 +38,7 @@ from stepdistill.training.cache import rows as cache
 from stepdistill.training.cache.keys import Keys, keys_of
 from stepdistill.training.cache.precompute import precompute, prompts_of
 from stepdistill.training.cache.rows import RowStore
-from stepdistill.training.distill import assemble, check, distill, fill
+from stepdistill.training.distill import assemble, check, distill, make_data
 from stepdistill.training.optimizers import Team
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import Session, prepare
@@ -170,7 +170,7 @@ def trained(run: Run) -> tuple[Session, dict[str, torch.Tensor]]:
     check(run)
     session = prepare(run)
     Path(run.train.output_dir).mkdir(parents=True, exist_ok=True)
-    fill(session)
+    make_data(session)
     assert assemble(session, Team.assemble(session.backbone, run.method, run.train)).fit()
     session.feed.save()
     return session, session.backbone.state("student")

@@ -206,12 +206,10 @@ def _alone(rank: int, name: str) -> None:
 
     with torch.no_grad():
         assert torch.equal(student.features(x, t, part.cond), expected[2]) and base_is_sharded()
-    found = shards.lead(job)
-    if rank:
-        assert found is None
-    else:
-        assert all(torch.equal(a, b) for a, b in zip(found, expected[:2], strict=True))
-    del found
+    with shards.leading() as leader:
+        assert leader == (rank == 0)
+        if leader:
+            assert all(torch.equal(a, b) for a, b in zip(job(), expected[:2], strict=True))
     assert base_is_sharded()
     assert (gradient() - expected_gradient).norm() <= 1e-6 * expected_gradient.norm()
     assert base_is_sharded()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import awake, backbone, batch, context, pipeline
+from tiny import FakeTeacher, awake, backbone, batch, context, pipeline
 
 from stepdistill.config.load import to_yaml
 from stepdistill.config.schema import Factory
@@ -302,21 +302,21 @@ def test_samples_go_on_where_they_were_cut_and_are_shared_out(tmp_path):
         return 2 * noise
 
     with pytest.raises(KeyboardInterrupt):
-        source.fill(generate, (1, 2, 2), "teacher", 0, 1)
+        source.fill(FakeTeacher(generate), 0, 1)
     for rank in (0, 1):
-        source.fill(generate, (1, 2, 2), "teacher", rank, 2)
+        source.fill(FakeTeacher(generate), rank, 2)
     # each chunk once, but for the one that was cut
     assert [size for size, _ in seen].count(64) == 4 and [size for size, _ in seen].count(8) == 1
     assert len({first for _, first in seen}) == 4
     whole = replace(source, folder=str(tmp_path / "whole"))
-    whole.fill(lambda prompts, noise: 2 * noise, (1, 2, 2), "teacher", 0, 1)
+    whole.fill(FakeTeacher(lambda prompts, noise: 2 * noise), 0, 1)
     for i in (0, 63, 64, 199):
         one, two = (s.sample(i, random.Random(0)) for s in (source, whole))
         assert one.prompt == two.prompt and torch.equal(one.latents, two.latents)
         torch.testing.assert_close(one.latents, 2 * one.noise, rtol=1e-3, atol=1e-3)  # kept as halves
     (tmp_path / "whole" / "samples.json").unlink()
     calls: list[int] = []
-    whole.fill(lambda prompts, noise: calls.append(1) or noise, (1, 2, 2), "another teacher", 0, 1)
+    whole.fill(FakeTeacher(lambda prompts, noise: calls.append(1) or noise, digest="another teacher"), 0, 1)
     assert len(calls) == 4  # without their facts, chunks are not trusted
 
 
@@ -329,7 +329,7 @@ def test_there_may_be_more_samples_later_or_fewer(tmp_path):
         return 2 * noise
 
     for count in (70, 30, 100, 200):
-        replace(source, count=count).fill(generate, (1, 2, 2), "teacher", 0, 1)
+        replace(source, count=count).fill(FakeTeacher(generate), 0, 1)
     assert made == [64, 6, 36, 64, 64, 8]  # a chunk that was cut short is made again, whole
     few = replace(source, count=30)
     assert len(few) == 30 and torch.equal(few.sample(29, random.Random(0)).noise, noise_of(0, 29, (1, 2, 2)))
@@ -340,11 +340,11 @@ def test_there_may_be_more_samples_later_or_fewer(tmp_path):
         (replace(source, seed=1), "other seed"),
     ):
         with pytest.raises(DataError, match=words):
-            other.fill(generate, (1, 2, 2), "teacher", 0, 1)
+            other.fill(FakeTeacher(generate), 0, 1)
     with pytest.raises(DataError, match="other shape"):
-        source.fill(generate, (1, 4, 4), "teacher", 0, 1)
+        source.fill(FakeTeacher(generate, (1, 4, 4)), 0, 1)
     with pytest.raises(DataError, match="other teacher"):
-        source.fill(generate, (1, 2, 2), "another", 0, 1)
+        source.fill(FakeTeacher(generate, digest="another"), 0, 1)
 
 
 def test_a_full_disk_leaves_what_is_complete(tmp_path, monkeypatch):
@@ -360,12 +360,12 @@ def test_a_full_disk_leaves_what_is_complete(tmp_path, monkeypatch):
 
     monkeypatch.setattr(chunks, "save_file", save_file)
     with pytest.raises(DataError, match=r"No space left.*the first 128 samples are complete.*data.count=128"):
-        source.fill(lambda prompts, noise: 2 * noise, (1, 2, 2), "teacher", 0, 1)
+        source.fill(FakeTeacher(lambda prompts, noise: 2 * noise), 0, 1)
     assert sorted(f.name for f in (tmp_path / "kept").iterdir()) == [
         *("chunk-00000.safetensors", "chunk-00001.safetensors", "samples.json")
     ]
     usable = replace(source, count=128)
-    usable.fill(lambda prompts, noise: pytest.fail("nothing is missing"), (1, 2, 2), "teacher", 0, 1)
+    usable.fill(FakeTeacher(lambda prompts, noise: pytest.fail("nothing is missing")), 0, 1)
     assert usable.sample(127, random.Random(0)).latents.shape == (1, 2, 2)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FAMILIES, pipeline
+from tiny import FAMILIES, FakeTeacher, pipeline
 
 from stepdistill.core.denoise import guided
 from stepdistill.core.errors import ConfigError, DataError
@@ -23,9 +23,10 @@ from stepdistill.data import made as chunks
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.guidance_distillation import AdapterGuidance, GuidedLora
 from stepdistill.networks.roles import TEACHER
-from stepdistill.training.distill import check_scales, distill, fill
+from stepdistill.training.distill import check_scales, distill, make_data
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import prepare
+from stepdistill.training.teacher import Teacher
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = Prompts(prompts=("red apple", "cat face", "rose"))
@@ -54,7 +55,7 @@ def stage_of(place: Path, data: Trajectories, name: str = "sd", method=None):
 
 def filled(place: Path, folder: Path, name: str = "sd", **fields) -> Trajectories:
     data = source(folder, **fields)
-    fill(stage_of(place, data, name))
+    make_data(stage_of(place, data, name))
     return data
 
 
@@ -168,11 +169,7 @@ def test_shares_of_processes_are_whole_together(place, whole, tmp_path):
     data = source(tmp_path / "states")
     session = stage_of(place, data)
     for rank in (1, 0):
-
-        def make(*given):
-            return session.trajectories(*given, steps=4)
-
-        data.fill(make, session.feed.shape, session.digest, rank, 2)
+        data.fill(Teacher(session), rank, 2)
         names = {file.stem for file in Path(data.folder).glob("chunk-*")}
         assert names == ({"chunk-00001"} if rank else {f"chunk-0000{k}" for k in range(3)})
     assert files(tmp_path / "states") == files(whole)
@@ -191,12 +188,12 @@ def test_shares_of_processes_are_whole_together(place, whole, tmp_path):
 def test_other_settings_are_refused(place, whole, change, said):
     with pytest.raises(DataError, match=said):
         data = source(whole, **change)
-        data.fill(lambda *given: pytest.fail("made"), (4, 8, 8), stage_of(place, data).digest, 0, 1)
+        data.fill(FakeTeacher(lambda *given: pytest.fail("made"), (4, 8, 8), stage_of(place, data).digest))
 
 
 def test_another_teacher_is_refused(whole):
     with pytest.raises(DataError, match="other teacher"):
-        source(whole).fill(lambda *given: pytest.fail("made"), (4, 8, 8), "another", 0, 1)
+        source(whole).fill(FakeTeacher(lambda *given: pytest.fail("made"), (4, 8, 8), "another"))
 
 
 def test_a_full_disk_leaves_what_is_complete(place, whole, tmp_path, monkeypatch):

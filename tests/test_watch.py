@@ -22,11 +22,13 @@ from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.students.load import load_student
 from stepdistill.students.single import verify
+from stepdistill.training import sampling
 from stepdistill.training import setup as session
 from stepdistill.training.distill import distill
 from stepdistill.training.logs import Logs
 from stepdistill.training.optimizers import Team
 from stepdistill.training.recipe import Run, TrainSpec
+from stepdistill.training.watch import measure as watching
 from stepdistill.training.watch import rules as signs
 from stepdistill.training.watch.measure import SETS, Watch, ratios, statistics, yardstick
 from stepdistill.training.watch.rules import SCORE, Yardstick
@@ -145,16 +147,15 @@ DRAWN: dict[tuple[int, ...], torch.Tensor] = {}
 
 def taught(scene: session.Session, ids) -> torch.Tensor:
     """The teacher's latents at these seeds."""
-    spec, key = scene.run.train, tuple(ids)
+    key = tuple(ids)
     if key not in DRAWN:
-        noise = scene.noise(spec.validation_seed, key)
-        DRAWN[key] = scene.teach(list(PROMPTS), noise, scene.teacher_steps, spec.teacher_guidance_scale)
+        DRAWN[key] = sampling.sample_teacher(scene, list(PROMPTS), key)
     return DRAWN[key]
 
 
 def saturated(scene: session.Session, ids) -> torch.Tensor:
     """The teacher's images with far too much colour, as latents."""
-    drawn = scene.images(taught(scene, ids))
+    drawn = sampling.to_images(scene, taught(scene, ids))
     grey = images.luma(drawn)[:, None]
     return scene.run.family.encode(scene.pipe, ((grey + 5 * (drawn - grey)).clamp(0, 1) * 2 - 1))
 
@@ -185,7 +186,7 @@ def watch(scene, tmp_path, monkeypatch, caplog):
         shutil.copy(folder / "watch.json", out)  # so that the teacher need not draw again
         spec = replace(scene.run.train, output_dir=str(out), **train)
         monkeypatch.setattr(scene, "run", replace(scene.run, train=spec))
-        monkeypatch.setattr("stepdistill.training.watch.measure.plot", lambda *args: None)  # most of a look's time here
+        monkeypatch.setattr(watching, "plot", lambda *args: None)  # most of a look's time here
         made = None
         for step, name in enumerate(students):
 
@@ -197,7 +198,7 @@ def watch(scene, tmp_path, monkeypatch, caplog):
                 return MEASURED[name]
 
             monkeypatch.setattr(Watch, "_measure", measured)
-            monkeypatch.setattr(scene, "sample", lambda prompts, ids, seed, name=name: STUDENTS[name](scene, ids))
+            monkeypatch.setattr(watching, "sample_student", lambda s, prompts, ids, name=name: STUDENTS[name](s, ids))
             if made is None:
                 made = Watch(scene, Logs(scene.accelerator, out, 0), 0)
             else:
@@ -220,7 +221,7 @@ def test_quiet_on_the_teacher_under_other_seeds(watch):
 def test_quiet_on_other_sets_of_the_teacher_too(scene, watch):
     made, _ = watch("teacher")
     for number in (SETS + 1, SETS + 2):
-        found = ratios(made._measure(made._teach, number), made.teacher)
+        found = ratios(made._measure(sampling.sample_teacher, number), made.teacher)
         far = {name: signs.deviation(value, made.teacher.spread[name]) for name, value in found.items()}
         assert all(abs(z) < signs.BAND for z in far.values()), far
 
@@ -353,7 +354,7 @@ def test_resume_goes_on_as_if_it_had_never_stopped(whole, tmp_path, monkeypatch)
     file = out / "metrics.jsonl"
     kept = [line for line in file.read_text().splitlines() if not ('"step": 2' in line and SCORE in line)]
     file.write_text("".join(line + "\n" for line in kept))
-    monkeypatch.delattr(Watch, "_teach")  # the yardstick is in the folder
+    monkeypatch.delattr(watching, "sample_teacher")  # the yardstick is in the folder
     distill(make(out, resume_from_checkpoint="checkpoint-2"))
     assert looks(out) == looks(whole)
     ours, theirs = (json.loads((folder / "best" / "watch.json").read_text()) for folder in (out, whole))

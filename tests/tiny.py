@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -286,3 +288,21 @@ def context(name: str, pipe: DiffusionPipeline, bones: dict[str, Backbone] | Bac
         step=step,
         device=torch.device("cpu"),
     )
+
+
+@dataclass
+class FakeTeacher:
+    """What a source asks of a teacher, by one function of all but the number of steps and the guidance scale."""
+
+    make: Callable
+    shape: tuple[int, ...] = (1, 2, 2)
+    digest: str = "teacher"
+
+    def sample(self, prompts, noise, steps, guidance_scale):
+        return self.make(prompts, noise)
+
+    def invert(self, prompts, pixels, noise, steps):
+        return self.make(prompts, pixels, noise)
+
+    def trajectories(self, prompts, noise, scales, kept, steps):
+        return self.make(prompts, noise, scales, kept)

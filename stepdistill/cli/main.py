@@ -226,12 +226,12 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _make(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.training.distill import fill
+    from stepdistill.training.distill import make_data
     from stepdistill.training.recipe import Run
     from stepdistill.training.setup import prepare
 
     session = prepare(config.load(Run, args.config, overrides))
-    fill(session)
+    make_data(session)
     session.feed.save()
     session.accelerator.end_training()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
@@ -17,10 +17,9 @@ from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import BadSample, Sample
 from stepdistill.data.images import ImageSource
-from stepdistill.data.made import Made
+from stepdistill.data.made import Made, TeacherCalls
 
 logger = logging.getLogger(__name__)
-Invert = Callable[[list[str], Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +62,13 @@ class InvertedImages(Made):
             "seed": self.seed,
         }
 
-    def make(self, generate: Invert, ids: Sequence[int], shape: Sequence[int]) -> dict[str, Tensor]:
-        """`generate` takes prompts, images (B, 3, H, W) and noise (B, C, h, w) to both ends of the paths."""
-        found = [self._read(i) for i in ids]
-        items = [sample.item for sample in found]
-        pixels = torch.stack([sample.pixels for sample in found if sample.pixels is not None])
-        noise = torch.stack([noise_of(self.seed, i, shape) for i in ids])
+    def make(self, teacher: TeacherCalls, ids: Sequence[int]) -> dict[str, Tensor]:
+        samples = [self._read(i) for i in ids]
+        items = [sample.item for sample in samples]
+        pixels = torch.stack([sample.pixels for sample in samples if sample.pixels is not None])
+        noise = torch.stack([noise_of(self.seed, i, teacher.shape) for i in ids])
         prompts = [self._prompt(i, item) for i, item in zip(ids, items, strict=True)]
-        top, bottom = generate(prompts, pixels, noise)
+        top, bottom = teacher.invert(prompts, pixels, noise, self.num_inference_steps)
         return {"noise": top.half(), "latents": bottom.half(), "item": torch.tensor(items)}
 
     def _read(self, i: int) -> Sample:

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, Protocol
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,8 +16,34 @@ from tqdm.auto import tqdm
 
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.files import written_whole
-from stepdistill.data.base import Source
+from stepdistill.data.base import GuidedState, Source
 from stepdistill.data.bundled import bundled
+
+
+class TeacherCalls(Protocol):
+    """What a source asks of the teacher; in a run it is `stepdistill.training.teacher.Teacher`.
+
+    Attributes:
+        digest: of the teacher's weights.
+        shape: (C, h, w) of latents.
+    """
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def sample(self, prompts: list[str], noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
+        """Latents (B, C, h, w) by deterministic guided steps from `noise`."""
+        ...
+
+    def invert(self, prompts: list[str], pixels: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """The noise above images (B, 3, H, W), and their latents at the lowest time, with `noise` added there."""
+        ...
+
+    def trajectories(self, prompts: list[str], noise: Tensor, scales: Tensor, kept: Tensor, steps: int) -> GuidedState:
+        """States (B, K, ...) of trajectories with guidance scales (B,), at the steps `kept` (B, K)."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +71,8 @@ class Made(Source):
         """What all of it depends on; not `count`, which may change."""
 
     @abstractmethod
-    def make(self, generate: Callable[..., Any], ids: Sequence[int], shape: Sequence[int]) -> dict[str, Tensor]:
-        """The tensors of a file, rows in the order of `ids`; `generate` is the teacher's part."""
+    def make(self, teacher: TeacherCalls, ids: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors of a file, rows in the order of `ids`."""
 
     def marks(self, ids: Sequence[int]) -> dict[str, str]:
         """What a file's content depends on besides the facts, kept in the file."""
@@ -57,24 +83,17 @@ class Made(Source):
         """The folder; bundled ones go by their names."""
         return bundled(self.folder)
 
-    def fill(
-        self, generate: Callable[..., Any], shape: Sequence[int], teacher: str, rank: int = 0, world: int = 1
-    ) -> None:
+    def fill(self, teacher: TeacherCalls, rank: int = 0, world: int = 1) -> None:
         """Make what is missing; files are shared out among the processes.
-
-        Args:
-            generate: the teacher's part, see `make`.
-            shape: (C, h, w) of latents.
-            teacher: digest of the teacher's weights.
 
         Raises:
             DataError: what lies there is of another teacher, setting or source; or the disk refuses.
         """
-        facts = json.loads(json.dumps(self.facts(teacher, shape)))
+        facts = json.loads(json.dumps(self.facts(teacher.digest, teacher.shape)))
         mine = unmade(self.path / self.stored, facts, -(-self.count // self.chunk), self._whole, rank, world)
         for k in tqdm(mine, desc=self.title, unit="file", disable=rank > 0):
             ids = self._ids(k)
-            tensors = self.make(generate, ids, shape)
+            tensors = self.make(teacher, ids)
             done = next(j for j in range(k + 1) if not self._chunk(j).exists() or j == k)
             save_chunk(self._chunk(k), tensors, self.marks(ids), done * self.chunk)
 

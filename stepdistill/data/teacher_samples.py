@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import Sample
-from stepdistill.data.made import Made
+from stepdistill.data.made import Made, TeacherCalls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +57,10 @@ class TeacherSamples(Made):
             "seed": self.seed,
         }
 
-    def make(
-        self, generate: Callable[[list[str], Tensor], Tensor], ids: Sequence[int], shape: Sequence[int]
-    ) -> dict[str, Tensor]:
-        """`generate` takes prompts and noise (B, C, h, w) to latents."""
-        noise = torch.stack([noise_of(self.seed, i, shape) for i in ids])
-        return {"latents": generate([self.prompt_of(i) for i in ids], noise).half()}
+    def make(self, teacher: TeacherCalls, ids: Sequence[int]) -> dict[str, Tensor]:
+        noise = torch.stack([noise_of(self.seed, i, teacher.shape) for i in ids])
+        prompts = [self.prompt_of(i) for i in ids]
+        return {"latents": teacher.sample(prompts, noise, self.num_inference_steps, self.guidance_scale).half()}
 
     def prompt_of(self, i: int) -> str:
         """The prompt of sample i: the source's items in turn."""

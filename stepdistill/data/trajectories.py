@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import ClassVar
@@ -15,9 +15,7 @@ from torch import Tensor
 from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import GuidedState, Sample
-from stepdistill.data.made import Made
-
-Generate = Callable[[list[str], Tensor, Tensor, Tensor], GuidedState]
+from stepdistill.data.made import Made, TeacherCalls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +83,11 @@ class Trajectories(Made):
         """The prompt of trajectory i: the source's items in turn."""
         return self.source.prompt(i % len(self.source), sample_rng(self.seed, i))
 
-    def make(self, generate: Generate, ids: Sequence[int], shape: Sequence[int]) -> dict[str, Tensor]:
-        """`generate` takes prompts, noise (B, C, h, w), scales (B,) and kept steps (B, K) to states (B, K, ...)."""
-        noise = torch.stack([noise_of(self.seed, i, shape) for i in ids])
-        scales, kept = zip(*(self.drawn(i) for i in ids), strict=True)
-        states = generate([self.prompt_of(i) for i in ids], noise, torch.tensor(scales), torch.tensor(kept))
+    def make(self, teacher: TeacherCalls, ids: Sequence[int]) -> dict[str, Tensor]:
+        noise = torch.stack([noise_of(self.seed, i, teacher.shape) for i in ids])
+        prompts = [self.prompt_of(i) for i in ids]
+        scales, kept = (torch.tensor(each) for each in zip(*(self.drawn(i) for i in ids), strict=True))
+        states = teacher.trajectories(prompts, noise, scales, kept, self.num_inference_steps)
         halves = {"x_t": states.x_t.half(), "output": states.output.half()}
         return halves | {"t": states.t.float(), "guidance_scale": states.guidance_scale.float()}
 

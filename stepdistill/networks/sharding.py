@@ -3,15 +3,16 @@
 By torch's `fully_shard` (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html). Only the frozen base
 is sharded. Roles are whole and plain tensors on every process, as without: `core.distributed` averages their
 gradients. A call of a sharded network takes every process, so what one process does alone, such as drawing validation
-images, goes through `Shards.lead`.
+images, goes through `Shards.leading`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,6 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import Copy, Role
 
-T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # how long the others wait for the next call while one process works alone
 
 
@@ -45,16 +45,20 @@ class Shards:
     dtype: torch.dtype
     group: dist.ProcessGroup
 
-    def lead(self, job: Callable[[], T]) -> T | None:
-        """What `job()` gives on the first process; the others take part in its calls of the network, and get None.
+    @contextmanager
+    def leading(self) -> Iterator[bool]:
+        """True on the first process, which calls the network alone inside; the others take part in its calls before
+        they enter, with False.
 
-        It may not differentiate through the network. All processes must come here.
+        Inside nothing may be differentiated through the network. All processes must come here.
         """
         if distributed.world()[0]:
-            return self._follow()
+            self._follow()
+            yield False
+            return
         handle = self.net.register_forward_pre_hook(self._tell, with_kwargs=True, prepend=True)
         try:
-            return job()
+            yield True
         finally:
             handle.remove()
             dist.broadcast_object_list([None], src=0, group=self.group)

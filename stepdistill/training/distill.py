@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +11,8 @@ import torch
 from stepdistill.config import load as config
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.data import InvertedImages, TeacherSamples, Trajectories, inside
+from stepdistill.data import inside
+from stepdistill.data.made import Made
 from stepdistill.students import single as student
 from stepdistill.training import checkpoint
 from stepdistill.training import finish as report
@@ -22,7 +22,9 @@ from stepdistill.training.loop import Loop
 from stepdistill.training.memory.predict import predict
 from stepdistill.training.optimizers import Team
 from stepdistill.training.recipe import Run
+from stepdistill.training.sampling import draw_validation
 from stepdistill.training.setup import Session, prepare
+from stepdistill.training.teacher import Teacher
 from stepdistill.training.watch.measure import Watch
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def distill(run: Run) -> Path:
                 shutil.rmtree(old)
         (out / "config.yaml").write_text(config.to_yaml(run))
     distributed.barrier()
-    fill(session)
+    make_data(session)
 
     team = Team.assemble(session.backbone, run.method, spec)
     if run.lora.init_from:
@@ -56,37 +58,32 @@ def distill(run: Run) -> Path:
     loop = assemble(session, team)
     finished = loop.fit()
     session.feed.save()
-    finish = partial(report.finish, session)
-    if finished and session.shards is not None:
-        session.lead(finish)  # while there still is a process group
-    accelerator.end_training()
-    if finished and session.shards is None:
-        session.lead(finish)
+    if session.shards is None:
+        accelerator.end_training()
+    if finished:
+        with session.leading() as leader:  # of a sharded base while there still is a process group
+            if leader:
+                report.finish(session)
+    if session.shards is not None:
+        accelerator.end_training()
     return out
 
 
-def fill(session: Session) -> None:
+def make_data(session: Session) -> None:
     """Let the teacher make what the data sources lack of its samples.
 
     All processes share the work, but for a sharded teacher, whose every call takes all of them.
     """
-    rank, processes = session.accelerator.process_index, session.accelerator.num_processes
+    rank, processes, teacher = session.accelerator.process_index, session.accelerator.num_processes, Teacher(session)
     for source in inside(session.run.data):
-        match source:
-            case TeacherSamples():
-                make = partial(session.teach, steps=source.num_inference_steps, scale=source.guidance_scale)
-            case Trajectories():
-                make = partial(session.trajectories, steps=source.num_inference_steps)
-            case InvertedImages():
-                make = partial(session.invert, steps=source.num_inference_steps)
-            case _:
-                continue
-        one = partial(source.fill, make, session.feed.shape, session.digest)
-        if session.shards is None:
-            one(rank, processes)
-        else:
-            session.lead(one)
-        distributed.barrier()
+        if isinstance(source, Made):
+            if session.shards is None:
+                source.fill(teacher, rank, processes)
+            else:
+                with session.leading() as leader:
+                    if leader:
+                        source.fill(teacher)
+            distributed.barrier()
 
 
 def assemble(session: Session, team: Team) -> Loop:
@@ -122,14 +119,15 @@ def assemble(session: Session, team: Team) -> Loop:
     accelerator.init_trackers(spec.tracker_project_name, config=None)
     _announce(run, team, parts, start)
     batches = session.feed.batches(run.data, start, accelerator.process_index, accelerator.num_processes)
-    watch = session.lead(partial(Watch.begin, session, logs, start))
-
-    def look(step: int) -> bool:
-        session.draw(step, logs)
-        return watch is not None and watch.look(step)
+    with session.leading() as leader:
+        watch = Watch.begin(session, logs, start) if leader else None
 
     def validate(step: int) -> bool:
-        return bool(session.lead(partial(look, step)))
+        with session.leading() as leader:
+            if leader:
+                draw_validation(session, step, logs)
+                return watch is not None and watch.look(step)
+        return False
 
     return Loop(
         method=run.method,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
@@ -30,11 +31,9 @@ from stepdistill.students import single as student
 from stepdistill.students import verify as export
 from stepdistill.students.draw.call import SEED_B, Reference, Row, generate, grid, student_row, teacher_row
 from stepdistill.students.load import load_student
-from stepdistill.training.recipe import TrainSpec
-
-if TYPE_CHECKING:
-    from stepdistill.training.recipe import Run
-    from stepdistill.training.setup import Session
+from stepdistill.training.recipe import Run, TrainSpec
+from stepdistill.training.sampling import relative_straightness
+from stepdistill.training.setup import Session
 
 FEW = 4  # steps at which teacher and student are compared
 
@@ -46,7 +45,9 @@ def guidance_of(method: Method) -> Any:  # noqa: ANN401
 
 def finish(session: Session) -> None:
     """Write and prove the student folder, draw `samples/grid.png`, measure `eval.json`, print the summary."""
-    session = replace(session, run=replace(session.run, method=session.run.method.finalize(session.bend)))
+    session = replace(
+        session, run=replace(session.run, method=session.run.method.finalize(partial(relative_straightness, session)))
+    )
     run, out = session.run, Path(session.run.train.output_dir)
     spec = run.train
     difference = student.write(

@@ -1,14 +1,12 @@
-"""The parts of a run on one process, built before training: teacher, roles, feed, and the ways to call them."""
+"""The parts of a run on one process, built before training."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,37 +16,25 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from stepdistill.core.denoise import guided, with_scale
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.core.pixels import to_uint8
-from stepdistill.core.random import noise_of
-from stepdistill.core.solvers import few_step, follow
-from stepdistill.data import GuidedState
-from stepdistill.evaluation.metrics.straightness import paths
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.methods.base import StepContext
 from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.roles import TEACHER
 from stepdistill.networks.sharding import Shards
 from stepdistill.students import single as student
-from stepdistill.students.draw.call import grid
 from stepdistill.students.write import Base, base_of
 from stepdistill.training.batches import Feed
 from stepdistill.training.cache.keys import Keys, keys_of
-from stepdistill.training.logs import Logs
+from stepdistill.training.recipe import Run
 
-if TYPE_CHECKING:
-    from stepdistill.training.recipe import Run
-
-T = TypeVar("T")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class Session:
-    """The parts of a run on this process: teacher, roles, feed and the ways to call them."""
+    """The parts of a run on this process."""
 
     run: Run
     accelerator: Accelerator
@@ -70,11 +56,9 @@ class Session:
         schedule, kind = family.schedule(self.pipe.scheduler), family.kind(self.pipe)
         return Denoiser(self.backbone, role, schedule, kind, family.call, self.dtype)
 
-    def lead(self, job: Callable[[], T]) -> T | None:
-        """What `job()` gives on the main process, which works alone; None on the others. All processes come here."""
-        if self.shards is not None:
-            return self.shards.lead(job)
-        return job() if self.accelerator.is_main_process else None
+    def leading(self) -> AbstractContextManager[bool]:
+        """True on the main process, which works alone inside; False on the others. All processes come here."""
+        return nullcontext(self.accelerator.is_main_process) if self.shards is None else self.shards.leading()
 
     def context(self, step: int) -> StepContext:
         """What the method may touch in a step."""
@@ -89,124 +73,9 @@ class Session:
             device=self.accelerator.device,
         )
 
-    @torch.no_grad()
-    def teach(self, prompts: list[str], noise: Tensor, steps: int, scale: float) -> Tensor:
-        """The teacher's latents by `steps` deterministic guided steps from `noise`."""
-        context = self.context(0)
-        teacher = guided(self.denoiser(TEACHER), context.null, scale)
-        times = context.schedule.grid(steps).flip(0).tolist()
-        return follow(teacher, context.schedule, times, noise.to(self.accelerator.device), self.feed.condition(prompts))
-
-    @torch.no_grad()
-    def invert(self, prompts: list[str], pixels: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """The noise that the teacher's ODE has above images (B, 3, H, W), and their latents at the lowest time."""
-        context, device = self.context(0), self.accelerator.device
-        times = context.schedule.grid(steps).tolist()
-        pipe = self.feed.parts.vae("images are inverted")
-        latents = self.run.family.encode(pipe, pixels.to(device))
-        if latents.shape != noise.shape:
-            got, why = (
-                f"images of {pixels.shape[-1]} pixels",
-                "they are kept at the size that the student is trained at",
-            )
-            todo = "set train.resolution and data.source.resolution alike"
-            raise ConfigError(problem(got, f"{self.feed.side}", why, todo))
-        low = torch.full((len(latents),), times[0], device=device)
-        x_t = context.schedule.add_noise(latents, noise.to(device), low)
-        return follow(self.denoiser(TEACHER), context.schedule, times, x_t, self.feed.condition(prompts)), x_t
-
-    @torch.no_grad()
-    def trajectories(self, prompts: list[str], noise: Tensor, scales: Tensor, kept: Tensor, steps: int) -> GuidedState:
-        """States (B, K, ...) of the teacher's guided trajectories of `steps` deterministic steps.
-
-        Args:
-            scales: (B,).
-            kept: (B, K) ascending numbers of steps, from 0.
-        """
-        context, teacher = self.context(0), self.denoiser(TEACHER)
-        schedule, times = context.schedule, context.schedule.grid(steps).flip(0)
-        x_t, w = noise.to(self.accelerator.device), scales.to(self.accelerator.device)
-        denoise, cond = guided(teacher, context.null, w), self.feed.condition(prompts)
-        states, outputs = [], []
-        for now, then in pairwise(times.tolist()):
-            t, s = (torch.full((len(x_t),), time, device=x_t.device) for time in (now, then))
-            x_t = x_t.half().float()  # as it will be stored: the output belongs to that state
-            est = denoise(x_t, t, cond)
-            states.append(x_t.cpu())
-            outputs.append(teacher.native(est, t).cpu())
-            x_t = schedule.add_noise(est.x0, est.eps, s)
-        row = torch.arange(len(kept))[:, None]
-        xs, ys = (torch.stack(each, dim=1)[row, kept] for each in (states, outputs))
-        return GuidedState(xs, times[kept], scales[:, None].expand(kept.shape), ys)
-
-    @property
-    def teacher_steps(self) -> int:
-        """`train.teacher_steps`, or the next smaller number that the teacher's table takes."""
-        return _divisor(self.run.train.teacher_steps)
-
-    def noise(self, seed: int, ids: Iterable[int]) -> Tensor:
-        """Standard normal latents (B, C, H, W); each row depends on `seed` and its own of the B `ids` alone."""
-        rows = [noise_of(seed, i, self.feed.shape) for i in ids]
-        return torch.stack(rows).to(self.accelerator.device)
-
-    @torch.no_grad()
-    def sample(self, prompts: list[str], ids: Sequence[int], seed: int) -> Tensor:
-        """The student's latents under its contract; row i starts from the noise of `ids[i]`."""
-        context, method = self.context(0), self.run.method
-        sampler = method.sampler(context.schedule)
-        denoise = guided(self.denoiser(method.student_role()), context.null, sampler.guidance_scale)
-        denoise = with_scale(denoise, sampler.adapter_scale)
-
-        def fresh(i: int) -> Tensor:
-            return self.noise(seed + i + 1, ids)
-
-        return few_step(denoise, context.schedule, sampler, self.noise(seed, ids), self.feed.condition(prompts), fresh)
-
-    def bend(self, count: int = 256) -> float:
-        """Straightness over transport cost of the student's paths in 32 steps, from noises that it never saw."""
-        context, method, batch = self.context(0), self.run.method, self.run.train.train_batch_size
-        denoise = guided(
-            self.denoiser(method.student_role()), context.null, method.sampler(context.schedule).guidance_scale
-        )
-        bent = cost = 0.0
-        for ids in torch.arange(count).split(batch):
-            cond = self.feed.condition([self.run.data.captions(i % len(self.run.data))[0] for i in ids.tolist()])
-            found = paths(denoise, context.schedule, self.noise(-1, ids.tolist()), cond)
-            bent, cost = bent + found.straightness * len(ids), cost + found.cost * len(ids)
-        return bent / cost
-
     def decode(self, latents: Tensor, why: str) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], not clamped; `why` is said where the autoencoder must be loaded for it."""
         return self.run.family.decode(self.feed.parts.vae(why), latents)
-
-    @torch.no_grad()
-    def images(self, latents: Tensor) -> Tensor:
-        """Float images (B, 3, H, W) in [0, 1] on the cpu."""
-        return (self.decode(latents, "images are drawn").float().cpu() / 2 + 0.5).clamp(0, 1)
-
-    def draw(self, step: int, logs: Logs) -> None:
-        """Validation images at fixed prompts and seeds: the teacher above the student, under its contract."""
-        prompts = list(self.run.train.validation_prompts)
-        if not prompts or not self.accelerator.is_main_process:
-            return
-        spec, ids = self.run.train, range(len(prompts))
-        made = self.sample(prompts, ids, spec.validation_seed)
-        noise = self.noise(spec.validation_seed, ids)
-        taught = self.teach(prompts, noise, self.teacher_steps, spec.teacher_guidance_scale)
-        rows = [
-            (label, to_uint8(self.images(latents)))
-            for label, latents in (("teacher", taught), (f"student, step {step}", made))
-        ]
-        sheet = grid(rows, prompts)
-        folder = Path(spec.output_dir) / "samples"
-        folder.mkdir(exist_ok=True)
-        sheet.save(folder / f"step-{step:06d}.png")
-        logs.images(step, "validation", [sheet])
-
-
-def _divisor(steps: int) -> int:
-    """The largest number of at most `steps` that divides 1,000, the length of the usual table."""
-    return max(n for n in range(1, steps + 1) if 1000 % n == 0)
 
 
 def begin(run: Run) -> Accelerator:

@@ -14,7 +14,6 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,12 +23,11 @@ from stepdistill.core.files import written_whole
 from stepdistill.networks.roles import TEACHER
 from stepdistill.students.write import write_unproven
 from stepdistill.training.logs import Logs
+from stepdistill.training.sampling import sample_student, sample_teacher, start_noise, to_images
+from stepdistill.training.setup import Session
 from stepdistill.training.watch import rules as signs
 from stepdistill.training.watch.plot import plot
 from stepdistill.training.watch.rules import LEVELS, PREFIX, SCORE, Yardstick
-
-if TYPE_CHECKING:
-    from stepdistill.training.setup import Session
 
 logger = logging.getLogger(__name__)
 SETS = 4  # independent sets of the teacher's images, each of the student's size
@@ -100,7 +98,7 @@ class Watch:
         """Measure, log, warn, keep the best and plot; whether the run should stop. A step is measured once."""
         if any(row["step"] == step and SCORE in row for row in signs.rows(self.logs.file)):
             return False
-        found = ratios(self._measure(self._student, 0), self.teacher)
+        found = ratios(self._measure(sample_student, 0), self.teacher)
         spread = self.teacher.spread
         score = signs.score({name: signs.deviation(found[name], spread[name]) for name in found})
         self.logs.write(step, {PREFIX + name: value for name, value in found.items()} | {SCORE: score})
@@ -156,19 +154,11 @@ class Watch:
         if stored and stored.facts == facts:
             return stored
         print("watch: drawing the teacher's own images, to know how much they differ from seed to seed", flush=True)
-        made = yardstick([self._measure(self._teach, k) for k in range(1, SETS + 1)], facts)
+        made = yardstick([self._measure(sample_teacher, k) for k in range(1, SETS + 1)], facts)
         made.save(self.out / "watch.json")
         return made
 
-    def _teach(self, ids: Sequence[int]) -> Tensor:
-        spec = self.spec
-        noise = self.session.noise(spec.validation_seed, ids)
-        return self.session.teach(self.prompts, noise, self.session.teacher_steps, spec.teacher_guidance_scale)
-
-    def _student(self, ids: Sequence[int]) -> Tensor:
-        return self.session.sample(self.prompts, ids, self.spec.validation_seed)
-
-    def _measure(self, make: Callable[[Sequence[int]], Tensor], number: int) -> dict[str, Tensor]:
+    def _measure(self, make: Callable[[Session, list[str], Sequence[int]], Tensor], number: int) -> dict[str, Tensor]:
         """All statistics (P,) of one set of images; set 0 is the student's, the others the teacher's.
 
         One seed of all prompts at a time, which takes no more memory than a validation's images do.
@@ -177,8 +167,8 @@ class Watch:
         drawn, errors = [], []
         for j in range(seeds):
             first = (number * seeds + j) * prompts
-            latents = make(range(first, first + prompts))
-            drawn.append(self.session.images(latents))
+            latents = make(self.session, self.prompts, range(first, first + prompts))
+            drawn.append(to_images(self.session, latents))
             errors.append(self._errors(latents, range(j * prompts, (j + 1) * prompts)))
         gaps = {name: torch.stack([one[name] for one in errors]).mean(0) for name in signs.GAPS}
         return statistics(torch.stack(drawn)) | gaps
@@ -190,7 +180,7 @@ class Watch:
         top = context.schedule.grid(1)[-1].item()
         found = {}
         for number, (name, level) in enumerate(zip(signs.GAPS, LEVELS, strict=True)):
-            eps = self.session.noise(self.spec.validation_seed + FIXED + number, ids)
+            eps = start_noise(self.session, self.spec.validation_seed + FIXED + number, ids)
             t = torch.full((len(x0),), level * top, device=x0.device)
             est = context.denoiser(TEACHER)(context.schedule.add_noise(x0, eps, t), t, cond)
             found[name] = (est.eps - eps).square().mean((1, 2, 3)).cpu()

@@ -1,0 +1,85 @@
+"""Images and paths of the student during and after training, and the teacher's beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stepdistill.core.denoise import guided, with_scale
+from stepdistill.core.pixels import to_uint8
+from stepdistill.core.random import noise_of
+from stepdistill.core.solvers import few_step
+from stepdistill.evaluation.metrics.straightness import paths
+from stepdistill.students.draw.call import grid
+from stepdistill.training.logs import Logs
+from stepdistill.training.setup import Session
+from stepdistill.training.teacher import Teacher
+
+
+def start_noise(session: Session, seed: int, ids: Iterable[int]) -> Tensor:
+    """Standard normal latents (B, C, h, w); each row depends on `seed` and its own of the B `ids` alone."""
+    rows = [noise_of(seed, i, session.feed.shape) for i in ids]
+    return torch.stack(rows).to(session.accelerator.device)
+
+
+@torch.no_grad()
+def sample_student(session: Session, prompts: list[str], ids: Sequence[int]) -> Tensor:
+    """The student's latents under its contract; row i starts from the noise of `ids[i]`."""
+    context, method, seed = session.context(0), session.run.method, session.run.train.validation_seed
+    sampler = method.sampler(context.schedule)
+    denoise = guided(session.denoiser(method.student_role()), context.null, sampler.guidance_scale)
+    denoise = with_scale(denoise, sampler.adapter_scale)
+
+    def fresh(i: int) -> Tensor:
+        return start_noise(session, seed + i + 1, ids)
+
+    condition = session.feed.condition(prompts)
+    return few_step(denoise, context.schedule, sampler, start_noise(session, seed, ids), condition, fresh)
+
+
+def sample_teacher(session: Session, prompts: list[str], ids: Sequence[int]) -> Tensor:
+    """The teacher's latents from the same noises.
+
+    In `train.teacher_steps`, or the next smaller number that divides 1,000, the length of the usual table.
+    """
+    spec = session.run.train
+    steps = max(n for n in range(1, spec.teacher_steps + 1) if 1000 % n == 0)
+    noise = start_noise(session, spec.validation_seed, ids)
+    return Teacher(session).sample(prompts, noise, steps, spec.teacher_guidance_scale)
+
+
+def relative_straightness(session: Session, count: int = 256) -> float:
+    """Straightness over transport cost of the student's paths in 32 steps, from noises that it never saw."""
+    run, context = session.run, session.context(0)
+    scale = run.method.sampler(context.schedule).guidance_scale
+    denoise = guided(session.denoiser(run.method.student_role()), context.null, scale)
+    straightness = cost = 0.0
+    for part in torch.arange(count).split(run.train.train_batch_size):
+        ids = part.tolist()
+        cond = session.feed.condition([run.data.captions(i % len(run.data))[0] for i in ids])
+        followed = paths(denoise, context.schedule, start_noise(session, -1, ids), cond)
+        straightness, cost = straightness + followed.straightness * len(ids), cost + followed.cost * len(ids)
+    return straightness / cost
+
+
+@torch.no_grad()
+def to_images(session: Session, latents: Tensor) -> Tensor:
+    """Float images (B, 3, H, W) in [0, 1] on the cpu."""
+    return (session.decode(latents, "images are drawn").float().cpu() / 2 + 0.5).clamp(0, 1)
+
+
+def draw_validation(session: Session, step: int, logs: Logs) -> None:
+    """Validation images at fixed prompts and seeds: the teacher above the student, under its contract."""
+    prompts, folder = list(session.run.train.validation_prompts), Path(session.run.train.output_dir) / "samples"
+    if not prompts:
+        return
+    student = sample_student(session, prompts, range(len(prompts)))
+    teacher = sample_teacher(session, prompts, range(len(prompts)))
+    rows = [("teacher", teacher), (f"student, step {step}", student)]
+    sheet = grid([(label, to_uint8(to_images(session, latents))) for label, latents in rows], prompts)
+    folder.mkdir(exist_ok=True)
+    sheet.save(folder / f"step-{step:06d}.png")
+    logs.images(step, "validation", [sheet])

@@ -1,0 +1,80 @@
+"""What a run's teacher makes: samples, inverted images, and states of guided trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from stepdistill.core.denoise import guided
+from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.solvers import follow
+from stepdistill.data import GuidedState
+from stepdistill.networks.roles import TEACHER
+from stepdistill.training.setup import Session
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher of a session, as data sources and validation ask for it."""
+
+    session: Session
+
+    @property
+    def digest(self) -> str:
+        """Of the teacher's weights."""
+        return self.session.digest
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, h, w) of latents."""
+        return self.session.feed.shape
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str], noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
+        """Latents (B, C, h, w) by `steps` deterministic guided steps from `noise`."""
+        session, context = self.session, self.session.context(0)
+        denoise = guided(session.denoiser(TEACHER), context.null, guidance_scale)
+        times = context.schedule.grid(steps).flip(0).tolist()
+        return follow(denoise, context.schedule, times, noise.to(context.device), session.feed.condition(prompts))
+
+    @torch.no_grad()
+    def invert(self, prompts: list[str], pixels: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """The noise that the teacher's ODE has above images (B, 3, H, W), and their latents at the lowest time."""
+        session, context = self.session, self.session.context(0)
+        latents = session.run.family.encode(session.feed.parts.vae("images are inverted"), pixels.to(context.device))
+        if latents.shape != noise.shape:
+            got, why = f"images of {pixels.shape[-1]} pixels", "they are kept at the student's size"
+            todo = "set train.resolution and data.source.resolution alike"
+            raise ConfigError(problem(got, f"{session.feed.side}", why, todo))
+        times = context.schedule.grid(steps).tolist()
+        lowest = torch.full((len(latents),), times[0], device=context.device)
+        x_t = context.schedule.add_noise(latents, noise.to(context.device), lowest)
+        condition = session.feed.condition(prompts)
+        return follow(session.denoiser(TEACHER), context.schedule, times, x_t, condition), x_t
+
+    @torch.no_grad()
+    def trajectories(self, prompts: list[str], noise: Tensor, scales: Tensor, kept: Tensor, steps: int) -> GuidedState:
+        """States (B, K, ...) of guided trajectories of `steps` deterministic steps.
+
+        Args:
+            scales: (B,) guidance scales.
+            kept: (B, K) ascending numbers of steps, from 0.
+        """
+        context, teacher = self.session.context(0), self.session.denoiser(TEACHER)
+        schedule, times = context.schedule, context.schedule.grid(steps).flip(0)
+        x_t, scales_ = noise.to(context.device), scales.to(context.device)
+        denoise, cond = guided(teacher, context.null, scales_), self.session.feed.condition(prompts)
+        states, outputs = [], []
+        for now, then in pairwise(times.tolist()):
+            t, s = (torch.full((len(x_t),), time, device=x_t.device) for time in (now, then))
+            x_t = x_t.half().float()  # as it will be stored: the output belongs to that state
+            est = denoise(x_t, t, cond)
+            states.append(x_t.cpu())
+            outputs.append(teacher.native(est, t).cpu())
+            x_t = schedule.add_noise(est.x0, est.eps, s)
+        row = torch.arange(len(kept))[:, None]
+        xs, ys = (torch.stack(each, dim=1)[row, kept] for each in (states, outputs))
+        return GuidedState(xs, times[kept], scales[:, None].expand(kept.shape), ys)
