@@ -50,6 +50,6 @@ def test_rows_are_rendered_with_means_over_their_pairs():
     assert "| plain | scale 0.2 | 0.2, another word |" in text
     assert "| tiny-sd: dmd2, drink, not glass | 50.0 | 12.5 | 50.0 |" in text
     assert "| tiny-sd: dmd2: shown, % | 50.0 | 12.5 | 50.0 |" in text
-    assert "| tiny-sd: dmd2: to the teacher's of the concept | 50.0 | 52.0 | 51.0 |" in text
-    assert "| tiny-sd: dmd2: moved, of those that did not show it | 0.0 | 4.0 | 2.0 |" in text
+    assert "| tiny-sd: dmd2: distance to the teacher's images of the concept | 50.0 | 52.0 | 51.0 |" in text
+    assert "| tiny-sd: dmd2: change of the images that did not show it | 0.0 | 4.0 | 2.0 |" in text
     assert "| tiny-sd: dmd2: seconds / plain | 1.00 | 1.00 | 1.00 |" in text

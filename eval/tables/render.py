@@ -20,9 +20,9 @@ DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1, "reflow": 1}  # 
 MEMORY = {"sd15": "SD 1.5", "sdxl": "SDXL", "sd3": "SD 3 medium", "pixart": "PixArt-Sigma"}
 EARLY = {"distribution": 799.0}  # one step may do better from an earlier time, for any method: shown for all
 AWAY = {  # distances of negative prompts' images, in features
-    "to_teacher": "to the teacher's of the concept",
-    "to_drawings": "to drawings",
-    "moved": "moved, of those that did not show it",
+    "to_teacher": "distance to the teacher's images of the concept",
+    "to_drawings": "distance to drawings",
+    "moved": "change of the images that did not show it",
 }
 
 
@@ -128,7 +128,7 @@ def _guidance(rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["| w | R^2 | excess over two passes [95 %] | paired | nfe | seconds / two passes | extra parameters |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for key, row in sorted(rows.items(), key=lambda each: (each[0].rpartition("/")[0], each[1]["guidance_scale"])):
-        scale = f"{row['guidance_scale']:g}" + (", in the hole" if row["unseen"] else "")
+        scale = f"{row['guidance_scale']:g}" + (", not in training" if row["unseen"] else "")
         near = "the same" if row["r2"] is None else f"{row['r2']:.3f}"
         name = key.rpartition("/")[0].replace("/", ": ")
         cost = f"{row['nfe']:.0f} of {row['two_passes']['nfe']:.0f} | {row['time_ratio']:.2f}"
@@ -144,7 +144,7 @@ def _negative(rows: Mapping[str, Mapping[str, Any]]) -> str:
     heads = ["plain", *heads[1:], *(f"{key}, another word" for key in some["other"])]
     shown, means = (
         [f"| {title} | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
-        for title in ("shown of the concept, %", "over all of them")
+        for title in ("shown of the concept, %", "mean over all pairs")
     )
     for name in dict.fromkeys(key.rpartition("/")[0] for key in rows):
         label, cells = name.replace("/", ": "), []
@@ -165,7 +165,7 @@ def _negative(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _hybrid(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["| | steps, of the teacher | diversity [95 %] | beside the student's [95 %] | excess [95 %] | paired |"]
+    lines = ["| | steps, by the teacher | diversity [95 %] | gain over the student [95 %] | excess [95 %] | paired |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     for key in sorted(rows, key=lambda key: (key.split("/")[:2], rows[key]["steps"], rows[key]["base_steps"])):
         row, (teacher, method, way) = rows[key], key.split("/")
@@ -177,7 +177,7 @@ def _hybrid(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _transfer(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["| | strength | on the teacher [95 %] | on the student [95 %] | crosses over [95 %] |"]
+    lines = ["| | strength | on the teacher [95 %] | on the student [95 %] | ratio [95 %] |"]
     lines += ["| --- | --- | --- | --- | --- |"]
     for key, row in rows.items():
         teacher, style, method, _ = key.split("/")
@@ -209,9 +209,9 @@ def _excess(row: Mapping[str, Any]) -> str:
 
 
 def _watch(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["| run | the watch |", "| --- | --- |"]
+    lines = ["| run | collapse monitor |", "| --- | --- |"]
     for key, row in rows.items():
-        heard = f"warns at step {row['fired']}: {', '.join(row['signs'])}" if "fired" in row else "is quiet"
+        heard = f"warns at step {row['fired']}: {', '.join(row['signs'])}" if "fired" in row else "no warning"
         lines.append(f"| {key.replace('/', ': ', 1)} | {heard} |")
     return "\n".join(lines)
 
