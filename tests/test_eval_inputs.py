@@ -20,9 +20,9 @@ from transformers import CLIPImageProcessor
 from stepdistill.core.errors import DataError
 from stepdistill.evaluation.exports import GenEval, T2ICompBench
 from stepdistill.evaluation.images import Images
-from stepdistill.evaluation.metrics import clip_score
-from stepdistill.evaluation.metrics.clip_score import clip_scores
-from stepdistill.evaluation.prompts import prompt_of, read_records, sha256_of
+from stepdistill.evaluation.metrics import image_scores
+from stepdistill.evaluation.metrics.image_scores import clip_scores
+from stepdistill.evaluation.records import prompt_of, prompts_digest, read_records
 from stepdistill.networks.clip import Clip
 
 
@@ -271,8 +271,8 @@ def test_prompts_of_each_kind_of_file(tmp_path):
 
 
 def test_the_digest_of_prompts_is_of_their_order_and_bounds():
-    digests = [sha256_of(each) for each in (["a", "b"], ["b", "a"], ["a\nb"], ["a", "b", ""], ["ä", "b"])]
-    assert len(set(digests)) == 5 and digests[0] == sha256_of(("a", "b"))
+    digests = [prompts_digest(each) for each in (["a", "b"], ["b", "a"], ["a\nb"], ["a", "b", ""], ["ä", "b"])]
+    assert len(set(digests)) == 5 and digests[0] == prompts_digest(("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def by_hand(clip: Clip, images: Tensor, prompts: list[str]) -> Tensor:
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (40, 61), (90, 33), (41, 40), (20, 24)])
 def test_scores_are_cosines_of_what_the_processor_makes(clip, monkeypatch, height, width):
     """Its torchvision form may round a level differently."""
-    monkeypatch.setattr(clip_score, "BATCH", 3)
+    monkeypatch.setattr(image_scores, "BATCH", 3)
     smooth = [noise(6, 6, i).resize((width, height), Image.Resampling.BICUBIC) for i in range(8)]
     images, prompts = torch.stack([as_tensor(image) for image in smooth]), ["red apple", "cat face", "dog", "ox"] * 2
     want = by_hand(clip, images, prompts)

@@ -14,7 +14,7 @@ from stepdistill.evaluation.metrics.jackknife import difference_of_means, noise_
 from stepdistill.evaluation.metrics.kernel import kid
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.protocol import PROTOCOLS
-from stepdistill.evaluation.report.results import under
+from stepdistill.evaluation.results import protocol_facts
 
 FID = Identity(INCEPTION, FID_WEIGHTS + 56 * "0", "file", 2048, "pool3", "clean", "(u - 128) / 128", "fp32", 64)
 
@@ -120,7 +120,7 @@ def test_numbers_that_json_cannot_hold_are_null():
 
 def test_without_a_protocol_no_row_is_comparable():
     for name in ("none", "quick"):
-        told, reasons = under(PROTOCOLS[name], FID, 30_000, None, NPZ)
+        told, reasons = protocol_facts(PROTOCOLS[name], FID, 30_000, None, NPZ)
         assert not told["met"] and reasons
 
 
@@ -129,7 +129,7 @@ NPZ = {"kind": "npz", "path": "coco.npz", "n": 40_504, "features_id": FID.id}
 
 def test_a_protocol_is_met_or_says_what_is_not():
     coco = PROTOCOLS["coco30k-dmd2"]
-    told, reasons = under(coco, FID, 30_000, 256, NPZ)
+    told, reasons = protocol_facts(coco, FID, 30_000, 256, NPZ)
     assert told["met"] and told["deviations"] == reasons == []
     assert len(told["trusted"]) == 2 and "coco.npz" in told["trusted"][0]  # what no file says
     for change, words in [
@@ -143,11 +143,11 @@ def test_a_protocol_is_met_or_says_what_is_not():
         ({"identity": replace(FID, arch="efficientnet-lite0")}, "not FID's Inception"),
     ]:
         given = {"protocol": coco, "identity": FID, "n": 30_000, "side": 256, "reference": NPZ} | change
-        told, reasons = under(**given)
+        told, reasons = protocol_facts(**given)
         assert not told["met"] and words in reasons[0], change
-    told, reasons = under(coco, replace(FID, dtype="bf16"), 30_000, 256, NPZ)
+    told, reasons = protocol_facts(coco, replace(FID, dtype="bf16"), 30_000, 256, NPZ)
     assert told["met"] and "half precision" in reasons[0]  # the protocol's, and yet no more than a hint
-    told, reasons = under(coco, FID, 30_000, 256, {**NPZ, "features_id": "unknown"})
+    told, reasons = protocol_facts(coco, FID, 30_000, 256, {**NPZ, "features_id": "unknown"})
     assert "made with these features" in told["trusted"][2]
 
 

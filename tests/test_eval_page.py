@@ -21,9 +21,17 @@ from PIL import Image, ImageDraw
 
 from stepdistill.core.errors import DataError
 from stepdistill.evaluation.report.chart import Point, against_clip, against_cost, front
-from stepdistill.evaluation.report.columns import digits, number
 from stepdistill.evaluation.report.page import page
-from stepdistill.evaluation.report.table import FIELDS, alike, flat, identity, read, write_csv
+from stepdistill.evaluation.report.table import (
+    FIELDS,
+    comparison_key,
+    digits,
+    flat_rows,
+    key_differences,
+    number,
+    read_evaluation,
+    write_csv,
+)
 
 TEACHER = {
     "id": "tiny-sd",
@@ -187,19 +195,19 @@ class Structure(HTMLParser):
 
 @pytest.fixture
 def one(tmp_path):
-    return read(folder(tmp_path / "evening", facts(), grids=2))
+    return read_evaluation(folder(tmp_path / "evening", facts(), grids=2))
 
 
 @pytest.fixture
 def two(tmp_path, one):
-    return [one, read(folder(tmp_path / "photos", other()))]
+    return [one, read_evaluation(folder(tmp_path / "photos", other()))]
 
 
 # the table
 
 
 def test_rows_are_flat_and_come_back_from_csv(tmp_path, two):
-    rows = flat(two)
+    rows = flat_rows(two)
     assert [found["evaluation"] for found in rows] == ["evening"] * 5 + ["photos"]
     assert all(tuple(found) == FIELDS for found in rows)
     student = rows[1]
@@ -221,7 +229,7 @@ def test_rows_are_flat_and_come_back_from_csv(tmp_path, two):
 
 
 def test_a_failed_write_leaves_the_old_table(tmp_path, one):
-    write_csv(flat([one]), tmp_path / "rows.csv")
+    write_csv(flat_rows([one]), tmp_path / "rows.csv")
     before = (tmp_path / "rows.csv").read_bytes()
     with pytest.raises(ValueError, match="surprise"):
         write_csv([{"surprise": 1}], tmp_path / "rows.csv")
@@ -230,15 +238,17 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, one):
 
 def test_identity_is_of_key_features_n_reference_and_protocol(one):
     row = one.facts["rows"][0]
-    assert identity(one.facts, row) == (
+    assert comparison_key(one.facts, row) == (
         "fd",
         "efficientnet-lite0@2f9c9a3e/bicubic64",
         1000,
         "9c0d17be44a1f23b",
         "coco30k-dmd2",
     )
-    assert identity(one.facts, {"n": 7}) == identity(one.facts, row)._replace(n=7)  # the key of its neighbours
-    assert identity(one.facts, {"metrics": {"fid": {}}}).key == "fid"
+    assert comparison_key(one.facts, {"n": 7}) == comparison_key(one.facts, row)._replace(
+        n=7
+    )  # the key of its neighbours
+    assert comparison_key(one.facts, {"metrics": {"fid": {}}}).key == "fid"
 
 
 @pytest.mark.parametrize(
@@ -254,7 +264,7 @@ def test_identity_is_of_key_features_n_reference_and_protocol(one):
 def test_each_difference_is_told(tmp_path, one, change, label):
     changed = deepcopy(one.facts)
     change(changed)
-    told = alike([one, read(folder(tmp_path / "changed", changed))])
+    told = key_differences([one, read_evaluation(folder(tmp_path / "changed", changed))])
     assert [text.split(":")[0] for text in told] == [label]
     assert "evening" in told[0] and "changed" in told[0]
 
@@ -262,7 +272,7 @@ def test_each_difference_is_told(tmp_path, one, change, label):
 def test_alike_evaluations_differ_in_nothing(tmp_path, one):
     again = deepcopy(one.facts) | {"created": "later"}
     again["rows"].append({"name": "failed", "role": "student", "n": 3, "metrics": {}})  # has nothing to compare
-    assert alike([one, read(folder(tmp_path / "again", again))]) == []
+    assert key_differences([one, read_evaluation(folder(tmp_path / "again", again))]) == []
 
 
 @pytest.mark.parametrize(
@@ -280,7 +290,7 @@ def test_foreign_folders_are_refused(tmp_path, text, message):
     if text is not None:
         (tmp_path / "eval.json").write_text(text)
     with pytest.raises(DataError, match=message):
-        read(tmp_path)
+        read_evaluation(tmp_path)
 
 
 # numbers
@@ -392,7 +402,8 @@ def test_page_says_what_was_measured_in_order(one):
         "cpu, world size 1",
         "Rows 1, 2, 3, 4, 5: n below protocol.",
         "Rows 1, 2, 3, 4, 5: no published table uses these features.",
-        "the distance of a row minus the teacher's, same prompts and seeds, 20-block jackknife on the difference",
+        "the distance of a row minus the distance of the teacher with the same prompts and seeds. "
+        "Its interval is a 20-block jackknife of the difference",
     ):
         assert part in text, part
 
@@ -415,7 +426,7 @@ def test_cells_are_where_their_headings_are(one):
         "Steps": "4",
         "Guidance": "1.0",
         "NFE": "4",
-        "Seconds an image": "0.020",
+        "Seconds per image": "0.020",
         "Speed-up": "12.5",
         "compares": "no",
     }
@@ -424,12 +435,12 @@ def test_cells_are_where_their_headings_are(one):
 @pytest.mark.parametrize(
     ("excess", "words"),
     [
-        ((0.3, -0.2, 0.8), "0.3 [−0.2, 0.8], cannot be told from none"),
-        ((0.0, 0.0, 0.0), "cannot be told from none"),
-        ((0.3, 0.1, 0.5), "0.3 [0.1, 0.5]: it is further from the reference than the teacher"),
-        ((-0.3, -0.5, -0.1), "−0.3 [−0.5, −0.1]: it is nearer to the reference than the teacher"),
-        ((0.3, None, None), "0.3, without an interval: it may be chance"),
-        (None, "No teacher was measured beside it"),
+        ((0.3, -0.2, 0.8), "0.3 [−0.2, 0.8], is not distinguishable from zero"),
+        ((0.0, 0.0, 0.0), "is not distinguishable from zero"),
+        ((0.3, 0.1, 0.5), "0.3 [0.1, 0.5]: it is farther from the reference than the teacher"),
+        ((-0.3, -0.5, -0.1), "−0.3 [−0.5, −0.1]: it is closer to the reference than the teacher"),
+        ((0.3, None, None), "0.3, without an interval: the difference may be chance"),
+        (None, "No teacher was measured in the same evaluation"),
     ],
 )
 def test_summary_claims_no_more_than_the_interval(tmp_path, excess, words):
@@ -437,10 +448,10 @@ def test_summary_claims_no_more_than_the_interval(tmp_path, excess, words):
     found["rows"] = [row("worse", 1, 9.9, (5.0, 4.0, 6.0)), row("best", 4, 4.2, excess)]
     if excess and excess[1] is None:
         found["rows"][1]["metrics"]["delta_vs_teacher"]["fd"]["ci95"] = None
-    text = Structure(page([read(folder(tmp_path / "e", found))], "t")).text
+    text = Structure(page([read_evaluation(folder(tmp_path / "e", found))], "t")).text
     assert "Lowest fd of 2 students (N 1000, features efficientnet-lite0@2f9c9a3e/bicubic64): best, 4.2" in text
     assert words in text and "12.5 times the teacher's" in text
-    assert ("told from none" in text) == ("told from none" in words)
+    assert ("distinguishable" in text) == ("distinguishable" in words)
 
 
 def test_names_are_text_and_not_tags(tmp_path):
@@ -449,7 +460,7 @@ def test_names_are_text_and_not_tags(tmp_path):
     found["rows"][1]["name"] = found["teacher"]["id"] = found["protocol"]["deviations"][0] = bold
     found["rows"][1]["comparable_reasons"] = [bold]
     found["rows"][1]["metrics"]["clip_score"]["model"] = bold
-    html = page([read(folder(tmp_path / "<i>", found))], "<u>")
+    html = page([read_evaluation(folder(tmp_path / "<i>", found))], "<u>")
     text = Structure(html)
     assert text.all("b") and not text.all("i") and not text.all("u") and "<b>x" not in html
     assert bold in text.text and "<i>" in text.text
@@ -466,23 +477,26 @@ def test_features_of_two_kinds_never_share_a_column(two):
     first, second = (i for i, heading in enumerate(table[1], start=1) if heading == "fd")
     filled = [(line[first] != "–", line[second] != "–") for line in table[2:]]
     assert filled == [(True, False)] * 5 + [(False, True)]
-    assert "pixels@0/bicubic8" in found.text and "Columns are apart for their features" in found.text
-    assert "Their teachers differ" in found.text and "Their prompts differ" in found.text
+    assert (
+        "pixels@0/bicubic8" in found.text
+        and "Rows are in separate columns because they differ in features" in found.text
+    )
+    assert "The teachers differ" in found.text and "The prompts differ" in found.text
     assert "different hosts" not in found.text
     assert len(found.all("svg")) == 3  # two for the first, and no cost to plot of the second
 
 
 def test_like_evaluations_share_a_column(tmp_path, one):
-    again = read(folder(tmp_path / "again", facts() | {"host": {"device": "cuda"}}))
+    again = read_evaluation(folder(tmp_path / "again", facts() | {"host": {"device": "cuda"}}))
     found = Structure(page([one, again], "Both"))
     assert found.tables[1][1].count("fd") == 1 and len(found.tables[1]) == 12
-    assert "Columns are apart" not in found.text and "different hosts" in found.text
+    assert "separate columns" not in found.text and "different hosts" in found.text
 
 
 def test_scores_of_two_clip_models_never_share_a_column(tmp_path):
     found = facts()
     found["rows"][2]["metrics"]["clip_score"]["model"] = "another"
-    scored = Structure(page([read(folder(tmp_path / "e", found))], "t"))
+    scored = Structure(page([read_evaluation(folder(tmp_path / "e", found))], "t"))
     table = scored.tables[1]
     first, second = (i for i, heading in enumerate(table[1], start=1) if heading == "CLIP score")
     filled = [(line[first] != "–", line[second] != "–") for line in table[2:]]
@@ -497,18 +511,18 @@ def without_images(html: str) -> str:
 def test_only_a_fid_is_called_one(tmp_path, two):
     assert "fid" not in without_images(page(two, "t"))
     found = json.loads(json.dumps(facts()).replace('"fd"', '"fid"'))
-    html = without_images(page([read(folder(tmp_path / "fid", found))], "t"))
+    html = without_images(page([read_evaluation(folder(tmp_path / "fid", found))], "t"))
     assert "fid against network evaluations" in html and not re.search(r"\bfd\b", html)
 
 
 def test_little_is_enough(tmp_path):
     bare = facts() | {"teacher": None, "prompts": None, "exit_reason": "interrupted"}
     bare["rows"] = [{"name": "failed", "role": "student", "n": 1000, "metrics": {}, "n_skipped": 4}]
-    found = Structure(page([read(folder(tmp_path / "bare", bare, grids=0))], "t"))
+    found = Structure(page([read_evaluation(folder(tmp_path / "bare", bare, grids=0))], "t"))
     assert "No distance was measured." in found.text and not found.all("svg") and not found.all("img")
-    assert "bare did not end well (interrupted)" in found.text and "Row 1: 4 images were skipped." in found.text
+    assert "bare stopped early (interrupted)" in found.text and "Row 1: 4 images were skipped." in found.text
     bare["rows"] = []
-    assert len(Structure(page([read(folder(tmp_path / "none", bare, grids=0))], "t")).tables) == 1
+    assert len(Structure(page([read_evaluation(folder(tmp_path / "none", bare, grids=0))], "t")).tables) == 1
     with pytest.raises(ValueError, match="no evaluation"):
         page([], "t")
 

@@ -29,14 +29,16 @@ from stepdistill.cli import main as cli
 from stepdistill.core.errors import ConfigError, EvaluationError, MissingWeights, StepdistillError
 from stepdistill.data import Partition, Prompts
 from stepdistill.data.routing import Routing
-from stepdistill.evaluation import run, scores
+from stepdistill.evaluation import run
 from stepdistill.evaluation.draw import labels, plan
-from stepdistill.evaluation.fill import cropped
 from stepdistill.evaluation.images import Images
-from stepdistill.evaluation.metrics.clip_score import clip_scores
+from stepdistill.evaluation.metrics import image_scores
 from stepdistill.evaluation.metrics.frechet import excess, frechet
+from stepdistill.evaluation.metrics.image_scores import clip_scores
 from stepdistill.evaluation.metrics.stats import Stats
-from stepdistill.evaluation.spec import Draws, Measures
+from stepdistill.evaluation.read import cropped
+from stepdistill.evaluation.run import evaluate, extractor_of, score_images, write_statistics
+from stepdistill.evaluation.spec import EvalRun, EvalSpec
 from stepdistill.evaluation.store import Store
 from stepdistill.evaluation.subjects import Subject, Way, family_of
 from stepdistill.families.base import Family
@@ -87,10 +89,10 @@ def students(teachers, tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture
-def asked(teachers, students, tmp_path) -> Draws:
+def asked(teachers, students, tmp_path) -> EvalRun:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
-    return Draws(
+    return EvalRun(
         teacher=teachers["sd"].pretrained_teacher_model,
         students=tuple(students),
         output_dir=tmp_path / "out",
@@ -160,10 +162,10 @@ def test_one_command_makes_the_report(asked, capsys):
 
 def test_the_figures_are_those_of_features_drawn_by_hand(asked, teachers):
     """The reference is the teacher at seed A; rows have seed B; their difference is `excess` of the features."""
-    found = run.run(asked)
+    found = evaluate(asked)
     pipe, prompts = teachers["sd"].load(), [PROMPTS[i % 8] for i in range(SMALL)]
     row = teacher_row(teachers["sd"], pipe, 2, 7.5, "")
-    pixels = run.extracted(asked, torch.device("cpu"), None)
+    pixels = extractor_of(asked, torch.device("cpu"))
     ref, floor = (pixels(generate(pipe, row, prompts, seed, 16)[0]) for seed in (SEED_A, SEED_B))
     few = pixels(generate(pipe, teacher_row(teachers["sd"], pipe, 1, 7.5, ""), prompts, SEED_B, 16)[0])
     own = excess(few, ref, floor)
@@ -182,7 +184,7 @@ class Cut(BaseException):
 def test_a_run_that_is_cut_goes_on_to_the_same(asked, tmp_path, monkeypatch):
     asked = replace(asked, save_images=True, students=asked.students[:1])
     whole = replace(asked, output_dir=tmp_path / "whole")
-    run.run(whole)
+    evaluate(whole)
     rng, drawn = random.Random(0), []
     real = Subject.draw
 
@@ -204,7 +206,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same(asked, tmp_path, monkeypatch):
     cuts = 0
     while True:
         try:
-            run.run(asked)
+            evaluate(asked)
             break
         except Cut:
             cuts += 1
@@ -212,9 +214,9 @@ def test_a_run_that_is_cut_goes_on_to_the_same(asked, tmp_path, monkeypatch):
     assert kept(asked.output_dir) == kept(whole.output_dir) and values(asked.output_dir) == values(whole.output_dir)
 
 
-def _forked(spec: Draws) -> None:
+def _forked(spec: EvalRun) -> None:
     torch.set_num_threads(1)
-    run.run(spec)
+    evaluate(spec)
     os._exit(0)
 
 
@@ -224,7 +226,7 @@ def test_a_thousand_images_killed_at_random_moments(asked, tmp_path):
     asked = replace(asked, teacher_steps=1)
     whole = replace(asked, output_dir=tmp_path / "whole")
     start = time.monotonic()
-    run.run(whole)
+    evaluate(whole)
     seconds, rng, killed = time.monotonic() - start, random.Random(1), 0
     context = multiprocessing.get_context("fork")
     while True:
@@ -244,7 +246,7 @@ def test_a_thousand_images_killed_at_random_moments(asked, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_one_process_s_values(asked, tmp_path):
-    run.run(asked)
+    evaluate(asked)
     launch = Path(__file__).parent.parent / "configs" / "accelerate" / "two_processes_cpu.yaml"
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(launch)]
     words = [
@@ -286,26 +288,26 @@ def test_images_that_are_no_numbers_end_it_and_lose_nothing(asked, teachers, tmp
     next(pipe.vae.decoder.parameters()).data.fill_(float("nan"))
     pipe.save_pretrained(tmp_path / "odd")
     with pytest.raises(EvaluationError, match="images 0 to 15 of reference: .*non-finite.*--dtype fp32"):
-        run.run(replace(asked, teacher=str(tmp_path / "odd"), students=()))
+        evaluate(replace(asked, teacher=str(tmp_path / "odd"), students=()))
 
 
 def test_another_evaluation_is_not_mixed_in(asked, teachers, tmp_path):
-    run.run(asked)
+    evaluate(asked)
     with pytest.raises(EvaluationError, match="begun with other seed.*another output folder"):
-        run.run(replace(asked, seed=7))
+        evaluate(replace(asked, seed=7))
     own = replace(
         asked, students=(str(taught(teachers["sd"], tmp_path / "mine", size=0.02)),), output_dir=tmp_path / "own"
     )
-    run.run(own)
+    evaluate(own)
     taught(teachers["sd"], tmp_path / "mine", size=0.03)  # trained on, in its folder
     with pytest.raises(EvaluationError, match="begun with other student"):
-        run.run(own)
+        evaluate(own)
 
 
 def test_steps_that_a_student_has_not_are_left_out_and_named(asked, teachers, tmp_path):
     """A student of a grid of ten times cannot be drawn in twelve steps, one of fifty can."""
     fine = taught(teachers["sd"], tmp_path / "fine", Consistency(ema_decay=None))
-    found = run.run(replace(asked, students=(asked.students[0], str(fine)), steps=(12, 1)))
+    found = evaluate(replace(asked, students=(asked.students[0], str(fine)), steps=(12, 1)))
     assert [text.split(":")[0] for text in found["left_out"]] == ["near, 12 steps"]
     names = [row["name"] for row in found["rows"] if row["role"] == "student"]
     assert names == ["near, 1 step", "fine, 12 steps", "fine, 1 step"]
@@ -316,27 +318,27 @@ def test_a_store_knows_all_that_its_images_depend_on(asked, teachers, tmp_path):
     place = tmp_path / "teacher"
     shutil.copytree(asked.teacher, place)
     own = replace(asked, teacher=str(place), students=())
-    run.run(own)
+    evaluate(own)
     pipe = teachers["sd"].load()
     for p in pipe.vae.decoder.parameters():
         p.data *= 0.9
     pipe.save_pretrained(place)
     with pytest.raises(EvaluationError, match="begun with other teacher"):
-        run.run(own)
+        evaluate(own)
     with pytest.raises(EvaluationError, match="begun with other save_images"):
-        run.run(replace(own, teacher=asked.teacher, save_images=True))
+        evaluate(replace(own, teacher=asked.teacher, save_images=True))
 
 
 def test_what_an_earlier_evaluation_left_is_not_shown(asked):
-    run.run(asked)
-    run.run(replace(asked, students=asked.students[:1]))
+    evaluate(asked)
+    evaluate(replace(asked, students=asked.students[:1]))
     assert [file.name for file in (asked.output_dir / "grids").iterdir()] == ["near.png"]
     assert not any("far" in file.name for file in (asked.output_dir / "stats").iterdir())
     assert "far" not in (asked.output_dir / "rows.csv").read_text()
 
 
 def test_rows_that_are_there_are_not_drawn_again(asked, monkeypatch):
-    run.run(replace(asked, students=asked.students[:1]))
+    evaluate(replace(asked, students=asked.students[:1]))
     drawn, real = [], Subject.draw
 
     def draws(self, way, *rest):
@@ -344,23 +346,23 @@ def test_rows_that_are_there_are_not_drawn_again(asked, monkeypatch):
         return real(self, way, *rest)
 
     monkeypatch.setattr(Subject, "draw", draws)
-    run.run(asked)
+    evaluate(asked)
     assert set(drawn) == {"far, 1 step"}
 
 
 def test_an_evaluation_inside_of_its_student_goes_on(asked, teachers, tmp_path):
     folder = taught(teachers["sd"], tmp_path / "mine")
     own = replace(asked, students=(str(folder),), output_dir=folder / "eval")
-    assert run.run(own)["rows"] == run.run(own)["rows"]
+    assert evaluate(own)["rows"] == evaluate(own)["rows"]
 
 
 def test_the_reference_is_known_by_its_images(asked, tmp_path):
-    one = run.run(replace(asked, students=()))
+    one = evaluate(replace(asked, students=()))
     model = tiny.clip(tmp_path / "clip")
-    two = run.run(replace(asked, students=(), output_dir=tmp_path / "two", clip=str(model), columns=3))
+    two = evaluate(replace(asked, students=(), output_dir=tmp_path / "two", clip=str(model), columns=3))
     assert one["reference"]["sha256"] == two["reference"]["sha256"]
-    assert run.run(replace(asked, students=(), output_dir=tmp_path / "three", seed=9))["reference"] == one["reference"]
-    other = run.run(replace(asked, students=(), output_dir=tmp_path / "four", reference_seed=9))
+    assert evaluate(replace(asked, students=(), output_dir=tmp_path / "three", seed=9))["reference"] == one["reference"]
+    other = evaluate(replace(asked, students=(), output_dir=tmp_path / "four", reference_seed=9))
     assert other["reference"]["sha256"] != one["reference"]["sha256"]
 
 
@@ -411,25 +413,25 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(asked, teachers, tmp_pat
     ]:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         with pytest.raises(StepdistillError, match=words):
-            run.run(replace(asked, **change))
+            evaluate(replace(asked, **change))
     assert not asked.output_dir.exists() or not list(asked.output_dir.glob("work/*/unit*"))
 
 
 def test_a_metric_that_cannot_be_is_named(asked):
-    found = run.run(replace(asked, metrics=("cmmd", "diversity", "kid"), num=40, students=()))
+    found = evaluate(replace(asked, metrics=("cmmd", "diversity", "kid"), num=40, students=()))
     assert [text.split(":")[0] for text in found["left_out"]] == ["cmmd"]
     assert all({"kid", "diversity"} <= row["metrics"].keys() and "cmmd" not in row["metrics"] for row in found["rows"])
     few = asked.prompts.with_name("many.txt")
     few.write_text("\n".join(f"prompt {i}" for i in range(40)))
     other = replace(asked, metrics=("diversity",), num=40, students=(), prompts=few, output_dir=few.with_name("b"))
-    found = run.run(other)
+    found = evaluate(other)
     assert found["left_out"] == ["diversity: no prompt has two images"]
 
 
 def test_guidance_is_swept_by_the_call_and_by_adapters(asked, teachers, tmp_path):
     method = AdapterGuidance(guidance_range=(1.0, 8.0), num_inference_steps=2)
     adapters = taught(teachers["sd"], tmp_path / "agd", method, role=Adapters("cross_attention", 8))
-    found = run.run(replace(asked, students=(asked.students[0], str(adapters)), steps=(), guidance=(1.0, 3.0)))
+    found = evaluate(replace(asked, students=(asked.students[0], str(adapters)), steps=(), guidance=(1.0, 3.0)))
     rows = {row["name"]: row for row in found["rows"]}
     assert rows["near, 4 steps, w = 3"]["cost"]["nfe"] == 8 and rows["near, 4 steps, w = 1"]["cost"]["nfe"] == 4
     assert rows["agd, 2 steps, w = 3"]["cost"]["nfe"] == rows["agd, 2 steps, w = 1"]["cost"]["nfe"] == 2
@@ -446,7 +448,7 @@ def test_several_students_draw_each_their_prompts(asked, teachers, tmp_path):
         folder = taught(teachers["sd"], tmp_path / f"part-{k}", method)
         Routing(k, part.router).save(folder)
     multi.join(tmp_path / "all", [tmp_path / f"part-{k}" for k in range(2)])
-    found = run.run(replace(asked, students=(str(tmp_path / "all"),), steps=()))
+    found = evaluate(replace(asked, students=(str(tmp_path / "all"),), steps=()))
     four = sum(parts[0].router.route(PROMPTS[i % 8]) == 0 for i in range(SMALL))
     assert found["rows"][-1]["name"] == "all, 4 steps"  # the first one's, as the contract has it
     assert found["rows"][-1]["cost"]["calls"] in (2.5, 3, 3.5)  # of batches of one student each
@@ -456,7 +458,7 @@ def test_several_students_draw_each_their_prompts(asked, teachers, tmp_path):
 def test_a_flow_teacher_is_drawn_too(asked, teachers, tmp_path):
     folder = taught(teachers["sd3"], tmp_path / "flow")
     place = teachers["sd3"].pretrained_teacher_model
-    found = run.run(replace(asked, teacher=place, students=(str(folder),), steps=()))
+    found = evaluate(replace(asked, teacher=place, students=(str(folder),), steps=()))
     assert [row["cost"]["nfe"] for row in found["rows"]] == [4, 8, 4]
     subject = Subject.load(teachers["sd3"], str(folder), None, torch.device("cpu"), torch.float32)
     way = Way(name="", role="student", student=str(folder), steps=2, guidance=None, seed=2)
@@ -465,7 +467,7 @@ def test_a_flow_teacher_is_drawn_too(asked, teachers, tmp_path):
 
 
 def test_a_teacher_alone_and_its_family(asked, teachers):
-    found = run.run(replace(asked, students=(), latency=2))
+    found = evaluate(replace(asked, students=(), latency=2))
     assert [row["name"] for row in found["rows"]] == ["teacher, 2 steps", "teacher, 1 step"]
     latency = found["rows"][0]["cost"]["latency_ms"]
     assert latency["p50"] > 0 and latency["repetitions"] == 2
@@ -473,7 +475,7 @@ def test_a_teacher_alone_and_its_family(asked, teachers):
 
 
 def test_pixels_are_compared_with_the_teacher_s(asked, tmp_path):
-    found = run.run(replace(asked, metrics=("pixels", "paired"), students=asked.students[:1], steps=(2,)))
+    found = evaluate(replace(asked, metrics=("pixels", "paired"), students=asked.students[:1], steps=(2,)))
     (told,) = (row["metrics"]["paired"] for row in found["rows"] if row["role"] == "student")
     made = [np.load(next(asked.output_dir.glob(f"work/*{name}*/images.npy"))) for name in ("teacher", "near")]
     assert len(made[0]) == SMALL  # the teacher's are all kept
@@ -485,14 +487,14 @@ def test_pixels_are_compared_with_the_teacher_s(asked, tmp_path):
     assert 0 < told["ssim"] < 1 and told["features"] > 0
     own = replace(asked, metrics=("pixels",), students=asked.students[:1], steps=(2,), output_dir=tmp_path / "own")
     own = replace(own, reference=str(drawn(tmp_path / "ref", 50, 0)))
-    run.run(own)
+    evaluate(own)
     with pytest.raises(EvaluationError, match="near_2-steps, which was begun with other beside"):
-        run.run(replace(own, teacher_steps=1))
+        evaluate(replace(own, teacher_steps=1))
 
 
 def test_clip_scores_are_those_of_prompts_and_images(asked, tmp_path):
     model = tiny.clip(tmp_path / "clip")
-    found = run.run(replace(asked, clip=str(model), save_images=True, students=asked.students[:1]))
+    found = evaluate(replace(asked, clip=str(model), save_images=True, students=asked.students[:1]))
     folder = asked.output_dir / "images" / "near_1-step"
     images = torch.stack([as_tensor(Image.open(folder / f"{i:06d}.png")) for i in range(SMALL)])
     by_hand = clip_scores(Clip(str(model), torch.device("cpu")), images, [PROMPTS[i % 8] for i in range(SMALL)])
@@ -504,21 +506,21 @@ def test_clip_scores_are_those_of_prompts_and_images(asked, tmp_path):
     )
     assert "clip_score" in row["metrics"]["delta_vs_teacher"]
     scored = replace(asked, clip=str(model), reference="x").__dict__
-    names = Measures.__dataclass_fields__.keys()
-    measures = Measures(**{name: scored[name] for name in names} | {"output_dir": tmp_path / "score"})
+    names = EvalSpec.__dataclass_fields__.keys()
+    measures = EvalSpec(**{name: scored[name] for name in names} | {"output_dir": tmp_path / "score"})
     measures = replace(measures, reference=str(drawn(tmp_path / "ref", 50, 0)))
-    again = run.score([folder], measures, asked.prompts)
+    again = score_images([folder], measures, asked.prompts)
     value = again["rows"][0]["metrics"]["clip_score"]["value"]
     assert value == pytest.approx(row["metrics"]["clip_score"]["value"], rel=1e-5)
     with pytest.raises(EvaluationError, match="both or none"):
-        run.score([folder], measures)
+        score_images([folder], measures)
 
 
 def test_a_clip_that_is_not_there_is_missed_before_anything_is_drawn(asked, monkeypatch):
     monkeypatch.setattr(Subject, "load", _unreachable)
-    monkeypatch.setattr(scores, "clip", _unreachable)
+    monkeypatch.setattr(image_scores, "clip", _unreachable)
     with pytest.raises(MissingWeights, match="--clip PATH"):
-        run.run(replace(asked, clip="openai/clip-vit-base-patch16"))
+        evaluate(replace(asked, clip="openai/clip-vit-base-patch16"))
 
 
 def test_lpips_is_between_images_of_one_prompt_and_noise(asked, monkeypatch):
@@ -527,9 +529,9 @@ def test_lpips_is_between_images_of_one_prompt_and_noise(asked, monkeypatch):
     def network(net, device):
         return lambda a, b: (a - b).abs().mean((1, 2, 3))
 
-    monkeypatch.setattr(scores, "lpips", network)
+    monkeypatch.setattr(image_scores, "lpips", network)
     monkeypatch.setattr(run, "lpips", network)
-    found = run.run(replace(asked, metrics=("lpips",), students=asked.students[1:], columns=SMALL))
+    found = evaluate(replace(asked, metrics=("lpips",), students=asked.students[1:], columns=SMALL))
     a, b = (np.load(next(asked.output_dir.glob(f"work/*{name}*/images.npy"))).astype(float) for name in ("r_2-", "far"))
     (row,) = (row for row in found["rows"] if row["role"] == "student")
     assert row["metrics"]["paired"]["lpips"] == pytest.approx(np.abs(a - b).mean() / 127.5, rel=1e-5)
@@ -539,7 +541,7 @@ def test_exports_are_laid_out_for_their_scorers(asked, tmp_path):
     records = [{"tag": "single_object", "include": [], "prompt": prompt} for prompt in PROMPTS]
     file = tmp_path / "metadata.jsonl"
     file.write_text("\n".join(map(json.dumps, records)))
-    run.run(replace(asked, prompts=file, export="geneval", students=asked.students[:1], save_images=True))
+    evaluate(replace(asked, prompts=file, export="geneval", students=asked.students[:1], save_images=True))
     folder = asked.output_dir / "geneval" / "near_1-step"
     assert json.loads((folder / "00003" / "metadata.jsonl").read_text()) == records[3]
     assert len(list(folder.glob("*/samples/*.png"))) == SMALL
@@ -560,22 +562,22 @@ def drawn(folder: Path, n: int, seed: int, side: int = 32, shift: float = 0.0) -
 
 
 @pytest.fixture
-def scored(tmp_path) -> Measures:
-    return Measures(output_dir=tmp_path / "out", reference="", features="pixels", feature_batch=16)
+def scored(tmp_path) -> EvalSpec:
+    return EvalSpec(output_dir=tmp_path / "out", reference="", features="pixels", feature_batch=16)
 
 
 def test_score_and_ref_agree_with_each_other(scored, tmp_path, capsys):
     a, b = drawn(tmp_path / "a", 60, 0), drawn(tmp_path / "b", 70, 1, shift=10)
-    by_images = run.score([a], replace(scored, reference=str(b)))
+    by_images = score_images([a], replace(scored, reference=str(b)))
     cli.main(["eval", "ref", str(b), "-o", str(tmp_path / "b.npz"), "--features=pixels"])
-    by_stats = run.score([a], replace(scored, reference=str(tmp_path / "b.npz"), output_dir=tmp_path / "again"))
+    by_stats = score_images([a], replace(scored, reference=str(tmp_path / "b.npz"), output_dir=tmp_path / "again"))
     one, two = (found["rows"][0]["metrics"]["fd"] for found in (by_images, by_stats))
     assert one["value"] == pytest.approx(two["value"], rel=1e-9) and one["noise_floor"] == pytest.approx(
         two["noise_floor"]
     )
     assert one["mean_term"] + one["cov_term"] == pytest.approx(one["value"])
     assert "kid" in by_images["rows"][0]["metrics"] and "kid" not in by_stats["rows"][0]["metrics"]
-    pixels = run.extracted(scored, torch.device("cpu"), None)
+    pixels = extractor_of(scored, torch.device("cpu"))
     made = [pixels(torch.cat([batch.images for batch in Images(place).batches()])) for place in (a, b)]
     assert one["value"] == pytest.approx(frechet(*map(Stats.of, made)), rel=1e-6)
     with np.load(tmp_path / "b.npz") as stats:
@@ -584,10 +586,10 @@ def test_score_and_ref_agree_with_each_other(scored, tmp_path, capsys):
 
 def test_skipped_images_are_left_out_of_everything(scored, tmp_path):
     a, b = drawn(tmp_path / "a", 130, 0), drawn(tmp_path / "b", 60, 1)
-    whole = run.score([a], replace(scored, reference=str(b)))
+    whole = score_images([a], replace(scored, reference=str(b)))
     broken = a / "0077.png"
     broken.write_bytes(broken.read_bytes()[:50])
-    found = run.score([a], replace(scored, reference=str(b), output_dir=tmp_path / "again"))
+    found = score_images([a], replace(scored, reference=str(b), output_dir=tmp_path / "again"))
     assert (found["rows"][0]["n"], found["rows"][0]["n_skipped"]) == (129, 1)
     assert found["rows"][0]["metrics"]["fd"]["value"] == pytest.approx(
         whole["rows"][0]["metrics"]["fd"]["value"], rel=0.05
@@ -602,20 +604,20 @@ def test_statistics_of_other_features_are_refused(scored, tmp_path):
     x = rng.normal(size=(100, 12))
     np.savez(tmp_path / "other.npz", mu=x.mean(0), sigma=np.cov(x.T))
     with pytest.raises(EvaluationError, match="12 features.*no distance"):
-        run.score([a], replace(scored, reference=str(tmp_path / "other.npz")))
+        score_images([a], replace(scored, reference=str(tmp_path / "other.npz")))
     cli.main(["eval", "ref", str(a), "-o", str(tmp_path / "a.npz"), "--features=efficientnet-lite0"])
     with pytest.raises(EvaluationError, match="1280 features"):
-        run.score([a], replace(scored, reference=str(tmp_path / "a.npz")))
+        score_images([a], replace(scored, reference=str(tmp_path / "a.npz")))
     cli.main(["eval", "ref", str(a), "-o", str(tmp_path / "own.npz"), "--features=pixels"])
     stats, facts = Stats.load(tmp_path / "own.npz")
     stats.save(tmp_path / "own.npz", facts | {"features_id": "pixels@other/area8"})
     with pytest.raises(EvaluationError, match="made with pixels@other.*no distance"):
-        run.score([a], replace(scored, reference=str(tmp_path / "own.npz")))
+        score_images([a], replace(scored, reference=str(tmp_path / "own.npz")))
     with pytest.raises(EvaluationError, match="not there"):
-        run.score([a], replace(scored, reference=str(tmp_path / "none.npz")))
+        score_images([a], replace(scored, reference=str(tmp_path / "none.npz")))
     (tmp_path / "text.npz").write_text("text")
     with pytest.raises(EvaluationError, match="mu.*sigma"):
-        run.score([a], replace(scored, reference=str(tmp_path / "text.npz")))
+        score_images([a], replace(scored, reference=str(tmp_path / "text.npz")))
 
 
 def test_sets_that_are_refused_once_are_refused_again(scored, tmp_path):
@@ -629,7 +631,7 @@ def test_sets_that_are_refused_once_are_refused_again(scored, tmp_path):
     for source in (mixed, bad):
         for _ in range(3):
             with pytest.raises(StepdistillError, match="one size|1% at most"):
-                run.score([source], replace(scored, reference=str(b), output_dir=tmp_path / f"out-{source.name}"))
+                score_images([source], replace(scored, reference=str(b), output_dir=tmp_path / f"out-{source.name}"))
 
 
 def test_a_unit_without_a_readable_image_has_no_scores(scored, tmp_path):
@@ -637,27 +639,27 @@ def test_a_unit_without_a_readable_image_has_no_scores(scored, tmp_path):
     (tmp_path / "prompts.txt").write_text("cat")
     (a / "0000.png").write_bytes(b"")
     own = replace(scored, reference=str(drawn(tmp_path / "b", 50, 1)), clip=str(model), feature_batch=1)
-    found = run.score([a], own, tmp_path / "prompts.txt")
+    found = score_images([a], own, tmp_path / "prompts.txt")
     assert found["rows"][0]["n"] == 99 and "clip_score" in found["rows"][0]["metrics"]
 
 
 def test_statistics_are_of_images_at_one_size(scored, tmp_path):
     a = drawn(tmp_path / "a", 60, 0)
     small = replace(scored, eval_res=8, output_dir=tmp_path / "work")
-    run.statistics(a, small, tmp_path / "small.npz")
+    write_statistics(a, small, tmp_path / "small.npz")
     assert not (tmp_path / "work").exists()
     with pytest.raises(EvaluationError, match="eval_res 8.*alike"):
-        run.score([a], replace(scored, reference=str(tmp_path / "small.npz")))
-    found = run.score([a], replace(scored, reference=str(tmp_path / "small.npz"), eval_res=8))
+        score_images([a], replace(scored, reference=str(tmp_path / "small.npz")))
+    found = score_images([a], replace(scored, reference=str(tmp_path / "small.npz"), eval_res=8))
     assert found["rows"][0]["metrics"]["fd"]["value"] == pytest.approx(0, abs=1e-9)
     with pytest.raises(EvaluationError, match="ends in .npz"):
-        run.statistics(a, small, tmp_path / "small")
+        write_statistics(a, small, tmp_path / "small")
 
 
 def test_statistics_of_unknown_features_stay_so(scored, tmp_path):
     a = drawn(tmp_path / "a", 60, 0)
     np.savez(tmp_path / "theirs.npz", mu=np.full(198, 0.5), sigma=np.eye(198) / 100)
-    found = run.score([a], replace(scored, reference=str(tmp_path / "theirs.npz"), metrics=("kid", "paired")))
+    found = score_images([a], replace(scored, reference=str(tmp_path / "theirs.npz"), metrics=("kid", "paired")))
     assert found["reference"]["features_id"] == "unknown"
     assert not (scored.output_dir / "stats" / "reference.npz").exists()
     assert [text.split(":")[0] for text in found["left_out"]] == ["kid", "paired"]
@@ -668,24 +670,24 @@ def test_clip_scores_are_of_their_prompts(scored, tmp_path):
     own = replace(scored, reference=str(a), clip=str(model))
     for name, text in (("one", "cat"), ("two", "dog"), ("many", "\n".join(map(str, range(61))))):
         (tmp_path / f"{name}.txt").write_text(text)
-    found = run.score([a], own, tmp_path / "one.txt")
+    found = score_images([a], own, tmp_path / "one.txt")
     assert found["rows"][0]["metrics"]["clip_score"]["model"].startswith(f"{model}@")
     with pytest.raises(EvaluationError, match="begun with other clip"):
-        run.score([a], own, tmp_path / "two.txt")
+        score_images([a], own, tmp_path / "two.txt")
     with pytest.raises(EvaluationError, match="61 prompts for 60 images"):
-        run.score([a], own, tmp_path / "many.txt")
+        score_images([a], own, tmp_path / "many.txt")
     state = load_file(model / "model.safetensors")
     save_file({key: value for key, value in state.items() if "vision" not in key}, model / "model.safetensors")
     clip.cache_clear()
     with pytest.raises(StepdistillError, match="random ones in their place"):
-        run.score([a], own, tmp_path / "one.txt")
+        score_images([a], own, tmp_path / "one.txt")
 
 
 def test_too_few_images_are_said_before_any_is_drawn(asked, scored, tmp_path):
     with pytest.raises(EvaluationError, match="20 images.*40 or more"):
-        run.run(replace(asked, num=20))
+        evaluate(replace(asked, num=20))
     with pytest.raises(EvaluationError, match="30 images.*40 or more"):
-        run.score([drawn(tmp_path / "few", 30, 0)], replace(scored, reference=str(tmp_path / "few")))
+        score_images([drawn(tmp_path / "few", 30, 0)], replace(scored, reference=str(tmp_path / "few")))
     assert not asked.output_dir.exists()
 
 
@@ -694,7 +696,7 @@ def test_missing_weights_end_it_before_anything_is_drawn(asked, monkeypatch, cap
     monkeypatch.delenv("STEPDISTILL_INCEPTION_WEIGHTS", raising=False)
     monkeypatch.setattr(Subject, "load", _unreachable)
     with pytest.raises(MissingWeights, match="not found in any of"):
-        run.run(replace(asked, features="inception"))
+        evaluate(replace(asked, features="inception"))
     words = ["eval", "run", asked.teacher, "-o", str(asked.output_dir), "--features=inception", "--num=40"]
     with pytest.raises(SystemExit) as ended:
         cli.main([*words, "--prompts", str(asked.prompts)])
@@ -718,7 +720,7 @@ def test_strict_fails_where_a_row_is_not_comparable(scored, tmp_path, capsys):
 def test_compare_keeps_unlike_rows_apart(scored, tmp_path, capsys):
     a, b = drawn(tmp_path / "a", 60, 0), drawn(tmp_path / "b", 60, 1)
     for name, features in (("one", "pixels"), ("two", "efficientnet-lite0")):
-        run.score([a], replace(scored, reference=str(b), features=features, output_dir=tmp_path / name))
+        score_images([a], replace(scored, reference=str(b), features=features, output_dir=tmp_path / name))
     page = tmp_path / "page.html"
     cli.main(
         [
@@ -744,9 +746,9 @@ def test_doctor_says_what_is_there(capsys):
     assert any(line.startswith("dinov2-l") and " missing " in line for line in lines)
 
 
-def _measured(spec: Measures, source: Path, place: Path) -> None:
+def _measured(spec: EvalSpec, source: Path, place: Path) -> None:
     torch.set_num_threads(1)
-    run.score([source], spec)
+    score_images([source], spec)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     place.write_text(peak.split()[1])
     os._exit(0)

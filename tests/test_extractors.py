@@ -19,8 +19,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config
 
 from stepdistill.core.errors import ConfigError, MissingWeights, WrongWeights
 from stepdistill.evaluation.metrics import extractors
-from stepdistill.evaluation.metrics.encoders import clip_images, dinov2, pixels, vae_latents
-from stepdistill.evaluation.metrics.extractors import Weights, availability, extractor, find_inception
+from stepdistill.evaluation.metrics.encoders import clip_images, dinov2, pixel_features, vae_latents
+from stepdistill.evaluation.metrics.extractors import Weights, availability, extractor_named, find_inception
 from stepdistill.evaluation.metrics.frechet import frechet
 from stepdistill.evaluation.metrics.identity import Identity, hash_of
 from stepdistill.evaluation.metrics.inception import inception, random_inception, random_state
@@ -83,12 +83,12 @@ def clip(tmp_path_factory) -> Path:
 
 def test_a_user_s_extractor_cannot_call_itself_fid(monkeypatch):
     def factory():
-        found = pixels()
+        found = pixel_features()
         found.identity = replace(IDENTITY, dim=198)
         return found
 
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(factory=factory))
-    found = extractor("module:mine:factory")
+    found = extractor_named("module:mine:factory")
     assert found.identity.key == "fd" and found.identity.arch == "module:inception-2015-12-05"
     assert found(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape == (1, 198)
 
@@ -311,7 +311,7 @@ def test_a_cut_folder_is_refused(dino, tmp_path):
 
 def test_latents_are_the_pooled_mean():
     vae = pipeline("sd").vae
-    found, x = extractor("vae", vae=vae), images(3, 64)
+    found, x = extractor_named("vae", vae=vae), images(3, 64)
     with torch.no_grad():
         latents = vae.encode(x / 127.5 - 1).latent_dist.mean
     want = latents.reshape(3, 4, 8, 2, 8, 2).mean((3, 5)).flatten(1)
@@ -329,20 +329,20 @@ def test_pixels_by_hand():
     x[0, 0, :, 8:] = 255
     x[0, 1] = 51
     x[0, 2, :2, :2] = torch.tensor([[0, 255], [255, 0]])
-    (row,) = pixels()(x)
+    (row,) = pixel_features()(x)
     grid, means, spreads = row[:192].reshape(3, 8, 8), row[192:195], row[195:]
     assert grid[0].tolist() == [[0] * 4 + [1] * 4] * 8
     assert grid[2].flatten().tolist() == [0.5] + [0] * 63
     torch.testing.assert_close(means, torch.tensor([0.5, 0.2, 2 / 256]))
     p = 2 / 256
     torch.testing.assert_close(spreads, torch.tensor([0.5, 0.0, (p * (1 - p)) ** 0.5]), atol=1e-6, rtol=1e-6)
-    assert pixels().identity.id == "pixels@none/area8" and pixels().identity.reasons() == []
+    assert pixel_features().identity.id == "pixels@none/area8" and pixel_features().identity.reasons() == []
 
 
 def every(dino: Path, clip: Path) -> list:
     names = ["efficientnet-lite0", "random-inception:0", "vae", "pixels", "dinov2-s", "clip-b32"]
     weights = Weights(dinov2=str(dino), clip=str(clip))
-    return [extractor(name, weights=weights, vae=pipeline("sd").vae, batch=2) for name in names]
+    return [extractor_named(name, weights=weights, vae=pipeline("sd").vae, batch=2) for name in names]
 
 
 def test_all_map_bytes_to_float32_rows_and_refuse_the_rest(dino, clip):
@@ -369,7 +369,7 @@ def flags() -> tuple[bool, bool]:
 
 
 def test_tf32_is_off_inside_and_back_outside(monkeypatch):
-    seen, found = [], pixels()
+    seen, found = [], pixel_features()
     inner = found.net
     found.net = lambda x: seen.append(flags()) or inner(x)
     before = torch.backends.cuda.matmul.allow_tf32
@@ -401,15 +401,16 @@ def test_tf32_is_off_inside_and_back_outside(monkeypatch):
 )
 def test_odd_names_are_refused(name, options, message):
     with pytest.raises(ConfigError, match=message):
-        extractor(name, **options)
+        extractor_named(name, **options)
 
 
 def test_a_user_s_own_extractor(tmp_path, monkeypatch):
     (tmp_path / "own_features.py").write_text(
-        "from stepdistill.evaluation.metrics.encoders import pixels\ndef make():\n    return pixels(batch=7)\n"
+        "from stepdistill.evaluation.metrics.encoders import pixel_features\n"
+        "def make():\n    return pixel_features(batch=7)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert extractor("module:own_features:make").identity.batch == 7
+    assert extractor_named("module:own_features:make").identity.batch == 7
     sys.modules.pop("own_features")
 
 
@@ -430,7 +431,7 @@ def nowhere(tmp_path, monkeypatch) -> Path:
 
 def test_missing_inception_says_where_it_looked(nowhere):
     with pytest.raises(MissingWeights) as caught:
-        extractor("inception")
+        extractor_named("inception")
     lines = str(caught.value).splitlines()
     assert lines[:3] == [
         "features 'inception' need the TF-ported Inception weights, not found in any of:",
@@ -495,7 +496,7 @@ def test_missing_models_say_so(name, given, hub, monkeypatch):
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(offline))
     with pytest.raises(MissingWeights) as caught:
-        extractor(name)
+        extractor_named(name)
     lines = str(caught.value).splitlines()
     assert lines[:4] == [
         f"features '{name}' need the weights of {hub}, not found in any of:",
@@ -505,7 +506,7 @@ def test_missing_models_say_so(name, given, hub, monkeypatch):
     ]
     assert lines[5] == f"  {flag} PATH"
     with pytest.raises(MissingWeights, match=f"{flag} /nowhere: We couldn't connect"):
-        extractor(name, weights=Weights(**{given: "/nowhere"}))
+        extractor_named(name, weights=Weights(**{given: "/nowhere"}))
 
 
 def test_the_doctor_s_table_needs_no_network(nowhere, dino, clip, file, monkeypatch):
@@ -536,7 +537,7 @@ def test_the_doctor_s_table_needs_no_network(nowhere, dino, clip, file, monkeypa
 def test_without_its_packages_inception_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     with pytest.raises(ConfigError, match=r"pip install 'stepdistill\[fid\]'"):
-        extractor("random-inception:0")
+        extractor_named("random-inception:0")
 
 
 # the side-by-side

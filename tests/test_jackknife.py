@@ -9,7 +9,13 @@ import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from stepdistill.evaluation.metrics.frechet import diversity, diversity_replicates, excess, frechet, frechet_terms
+from stepdistill.evaluation.metrics.frechet import (
+    diversity_replicates,
+    excess,
+    feature_diversity,
+    frechet,
+    frechet_terms,
+)
 from stepdistill.evaluation.metrics.jackknife import (
     block_sizes,
     difference_of_means,
@@ -260,7 +266,7 @@ def test_diversity_without_each_block_is_made_anew():
         found = diversity_replicates(x, index, blocks)
         parts = [torch.arange(0), *torch.arange(61).tensor_split(blocks)]
         kept = [torch.ones(61, dtype=torch.bool).index_fill(0, part, False) for part in parts]
-        brute = [diversity(x[k], index[k]) for k in kept]
+        brute = [feature_diversity(x[k], index[k]) for k in kept]
         torch.testing.assert_close(found, torch.tensor(brute, dtype=torch.float64), rtol=1e-10, atol=0)
     same = diversity_replicates(torch.ones(40, 3), torch.arange(40) % 2)
     assert same.abs().max() == 0  # equal images

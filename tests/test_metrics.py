@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stepdistill.core.cost import count_calls
 from stepdistill.core.pixels import to_uint8
 from stepdistill.evaluation.metrics.features import Extractor, efficientnet_lite0
-from stepdistill.evaluation.metrics.frechet import diversity, excess, frechet, paired
+from stepdistill.evaluation.metrics.frechet import excess, feature_diversity, frechet, paired
 from stepdistill.evaluation.metrics.jackknife import _jackknife, _leave_out, _t975
 from stepdistill.evaluation.metrics.stats import Stats
 
@@ -279,11 +279,11 @@ def test_diversity_weighs_prompts_equally() -> None:
     # prompt 7: one pair at distance 5; prompt 2: distances 1, 2, 1
     x = torch.tensor([[0.0, 0], [0, 0], [3, 4], [0, 1], [0, 2]])
     index = torch.tensor([7, 2, 7, 2, 2])
-    assert diversity(x, index) == pytest.approx((5 + 4 / 3) / 2, rel=1e-12)
+    assert feature_diversity(x, index) == pytest.approx((5 + 4 / 3) / 2, rel=1e-12)
     with pytest.raises(ValueError, match="one sample of prompt 3"):
-        diversity(x, torch.tensor([7, 2, 7, 2, 3]))
+        feature_diversity(x, torch.tensor([7, 2, 7, 2, 3]))
     with pytest.raises(ValueError, match="\\(4,\\) for 5"):
-        diversity(x, index[:4])
+        feature_diversity(x, index[:4])
 
 
 # uint8

@@ -17,7 +17,7 @@ from stepdistill.core.losses import whole
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, Rectified, expand
 from stepdistill.core.solvers import chord, evenly, few_step, follow, share_of_noise, solve, time_of_share, u_shaped
-from stepdistill.evaluation.metrics.straightness import paths, plot
+from stepdistill.evaluation.metrics.straightness import draw_paths, paths
 from stepdistill.methods import reflow
 from stepdistill.methods.base import Batch
 from stepdistill.methods.reflow import Lpips, PeRFlow, Reflow
@@ -490,5 +490,5 @@ def test_the_ode_is_followed_upwards(schedule):
 def test_where_paths_bend_can_be_seen(tmp_path):
     found = paths(GaussianTeacher(SD, STD), SD, noises(8), prompts(8), 16)
     assert len(found.share) == len(found.deviation) == 16 and (found.share.diff() < 0).all()
-    plot({"teacher": found}, tmp_path / "paths.png")
+    draw_paths({"teacher": found}, tmp_path / "paths.png")
     assert (tmp_path / "paths.png").stat().st_size > 5000

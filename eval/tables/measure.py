@@ -19,7 +19,7 @@ from stepdistill.core.schedule import DiscreteVP
 from stepdistill.core.solvers import Sampler
 from stepdistill.data.bundled import bundled
 from stepdistill.evaluation.metrics import straightness
-from stepdistill.evaluation.metrics.frechet import diversity, frechet
+from stepdistill.evaluation.metrics.frechet import feature_diversity, frechet
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
@@ -102,7 +102,7 @@ def measure_teacher(name: str, results: Results, work: Path, rows: Sequence[str]
             "fd_to_data": frechet(Stats.of(floor), Stats.of(data)),
             "fd_data_to_data": frechet(Stats.of(data_features(1)), Stats.of(data)),
             "floor": frechet(Stats.of(floor), Stats.of(ref.features["reference"])),
-            "diversity_of_data": diversity(floor, places(ref)) / diversity(data, places(ref)),
+            "diversity_of_data": feature_diversity(floor, places(ref)) / feature_diversity(data, places(ref)),
         }
 
     results.once(f"{name}/full", full, **facts)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stepdistill.evaluation.metrics.straightness import Paths, plot
+from stepdistill.evaluation.metrics.straightness import Paths, draw_paths
 from tables.matrix import matrix
 
 STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4), "reflow": (1, 2, 4)}
@@ -200,7 +200,7 @@ def plot_paths(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     found = {
         name: Paths(torch.tensor(each["share"]), torch.tensor(each["deviation"]), each["cost"]) for name, each in pairs
     }
-    plot(found, file)
+    draw_paths(found, file)
 
 
 def _excess(row: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ examples:
 """
 
 SCORE = """\
-Measures images that are there already: folders, zips or arrays, each a row.
+Measures existing images: folders, zips or arrays, each a row.
 
 example:
   stepdistill eval score samples/ --ref reference.npz -o runs/eval
@@ -173,7 +173,7 @@ def _real(text: str) -> tuple[float, ...]:
 
 
 def _chosen(args: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments say of features and measures, by field of `Measures`."""
+    """What the arguments say of features and measures, by field of `EvalSpec`."""
     names = ("protocol", "features", "resize", "eval_res", "feature_batch", "feature_dtype", "device")
     given = {name: getattr(args, name) for name in (*names, "allow_unknown_weights")}
     return given | {"weights": _given(args)}
@@ -192,20 +192,20 @@ def _measured(args: argparse.Namespace, default: tuple[str, ...]) -> dict[str, A
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.evaluation.run import run
-    from stepdistill.evaluation.spec import Draws
+    from stepdistill.evaluation.run import evaluate
+    from stepdistill.evaluation.spec import EvalRun
 
     names = ("teacher", "family", "prompts", "num", "steps", "guidance", "teacher_steps", "teacher_guidance", "seed")
     more = ("reference_seed", "batch", "dtype", "save_images", "columns", "latency", "export")
     given = {name: getattr(args, name) for name in (*names, *more)}
-    _tell(run(Draws(students=tuple(args.students), **given, **_measured(args, ("kid", "paired")))), args)
+    _tell(evaluate(EvalRun(students=tuple(args.students), **given, **_measured(args, ("kid", "paired")))), args)
 
 
 def _score(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.evaluation.run import score
-    from stepdistill.evaluation.spec import Measures
+    from stepdistill.evaluation.run import score_images
+    from stepdistill.evaluation.spec import EvalSpec
 
-    _tell(score(args.images, Measures(**_measured(args, ("kid",))), args.prompts), args)
+    _tell(score_images(args.images, EvalSpec(**_measured(args, ("kid",))), args.prompts), args)
 
 
 def _tell(found: dict[str, Any], args: argparse.Namespace) -> None:
@@ -215,26 +215,26 @@ def _tell(found: dict[str, Any], args: argparse.Namespace) -> None:
     PartialState().destroy_process_group()  # leaving gloo's threads running aborts some exits
     if not found:  # of the first process alone
         return
-    from stepdistill.evaluation.report.results import lines
+    from stepdistill.evaluation.results import summary_lines
 
-    print("\n".join(lines(found)))
+    print("\n".join(summary_lines(found)))
     print(f"\n{args.out / 'report.html'}")
     if args.strict and not all(row["comparable"] for row in found["rows"]):
         raise SystemExit(4)
 
 
 def _ref(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.evaluation.run import statistics
-    from stepdistill.evaluation.spec import Measures
+    from stepdistill.evaluation.run import write_statistics
+    from stepdistill.evaluation.spec import EvalSpec
 
-    statistics(args.images, Measures(output_dir=args.out.with_suffix(".work"), **_chosen(args)), args.out)
+    write_statistics(args.images, EvalSpec(output_dir=args.out.with_suffix(".work"), **_chosen(args)), args.out)
     print(args.out)
 
 
 def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.evaluation.run import compare
+    from stepdistill.evaluation.run import compare_evaluations
 
-    for line in compare(args.folders, args.out, args.csv):
+    for line in compare_evaluations(args.folders, args.out, args.csv):
         print(f"in columns of their own, since they differ in {line}")
     print(args.out)
 

@@ -79,7 +79,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     import torch
 
     from stepdistill.core.errors import ConfigError, problem
-    from stepdistill.evaluation.prompts import prompt_of, read_records
+    from stepdistill.evaluation.records import prompt_of, read_records
     from stepdistill.students.draw.pipeline import Drawer, Wish
 
     prompts = [*args.prompts]

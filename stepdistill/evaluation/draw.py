@@ -18,12 +18,12 @@ from torch import Tensor
 from stepdistill.core.errors import EvaluationError, StepdistillError, problem
 from stepdistill.core.files import file_digest
 from stepdistill.evaluation.exports import GenEval, T2ICompBench
-from stepdistill.evaluation.fill import Score, Unit, cropped, fill
 from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.identity import DTYPES
-from stepdistill.evaluation.prompts import prompt_of, sha256_of
-from stepdistill.evaluation.scores import ClipScore, against_teacher, perceptual
-from stepdistill.evaluation.spec import Draws
+from stepdistill.evaluation.metrics.image_scores import ClipScore, Score, perceptual_likeness, pixel_likeness
+from stepdistill.evaluation.read import Unit, cropped, fill_store
+from stepdistill.evaluation.records import prompt_of, prompts_digest
+from stepdistill.evaluation.spec import EvalRun
 from stepdistill.evaluation.store import Store
 from stepdistill.evaluation.subjects import Subject, Way, contract_of
 from stepdistill.families.base import Family
@@ -36,7 +36,7 @@ WARMUP = 3  # images drawn before any is timed
 
 
 @dataclass(frozen=True)
-class Painter:
+class RowDrawer:
     """Draws ways into stores.
 
     Args:
@@ -50,7 +50,7 @@ class Painter:
         device: where it draws.
     """
 
-    spec: Draws
+    spec: EvalRun
     family: Family
     records: Sequence[dict[str, object]]
     n: int
@@ -101,14 +101,14 @@ class Painter:
         return stores, left_out
 
     def _against(self, teacher: Store) -> list[Score]:
-        found = [against_teacher(teacher)] if "pixels" in self.spec.metrics else []
-        return [*found, perceptual(teacher, self.device)] if "lpips" in self.spec.metrics else found
+        scores = [pixel_likeness(teacher.images)] if "pixels" in self.spec.metrics else []
+        return [*scores, perceptual_likeness(teacher.images, self.device)] if "lpips" in self.spec.metrics else scores
 
     def _fill(self, subject: Subject, way: Way, row: Row, store: Store, scores: Sequence[Score]) -> None:
         mine = store.missing(self.state.process_index, self.state.num_processes)
         title = way.name if self.state.is_main_process and mine else ""
         units, total = self._units(subject, way, row, store, mine), sum(len(store.rows(k)) for k in mine)
-        fill(store, units, self.extractor, scores, title, total)
+        fill_store(store, units, self.extractor, scores, title, total)
         if self.spec.latency and self.state.is_main_process and not store.noted(LATENCY):
             store.note(LATENCY, self._latency(subject, way, row))
 
@@ -120,22 +120,22 @@ class Painter:
                 torch.cuda.reset_peak_memory_stats()
             start = perf_counter()
             try:
-                made, cost = subject.draw(way, row, [prompts[i] for i in numbers], numbers, self.spec.batch)
+                images, cost = subject.draw(way, row, [prompts[i] for i in numbers], numbers, self.spec.batch)
             except ValueError as error:
                 if "non-finite" not in str(error):
                     raise
                 got, todo = f"images {numbers[0]} to {numbers[-1]} of {way.name}: {error}", "draw with --dtype fp32"
                 raise EvaluationError(problem(got, "numbers", "what is kept stays whole", todo)) from error
-            told = {"calls": cost.calls, "batches": cost.batches, "rows": cost.rows}
-            told |= {"seconds": perf_counter() - start, "peak_mem_mib": peak()}
-            self._keep(way, numbers, made)
-            yield Unit(k, numbers, cropped(made, self.spec.side), told | {"size": list(made.shape[2:])})
+            facts = {"calls": cost.calls, "batches": cost.batches, "rows": cost.rows}
+            facts |= {"seconds": perf_counter() - start, "peak_mem_mib": peak(), "size": list(images.shape[2:])}
+            self._keep(way, numbers, images)
+            yield Unit(k, numbers, cropped(images, self.spec.side), facts)
 
-    def _keep(self, way: Way, numbers: Sequence[int], made: Tensor) -> None:
+    def _keep(self, way: Way, numbers: Sequence[int], images: Tensor) -> None:
         """Images as files, where they are asked for."""
         if way.role == "reference":
             return
-        name, each = slug(way.name), list(zip(numbers, made, strict=True))
+        name, each = slug(way.name), list(zip(numbers, images, strict=True))
         if self.spec.save_images:
             folder = self.spec.output_dir / "images" / name
             folder.mkdir(parents=True, exist_ok=True)
@@ -155,8 +155,8 @@ class Painter:
         times = []
         for _ in range(WARMUP + self.spec.latency):
             times.append(1000 * subject.draw(way, row, [self.prompts[0]], [0], 1)[1].seconds)
-        found = torch.tensor(times[WARMUP:], dtype=torch.float64)
-        ends = {name: found.quantile(q).item() for name, q in (("p50", 0.5), ("p90", 0.9))}
+        kept = torch.tensor(times[WARMUP:], dtype=torch.float64)
+        ends = {name: kept.quantile(q).item() for name, q in (("p50", 0.5), ("p90", 0.9))}
         return {**ends, "batch": 1, "warmup": WARMUP, "repetitions": self.spec.latency}
 
     def _beside(self) -> list[object]:
@@ -174,7 +174,7 @@ class Painter:
             "guidance": way.guidance,
             "seed": way.seed,
             "n": self.n,
-            "prompts": sha256_of(self.prompts),
+            "prompts": prompts_digest(self.prompts),
             "size": subject.size,
             "dtype": self.spec.dtype,
             "device": self.device.type,
@@ -190,10 +190,10 @@ class Painter:
         }
 
 
-def plan(spec: Draws) -> list[Way]:
+def plan(spec: EvalRun) -> list[Way]:
     """The ways, the teacher's first. Raises StudentError for a student without a contract."""
-    own = {place: len(contract_of(place).timesteps) for place in spec.students}
-    few = sorted({*(spec.steps or own.values())} - {spec.teacher_steps}, reverse=True)
+    trained = {place: len(contract_of(place).timesteps) for place in spec.students}
+    few = sorted({*(spec.steps or trained.values())} - {spec.teacher_steps}, reverse=True)
     common: dict[str, Any] = {"student": None, "guidance": spec.teacher_guidance, "role": "teacher", "seed": spec.seed}
     ways = [Way(name=called("teacher", steps), steps=steps, **common) for steps in (spec.teacher_steps, *few)]
     if spec.reference == "teacher":
@@ -201,7 +201,7 @@ def plan(spec: Draws) -> list[Way]:
     for place, who in zip(spec.students, labels(spec.students), strict=True):
         for steps in spec.steps or (None,):
             for w in spec.guidance or (None,):
-                name = called(who, steps or own[place]) + ("" if w is None else f", w = {w:g}")
+                name = called(who, steps or trained[place]) + ("" if w is None else f", w = {w:g}")
                 ways.append(Way(name=name, role="student", student=place, steps=steps, guidance=w, seed=spec.seed))
     slugs = [slug(way.name) for way in ways]
     if len(set(slugs)) < len(slugs):
@@ -224,8 +224,8 @@ def size_of(students: Sequence[str]) -> tuple[int, int] | None:
 
 def teacher_of(subject: Subject) -> str:
     """sha256 of all that the teacher draws with: networks, fused LoRAs, scheduler, and what its calls are given."""
-    told = [pipeline_hash(subject.pipe), subject.schedulers[0].to_json_string(), repr(subject.family.arguments())]
-    return sha256("\n".join(told).encode()).hexdigest()
+    parts = [pipeline_hash(subject.pipe), subject.schedulers[0].to_json_string(), repr(subject.family.arguments())]
+    return sha256("\n".join(parts).encode()).hexdigest()
 
 
 def called(who: str, steps: int) -> str:
@@ -254,13 +254,13 @@ def peak() -> float | None:
 
 def fingerprint(place: str) -> str:
     """sha256 of a student's contract, router and weights."""
-    folder, found = student.folder_of(place), sha256()
+    folder, digest = student.folder_of(place), sha256()
     for pattern in student.PATTERNS:
         for file in sorted(folder.glob(pattern.replace("/*", "/**/*"))):
             name = file.relative_to(folder)
             if file.is_file() and file.suffix in (".json", ".safetensors") and name.name != "eval.json":
-                found.update(str(name).encode() + b"\0" + bytes.fromhex(file_digest(file)))
-    return found.hexdigest()
+                digest.update(str(name).encode() + b"\0" + bytes.fromhex(file_digest(file)))
+    return digest.hexdigest()
 
 
 def slug(name: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.files import written_whole
-from stepdistill.evaluation.prompts import prompt_of
+from stepdistill.evaluation.records import prompt_of
 
 LONGEST = 255 - len("_000000.png")  # bytes of a file name that its prompt may take
 

@@ -31,7 +31,7 @@ SKIPPED = 0.01  # largest share of images that may be unreadable
 Wanted = Callable[[int], bool]  # of an image's number
 
 
-class Batch(NamedTuple):
+class ReadImages(NamedTuple):
     """Some images.
 
     Args:
@@ -81,7 +81,7 @@ class Images:
         """How many there are, readable or not."""
         return len(self._names)
 
-    def batches(self, size: int = 64, wanted: Container[int] | None = None) -> Iterator[Batch]:
+    def batches(self, size: int = 64, wanted: Container[int] | None = None) -> Iterator[ReadImages]:
         """Batch k has the readable ones of the images k size to (k + 1) size; one warning names what was skipped.
 
         Args:
@@ -168,10 +168,10 @@ class _Files:
                 continue
             try:
                 with open_it() as file, Image.open(file) as image:
-                    found = flatten(image)
+                    decoded = flatten(image)
             except Exception as error:  # as many kinds as there are decoders
-                found = error
-            yield found
+                decoded = error
+            yield decoded
 
     def sha256(self) -> str:
         whole = hashlib.sha256()
@@ -257,11 +257,11 @@ _Header = tuple[tuple[int, ...], bool, np.dtype]
 
 
 def _headers(archive: zipfile.ZipFile) -> dict[str, _Header]:
-    found = {}
+    headers = {}
     for name in archive.namelist():
         with archive.open(name) as file:
-            found[name] = _header(file)
-    return found
+            headers[name] = _header(file)
+    return headers
 
 
 def _header(file: IO[bytes]) -> _Header:
@@ -286,6 +286,6 @@ def _broken(source: Path, error: Exception) -> DataError:
     return DataError(problem(source, "a whole, readable file", why, todo))
 
 
-def _batch(k: int, held: list[tuple[int, str, Tensor]]) -> Batch:
+def _batch(k: int, held: list[tuple[int, str, Tensor]]) -> ReadImages:
     images = torch.stack([each[2] for each in held]) if held else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-    return Batch(k, [each[0] for each in held], [each[1] for each in held], images)
+    return ReadImages(k, [each[0] for each in held], [each[1] for each in held], images)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.evaluation.metrics.frechet import diversity, paired
+from stepdistill.evaluation.metrics.frechet import feature_diversity, paired
 from stepdistill.evaluation.metrics.jackknife import (
     Interval,
     block_sizes,
@@ -102,36 +102,36 @@ def measured(
         floor = noise_floor(reference.stats, len(rows[0].features))
     else:  # what the teacher has by chance
         floor = None if first is None else distances[first, 0].item()
-    found = []
+    values = []
     for i, row in enumerate(rows):
         n, dim = row.features.shape
-        own = interval(distances[i], sizes)
+        distance = interval(distances[i], sizes)
         shift = (row.features.mean(0, dtype=torch.float64) - reference.stats.mean).square().sum().item()
         value: dict[str, Any] = {
-            **told(own),
-            "bias_corrected": own.corrected if n >= ENOUGH * dim else None,
+            **interval_facts(distance),
+            "bias_corrected": distance.corrected if n >= ENOUGH * dim else None,
             "mean_term": shift,
-            "cov_term": own.value - shift,
+            "cov_term": distance.value - shift,
             "noise_floor": floor,
         }
         figures = {key: value} | _of_features(row, reference, metrics, prompt_index) | _of_scores(row)
         if first is not None and i != first:
             figures |= _beside(row, rows[first], metrics, prompt_index)
-            figures["delta_vs_teacher"] = {key: told(interval(distances[i] - distances[first], sizes))}
+            figures["delta_vs_teacher"] = {key: interval_facts(interval(distances[i] - distances[first], sizes))}
             if "clip" in row.scores:
                 gap = difference_of_means(row.scores["clip"], rows[first].scores["clip"], BLOCKS)
-                figures["delta_vs_teacher"]["clip_score"] = told(gap)
+                figures["delta_vs_teacher"]["clip_score"] = interval_facts(gap)
         cost = dict(row.cost)
         if first is not None and cost.get("seconds_per_image"):
             cost["speedup_vs_teacher"] = rows[first].cost["seconds_per_image"] / cost["seconds_per_image"]
-        found.append(
+        values.append(
             {"name": row.name, "role": row.role, **row.facts, "n": n, "metrics": figures, "cost": cost}
             | {"comparable": not row.reasons, "comparable_reasons": list(row.reasons)}
         )
-    return _finite(found)
+    return _finite(values)
 
 
-def told(value: Interval) -> dict[str, Any]:
+def interval_facts(value: Interval) -> dict[str, Any]:
     """An interval as `eval.json` has it."""
     return {"value": value.value, "ci95": [value.low, value.high], "ci_method": f"jackknife-{BLOCKS}"}
 
@@ -139,28 +139,28 @@ def told(value: Interval) -> dict[str, Any]:
 def _of_features(
     row: Sampled, reference: Reference, metrics: Collection[str], prompt_index: Tensor | None
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     if reference.features is not None and "kid" in metrics:
         size = min(SUBSET, len(row.features) // 2, len(reference.features) // 2)
-        own = kid(row.features, reference.features, subset_size=size)
-        found["kid"] = {"value": own.value, "std": own.std, "subsets": 100, "subset_size": size, "seed": 0}
+        value, std = kid(row.features, reference.features, subset_size=size)
+        figures["kid"] = {"value": value, "std": std, "subsets": 100, "subset_size": size, "seed": 0}
     if reference.features is not None and "prdc" in metrics:
-        found["prdc"] = prdc(reference.features, row.features)._asdict() | {"k": 5}
+        figures["prdc"] = prdc(reference.features, row.features)._asdict() | {"k": 5}
     if reference.features is not None and "cmmd" in metrics:
-        found["cmmd"] = cmmd(row.features, reference.features)
+        figures["cmmd"] = cmmd(row.features, reference.features)
     if "vendi" in metrics:
-        found["vendi"] = vendi(row.features)
+        figures["vendi"] = vendi(row.features)
     if prompt_index is not None and "diversity" in metrics:
-        found["diversity"] = diversity(row.features, prompt_index)
-    return found
+        figures["diversity"] = feature_diversity(row.features, prompt_index)
+    return figures
 
 
 def _of_scores(row: Sampled) -> dict[str, Any]:
     if "clip" not in row.scores:
         return {}
-    own = mean_interval(row.scores["clip"], BLOCKS)
+    mean = mean_interval(row.scores["clip"], BLOCKS)
     stderr = row.scores["clip"].double().std().item() / math.sqrt(len(row.features))
-    return {"clip_score": told(own) | {"stderr": stderr, "scale": 100} | dict(row.clip)}
+    return {"clip_score": interval_facts(mean) | {"stderr": stderr, "scale": 100} | dict(row.clip)}
 
 
 def _beside(row: Sampled, teacher: Sampled, metrics: Collection[str], prompt_index: Tensor | None) -> dict[str, Any]:
@@ -168,12 +168,11 @@ def _beside(row: Sampled, teacher: Sampled, metrics: Collection[str], prompt_ind
     pairs = {name: row.scores[name].mean().item() for name in ("psnr", "ssim", "lpips") if name in row.scores}
     if "paired" in metrics:
         pairs["features"] = paired(row.features, teacher.features)
-    found: dict[str, Any] = {"paired": pairs} if pairs else {}
+    figures: dict[str, Any] = {"paired": pairs} if pairs else {}
     if prompt_index is not None and "diversity" in metrics:
-        found["diversity_vs_teacher"] = diversity(row.features, prompt_index) / diversity(
-            teacher.features, prompt_index
-        )
-    return found
+        spread = feature_diversity(row.features, prompt_index), feature_diversity(teacher.features, prompt_index)
+        figures["diversity_vs_teacher"] = spread[0] / spread[1]
+    return figures
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401

@@ -52,31 +52,34 @@ class Protocol:
         """
         if self.guide:
             return [f"protocol {self.name} is of no paper"]
-        found = []
+        deviations = []
         if n != self.n:
-            found.append(f"n={n} (protocol {self.n})")
+            deviations.append(f"n={n} (protocol {self.n})")
         if identity.key != "fid":
-            found.append(f"features {identity.id} are not FID's Inception")
+            deviations.append(f"features {identity.id} are not FID's Inception")
         if identity.resize != self.resize:
-            found.append(f"resize {identity.resize} (protocol {self.resize})")
+            deviations.append(f"resize {identity.resize} (protocol {self.resize})")
         if eval_res != self.eval_res:
-            found.append(f"eval_res {eval_res} (protocol {self.eval_res})")
+            deviations.append(f"eval_res {eval_res} (protocol {self.eval_res})")
         if reference["kind"] == "teacher":
-            found.append(f"the reference is the teacher (protocol: {self.reference})")
+            deviations.append(f"the reference is the teacher (protocol: {self.reference})")
         elif self.reference_n is not None and reference.get("n") != self.reference_n:
-            found.append(f"a reference of n={reference.get('n')} (protocol {self.reference_n})")
+            deviations.append(f"a reference of n={reference.get('n')} (protocol {self.reference_n})")
         if clip is not None and self.clip and clip != self.clip:
-            found.append(f"CLIP {clip} (protocol {self.clip})")
-        return found
+            deviations.append(f"CLIP {clip} (protocol {self.clip})")
+        return deviations
 
     def trusted(self, reference: Mapping[str, Any]) -> list[str]:
         """What cannot be checked and is taken on trust, in words."""
         if self.guide:
             return []
-        found = [f"that {reference['path']} is {self.reference}", "that the prompts, or classes, are the protocol's"]
+        assumptions = [
+            f"that {reference['path']} is {self.reference}",
+            "that the prompts, or classes, are the protocol's",
+        ]
         if reference.get("features_id") == "unknown":
-            found.append(f"that {reference['path']} was made with these features")
-        return found
+            assumptions.append(f"that {reference['path']} was made with these features")
+        return assumptions
 
 
 # The sizes, crops and prefixes of the coco protocols are those of DMD2's evaluation (Yin et al. 2024,

@@ -1,26 +1,79 @@
-"""Reading: images that are already there into stores."""
+"""From images, drawn or already there, to a store of features and scores, unit by unit, shared out among processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from stepdistill.core.errors import EvaluationError, problem
-from stepdistill.evaluation.fill import Unit, fill
-from stepdistill.evaluation.images import SKIPPED, Images
+from stepdistill.evaluation.images import SKIPPED, Images, fitted
 from stepdistill.evaluation.metrics.features import Extractor
-from stepdistill.evaluation.prompts import sha256_of
-from stepdistill.evaluation.scores import ClipScore
-from stepdistill.evaluation.spec import Measures
+from stepdistill.evaluation.metrics.image_scores import ClipScore, Score
+from stepdistill.evaluation.records import prompts_digest
+from stepdistill.evaluation.spec import EvalSpec
 from stepdistill.evaluation.store import Store
+
+
+class Unit(NamedTuple):
+    """The images of one unit.
+
+    Args:
+        k: its number.
+        numbers: of its images; one that could not be read is left out.
+        images: (B, 3, H, W) uint8.
+        facts: what making them cost.
+    """
+
+    k: int
+    numbers: Sequence[int]
+    images: Tensor
+    facts: dict[str, Any]
+
+
+def fill_store(
+    store: Store, units: Iterable[Unit], extractor: Extractor, scores: Sequence[Score], title: str, total: int
+) -> None:
+    """Measure and keep the units that come, with a progress bar over images.
+
+    Args:
+        scores: what else is measured of each image.
+        title: of the bar; empty for none.
+        total: images that will come.
+    """
+    with tqdm(total=total, desc=title, unit="image", disable=not title) as bar:
+        for unit in units:
+            rows, facts = store.rows(unit.k), dict(unit.facts)
+            features = torch.zeros(len(rows), store.dim)
+            if unit.numbers:
+                features[[i - rows.start for i in unit.numbers]] = extractor(unit.images)
+                for score in scores:
+                    facts |= score(unit.images, unit.numbers)
+            facts["skipped"] = sorted(set(rows) - set(unit.numbers))
+            store.put(unit.k, unit.images, features, facts)
+            bar.update(len(unit.numbers))
+
+
+def cropped(images: Tensor, side: int | None) -> Tensor:
+    """Images (B, 3, H, W) uint8 as `stepdistill.evaluation.images.fitted` leaves them."""
+    if side is None:
+        return images
+    pils = (Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images)
+    squares = [torch.from_numpy(np.array(fitted(pil, side))) for pil in pils]
+    return torch.stack(squares).permute(0, 3, 1, 2).contiguous()
 
 
 def read_into(
     folder: Path,
     images: Images,
-    spec: Measures,
+    spec: EvalSpec,
     extractor: Extractor,
     state: PartialState,
     clip: ClipScore | None = None,
@@ -43,14 +96,14 @@ def read_into(
                 "eval_res": spec.side,
                 "features": extractor.identity.id,
                 "feature_batch": spec.feature_batch,
-                "clip": clip.facts | {"prompts": sha256_of(clip.prompts)} if clip else None,
+                "clip": clip.facts | {"prompts": prompts_digest(clip.prompts)} if clip else None,
             }
         )
     state.wait_for_everyone()
     mine = store.missing(state.process_index, state.num_processes)
     title = images.source.name if state.is_main_process and mine else ""
     total = sum(len(store.rows(k)) for k in mine)
-    fill(store, _units(store, images, mine), extractor, [clip] if clip else [], title, total)
+    fill_store(store, _units(store, images, mine), extractor, [clip] if clip else [], title, total)
     state.wait_for_everyone()
     _check(store, images)
     return store
@@ -64,7 +117,7 @@ def _units(store: Store, images: Images, mine: Sequence[int]) -> Iterator[Unit]:
 
 def _check(store: Store, images: Images) -> None:
     """What one pass cannot see: it may be over a process's share, or over what an earlier one left."""
-    units = list(store.told())
+    units = list(store.unit_facts())
     sizes = {tuple(unit["size"]) for unit in units if unit["size"]}
     if len(sizes) > 1:
         got, todo = f"images of {sorted(sizes)} in {images.source}", "choose an --eval-res, such as 256"

@@ -16,7 +16,7 @@ from stepdistill.evaluation.measure import Reference
 from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.read import read_into
-from stepdistill.evaluation.spec import Measures
+from stepdistill.evaluation.spec import EvalSpec
 from stepdistill.evaluation.store import FACTS, Store
 
 TEACHER = "teacher"
@@ -40,7 +40,7 @@ def is_stats(place: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Referent:
+class ReferenceBuilder:
     """Makes the reference of an evaluation.
 
     Args:
@@ -49,7 +49,7 @@ class Referent:
         state: this process among the others.
     """
 
-    spec: Measures
+    spec: EvalSpec
     extractor: Extractor
     state: PartialState
 
@@ -77,24 +77,23 @@ class Referent:
         folder = self.spec.output_dir / "work" / "reference-images"
         store = read_into(folder, images, self.spec, self.extractor, self.state)
         features, known = store.features(), store.noted(FACTS) or {}
-        told = {"kind": "images", "path": str(place), "sha256": known["images"], "n": len(features)}
-        told |= {"features_id": self.extractor.identity.id, "eval_res": self.spec.side}
-        return Reference(stats=store.stats(), features=features, paired=False, facts=told)
+        facts = {"kind": "images", "path": str(place), "sha256": known["images"], "n": len(features)}
+        facts |= {"features_id": self.extractor.identity.id, "eval_res": self.spec.side}
+        return Reference(stats=store.stats(), features=features, paired=False, facts=facts)
 
     def _of_stats(self, place: Path) -> Reference:
-        stats, facts = Stats.load(place)
-        own = self.extractor.identity
-        if stats.mean.numel() != own.dim:
-            got = f"{place} with {stats.mean.numel()} features, and {own.id}"
-            why, todo = "features of different extractors have no distance", "name the one that made the file"
-            raise EvaluationError(problem(got, f"{own.dim}", why, todo))
-        made = facts.get("features_id", UNKNOWN_FEATURES)
-        if made not in (UNKNOWN_FEATURES, own.id):
-            got, why = f"{place}, made with {made}", "features of different extractors have no distance"
-            raise EvaluationError(problem(got, own.id, why, "make it again with this one"))
-        if made != UNKNOWN_FEATURES and facts.get("eval_res") != self.spec.side:
-            got, why = f"{place}, of images at eval_res {facts.get('eval_res')}", "both sides are resized alike"
+        stats, meta = Stats.load(place)
+        identity, unlike = self.extractor.identity, "features of different extractors have no distance"
+        if stats.mean.numel() != identity.dim:
+            got = f"{place} with {stats.mean.numel()} features, and {identity.id}"
+            raise EvaluationError(problem(got, f"{identity.dim}", unlike, "name the one that made the file"))
+        features_id, eval_res = meta.get("features_id", UNKNOWN_FEATURES), meta.get("eval_res")
+        if features_id not in (UNKNOWN_FEATURES, identity.id):
+            got = f"{place}, made with {features_id}"
+            raise EvaluationError(problem(got, identity.id, unlike, "make it again with this one"))
+        if features_id != UNKNOWN_FEATURES and eval_res != self.spec.side:
+            got, why = f"{place}, of images at eval_res {eval_res}", "both sides are resized alike"
             raise EvaluationError(problem(got, f"eval_res {self.spec.side}", why, "set --eval-res alike"))
-        told = {"kind": "npz", "path": str(place), "sha256": file_digest(place)}
-        told |= {"n": stats.n or None, "features_id": made, "eval_res": facts.get("eval_res")}
-        return Reference(stats=stats, features=None, paired=False, facts=told)
+        facts = {"kind": "npz", "path": str(place), "sha256": file_digest(place)}
+        facts |= {"n": stats.n or None, "features_id": features_id, "eval_res": eval_res}
+        return Reference(stats=stats, features=None, paired=False, facts=facts)

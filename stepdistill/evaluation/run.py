@@ -16,21 +16,28 @@ from diffusers import AutoencoderKL
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.core.files import write_text
 from stepdistill.data.bundled import emoji
-from stepdistill.evaluation.draw import Painter, labels, plan, slug
+from stepdistill.evaluation.draw import RowDrawer, labels, plan, slug
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.measure import Reference, Sampled, measured
-from stepdistill.evaluation.metrics.extractors import extractor
+from stepdistill.evaluation.metrics.extractors import extractor_named
 from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.identity import Identity
-from stepdistill.evaluation.prompts import prompt_of, read_records, sha256_of
+from stepdistill.evaluation.metrics.image_scores import ClipScore
 from stepdistill.evaluation.read import read_into
-from stepdistill.evaluation.reference import TEACHER, Referent
+from stepdistill.evaluation.records import prompt_of, prompts_digest, read_records
+from stepdistill.evaluation.reference import TEACHER, ReferenceBuilder
 from stepdistill.evaluation.report.page import page
-from stepdistill.evaluation.report.results import document, finish, samples, under
-from stepdistill.evaluation.report.rows import sampled, scores_of, sheets
-from stepdistill.evaluation.report.table import alike, flat, read, write_csv
-from stepdistill.evaluation.scores import ClipScore
-from stepdistill.evaluation.spec import Draws, Measures
+from stepdistill.evaluation.report.table import flat_rows, key_differences, read_evaluation, write_csv
+from stepdistill.evaluation.results import (
+    document,
+    protocol_facts,
+    sampled,
+    scores_of,
+    write_results,
+    write_samples,
+    write_sheets,
+)
+from stepdistill.evaluation.spec import EvalRun, EvalSpec
 from stepdistill.evaluation.store import FACTS
 from stepdistill.evaluation.subjects import contract_of, family_of
 from stepdistill.families.base import BUNDLED_NAMES
@@ -39,7 +46,7 @@ from stepdistill.networks.lpips import lpips
 LEAST = 40  # images: 20 blocks of two
 
 
-def run(spec: Draws) -> dict[str, Any]:
+def evaluate(spec: EvalRun) -> dict[str, Any]:
     """Draw the teacher and every student, measure them, and write the report; started again it goes on.
 
     Returns:
@@ -54,45 +61,45 @@ def run(spec: Draws) -> dict[str, Any]:
     n = spec.num or spec.under.n or len(records)
     enough(n, "a row")
     ways = plan(spec)
-    made = extracted(spec, device, family.load().components["vae"] if spec.features == "vae" else None)
+    extractor = extractor_of(spec, device, family.load().components["vae"] if spec.features == "vae" else None)
     if "lpips" in spec.metrics:
         lpips("alex", device)
     each = [prompt_of(records[i % len(records)]) for i in range(n)]
     clip = ClipScore.load(spec.clip, each, spec.under.prefix, device) if spec.clip else None
-    painter = Painter(spec, family, records, n, made, clip, state, device)
-    referent = Referent(spec, made, state)
-    reference = None if spec.reference == TEACHER else referent.of_file(Path(spec.reference))
+    drawer = RowDrawer(spec, family, records, n, extractor, clip, state, device)
+    builder = ReferenceBuilder(spec, extractor, state)
+    reference = None if spec.reference == TEACHER else builder.of_file(Path(spec.reference))
     index = torch.arange(n) % len(records) if n >= 2 * len(records) else None
-    metrics, left_out = possible(spec.metrics, made.identity, reference, index is not None)
-    stores, undrawn = painter.draw(ways)
+    metrics, left_out = possible(spec.metrics, extractor.identity, reference, index is not None)
+    stores, undrawn = drawer.draw(ways)
     if not state.is_main_process:
         return {}
-    reference = reference or referent.of_teacher(stores[ways[0]], spec.teacher)
+    reference = reference or builder.of_teacher(stores[ways[0]], spec.teacher)
     others = {way: store for way, store in stores.items() if way.role != "reference"}
-    protocol, reasons = under(spec.under, made.identity, n, spec.side, reference.facts, spec.clip)
+    protocol, reasons = protocol_facts(spec.under, extractor.identity, n, spec.side, reference.facts, spec.clip)
     rows = [sampled(way, store, reasons, clip) for way, store in others.items()]
     known = next(iter(others.values())).noted(FACTS) or {}
-    found = document(
-        made.identity,
+    contents = document(
+        extractor.identity,
         reference.facts,
-        measured(rows, reference, made.identity.key, metrics, index),
+        measured(rows, reference, extractor.identity.key, metrics, index),
         protocol,
         device,
         teacher={"id": spec.teacher, "steps": spec.teacher_steps, "guidance": spec.teacher_guidance}
         | {"sha256": known["teacher"], "dtype": spec.dtype},
-        prompts={"source": str(spec.prompts or "bundled"), "n": len(records), "sha256": sha256_of(each)},
+        prompts={"source": str(spec.prompts or "bundled"), "n": len(records), "sha256": prompts_digest(each)},
         eval_res=spec.side,
-        grids=sheets(spec, others, each),
+        grids=write_sheets(spec, others, each),
         left_out=[*left_out, *undrawn],
     )
     named = {way.name: store for way, store in others.items()}
-    samples(named, each, spec.seed, spec.output_dir / "per_sample.jsonl")
-    finish(spec.output_dir, found, named, reference)
-    return found
+    write_samples(named, each, spec.seed, spec.output_dir / "per_sample.jsonl")
+    write_results(spec.output_dir, contents, named, reference)
+    return contents
 
 
-def score(places: Sequence[Path], spec: Measures, prompts: Path | None = None) -> dict[str, Any]:
-    """Measure images that are there: the rows are folders, zips or arrays. Returns and raises as `run` does.
+def score_images(places: Sequence[Path], spec: EvalSpec, prompts: Path | None = None) -> dict[str, Any]:
+    """Measure existing images: the rows are folders, zips or arrays. Returns and raises as `evaluate` does.
 
     Args:
         prompts: of the images in the order of their names, in turn, for the CLIP score.
@@ -108,12 +115,12 @@ def score(places: Sequence[Path], spec: Measures, prompts: Path | None = None) -
     sources = {name: Images(place, spec.side) for name, place in zip(names, places, strict=True)}
     for images in sources.values():
         enough(len(images), f"in {images.source}")
-    made = extracted(spec, device, None)
-    clips = {name: scored(spec, images, prompts, device) for name, images in sources.items()}
-    reference = Referent(spec, made, state).of_file(Path(spec.reference))
-    metrics, left_out = possible(spec.metrics, made.identity, reference, several=False, teacher=False)
+    extractor = extractor_of(spec, device)
+    clips = {name: clip_score_of(spec, images, prompts, device) for name, images in sources.items()}
+    reference = ReferenceBuilder(spec, extractor, state).of_file(Path(spec.reference))
+    metrics, left_out = possible(spec.metrics, extractor.identity, reference, several=False, teacher=False)
     stores = {
-        name: read_into(spec.output_dir / "work" / slug(f"images, {name}"), images, spec, made, state, clips[name])
+        name: read_into(spec.output_dir / "work" / slug(f"images, {name}"), images, spec, extractor, state, clips[name])
         for name, images in sources.items()
     }
     if not state.is_main_process:
@@ -121,25 +128,26 @@ def score(places: Sequence[Path], spec: Measures, prompts: Path | None = None) -
     rows, protocol = [], {}
     for name, store in stores.items():
         features, clip = store.features(), clips[name]
-        protocol, reasons = under(spec.under, made.identity, len(features), spec.side, reference.facts, spec.clip)
-        own = Sampled(
+        n, identity = len(features), extractor.identity
+        protocol, reasons = protocol_facts(spec.under, identity, n, spec.side, reference.facts, spec.clip)
+        row = Sampled(
             name=name,
             role="images",
             features=features,
             scores=scores_of(store),
             clip=clip.facts if clip else {},
-            facts={"n_skipped": store.n - len(features)},
+            facts={"n_skipped": store.n - n},
             reasons=reasons,
         )
-        rows += measured([own], reference, made.identity.key, metrics)
+        rows += measured([row], reference, identity.key, metrics)
     more = {"eval_res": spec.side, "left_out": left_out}
-    found = document(made.identity, reference.facts, rows, protocol, device, **more)
-    samples(stores, None, None, spec.output_dir / "per_sample.jsonl")
-    finish(spec.output_dir, found, stores, reference)
-    return found
+    contents = document(extractor.identity, reference.facts, rows, protocol, device, **more)
+    write_samples(stores, None, None, spec.output_dir / "per_sample.jsonl")
+    write_results(spec.output_dir, contents, stores, reference)
+    return contents
 
 
-def statistics(place: Path, spec: Measures, out: Path) -> None:
+def write_statistics(place: Path, spec: EvalSpec, out: Path) -> None:
     """Write the Gaussian of images' features to an npz, which pytorch-fid and clean-fid can read.
 
     What a run that was cut left is in `spec.output_dir`, which goes when all is there.
@@ -148,25 +156,25 @@ def statistics(place: Path, spec: Measures, out: Path) -> None:
         raise EvaluationError(problem(out, "a name that ends in .npz", "--ref knows statistics by it", "add it"))
     state, device = joined(spec)
     images = Images(place, spec.side)
-    made = extracted(spec, device, None)
-    store = read_into(spec.output_dir, images, spec, made, state)
+    extractor = extractor_of(spec, device)
+    store = read_into(spec.output_dir, images, spec, extractor, state)
     if state.is_main_process:
-        facts = {"features_id": made.identity.id, "source": str(place), "eval_res": spec.side}
+        facts = {"features_id": extractor.identity.id, "source": str(place), "eval_res": spec.side}
         store.stats().save(out, facts | {"sha256": (store.noted(FACTS) or {})["images"]})
         shutil.rmtree(spec.output_dir)
 
 
-def compare(folders: Sequence[Path], out: Path, csv: Path | None) -> list[str]:
+def compare_evaluations(folders: Sequence[Path], out: Path, csv: Path | None) -> list[str]:
     """Merge evaluations on one page, unlike ones in columns of their own. Returns what they differ in, in words."""
     names = labels([str(folder) for folder in folders])
-    evaluations = [replace(read(folder), name=name) for folder, name in zip(folders, names, strict=True)]
+    evaluations = [replace(read_evaluation(folder), name=name) for folder, name in zip(folders, names, strict=True)]
     for file in (out, csv):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page(evaluations, "Evaluations compared"))
     if csv is not None:
-        write_csv(flat(evaluations), csv)
-    return alike(evaluations)
+        write_csv(flat_rows(evaluations), csv)
+    return key_differences(evaluations)
 
 
 def enough(n: int, where: str) -> None:
@@ -176,7 +184,7 @@ def enough(n: int, where: str) -> None:
         raise EvaluationError(problem(f"{n} images {where}", f"{LEAST} or more", why, "draw more"))
 
 
-def joined(spec: Measures) -> tuple[PartialState, torch.device]:
+def joined(spec: EvalSpec) -> tuple[PartialState, torch.device]:
     """This process among those that a launcher started, and where it computes.
 
     One process may have more to draw than another: they wait long. Raises EvaluationError.
@@ -191,13 +199,13 @@ def joined(spec: Measures) -> tuple[PartialState, torch.device]:
     return state, device
 
 
-def extracted(spec: Measures, device: torch.device, vae: AutoencoderKL | None) -> Extractor:
+def extractor_of(spec: EvalSpec, device: torch.device, vae: AutoencoderKL | None = None) -> Extractor:
     """The extractor. Raises MissingWeights, which a command tells before anything is drawn."""
     name = spec.features or spec.under.features
     if spec.resize and not name.removeprefix("random-").startswith("inception"):
         got, why = f"resize {spec.resize} with features {name}", "other extractors have a size of their own"
         raise EvaluationError(problem(got, "features inception", why, "leave --resize out"))
-    return extractor(
+    return extractor_named(
         name,
         resize=spec.resize or spec.under.resize,
         weights=spec.weights,
@@ -235,7 +243,7 @@ def possible(
     )
 
 
-def scored(spec: Measures, images: Images, prompts: Path | None, device: torch.device) -> ClipScore | None:
+def clip_score_of(spec: EvalSpec, images: Images, prompts: Path | None, device: torch.device) -> ClipScore | None:
     """The CLIP score of images that are there, if it is asked for."""
     if spec.clip is None or prompts is None:
         return None
@@ -247,7 +255,7 @@ def scored(spec: Measures, images: Images, prompts: Path | None, device: torch.d
     return ClipScore.load(spec.clip, each, spec.under.prefix, device)
 
 
-def records_of(spec: Draws) -> list[dict[str, object]]:
+def records_of(spec: EvalRun) -> list[dict[str, object]]:
     """The prompts, with whatever else their file says of them. Raises EvaluationError, DataError."""
     records = read_records(spec.prompts) if spec.prompts else []
     if spec.export == "geneval" and not (records and all("tag" in record for record in records)):
@@ -256,6 +264,6 @@ def records_of(spec: Draws) -> list[dict[str, object]]:
     if records:
         return records
     if spec.teacher not in BUNDLED_NAMES:
-        why, todo = f"{spec.teacher} draws what it is told to", "name a .txt, .jsonl or .csv file by --prompts"
+        why, todo = f"{spec.teacher} has no prompts of its own", "name a .txt, .jsonl or .csv file by --prompts"
         raise EvaluationError(problem("no prompts", "a file of them", why, todo))
     return [{"prompt": prompt} for prompt in emoji.prompts()]

@@ -16,7 +16,7 @@ from stepdistill.students.draw.call import SEED_A, SEED_B
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measures:
+class EvalSpec:
     """How images are measured, wherever they come from.
 
     Args:
@@ -70,7 +70,7 @@ class Measures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draws(Measures):
+class EvalRun(EvalSpec):
     """What is drawn, and how it is measured.
 
     Args:
@@ -112,7 +112,7 @@ class Draws(Measures):
     export: Literal["geneval", "t2i-compbench"] | None = None
 
     def __post_init__(self) -> None:
-        Measures.__post_init__(self)
+        EvalSpec.__post_init__(self)
         _whole(self, 1, "num", "teacher_steps", "batch", "columns")
         _whole(self, 0, "latency", "seed", "reference_seed")
         if len(set(self.steps)) < len(self.steps) or min(self.steps, default=1) < 1:
@@ -127,7 +127,7 @@ class Draws(Measures):
             raise ConfigError(problem(f"seed {self.seed} for rows and reference", "two seeds", why, "choose another"))
 
 
-def _whole(spec: Measures, least: int, *names: str) -> None:
+def _whole(spec: EvalSpec, least: int, *names: str) -> None:
     for name in names:
         value = vars(spec)[name]
         if value is not None and value < least:

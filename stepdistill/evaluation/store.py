@@ -78,8 +78,8 @@ class Store:
         """The numbers of the images of unit k."""
         return range(k * self.unit, min(self.n, (k + 1) * self.unit))
 
-    def put(self, k: int, images: Tensor, features: Tensor, told: Mapping[str, object]) -> None:
-        """Keep unit k: features (B, dim) float32 of images (B, 3, H, W) uint8, and what is told of it as JSON; lists
+    def put(self, k: int, images: Tensor, features: Tensor, facts: Mapping[str, object]) -> None:
+        """Keep unit k: features (B, dim) float32 of images (B, 3, H, W) uint8, and its facts as JSON; lists
         in it have an entry an image, but for `skipped`, the numbers of those without.
 
         Raises ValueError for another number of features.
@@ -93,7 +93,7 @@ class Store:
         self._write(FEATURES, rows.start, features)
         if rows.start < self.kept:
             self._write(IMAGES, rows.start, images[: self.kept - rows.start])
-        write_text(self._file(k), json.dumps(dict(told)))  # last: it says that the unit is whole
+        write_text(self._file(k), json.dumps(dict(facts)))  # last: it says that the unit is whole
 
     def features(self) -> Tensor:
         """All features (n, dim) float32, without those of skipped images: pages of the file, read when they are used.
@@ -105,7 +105,7 @@ class Store:
             got = f"{len(missing)} of {-(-self.n // self.unit)} units missing in {self.folder}"
             raise EvaluationError(problem(got, "all", "a distance is over all images", "run it again: it goes on"))
         found = torch.from_numpy(np.load(self.folder / FEATURES, mmap_mode="c"))
-        skipped = {i for unit in self.told() for i in unit["skipped"]}
+        skipped = {i for unit in self.unit_facts() for i in unit["skipped"]}
         return found[[i for i in range(self.n) if i not in skipped]] if skipped else found
 
     def stats(self) -> Stats:
@@ -118,12 +118,12 @@ class Store:
             sums.update(part)
         return sums.stats()
 
-    def images(self, rows: range) -> Tensor:
-        """The kept images of these numbers, uint8 (B, 3, H, W)."""
-        return torch.from_numpy(np.load(self.folder / IMAGES, mmap_mode="r")[rows.start : rows.stop].copy())
+    def images(self, rows: Sequence[int]) -> Tensor:
+        """The kept images of these consecutive numbers, uint8 (B, 3, H, W)."""
+        return torch.from_numpy(np.load(self.folder / IMAGES, mmap_mode="r")[rows[0] : rows[-1] + 1].copy())
 
-    def told(self) -> Iterator[dict[str, Any]]:
-        """What was told of each unit, in order."""
+    def unit_facts(self) -> Iterator[dict[str, Any]]:
+        """What is known of each unit, in order."""
         return (json.loads(self._file(k).read_text()) for k in range(-(-self.n // self.unit)))
 
     def note(self, name: str, facts: Mapping[str, object]) -> None:

@@ -22,9 +22,9 @@ from stepdistill.evaluation.measure import Reference as Compared
 from stepdistill.evaluation.measure import Sampled, measured
 from stepdistill.evaluation.metrics.features import efficientnet_lite0
 from stepdistill.evaluation.metrics.stats import Stats
-from stepdistill.evaluation.prompts import sha256_of
 from stepdistill.evaluation.protocol import PROTOCOLS
-from stepdistill.evaluation.report.results import document, under
+from stepdistill.evaluation.records import prompts_digest
+from stepdistill.evaluation.results import document, protocol_facts
 from stepdistill.methods.base import Method
 from stepdistill.networks import sharding
 from stepdistill.students import single as student
@@ -171,7 +171,7 @@ def measure(
     file = reference_file(run.train)
     facts = {"kind": "teacher", "path": file.name, "sha256": file_digest(file), "n": n}
     compared = Compared(stats=Stats.of(ref), features=ref, paired=True, facts=facts)
-    protocol, reasons = under(PROTOCOLS["none"], extractor.identity, n, None, facts)
+    protocol, reasons = protocol_facts(PROTOCOLS["none"], extractor.identity, n, None, facts)
     found = measured([replace(row, reasons=reasons) for row in rows], compared, extractor.identity.key)
     scale, hashed = run.train.teacher_guidance_scale, stored.facts["teacher_sha256"]
     return document(
@@ -182,7 +182,7 @@ def measure(
         plain.device,
         eval_res=None,
         teacher={"id": run.family.pretrained_teacher_model, "steps": steps, "guidance": scale, "sha256": hashed},
-        prompts={"source": file.name, "n": len(set(prompts)), "sha256": sha256_of(prompts)},
+        prompts={"source": file.name, "n": len(set(prompts)), "sha256": prompts_digest(prompts)},
     )
 
 

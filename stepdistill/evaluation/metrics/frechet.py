@@ -66,7 +66,7 @@ def paired(a: Tensor, b: Tensor) -> float:
     return torch.cat(apart).mean().item()
 
 
-def diversity(features: Tensor, prompt_index: Tensor) -> float:
+def feature_diversity(features: Tensor, prompt_index: Tensor) -> float:
     """Mean pairwise Euclidean distance within each prompt, averaged over prompts with equal weight.
 
     features (N, D); prompt_index (N,) integers, each at least twice. Raises TypeError, ValueError.
@@ -94,9 +94,9 @@ def diversity_replicates(features: Tensor, prompt_index: Tensor, blocks: int = 2
     needs two samples without any block. Raises TypeError, ValueError.
     """
     x, prompt_index = rows_of(features), prompt_index.cpu()
-    diversity(features, prompt_index)  # its checks
+    feature_diversity(features, prompt_index)  # its checks
     without = [torch.arange(0), *torch.arange(len(x)).split(block_sizes(len(x), blocks))]
-    found = torch.zeros(len(without), dtype=torch.float64)
+    replicate = torch.zeros(len(without), dtype=torch.float64)
     prompts = prompt_index.unique()
     for prompt in prompts:
         places = (prompt_index == prompt).nonzero().flatten()
@@ -109,8 +109,8 @@ def diversity_replicates(features: Tensor, prompt_index: Tensor, blocks: int = 2
                     f"diversity_replicates got {count} samples of prompt {prompt.item()} outside of block {k}, "
                     "expected two or more: a single image has no pairwise distance; draw more or drop the prompt"
                 )
-            found[k] += apart[kept][:, kept].sum() / (count * (count - 1) * len(prompts))
-    return found
+            replicate[k] += apart[kept][:, kept].sum() / (count * (count - 1) * len(prompts))
+    return replicate
 
 
 def _trace_of_root(a: Stats, b: Stats) -> float:
@@ -119,5 +119,5 @@ def _trace_of_root(a: Stats, b: Stats) -> float:
         return torch.linalg.svdvals(a.centred @ b.centred.T).sum().item() / math.sqrt((a.n - 1) * (b.n - 1))
     if a.centred is not None:  # the smaller root; else that of b, which a reference keeps
         a, b = b, a
-    found = roots(torch.linalg.eigvalsh(b.root @ a.cov @ b.root.T))
-    return found[0 if b.centred is None else 1 :].sum().item()  # centred rows sum to zero: one root is rounding alone
+    shared = roots(torch.linalg.eigvalsh(b.root @ a.cov @ b.root.T))
+    return shared[0 if b.centred is None else 1 :].sum().item()  # centred rows sum to zero: one root is rounding alone

@@ -58,14 +58,14 @@ class Identity:
 
     def reasons(self) -> list[str]:
         """Why values on these features are not comparable with published ones of this name; empty if they may be."""
-        found = []
+        reasons = []
         if self.arch == RANDOM_INCEPTION:
-            found.append("the network's weights are random")
+            reasons.append("the network's weights are random")
         if self.arch == INCEPTION and self.key == "fd":
-            found.append(f"unknown weights: sha256 {self.weights_sha256[:8]}, and FID is defined on {FID_WEIGHTS}")
+            reasons.append(f"unknown weights: sha256 {self.weights_sha256[:8]}, and FID is defined on {FID_WEIGHTS}")
         if self.dtype != "fp32":
-            found.append(f"features in {self.dtype}: half precision moves the distance")
-        return found
+            reasons.append(f"features in {self.dtype}: half precision moves the distance")
+        return reasons
 
 
 def hash_of(state: Mapping[str, Tensor]) -> str:

@@ -136,8 +136,8 @@ def noise_floor(ref: Stats, n: int) -> float:
     """
     if n < 2:
         raise ValueError(f"noise_floor got n={n}, expected 2 or more: one sample has no covariance; draw more")
-    found = torch.linalg.eigvalsh(ref.root @ ref.root.T).clamp(min=0)
-    eigenvalues = found[found > 1e-12 * found[-1]]  # a direction without variance is no dimension
+    spectrum = torch.linalg.eigvalsh(ref.root @ ref.root.T).clamp(min=0)
+    eigenvalues = spectrum[spectrum > 1e-12 * spectrum[-1]]  # a direction without variance is no dimension
     rank = len(eigenvalues)
     if n >= 2 * rank:
         products, sums = torch.outer(eigenvalues, eigenvalues), eigenvalues.unsqueeze(1) + eigenvalues

@@ -69,8 +69,8 @@ def cmmd(a: Tensor, b: Tensor, bandwidth: float = 10.0) -> float:
 def mmd(x: Tensor, y: Tensor, kernel: Kernel, biased: bool = False) -> float:
     """The squared maximum mean discrepancy of float64 rows; unbiased without the pairs of a row with itself."""
     n, m, less = len(x), len(y), 0 if biased else 1
-    own = sum((_sum(each, each, kernel, biased) / (k * (k - less)) for each, k in ((x, n), (y, m))), torch.zeros(()))
-    return (own - 2 * _sum(x, y, kernel, biased=True) / (n * m)).item()
+    within = sum((_sum(each, each, kernel, biased) / (k * (k - less)) for each, k in ((x, n), (y, m))), torch.zeros(()))
+    return (within - 2 * _sum(x, y, kernel, biased=True) / (n * m)).item()
 
 
 def _sum(x: Tensor, y: Tensor, kernel: Kernel, biased: bool) -> Tensor:

@@ -48,16 +48,16 @@ def prdc(real: Tensor, samples: Tensor, k: int = 5) -> Neighbours:
             f"prdc got k={k} for {len(real)} real rows and {len(samples)} samples, expected 1 to {least - 1}: a row "
             "needs k others; choose a smaller k or draw more"
         )
-    reach, own = _reach(real, k), _reach(samples, k)
+    reach, reach_of_samples = _reach(real, k), _reach(samples, k)
     inside, near = torch.zeros(len(samples), dtype=torch.long), torch.zeros(len(real), dtype=torch.bool)
-    found = torch.zeros(len(real), dtype=torch.bool)
+    recalled = torch.zeros(len(real), dtype=torch.bool)
     for rows in torch.arange(len(real)).split(BLOCK):
         away = _apart(real[rows], samples)
         held = away < reach[rows, None]
         inside += held.sum(0)
         near[rows] = held.any(1)
-        found[rows] = (away < own).any(1)
-    shares = (inside > 0, found, inside.double() / k, near)
+        recalled[rows] = (away < reach_of_samples).any(1)
+    shares = (inside > 0, recalled, inside.double() / k, near)
     return Neighbours(*(each.double().mean().item() for each in shares))
 
 

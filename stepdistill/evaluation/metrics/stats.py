@@ -83,10 +83,10 @@ class Stats:
         Raises ValueError for a file that is not one, or whose pickled parts would have to be run.
         """
         try:
-            with np.load(file, allow_pickle=False) as found:
-                mean, cov = (torch.from_numpy(np.asarray(found[key], dtype=np.float64)) for key in ("mu", "sigma"))
-                n = int(found["n"]) if "n" in found else UNKNOWN
-                facts = json.loads(str(found["meta"])) if "meta" in found else {}
+            with np.load(file, allow_pickle=False) as arrays:
+                mean, cov = (torch.from_numpy(np.asarray(arrays[key], dtype=np.float64)) for key in ("mu", "sigma"))
+                n = int(arrays["n"]) if "n" in arrays else UNKNOWN
+                facts = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{file}: no reference statistics ({error}), expected an npz with arrays `mu` (D,) and `sigma` "

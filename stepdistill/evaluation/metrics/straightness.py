@@ -61,13 +61,13 @@ def paths(denoise: Denoise, schedule: NoiseSchedule, x_t: Tensor, cond: Conditio
     return Paths((shares[:-1] + shares[1:]) / 2, deviation.cpu(), mean.square().mean().item())
 
 
-def plot(found: Mapping[str, Paths], file: Path) -> None:
+def draw_paths(samplers: Mapping[str, Paths], file: Path) -> None:
     """Draw where along the way each sampler's paths bend, into a PNG."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for label, each in found.items():
+    for label, each in samplers.items():
         axes.plot(each.share, each.deviation / each.cost, label=f"{label}: S / cost = {each.relative:.3g}")
     axes.set(xlabel="share of noise", ylabel="deviation from the line / transport cost", yscale="log", xlim=(1, 0))
     axes.legend(frameon=False)

@@ -41,7 +41,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def against_cost(points: Sequence[Point], label: str, prefix: str) -> str:
-    """SVG of a distance (y) against network evaluations an image (x > 0, logarithmic); `prefix` makes its ids unique.
+    """SVG of a distance (y) against network evaluations per image (x > 0, logarithmic); `prefix` makes its ids unique.
 
     Args:
         label: name of the distance.
@@ -55,7 +55,7 @@ def against_cost(points: Sequence[Point], label: str, prefix: str) -> str:
             ticks.append(x)
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.set_xlim(ticks[0] / 1.4, max(point.x for point in points) * 1.4)
-    axes.set_xlabel("network evaluations an image (log scale; fewer is better)")
+    axes.set_xlabel("network evaluations per image (log scale; fewer is better)")
     axes.set_ylabel(f"{label} (lower is better)")
     best = front([(point.x, point.y) for point in points])
     return _drawn(figure, axes, points, best, prefix)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from stepdistill.evaluation.report import columns, words
+from stepdistill.evaluation.report import table, words
 from stepdistill.evaluation.report.chart import Point, against_clip, against_cost
-from stepdistill.evaluation.report.columns import TITLES, Row
-from stepdistill.evaluation.report.table import Evaluation, flat
+from stepdistill.evaluation.report.table import TITLES, Evaluation, Row, flat_rows
 
 NORMAL = 1.96  # half a 95 % interval in standard errors
 
@@ -19,14 +18,14 @@ NORMAL = 1.96  # half a 95 % interval in standard errors
 def page(evaluations: Sequence[Evaluation], title: str) -> str:
     """HTML of one or more evaluations, without scripts or anything to load; the same for the same folders.
 
-    Distances of different identities have columns and plots of their own. Raises ValueError for no evaluation.
+    Distances of different comparison keys have columns and plots of their own. Raises ValueError for no evaluation.
 
     Args:
         title: heading of the page.
     """
     if not evaluations:
         raise ValueError("page got no evaluation, expected one or more: there is nothing to show; name a folder")
-    rows = flat(evaluations)
+    rows = flat_rows(evaluations)
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -39,8 +38,8 @@ def page(evaluations: Sequence[Evaluation], title: str) -> str:
         title=title,
         names=[one.name for one in evaluations],
         about=words.about(evaluations),
-        summary=[words.summary(one, columns.only(one, rows)) for one in columns.identities(rows)],
-        tables=columns.tables(rows),
+        summary=[words.summary(key, table.with_key(key, rows)) for key in table.comparison_keys(rows)],
+        tables=table.tables(rows),
         rows=len(rows),
         figures=_figures(rows),
         grids=[(one, file.stem, _uri(file)) for one in evaluations for file in one.grids],
@@ -51,18 +50,18 @@ def page(evaluations: Sequence[Evaluation], title: str) -> str:
 
 def _figures(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     """Title, what it is measured on, and SVG of every plot that has a point."""
-    found = []
-    for place, one in enumerate(columns.identities(rows)):
-        mine, label = columns.only(one, rows), TITLES[one.key]
-        measured = f"N {one.n}, features {one.features_id}"
+    figures = []
+    for place, key in enumerate(table.comparison_keys(rows)):
+        mine, label = table.with_key(key, rows), TITLES[key.key]
+        measured = f"N {key.n}, features {key.features_id}"
         if points := _points(mine, "nfe"):
             svg = against_cost(points, label, f"cost{place}")
-            found.append((f"{label} against network evaluations", measured, svg))
-        for turn, model in enumerate(columns.models(row for row in mine if row)):
-            if points := _points(columns.of_model(model, mine), "clip_score"):
+            figures.append((f"{label} against network evaluations", measured, svg))
+        for turn, model in enumerate(table.clip_models(row for row in mine if row)):
+            if points := _points(table.with_model(model, mine), "clip_score"):
                 svg = against_clip(points, label, f"clip{place}-{turn}")
-                found.append((f"{label} against CLIP score", f"{measured}, CLIP {model}", svg))
-    return found
+                figures.append((f"{label} against CLIP score", f"{measured}, CLIP {model}", svg))
+    return figures
 
 
 def _points(rows: Sequence[Row], key: str) -> list[Point]:

@@ -1,10 +1,12 @@
-"""Evaluation folders as flat rows: what each measured, which distances may share a column, and `rows.csv`."""
+"""Evaluation folders as flat rows, `rows.csv`, and the tables of a report: which distances may share a column."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +15,10 @@ from stepdistill.core.errors import DataError, problem
 from stepdistill.core.files import written_whole
 
 SCHEMA = "stepdistill.eval/1"
-KEYS = ("fid", "fd")  # a distance is one or the other; nothing here turns one into the other
+TITLES = {"fid": "FID", "fd": "fd"}  # a distance is one or the other; nothing here turns one into the other
 UNKNOWN = "unknown"
-SETTING = ("name", "role", "student", "steps", "guidance", "seed", "n_skipped")
 
-# what differs between identities, and why it matters
+# what differs between comparison keys, and why it matters
 DIFFERENCE = {
     "key": ("metric", "they are distances in other spaces"),
     "features_id": ("features", "each extractor, weights file and resizing has a scale of its own"),
@@ -36,8 +37,8 @@ class Evaluation:
     grids: list[Path]
 
 
-class Identity(NamedTuple):
-    """What two distances must have in common to be compared; its fields are keys of `flat`'s rows."""
+class ComparisonKey(NamedTuple):
+    """What two distances must have in common to be compared; its fields are keys of `flat_rows`."""
 
     key: str
     features_id: str
@@ -46,7 +47,7 @@ class Identity(NamedTuple):
     protocol: str
 
 
-def read(folder: Path) -> Evaluation:
+def read_evaluation(folder: Path) -> Evaluation:
     """An evaluation folder. Raises DataError for one without an `eval.json` of this schema."""
     file = folder / "eval.json"
     todo = "name a folder that `stepdistill eval run` or `score` has written, or run it again"
@@ -55,9 +56,10 @@ def read(folder: Path) -> Evaluation:
     except (OSError, ValueError) as error:
         why = "an evaluation is known only by that file"
         raise DataError(problem(f"{file}, which cannot be read ({error})", "JSON", why, todo)) from error
-    if _at(facts, "schema") != SCHEMA:
+    schema = _at(facts, "schema")
+    if schema != SCHEMA:
         why = "another schema may mean other things by the same words"
-        raise DataError(problem(f"{file} with schema {_at(facts, 'schema')!r}", repr(SCHEMA), why, todo))
+        raise DataError(problem(f"{file} with schema {schema!r}", repr(SCHEMA), why, todo))
     rows = facts.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(problem(f"{file} without a list of rows", "`rows`", "they are what was measured", todo))
@@ -65,101 +67,233 @@ def read(folder: Path) -> Evaluation:
     return Evaluation(folder.resolve().name, facts, [file for file in grids if file.exists()])
 
 
-def identity(facts: Mapping[str, Any], row: Mapping[str, Any]) -> Identity:
-    """The identity of a row of `eval.json`; a row without a distance has the key of the rows beside it."""
-    named = [_at(one, "metrics") or {} for one in (row, *facts["rows"])]
-    return Identity(
-        next((key for metrics in named for key in KEYS if key in metrics), "fd"),
-        _at(facts, "features", "id") or UNKNOWN,
+def comparison_key(facts: Mapping[str, Any], row: Mapping[str, Any]) -> ComparisonKey:
+    """The key of a row of `eval.json`; a row without a distance has the metric of the rows beside it."""
+    metrics = [one.get("metrics") or {} for one in (row, *facts["rows"])]
+    return ComparisonKey(
+        next((key for each in metrics for key in TITLES if key in each), "fd"),
+        _at(facts, "features.id") or UNKNOWN,
         row.get("n"),
-        _at(facts, "reference", "sha256") or UNKNOWN,
-        _at(facts, "protocol", "name") or UNKNOWN,
+        _at(facts, "reference.sha256") or UNKNOWN,
+        _at(facts, "protocol.name") or UNKNOWN,
     )
 
 
-def alike(evaluations: Sequence[Evaluation]) -> list[str]:
+def key_differences(evaluations: Sequence[Evaluation]) -> list[str]:
     """In words, what keeps the rows that were measured out of one column; empty where they may share it."""
-    found = [
-        (identity(one.facts, row), one.name)
+    keys = [
+        (comparison_key(one.facts, row), one.name)
         for one in evaluations
         for row in one.facts["rows"]
         if row.get("metrics")  # any other row has nothing to compare
     ]
     words = []
     for field, (label, why) in DIFFERENCE.items():
-        values: dict[object, dict[str, None]] = {}
-        for one, name in found:
-            values.setdefault(getattr(one, field), {})[name] = None
-        if len(values) > 1:
-            each = ", ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
+        names: dict[object, dict[str, None]] = {}
+        for key, name in keys:
+            names.setdefault(getattr(key, field), {})[name] = None
+        if len(names) > 1:
+            each = ", ".join(f"{value} ({', '.join(of_value)})" for value, of_value in names.items())
             words.append(f"{label}: {each}: {why}")
     return words
 
 
-def flat(evaluations: Sequence[Evaluation]) -> list[dict[str, object]]:
+def _interval(name: str, path: str) -> dict[str, str]:
+    return {name: f"{path}.value", f"{name}_low": f"{path}.ci95.0", f"{name}_high": f"{path}.ci95.1"}
+
+
+# where the values of a flat row lie in a row of `eval.json`; {key} is `fid` or `fd`
+SETTING = {name: name for name in ("name", "role", "student", "steps", "guidance", "seed", "n_skipped")}
+MEASURED = {
+    **_interval("distance", "metrics.{key}"),
+    **{name: f"metrics.{{key}}.{name}" for name in ("bias_corrected", "mean_term", "cov_term", "noise_floor")},
+    **_interval("excess", "metrics.delta_vs_teacher.{key}"),
+    "kid": "metrics.kid.value",
+    "kid_std": "metrics.kid.std",
+    **{name: f"metrics.prdc.{name}" for name in ("precision", "recall", "density", "coverage")},
+    **{name: f"metrics.{name}" for name in ("cmmd", "vendi", "diversity", "diversity_vs_teacher")},
+    "clip_score": "metrics.clip_score.value",
+    "clip_stderr": "metrics.clip_score.stderr",
+    "clip_model": "metrics.clip_score.model",
+    **_interval("clip_delta", "metrics.delta_vs_teacher.clip_score"),
+    "paired_features": "metrics.paired.features",
+    **{name: f"metrics.paired.{name}" for name in ("psnr", "ssim", "lpips")},
+    **{name: f"cost.{name}" for name in ("calls", "nfe", "seconds_per_image")},
+    "latency_ms_p50": "cost.latency_ms.p50",
+    "latency_ms_p90": "cost.latency_ms.p90",
+    **{name: f"cost.{name}" for name in ("peak_mem_mib", "speedup_vs_teacher")},
+    "comparable": "comparable",
+}
+FIELDS = ("evaluation", *SETTING, *ComparisonKey._fields, *MEASURED, "comparable_reasons")
+
+
+def flat_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, object]]:
     """One dict for each row of each `eval.json`, in their order, with the keys `FIELDS`; None where unmeasured."""
     rows = []
     for one in evaluations:
         for row in one.facts["rows"]:
-            same = identity(one.facts, row)
-            values = {field: _at(row, *path) for field, path in _paths(same.key).items()}
+            key = comparison_key(one.facts, row)
+            values = {name: _at(row, path.format(key=key.key)) for name, path in (SETTING | MEASURED).items()}
             reasons = "; ".join(row.get("comparable_reasons") or [])
-            values |= same._asdict() | {"evaluation": one.name, "comparable_reasons": reasons}
+            values |= key._asdict() | {"evaluation": one.name, "comparable_reasons": reasons}
             rows.append({field: values[field] for field in FIELDS})
     return rows
 
 
 def write_csv(rows: Sequence[Mapping[str, object]], file: Path) -> None:
-    """Write `flat`'s rows below a header; an empty field is a value that was not measured."""
+    """Write `flat_rows` below a header; an empty field is a value that was not measured."""
     with written_whole(file) as part, part.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _paths(key: str) -> dict[str, tuple[str | int, ...]]:
-    """Where each flat value lies in a row of `eval.json`."""
-    metrics, cost = "metrics", "cost"
-    delta = (metrics, "delta_vs_teacher")
-    return {
-        **{name: (name,) for name in SETTING},
-        "distance": (metrics, key, "value"),
-        "distance_low": (metrics, key, "ci95", 0),
-        "distance_high": (metrics, key, "ci95", 1),
-        **{name: (metrics, key, name) for name in ("bias_corrected", "mean_term", "cov_term", "noise_floor")},
-        "excess": (*delta, key, "value"),
-        "excess_low": (*delta, key, "ci95", 0),
-        "excess_high": (*delta, key, "ci95", 1),
-        "kid": (metrics, "kid", "value"),
-        "kid_std": (metrics, "kid", "std"),
-        **{name: (metrics, "prdc", name) for name in ("precision", "recall", "density", "coverage")},
-        **{name: (metrics, name) for name in ("cmmd", "vendi", "diversity", "diversity_vs_teacher")},
-        "clip_score": (metrics, "clip_score", "value"),
-        "clip_stderr": (metrics, "clip_score", "stderr"),
-        "clip_model": (metrics, "clip_score", "model"),
-        "clip_delta": (*delta, "clip_score", "value"),
-        "clip_delta_low": (*delta, "clip_score", "ci95", 0),
-        "clip_delta_high": (*delta, "clip_score", "ci95", 1),
-        "paired_features": (metrics, "paired", "features"),
-        **{name: (metrics, "paired", name) for name in ("psnr", "ssim", "lpips")},
-        **{name: (cost, name) for name in ("calls", "nfe", "seconds_per_image")},
-        "latency_ms_p50": (cost, "latency_ms", "p50"),
-        "latency_ms_p90": (cost, "latency_ms", "p90"),
-        **{name: (cost, name) for name in ("peak_mem_mib", "speedup_vs_teacher")},
-        "comparable": ("comparable",),
-    }
-
-
-FIELDS = tuple(dict.fromkeys(("evaluation", *SETTING, *Identity._fields, *_paths("fd"), "comparable_reasons")))
-
-
-def _at(found: Any, *path: str | int) -> Any:  # noqa: ANN401
+def _at(value: Any, path: str) -> Any:  # noqa: ANN401
     """The value at a path of keys and places; None where something on the way is absent or null."""
-    for step in path:
-        if isinstance(found, dict):
-            found = found.get(step)
-        elif isinstance(found, list) and isinstance(step, int) and step < len(found):
-            found = found[step]
-        else:
-            return None
-    return found
+    for step in path.split("."):
+        match value:
+            case dict():
+                value = value.get(step)
+            case [low, high]:  # the ends of an interval
+                value = (low, high)[int(step)]
+            case _:
+                return None
+    return value
+
+
+Row = Mapping[str, Any]  # of `flat_rows`; empty where the column has nothing to say of it
+Cells = list[tuple[str, str]]  # of each row the value, and what stands below it
+Group = tuple[list[str], list[tuple[str, Cells]]]  # the lines of a heading, and columns with a heading each
+
+
+class PageTable(NamedTuple):
+    """A table of the page: its caption, rows with their numbers, and groups of columns with a cell for each row."""
+
+    caption: str
+    rows: list[tuple[int, Row]]
+    groups: list[Group]
+
+
+# columns: the heading of each field
+DISTANCE = {"{title}": "distance", "Excess": "excess"}
+CLIP = {"CLIP score": "clip_score", "Minus teacher's": "clip_delta"}
+SAMPLING = {
+    "Steps": "steps",
+    "Guidance": "guidance",
+    "NFE": "nfe",
+    "Seconds per image": "seconds_per_image",
+    "Speed-up": "speedup_vs_teacher",
+}
+FEATURES = {
+    "{title}, bias-corrected": "bias_corrected",
+    "Mean term": "mean_term",
+    "Covariance term": "cov_term",
+    "Noise floor": "noise_floor",
+    "KID": "kid",
+    **{name.capitalize(): name for name in ("precision", "recall", "density", "coverage")},
+    "CMMD": "cmmd",
+    "Vendi": "vendi",
+    "Diversity": "diversity",
+    "Diversity / teacher's": "diversity_vs_teacher",
+    "Paired distance": "paired_features",
+}
+PIXELS = {"PSNR (dB)": "psnr", "SSIM": "ssim", "LPIPS": "lpips"}
+RUN = {
+    "Seed": "seed",
+    "N": "n",
+    "Skipped": "n_skipped",
+    "Calls": "calls",
+    "Latency p50 (ms)": "latency_ms_p50",
+    "Latency p90 (ms)": "latency_ms_p90",
+    "Peak memory (MiB)": "peak_mem_mib",
+}
+SPREAD = {"kid": ["kid_std"], "clip_score": ["clip_stderr"]}  # what is ± a value; others have an interval, or nothing
+SPREAD |= {name: [f"{name}_low", f"{name}_high"] for name in ("distance", "excess", "clip_delta")}
+
+
+def tables(rows: Sequence[Row]) -> list[PageTable]:
+    """Distances and costs of all rows, the measures on features by comparison key, the rest of all rows.
+
+    In the first, each comparison key and each CLIP model has columns of its own.
+    """
+    numbered, keys = list(enumerate(rows, start=1)), comparison_keys(rows)
+    distances = [(_lines(key), _columns(DISTANCE, with_key(key, rows), TITLES[key.key])) for key in keys]
+    scores = [([model], _columns(CLIP, with_model(model, rows))) for model in clip_models(rows)]
+    sampling = (["Sampling"], _columns(SAMPLING, rows))
+    pages = [PageTable("Distances and costs", numbered, [*distances, *scores, sampling])]
+    for key in keys:
+        mine = [(place, row) for place, row in numbered if _key(row) == key]
+        group = (_lines(key), _columns(FEATURES, [row for _, row in mine], TITLES[key.key]))
+        pages.append(PageTable("Other measures on features", mine, [group]))
+    beside = (["Compared with the teacher's images"], _columns(PIXELS, rows))
+    pages.append(PageTable("Images and runs", numbered, [beside, (["Run"], _columns(RUN, rows))]))
+    filled = [page._replace(groups=[group for group in page.groups if group[1]]) for page in pages]
+    return [page for page in filled if page.groups]
+
+
+def comparison_keys(rows: Iterable[Row]) -> list[ComparisonKey]:
+    """Each comparison key of the rows once, in their order."""
+    return list(dict.fromkeys(_key(row) for row in rows))
+
+
+def with_key(key: ComparisonKey, rows: Iterable[Row]) -> list[Row]:
+    """The rows, those of another key emptied."""
+    return [row if _key(row) == key else {} for row in rows]
+
+
+def clip_models(rows: Iterable[Row]) -> list[str]:
+    """Each CLIP model that has scored a row."""
+    return list(dict.fromkeys(_model(row) for row in rows if row["clip_score"] is not None))
+
+
+def with_model(model: str, rows: Iterable[Row]) -> list[Row]:
+    """The rows, those of another CLIP model emptied."""
+    return [row if row and _model(row) == model else {} for row in rows]
+
+
+def digits(values: Iterable[float | None]) -> int:
+    """Decimals that show three digits of the middle value, and no more than the values have."""
+    sizes = [abs(value) for value in values if value]
+    if not sizes:
+        return 0
+    wanted = 2 - math.floor(math.log10(statistics.median(sizes)))
+    has = max(len(f"{size:.9f}".rstrip("0").partition(".")[2]) for size in sizes)
+    return max(0, min(wanted, has))
+
+
+def number(value: float | None, decimals: int) -> str:
+    """A number as text, with the sign that typesetters use; a dash for None."""
+    return "–" if value is None else f"{value:.{decimals}f}".replace("-", "−")
+
+
+def _columns(fields: Mapping[str, str], rows: Sequence[Row], title: str = "") -> list[tuple[str, Cells]]:
+    """Heading and cells of each field that some row has."""
+    columns = []
+    for heading, field in fields.items():
+        values = [row.get(field) for row in rows]
+        if any(value is not None for value in values):
+            decimals = digits(values)
+            cells = [(number(row.get(field), decimals), _below(field, row, decimals)) for row in rows]
+            columns.append((heading.format(title=title), cells))
+    return columns
+
+
+def _lines(key: ComparisonKey) -> list[str]:
+    n = UNKNOWN if key.n is None else key.n
+    return [key.features_id, f"N {n}, protocol {key.protocol}", f"reference {key.reference_sha256[:12]}"]
+
+
+def _key(row: Row) -> ComparisonKey:
+    return ComparisonKey(**{field: row[field] for field in ComparisonKey._fields})
+
+
+def _model(row: Row) -> str:
+    return row["clip_model"] or UNKNOWN
+
+
+def _below(field: str, row: Row, decimals: int) -> str:
+    spread = [row.get(name) for name in SPREAD.get(field, [])]
+    if not spread or None in spread:
+        return ""
+    texts = [number(value, decimals) for value in spread]
+    return f"± {texts[0]}" if len(texts) == 1 else f"[{', '.join(texts)}]"

@@ -5,22 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from stepdistill.evaluation.report.columns import TITLES, Row, digits, number
-from stepdistill.evaluation.report.table import UNKNOWN, Evaluation, Identity, alike
+from stepdistill.evaluation.report.table import (
+    TITLES,
+    UNKNOWN,
+    ComparisonKey,
+    Evaluation,
+    Row,
+    digits,
+    key_differences,
+    number,
+)
 
 SHARED = {
-    "teacher": "Their teachers differ: each row's excess and speed-up are over the teacher of its own evaluation.",
-    "prompts": "Their prompts differ: part of a difference between their rows is one of prompts.",
-    "host": "They ran on different hosts: their seconds do not compare.",
+    "teacher": "The teachers differ: excess and speed-up are relative to the teacher of each row's own evaluation.",
+    "prompts": "The prompts differ: part of any difference between the rows is due to the prompts.",
+    "host": "The evaluations ran on different hosts: their times are not comparable.",
 }
 READING = {
-    "excess": "Excess is the distance of a row minus the teacher's, same prompts and seeds, 20-block jackknife on the "
-    "difference. What both share cancels in it: read it rather than the two distances.",
-    "distance_low": "Brackets hold 95 % intervals.",
+    "excess": "Excess is the distance of a row minus the distance of the teacher with the same prompts and seeds. Its "
+    "interval is a 20-block jackknife of the difference, in which errors that both share cancel: compare excess rather "
+    "than distances.",
+    "distance_low": "Brackets are 95 % intervals.",
     "kid_std": "The ± below KID is the standard deviation over its subsets.",
-    "clip_stderr": "The ± below a CLIP score is its standard error; the plot shows 1.96 of them.",
-    "nfe": "NFE counts evaluations of the network an image: a step with guidance takes two.",
-    "speedup_vs_teacher": "Speed-up is the teacher's seconds an image over the row's.",
+    "clip_stderr": "The ± below a CLIP score is its standard error. The plot shows 1.96 standard errors.",
+    "nfe": "NFE is the number of network evaluations per image. A step with guidance takes two.",
+    "speedup_vs_teacher": "Speed-up is the teacher's seconds per image divided by the row's.",
 }
 
 
@@ -30,9 +39,9 @@ def about(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
     return [(label, [facts[label] for facts in each]) for label in each[0]]
 
 
-def summary(one: Identity, rows: Iterable[Row]) -> str:
-    """One sentence or a few on the best student of an identity's rows, and how far it is from its teacher."""
-    title = TITLES[one.key]
+def summary(key: ComparisonKey, rows: Iterable[Row]) -> str:
+    """A few sentences on the best student of a comparison key's rows, and how far it is from its teacher."""
+    title = TITLES[key.key]
     measured = [row for row in rows if row and row["distance"] is not None]
     students = [row for row in measured if row["role"] == "student"]
     if not measured:
@@ -40,30 +49,29 @@ def summary(one: Identity, rows: Iterable[Row]) -> str:
     best = min(students or measured, key=lambda row: row["distance"])
     kind = "student" if students else "row"
     among = f"Lowest {title} of {len(students or measured)} {kind}{'s' * (len(students or measured) > 1)}"
-    evaluations = f"N {one.n}, features {one.features_id}"
-    text = f"{among} ({evaluations}): {best['name']}, {_with_interval(best, 'distance')}"
+    text = f"{among} (N {key.n}, features {key.features_id}): {best['name']}, {_with_interval(best, 'distance')}"
     if best["nfe"] is not None:
-        text += f" in {best['nfe']:g} network evaluation{'s' * (best['nfe'] != 1)} an image"
+        text += f" in {best['nfe']:g} network evaluation{'s' * (best['nfe'] != 1)} per image"
     parts = [text, *([_excess(best), _speed(best)] if students else [])]
     if best["comparable"] is False:
-        parts.append("It does not compare with published values; the notes say why")
+        parts.append("It is not comparable with published values; see the notes")
     return ". ".join(filter(None, parts)) + "."
 
 
 def notes(evaluations: Sequence[Evaluation], rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     """Why values are not comparable, and how the numbers are to be read."""
-    against = [f"Columns are apart for their {text}." for text in alike(evaluations)]
+    against = [f"Rows are in separate columns because they differ in {text}." for text in key_differences(evaluations)]
     for key, text in SHARED.items():
         if any(one.facts.get(key) != evaluations[0].facts.get(key) for one in evaluations):
             against.append(text)
     for one in evaluations:
         protocol = one.facts.get("protocol") or {}
         for trusted in protocol.get("trusted") or []:
-            against.append(f"{one.name} takes on trust {trusted}.")
+            against.append(f"{one.name} assumes, without a check, {trusted}.")
         for deviation in protocol.get("deviations") or []:
             against.append(f"{one.name} deviates from the protocol {protocol.get('name')}: {deviation}.")
         if one.facts.get("exit_reason") != "ok":
-            against.append(f"{one.name} did not end well ({one.facts.get('exit_reason')}): rows may be missing.")
+            against.append(f"{one.name} stopped early ({one.facts.get('exit_reason')}): rows may be missing.")
     reasons: dict[str, list[int]] = {}
     for place, row in enumerate(rows, start=1):
         if row["comparable"] is False:
@@ -84,21 +92,21 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, str]:
         "Prompts": _listed(facts, "prompts", "{source}", "N {n}", "sha256 {sha256:.12}"),
         "Reference": _listed(facts, "reference", "{kind}", "{path}", "N {n}", "sha256 {sha256:.12}"),
         "Features": _listed(facts, "features", "{id}", "{dim} dimensions"),
-        "Images a row (N)": _values(facts, "n"),
+        "Images per row (N)": _values(facts, "n"),
         "Seed": _values(facts, "seed"),
         "Protocol": "none" if protocol.get("name") == "none" else f"{protocol.get('name', UNKNOWN)}{met}",
         "Host": _listed(facts, "host", "{device}", "world size {world_size}"),
-        "Made": ", ".join([str(facts.get("created", UNKNOWN)), *tools]),
+        "Created": ", ".join([str(facts.get("created", UNKNOWN)), *tools]),
     }
 
 
 def _listed(facts: Mapping[str, Any], key: str, *parts: str) -> str:
     """The parts of a fact that are known."""
-    found = {name: value for name, value in (facts.get(key) or {}).items() if value is not None}
+    known = {name: value for name, value in (facts.get(key) or {}).items() if value is not None}
     texts = []
     for part in parts:
         try:
-            texts.append(part.format_map(found))
+            texts.append(part.format_map(known))
         except KeyError:
             continue
     return ", ".join(texts) or "none"
@@ -109,23 +117,23 @@ def _values(facts: Mapping[str, Any], key: str) -> str:
 
 
 def _with_interval(row: Row, key: str) -> str:
-    found = [row[key], row[f"{key}_low"], row[f"{key}_high"]]
-    value, low, high = (number(one, digits(found)) for one in found)
-    return value if None in found else f"{value} [{low}, {high}]"
+    values = [row[key], row[f"{key}_low"], row[f"{key}_high"]]
+    value, low, high = (number(one, digits(values)) for one in values)
+    return value if None in values else f"{value} [{low}, {high}]"
 
 
 def _excess(row: Row) -> str:
     """Where a student stands beside its teacher; near it only where the interval of the difference says so."""
     if row["excess"] is None:
-        return "No teacher was measured beside it"
+        return "No teacher was measured in the same evaluation"
     value, low, high = _with_interval(row, "excess"), row["excess_low"], row["excess_high"]
     if low is None or high is None:
-        return f"Its excess over the teacher is {value}, without an interval: it may be chance"
+        return f"Its excess over the teacher is {value}, without an interval: the difference may be chance"
     if low <= 0 <= high:
-        return f"Its excess over the teacher, {value}, cannot be told from none"
+        return f"Its excess over the teacher, {value}, is not distinguishable from zero"
     if low > 0:
-        return f"Its excess over the teacher is {value}: it is further from the reference than the teacher"
-    return f"Its excess over the teacher is {value}: it is nearer to the reference than the teacher"
+        return f"Its excess over the teacher is {value}: it is farther from the reference than the teacher"
+    return f"Its excess over the teacher is {value}: it is closer to the reference than the teacher"
 
 
 def _speed(row: Row) -> str:

@@ -50,6 +50,6 @@ def prompt_of(record: Mapping[str, object]) -> str:
     return value.strip()
 
 
-def sha256_of(prompts: Sequence[str]) -> str:
+def prompts_digest(prompts: Sequence[str]) -> str:
     """Hex digest of the prompts in their order: their identity in results."""
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()

@@ -1,22 +1,26 @@
-"""What is measured of single images beside their features: CLIP score, and likeness to the teacher's image."""
+"""Scores of single images beside their features: CLIPScore, and likeness to the teacher's image."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.errors import EvaluationError, MissingWeights, problem
-from stepdistill.evaluation.fill import Score
-from stepdistill.evaluation.metrics.clip_score import clip_scores
+from stepdistill.evaluation.metrics.features import check_images
 from stepdistill.evaluation.metrics.identity import hash_of
-from stepdistill.evaluation.store import Store
 from stepdistill.networks.clip import Clip, clip
 from stepdistill.networks.lpips import lpips
+
+BATCH = 64  # images that go through CLIP at once
+Score = Callable[[Tensor, Sequence[int]], dict[str, list[float]]]  # of images and their numbers, by name
+TeacherImages = Callable[[Sequence[int]], Tensor]  # those of the same prompts and noises, by their numbers
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,11 @@ class ClipScore:
 
     def __call__(self, images: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
         """Scores by name, of images (B, 3, H, W) uint8 with these numbers."""
-        own = [self.prompts[i] for i in numbers]
-        return {"clip": clip_scores(self.model, images, own, self.prefix).tolist()}
+        prompts = [self.prompts[i] for i in numbers]
+        return {"clip": clip_scores(self.model, images, prompts, self.prefix).tolist()}
 
 
-def against_teacher(teacher: Store) -> Score:
+def pixel_likeness(teacher: TeacherImages) -> Score:
     """PSNR in dB and SSIM (Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861) of images and the teacher's, by
     torchmetrics. Raises EvaluationError where that is not installed."""
     try:
@@ -70,7 +74,7 @@ def against_teacher(teacher: Store) -> Score:
         raise EvaluationError(problem(f"metric pixels, and {error}", "torchmetrics", why, todo)) from error
 
     def score(images: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
-        a, b = images.double(), _same(teacher, numbers).double()
+        a, b = images.double(), teacher(numbers).double()
         psnr = peak_signal_noise_ratio(a, b, data_range=255.0, reduction="none", dim=(1, 2, 3))
         ssim = structural_similarity_index_measure(a, b, data_range=255.0, reduction="none")
         assert isinstance(ssim, Tensor)
@@ -81,18 +85,49 @@ def against_teacher(teacher: Store) -> Score:
     return score
 
 
-def perceptual(teacher: Store, device: torch.device) -> Score:
+def perceptual_likeness(teacher: TeacherImages, device: torch.device) -> Score:
     """LPIPS (AlexNet) of images and the teacher's. Raises ConfigError where its weights are not there."""
     network = lpips("alex", device)
 
     @torch.no_grad()
     def score(images: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
-        a, b = (each.to(device).float() / 127.5 - 1 for each in (images, _same(teacher, numbers)))
+        a, b = (each.to(device).float() / 127.5 - 1 for each in (images, teacher(numbers)))
         return {"lpips": network(a, b).tolist()}
 
     return score
 
 
-def _same(teacher: Store, numbers: Sequence[int]) -> Tensor:
-    """The teacher's images of the same prompts and noises."""
-    return teacher.images(range(numbers[0], numbers[-1] + 1))
+@torch.no_grad()
+def clip_scores(clip: Clip, images: Tensor, prompts: Sequence[str], prefix: str = "") -> Tensor:
+    """Scores (N,) in [0, 100], float32 on the CPU: 100 max(cos, 0) of each image and its prompt.
+
+    Hessel et al. 2021, https://arxiv.org/abs/2104.08718, with torchmetrics' scale of 100 for the paper's 2.5. The mean
+    over images is of values at or above zero, where torchmetrics bounds the mean alone. As CLIP's own processor does,
+    the shorter side is resized, the middle cut out; a prompt's tokens beyond the tokenizer's limit (77) are left out.
+    Numbers of different CLIP models, or of different prefixes, are not comparable. Raises TypeError, ValueError.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        prefix: goes before every prompt, such as the paper's "A photo depicts ".
+    """
+    check_images("clip_scores", images)
+    if len(prompts) != len(images):
+        raise ValueError(
+            f"clip_scores got {len(images)} images and {len(prompts)} prompts, expected equal numbers: each "
+            "image is scored with its own prompt; pass both over the same list"
+        )
+    side = clip.model.config.vision_config.image_size
+    words, cosines = [prefix + prompt for prompt in prompts], []
+    for start in range(0, len(images), BATCH):
+        part = torch.stack([_square(image, side) for image in images[start : start + BATCH].cpu()])
+        cosines.append(clip(part.to(clip.model.device, torch.float32) / 255, words[start : start + BATCH]))
+    return 100 * torch.cat(cosines).clamp(min=0).cpu()
+
+
+def _square(image: Tensor, side: int) -> Tensor:
+    """uint8 (3, side, side), as CLIP's processor makes it by PIL, so that `clip` has nothing left to resize."""
+    pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    size = [side * length // min(pil.size) for length in pil.size]
+    left, top = ((length - side) // 2 for length in size)
+    pil = pil.resize((size[0], size[1]), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.array(pil)).permute(2, 0, 1)
