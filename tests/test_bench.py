@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -66,10 +67,9 @@ def test_the_cached_side_encodes_nothing(teacher):
 
 def test_both_sides_compute_the_same_loss(teacher):
     reference = bench.Reference(teacher, SMALL)
-    session, loop = bench.production(teacher, SMALL, "uncached")
-    (batch,) = next(loop.batches)
-    context = session.context(0)
-    data = session.run.data
+    session, _ = bench.production(teacher, SMALL, "uncached")
+    context, data = session.context(0), session.run.data
+    (batch,) = next(session.batches.steps(data, 0, 0, 1))
     pixels, prompts = zip(*(data[i] for i in Stream(data, SMALL.batch, 0).items(0)), strict=True)
     index = (context.draw(batch, "t") * bench.GRID).long()
     with torch.no_grad():
@@ -97,18 +97,18 @@ def drawn(context: StepContext, batch: Batch) -> plain.Draws:
 
 def test_both_sides_train_dmd2_alike():
     """The same losses for two cycles, and so the same updates."""
-    loop, reference = cycle.production(CYCLE), plain.Reference(CYCLE)
+    run, reference, stepped = cycle.production(CYCLE), plain.Reference(CYCLE), Counter()
     for role, net in (("student", reference.student), ("fake", reference.fake)):
-        awake(loop.team.backbone, role)
-        set_peft_model_state_dict(net, loop.team.backbone.state(role))
-    stepped = {"student": 0, "fake": 0}
+        awake(run.optimizers.backbone, role)
+        set_peft_model_state_dict(net, run.optimizers.backbone.state(role))
     for number in range(2 * CYCLE.critic_steps):
-        (batch,) = next(loop.batches)
-        values = loop.one_step(number, [batch], stepped)
-        losses = reference.step(number, batch.cond["states"], drawn(loop.context(number), batch))
+        (batch,) = next(run.batches)
+        values = run.step(number, [batch])
+        losses = reference.step(number, batch.cond["states"], drawn(run.context(number), batch))
         ours = [values[key] for key in ("loss", "loss_fake") if key in values]
         assert len(losses) == 1 + (number % CYCLE.critic_steps == 0)
         assert ours == pytest.approx(losses, rel=1e-4)
+        stepped.update(role for role in run.optimizers.by_role if values.get(f"grad_norm/{role}", 0) > 0)
     assert stepped == {"student": 2, "fake": 2 * CYCLE.critic_steps}
 
 

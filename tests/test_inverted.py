@@ -72,10 +72,9 @@ def test_a_pair_has_both_ends_of_a_path_of_the_teacher(place, tmp_path, name):
     schedule = session.context(0).schedule
     times = schedule.grid(4)
     with torch.no_grad():
-        x = schedule.add_noise(
-            session.run.family.encode(session.pipe, pixels[None]), noise_of(0, 6, session.feed.shape)[None], times[:1]
-        )
-        top = follow(session.denoiser(TEACHER), schedule, times.tolist(), x, session.feed.condition(["colour 1"]))
+        latents = session.run.family.encode(session.pipe, pixels[None])
+        x = schedule.add_noise(latents, noise_of(0, 6, session.batches.shape)[None], times[:1])
+        top = follow(session.denoiser(TEACHER), schedule, times.tolist(), x, session.batches.condition(["colour 1"]))
     torch.testing.assert_close(sample.latents, x[0], atol=2e-3, rtol=2e-3)  # stored in half precision
     torch.testing.assert_close(sample.noise, top[0], atol=4e-3, rtol=4e-3)
     assert (sample.noise - sample.latents).abs().max() > 0.1

@@ -44,11 +44,19 @@ from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.training import distill as running
 from stepdistill.training.distill import dry_run
-from stepdistill.training.loop import Loop
 from stepdistill.training.memory import predict as predicting
-from stepdistill.training.memory.forecast import BASE, Part, Prediction, by_foreach, cycle, forecast, prime
-from stepdistill.training.memory.outline import configs_of, networks, outline
-from stepdistill.training.memory.predict import predict, rehearsal
+from stepdistill.training.memory.forecast import (
+    BASE,
+    Prediction,
+    Rehearsal,
+    RoleMemory,
+    by_foreach,
+    cycle,
+    forecast,
+    prime,
+)
+from stepdistill.training.memory.outline import configs_of, networks_of, outline
+from stepdistill.training.memory.predict import predict, rehearse
 from stepdistill.training.memory.tracker import Tracker
 from stepdistill.training.recipe import Run, TrainSpec
 
@@ -113,14 +121,14 @@ def said(case: Cycle) -> Prediction:
     return forecast(loop, {})
 
 
-def real(case: Cycle) -> Loop:
+def real(case: Cycle) -> Rehearsal:
     """All that stays between steps, on real tensors."""
     loop = cycles.build(case)
-    loop.team.declare(loop.method)
-    if loop.spec.gradient_checkpointing:
-        loop.team.backbone.enable_checkpointing()
-    loop.team.equip(loop.spec)
-    prime(loop.team)
+    loop.optimizers.declare(loop.method)
+    if loop.optimizers.spec.gradient_checkpointing:
+        loop.optimizers.backbone.enable_checkpointing()
+    loop.optimizers.build()
+    prime(loop.optimizers)
     gc.collect()
     return loop
 
@@ -167,11 +175,11 @@ def test_what_stays_is_counted_by_hand(optimizer, states, counters):
     case = sd3(Consistency(), optimizer=optimizer)
     found, (numbers, tensors) = said(case), lora_numbers(case)
     size = 4 * numbers
-    base = Part(BASE, found.parts[0].parameters, network_bytes(case, 2))
+    base = RoleMemory(BASE, found.parts[0].parameters, network_bytes(case, 2))
     assert found.parts == (
         base,
-        Part("student", numbers, size, size, states * size + counters * tensors),
-        Part("ema", numbers, size),
+        RoleMemory("student", numbers, size, size, states * size + counters * tensors),
+        RoleMemory("ema", numbers, size),
     )
     assert found.static == base.weights + (2 + states) * size + counters * tensors
 
@@ -182,15 +190,15 @@ def test_heads_copies_and_adapters_are_counted_by_hand():
     assert list(parts) == [BASE, "student", "fake", "head"]
     # features of 4 x 4 tokens: a 4 x 4 convolution to one place, its norm, and the logit's weights
     head = BLOCK * BLOCK * 16 + BLOCK + 2 * BLOCK + BLOCK + 1
-    assert parts["head"] == Part("head", head, 4 * head, 4 * head)
+    assert parts["head"] == RoleMemory("head", head, 4 * head, 4 * head)
 
     case = sd(Reflow(width=0.5), wide, optimizer=MOMENTUM)
     with torch.device("meta"):
         slim = case.run.family.narrow(shapes(case), 0.5)
     count = sum(p.numel() for p in slim.parameters())
     student, ema = said(case).parts[1:]
-    assert student == Part("student", count, 4 * count, 4 * count, 4 * count)
-    assert ema == Part("ema", count, 4 * count)
+    assert student == RoleMemory("student", count, 4 * count, 4 * count, 4 * count)
+    assert ema == RoleMemory("ema", count, 4 * count)
 
 
 def wide() -> nn.Module:
@@ -199,9 +207,9 @@ def wide() -> nn.Module:
 
 def test_primed_optimizers_have_states_and_no_gradients():
     loop = real(sd3(DMD2(critic_steps=1, gan=Gan())))
-    assert list(loop.team.optimizers) == ["student", "fake", "head"]
-    for role, optimizer in loop.team.optimizers.items():
-        params = list(loop.team.params(role).values())
+    assert list(loop.optimizers.by_role) == ["student", "fake", "head"]
+    for role, optimizer in loop.optimizers.by_role.items():
+        params = list(loop.optimizers.params(role).values())
         assert all(p.grad is None for p in params) and len(optimizer.state) == len(params)
         moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
         assert not any(moment.any() for moment in moments)
@@ -420,7 +428,7 @@ def test_an_outline_is_the_pipeline_without_content(folders, name):
     assert type(found) is type(pipe) and found.config.keys() == pipe.config.keys()
     public = [{k: v for k, v in p.scheduler.config.items() if not k.startswith("_")} for p in (found, pipe)]
     assert public[0] == public[1]
-    ours, theirs = networks(found), networks(pipe)
+    ours, theirs = networks_of(found), networks_of(pipe)
     assert ours.keys() == theirs.keys()
     for part in ours:
         shapes = [{key: (p.shape, p.dtype) for key, p in net.named_parameters()} for net in (ours[part], theirs[part])]
@@ -455,10 +463,10 @@ def test_a_dry_run_reads_no_weights_and_is_right(folders, tmp_path, monkeypatch,
     assert shown == str(found) and not (tmp_path / "out").exists() and not (tmp_path / "unmade").exists()
 
     accelerator, net = Accelerator(mixed_precision=given.train.mixed_precision), given.family.network(pipe)
-    assert found.loading == sum(4 * p.numel() for part in networks(pipe).values() for p in part.parameters())
+    assert found.loading == sum(4 * p.numel() for part in networks_of(pipe).values() for p in part.parameters())
     tracker = Tracker(CPU)
     with tracker:
-        for part in networks(pipe).values():
+        for part in networks_of(pipe).values():
             for module in part.modules():  # made anew, so that the tracker sees them
                 for key, buffer in list(module.named_buffers(recurse=False)):
                     setattr(module, key, buffer.clone())
@@ -466,12 +474,12 @@ def test_a_dry_run_reads_no_weights_and_is_right(folders, tmp_path, monkeypatch,
                 p.data = p.data.clone()
         if accelerator.mixed_precision == "bf16":
             net.to(torch.bfloat16)
-        loop = rehearsal(given, accelerator, pipe)
-        loop.team.declare(method)
+        loop = rehearse(given, accelerator, pipe)
+        loop.optimizers.declare(method)
         if given.train.gradient_checkpointing:
-            loop.team.backbone.enable_checkpointing()
-        loop.team.equip(given.train)
-        prime(loop.team)
+            loop.optimizers.backbone.enable_checkpointing()
+        loop.optimizers.build()
+        prime(loop.optimizers)
         gc.collect()
         kept = tracker.total
         tracker.reset()
@@ -497,8 +505,8 @@ def test_a_single_file_is_outlined_by_its_config_or_its_header(folders, tmp_path
     save_file({key: torch.zeros(4)}, file)
     assert configs_of(str(file)) == "stabilityai/stable-diffusion-xl-base-1.0"
     family = replace(tiny.FAMILIES["sdxl"], pretrained_teacher_model=str(file), single_file_config=str(folders("sdxl")))
-    found = networks(outline(family))
-    assert found.keys() == networks(tiny.pipeline("sdxl")).keys()
+    found = networks_of(outline(family))
+    assert found.keys() == networks_of(tiny.pipeline("sdxl")).keys()
 
 
 # bench and table

@@ -38,8 +38,9 @@ from stepdistill.training.cache import rows as cache
 from stepdistill.training.cache.keys import Keys, keys_of
 from stepdistill.training.cache.precompute import precompute, prompts_of
 from stepdistill.training.cache.rows import RowStore
-from stepdistill.training.distill import assemble, check, distill, make_data
-from stepdistill.training.optimizers import Team
+from stepdistill.training.distill import check, distill, make_data
+from stepdistill.training.loop import train
+from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import Session, prepare
 
@@ -139,8 +140,8 @@ def equal(a: dict, b: dict) -> bool:
 def batches(run: Run, steps: int = 3) -> list[torch.Tensor]:
     """The tensors of the first steps, and of the unconditional row."""
     session = prepare(run)
-    found = [value for _, value in sorted(session.feed.null.items())]
-    read = session.feed.batches(run.data, 0, 0, 1)
+    found = [value for _, value in sorted(session.batches.null.items())]
+    read = session.batches.steps(run.data, 0, 0, 1)
     for _ in range(steps):
         for part in next(read):
             found += [value for _, value in sorted(part.cond.items())]
@@ -171,8 +172,8 @@ def trained(run: Run) -> tuple[Session, dict[str, torch.Tensor]]:
     session = prepare(run)
     Path(run.train.output_dir).mkdir(parents=True, exist_ok=True)
     make_data(session)
-    assert assemble(session, Team.assemble(session.backbone, run.method, run.train)).fit()
-    session.feed.save()
+    assert train(session, Optimizers(session.backbone, run.train).declare(run.method).build())
+    session.batches.save()
     return session, session.backbone.state("student")
 
 
@@ -422,7 +423,7 @@ def test_another_text_encoder_is_another_cache(place, tmp_path, caplog, loads):
     session = prepare(run)
     assert "ignoring 1 cache files" in caplog.text
     assert torch.equal(
-        session.feed.condition(["rose"])["states"], run.family.condition(run.family.load(), ["rose"])["states"]
+        session.batches.condition(["rose"])["states"], run.family.condition(run.family.load(), ["rose"])["states"]
     )
     assert sorted(loads) == ["AutoencoderKL", "CLIPTextModel", "CLIPTextModel"]  # the cache's, and the whole pipeline's
 
@@ -599,7 +600,7 @@ def test_a_row_holds_the_size_of_a_latent(place, tmp_path):
     precompute(run)
     shutil.rmtree(tmp_path / "sdxl" / "vae")
     build.vae((16, 16)).save_pretrained(tmp_path / "sdxl" / "vae")
-    assert prepare(run).feed.condition(["rose"])["scale"].tolist() == [[2.0]]
+    assert prepare(run).batches.condition(["rose"])["scale"].tolist() == [[2.0]]
 
 
 def test_logs_name_the_reason(place, tmp_path, caplog):

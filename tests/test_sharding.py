@@ -34,7 +34,7 @@ from stepdistill.networks.roles import TEACHER, Ema, Lora, LoraSpec, Module
 from stepdistill.students.contract import read_contract
 from stepdistill.training import loop as trainer
 from stepdistill.training.distill import distill
-from stepdistill.training.optimizers import Team
+from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run, TrainSpec
 
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ def gradients(name: str, method: DMD2, keep: list[int], shard: bool, checkpointi
     if shard and late:
         sharding.shard(bone, CPU, torch.float32)
     spec = TrainSpec(output_dir="unused", max_grad_norm=None, learning_rate=1e-2)
-    team = Team.assemble(bone, method, spec)
+    optimizers = Optimizers(bone, spec).declare(method).build()
     for role in ("student", "fake"):
         awake(bone, role)
     if shard and not late:
@@ -98,39 +98,26 @@ def gradients(name: str, method: DMD2, keep: list[int], shard: bool, checkpointi
     if checkpointing:
         bone.enable_checkpointing()
     found = {}
-    for role in team.optimizers:
-        params = list(team.params(role).values())
-        team.optimizers[role] = SGD(params, lr=0.0)  # as they were: a step would make more of rounding
+    for role in optimizers.by_role:
+        params = list(optimizers.params(role).values())
+        optimizers.by_role[role] = SGD(params, lr=0.0)  # as they were: a step would make more of rounding
 
         def record(optimizer, *_, role=role, params=params):
             key = f"{role} {sum(k.startswith(role) for k in found)}"
             found[key] = torch.cat([p.grad.flatten() for p in params])
 
-        team.optimizers[role].register_step_pre_hook(record)
-    loop = trainer.Loop(
-        method=method,
-        team=team,
-        spec=spec,
-        context=lambda step: context(name, pipe, bone, step),
-        batches=iter(()),
-        logs=None,  # pyright: ignore
-        validate=lambda step: False,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        facts={},
-        device=CPU,
-    )
+        optimizers.by_role[role].register_step_pre_hook(record)
     whole = batch(name, pipe, 4)
     parts = [rows(whole, slice(i, i + 1)) for i in keep]
-    stepped = dict.fromkeys(team.optimizers, 0)
-    before = team.fingerprint()
+    before = optimizers.fingerprint()
     for step in range(2):
-        loop.one_step(step, parts, stepped)
+        trainer.train_step(method, optimizers, context(name, pipe, bone, step), parts)
     if shard:
-        own = {id(p) for role in bone.declared for p in team.params(role).values()}
+        own = {id(p) for role in bone.declared for p in optimizers.params(role).values()}
         base = [p for p in bone.net.parameters() if id(p) not in own]
         assert all(isinstance(p, DTensor) and not p.requires_grad for p in base)  # none is left gathered
-        assert not any(isinstance(p, DTensor) for role in bone.declared for p in team.params(role).values())
-        now = team.fingerprint()
+        assert not any(isinstance(p, DTensor) for role in bone.declared for p in optimizers.params(role).values())
+        now = optimizers.fingerprint()
         assert all((now[key] == before[key]).item() for key in now if key.startswith("base/"))
         assert len([key for key in now if key.startswith("base/")]) == len(base)
         found["share"] = torch.tensor(sum(p.to_local().numel() for p in base) / size)

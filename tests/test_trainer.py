@@ -32,7 +32,7 @@ from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.training import checkpoint
 from stepdistill.training import loop as trainer
 from stepdistill.training.distill import check, distill
-from stepdistill.training.optimizers import Team
+from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run, TrainSpec
 
 LCM = Consistency(num_ddim_timesteps=10, guidance_scale=3.0, ema_decay=0.9, loss_type="l2")
@@ -161,14 +161,14 @@ def _same_gradients(ours: Path, theirs: Path) -> None:
         assert (one - two).norm() <= 1e-6 * two.norm(), (step, (one - two).norm() / two.norm())
 
 
-def test_micro_batches_keep_no_graph(monkeypatch):
+def test_micro_batches_keep_no_graph():
     """The graph of one micro-batch is gone before the next is built."""
     pipe = pipeline("sd")
-    team = Team(backbone("sd", pipe))
-    team.backbone.add("student", Lora())
-    awake(team.backbone, "student")
-    team.optimizers["student"] = torch.optim.SGD(list(team.params("student").values()), lr=0.0)
-    team.schedulers["student"] = torch.optim.lr_scheduler.ConstantLR(team.optimizers["student"])
+    optimizers = Optimizers(backbone("sd", pipe), TrainSpec(output_dir="unused"))
+    optimizers.backbone.add("student", Lora())
+    awake(optimizers.backbone, "student")
+    optimizers.by_role["student"] = torch.optim.SGD(list(optimizers.params("student").values()), lr=0.0)
+    optimizers.schedulers["student"] = torch.optim.lr_scheduler.ConstantLR(optimizers.by_role["student"])
     alive: list[int] = []
 
     class Counting:
@@ -177,19 +177,8 @@ def test_micro_batches_keep_no_graph(monkeypatch):
             alive.append(sum(isinstance(o, torch.Tensor) and o.grad_fn is not None for o in gc.get_objects()))
             yield from replace(LCM, ema_decay=None).updates(scene, part, step)
 
-    loop = trainer.Loop(
-        method=Counting(),  # pyright: ignore
-        team=team,
-        spec=TrainSpec(output_dir="unused"),
-        context=lambda step: context("sd", pipe, team.backbone, step),
-        batches=iter(()),
-        logs=None,  # pyright: ignore
-        validate=lambda step: False,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        facts={},
-        device=torch.device("cpu"),
-    )
-    loop.one_step(0, [batch("sd", pipe, first=2 * k) for k in range(4)], {"student": 0})
+    micro_batches = [batch("sd", pipe, first=2 * k) for k in range(4)]
+    trainer.train_step(Counting(), optimizers, context("sd", pipe, optimizers.backbone), micro_batches)  # pyright: ignore
     # what is left is the suspended generator's own loss and output, whose buffers backward has freed
     assert all(after - before <= 4 for before, after in zip(alive[:-1], alive[1:], strict=True)), alive
 
@@ -373,7 +362,8 @@ def test_a_full_disk_leaves_what_is_complete(tmp_path, monkeypatch):
 
 
 def save(folder: Path, step: int) -> None:
-    assert checkpoint.save(folder / f"checkpoint-{step}", {"student": {"a": torch.ones(3) * step}}, {}, {"step": step})
+    roles = {"student": {"a": torch.ones(3) * step}}
+    assert checkpoint.save_checkpoint(folder / f"checkpoint-{step}", roles, {}, {"step": step})
 
 
 def test_a_checkpoint_cut_short_is_passed_over(tmp_path, caplog):
@@ -381,13 +371,13 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path, caplog):
         save(tmp_path, step)
     file = tmp_path / "checkpoint-10" / "student.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
-    assert checkpoint.find(tmp_path, "latest") == tmp_path / "checkpoint-5"
+    assert checkpoint.find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-5"
     assert "checkpoint-10" in caplog.text and "not as it was written" in caplog.text
     with pytest.raises(CheckpointError, match="checkpoint-10"):
-        checkpoint.find(tmp_path, "checkpoint-10")
+        checkpoint.find_checkpoint(tmp_path, "checkpoint-10")
     (tmp_path / "checkpoint-5" / "state.json").unlink()
     with pytest.raises(CheckpointError, match="none of them whole"):
-        checkpoint.find(tmp_path, "latest")
+        checkpoint.find_checkpoint(tmp_path, "latest")
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, caplog):
@@ -397,9 +387,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, capl
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    assert not checkpoint.save(tmp_path / "checkpoint-10", {"student": {"a": torch.ones(3)}}, {}, {"step": 10})
+    assert not checkpoint.save_checkpoint(
+        tmp_path / "checkpoint-10", {"student": {"a": torch.ones(3)}}, {}, {"step": 10}
+    )
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-5"] and "No space left" in caplog.text
-    assert checkpoint.find(tmp_path, "latest") == tmp_path / "checkpoint-5"
+    assert checkpoint.find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-5"
 
 
 def test_rotation_spares_the_source_of_a_resume(tmp_path):

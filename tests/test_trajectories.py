@@ -81,7 +81,7 @@ def test_a_state_is_on_its_guided_trajectory_and_its_output_is_the_guided_one(pl
     assert len(data) == 6
     for i in range(6):
         sample, (w, kept) = data.sample(i, random.Random(0)), data.drawn(i // 2)
-        state, cond = sample.state, session.feed.condition([sample.prompt])
+        state, cond = sample.state, session.batches.condition([sample.prompt])
         assert sample.prompt == data.prompt_of(i // 2) and state.guidance_scale == pytest.approx(w)
         assert state.t == grid[kept[i % 2]]
         denoise, start = guided(teacher, context.null, w), trajectories.noise_of(0, i // 2, (4, 8, 8))[None]

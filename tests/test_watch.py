@@ -26,7 +26,7 @@ from stepdistill.training import sampling
 from stepdistill.training import setup as session
 from stepdistill.training.distill import distill
 from stepdistill.training.logs import Logs
-from stepdistill.training.optimizers import Team
+from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.watch import measure as watching
 from stepdistill.training.watch import rules as signs
@@ -137,7 +137,7 @@ def scene(tmp_path_factory) -> session.Session:
         ),
     )
     made = session.prepare(run)
-    Team.assemble(made.backbone, run.method, run.train)
+    Optimizers(made.backbone, run.train).declare(run.method).build()
     Watch(made, Logs(made.accelerator, out, 0), 0)
     return made
 
@@ -274,7 +274,7 @@ def test_it_asks_to_stop_at_an_alarm_and_looks_once_at_a_step(watch):
 def test_the_gap_is_the_teacher_s_error(scene, watch):
     """Of samples that are pure noise the teacher predicts little: the mean error exceeds its own samples' manifold."""
     made, _ = watch("teacher")
-    noisy = made._errors(torch.randn(len(PROMPTS), *scene.feed.shape), range(len(PROMPTS)))
+    noisy = made._errors(torch.randn(len(PROMPTS), *scene.batches.shape), range(len(PROMPTS)))
     own = made._errors(taught(scene, range(len(PROMPTS))), range(len(PROMPTS)))
     for name in ("gap_0.1", "gap_0.3", "gap_0.5"):
         assert noisy[name].mean() > 1.5 * own[name].mean()

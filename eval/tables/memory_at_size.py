@@ -39,8 +39,8 @@ from stepdistill.data.bundled.build import vp_scheduler
 from stepdistill.methods.base import Batch, StepContext
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.training.loop import Loop
-from stepdistill.training.memory.forecast import forecast, prime, single
+from stepdistill.training.memory.forecast import Rehearsal, forecast, prime
+from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run
 from stepdistill.training.setup import DTYPES
 from tables.recipes import CONFIGS
@@ -137,8 +137,8 @@ def load(name: str) -> Cycle:
     return Cycle(config.load(Run, CONFIGS / "memory" / f"{name}.yaml", []), SHAPES[name])
 
 
-def build(case: Cycle) -> Loop:
-    """The loop of a run around a network with random weights, on torch's default device; its roles are not declared."""
+def build(case: Cycle) -> Rehearsal:
+    """Single steps around a network with random weights, on torch's default device; its roles are not declared."""
     run, shape, device = case.run, case.shape, torch.device("cpu")
     family, dtype = run.family, DTYPES[run.train.mixed_precision or "no"]
     with _precision(dtype):  # a float32 network beside it would be a peak of its own
@@ -153,16 +153,14 @@ def build(case: Cycle) -> Loop:
         null, module = _embeddings(case, 1), backbone.others.__getitem__
         return StepContext(shape.schedule, null, denoiser, module, nn.Identity(), run.train.seed, step, device)
 
-    return single(
-        method=run.method, backbone=backbone, spec=run.train, context=context, batches=_batches(case), device=device
-    )
+    return Rehearsal(run.method, Optimizers(backbone, run.train), context, _batches(case), device)
 
 
 def predicted(case: Cycle) -> dict[str, Any]:
     """Bytes by part, and at the peak."""
     with torch.device("meta"):
-        loop = build(case)
-    found = forecast(loop, {})
+        rehearsal = build(case)
+    found = forecast(rehearsal, {})
     parts = {part.name: [part.weights, part.gradients, part.optimizer] for part in found.parts}
     base, *roles = found.parts
     return {
@@ -179,17 +177,16 @@ def predicted(case: Cycle) -> dict[str, Any]:
 def measured(case: Cycle) -> dict[str, float]:
     """Resident bytes of this process beyond those of its imports, and seconds of the cycle."""
     before = resident("VmRSS")
-    loop = build(case)
-    loop.team.declare(loop.method)
-    if loop.spec.gradient_checkpointing:
-        loop.team.backbone.enable_checkpointing()
-    loop.team.equip(loop.spec)
-    prime(loop.team)
+    rehearsal = build(case)
+    optimizers = rehearsal.optimizers.declare(rehearsal.method)
+    if optimizers.spec.gradient_checkpointing:
+        optimizers.backbone.enable_checkpointing()
+    prime(optimizers.build())
     gc.collect()
     static = resident("VmRSS") - before
-    began, stepped = time.perf_counter(), dict.fromkeys(loop.team.optimizers, 0)
-    for step in range(loop.spec.max_train_steps):
-        loop.one_step(step, next(loop.batches), stepped)
+    began = time.perf_counter()
+    for step in range(optimizers.spec.max_train_steps):
+        rehearsal.step(step, next(rehearsal.batches))
     return {"static": static, "peak": resident("VmHWM") - before, "seconds": time.perf_counter() - began}
 
 

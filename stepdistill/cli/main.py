@@ -232,7 +232,7 @@ def _make(args: argparse.Namespace, overrides: list[str]) -> None:
 
     session = prepare(config.load(Run, args.config, overrides))
     make_data(session)
-    session.feed.save()
+    session.batches.save()
     session.accelerator.end_training()
 
 

@@ -57,8 +57,8 @@ def check_cache(spec: TrainSpec) -> None:
         raise ConfigError(problem(got, "a folder, or a new name", why, "name another, or move the file"))
 
 
-class Feed:
-    """Embeddings, latents and micro-batches for one process.
+class Batches:
+    """Micro-batches for one process, and the embeddings and latents that they are made of.
 
     Args:
         parts: the pipeline; its text encoders and autoencoder are asked for only where a cache has no row.
@@ -99,8 +99,8 @@ class Feed:
         # not depend on which run or process made it
         self.encoded += len(prompts)
         self.warned = self.warned or warn_of_cut(self.family, self.pipe, prompts)
-        found = self.family.condition(self.pipe, prompts + [""] * (BLOCK - len(prompts)))
-        return {key: value[: len(prompts)] for key, value in found.items()}
+        cond = self.family.condition(self.pipe, prompts + [""] * (BLOCK - len(prompts)))
+        return {key: value[: len(prompts)] for key, value in cond.items()}
 
     @cached_property
     def null(self) -> Condition:
@@ -127,7 +127,7 @@ class Feed:
         self.latents = LatentCache(self.folder and self.folder / "latents", f"{self.keys.vae}/{source.digest()}")
         return source
 
-    def batches(self, source: Source, start: int, rank: int, world: int) -> Iterator[list[Batch]]:
+    def steps(self, source: Source, start: int, rank: int, world: int) -> Iterator[list[Batch]]:
         """The micro-batches of each step from `start` on, without end."""
         spec = self.spec
         size, parts = spec.train_batch_size, spec.gradient_accumulation_steps

@@ -13,8 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.core.errors import CheckpointError, problem
+from stepdistill.config.load import digest
+from stepdistill.core import distributed
+from stepdistill.core.errors import CheckpointError, ConfigError, problem
 from stepdistill.core.files import file_digest, written_whole
+from stepdistill.training.optimizers import Optimizers
+from stepdistill.training.setup import Session
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -27,11 +31,11 @@ def step_of(folder: Path) -> int:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """All finished checkpoint folders, oldest first."""
-    found = [f for f in output_dir.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=step_of)
+    finished = [f for f in output_dir.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(finished, key=step_of)
 
 
-def save(
+def save_checkpoint(
     folder: Path, roles: Mapping[str, Mapping[str, Tensor]], optimizers: Mapping[str, object], state: Mapping[str, Any]
 ) -> bool:
     """Write a checkpoint: each role's tensors, the optimizers' states, and plain facts.
@@ -61,23 +65,23 @@ def broken(folder: Path) -> str | None:
         listed = json.loads((folder / MANIFEST).read_text())
     except (OSError, json.JSONDecodeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    for name, digest in listed.items():
+    for name, sha256 in listed.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if file_digest(file) != digest:
+        if file_digest(file) != sha256:
             return f"{name} is not as it was written"
     return None
 
 
-def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Any, dict[str, Any]]:
+def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Any, dict[str, Any]]:
     """(roles, optimizers, state) of a whole checkpoint, on the cpu."""
     roles = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
     optimizers = torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
     return roles, optimizers, json.loads((folder / "state.json").read_text())
 
 
-def find(output_dir: Path, wanted: str) -> Path | None:
+def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     """The checkpoint to go on from: a path, or `latest`, which passes over broken ones and says so.
 
     None where `latest` finds no checkpoint at all: the run then starts from the beginning.
@@ -96,16 +100,16 @@ def find(output_dir: Path, wanted: str) -> Path | None:
                 )
             )
         return folder
-    found = checkpoints(output_dir)
-    for folder in reversed(found):
+    folders = checkpoints(output_dir)
+    for folder in reversed(folders):
         reason = broken(folder)
         if reason is None:
             return folder
         logger.warning("passing over %s: %s; trying the one before it", folder, reason)
-    if found:
+    if folders:
         raise CheckpointError(
             problem(
-                f"{len(found)} checkpoints in {output_dir}, none of them whole",
+                f"{len(folders)} checkpoints in {output_dir}, none of them whole",
                 "at least one",
                 "there is nothing to go on from",
                 "start again with another train.output_dir",
@@ -118,6 +122,44 @@ def rotate(output_dir: Path, limit: int | None, keep: Path | None) -> None:
     """Remove the oldest checkpoints beyond `limit`; never the one that this run went on from."""
     if limit is None:
         return
-    found = [folder for folder in checkpoints(output_dir) if folder != keep]
-    for folder in found[: max(0, len(found) - limit)]:
+    old = [folder for folder in checkpoints(output_dir) if folder != keep]
+    for folder in old[: max(0, len(old) - limit)]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_session(session: Session, optimizers: Optimizers, step: int, source: Path | None) -> None:
+    """Write `checkpoint-<step>` and rotate; rank 0 writes, all wait.
+
+    Args:
+        source: the checkpoint that the run went on from.
+    """
+    if session.accelerator.is_main_process:
+        spec, backbone = session.run.train, session.backbone
+        out, roles = Path(spec.output_dir), {name: backbone.state(name) for name in backbone.declared}
+        facts = {"config": digest(session.run), "global_batch": session.global_batch, "seed": spec.seed}
+        facts |= {"step": step, "scaler": optimizers.scaler.state_dict()}
+        if save_checkpoint(out / f"checkpoint-{step}", roles, optimizers.state(), facts):
+            rotate(out, spec.checkpoints_total_limit, source)
+    distributed.barrier()
+
+
+def resume(session: Session, optimizers: Optimizers) -> tuple[int, Path | None]:
+    """Take up the checkpoint of `train.resume_from_checkpoint`; its step and folder, or 0 and None without one."""
+    spec = session.run.train
+    wanted = spec.resume_from_checkpoint
+    folder = find_checkpoint(Path(spec.output_dir), wanted) if wanted else None
+    if folder is None:
+        return 0, None
+    roles, states, facts = load_checkpoint(folder)
+    if facts["global_batch"] != session.global_batch:
+        raise ConfigError(
+            problem(
+                f"a global batch of {session.global_batch} (batch x accumulation x processes)",
+                f"{facts['global_batch']}, as in {folder}",
+                "a step would see other data than the run it goes on from",
+                "change train_batch_size or gradient_accumulation_steps to match",
+            )
+        )
+    optimizers.restore(roles, states, facts["scaler"])
+    logger.warning("going on from %s", folder)
+    return facts["step"], folder

@@ -57,7 +57,7 @@ def finish(session: Session) -> None:
         backbone=session.backbone,
         role=run.method.student_role(),
         method=run.method,
-        resolution=(session.feed.side, session.feed.side),
+        resolution=(session.batches.side, session.batches.side),
         seed=spec.seed,
     )
     (out / ROUTER).unlink(missing_ok=True)  # of an earlier run in this folder
@@ -95,7 +95,7 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
         else:
             sharding.stream(pipe, run.family.network(pipe), session.accelerator.device)
     if spec.validation_prompts:
-        prompts, size = list(spec.validation_prompts), (session.feed.side, session.feed.side)
+        prompts, size = list(spec.validation_prompts), (session.batches.side, session.batches.side)
         made = [
             (row.name.replace(", ", "\n"), generate(pipe, row, prompts, spec.validation_seed, size=size)[0])
             for pipe, row in ((teacher, full), (teacher, few), *((plain, row) for row in rows))

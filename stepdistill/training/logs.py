@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl` always, and accelerate's trackers."""
+"""What a run reports: a banner at its start, `metrics.jsonl` always, and accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image
+
+from stepdistill.networks.backbone import Backbone
+from stepdistill.training.recipe import Run
 
 
 class Logs:
@@ -42,3 +45,20 @@ class Logs:
             if tracker.name in ("wandb", "trackio"):
                 module = __import__(tracker.name)
                 tracker.log({title: [module.Image(image) for image in images]}, step=step)
+
+
+def banner(run: Run, backbone: Backbone, global_batch: int, start: int) -> str:
+    """What will be trained, in a few lines."""
+    counts = {name: sum(p.numel() for p in backbone.parameters_of(name).values()) for name in backbone.declared}
+    rows = {
+        "teacher": f"{run.family.pretrained_teacher_model} ({type(run.family).__name__})",
+        "method": type(run.method).__name__,
+        "data": f"{type(run.data).__name__}, {len(run.data):,} samples",
+        "steps": f"{start:,} to {run.train.max_train_steps:,}, {global_batch} samples each",
+        "trained": ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items()),
+        "output": run.train.output_dir,
+    }
+    scale = vars(run.method).get("guidance_scale")
+    if scale is not None:
+        rows["guidance"] = f"uncond + w (cond - uncond), w = {scale}"
+    return "\n".join(["***** Running training *****", *(f"  {key:<10}{value}" for key, value in rows.items())])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from stepdistill.core import distributed
+from stepdistill.core.errors import StepdistillError, problem
 from stepdistill.methods.base import Method
 from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
@@ -18,56 +22,95 @@ from stepdistill.training.recipe import TrainSpec
 
 
 @dataclass
-class Team:
-    """The trainable roles of a run, with an optimizer and a learning-rate schedule each."""
+class Optimizers:
+    """An optimizer and a learning-rate schedule for each trained role.
+
+    Args:
+        scaler: of losses; at work for float16 only.
+
+    Attributes:
+        step: the last one of which an update was applied.
+    """
 
     backbone: Backbone
-    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+    spec: TrainSpec
+    scaler: torch.amp.GradScaler = field(default_factory=partial(torch.amp.GradScaler, "cpu", enabled=False))
+    by_role: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     schedulers: dict[str, torch.optim.lr_scheduler.LRScheduler] = field(default_factory=dict)
+    step: int | None = None
 
-    @classmethod
-    def assemble(cls, backbone: Backbone, method: Method, spec: TrainSpec) -> Team:
-        """Declare the method's roles, give every process rank 0's weights, and build the optimizers."""
-        team = cls(backbone)
-        team.declare(method)
-        team.equip(spec)
-        return team
-
-    def declare(self, method: Method) -> None:
+    def declare(self, method: Method) -> Optimizers:
         """Add the method's roles to the backbone, with rank 0's weights on every process."""
         for name, role in method.roles().items():
             self.backbone.add(name, role)
             distributed.broadcast(list(self.params(name).values()))
+        return self
 
-    def equip(self, spec: TrainSpec) -> None:
+    def build(self) -> Optimizers:
         """Build optimizer and schedule of every declared role that is trained."""
+        spec = self.spec
         for name, role in self.backbone.declared.items():
             if isinstance(role, Ema):
                 continue
             make = (spec.optimizers or {}).get(name, spec.optimizer)
-            self.optimizers[name] = make(list(self.params(name).values()), lr=spec.learning_rate)
+            self.by_role[name] = make(list(self.params(name).values()), lr=spec.learning_rate)
             self.schedulers[name] = get_scheduler(
                 spec.lr_scheduler,
-                self.optimizers[name],
+                self.by_role[name],
                 num_warmup_steps=spec.lr_warmup_steps,
                 num_training_steps=spec.max_train_steps,
             )
+        return self
 
     def params(self, role: str) -> dict[str, nn.Parameter]:
         """A role's parameters by name."""
         return self.backbone.parameters_of(role)
 
+    def apply(self, roles: Sequence[str], step: int) -> dict[str, float]:
+        """One update of `roles`: sync, clip, step, average, zero. Returns gradient norms and learning rate."""
+        values: dict[str, float] = {}
+        for role in roles:
+            params, optimizer = self.params(role), self.by_role[role]
+            missing = [key for key, p in params.items() if p.grad is None]
+            if missing:
+                raise StepdistillError(
+                    problem(
+                        f"no gradient for {len(missing)} of {len(params)} tensors of role {role!r}, as {missing[0]}",
+                        "one for each",
+                        "the loss does not reach them, so they would never learn",
+                        "exclude layers whose output is not used, or look for a no_grad around the role's call",
+                    )
+                )
+            distributed.average([p.grad for p in params.values() if p.grad is not None])
+            self.scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(list(params.values()), self.spec.max_grad_norm or float("inf"))
+            self.scaler.step(optimizer)
+            values[f"grad_norm/{role}"] = norm.item()
+            values["lr"] = float(self.schedulers[role].get_last_lr()[0])
+        self.scaler.update()
+        self.backbone.average(roles, step)
+        self.zero()
+        self.step = step
+        return values
+
     def zero(self) -> None:
         """Drop every gradient: a role's loss leaves some in the others."""
-        for optimizer in self.optimizers.values():
+        for optimizer in self.by_role.values():
             optimizer.zero_grad(set_to_none=True)
+
+    def advance_schedules(self) -> None:
+        """Move every learning rate on by one step."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of")  # rates follow steps; a role may wait for its first
+            for scheduler in self.schedulers.values():
+                scheduler.step()
 
     def fingerprint(self) -> dict[str, Tensor]:
         """One number for each tensor, or this process's share of it, frozen ones too; two tell what has moved."""
         named = {f"{role}/{key}": p for role in self.backbone.declared for key, p in self.params(role).items()}
-        own = {id(p) for p in named.values()}
+        trained = {id(p) for p in named.values()}
         named |= {
-            f"base/{key}": sharding.local(p) for key, p in self.backbone.net.named_parameters() if id(p) not in own
+            f"base/{key}": sharding.local(p) for key, p in self.backbone.net.named_parameters() if id(p) not in trained
         }
         with torch.no_grad():
             # weighted, since Adam's first steps are +-lr, which a plain sum can miss
@@ -76,17 +119,36 @@ class Team:
                 for key, p in named.items()
             }
 
+    def check_moved(self, before: dict[str, Tensor], all_should: bool) -> None:
+        """Raise StepdistillError where a frozen tensor has changed since `before`, or, if `all_should`, a trained one
+        has not."""
+        now = self.fingerprint()
+        learning = any(group["lr"] > 0 for opt in self.by_role.values() for group in opt.param_groups)
+        still = [k for k in now if k.split("/")[0] in self.by_role and bool(now[k] == before[k])]
+        leaked = [k for k in now if k.startswith("base/") and not bool(now[k] == before[k])]
+        if (still and learning and all_should) or leaked:
+            raise StepdistillError(
+                problem(
+                    f"{len(still)} trainable tensors that did not move and {len(leaked)} frozen ones that did, "
+                    f"as {(still + leaked)[0]}",
+                    "every trainable tensor moved and no other",
+                    "a run that learns nothing, or changes its teacher, would otherwise look healthy",
+                    "check the learning rate, and that the loss is not zero",
+                )
+            )
+
     def state(self) -> dict[str, dict]:
         """What the optimizers and schedules need to go on."""
         return {
             name: {"optimizer": optimizer.state_dict(), "scheduler": self.schedulers[name].state_dict()}
-            for name, optimizer in self.optimizers.items()
+            for name, optimizer in self.by_role.items()
         }
 
-    def load(self, roles: dict[str, dict[str, Tensor]], optimizers: dict[str, dict]) -> None:
+    def restore(self, roles: dict[str, dict[str, Tensor]], optimizers: dict[str, dict], scaler: dict) -> None:
         """Take up a checkpoint."""
         for name in self.backbone.declared:
             self.backbone.load_state(name, roles[name])
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self.by_role.items():
             optimizer.load_state_dict(optimizers[name]["optimizer"])
             self.schedulers[name].load_state_dict(optimizers[name]["scheduler"])
+        self.scaler.load_state_dict(scaler)

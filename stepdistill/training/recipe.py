@@ -122,8 +122,13 @@ class TrainSpec:
             raise ValueError(
                 f"watch_samples is {self.watch_samples}: expected 2 or more, since diversity needs pairs; or 0"
             )
-        if self.watch_stop and not (self.watch_samples and self.validation_steps and self.validation_prompts):
+        if self.watch_stop and not self.is_watched:
             raise ValueError("watch_stop without a watch: give validation_steps, validation_prompts and watch_samples")
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether student and teacher are compared at each validation."""
+        return bool(self.watch_samples and self.validation_steps and self.validation_prompts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from stepdistill.training.teacher import Teacher
 
 def start_noise(session: Session, seed: int, ids: Iterable[int]) -> Tensor:
     """Standard normal latents (B, C, h, w); each row depends on `seed` and its own of the B `ids` alone."""
-    rows = [noise_of(seed, i, session.feed.shape) for i in ids]
+    rows = [noise_of(seed, i, session.batches.shape) for i in ids]
     return torch.stack(rows).to(session.accelerator.device)
 
 
@@ -36,7 +36,7 @@ def sample_student(session: Session, prompts: list[str], ids: Sequence[int]) -> 
     def fresh(i: int) -> Tensor:
         return start_noise(session, seed + i + 1, ids)
 
-    condition = session.feed.condition(prompts)
+    condition = session.batches.condition(prompts)
     return few_step(denoise, context.schedule, sampler, start_noise(session, seed, ids), condition, fresh)
 
 
@@ -59,7 +59,7 @@ def relative_straightness(session: Session, count: int = 256) -> float:
     straightness = cost = 0.0
     for part in torch.arange(count).split(run.train.train_batch_size):
         ids = part.tolist()
-        cond = session.feed.condition([run.data.captions(i % len(run.data))[0] for i in ids])
+        cond = session.batches.condition([run.data.captions(i % len(run.data))[0] for i in ids])
         followed = paths(denoise, context.schedule, start_noise(session, -1, ids), cond)
         straightness, cost = straightness + followed.straightness * len(ids), cost + followed.cost * len(ids)
     return straightness / cost

@@ -25,7 +25,7 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sharding import Shards
 from stepdistill.students import single as student
 from stepdistill.students.write import Base, base_of
-from stepdistill.training.batches import Feed
+from stepdistill.training.batches import Batches
 from stepdistill.training.cache.keys import Keys, keys_of
 from stepdistill.training.recipe import Run
 
@@ -42,13 +42,24 @@ class Session:
     base: Base
     dtype: torch.dtype
     backbone: Backbone
-    feed: Feed
+    batches: Batches
     shards: Shards | None = None
 
     @property
     def digest(self) -> str:
         """Of the teacher's network, in float32."""
         return self.base.hashes["float32"]
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales losses in float16, and does nothing otherwise."""
+        return torch.amp.GradScaler(self.accelerator.device.type, enabled=self.dtype == torch.float16)
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of a step, over all processes."""
+        spec = self.run.train
+        return spec.train_batch_size * spec.gradient_accumulation_steps * self.accelerator.num_processes
 
     def denoiser(self, role: str) -> Denoiser:
         """A role as an estimator."""
@@ -64,7 +75,7 @@ class Session:
         """What the method may touch in a step."""
         return StepContext(
             schedule=self.run.family.schedule(self.pipe.scheduler),
-            null=self.feed.null,
+            null=self.batches.null,
             denoiser=self.denoiser,
             module=lambda name: self.backbone.others[name],
             decode=lambda latents: self.decode(latents, "the method compares images"),
@@ -75,7 +86,7 @@ class Session:
 
     def decode(self, latents: Tensor, why: str) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], not clamped; `why` is said where the autoencoder must be loaded for it."""
-        return self.run.family.decode(self.feed.parts.vae(why), latents)
+        return self.run.family.decode(self.batches.parts.vae(why), latents)
 
 
 def begin(run: Run) -> Accelerator:
@@ -109,7 +120,7 @@ def begin(run: Run) -> Accelerator:
 
 
 def prepare(run: Run) -> Session:
-    """Load the teacher, place it, and build backbone and feed.
+    """Load the teacher, place it, and build backbone and batches.
 
     With `train.cache_dir` the text encoders and the autoencoder wait until something is not there.
     """
@@ -135,13 +146,13 @@ def prepare(run: Run) -> Session:
 
 
 def staged(run: Run, accelerator: Accelerator, parts: LazyPipeline, base: Base, keys: Keys) -> Session:
-    """Backbone and feed around a pipeline in its place and precision."""
+    """Backbone and batches around a pipeline in its place and precision."""
     family, pipe = run.family, parts.pipe
     net, dtype = family.network(pipe), DTYPES[accelerator.mixed_precision]
     targets = family.lora_targets(net)
     backbone = Backbone(net, run.lora, targets, family.tap(net), run.train.seed, family.narrow, family.sites(net))
-    feed = Feed(parts, run.train, keys, accelerator.device)
-    return Session(run, accelerator, pipe, base, dtype, backbone, feed, None)
+    batches = Batches(parts, run.train, keys, accelerator.device)
+    return Session(run, accelerator, pipe, base, dtype, backbone, batches, None)
 
 
 def keys(run: Run, accelerator: Accelerator) -> Keys:

@@ -30,7 +30,7 @@ class Teacher:
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, h, w) of latents."""
-        return self.session.feed.shape
+        return self.session.batches.shape
 
     @torch.no_grad()
     def sample(self, prompts: list[str], noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
@@ -38,21 +38,21 @@ class Teacher:
         session, context = self.session, self.session.context(0)
         denoise = guided(session.denoiser(TEACHER), context.null, guidance_scale)
         times = context.schedule.grid(steps).flip(0).tolist()
-        return follow(denoise, context.schedule, times, noise.to(context.device), session.feed.condition(prompts))
+        return follow(denoise, context.schedule, times, noise.to(context.device), session.batches.condition(prompts))
 
     @torch.no_grad()
     def invert(self, prompts: list[str], pixels: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """The noise that the teacher's ODE has above images (B, 3, H, W), and their latents at the lowest time."""
         session, context = self.session, self.session.context(0)
-        latents = session.run.family.encode(session.feed.parts.vae("images are inverted"), pixels.to(context.device))
+        latents = session.run.family.encode(session.batches.parts.vae("images are inverted"), pixels.to(context.device))
         if latents.shape != noise.shape:
             got, why = f"images of {pixels.shape[-1]} pixels", "they are kept at the student's size"
             todo = "set train.resolution and data.source.resolution alike"
-            raise ConfigError(problem(got, f"{session.feed.side}", why, todo))
+            raise ConfigError(problem(got, f"{session.batches.side}", why, todo))
         times = context.schedule.grid(steps).tolist()
         lowest = torch.full((len(latents),), times[0], device=context.device)
         x_t = context.schedule.add_noise(latents, noise.to(context.device), lowest)
-        condition = session.feed.condition(prompts)
+        condition = session.batches.condition(prompts)
         return follow(session.denoiser(TEACHER), context.schedule, times, x_t, condition), x_t
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class Teacher:
         context, teacher = self.session.context(0), self.session.denoiser(TEACHER)
         schedule, times = context.schedule, context.schedule.grid(steps).flip(0)
         x_t, scales_ = noise.to(context.device), scales.to(context.device)
-        denoise, cond = guided(teacher, context.null, scales_), self.session.feed.condition(prompts)
+        denoise, cond = guided(teacher, context.null, scales_), self.session.batches.condition(prompts)
         states, outputs = [], []
         for now, then in pairwise(times.tolist()):
             t, s = (torch.full((len(x_t),), time, device=x_t.device) for time in (now, then))

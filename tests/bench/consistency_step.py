@@ -6,7 +6,7 @@ Reference: the step of diffusers' LCM-LoRA training script in its plainest form.
 in every step, keeps a deep-copied teacher, and calls it twice, with and without the prompt. The rest is equal:
 network, LoRA, batch, loss (`tests/test_bench.py` compares it), optimizer, float32.
 
-Ours: `Feed.batches` and `Loop.one_step` as a run builds them. *uncached*: no image and no prompt comes twice,
+Ours: `Batches.steps` and `train_step` as a run builds them. *uncached*: no image and no prompt comes twice,
 so that both encoders work in every step, too. *cached*: all have been seen before.
 
 One process takes the sides in turn, step by step. A speedup is the median over turns of (reference / ours), in
@@ -42,9 +42,8 @@ from stepdistill.data.bundled import build
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.roles import LoraSpec
-from stepdistill.training.distill import assemble
-from stepdistill.training.loop import Loop
-from stepdistill.training.optimizers import Team
+from stepdistill.training.loop import train_step
+from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import Session, prepare
 
@@ -173,7 +172,7 @@ class Reference:
         return loss.item()
 
 
-def production(folder: Path, setup: Setup, side: str) -> tuple[Session, Loop]:
+def production(folder: Path, setup: Setup, side: str) -> tuple[Session, Optimizers]:
     """A run as `stepdistill.distill` builds it; without an average, since the reference has none."""
     run = Run(
         family=StableDiffusion(pretrained_teacher_model=str(folder)),
@@ -189,7 +188,7 @@ def production(folder: Path, setup: Setup, side: str) -> tuple[Session, Loop]:
         ),
     )
     session = prepare(run)
-    return session, assemble(session, Team.assemble(session.backbone, run.method, run.train))
+    return session, Optimizers(session.backbone, run.train).declare(run.method).build()
 
 
 def make(name: str, folder: Path, setup: Setup) -> Side:
@@ -201,12 +200,12 @@ def make(name: str, folder: Path, setup: Setup) -> Side:
         plain.encode_text = side.timed(plain.encode_text, "text encoding")
         plain.teacher.forward = side.timed(plain.teacher.forward, "teacher")
     else:
-        session, loop = production(folder, setup, name)
-        steps, stepped = count(), {"student": 0}
-        unet, vae, optimizer = session.backbone.net, session.pipe.vae, loop.team.optimizers["student"]
+        session, optimizers = production(folder, setup, name)
+        steps, batches = count(), session.batches.steps(session.run.data, 0, 0, 1)
+        unet, vae, optimizer = session.backbone.net, session.pipe.vae, optimizers.by_role["student"]
 
         def step() -> dict[str, float]:
-            return loop.one_step(next(steps), next(loop.batches), stepped)
+            return train_step(session.run.method, optimizers, session.context(next(steps)), next(batches))
 
         side = Side(step, [unet], dict.fromkeys(CAUSES, 0.0))
         session.pipe.encode_prompt = side.timed(session.pipe.encode_prompt, "text encoding")

@@ -10,7 +10,7 @@ on both sides.
 Reference: the cycle in its plainest form (`dmd2_plain.py`). Teacher, student and fake score are a network each, and
 the teacher is called twice, with and without the prompt.
 
-Ours: `Backbone`, `Team` and `Loop.one_step` as a run builds them. The calls are the fewest that the method allows.
+Ours: `Backbone`, `Optimizers` and `train_step` as a run builds them. The calls are the fewest that the method allows.
 Step i simulates k_i steps of the student, calls it once more for the sample, and the fake score for its own loss; one
 step of the cycle compares the scores, too, with a call of the fake score and one of the teacher for both conditions
 (two rows a sample). In all `sum(k_i) + 2 K + 2` calls and `sum(k_i) + 2 K + 3` rows a sample, for K critic steps.
@@ -46,8 +46,8 @@ from stepdistill.methods.dmd2 import DMD2
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import LoraSpec
-from stepdistill.training.loop import Loop
-from stepdistill.training.optimizers import Team
+from stepdistill.training.memory.forecast import Rehearsal
+from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import TrainSpec
 
 SIDES = ("reference", "ours")
@@ -91,26 +91,16 @@ def batches(setup: Setup, net: UNet2DConditionModel) -> Iterator[list[Batch]]:
         yield [Batch(index, {"states": setup.embeddings(net, setup.batch, step + 1)}, shape)]
 
 
-def production(setup: Setup) -> Loop:
-    """The loop of `stepdistill.distill`, around a network that no pipeline holds."""
+def production(setup: Setup) -> Rehearsal:
+    """The steps of `stepdistill.distill`, around a network that no pipeline holds."""
     net = setup.network()
     spec = TrainSpec(output_dir="unused", learning_rate=RATE)
     backbone = Backbone(net, LoraSpec(rank=setup.rank), FAMILY.lora_targets(net))
-    team = Team.assemble(backbone, method(setup), spec)
+    optimizers = Optimizers(backbone, spec).declare(method(setup)).build()
     backbone.enable_checkpointing()
     null = {"states": setup.embeddings(net, 1, 0)}
-    return Loop(
-        method=method(setup),
-        team=team,
-        spec=spec,
-        context=partial(scene, setup, backbone, null),
-        batches=batches(setup, net),
-        logs=None,
-        validate=lambda step: False,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        facts={},
-        device=torch.device("cpu"),
-    )
+    context = partial(scene, setup, backbone, null)
+    return Rehearsal(method(setup), optimizers, context, batches(setup, net), torch.device("cpu"))
 
 
 class Held:
@@ -154,12 +144,11 @@ def make(name: str, setup: Setup) -> tuple[Side, Held]:
             taken = int(scene(setup, None, {}, number).shared("step") * len(TIMES))
             return plain.step(number, batch.cond["states"], plain.draw(taken))
     else:
-        loop = production(setup)
-        nets, optimizers = [loop.team.backbone.net], list(loop.team.optimizers.values())
-        stepped = dict.fromkeys(loop.team.optimizers, 0)
+        run = production(setup)
+        nets, optimizers = [run.optimizers.backbone.net], list(run.optimizers.by_role.values())
 
         def step() -> object:
-            return loop.one_step(next(numbers), next(loop.batches), stepped)
+            return run.step(next(numbers), next(run.batches))
 
     side = Side(lambda: [step() for _ in range(setup.critic_steps)], nets, dict.fromkeys(CAUSES, 0.0))
     held = Held(nets, optimizers)

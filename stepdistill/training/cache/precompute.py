@@ -16,7 +16,7 @@ from stepdistill.core.random import sample_rng
 from stepdistill.data import BadSample, InvertedImages, Sample, Source, inside
 from stepdistill.data.made import Made
 from stepdistill.families.lazy_pipeline import PARTS, LazyPipeline
-from stepdistill.training.batches import NULL, Feed, check_cache
+from stepdistill.training.batches import NULL, Batches, check_cache
 from stepdistill.training.cache.rows import RowStore
 from stepdistill.training.recipe import Run
 from stepdistill.training.setup import begin, keys
@@ -64,18 +64,18 @@ def precompute(run: Run) -> Filled:
     accelerator = begin(run)
     rank, processes = accelerator.process_index, accelerator.num_processes
     parts = LazyPipeline(run.family, run.family.load(PARTS), accelerator.device)
-    feed = Feed(parts, run.train, keys(run, accelerator), accelerator.device)
-    _embed(feed, wanted, rank, processes)
-    source = feed.fixed(run.data)
-    images = len(source) if feed.latents else 0
-    if feed.latents:
-        _encode(feed, source, rank, processes)
+    batches = Batches(parts, run.train, keys(run, accelerator), accelerator.device)
+    _embed(batches, wanted, rank, processes)
+    source = batches.fixed(run.data)
+    images = len(source) if batches.latents else 0
+    if batches.latents:
+        _encode(batches, source, rank, processes)
     elif "images" in source.provides and rank == 0:
         logger.warning("train.cache_latents is off: training will read and encode the images at every step")
     distributed.barrier()
-    lacking = len(_lacking(feed.prompts.store, [NULL, *wanted]))
-    if feed.latents:
-        lacking += len(_lacking(feed.latents.store, [str(item) for item in range(images)]))
+    lacking = len(_lacking(batches.prompts.store, [NULL, *wanted]))
+    if batches.latents:
+        lacking += len(_lacking(batches.latents.store, [str(item) for item in range(images)]))
     accelerator.end_training()
     return Filled(Path(run.train.cache_dir), len(wanted), images, lacking)
 
@@ -98,38 +98,38 @@ def prompts_of(run: Run) -> list[str]:
     return list(found)
 
 
-def _embed(feed: Feed, wanted: Sequence[str], rank: int, processes: int) -> None:
-    store = feed.prompts.store
+def _embed(batches: Batches, wanted: Sequence[str], rank: int, processes: int) -> None:
+    store = batches.prompts.store
     missing = store.missing(wanted)
     mine = _share(missing, rank, processes)
     if mine:
-        feed.parts.text(f"{len(missing)} of {len(wanted)} prompts are not in {feed.folder}")
+        batches.parts.text(f"{len(missing)} of {len(wanted)} prompts are not in {batches.folder}")
     with tqdm(total=len(mine), desc="Embeddings", disable=rank > 0) as bar:
         for start in range(0, len(mine), SLICE):
             part = mine[start : start + SLICE]
-            feed.prompts.fill(part)
-            _check(store, feed)
+            batches.prompts.fill(part)
+            _check(store, batches)
             bar.update(len(part))
     if rank == 0:
-        _ = feed.null  # makes its row, once
+        _ = batches.null  # makes its row, once
     store.save()
-    _check(store, feed)
+    _check(store, batches)
 
 
-def _encode(feed: Feed, source: Source, rank: int, processes: int) -> None:
-    assert feed.latents is not None
-    store = feed.latents.store
+def _encode(batches: Batches, source: Source, rank: int, processes: int) -> None:
+    assert batches.latents is not None
+    store = batches.latents.store
     mine = [int(item) for item in _share(store.missing([str(item) for item in range(len(source))]), rank, processes)]
     # one image at a time, since their sizes may differ
-    read = DataLoader(_Images(source, mine), collate_fn=_only, num_workers=feed.spec.dataloader_num_workers)
+    read = DataLoader(_Images(source, mine), collate_fn=_only, num_workers=batches.spec.dataloader_num_workers)
     for sample in tqdm(read, total=len(mine), desc="Latents", disable=rank > 0):
         if isinstance(sample, BadSample):
             logger.warning("skipped %s", sample)
         else:
-            feed.encode([sample])
-            _check(store, feed)
+            batches.encode([sample])
+            _check(store, batches)
     store.save()
-    _check(store, feed)
+    _check(store, batches)
 
 
 def _share(missing: Sequence[str], rank: int, processes: int) -> Sequence[str]:
@@ -163,9 +163,9 @@ def _lacking(store: RowStore, ids: Sequence[str]) -> list[str]:
     return RowStore(store.folder, store.key).missing(ids)
 
 
-def _check(store: RowStore, feed: Feed) -> None:
+def _check(store: RowStore, batches: Batches) -> None:
     """Raise where the store has given up its folder: it has warned of the reason."""
     if store.folder is None:
-        got, why = f"a cache that cannot be written to {feed.folder}", "its rows would be lost when this ends"
+        got, why = f"a cache that cannot be written to {batches.folder}", "its rows would be lost when this ends"
         todo = "make room, or name another train.cache_dir, and start again: it goes on from there"
         raise DataError(problem(got, "room for it", why, todo))

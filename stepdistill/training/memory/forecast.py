@@ -1,6 +1,6 @@
 """A run's memory, predicted by running its training loop on tensors that have shapes and no content.
 
-What runs is the trainer's own step (`Loop.one_step`: the method's updates, backward, clipping, optimizers) on networks
+What runs is the trainer's own step (`train_step`: the method's updates, backward, clipping, optimizers) on networks
 whose weights are fake tensors, so that nothing is read, computed or allocated, and the prediction cannot drift from the
 code. Only the weights are fake, and with them all that is computed from them. What a method draws is real, a few
 kilobytes, since its numbers decide how many steps are simulated, and which.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,9 @@ from transformers import PreTrainedModel
 
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.methods.base import Batch, Method, StepContext
-from stepdistill.networks.backbone import Backbone
-from stepdistill.training.logs import Logs
-from stepdistill.training.loop import Loop
+from stepdistill.training.loop import train_step
 from stepdistill.training.memory.tracker import Tracker
-from stepdistill.training.optimizers import Team
-from stepdistill.training.recipe import TrainSpec
+from stepdistill.training.optimizers import Optimizers
 
 LONGEST = 100  # steps in which every role has to step
 FEW = 3  # micro-batches of a step that are run
@@ -36,7 +33,7 @@ UNCOUNTED = (
 
 
 @dataclass(frozen=True)
-class Part:
+class RoleMemory:
     """A network or role, in bytes; of what is frozen there are weights only.
 
     Args:
@@ -62,7 +59,7 @@ class Prediction:
         remarks: where the run will hold less than is said.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[RoleMemory, ...]
     peak: int
     gradients: int
     loading: int = 0
@@ -96,39 +93,30 @@ class Prediction:
         return "\n".join([*lines, *self.remarks, f"not counted: {UNCOUNTED}"])
 
 
-def single(
-    *,
-    method: Method,
-    backbone: Backbone,
-    spec: TrainSpec,
-    context: Callable[[int], StepContext],
-    batches: Iterator[list[Batch]],
-    device: torch.device,
-    half: bool = False,
-) -> Loop:
-    """A loop for single steps, which logs, validates and saves nothing; its team has no roles yet.
+@dataclass
+class Rehearsal:
+    """What single steps of a run need; they log, validate and save nothing.
 
     Args:
-        half: whether gradients are scaled, as for float16.
+        context: what the method may use in a step.
+        batches: the micro-batches of each step.
     """
-    return Loop(
-        method=method,
-        team=Team(backbone),
-        spec=spec,
-        context=context,
-        batches=batches,
-        logs=cast(Logs, None),
-        validate=lambda step: False,
-        scaler=torch.amp.GradScaler(device.type, enabled=half),
-        facts={},
-        device=device,
-    )
+
+    method: Method
+    optimizers: Optimizers
+    context: Callable[[int], StepContext]
+    batches: Iterator[list[Batch]]
+    device: torch.device
+
+    def step(self, number: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """One step of the run; the values that it would log."""
+        return train_step(self.method, self.optimizers, self.context(number), micro_batches)
 
 
-def prime(team: Team) -> None:
+def prime(optimizers: Optimizers) -> None:
     """Let every optimizer step once on zeros, so that its states are there; the gradients are dropped."""
-    for role, optimizer in team.optimizers.items():
-        for param in team.params(role).values():
+    for role, optimizer in optimizers.by_role.items():
+        for param in optimizers.params(role).values():
             param.grad = torch.zeros_like(param)
         try:
             optimizer.step()
@@ -136,7 +124,7 @@ def prime(team: Team) -> None:
             kind, why = type(optimizer).__name__, "its states are counted by letting it step on tensors without content"
             todo = "predict with an optimizer of torch.optim, and mind that the states of this one may be smaller"
             raise ConfigError(problem(f"{kind}, which cannot ({error})", "one that can", why, todo)) from error
-    team.zero()
+    optimizers.zero()
 
 
 def by_foreach(optimizer: torch.optim.Optimizer) -> None:
@@ -146,90 +134,91 @@ def by_foreach(optimizer: torch.optim.Optimizer) -> None:
             group["foreach"] = True
 
 
-def forecast(loop: Loop, frozen: Mapping[str, nn.Module], loading: int = 0) -> Prediction:
+def forecast(rehearsal: Rehearsal, frozen: Mapping[str, nn.Module], loading: int = 0) -> Prediction:
     """Predict the memory of a run.
 
     Args:
-        loop: as `single` makes it; its network lies on the meta device.
+        rehearsal: its network lies on the meta device, and its roles are not declared.
         frozen: other networks on that device that the run keeps, by name.
         loading: see `Prediction`.
     """
-    team, device = loop.team, loop.device
+    optimizers, device = rehearsal.optimizers, rehearsal.device
     tracker = Tracker(device)
     with torch.device("meta"):
-        team.declare(loop.method)
+        optimizers.declare(rehearsal.method)
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
-        for network in (*frozen.values(), team.backbone):
+        for network in (*frozen.values(), optimizers.backbone):
             network.to_empty(device=device)
             if isinstance(network, PreTrainedModel):
                 network.tie_weights()  # what was one tensor has become two
-    if loop.spec.gradient_checkpointing:
-        team.backbone.enable_checkpointing()
+    if optimizers.spec.gradient_checkpointing:
+        optimizers.backbone.enable_checkpointing()
     with tracker:
-        team.equip(loop.spec)
+        optimizers.build()
         if device.type == "cuda":
-            for optimizer in team.optimizers.values():
+            for optimizer in optimizers.by_role.values():
                 by_foreach(optimizer)
-        prime(team)
-        parts = tuple(_parts(loop, frozen, tracker))
-        for role in team.optimizers:
-            for param in team.params(role).values():
+        prime(optimizers)
+        parts = tuple(_parts(optimizers, frozen, tracker))
+        for role in optimizers.by_role:
+            for param in optimizers.params(role).values():
                 param.register_post_accumulate_grad_hook(lambda p: tracker.mark(_grad(p)))
-        peak, gradients = _peak(loop, tracker)
+        peak, gradients = _peak(rehearsal, tracker)
     return Prediction(parts, peak, gradients, loading)
 
 
-def cycle(loop: Loop, micro_batches: Sequence[Batch]) -> None:
+def cycle(rehearsal: Rehearsal, micro_batches: Sequence[Batch]) -> None:
     """Run the first step, then the last ones, until every role has stepped: what a run comes to hold, it holds there.
 
     Args:
         micro_batches: of each of these steps.
     """
-    stepped = dict.fromkeys(loop.team.optimizers, 0)
-    last = loop.spec.max_train_steps - 1
+    waiting = set(rehearsal.optimizers.by_role)
+    last = rehearsal.optimizers.spec.max_train_steps - 1
     for step in (0, *range(last, max(0, last - LONGEST), -1)):
-        loop.one_step(step, micro_batches, stepped)
-        if all(stepped.values()):
+        values = rehearsal.step(step, micro_batches)
+        waiting -= {role for role in waiting if values.get(f"grad_norm/{role}", 0) > 0}
+        if not waiting:
             return
 
 
-def _peak(loop: Loop, tracker: Tracker) -> tuple[int, int]:
+def _peak(rehearsal: Rehearsal, tracker: Tracker) -> tuple[int, int]:
     """The most bytes that live at once, and of these the gradients'.
 
     Micro-batches advance in lockstep: while one is at work, each of the others holds its batch, and what its method
     keeps from one update to the next. Gradients that wait for more count from the second on, so beyond three a
     micro-batch adds what the third did.
     """
-    more = loop.spec.gradient_accumulation_steps - FEW
+    more = rehearsal.optimizers.spec.gradient_accumulation_steps - FEW
     tracker.reset()
-    micro_batches = next(loop.batches)[:FEW]  # what encoding takes may be the most
-    cycle(loop, micro_batches)
+    micro_batches = next(rehearsal.batches)[:FEW]  # what encoding takes may be the most
+    cycle(rehearsal, micro_batches)
     peak, gradients = tracker.peak, tracker.gradients_at_peak
     if more > 0:
         del micro_batches[-1]
         tracker.reset()
-        cycle(loop, micro_batches)
+        cycle(rehearsal, micro_batches)
         peak += more * (peak - tracker.peak)
     return peak, gradients
 
 
-def _parts(loop: Loop, frozen: Mapping[str, nn.Module], tracker: Tracker) -> Iterator[Part]:
-    backbone, team = loop.team.backbone, loop.team
-    roles = {name: list(team.params(name).values()) for name in backbone.declared}
-    own = {id(param) for params in roles.values() for param in params}
-    shared = [p for p in backbone.net.parameters() if id(p) not in own]
-    yield Part(BASE, _count(shared), tracker.bytes([*shared, *backbone.net.buffers()]))
+def _parts(optimizers: Optimizers, frozen: Mapping[str, nn.Module], tracker: Tracker) -> Iterator[RoleMemory]:
+    backbone = optimizers.backbone
+    roles = {name: list(optimizers.params(name).values()) for name in backbone.declared}
+    trained = {id(param) for params in roles.values() for param in params}
+    shared = [p for p in backbone.net.parameters() if id(p) not in trained]
+    yield RoleMemory(BASE, _count(shared), tracker.bytes([*shared, *backbone.net.buffers()]))
     for name, network in frozen.items():
         params = list(network.parameters())
-        yield Part(name, _count(params), tracker.bytes([*params, *network.buffers()]))
+        yield RoleMemory(name, _count(params), tracker.bytes([*params, *network.buffers()]))
     for name, params in roles.items():
         kept = [*params, *(backbone.others[name].buffers() if name in backbone.others else ())]
         states: list[Any] = []
-        if name in team.optimizers:
-            states = [value for state in team.optimizers[name].state.values() for value in state.values()]
+        if name in optimizers.by_role:
+            states = [value for state in optimizers.by_role[name].state.values() for value in state.values()]
         optimizer = tracker.bytes(value for value in states if isinstance(value, Tensor))
-        gradients = sum(p.nbytes for p in params) if name in team.optimizers else 0
-        yield Part(name, _count(params), tracker.bytes(kept), gradients, optimizer)
+        gradients = sum(p.nbytes for p in params) if name in optimizers.by_role else 0
+        yield RoleMemory(name, _count(params), tracker.bytes(kept), gradients, optimizer)
 
 
 def _count(params: list[nn.Parameter]) -> int:

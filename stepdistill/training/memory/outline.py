@@ -42,7 +42,7 @@ def configs_of(file: str) -> str:
     return fetch_diffusers_config(header)["pretrained_model_name_or_path"]
 
 
-def networks(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+def networks_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """The networks of a pipeline by the names of its components."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -16,13 +15,11 @@ from stepdistill.data.made import Made
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.students.write import Base
 from stepdistill.training.cache.keys import Keys
-from stepdistill.training.loop import Loop
-from stepdistill.training.memory.forecast import BASE, FEW, Prediction, forecast, single
-from stepdistill.training.memory.outline import networks, outline
+from stepdistill.training.memory.forecast import BASE, FEW, Prediction, Rehearsal, forecast
+from stepdistill.training.memory.outline import networks_of, outline
+from stepdistill.training.optimizers import Optimizers
+from stepdistill.training.recipe import Run
 from stepdistill.training.setup import DTYPES, staged
-
-if TYPE_CHECKING:
-    from stepdistill.training.recipe import Run
 
 
 def predict(run: Run) -> Prediction:
@@ -32,12 +29,12 @@ def predict(run: Run) -> Prediction:
     with run.family.reached():
         pipe = outline(run.family)
     dtype = DTYPES[accelerator.mixed_precision]
-    parts, net = networks(pipe), run.family.network(pipe)
+    parts, net = networks_of(pipe), run.family.network(pipe)
     loading = sum(p.nbytes for part in parts.values() for p in part.parameters())
     if dtype != torch.float32:
         net.to(dtype)
     frozen = {name: part for name, part in parts.items() if part is not net}
-    return replace(forecast(rehearsal(run, accelerator, pipe), frozen, loading), remarks=tuple(_remarks(run)))
+    return replace(forecast(rehearse(run, accelerator, pipe), frozen, loading), remarks=tuple(_remarks(run)))
 
 
 def _remarks(run: Run) -> Iterator[str]:
@@ -50,27 +47,21 @@ def _remarks(run: Run) -> Iterator[str]:
         yield "text encoders and autoencoder count: where train.cache_dir holds all that is asked for, they stay away"
 
 
-def rehearsal(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Loop:
-    """The run's loop for single steps, around a pipeline in its place and precision; its roles are not declared.
+def rehearse(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Rehearsal:
+    """Single steps of the run, around a pipeline in its place and precision; its roles are not declared.
 
     Caches are neither read nor written, and what the teacher makes before training need not be there.
     """
     spec = replace(run.train, cache_dir=None, dataloader_num_workers=0)
     spec = replace(spec, gradient_accumulation_steps=min(FEW, spec.gradient_accumulation_steps))
-    parts = Outlined(run.family, pipe, accelerator.device, stay=tuple(networks(pipe)))
+    parts = Outlined(run.family, pipe, accelerator.device, stay=tuple(networks_of(pipe)))
     session = staged(replace(run, train=spec), accelerator, parts, Base({}, (), None), Keys())
     data = run.data
     if any(isinstance(source, Made) for source in inside(data)):
-        data = Unmade(source=data, shape=session.feed.shape)
-    return single(
-        method=run.method,
-        backbone=session.backbone,
-        spec=run.train,
-        context=session.context,
-        batches=session.feed.batches(data, 0, 0, 1),
-        device=accelerator.device,
-        half=session.dtype == torch.float16,
-    )
+        data = Unmade(source=data, shape=session.batches.shape)
+    optimizers = Optimizers(session.backbone, run.train, session.scaler)
+    batches = session.batches.steps(data, 0, 0, 1)
+    return Rehearsal(run.method, optimizers, session.context, batches, accelerator.device)
 
 
 class Outlined(LazyPipeline):

@@ -87,13 +87,6 @@ class Watch:
         if due or not any(SCORE in row for row in signs.rows(logs.file)):
             self.look(start)  # before training, or what a signal left undone after the checkpoint
 
-    @classmethod
-    def begin(cls, session: Session, logs: Logs, start: int) -> Watch | None:
-        """A watch where the config has validations and prompts and this process is the main one, else None."""
-        spec = session.run.train
-        asked = spec.validation_steps and spec.validation_prompts and spec.watch_samples
-        return cls(session, logs, start) if asked and session.accelerator.is_main_process else None
-
     def look(self, step: int) -> bool:
         """Measure, log, warn, keep the best and plot; whether the run should stop. A step is measured once."""
         if any(row["step"] == step and SCORE in row for row in signs.rows(self.logs.file)):
@@ -131,7 +124,7 @@ class Watch:
                 backbone=session.backbone,
                 role=session.run.method.student_role(),
                 method=session.run.method,
-                resolution=(session.feed.side, session.feed.side),
+                resolution=(session.batches.side, session.batches.side),
                 base=session.base,
             )
             (part / "watch.json").write_text(json.dumps({"step": step, "score": score}) + "\n")
@@ -147,7 +140,7 @@ class Watch:
             "sets": SETS,
             "steps": spec.teacher_steps,
             "guidance_scale": spec.teacher_guidance_scale,
-            "shape": list(self.session.feed.shape),
+            "shape": list(self.session.batches.shape),
             "dtype": str(self.session.dtype),
         }
         stored = Yardstick.read(self.out / "watch.json")
@@ -176,7 +169,7 @@ class Watch:
     @torch.no_grad()
     def _errors(self, x0: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:
         """The teacher's mean squared error (P,) in the noise at each level, one call a level, without guidance."""
-        context, cond = self.session.context(0), self.session.feed.condition(self.prompts)
+        context, cond = self.session.context(0), self.session.batches.condition(self.prompts)
         top = context.schedule.grid(1)[-1].item()
         found = {}
         for number, (name, level) in enumerate(zip(signs.GAPS, LEVELS, strict=True)):
