@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from oracles.excess import excess
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,7 +34,7 @@ from stepdistill.evaluation import run
 from stepdistill.evaluation.draw import labels, plan
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.metrics import image_scores
-from stepdistill.evaluation.metrics.frechet import excess, frechet
+from stepdistill.evaluation.metrics.frechet import frechet
 from stepdistill.evaluation.metrics.image_scores import clip_scores
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.read import cropped

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from oracles.excess import excess
 from scipy.stats import t as student_t
+from tables.diversity import diversity_replicates
 from torch import Tensor
 
 from stepdistill.evaluation.metrics.frechet import (
-    diversity_replicates,
-    excess,
     feature_diversity,
     frechet,
     frechet_terms,

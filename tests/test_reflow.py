@@ -10,6 +10,7 @@ import torch
 from oracles import close
 from oracles.context import Flow, drawn, stable_diffusion
 from oracles.gaussian import GaussianTeacher, ddim_gain, guided_mean, levels, ode_map
+from tables.render import draw_paths
 from torch import Tensor
 
 from stepdistill.core.denoise import Condition
@@ -17,7 +18,7 @@ from stepdistill.core.losses import whole
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, Rectified, expand
 from stepdistill.core.solvers import chord, evenly, few_step, follow, share_of_noise, solve, time_of_share, u_shaped
-from stepdistill.evaluation.metrics.straightness import draw_paths, paths
+from stepdistill.evaluation.metrics.straightness import paths
 from stepdistill.methods import reflow
 from stepdistill.methods.base import Batch
 from stepdistill.methods.reflow import Lpips, PeRFlow, Reflow

@@ -45,17 +45,6 @@ def test_a_far_mean_costs_no_digits():
     assert (got.cov - Stats.of(x).cov).abs().max() < 1e-8 * Stats.of(x).cov.abs().max()
 
 
-def test_uneven_shards_merge_to_one():
-    x, other = features(101), Stats.of(features(80, seed=1))
-    whole, first, second = streamed(x, 20), streamed(x[:50], 8), streamed(x[50:], 9)
-    first.merge(second)
-    first.merge(FeatureStats(6))  # a process without any
-    assert frechet(first.stats(), other) == pytest.approx(frechet(whole.stats(), other), abs=1e-12)
-    empty = FeatureStats(6)
-    empty.merge(whole)
-    close(empty.stats().cov, whole.stats().cov, 1e-15)
-
-
 def test_a_root_is_taken_once(monkeypatch):
     calls, eigh = [], torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda m: calls.append(1) or eigh(m))

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from stepdistill.config import load as config
 from stepdistill.core.cost import Cost
-from stepdistill.evaluation.metrics.frechet import diversity_replicates
 from stepdistill.evaluation.metrics.jackknife import block_sizes, interval
 from stepdistill.students.draw.base_first import base_first
 from stepdistill.students.draw.call import Reference, student_row
 from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, drawn, judged, places, reference
+from tables.diversity import diversity_replicates
 from tables.recipes import recipes, trained
 
 TABLES = {"tiny-sd": {"dmd2": "distribution", "disback": "distribution", "tscd": "consistency", "lcm": "consistency"}}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stepdistill.evaluation.metrics.straightness import Paths, draw_paths
+from stepdistill.evaluation.metrics.straightness import Paths
 from tables.matrix import matrix
 
 STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4), "reflow": (1, 2, 4)}
@@ -201,6 +201,20 @@ def plot_paths(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         name: Paths(torch.tensor(each["share"]), torch.tensor(each["deviation"]), each["cost"]) for name, each in pairs
     }
     draw_paths(found, file)
+
+
+def draw_paths(samplers: Mapping[str, Paths], file: Path) -> None:
+    """Draw where along the way each sampler's paths bend, into a PNG."""
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, each in samplers.items():
+        axes.plot(each.share, each.deviation / each.cost, label=f"{label}: S / cost = {each.relative:.3g}")
+    axes.set(xlabel="share of noise", ylabel="deviation from the line / transport cost", yscale="log", xlim=(1, 0))
+    axes.legend(frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
 
 
 def _excess(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Frechet distance between Gaussians fitted to features, its excess, and companions on the same features.
+"""Frechet distance between Gaussians fitted to features, and companions on the same features.
 
 F(a, b) = |mu_a - mu_b|^2 + tr(cov_a) + tr(cov_b) - 2 tr sqrt(cov_a cov_b), in float64 on the CPU (Heusel et al. 2017,
 https://arxiv.org/abs/1706.08500). No root of a non-symmetric matrix is taken: the eigenvalues of `cov_a cov_b` are
@@ -10,7 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-from stepdistill.evaluation.metrics.jackknife import Interval, block_sizes, interval, replicates
 from stepdistill.evaluation.metrics.stats import PART, TOLERANCE, Stats, roots, rows_of
 
 
@@ -39,18 +38,6 @@ def frechet_terms(a: Stats, b: Stats) -> tuple[float, float]:
             "them is not positive semi-definite; recompute the statistics in float64 from centred features"
         )
     return shift, max(spread, 0.0)
-
-
-def excess(row: Tensor, ref: Tensor, floor: Tensor, blocks: int = 20) -> Interval:
-    """F(row, ref) - F(floor, ref) with a block-jackknife interval; may be negative.
-
-    All three are features (N, D) in one order of prompts. Each replicate drops the same run of consecutive
-    indices from all three, so what they share cancels, and samples of one prompt that lie together leave
-    together. The interval is for the expected excess at this N. Cost: 2 (blocks + 1) eigenvalue problems of
-    size min(N, D). Raises TypeError, ValueError.
-    """
-    distances = replicates([row, floor], ref, blocks)
-    return interval(distances[0] - distances[1], block_sizes(len(row), blocks))
 
 
 def paired(a: Tensor, b: Tensor) -> float:
@@ -85,32 +72,6 @@ def feature_diversity(features: Tensor, prompt_index: Tensor) -> float:
         )
     means = [torch.pdist(x[prompt_index.cpu() == prompt]).mean() for prompt in prompts]
     return torch.stack(means).mean().item()
-
-
-def diversity_replicates(features: Tensor, prompt_index: Tensor, blocks: int = 20) -> Tensor:
-    """`diversity` of all samples, then without each block of consecutive ones: (1 + blocks,), float64.
-
-    As `evaluation.metrics.jackknife.interval` takes them, also quotients and differences of equal blocks. Each prompt
-    needs two samples without any block. Raises TypeError, ValueError.
-    """
-    x, prompt_index = rows_of(features), prompt_index.cpu()
-    feature_diversity(features, prompt_index)  # its checks
-    without = [torch.arange(0), *torch.arange(len(x)).split(block_sizes(len(x), blocks))]
-    replicate = torch.zeros(len(without), dtype=torch.float64)
-    prompts = prompt_index.unique()
-    for prompt in prompts:
-        places = (prompt_index == prompt).nonzero().flatten()
-        apart = torch.cdist(x[places], x[places], compute_mode="donot_use_mm_for_euclid_dist")
-        for k, block in enumerate(without):
-            kept = ~torch.isin(places, block)
-            count = int(kept.sum())
-            if count < 2:
-                raise ValueError(
-                    f"diversity_replicates got {count} samples of prompt {prompt.item()} outside of block {k}, "
-                    "expected two or more: a single image has no pairwise distance; draw more or drop the prompt"
-                )
-            replicate[k] += apart[kept][:, kept].sum() / (count * (count - 1) * len(prompts))
-    return replicate
 
 
 def _trace_of_root(a: Stats, b: Stats) -> float:

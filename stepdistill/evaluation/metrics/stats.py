@@ -117,22 +117,14 @@ class FeatureStats:
             )
         mean = x.mean(0)
         x = x - mean
-        self._join(len(x), mean, x.T @ x)
-
-    def merge(self, other: "FeatureStats") -> None:
-        """Take what another one has seen, such as another process's."""
-        self._join(other.n, other.mean, other.scatter)
+        total, shift = self.n + len(x), mean - self.mean
+        self.scatter += x.T @ x + torch.outer(shift, shift) * (self.n * len(x) / total)
+        self.mean += shift * (len(x) / total)
+        self.n = total
 
     def stats(self) -> Stats:
         """The Gaussian of all that was seen. Raises ValueError for fewer than two rows."""
         return Stats(self.mean.clone(), self.scatter / max(1, self.n - 1), self.n)
-
-    def _join(self, n: int, mean: Tensor, scatter: Tensor) -> None:
-        total, shift = self.n + n, mean - self.mean
-        if n:
-            self.scatter += scatter + torch.outer(shift, shift) * (self.n * n / total)
-            self.mean += shift * (n / total)
-            self.n = total
 
 
 def rows_of(features: Tensor, least: int = 2, start: int = 0) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -59,17 +57,3 @@ def paths(denoise: Denoise, schedule: NoiseSchedule, x_t: Tensor, cond: Conditio
     mean = (path[-1] - path[0]) / (bottom - top).to(path.device)
     deviation = (speed - mean).square().flatten(1).mean(1)
     return Paths((shares[:-1] + shares[1:]) / 2, deviation.cpu(), mean.square().mean().item())
-
-
-def draw_paths(samplers: Mapping[str, Paths], file: Path) -> None:
-    """Draw where along the way each sampler's paths bend, into a PNG."""
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for label, each in samplers.items():
-        axes.plot(each.share, each.deviation / each.cost, label=f"{label}: S / cost = {each.relative:.3g}")
-    axes.set(xlabel="share of noise", ylabel="deviation from the line / transport cost", yscale="log", xlim=(1, 0))
-    axes.legend(frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
