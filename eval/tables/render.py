@@ -26,18 +26,6 @@ AWAY = {  # distances of negative prompts' images, in features
 }
 
 
-OVERVIEW = {  # what the README shows of other tables: file and row
-    "plain DDIM, 1 step": ("teachers", "tiny-sd/DDIM, trailing/1"),
-    "plain DDIM, 2 steps": ("teachers", "tiny-sd/DDIM, trailing/2"),
-    "plain DDIM, 4 steps": ("teachers", "tiny-sd/DDIM, trailing/4"),
-    "DMD2, 1 step": ("distribution", "tiny-sd/dmd2/1"),
-    "TSCD, 2 steps": ("distribution", "tiny-sd/tscd/2"),
-    "LCM, 4 steps": ("consistency", "tiny-sd/lcm/4"),
-    "PCM, 4 steps": ("consistency", "tiny-sd/pcm/4"),
-    "rf++, 4 steps": ("reflow", "tiny-sd/rfpp/4"),
-}
-
-
 def documents(root: Path) -> list[Path]:
     """The files of a checkout that may show tables."""
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
@@ -60,7 +48,8 @@ def _rows(results: Path, name: str) -> Mapping[str, Any]:
 
 def _overview(results: Path) -> str:
     lines = ["| | network evaluations | excess [95 %] | diversity | training |", "| --- | --- | --- | --- | --- |"]
-    for label, (name, key) in OVERVIEW.items():
+    chosen = json.loads((Path(__file__).parent / "overview.json").read_text())  # file and row by label
+    for label, (name, key) in chosen.items():
         row = _rows(results, name)[key]
         trained = f"{row['train_seconds'] / 60:.1f} min" if "train_seconds" in row else "none"
         lines.append(f"| {label} | {row['nfe']:.0f} | {_excess(row)} | {row['diversity']:.2f} | {trained} |")
