@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -120,14 +120,14 @@ class Images:
         self.skipped.append((name, f"{type(image).__name__}: {image}"))
         if len(self.skipped) > SKIPPED * len(self):
             got = f"{len(self.skipped)} unreadable of {len(self)} images in {self.source}, such as {name} ({image})"
-            why, todo = "the rest are no longer the same set", "make those again, or take them out"
+            why, todo = "the set is no longer the same", "make those again, or take them out"
             raise DataError(problem(got, f"{SKIPPED:.0%} at most", why, todo))
         return None
 
     def _unequal(self, first: str, one: Sequence[int], second: str, other: Sequence[int]) -> str:
         got = f"{first} with {one[2]} x {one[1]} pixels and {second} with {other[2]} x {other[1]} in {self.source}"
         todo = "choose an eval_res, such as 256: the middle of each is cut out and resized to it"
-        return problem(got, "one size", "how they are made equal changes the distance", todo)
+        return problem(got, "one size", "the way they are resized changes the distance", todo)
 
 
 def fitted(image: Image.Image, side: int | None) -> Image.Image:
@@ -142,21 +142,12 @@ def fitted(image: Image.Image, side: int | None) -> Image.Image:
     return square.resize((side, side), Image.Resampling.LANCZOS)
 
 
-class _Stored(Protocol):
-    """Where images lie: their names, and each decoded in RGB, or the reason why that one is not, or None where its
-    number is not wanted."""
-
-    @property
-    def names(self) -> Sequence[str]: ...
-
-    def images(self, wanted: Wanted) -> Iterator[Image.Image | Exception | None]: ...
-
-    def sha256(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class _Files:
-    """Encoded images of a folder or a zip."""
+    """Encoded images of a folder or a zip.
+
+    `images` yields each in RGB, or the reason why it cannot be decoded, or None where its number is not wanted.
+    """
 
     source: Path
     names: list[str]
@@ -227,7 +218,7 @@ class _Array:
         return stack.enter_context(zipfile.ZipFile(self.source)).open(self.member)
 
 
-def _stored(source: Path) -> _Stored:
+def _stored(source: Path) -> _Files | _Array:
     if source.is_dir():
         names = (file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file())
         return _Files(source, _images(names))

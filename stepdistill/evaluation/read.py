@@ -121,8 +121,8 @@ def _check(store: Store, images: Images) -> None:
     sizes = {tuple(unit["size"]) for unit in units if unit["size"]}
     if len(sizes) > 1:
         got, todo = f"images of {sorted(sizes)} in {images.source}", "choose an --eval-res, such as 256"
-        raise EvaluationError(problem(got, "one size", "how they are made equal changes the distance", todo))
+        raise EvaluationError(problem(got, "one size", "the way they are resized changes the distance", todo))
     skipped = sum(len(unit["skipped"]) for unit in units)
     if skipped > SKIPPED * store.n:
         got, todo = f"{skipped} unreadable of {store.n} images in {images.source}", "make those again"
-        raise EvaluationError(problem(got, f"{SKIPPED:.0%} at most", "the rest are no longer the same set", todo))
+        raise EvaluationError(problem(got, f"{SKIPPED:.0%} at most", "the set is no longer the same", todo))

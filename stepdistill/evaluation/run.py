@@ -106,10 +106,10 @@ def score_images(places: Sequence[Path], spec: EvalSpec, prompts: Path | None = 
     """
     state, device = joined(spec)
     if spec.reference == TEACHER:
-        why, todo = "there is no teacher here to draw", "name statistics or images by --ref"
+        why, todo = "existing images are not compared with a teacher", "name statistics or images by --ref"
         raise EvaluationError(problem("no reference", "--ref", why, todo))
     if (spec.clip is None) != (prompts is None):
-        why, todo = "the CLIP score is of pairs", "name both, --clip and --prompts, or none"
+        why, todo = "the CLIP score compares each image with its prompt", "name both, --clip and --prompts, or none"
         raise EvaluationError(problem(f"CLIP {spec.clip} and prompts {prompts}", "both or none", why, todo))
     names = labels([str(place) for place in places])
     sources = {name: Images(place, spec.side) for name, place in zip(names, places, strict=True)}
@@ -153,7 +153,7 @@ def write_statistics(place: Path, spec: EvalSpec, out: Path) -> None:
     What a run that was cut left is in `spec.output_dir`, which goes when all is there.
     """
     if out.suffix != ".npz":
-        raise EvaluationError(problem(out, "a name that ends in .npz", "--ref knows statistics by it", "add it"))
+        raise EvaluationError(problem(out, "a name that ends in .npz", "--ref recognises statistics by it", "add it"))
     state, device = joined(spec)
     images = Images(place, spec.side)
     extractor = extractor_of(spec, device)
@@ -180,7 +180,7 @@ def compare_evaluations(folders: Sequence[Path], out: Path, csv: Path | None) ->
 def enough(n: int, where: str) -> None:
     """Raise EvaluationError for too few images."""
     if n < LEAST:
-        why = "the intervals leave out 20 blocks of two or more"
+        why = "the intervals leave out each of 20 blocks of two images or more"
         raise EvaluationError(problem(f"{n} images {where}", f"{LEAST} or more", why, "draw more"))
 
 
@@ -195,7 +195,7 @@ def joined(spec: EvalSpec) -> tuple[PartialState, torch.device]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         why, todo = str(error).splitlines()[0], "name another, or leave it out"
-        raise EvaluationError(problem(f"device {spec.device}", "one that is here", why, todo)) from error
+        raise EvaluationError(problem(f"device {spec.device}", "an available device", why, todo)) from error
     return state, device
 
 
@@ -203,7 +203,7 @@ def extractor_of(spec: EvalSpec, device: torch.device, vae: AutoencoderKL | None
     """The extractor. Raises MissingWeights, which a command tells before anything is drawn."""
     name = spec.features or spec.under.features
     if spec.resize and not name.removeprefix("random-").startswith("inception"):
-        got, why = f"resize {spec.resize} with features {name}", "other extractors have a size of their own"
+        got, why = f"resize {spec.resize} with features {name}", "other extractors have a fixed size"
         raise EvaluationError(problem(got, "features inception", why, "leave --resize out"))
     return extractor_named(
         name,
@@ -230,13 +230,13 @@ def possible(
     left_out: dict[str, str] = {}
     if reference is not None and reference.features is None:
         for name in ("kid", "prdc", "cmmd"):
-            left_out[name] = "the reference has no single images"
+            left_out[name] = "the reference has statistics and no images"
     if not identity.arch.startswith("clip-"):
         left_out["cmmd"] = f"it is defined on CLIP's embeddings, not on {identity.id}"
     if not several:
         left_out["diversity"] = "no prompt has two images"
     if not teacher:
-        left_out |= {name: "there is no teacher beside" for name in ("paired", "pixels", "lpips", "diversity")}
+        left_out |= {name: "no teacher is drawn" for name in ("paired", "pixels", "lpips", "diversity")}
     return (
         [name for name in metrics if name not in left_out],
         [f"{name}: {why}" for name, why in left_out.items() if name in metrics],
@@ -249,7 +249,7 @@ def clip_score_of(spec: EvalSpec, images: Images, prompts: Path | None, device: 
         return None
     records = read_records(prompts)
     if len(records) > len(images):
-        got, why = f"{len(records)} prompts for {len(images)} images", "each image has one, in turn"
+        got, why = f"{len(records)} prompts for {len(images)} images", "each image has one prompt"
         raise EvaluationError(problem(got, "as many at most", why, "name the prompts of these images"))
     each = [prompt_of(records[i % len(records)]) for i in range(len(images))]
     return ClipScore.load(spec.clip, each, spec.under.prefix, device)
@@ -259,7 +259,7 @@ def records_of(spec: EvalRun) -> list[dict[str, object]]:
     """The prompts, with whatever else their file says of them. Raises EvaluationError, DataError."""
     records = read_records(spec.prompts) if spec.prompts else []
     if spec.export == "geneval" and not (records and all("tag" in record for record in records)):
-        why, todo = "GenEval scores what it says of each prompt", "pass it by --prompts"
+        why, todo = "GenEval scores each image by the metadata of its prompt", "pass it by --prompts"
         raise EvaluationError(problem(f"prompts {spec.prompts}", "GenEval's evaluation_metadata.jsonl", why, todo))
     if records:
         return records

@@ -52,9 +52,9 @@ class EvalSpec:
         odd = [name for name in self.metrics if name not in METRICS]
         if odd:
             todo = "leave them out; the CLIP score comes with --clip"
-            raise ConfigError(problem(f"metrics {odd}", f"some of {list(METRICS)}", "there are no others", todo))
+            raise ConfigError(problem(f"metrics {odd}", f"some of {list(METRICS)}", "no other metric is known", todo))
         if self.protocol not in PROTOCOLS:
-            got, why = f"protocol {self.protocol!r}", "a protocol is what a paper's figures were measured under"
+            got, why = f"protocol {self.protocol!r}", "a protocol is the set of settings behind published figures"
             raise ConfigError(problem(got, f"one of {list(PROTOCOLS)}", why, "name one, or leave it out"))
         _whole(self, 1, "feature_batch", "eval_res")
 
@@ -117,13 +117,13 @@ class EvalRun(EvalSpec):
         _whole(self, 0, "latency", "seed", "reference_seed")
         if len(set(self.steps)) < len(self.steps) or min(self.steps, default=1) < 1:
             got = f"steps {list(self.steps)}"
-            raise ConfigError(problem(got, "different ones of 1 or more", "each is a row", "correct it"))
+            raise ConfigError(problem(got, "distinct numbers, 1 or more", "each becomes a row", "correct them"))
         scales = (*self.guidance, self.teacher_guidance)
         if not all(math.isfinite(w) for w in scales) or len(set(self.guidance)) < len(self.guidance):
             got = f"guidance {list(scales)}"
-            raise ConfigError(problem(got, "different finite scales", "each is a row", "correct it"))
+            raise ConfigError(problem(got, "distinct finite scales", "each becomes a row", "correct them"))
         if self.reference == "teacher" and self.seed == self.reference_seed:
-            why = "the teacher would be compared with the very same images"
+            why = "the teacher would be compared with its own images"
             raise ConfigError(problem(f"seed {self.seed} for rows and reference", "two seeds", why, "choose another"))
 
 
@@ -131,4 +131,4 @@ def _whole(spec: EvalSpec, least: int, *names: str) -> None:
     for name in names:
         value = vars(spec)[name]
         if value is not None and value < least:
-            raise ConfigError(problem(f"{name}={value}", f"{least} or more", "fewer there cannot be", "correct it"))
+            raise ConfigError(problem(f"{name}={value}", f"{least} or more", "it cannot be smaller", "correct it"))

@@ -146,12 +146,12 @@ def availability(weights: Weights = NONE_GIVEN) -> list[Availability]:
 def _check(name: str, dtype: str, batch: int, vae: AutoencoderKL | None) -> None:
     if dtype not in DTYPES or (name in FULL_ONLY and dtype != "fp32"):
         expected = "fp32" if name in FULL_ONLY else " or ".join(DTYPES)
-        raise ConfigError(problem(f"{dtype} for features {name!r}", expected, "no other is computed", "choose that"))
+        raise ConfigError(problem(f"{dtype} for features {name!r}", expected, "others are not supported", "use it"))
     if batch < 1:
-        raise ConfigError(problem(f"batch={batch}", "1 or more", "images go through the network by batches", "use 64"))
+        raise ConfigError(problem(f"batch={batch}", "1 or more", "images go through the network in batches", "use 64"))
     if name == "vae" and vae is None:
         todo = "name a teacher, or use pixels"
-        raise ConfigError(problem("features 'vae' without a pipeline", "one", "its autoencoder encodes", todo))
+        raise ConfigError(problem("features 'vae' without a pipeline", "one", "its VAE encodes the images", todo))
 
 
 def _look_for_inception(weights: Weights) -> tuple[Path | None, list[str]]:
@@ -164,7 +164,7 @@ def _look_for_inception(weights: Weights) -> tuple[Path | None, list[str]]:
             continue
         if Path(named).expanduser().is_file():
             return Path(named).expanduser(), looked
-        why, todo = "no other is taken in the place of one that is named", "correct the path, or leave it out"
+        why, todo = "a file that was named is never replaced by another", "correct the path, or leave it out"
         raise MissingWeights(problem(f"{label} {named}, which is no file", f"the file weights-{FILE}", why, todo))
     for place in _inception_places():
         if place.is_file():

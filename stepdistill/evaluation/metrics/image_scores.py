@@ -70,7 +70,7 @@ def pixel_likeness(teacher: TeacherImages) -> Score:
     try:
         from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
     except ImportError as error:
-        why, todo = "they are torchmetrics'", "pip install 'stepdistill[fid]', or leave `pixels` out"
+        why, todo = "it computes PSNR and SSIM", "pip install 'stepdistill[fid]', or leave `pixels` out"
         raise EvaluationError(problem(f"metric pixels, and {error}", "torchmetrics", why, todo)) from error
 
     def score(images: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:

@@ -127,7 +127,7 @@ def _bare() -> nn.Sequential:
     except ImportError as error:
         got, expected = f"Inception features without their network ({error})", "torchmetrics and torch-fidelity"
         todo = "pip install 'stepdistill[fid]', or choose other features"
-        raise ConfigError(problem(got, expected, "the network is theirs", todo)) from error
+        raise ConfigError(problem(got, expected, "they provide the network", todo)) from error
     return nn.Sequential(OrderedDict((name, layer) for name, layer in host.named_children() if name != "fc"))
 
 

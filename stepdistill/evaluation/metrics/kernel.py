@@ -83,7 +83,8 @@ def _sum(x: Tensor, y: Tensor, kernel: Kernel, biased: bool) -> Tensor:
 
 
 def _check(name: str, a: Tensor, b: Tensor) -> None:
-    rows_of(a[:2]), rows_of(b[:2])  # type and shape
+    for x in (a, b):
+        rows_of(x[:2])  # type and shape
     if a.shape[1] != b.shape[1]:
         raise ValueError(
             f"{name} got {a.shape[1]} and {b.shape[1]} features a row, expected equal numbers: those of different "

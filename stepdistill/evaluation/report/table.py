@@ -54,15 +54,15 @@ def read_evaluation(folder: Path) -> Evaluation:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        why = "an evaluation is known only by that file"
+        why = "an evaluation is read from that file"
         raise DataError(problem(f"{file}, which cannot be read ({error})", "JSON", why, todo)) from error
     schema = _at(facts, "schema")
     if schema != SCHEMA:
-        why = "another schema may mean other things by the same words"
+        why = "the same field may mean something else in another schema"
         raise DataError(problem(f"{file} with schema {schema!r}", repr(SCHEMA), why, todo))
     rows = facts.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(problem(f"{file} without a list of rows", "`rows`", "they are what was measured", todo))
+        raise DataError(problem(f"{file} without a list of rows", "`rows`", "rows hold what was measured", todo))
     grids = [folder / "grids" / name for name in facts.get("grids", [])]
     return Evaluation(folder.resolve().name, facts, [file for file in grids if file.exists()])
 
