@@ -129,7 +129,7 @@ def test_images_keep_bucket_and_size_and_their_own_draws(tmp_path):
         (tmp_path / f"{i}.txt").write_text(f"{'apple' if i % 2 else 'cat'} {i}")
     source = ImageFolder(train_data_dir=str(tmp_path), resolution=16, aspect_buckets=True, bucket_step=8)
     for part in parts(2, source=source):
-        for i, (j, _) in enumerate(part._own):
+        for i, (j, _) in enumerate(part._items):
             assert (part.buckets()[i], part.size(i)) == (source.buckets()[j], source.size(j))
             ours, theirs = part.sample(i, sample_rng(0, 5)), source.sample(j, sample_rng(0, 5))
             assert torch.equal(ours.pixels, theirs.pixels) and (ours.prompt, ours.item) == (theirs.prompt, i)

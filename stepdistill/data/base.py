@@ -7,13 +7,15 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple, TypeVar
 
 from annotated_types import Ge, Le
 from torch import Tensor
 
 from stepdistill.core.errors import DataError
 from stepdistill.core.random import sample_rng
+
+Item = TypeVar("Item")
 
 
 class BadSample(DataError):
@@ -125,6 +127,11 @@ class Source(ABC):
         return content.hexdigest()
 
 
+def only(batch: list[Item]) -> Item:
+    """The item of a batch of one, for a loader that reads item by item."""
+    return batch[0]
+
+
 def inside(source: Source) -> Iterator[Source]:
     """The source, and those that it is wrapped around."""
     yield source
@@ -133,67 +140,63 @@ def inside(source: Source) -> Iterator[Source]:
             yield from inside(part)
 
 
-def _prompt_of(outer: Source, inner: Source, i: int, rng: random.Random) -> str:
-    """The inner source's prompt by the inner source's draws, dropped by one more at the outer one's share."""
-    prompt = inner.prompt(i, rng)
-    return "" if rng.random() < outer.proportion_empty_prompts else prompt
-
-
 @dataclass(frozen=True, kw_only=True)
-class PromptsOf(Source):
-    """Only the captions of another source, for a method that needs no images: none is read or decoded.
+class Wrapper(Source):
+    """A source around another one, whose items it changes or chooses from.
 
     Args:
-        source: where the captions are; the shares of empty prompts of both apply.
+        source: the other one; the shares of empty prompts of both apply.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"prompts"})
     source: Source
+
+    @property
+    def provides(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What the other source does."""
+        return self.source.provides
+
+    def inner(self, i: int) -> int:
+        """The other source's item that item i is made from."""
+        return i
 
     def __len__(self) -> int:
         return len(self.source)
 
     def captions(self, i: int) -> Sequence[str]:
-        return self.source.captions(i)
+        return self.source.captions(self.inner(i))
 
-    def sample(self, i: int, rng: random.Random) -> Sample:
-        return Sample(prompt=_prompt_of(self, self.source, i, rng), item=i)
+    def prompt(self, i: int, rng: random.Random) -> str:
+        """The other source's prompt by its own draws, dropped by one more at the share of this one."""
+        prompt = self.source.prompt(self.inner(i), rng)
+        return "" if rng.random() < self.proportion_empty_prompts else prompt
 
     def name(self, i: int) -> str:
-        return self.source.name(i)
+        return self.source.name(self.inner(i))
 
     def stamp(self, i: int) -> str:
-        return self.source.stamp(i)
+        return self.source.stamp(self.inner(i))
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedCrops(Source):
+class PromptsOf(Wrapper):
+    """Only the captions of another source, for a method that needs no images: none is read or decoded."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts"})  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def sample(self, i: int, rng: random.Random) -> Sample:
+        return Sample(prompt=self.prompt(i, rng), item=i)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedCrops(Wrapper):
     """An image source whose crop and flip belong to the item instead of to the position in the run.
 
     Only then can an item's latents be cached: else what the cache holds would depend on where the item came
     first, and would change with a resume or with the number of processes. Captions are drawn as before.
-
-    Args:
-        source: the images; the shares of empty prompts of both apply.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "images"})
-    source: Source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def captions(self, i: int) -> Sequence[str]:
-        return self.source.captions(i)
-
     def sample(self, i: int, rng: random.Random) -> Sample:
-        return replace(self.source.sample(i, sample_rng(0, i)), prompt=_prompt_of(self, self.source, i, rng))
-
-    def name(self, i: int) -> str:
-        return self.source.name(i)
-
-    def stamp(self, i: int) -> str:
-        return self.source.stamp(i)
+        return replace(self.source.sample(i, sample_rng(0, i)), prompt=self.prompt(i, rng))
 
     def buckets(self) -> Sequence[int]:
         return self.source.buckets()

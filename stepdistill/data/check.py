@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from stepdistill.core.errors import DataError, problem
-from stepdistill.data.base import BadSample, PromptsOf, Source, inside
+from stepdistill.data.base import BadSample, PromptsOf, Source, inside, only
 from stepdistill.data.made import Made
 
 NAMED = 5  # bad samples that the report lists
@@ -80,10 +80,6 @@ class _Tally:
                 yield f"    ... and {len(self.bad) - NAMED} more"
 
 
-def _only(batch: list[_Facts]) -> _Facts:
-    return batch[0]
-
-
 def _spread(values: Sequence[int]) -> str:
     ordered = sorted(values)
     return f"{ordered[0]} to {ordered[-1]} (median {ordered[len(ordered) // 2]})"
@@ -111,7 +107,7 @@ def check(source: Source, strict: bool = False, workers: int = 0) -> str:
     source.buckets()  # before the workers start, so that they find it done
     tally = _Tally()
     facts: _Facts
-    read = DataLoader(_Examiner(source), num_workers=workers, collate_fn=_only)
+    read = DataLoader(_Examiner(source), num_workers=workers, collate_fn=only)
     for facts in tqdm(read, "samples", total=total):
         if facts.error is not None:
             raise facts.error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from stepdistill.core.errors import ConfigError, DataError, problem
-from stepdistill.data.base import BadSample, Sample, Source
+from stepdistill.data.base import BadSample, Sample, Wrapper
 from stepdistill.data.captions import read_text
 from stepdistill.data.prompts import Prompts
 from stepdistill.data.routing import Router, Table, cluster, consecutive, normal
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Partition(Source):
+class Partition(Wrapper):
     """The prompts of student k of K, and what belongs to them; K runs with `student` 0 to K - 1 have them all.
 
     Multi-student distillation (Song et al. 2024, https://arxiv.org/abs/2410.23274). Each run writes `router.json`
@@ -48,7 +48,6 @@ class Partition(Source):
             as given, and every prompt of the source must be there.
     """
 
-    source: Source
     students: int
     student: int = 0
     by: Literal["class", "cluster", "file"] = "cluster"
@@ -74,11 +73,6 @@ class Partition(Source):
     @property
     def _mapped(self) -> bool:
         return len(self.files) == 1 and self.files[0].endswith(".json")
-
-    @property
-    def provides(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What the source does."""
-        return self.source.provides
 
     @cached_property
     def _captions(self) -> list[tuple[int, Sequence[str]]]:
@@ -153,7 +147,7 @@ class Partition(Source):
         return not self.router.lists(caption) if self.by == "file" else self.router.find(caption) is None
 
     @cached_property
-    def _own(self) -> list[tuple[int, tuple[str, ...]]]:
+    def _items(self) -> list[tuple[int, tuple[str, ...]]]:
         """Item of the source and those of its captions that are this student's, where there are any."""
         found = []
         for i, captions in self._captions:
@@ -171,30 +165,27 @@ class Partition(Source):
         return found
 
     def __len__(self) -> int:
-        return len(self._own)
+        return len(self._items)
+
+    def inner(self, i: int) -> int:
+        return self._items[i][0]
 
     def captions(self, i: int) -> Sequence[str]:
-        return self._own[i][1]
+        return self._items[i][1]
 
     def prompt(self, i: int, rng: random.Random) -> str:
         # the source's draw decides on dropping only: of several captions it may take another student's
-        dropped = not self.source.prompt(self._own[i][0], rng)
+        dropped = not self.source.prompt(self.inner(i), rng)
         choice, dropped_here = rng.random(), rng.random() < self.proportion_empty_prompts
         captions = self.captions(i)
         return "" if dropped or dropped_here else captions[int(choice * len(captions))]
 
     def sample(self, i: int, rng: random.Random) -> Sample:
-        return replace(self.source.sample(self._own[i][0], rng), prompt=self.prompt(i, rng), item=i)
-
-    def name(self, i: int) -> str:
-        return self.source.name(self._own[i][0])
-
-    def stamp(self, i: int) -> str:
-        return self.source.stamp(self._own[i][0])
+        return replace(self.source.sample(self.inner(i), rng), prompt=self.prompt(i, rng), item=i)
 
     def buckets(self) -> Sequence[int]:
         buckets = self.source.buckets()
-        return [buckets[j] for j, _ in self._own]
+        return [buckets[j] for j, _ in self._items]
 
     def size(self, i: int) -> tuple[int, int] | None:
-        return self.source.size(self._own[i][0])
+        return self.source.size(self.inner(i))

@@ -14,6 +14,7 @@ from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import sample_rng
 from stepdistill.data import BadSample, InvertedImages, Sample, Source, inside
+from stepdistill.data.base import only
 from stepdistill.data.made import Made
 from stepdistill.families.lazy_pipeline import PARTS, LazyPipeline
 from stepdistill.training.batches import NULL, Batches, check_cache
@@ -121,7 +122,7 @@ def _encode(batches: Batches, source: Source, rank: int, processes: int) -> None
     store = batches.latents.store
     mine = [int(item) for item in _share(store.missing([str(item) for item in range(len(source))]), rank, processes)]
     # one image at a time, since their sizes may differ
-    read = DataLoader(_Images(source, mine), collate_fn=_only, num_workers=batches.spec.dataloader_num_workers)
+    read = DataLoader(_Images(source, mine), collate_fn=only, num_workers=batches.spec.dataloader_num_workers)
     for sample in tqdm(read, total=len(mine), desc="Latents", disable=rank > 0):
         if isinstance(sample, BadSample):
             logger.warning("skipped %s", sample)
@@ -136,10 +137,6 @@ def _share(missing: Sequence[str], rank: int, processes: int) -> Sequence[str]:
     """This process's part of what is missing; all have looked before any of them writes."""
     distributed.barrier()
     return missing[rank::processes]
-
-
-def _only(batch: list[Sample | BadSample]) -> Sample | BadSample:
-    return batch[0]
 
 
 class _Images(Dataset["Sample | BadSample"]):

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from stepdistill.data import GuidedState, Sample, Source, inside
+from stepdistill.data import GuidedState, Sample, inside
+from stepdistill.data.base import Wrapper
 from stepdistill.data.made import Made
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.students.write import Base
@@ -75,22 +76,14 @@ class Outlined(LazyPipeline):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unmade(Source):
+class Unmade(Wrapper):
     """A source that the teacher will make: samples of its shapes, with zeros.
 
     Args:
         shape: (C, h, w) of the latents.
     """
 
-    source: Source
     shape: tuple[int, ...]
-
-    @property
-    def provides(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.source.provides
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def captions(self, i: int) -> Sequence[str]:
         return [str(i)]
@@ -99,10 +92,7 @@ class Unmade(Source):
         zeros, have = torch.zeros(self.shape), self.provides
         state = GuidedState(zeros, torch.tensor(0.0), torch.tensor(2.0), zeros) if "trajectories" in have else None
         latents, noise = (zeros if name in have else None for name in ("latents", "noise"))
-        return Sample(prompt=self.prompt(i, rng), latents=latents, noise=noise, state=state, item=i)
-
-    def name(self, i: int) -> str:
-        return self.source.name(i)
+        return Sample(prompt=str(i), latents=latents, noise=noise, state=state, item=i)
 
     def stamp(self, i: int) -> str:
         return str(i)
