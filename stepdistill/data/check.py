@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample, PromptsOf, Source, inside, only
-from stepdistill.data.made import Made
+from stepdistill.data.made import TeacherMade
 
 NAMED = 5  # bad samples that the report lists
 
@@ -99,9 +99,9 @@ def check(source: Source, strict: bool = False, workers: int = 0) -> str:
     Raises:
         DataError: nothing usable is there, columns or captions are wrong; the first bad sample is named.
     """
-    if isinstance(source, Made):  # the rest the teacher draws when training starts
+    if isinstance(source, TeacherMade):  # the rest the teacher draws when training starts
         source = source.source
-    elif any(isinstance(part, Made) for part in inside(source)):
+    elif any(isinstance(part, TeacherMade) for part in inside(source)):
         source = PromptsOf(source=source)
     total = len(source)
     source.buckets()  # before the workers start, so that they find it done

@@ -17,13 +17,13 @@ from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import BadSample, Sample
 from stepdistill.data.images import ImageSource
-from stepdistill.data.made import Made, TeacherCalls
+from stepdistill.data.made import TeacherCalls, TeacherMade
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class InvertedImages(Made):
+class InvertedImages(TeacherMade):
     """Pairs of noise and a real image: the teacher's ODE is followed from the image up to noise, once only.
 
     An image's latents begin at the schedule's lowest time, with the little noise that belongs there. Lee et al. 2024

@@ -47,7 +47,7 @@ class TeacherCalls(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made(Source):
+class TeacherMade(Source):
     """What the teacher makes from a source's items, before training starts and once only.
 
     It is kept in files of `chunk` each. What lies there is used where teacher and settings are the same, and refused

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import Sample
-from stepdistill.data.made import Made, TeacherCalls
+from stepdistill.data.made import TeacherCalls, TeacherMade
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherSamples(Made):
+class TeacherSamples(TeacherMade):
     """Latents that the teacher makes from a source's prompts, before training starts and once only.
 
     What lies in the folder is used where teacher, prompts and settings are the same, and refused where they are not. A

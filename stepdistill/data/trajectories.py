@@ -15,11 +15,11 @@ from torch import Tensor
 from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import GuidedState, Sample
-from stepdistill.data.made import Made, TeacherCalls
+from stepdistill.data.made import TeacherCalls, TeacherMade
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trajectories(Made):
+class Trajectories(TeacherMade):
     """States on guided trajectories that the teacher makes from a source's prompts, before training and once only.
 
     A trajectory has one guidance scale, drawn for it. Of its states a random few are kept: x_t and the network's

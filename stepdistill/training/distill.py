@@ -8,7 +8,7 @@ from pathlib import Path
 from stepdistill.config.load import to_yaml
 from stepdistill.core import distributed
 from stepdistill.data import inside
-from stepdistill.data.made import Made
+from stepdistill.data.made import TeacherMade
 from stepdistill.students import single as student
 from stepdistill.training import checkpoint
 from stepdistill.training import finish as report
@@ -66,7 +66,7 @@ def make_data(session: Session) -> None:
     """
     rank, processes, teacher = session.accelerator.process_index, session.accelerator.num_processes, Teacher(session)
     for source in inside(session.run.data):
-        if isinstance(source, Made):
+        if isinstance(source, TeacherMade):
             if session.shards is None:
                 source.fill(teacher, rank, processes)
             else:

@@ -15,7 +15,7 @@ from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import sample_rng
 from stepdistill.data import BadSample, InvertedImages, Sample, Source, inside
 from stepdistill.data.base import only
-from stepdistill.data.made import Made
+from stepdistill.data.made import TeacherMade
 from stepdistill.families.lazy_pipeline import PARTS, LazyPipeline
 from stepdistill.training.batches import NULL, Batches, check_cache
 from stepdistill.training.cache.rows import RowStore
@@ -86,7 +86,7 @@ def prompts_of(run: Run) -> list[str]:
 
     Among them are those of samples that the teacher is still to make.
     """
-    sources = [run.data, *(part for part in inside(run.data) if isinstance(part, Made) and part is not run.data)]
+    sources = [run.data, *(part for part in inside(run.data) if isinstance(part, TeacherMade) and part is not run.data)]
     found = dict.fromkeys(["", *run.train.validation_prompts])
     for source in sources:
         # which images it inverts is only known when it has

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 from stepdistill.data import GuidedState, Sample, inside
 from stepdistill.data.base import Wrapper
-from stepdistill.data.made import Made
+from stepdistill.data.made import TeacherMade
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.students.write import Base
 from stepdistill.training.cache.keys import Keys
@@ -58,7 +58,7 @@ def rehearse(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Reh
     parts = Outlined(run.family, pipe, accelerator.device, stay=tuple(networks_of(pipe)))
     session = staged(replace(run, train=spec), accelerator, parts, Base({}, (), None), Keys())
     data = run.data
-    if any(isinstance(source, Made) for source in inside(data)):
+    if any(isinstance(source, TeacherMade) for source in inside(data)):
         data = Unmade(source=data, shape=session.batches.shape)
     optimizers = Optimizers(session.backbone, run.train, session.scaler)
     batches = session.batches.steps(data, 0, 0, 1)
