@@ -52,22 +52,18 @@ class Protocol:
         """
         if self.guide:
             return [f"protocol {self.name} is of no paper"]
-        deviations = []
-        if n != self.n:
-            deviations.append(f"n={n} (protocol {self.n})")
-        if identity.key != "fid":
-            deviations.append(f"features {identity.id} are not FID's Inception")
-        if identity.resize != self.resize:
-            deviations.append(f"resize {identity.resize} (protocol {self.resize})")
-        if eval_res != self.eval_res:
-            deviations.append(f"eval_res {eval_res} (protocol {self.eval_res})")
-        if reference["kind"] == "teacher":
-            deviations.append(f"the reference is the teacher (protocol: {self.reference})")
-        elif self.reference_n is not None and reference.get("n") != self.reference_n:
-            deviations.append(f"a reference of n={reference.get('n')} (protocol {self.reference_n})")
-        if clip is not None and self.clip and clip != self.clip:
-            deviations.append(f"CLIP {clip} (protocol {self.clip})")
-        return deviations
+        drawn, size = reference["kind"] == "teacher", reference.get("n")
+        deviations = {
+            f"n={n} (protocol {self.n})": n != self.n,
+            f"features {identity.id} are not FID's Inception": identity.key != "fid",
+            f"resize {identity.resize} (protocol {self.resize})": identity.resize != self.resize,
+            f"eval_res {eval_res} (protocol {self.eval_res})": eval_res != self.eval_res,
+            f"the reference is the teacher (protocol: {self.reference})": drawn,
+            f"a reference of n={size} (protocol {self.reference_n})": not drawn
+            and self.reference_n not in (None, size),
+            f"CLIP {clip} (protocol {self.clip})": clip is not None and self.clip not in ("", clip),
+        }
+        return [text for text, deviates in deviations.items() if deviates]
 
     def trusted(self, reference: Mapping[str, Any]) -> list[str]:
         """What cannot be checked and is taken on trust, in words."""

@@ -96,17 +96,18 @@ def _load(path: Path, size: int) -> EfficientNet:
         net = EfficientNet.from_name("efficientnet-lite0", image_size=size)
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     net.eval().requires_grad_(False)
-    _fold(net, "_conv_stem", "_bn0")
-    _fold(net, "_conv_head", "_bn1")
+    fold_norm(net, "_conv_stem", "_bn0")
+    fold_norm(net, "_conv_head", "_bn1")
     for block in net._blocks:
         if "_expand_conv" in dict(block.named_children()):
-            _fold(block, "_expand_conv", "_bn0")
-        _fold(block, "_depthwise_conv", "_bn1")
-        _fold(block, "_project_conv", "_bn2")
+            fold_norm(block, "_expand_conv", "_bn0")
+        fold_norm(block, "_depthwise_conv", "_bn1")
+        fold_norm(block, "_project_conv", "_bn2")
     return net
 
 
-def _fold(module: nn.Module, conv: str, norm: str) -> None:
+def fold_norm(module: nn.Module, conv: str, norm: str) -> None:
+    """Fold a BatchNorm in eval mode into the convolution before it."""
     pair: Any = module.get_submodule(conv), module.get_submodule(norm)
     module.set_submodule(conv, fuse_conv_bn_eval(*pair))
     module.set_submodule(norm, nn.Identity())

@@ -15,11 +15,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from stepdistill.core.errors import ConfigError, WrongWeights, problem
 from stepdistill.core.files import file_digest
-from stepdistill.evaluation.metrics.features import BATCH, Extractor
+from stepdistill.evaluation.metrics.features import BATCH, Extractor, fold_norm
 from stepdistill.evaluation.metrics.identity import (
     DTYPES,
     FID_WEIGHTS,
@@ -87,10 +86,8 @@ def network(state: Mapping[str, Tensor]) -> nn.Module:
         raise WrongWeights(problem("other tensors than this network's", f"those of {INCEPTION}", why, todo)) from error
     net.eval().requires_grad_(False)
     for module in list(net.modules()):
-        parts: dict[str, Any] = dict(module.named_children())
-        if "bn" in parts:
-            module.set_submodule("conv", fuse_conv_bn_eval(parts["conv"], parts["bn"]))
-            module.set_submodule("bn", nn.Identity())
+        if "bn" in dict(module.named_children()):
+            fold_norm(module, "conv", "bn")
     return net
 
 
