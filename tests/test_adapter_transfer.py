@@ -80,7 +80,7 @@ def fitted() -> tuple[Scene, dict[str, Tensor]]:
     bone = Backbone(net, LoraSpec(rank=8), FAMILY.lora_targets(net), sites=FAMILY.sites(net))
     bone.add("student", Adapters("mixed", 48))
     bone.add("style", Lora())
-    rng, sheet = random.Random(0), emoji.sheet()
+    rng, sheet = random.Random(0), emoji.packed_sheet()
     drawn = {drawing.subgroup: drawing for drawing in emoji.subjects()}
     names = sorted(drawn)[:8]
     pixels = emoji.pixels([emoji.image(sheet, drawn[name], rng) for name in names])

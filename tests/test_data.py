@@ -21,7 +21,7 @@ from PIL import Image
 
 from stepdistill.core.errors import DataError
 from stepdistill.core.random import sample_rng
-from stepdistill.data import BadSample, ImageFolder, PromptsOf, Sample, Source, Stream, check, loader
+from stepdistill.data import BadSample, ImageFolder, PromptsOf, Sample, Source, Stream, check_source, loader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +199,11 @@ def test_a_broken_image_does_not_stop_a_run(tmp_path: Path, caplog: pytest.LogCa
         f"skipped {tmp_path / '1.png'}",
         f"skipped {tmp_path / '3.png'}",
     ]
-    report = check(source)
+    report = check_source(source)
     assert report.startswith("ImageFolder: 5 samples, 3 usable\n")
     assert "unusable: 2" in report and "1.png: UnidentifiedImageError" in report and "3.png" in report
     with pytest.raises(DataError, match=r"2 of 5 samples unusable, first .*1\.png"):
-        check(source, strict=True)
+        check_source(source, strict=True)
 
 
 def test_a_source_travels_to_a_worker_that_does_not_fork(tmp_path: Path) -> None:
@@ -229,4 +229,4 @@ def test_prompts_of_images_read_no_image(tmp_path: Path) -> None:
     source = PromptsOf(source=ImageFolder(train_data_dir=str(tmp_path), resolution=8))
     assert source.sample(0, sample_rng(0, 0)) == Sample(prompt="an apple", item=0)
     assert replace(source, proportion_empty_prompts=1.0).sample(0, sample_rng(0, 0)).prompt == ""
-    assert check(source).startswith("PromptsOf: 1 samples, 1 usable")
+    assert check_source(source).startswith("PromptsOf: 1 samples, 1 usable")

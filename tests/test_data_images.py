@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stepdistill.core.errors import DataError
 from stepdistill.core.random import sample_rng
-from stepdistill.data import FixedCrops, ImageFolder, ImageSource, Stream, check, loader
+from stepdistill.data import FixedCrops, ImageFolder, ImageSource, Stream, check_source, loader
 from stepdistill.data.images import bucket_shapes
 
 
@@ -101,7 +101,7 @@ def test_orientation_transparency_and_depth(tmp_path: Path) -> None:
         assert blended[:, 0, 7].tolist() == [1, 1, 1], "white where it was clear"
         assert blended[:, 0, 0].tolist() == [-1, -1, 1]
     assert pixels(source, 3).unique().tolist() == pytest.approx([128 / 127.5 - 1], abs=1e-6)
-    assert check(source, strict=True).startswith("ImageFolder: 5 samples, 5 usable")
+    assert check_source(source, strict=True).startswith("ImageFolder: 5 samples, 5 usable")
 
 
 def test_fixed_crops_depend_on_the_item_alone_and_captions_do_not(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path, table: str | None, content:
     if table:
         (tmp_path / table).write_text(content)
     with pytest.raises(DataError, match=message):
-        check(ImageFolder(train_data_dir=str(tmp_path), resolution=8))
+        check_source(ImageFolder(train_data_dir=str(tmp_path), resolution=8))
 
 
 def test_missing_empty_and_wholly_broken_folders(tmp_path: Path) -> None:
@@ -206,14 +206,14 @@ def test_missing_empty_and_wholly_broken_folders(tmp_path: Path) -> None:
     folder(tmp_path / "data", a=noise(8, 8))
     (tmp_path / "data" / "a.png").write_text("broken")
     with pytest.raises(DataError, match=r"1 of 1 samples unusable, first .*a\.png: Unidentified"):
-        check(source)
+        check_source(source)
 
 
 def test_check_reports_what_is_there(tmp_path: Path) -> None:
     place = folder(tmp_path, a=noise(8, 8), b=noise(20, 10), c=noise(30, 40))
     (place / "b.txt").write_text("")
     source = ImageFolder(train_data_dir=str(place), resolution=16, proportion_empty_prompts=1.0)
-    assert check(source, workers=1).splitlines() == [
+    assert check_source(source, workers=1).splitlines() == [
         "ImageFolder: 3 samples, 3 usable",
         "  images: shorter side 8 to 30 (median 10) px; 2 smaller than the crop",
         "  shapes (3 x H x W): 3x16x16: 3",

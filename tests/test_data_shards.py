@@ -17,7 +17,7 @@ from PIL import Image
 from webdataset.compat import WebDataset
 
 from stepdistill.core.errors import DataError
-from stepdistill.data import HubDataset, Shards, check
+from stepdistill.data import HubDataset, Shards, check_source
 from stepdistill.data.tarindex import expand_braces
 
 # shards
@@ -63,7 +63,7 @@ def test_random_access_equals_webdataset(tmp_path: Path, caplog: pytest.LogCaptu
     assert "2 samples have no image and are left out, first stray of" in caplog.text
     by_glob = Shards(train_shards_path_or_url=str(tmp_path / "s-*.tar"), resolution=8, max_train_samples=4)
     assert [by_glob.name(i) for i in range(len(by_glob))] == [source.name(i) for i in range(4)]
-    assert check(source, strict=True, workers=1).startswith("Shards: 6 samples, 6 usable")
+    assert check_source(source, strict=True, workers=1).startswith("Shards: 6 samples, 6 usable")
 
 
 def test_a_shard_is_indexed_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_shards_that_cannot_be_used(tmp_path: Path) -> None:
 
     def fails(message: str, where: object) -> None:
         with pytest.raises(DataError, match=message):
-            check(Shards(train_shards_path_or_url=str(where), resolution=8))
+            check_source(Shards(train_shards_path_or_url=str(where), resolution=8))
 
     fails("expected local tar files", "https://host/{00..10}.tar")
     fails("expected local tar files", "pipe:cat a.tar")
@@ -124,7 +124,7 @@ def test_a_caption_that_is_missing_further_on_is_one_bad_sample(tmp_path: Path) 
     png = encoded(noise(8, 8))
     table = {"x__png": png, "x__json": b'{"text": "one"}', "y__png": png, "y__json": b'{"label": "two"}'}
     source = Shards(train_shards_path_or_url=str(shard(tmp_path / "a.tar", **table)), resolution=8)
-    report = check(source)
+    report = check_source(source)
     assert "Shards: 2 samples, 1 usable" in report
     assert "sample y: no text under 'text' in its .json, which has ['label']" in report
 
@@ -163,7 +163,7 @@ def test_every_form_of_a_data_set_gives_the_same_samples(tmp_path: Path) -> None
 def test_data_sets_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table(broken=True).save_to_disk(tmp_path / "saved")
     source = HubDataset(dataset_name=str(tmp_path / "saved"), resolution=8)
-    assert "row 1: UnidentifiedImageError" in check(source)
+    assert "row 1: UnidentifiedImageError" in check_source(source)
     with pytest.raises(DataError, match=r"columns \['image', 'text', 'number'\], expected \['label'\]"):
         len(replace(source, caption_column="label"))
     with pytest.raises(DataError, match="does not hold images"):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from stepdistill.core.errors import DataError
 from stepdistill.core.random import sample_rng
-from stepdistill.data import Latents, Prompts, check
+from stepdistill.data import Latents, Prompts, check_source
 
 # prompts
 
@@ -68,7 +68,7 @@ def test_latents_are_read_as_written(tmp_path: Path) -> None:
     samples = [source.sample(i, sample_rng(0, i)) for i in range(len(source))]
     assert [s.prompt for s in samples] == ["a", "", "c"]
     assert all(torch.equal(s.latents, latents[s.item]) for s in samples if s.latents is not None)
-    assert "shapes (C x h x w): 4x2x2: 3" in check(source)
+    assert "shapes (C x h x w): 4x2x2: 3" in check_source(source)
     (tmp_path / "captions.json").write_text('["x", ["y", "z"], "w"]')
     listed = Latents(folder=str(tmp_path))
     assert {listed.prompt(1, sample_rng(0, p)) for p in range(20)} == {"y", "z"}
@@ -89,7 +89,7 @@ def test_latents_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 captions for 2 latents"):
         len(Latents(folder=str(tmp_path)))
     (tmp_path / "prompts.txt").write_text("a\nb\n")
-    assert "latent 1: the latent holds NaN" in check(Latents(folder=str(tmp_path)))
+    assert "latent 1: the latent holds NaN" in check_source(Latents(folder=str(tmp_path)))
     (tmp_path / "latents.safetensors").write_bytes(b"cut")
     with pytest.raises(DataError, match="cut short"):
         len(Latents(folder=str(tmp_path)))

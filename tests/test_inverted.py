@@ -15,7 +15,7 @@ from tiny import FAMILIES, FakeTeacher, pipeline
 from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.random import noise_of
 from stepdistill.core.solvers import follow
-from stepdistill.data import ImageFolder, InvertedImages, check
+from stepdistill.data import ImageFolder, InvertedImages, check_source
 from stepdistill.methods import reflow
 from stepdistill.methods.reflow import Reflow
 from stepdistill.networks.roles import TEACHER
@@ -127,7 +127,7 @@ def test_a_image_that_does_not_read_gives_its_place(place, tmp_path, caplog):
         data.fill(FakeTeacher(lambda prompts, pixels, noise: (noise, noise), (4, 8, 8), "t"))
     assert [data.sample(i, random.Random(0)).prompt for i in range(3)] == ["colour 0", "colour 2", "colour 2"]
     assert "1.png" in caplog.text
-    assert "5 samples" in check(data)
+    assert "5 samples" in check_source(data)
 
 
 def test_images_of_another_size_than_the_student_s_are_refused(place, tmp_path):

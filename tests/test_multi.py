@@ -27,7 +27,7 @@ from stepdistill.config import load as config
 from stepdistill.core.errors import ConfigError, DataError, StudentError
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.random import sample_rng
-from stepdistill.data import ImageFolder, Latents, Partition, Prompts, Stream, TeacherSamples, check, loader
+from stepdistill.data import ImageFolder, Latents, Partition, Prompts, Stream, TeacherSamples, check_source, loader
 from stepdistill.data import routing as router
 from stepdistill.data.bundled import emoji
 from stepdistill.data.routing import FORMAT, ROUTER, Routing, cluster, consecutive, normal, read_routing
@@ -133,7 +133,7 @@ def test_images_keep_bucket_and_size_and_their_own_draws(tmp_path):
             assert (part.buckets()[i], part.size(i)) == (source.buckets()[j], source.size(j))
             ours, theirs = part.sample(i, sample_rng(0, 5)), source.sample(j, sample_rng(0, 5))
             assert torch.equal(ours.pixels, theirs.pixels) and (ours.prompt, ours.item) == (theirs.prompt, i)
-        assert len(part) == 2 and "2 samples, 2 usable" in check(part)
+        assert len(part) == 2 and "2 samples, 2 usable" in check_source(part)
         assert part.provides == source.provides and part.digest() != source.digest()
 
 
@@ -315,7 +315,7 @@ def drawn(pipe, call, prompts, places) -> Tensor:
 def test_runs_share_one_folder_of_samples_and_write_their_router(runs):
     assert len(list((runs / "samples").glob("chunk-*"))) == 1
     samples = TeacherSamples(source=Prompts(prompts=PROMPTS), folder=str(runs / "not yet"), count=8)
-    assert "4 samples, 4 usable" in check(Partition(source=samples, students=2))  # reads no latents
+    assert "4 samples, 4 usable" in check_source(Partition(source=samples, students=2))  # reads no latents
     routings = [read_routing(runs / str(k)) for k in range(2)]
     assert [routing.student for routing in routings] == [0, 1] and routings[0].router == routings[1].router
     assert {routings[0].router.route(prompt) for prompt in PROMPTS} == {0, 1}

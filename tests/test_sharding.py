@@ -337,7 +337,7 @@ def test_a_network_of_its_own_is_refused_before_anything_is_loaded(teacher, tmp_
         run = replace(make(teacher, tmp_path / "out", DMD2(), shard_base=True, validation_steps=None), method=method)
         with pytest.raises(ConfigError, match="shard_base with role 'student', a network of its own.*optimizer"):
             distill(run)
-    sharding.check({"student": Lora(), "ema": Ema("student", 0.9), "head": Module(Smooth)}, quantized=False)
+    sharding.check_sharding({"student": Lora(), "ema": Ema("student", 0.9), "head": Module(Smooth)}, quantized=False)
 
 
 def test_a_quantised_base_is_refused_before_anything_is_loaded(teacher, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from stepdistill.data.bundled import build, bundled, emoji
 
 
 def test_the_tokenizer_is_the_same_every_time() -> None:
-    first, second = (build.tokenizer(build.words()).backend_tokenizer.to_str() for _ in range(2))
+    first, second = (build.tokenizer(build.drawing_texts()).backend_tokenizer.to_str() for _ in range(2))
     assert first == second
 
 
@@ -21,7 +21,7 @@ def test_a_prompt_of_the_tables_has_many_drawings_and_a_drawing_many_images() ->
     drawings = Counter(drawing.subgroup for drawing in emoji.subjects())
     assert emoji.prompts()
     assert min(drawings[prompt] for prompt in emoji.prompts()) >= 16
-    rng, sheet, drawing = random.Random(0), emoji.sheet(), emoji.subjects()[0]
+    rng, sheet, drawing = random.Random(0), emoji.packed_sheet(), emoji.subjects()[0]
     images = {emoji.image(sheet, drawing, rng).tobytes() for _ in range(200)}
     assert len(images) >= 16
 

@@ -18,7 +18,7 @@ from tiny import FAMILIES, FakeTeacher, pipeline
 from stepdistill.core.denoise import guided
 from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.solvers import Sampler, follow
-from stepdistill.data import Partition, Prompts, Trajectories, check, inside, trajectories
+from stepdistill.data import Partition, Prompts, Trajectories, check_source, inside, trajectories
 from stepdistill.data import made as chunks
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.guidance_distillation import AdapterGuidance, GuidedLora
@@ -230,7 +230,7 @@ def test_odd_settings_and_files_are_refused(tmp_path, whole):
     with pytest.raises(ConfigError, match="set data.guidance_range and method.guidance_range alike"):
         check_scales(source(whole), Sampler((999.0,), adapter_scale=2.0, adapter_range=(1.0, 12.0)))
     check_scales(source(whole), Sampler((999.0,)))  # a LoRA promises no range
-    assert "Prompts: 3 samples" in check(source(whole))  # the rest is made when training starts
+    assert "Prompts: 3 samples" in check_source(source(whole))  # the rest is made when training starts
     part = Partition(source=source(whole), students=2)
     assert any(isinstance(inner, Trajectories) for inner in inside(part)) and len(part) in range(2, 79)
 

@@ -72,7 +72,7 @@ SIDE = 32  # of images, in pixels
 
 @cache
 def tokens():
-    return build.tokenizer(build.words())
+    return build.tokenizer(build.drawing_texts())
 
 
 def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
@@ -230,7 +230,7 @@ def sana(sprint: bool = False) -> SanaPipeline:
 
 def clip(place: Path) -> Path:
     """A folder with a small random CLIP, whose processor fits it, with 77 places for tokens."""
-    tokenizer = build.tokenizer(build.words())
+    tokenizer = build.tokenizer(build.drawing_texts())
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

@@ -17,4 +17,4 @@ if __name__ == "__main__":
     if not (emoji.HERE / "emoji.webp").exists():
         emoji.build_sheet()
     values = OmegaConf.merge(OmegaConf.load(args.config), OmegaConf.from_dotlist(args.overrides))
-    print(teacher.train(teacher.Teacher(**values)))
+    print(teacher.train_teacher(teacher.TeacherSpec(**values)))

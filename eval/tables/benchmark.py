@@ -46,7 +46,7 @@ def extractor() -> Extractor:
 @cache
 def data_features(seed: int) -> Tensor:
     """Features of drawings that belong to each prompt, drawn and augmented at random."""
-    rng, source = random.Random(seed), emoji.sheet()
+    rng, source = random.Random(seed), emoji.packed_sheet()
     pool: dict[str, list[emoji.Drawing]] = {}
     for drawing in emoji.subjects():
         pool.setdefault(drawing.subgroup, []).append(drawing)

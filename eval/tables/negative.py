@@ -95,7 +95,7 @@ def pairs() -> list[Pair]:
 @cache
 def gallery(prompt: str) -> tuple[Tensor, list[str]]:
     """Features (n, D) and names of `VERSIONS` images of each drawing of a subgroup."""
-    rng, source = random.Random(0), emoji.sheet()
+    rng, source = random.Random(0), emoji.packed_sheet()
     drawings = [each for each in emoji.subjects() if each.subgroup == prompt for _ in range(VERSIONS)]
     made = emoji.pixels([emoji.image(source, each, rng) for each in drawings])
     return extractor()((made * 127.5 + 127.5).round().to(torch.uint8)), [each.name for each in drawings]

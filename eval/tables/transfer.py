@@ -136,7 +136,7 @@ def learn(
     bone = Backbone(net, LoraSpec(rank=RANK), family.lora_targets(net))
     bone.add("style", Lora())
     denoiser = Denoiser(bone, "style", schedule, family.kind(pipe), family.call)
-    rng, sheet, drawn = random.Random(0), emoji.sheet(), emoji.subjects()
+    rng, sheet, drawn = random.Random(0), emoji.packed_sheet(), emoji.subjects()
     generator = torch.Generator().manual_seed(0)
     levels = torch.arange(schedule.span[1] + 1) if times is None else torch.tensor(times)
     optimizer = torch.optim.Adam(list(bone.parameters_of("style").values()), lr=RATE)

@@ -219,10 +219,10 @@ def _made_for(method: type) -> str:
 
 
 def _check(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.data import check
+    from stepdistill.data import check_source
     from stepdistill.training.recipe import Run
 
-    print(check(config.load(Run, args.config, overrides).data))
+    print(check_source(config.load(Run, args.config, overrides).data))
 
 
 def _make(args: argparse.Namespace, overrides: list[str]) -> None:

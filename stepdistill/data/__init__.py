@@ -1,7 +1,7 @@
 """Where prompts, images and latents come from: sources, the order of a run, and their check."""
 
 from stepdistill.data.base import BadSample, FixedCrops, GuidedState, PromptsOf, Sample, Source, inside
-from stepdistill.data.check import check
+from stepdistill.data.check import check_source
 from stepdistill.data.folder import ImageFolder
 from stepdistill.data.hub import HubDataset
 from stepdistill.data.images import ImageSource
@@ -32,7 +32,7 @@ __all__ = [
     "Stream",
     "TeacherSamples",
     "Trajectories",
-    "check",
+    "check_source",
     "inside",
     "loader",
 ]

@@ -85,7 +85,7 @@ def _spread(values: Sequence[int]) -> str:
     return f"{ordered[0]} to {ordered[-1]} (median {ordered[len(ordered) // 2]})"
 
 
-def check(source: Source, strict: bool = False, workers: int = 0) -> str:
+def check_source(source: Source, strict: bool = False, workers: int = 0) -> str:
     """Decode every sample as training would, and report counts, sizes, buckets, captions and what is broken.
 
     Args:

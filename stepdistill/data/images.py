@@ -85,7 +85,7 @@ def bucket_shapes(resolution: int, step: int) -> list[tuple[int, int]]:
     return sorted({*widest.values(), *((width, height) for height, width in widest.values())})
 
 
-def nearest(shapes: Sequence[tuple[int, int]], size: tuple[int, int]) -> int:
+def nearest_shape(shapes: Sequence[tuple[int, int]], size: tuple[int, int]) -> int:
     """Index of the shape (H, W) whose aspect is closest to that of `size`, by ratio."""
     aspect = log(size[0] / size[1])
     return min(range(len(shapes)), key=lambda b: abs(log(shapes[b][0] / shapes[b][1]) - aspect))
@@ -161,7 +161,7 @@ class ImageSource(Source):
         with ThreadPool(8) as pool:
             sizes = pool.imap(self.size, range(count), chunksize=64)
             sizes = tqdm(sizes, "reading image sizes", total=count, delay=2)
-            found = [nearest(self.shapes, size) if size else -1 for size in sizes]
+            found = [nearest_shape(self.shapes, size) if size else -1 for size in sizes]
         # an image without a header joins the fullest bucket, where a good one can stand in for it
         counts = Counter(b for b in found if b >= 0) or Counter([0])
         fullest = counts.most_common(1)[0][0]

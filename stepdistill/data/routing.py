@@ -57,7 +57,7 @@ def embed(prompt: str, rare: Vector) -> dict[str, float]:
     return {word: value / length for word, value in values.items()}
 
 
-def inner(a: Vector, b: Vector) -> float:
+def dot(a: Vector, b: Vector) -> float:
     """The inner product of two sparse vectors; `fsum` makes it independent of their order."""
     return math.fsum(value * b[word] for word, value in a.items() if word in b)
 
@@ -167,7 +167,7 @@ class Tree:
         prompt, node = normal(prompt), self.root
         vector = embed(prompt, self.rare)
         while isinstance(node, Split):
-            place = (inner(vector, node.direction), prompt)
+            place = (dot(vector, node.direction), prompt)
             node = node.below if place < (node.level, node.prompt) else node.above
         return node
 
@@ -201,7 +201,7 @@ def _grow(rows: list[tuple[str, dict[str, float]]], sizes: Sequence[int], first:
         return first
     half = len(sizes) // 2
     direction = _direction([vector for _, vector in rows[:: -(-len(rows) // SEEN)]])
-    ranked = sorted((inner(vector, direction), name, vector) for name, vector in rows)
+    ranked = sorted((dot(vector, direction), name, vector) for name, vector in rows)
     cut = sum(sizes[:half])
     level, prompt, _ = ranked[cut]
     lower, upper = (sorted((name, vector) for _, name, vector in part) for part in (ranked[:cut], ranked[cut:]))
@@ -218,10 +218,10 @@ def _direction(vectors: Sequence[Vector]) -> dict[str, float]:
             mean[name] += value / len(vectors)
     found = {name: 1.0 - 2.0 * (crc32(name.encode()) & 1) for name in names}
     for _ in range(TURNS):
-        middle = inner(mean, found)
+        middle = dot(mean, found)
         moved = dict.fromkeys(names, 0.0)
         for vector in vectors:
-            along = inner(vector, found) - middle
+            along = dot(vector, found) - middle
             for name, value in vector.items():
                 moved[name] += along * value
         length = math.sqrt(math.fsum(value * value for value in moved.values()))

@@ -98,7 +98,9 @@ class Family(ABC):
             without: parts to leave out; networks without weights, on the meta device, stand in their places. Of a
                 single file, and of a teacher with LoRAs, they are read all the same, and then let go.
         """
-        quantize.check(self.quantization, self.location().endswith(".safetensors"), bool(self.teacher_loras))
+        quantize.check_quantization(
+            self.quantization, self.location().endswith(".safetensors"), bool(self.teacher_loras)
+        )
         if self.teacher_loras and not self.loads_lora:
             got, expected = f"family.teacher_loras for a {self.pipeline_class.__name__}", "none"
             todo = "fuse them by `stepdistill convert --to fused`, and give the network that this makes"

@@ -23,7 +23,7 @@ def quantized(factory: Factory, component: str) -> PipelineQuantizationConfig:
     return PipelineQuantizationConfig(quant_mapping={component: config})
 
 
-def check(factory: Factory | None, single_file: bool, loras: bool) -> None:
+def check_quantization(factory: Factory | None, single_file: bool, loras: bool) -> None:
     """Raise ConfigError for a teacher that cannot be quantised as it is read."""
     why, todo = "the weights are quantised as they are read", "save the pipeline as a folder, LoRAs fused in, first"
     if factory is not None and (single_file or loras):

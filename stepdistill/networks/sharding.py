@@ -3,7 +3,7 @@
 By torch's `fully_shard` (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html). Only the frozen base
 is sharded. Roles are whole and plain tensors on every process, as without: `core.distributed` averages their
 gradients. A call of a sharded network takes every process, so what one process does alone, such as drawing validation
-images, goes through `Shards.leading`.
+images, goes through `ShardedNetwork.leading`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PATIENCE = timedelta(days=7)  # how long the others wait for the next call while
 
 
 @dataclass(frozen=True)
-class Shards:
+class ShardedNetwork:
     """A sharded network, and how one process calls it outside training.
 
     Args:
@@ -79,7 +79,7 @@ class Shards:
                 self.net(*args, **kwargs)
 
 
-def check(roles: Mapping[str, Role], quantized: bool) -> None:
+def check_sharding(roles: Mapping[str, Role], quantized: bool) -> None:
     """Raise ConfigError for a base that cannot be sharded, or for roles that a sharded one cannot have."""
     if quantized:
         raise ConfigError(
@@ -116,7 +116,7 @@ def check_processes(count: int) -> None:
         )
 
 
-def shard(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Shards:
+def shard(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> ShardedNetwork:
     """Spread the base over all processes, in place. Roles may be there already, or be added later.
 
     The units that are gathered together are those that the network's class names in `_no_split_modules`, as the ones
@@ -141,7 +141,7 @@ def shard(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Shard
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=roles)
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)
-    return Shards(net, device, dtype, group)
+    return ShardedNetwork(net, device, dtype, group)
 
 
 def is_sharded(net: nn.Module) -> bool:

@@ -28,7 +28,7 @@ def check(run: Run) -> None:
     if scheduler is not None:
         check_method(run, run.family.schedule(scheduler))
     if spec.shard_base:
-        sharding.check(run.method.roles(), run.family.quantization is not None)
+        sharding.check_sharding(run.method.roles(), run.family.quantization is not None)
     check_needs(run.data, run.method.needs, type(run.method).__name__)
     for source in inside(run.data):
         len(source)  # reads the index, also of a source that the teacher's samples are wrapped around

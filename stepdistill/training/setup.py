@@ -22,7 +22,7 @@ from stepdistill.methods.base import StepContext
 from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
-from stepdistill.networks.sharding import Shards
+from stepdistill.networks.sharding import ShardedNetwork
 from stepdistill.students import single as student
 from stepdistill.students.write import Base, base_of
 from stepdistill.training.batches import Batches
@@ -43,7 +43,7 @@ class Session:
     dtype: torch.dtype
     backbone: Backbone
     batches: Batches
-    shards: Shards | None = None
+    shards: ShardedNetwork | None = None
 
     @property
     def digest(self) -> str:

@@ -224,7 +224,7 @@ def make(name: str, folder: Path, setup: Setup) -> Side:
 def save_teacher(folder: Path, setup: Setup) -> None:
     """A pipeline with random weights, for all sides to load."""
     torch.manual_seed(0)
-    tokens = build.tokenizer(build.words())
+    tokens = build.tokenizer(build.drawing_texts())
     build.sd(tokens, build.vae(setup.vae), setup.channels, setup.width).save_pretrained(folder)
 
 

@@ -190,6 +190,6 @@ def sd3(
         )
 
 
-def words() -> list[str]:
+def drawing_texts() -> list[str]:
     """Texts for the tokenizer: every drawing's name and subgroup."""
     return [f"{drawing.name} {drawing.subgroup}" for drawing in emoji.drawings()]

@@ -90,7 +90,7 @@ def subjects() -> list[Drawing]:
     return [drawing for drawing in drawings() if drawing.subgroup in SUBJECTS]
 
 
-def sheet() -> Image.Image:
+def packed_sheet() -> Image.Image:
     """The RGBA sheet itself, opened once by the caller and handed to `image`."""
     return Image.open(HERE / "emoji.webp").convert("RGBA")
 

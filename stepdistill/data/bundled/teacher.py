@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from stepdistill.core.files import written_whole
 from stepdistill.data.bundled import build, emoji
 
 CARD = """---
@@ -34,7 +35,7 @@ NOTES = {"unet": "", "transformer": "\nPass `max_sequence_length=16` to its call
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teacher:
+class TeacherSpec:
     """What `train/teacher.py` reads. All counts are of optimizer steps and images.
 
     Args:
@@ -61,11 +62,11 @@ class Teacher:
     checkpointing_steps: int = 500
 
 
-def train_vae(spec: Teacher, folder: Path) -> AutoencoderKL:
+def train_vae(spec: TeacherSpec, folder: Path) -> AutoencoderKL:
     """An L1 + L2 autoencoder with a faint KL term; its latents are scaled to unit variance."""
     torch.manual_seed(spec.seed)
     rng = random.Random(spec.seed)
-    source, drawn = emoji.sheet(), emoji.drawings()
+    source, drawn = emoji.packed_sheet(), emoji.drawings()
     vae = build.vae().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=spec.vae_learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -98,12 +99,12 @@ def train_vae(spec: Teacher, folder: Path) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode(spec: Teacher, vae: AutoencoderKL, file: Path) -> Tensor:
+def encode(spec: TeacherSpec, vae: AutoencoderKL, file: Path) -> Tensor:
     """Latents (images, drawings, C, 8, 8) in half precision, as the pipeline's own scale has them."""
     if file.exists():
         return torch.load(file, weights_only=True)
     rng = random.Random(spec.seed + 1)
-    source, drawn = emoji.sheet(), emoji.subjects()
+    source, drawn = emoji.packed_sheet(), emoji.subjects()
     rows = []
     for _ in tqdm(range(spec.images), desc="encode", mininterval=5):
         x = emoji.pixels([emoji.image(source, drawing, rng) for drawing in drawn])
@@ -157,10 +158,10 @@ def denoising_loss(pipe: DiffusionPipeline, x0: Tensor, captions: list[str]) -> 
     return (out.float() - (eps - x0)).square().mean()
 
 
-def networks(spec: Teacher, vae: AutoencoderKL) -> tuple[DiffusionPipeline, nn.ModuleList]:
+def networks(spec: TeacherSpec, vae: AutoencoderKL) -> tuple[DiffusionPipeline, nn.ModuleList]:
     """A pipeline with seeded random weights, and its networks that are trained: denoiser and text towers."""
     torch.manual_seed(spec.seed)
-    tokens = build.tokenizer(build.words())
+    tokens = build.tokenizer(build.drawing_texts())
     if spec.pipeline == "sd":
         pipe = build.sd(tokens, vae)
         return pipe, nn.ModuleList([pipe.unet, pipe.text_encoder]).train()
@@ -169,7 +170,7 @@ def networks(spec: Teacher, vae: AutoencoderKL) -> tuple[DiffusionPipeline, nn.M
     return pipe, nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
 
 
-def train(spec: Teacher) -> Path:
+def train_teacher(spec: TeacherSpec) -> Path:
     """Train one teacher and write its pipeline folder. A run that was cut goes on from its last checkpoint."""
     torch.set_num_threads(spec.threads)
     out = Path(spec.output_dir)
@@ -229,14 +230,16 @@ def train(spec: Teacher) -> Path:
             facts = {"steps": step + 1, "seconds": round(seconds + time.time() - began), "loss": round(mean, 4)}
             saved = {"nets": nets.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
             saved |= {"schedule": schedule.state_dict(), "step": step + 1, "seconds": facts["seconds"]}
-            torch.save(saved, state.with_suffix(".new"))
-            state.with_suffix(".new").replace(state)
-            save(pipe, params, average, out, facts)
+            with written_whole(state) as part:
+                torch.save(saved, part)
+            save_teacher(pipe, params, average, out, facts)
     return out
 
 
 @torch.no_grad()
-def save(pipe: DiffusionPipeline, params: list[nn.Parameter], average: list[Tensor], out: Path, facts: dict) -> None:
+def save_teacher(
+    pipe: DiffusionPipeline, params: list[nn.Parameter], average: list[Tensor], out: Path, facts: dict
+) -> None:
     """Write the averaged weights as a pipeline folder: halves, except the text towers.
 
     transformers loads half files in half, which would then meet a float32 UNet.
