@@ -32,7 +32,7 @@ from stepdistill.networks.roles import Adapters, Lora, LoraSpec
 from stepdistill.students import several as multi
 from stepdistill.students import single as student
 from stepdistill.students.contract import read_contract
-from stepdistill.students.draw.call import generate, student_row
+from stepdistill.students.draw.call import generate, student_call
 from stepdistill.students.load import load_student
 from stepdistill.students.weights import ADAPTERS
 from stepdistill.training.distill import dry_run
@@ -260,5 +260,5 @@ def test_images_and_a_dry_run(families, written, tmp_path):
     assert line.split()[3:] == [f"{each * size / 2**20:.1f}" for each in (4, 4, 8)]
     pipe, teacher = family.load(), family.load()
     load_student(pipe, written["sd"])
-    images, cost = generate(pipe, student_row(run.family, run.method, teacher, 4), ["rose", "cat face"], 0)
+    images, cost = generate(pipe, student_call(run.family, run.method, teacher, 4), ["rose", "cat face"], 0)
     assert images.shape == (2, 3, 32, 32) and (cost.calls, cost.rows) == (4, 8)

@@ -41,7 +41,7 @@ from stepdistill.evaluation.read import cropped
 from stepdistill.evaluation.run import evaluate, extractor_of, score_images, write_statistics
 from stepdistill.evaluation.spec import EvalRun, EvalSpec
 from stepdistill.evaluation.store import Store
-from stepdistill.evaluation.subjects import Subject, Way, family_of
+from stepdistill.evaluation.subjects import family_of
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
@@ -51,7 +51,8 @@ from stepdistill.networks.clip import Clip, clip
 from stepdistill.networks.roles import Adapters, Lora
 from stepdistill.students import several as multi
 from stepdistill.students import single as student
-from stepdistill.students.draw.call import SEED_A, SEED_B, generate, student_row, teacher_row
+from stepdistill.students.draw.call import SEED_A, SEED_B, generate, student_call, teacher_call
+from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
 
 LCM = Consistency(ema_decay=None, num_ddim_timesteps=10)
 PROMPTS = ["red apple", "cat face", "rose", "octopus", "green apple", "dog face", "pear", "tiger"]
@@ -165,10 +166,10 @@ def test_the_figures_are_those_of_features_drawn_by_hand(asked, teachers):
     """The reference is the teacher at seed A; rows have seed B; their difference is `excess` of the features."""
     found = evaluate(asked)
     pipe, prompts = teachers["sd"].load(), [PROMPTS[i % 8] for i in range(SMALL)]
-    row = teacher_row(teachers["sd"], pipe, 2, 7.5, "")
+    row = teacher_call(teachers["sd"], pipe, 2, 7.5, "")
     pixels = extractor_of(asked, torch.device("cpu"))
     ref, floor = (pixels(generate(pipe, row, prompts, seed, 16)[0]) for seed in (SEED_A, SEED_B))
-    few = pixels(generate(pipe, teacher_row(teachers["sd"], pipe, 1, 7.5, ""), prompts, SEED_B, 16)[0])
+    few = pixels(generate(pipe, teacher_call(teachers["sd"], pipe, 1, 7.5, ""), prompts, SEED_B, 16)[0])
     own = excess(few, ref, floor)
     told = found["rows"][1]["metrics"]["delta_vs_teacher"]["fd"]
     assert [told["value"], *told["ci95"]] == pytest.approx([own.value, own.low, own.high], rel=1e-9)
@@ -187,13 +188,13 @@ def test_a_run_that_is_cut_goes_on_to_the_same(asked, tmp_path, monkeypatch):
     whole = replace(asked, output_dir=tmp_path / "whole")
     evaluate(whole)
     rng, drawn = random.Random(0), []
-    real = Subject.draw
+    real = StudentPipeline.generate
 
-    def draws(self: Subject, way: Way, row, prompts, numbers, batch):
-        drawn.append((way.name, tuple(numbers)))
+    def draws(self: StudentPipeline, calls, prompts, seed, batch, numbers):
+        drawn.append((calls[0].name, tuple(numbers)))
         if rng.random() < 0.4:
             raise Cut
-        return real(self, way, row, prompts, numbers, batch)
+        return real(self, calls, prompts, seed, batch, numbers)
 
     def writes(self: Store, name: str, start: int, values: Tensor) -> None:
         if rng.random() < 0.2:
@@ -202,7 +203,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same(asked, tmp_path, monkeypatch):
         put(self, name, start, values)
 
     put = Store._write
-    monkeypatch.setattr(Subject, "draw", draws)
+    monkeypatch.setattr(StudentPipeline, "generate", draws)
     monkeypatch.setattr(Store, "_write", writes)
     cuts = 0
     while True:
@@ -276,11 +277,11 @@ def test_two_processes_give_one_process_s_values(asked, tmp_path):
 def test_images_hardly_depend_on_the_batch(asked, teachers):
     """One at a time or many: the same noise, and arithmetic that is off by rounding in a few values."""
     family = family_of(asked.teacher, None, [])
-    subject = Subject.load(family, asked.students[0], None, torch.device("cpu"), torch.float32)
-    way = Way(name="", role="student", student=asked.students[0], steps=None, guidance=None, seed=5)
-    one, many = (subject.draw(way, subject.row(way), PROMPTS, list(range(8)), batch)[0] for batch in (1, 8))
+    subject = StudentPipeline.of(family, asked.students[0])
+    calls = subject.calls()
+    one, many = (subject.generate(calls, PROMPTS, 5, batch, list(range(8)))[0] for batch in (1, 8))
     assert (one.int() - many.int()).abs().max() <= 1 and (one != many).double().mean() < 1e-3
-    late = subject.draw(way, subject.row(way), PROMPTS[6:], [6, 7], 2)[0]
+    late = subject.generate(calls, PROMPTS[6:], 5, 2, [6, 7])[0]
     assert (late.int() - one[6:].int()).abs().max() <= 1
 
 
@@ -340,13 +341,13 @@ def test_what_an_earlier_evaluation_left_is_not_shown(asked):
 
 def test_rows_that_are_there_are_not_drawn_again(asked, monkeypatch):
     evaluate(replace(asked, students=asked.students[:1]))
-    drawn, real = [], Subject.draw
+    drawn, real = [], StudentPipeline.generate
 
-    def draws(self, way, *rest):
-        drawn.append(way.name)
-        return real(self, way, *rest)
+    def draws(self, calls, *rest):
+        drawn.append(calls[0].name)
+        return real(self, calls, *rest)
 
-    monkeypatch.setattr(Subject, "draw", draws)
+    monkeypatch.setattr(StudentPipeline, "generate", draws)
     evaluate(asked)
     assert set(drawn) == {"far, 1 step"}
 
@@ -397,7 +398,7 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(asked, teachers, tmp_pat
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 and no more")
     other = taught(teachers["sd"], tmp_path / "other", resolution=(64, 64))
     flow = str(taught(teachers["sd3"], tmp_path / "flow"))
-    monkeypatch.setattr(Subject, "draw", _unreachable)
+    monkeypatch.setattr(StudentPipeline, "generate", _unreachable)
     for change, words in [
         ({"reference": str(tmp_path / "dim.npz")}, "5 features.*no distance"),
         ({"reference": str(tmp_path / "broken.npz")}, "npz"),
@@ -461,10 +462,9 @@ def test_a_flow_teacher_is_drawn_too(asked, teachers, tmp_path):
     place = teachers["sd3"].pretrained_teacher_model
     found = evaluate(replace(asked, teacher=place, students=(str(folder),), steps=()))
     assert [row["cost"]["nfe"] for row in found["rows"]] == [4, 8, 4]
-    subject = Subject.load(teachers["sd3"], str(folder), None, torch.device("cpu"), torch.float32)
-    way = Way(name="", role="student", student=str(folder), steps=2, guidance=None, seed=2)
-    own = student_row(teachers["sd3"], LCM, teachers["sd3"].load(), 2)  # the teacher's shift is 3, the student's 1
-    assert subject.row(way).call["sigmas"] == own.call["sigmas"]
+    subject = StudentPipeline.of(teachers["sd3"], folder)
+    own = student_call(teachers["sd3"], LCM, teachers["sd3"].load(), 2)  # the teacher's shift is 3, the student's 1
+    assert subject.calls(DrawOptions(steps=2))[0].arguments["sigmas"] == own.arguments["sigmas"]
 
 
 def test_a_teacher_alone_and_its_family(asked, teachers):
@@ -518,7 +518,7 @@ def test_clip_scores_are_those_of_prompts_and_images(asked, tmp_path):
 
 
 def test_a_clip_that_is_not_there_is_missed_before_anything_is_drawn(asked, monkeypatch):
-    monkeypatch.setattr(Subject, "load", _unreachable)
+    monkeypatch.setattr(StudentPipeline, "of", _unreachable)
     monkeypatch.setattr(image_scores, "clip", _unreachable)
     with pytest.raises(MissingWeights, match="--clip PATH"):
         evaluate(replace(asked, clip="openai/clip-vit-base-patch16"))
@@ -695,7 +695,7 @@ def test_too_few_images_are_said_before_any_is_drawn(asked, scored, tmp_path):
 def test_missing_weights_end_it_before_anything_is_drawn(asked, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "download_url_to_file", _unreachable)
     monkeypatch.delenv("STEPDISTILL_INCEPTION_WEIGHTS", raising=False)
-    monkeypatch.setattr(Subject, "load", _unreachable)
+    monkeypatch.setattr(StudentPipeline, "of", _unreachable)
     with pytest.raises(MissingWeights, match="not found in any of"):
         evaluate(replace(asked, features="inception"))
     words = ["eval", "run", asked.teacher, "-o", str(asked.output_dir), "--features=inception", "--num=40"]

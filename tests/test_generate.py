@@ -26,7 +26,8 @@ from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students import single as student
 from stepdistill.students.contract import CONTRACT
-from stepdistill.students.draw.pipeline import Drawer, Wish, fuse_all, wished
+from stepdistill.students.draw.loras import fuse_loras
+from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline, changed_sampler
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run, TrainSpec
 
@@ -78,9 +79,11 @@ def quiet(tmp_path_factory) -> Path:
     return folder_of("sd", tmp_path_factory.mktemp("quiet"), QUIET)
 
 
-def draw(drawer: Drawer, prompts=("red apple",), seeds=(3,), wish: Wish | None = None, batch: int = 4) -> np.ndarray:
+def draw(
+    drawer: StudentPipeline, prompts=("red apple",), seeds=(3,), options: DrawOptions | None = None, batch: int = 4
+) -> np.ndarray:
     """Images (N, H, W, 3) in [0, 1], not rounded to grey levels."""
-    call = drawer.call(wish or Wish()) | {"output_type": "np"}
+    call = drawer.call(options or DrawOptions()).plus(output_type="np")
     return np.stack(list(drawer.draw(prompts, seeds, call, batch)))
 
 
@@ -97,15 +100,15 @@ def test_plain_diffusers_draws_the_same_pixels(folders, tmp_path):
     subprocess.run([sys.executable, "-c", PLAIN, *files], check=True, capture_output=True)
     for name, folder in plain.items():
         theirs = np.load(tmp_path / f"{name}.npy")
-        drawer = Drawer.load(folder)
+        drawer = StudentPipeline.load(folder)
         assert apart(draw(drawer)[0], theirs) <= 1e-4, name
-        assert apart(draw(Drawer.load(folder, strength=0.0))[0], theirs) > 1e-2, name  # the LoRA matters
+        assert apart(draw(StudentPipeline.load(folder, strength=0.0))[0], theirs) > 1e-2, name  # the LoRA matters
         assert apart(draw(drawer, seeds=(4,))[0], theirs) > 1e-2, name
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_image_depends_on_its_own_seed_alone(folders, name):
-    drawer = Drawer.load(folders[name])
+    drawer = StudentPipeline.load(folders[name])
     prompts, seeds = ("rose", "red apple", "octopus"), (8, 3, 3)
     together, alone = draw(drawer, prompts, seeds, batch=3), draw(drawer)
     assert apart(together[1], alone[0]) < 1e-4
@@ -115,14 +118,14 @@ def test_a_image_depends_on_its_own_seed_alone(folders, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fused_is_the_same_image_and_strength_is_strength(folders, name):
     family, folder = FAMILIES[name], folders[name]
-    whole, half = draw(Drawer.load(folder)), draw(Drawer.load(folder, strength=0.5))
-    assert apart(draw(Drawer.load(folder, fuse=True)), whole) < 1e-4
-    assert apart(draw(Drawer.load(folder, strength=0.5, fuse=True)), half) < 1e-4
+    whole, half = draw(StudentPipeline.load(folder)), draw(StudentPipeline.load(folder, strength=0.5))
+    assert apart(draw(StudentPipeline.load(folder, fuse=True)), whole) < 1e-4
+    assert apart(draw(StudentPipeline.load(folder, strength=0.5, fuse=True)), half) < 1e-4
     assert apart(whole, half) > 1e-3
-    assert apart(draw(Drawer.load(folder, strength=1.0)), whole) == 0
+    assert apart(draw(StudentPipeline.load(folder, strength=1.0)), whole) == 0
     if family.loads_lora:
-        drawer = Drawer.load(folder)
-        fuse_all(family, drawer.pipe)
+        drawer = StudentPipeline.load(folder)
+        fuse_loras(family, drawer.pipe)
         drawer.pipe.unfuse_lora()
         assert apart(draw(drawer), whole) < 1e-5
 
@@ -131,22 +134,22 @@ def test_fused_is_the_same_image_and_strength_is_strength(folders, name):
 def test_two_loras_are_the_sum_of_their_updates(folders, tmp_path, name):
     """The student twice, at 0.25 and 0.75, is the student; another at a strength is its own LoRA scaled."""
     folder = folders[name]
-    both = Drawer.load(folder, strength=0.25, loras=[(str(folder), 0.75)])
-    assert apart(draw(both), draw(Drawer.load(folder))) < 1e-4
-    off = Drawer.load(folder, loras=[(str(folder), 0.0)])
-    assert apart(draw(off), draw(Drawer.load(folder))) < 1e-5
+    both = StudentPipeline.load(folder, strength=0.25, loras=[(str(folder), 0.75)])
+    assert apart(draw(both), draw(StudentPipeline.load(folder))) < 1e-4
+    off = StudentPipeline.load(folder, loras=[(str(folder), 0.0)])
+    assert apart(draw(off), draw(StudentPipeline.load(folder))) < 1e-5
 
 
 def test_a_further_lora_without_a_loader_or_that_is_none_is_refused(folders, tmp_path):
     with pytest.raises(StudentError, match="Diffusers has no LoRA loader for it"):
-        Drawer.load(folders["pixart_sigma"], loras=[(str(folders["pixart_sigma"]), 1.0)])
+        StudentPipeline.load(folders["pixart_sigma"], loras=[(str(folders["pixart_sigma"]), 1.0)])
     with pytest.raises(StudentError, match="expected one of a StableDiffusionPipeline: none of its names"):
-        Drawer.load(folders["sd"], loras=[(str(folders["sd3"]), 1.0)])
+        StudentPipeline.load(folders["sd"], loras=[(str(folders["sd3"]), 1.0)])
     with pytest.raises(StudentError, match="LoRA .*nowhere.*, expected one that Diffusers loads"):
-        Drawer.load(folders["sd"], loras=[(str(tmp_path / "nowhere.safetensors"), 1.0)])
+        StudentPipeline.load(folders["sd"], loras=[(str(tmp_path / "nowhere.safetensors"), 1.0)])
 
 
-def visited(drawer: Drawer, wish: Wish) -> tuple[list[float], int]:
+def visited(drawer: StudentPipeline, options: DrawOptions) -> tuple[list[float], int]:
     """The times that the network is told, and the rows of its last call."""
     seen, net = [], drawer.family.network(drawer.pipe)
 
@@ -156,56 +159,56 @@ def visited(drawer: Drawer, wish: Wish) -> tuple[list[float], int]:
 
     times: list[float] = []
     handle = net.register_forward_pre_hook(before, with_kwargs=True)
-    list(drawer.draw(["rose"], [0], drawer.call(wish)))
+    list(drawer.draw(["rose"], [0], drawer.call(options)))
     handle.remove()
     return [drawer.family.time(net, t) for t in times], seen[-1]
 
 
 def test_other_steps_times_and_guidance_are_those_asked_for_and_warned_of(folders, quiet, caplog):
-    drawer = Drawer.load(quiet)
-    own = visited(drawer, Wish())
+    drawer = StudentPipeline.load(quiet)
+    own = visited(drawer, DrawOptions())
     assert own == ([999, 499], 1)
     assert not [record for record in caplog.records if record.name.startswith("stepdistill")]
-    assert visited(drawer, Wish(steps=4)) == ([999, 749, 499, 249], 1)
+    assert visited(drawer, DrawOptions(steps=4)) == ([999, 749, 499, 249], 1)
     assert "drawing at timesteps [999.0, 749.0, 499.0, 249.0]" in caplog.text
-    assert visited(drawer, Wish(timesteps=(999, 300, 20))) == ([999, 300, 20], 1)
+    assert visited(drawer, DrawOptions(timesteps=(999, 300, 20))) == ([999, 300, 20], 1)
     noise = drawer.family.schedule(drawer.native)(torch.tensor([999.0, 300.0]))[1].tolist()
-    assert visited(drawer, Wish(sigmas=tuple(noise)))[0] == [999, 300]
-    assert visited(drawer, Wish(guidance_scale=3.0)) == ([999, 499], 2)
-    assert visited(drawer, Wish(steps=1, guidance_scale=3.0)) == ([999], 2)
-    assert visited(drawer, Wish()) == own  # nothing stays of what was asked before
-    flow = Drawer.load(folders["sd3"])
-    assert visited(flow, Wish(sigmas=(1.0, 0.25)))[0] == pytest.approx([1000, 250])
+    assert visited(drawer, DrawOptions(sigmas=tuple(noise)))[0] == [999, 300]
+    assert visited(drawer, DrawOptions(guidance_scale=3.0)) == ([999, 499], 2)
+    assert visited(drawer, DrawOptions(steps=1, guidance_scale=3.0)) == ([999], 2)
+    assert visited(drawer, DrawOptions()) == own  # nothing stays of what was asked before
+    flow = StudentPipeline.load(folders["sd3"])
+    assert visited(flow, DrawOptions(sigmas=(1.0, 0.25)))[0] == pytest.approx([1000, 250])
 
 
 def test_another_eta_is_another_sampler(quiet):
-    drawer = Drawer.load(quiet)
-    plain, noisy = draw(drawer), draw(drawer, wish=Wish(eta=1.0))
+    drawer = StudentPipeline.load(quiet)
+    plain, noisy = draw(drawer), draw(drawer, options=DrawOptions(eta=1.0))
     assert apart(plain, noisy) > 1e-3
-    assert type(drawer.pipe.scheduler).__name__ == "LCMScheduler"
-    assert apart(draw(drawer, wish=Wish(eta=0.0)), plain) < 1e-5
+    assert type(drawer.call(DrawOptions(eta=1.0)).scheduler).__name__ == "LCMScheduler"
+    assert apart(draw(drawer, options=DrawOptions(eta=0.0)), plain) < 1e-5
     contract = drawer.contract
     assert contract is not None
-    sampler = wished(contract, drawer.family.schedule(drawer.native), Wish(eta=0.5, timesteps=(999.0,)))
+    sampler = changed_sampler(contract, drawer.family.schedule(drawer.native), DrawOptions(eta=0.5, timesteps=(999.0,)))
     assert sampler == Sampler((999.0,), eta=0.5, clean=contract.clean)
 
 
 def test_another_size_is_drawn(quiet):
-    assert draw(Drawer.load(quiet), wish=Wish(height=16, width=48)).shape == (1, 16, 48, 3)
+    assert draw(StudentPipeline.load(quiet), options=DrawOptions(height=16, width=48)).shape == (1, 16, 48, 3)
 
 
 @pytest.mark.parametrize(
-    ("wish", "said"),
+    ("options", "said"),
     [
-        (Wish(timesteps=(20, 999)), "expected descending starts"),
-        (Wish(sigmas=(1.5,)), "expected shares of noise above 0, at most 1"),
-        (Wish(guidance_scale=0.5), "guidance_scale is 0.5: expected 1, which is none, or more"),
-        (Wish(timesteps=(2000,)), "2000"),
+        (DrawOptions(timesteps=(20, 999)), "expected descending starts"),
+        (DrawOptions(sigmas=(1.5,)), "expected shares of noise above 0, at most 1"),
+        (DrawOptions(guidance_scale=0.5), "guidance_scale is 0.5: expected 1, which is none, or more"),
+        (DrawOptions(timesteps=(2000,)), "2000"),
     ],
 )
-def test_what_is_no_sampler_is_refused(quiet, wish, said):
+def test_what_is_no_sampler_is_refused(quiet, options, said):
     with pytest.raises(StudentError, match=said):
-        Drawer.load(quiet).call(wish)
+        StudentPipeline.load(quiet).call(options)
 
 
 def test_the_command_writes_images_that_the_drawer_draws(quiet, tmp_path, capsys):
@@ -217,7 +220,7 @@ def test_the_command_writes_images_that_the_drawer_draws(quiet, tmp_path, capsys
     prompts = ["red apple"] * 2 + ["rose"] * 2 + ["octopus"] * 2
     listed = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
     assert [(row["prompt"], row["seed"]) for row in listed] == list(zip(prompts, range(5, 11), strict=True))
-    drawn = draw(Drawer.load(quiet), prompts, range(5, 11), Wish(steps=1))
+    drawn = draw(StudentPipeline.load(quiet), prompts, range(5, 11), DrawOptions(steps=1))
     for row, image in zip(listed, drawn, strict=True):
         stored = np.asarray(Image.open(tmp_path / "out" / row["file"])) / 255
         assert apart(stored, image) <= 0.51 / 255
@@ -264,7 +267,7 @@ def test_a_lora_of_another_family_is_refused(folders, tmp_path):
                 (mixed / part.name).symlink_to(part)
         (mixed / student.WEIGHTS).symlink_to(folders[other] / student.WEIGHTS)
         with pytest.raises(StudentError, match="do not go together|unreadable"):
-            Drawer.load(mixed)
+            StudentPipeline.load(mixed)
 
 
 @pytest.mark.parametrize("name", ["sd", "sana", "pixart_sigma"])
@@ -277,7 +280,7 @@ def test_a_lora_that_lacks_layers_is_refused(folders, tmp_path, name):
     lost = sorted(state)[0]
     save_file({key: value for key, value in state.items() if key != lost}, tmp_path / student.WEIGHTS, facts)
     with pytest.raises(StudentError, match="do not go together.* tensors in the file and"):
-        Drawer.load(tmp_path)
+        StudentPipeline.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -305,8 +308,8 @@ def test_what_is_lost_is_all_that_is_beyond_the_limit():
 
 
 def test_a_negative_prompt_goes_by_attention_or_where_there_is_guidance_by_it(quiet):
-    drawer = Drawer.load(quiet)
-    call = drawer.call(Wish()) | {"output_type": "np"}
+    drawer = StudentPipeline.load(quiet)
+    call = drawer.call(DrawOptions()).plus(output_type="np")
     plain = np.stack(list(drawer.draw(["rose"], [0], call)))
     with drawer.against("red apple", call, 0.5) as told:
         assert told == call
@@ -315,9 +318,9 @@ def test_a_negative_prompt_goes_by_attention_or_where_there_is_guidance_by_it(qu
     assert apart(np.stack(list(drawer.draw(["rose"], [0], call))), plain) == 0
     with drawer.against("red apple", call, 0.0) as told:
         assert apart(np.stack(list(drawer.draw(["rose"], [0], told))), plain) == 0
-    guided = drawer.call(Wish(guidance_scale=3.0))
+    guided = drawer.call(DrawOptions(guidance_scale=3.0))
     with drawer.against("red apple", guided) as told:
-        assert told == guided | {"negative_prompt": "red apple"}
+        assert told == guided.plus(negative_prompt="red apple")
         list(drawer.draw(["rose", "octopus"], [0, 1], told))
     departs = pytest.raises(StudentError, match="guidance departs from the negative prompt")
     with departs, drawer.against("a", guided, 0.5):

@@ -63,7 +63,7 @@ def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch, record_pro
         own = pipe.scheduler
         made = generate(pipe, row, prompts, seed, size=size)
         assert pipe.scheduler is own  # else the next row takes its noise process from this one's scheduler
-        drawn[row.name] = row.call
+        drawn[row.name] = row.arguments
         return made
 
     monkeypatch.setattr(report, "generate", recorded)

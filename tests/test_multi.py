@@ -38,7 +38,8 @@ from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students import several as multi
 from stepdistill.students import single as student
 from stepdistill.students.contract import CONTRACT, is_multi, read_contract, read_multi
-from stepdistill.students.draw.call import Row, generate
+from stepdistill.students.draw.call import PipelineCall, generate
+from stepdistill.students.draw.pipeline import StudentPipeline
 from stepdistill.students.load import load_student
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run, TrainSpec
@@ -430,14 +431,14 @@ def test_the_snippet_runs_as_pasted(joined, tmp_path, monkeypatch):
 
 def test_the_script_draws_what_each_student_draws_alone(runs, joined, tmp_path, monkeypatch, capsys):
     prompts = ["cat face", "red apple", "dog face"]
-    students = load_student(family(runs).load(), joined)
-    images, cost = multi.generate_each(students, prompts, 3)
+    several = StudentPipeline.of(family(runs), joined)
+    students = several.loaded
+    images, cost = several.generate(several.calls(), prompts, 3)
     calls = 0
     for k in range(2):
         pipe = family(runs).load()
         call = load_student(pipe, runs / str(k))
-        call = {key: value for key, value in call.items() if key not in ("height", "width")}
-        alone, one = generate(pipe, Row("one", pipe.scheduler, call, family(runs)), prompts, 3)
+        alone, one = generate(pipe, PipelineCall("one", pipe.scheduler, call, family(runs)), prompts, 3)
         calls += one.calls
         own = [i for i, prompt in enumerate(prompts) if students.router.route(prompt) == k]
         assert own and (images[own].int() - alone[own].int()).abs().max() <= 1

@@ -31,7 +31,7 @@ from stepdistill.families.lazy_pipeline import PARTS, LazyPipeline
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.meta import is_shell
 from stepdistill.networks.roles import LoraSpec
-from stepdistill.students.write import base_of
+from stepdistill.students.base_model import base_of
 from stepdistill.training.batches import NULL
 from stepdistill.training.cache import keys as fingerprint
 from stepdistill.training.cache import rows as cache

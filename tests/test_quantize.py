@@ -18,7 +18,7 @@ from stepdistill.methods.tsm import TeacherScoreMatching
 from stepdistill.networks.quantize import dense, quantized
 from stepdistill.networks.roles import TEACHER, Ema, LoraSpec
 from stepdistill.students import single as student
-from stepdistill.students.contract import base_hash
+from stepdistill.students.base_model import base_hash
 from stepdistill.training.distill import check, distill
 from stepdistill.training.recipe import Run, TrainSpec
 

@@ -14,7 +14,7 @@ from stepdistill.core.pixels import saturation
 from stepdistill.evaluation.metrics.jackknife import mean_interval, ratio_of_means
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.networks.roles import Lora
-from stepdistill.students.draw.call import generate, teacher_row
+from stepdistill.students.draw.call import generate, teacher_call
 
 FAMILY = StableDiffusion(pretrained_teacher_model="tiny-sd")
 CAPTIONS = prompts(16)
@@ -48,7 +48,7 @@ def drawer(places, who: str = "student"):
 
 def moved(places, who: str, style: str, strength: float = 1.0) -> torch.Tensor:
     pipe = drawer(places, who)
-    row = teacher_row(FAMILY, pipe, 2, 1.0, who)
+    row = teacher_call(FAMILY, pipe, 2, 1.0, who)
     return transfer.effect(pipe, row, places[style], strength, saturation, CAPTIONS)
 
 
@@ -62,7 +62,7 @@ def test_a_style_crosses_over(places, style):
 
 def test_the_student_is_another_drawer(places):
     pipe = drawer(places)
-    row = teacher_row(FAMILY, pipe, 2, 1.0, "")
+    row = teacher_call(FAMILY, pipe, 2, 1.0, "")
     own, theirs = (generate(each, row, CAPTIONS[:4], 2)[0] / 255 for each in (pipe, FAMILY.load()))
     assert (own - theirs).abs().mean() > 0.02
 
@@ -72,7 +72,7 @@ def test_an_effect_grows_with_the_strength_and_is_the_style_s_alone(places):
     assert effects[0] == 0 and effects[2] < effects[1] < 0
     # by hand, both as adapters
     pipe = drawer(places)
-    row = teacher_row(FAMILY, pipe, 2, 1.0, "")
+    row = teacher_call(FAMILY, pipe, 2, 1.0, "")
     draw = partial(generate, row=row, prompts=CAPTIONS, seed=2)
     before = draw(pipe)[0]
     pipe.load_lora_weights(places["on teacher"], adapter_name="style")

@@ -27,8 +27,9 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Lora
 from stepdistill.students import single as student
 from stepdistill.students.contract import CONTRACT, STUDENTS, MultiContract, read_contract
-from stepdistill.students.draw.call import Row, generate, teacher_row
-from stepdistill.students.draw.steps import LEFT, Strip, View, course, picked, sheet, view
+from stepdistill.students.draw.call import PipelineCall, generate, teacher_call
+from stepdistill.students.draw.sheet import LEFT
+from stepdistill.students.draw.steps import Strip, View, picked, predictions_of_steps, view, view_sheet
 from stepdistill.students.load import load_student
 
 PROMPTS = ["red apple", "cat face"]
@@ -69,7 +70,7 @@ def test_frames_are_our_own_sampler_s_estimates_and_the_last_is_the_image(pipes,
     own, call = pipe.scheduler, drawn(pipe, family, sampler, w)
     schedule, kind = family.schedule(pipe.scheduler), family.kind(pipe)
     torch.manual_seed(5)
-    seen = course(pipe, family, PROMPTS, NOISE, call, clean=sampler.clean)
+    seen = predictions_of_steps(pipe, family, PROMPTS, NOISE, call, clean=sampler.clean)
     assert seen.timesteps == pytest.approx(sampler.timesteps)
     assert "step" not in vars(pipe.scheduler)
     # the image, bit for bit
@@ -119,7 +120,7 @@ def test_every_frame_of_a_single_point_is_the_point(pipes, name):
         return (torch.cat([y, y], 1) if output[0].shape[1] == 8 else y,)  # PixArt's predicts a variance, too
 
     hook = family.network(pipe).register_forward_hook(single, with_kwargs=True)
-    seen = course(pipe, family, PROMPTS, NOISE, call)
+    seen = predictions_of_steps(pipe, family, PROMPTS, NOISE, call)
     hook.remove()
     assert (seen.predicted - point).abs().max() < 2e-5
     assert (seen.final - point).abs().max() < 2e-5
@@ -134,7 +135,7 @@ def test_the_scheduler_is_as_before_after_an_exception(pipes):
 
     hook = pipe.unet.register_forward_hook(broken)
     with pytest.raises(KeyboardInterrupt):
-        course(pipe, family, PROMPTS, NOISE, {"num_inference_steps": 2})
+        predictions_of_steps(pipe, family, PROMPTS, NOISE, {"num_inference_steps": 2})
     hook.remove()
     assert "step" not in vars(pipe.scheduler)
 
@@ -185,10 +186,10 @@ def alone(folder: Path, teacher_steps: int | None = None) -> Tensor:
     family = student.teacher(contract)
     pipe = family.load()
     if teacher_steps:
-        row = teacher_row(family, pipe, teacher_steps, 2.0, "teacher")
+        row = teacher_call(family, pipe, teacher_steps, 2.0, "teacher")
     else:
         call = load_student(pipe, folder)
-        row = Row("student", pipe.scheduler, {k: v for k, v in call.items() if k not in ("height", "width")}, family)
+        row = PipelineCall("student", pipe.scheduler, call, family)
     return torch.cat([generate(pipe, row, [p], 7, numbers=[i])[0] for i, p in enumerate(PROMPTS)])
 
 
@@ -215,7 +216,7 @@ def test_a_view_shows_teacher_and_student(folders, name):
 def test_a_sheet_has_the_frames_where_they_belong():
     frames = torch.arange(4, dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 3, 32, 32) * 60
     blocks = [[Strip("a", (9.0, 5.0, 3.0, 1.0), frames), Strip("b", (9.0, 1.0), frames[2:])]] * 2
-    made = sheet(blocks, ["one", "two"], scale=2)
+    made = view_sheet(blocks, ["one", "two"], scale=2)
     cell, tall = 64 + 6, 64 + 14 + 6
     assert made.size == (LEFT + 4 * cell, 2 * (20 + 2 * tall))
     for block in range(2):

@@ -18,13 +18,13 @@ from torch import Tensor
 from stepdistill.core.cost import Cost
 from stepdistill.core.files import write_text
 from stepdistill.data.bundled import emoji
-from stepdistill.evaluation.measure import Reference as Compared
-from stepdistill.evaluation.measure import Sampled, measured
+from stepdistill.evaluation.measure import Reference, Sampled, measured
 from stepdistill.evaluation.metrics.features import Extractor, efficientnet_lite0
 from stepdistill.evaluation.metrics.stats import Stats
+from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.students import single as student
-from stepdistill.students.draw.call import SEED_A, SEED_B, Reference, Row, generate, teacher_row
-from stepdistill.students.several import Students, generate_each
+from stepdistill.students.draw.call import SEED_A, SEED_B, PipelineCall, generate, teacher_call
+from stepdistill.students.several import Students
 from stepdistill.training.recipe import Run
 
 N = 2048
@@ -54,7 +54,7 @@ def data_features(seed: int) -> Tensor:
     return extractor()((made * 127.5 + 127.5).round().to(torch.uint8))
 
 
-def reference(name: str, run: Run, work: Path) -> Reference:
+def reference(name: str, run: Run, work: Path) -> StoredFeatures:
     """Features of the teacher at full steps, seeds A and B; measured once, a part of them shipped."""
     file = work / f"{name}-reference.safetensors"
     if not file.exists():
@@ -62,15 +62,15 @@ def reference(name: str, run: Run, work: Path) -> Reference:
         work.mkdir(parents=True, exist_ok=True)
         found.save(file)
         part = {k: v[:SHIPPED] for k, v in found.features.items()}
-        Reference(part, prompts(SHIPPED), found.facts).save(emoji.HERE / f"{name}-reference.safetensors")
-    return Reference.load(file)
+        StoredFeatures(part, prompts(SHIPPED), found.facts).save(emoji.HERE / f"{name}-reference.safetensors")
+    return StoredFeatures.load(file)
 
 
-def taught(name: str, run: Run, captions: list[str]) -> Reference:
+def taught(name: str, run: Run, captions: list[str]) -> StoredFeatures:
     """Features of the teacher at the run's steps and guidance, seeds A and B."""
     pipe = run.family.load()
     steps, guidance_scale = run.train.teacher_steps, run.train.teacher_guidance_scale
-    row = teacher_row(run.family, pipe, steps, guidance_scale, f"{name}, seeds")
+    row = teacher_call(run.family, pipe, steps, guidance_scale, f"{name}, seeds")
     made = {
         key: extractor()(generate(pipe, row, captions, seed, progress=True)[0])
         for key, seed in (("reference", SEED_A), ("floor", SEED_B))
@@ -82,29 +82,26 @@ def taught(name: str, run: Run, captions: list[str]) -> Reference:
         "teacher_guidance_scale": str(run.train.teacher_guidance_scale),
         "features": extractor().identity.id,
     }
-    return Reference(made, captions, facts)
+    return StoredFeatures(made, captions, facts)
 
 
-def figures(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> dict[str, Any]:
+def figures(drawer: DiffusionPipeline | Students, row: PipelineCall, ref: StoredFeatures) -> dict[str, Any]:
     """Excess, paired distance, diversity over the teacher's, and cost of one way to sample."""
     return judged(*drawn(drawer, row, ref), ref)
 
 
-def drawn(drawer: DiffusionPipeline | Students, row: Row, ref: Reference) -> tuple[Tensor, Cost]:
+def drawn(drawer: DiffusionPipeline | Students, row: PipelineCall, ref: StoredFeatures) -> tuple[Tensor, Cost]:
     """Features of the images of one way to sample, in the order of the reference, and what they cost."""
-    if isinstance(drawer, Students):
-        images, cost = generate_each(drawer, ref.prompts, SEED_B, row)
-    else:
-        images, cost = generate(drawer, row, ref.prompts, SEED_B, progress=True)
+    images, cost = generate(drawer, row, ref.prompts, SEED_B, progress=True)
     return extractor()(images), cost
 
 
-def places(ref: Reference) -> Tensor:
+def places(ref: StoredFeatures) -> Tensor:
     """Which of the reference's prompts an image is of, (N,)."""
     return torch.tensor([sorted(set(ref.prompts)).index(prompt) for prompt in ref.prompts])
 
 
-def judged(made: Tensor, cost: Cost, ref: Reference) -> dict[str, Any]:
+def judged(made: Tensor, cost: Cost, ref: StoredFeatures) -> dict[str, Any]:
     """What `figures` says of images with these features."""
     n = len(made)
     teacher, student = (
@@ -112,7 +109,7 @@ def judged(made: Tensor, cost: Cost, ref: Reference) -> dict[str, Any]:
         for role, features in (("teacher", ref.features["floor"]), ("student", made))
     )
     stored = ref.features["reference"]
-    against = Compared(stats=Stats.of(stored), features=stored, paired=True, facts={})
+    against = Reference(stats=Stats.of(stored), features=stored, paired=True, facts={})
     key = extractor().identity.key
     found = measured([teacher, student], against, key, ("paired", "diversity"), places(ref))[1]["metrics"]
     return {

@@ -15,11 +15,12 @@ from stepdistill.config import load as config
 from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
 from stepdistill.data import Trajectories
+from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.roles import TEACHER, LoraSpec
-from stepdistill.students.draw.call import SEED_B, Reference, generate, student_row, teacher_row
+from stepdistill.students.draw.call import SEED_B, generate, student_call, teacher_call
 from stepdistill.students.load import load_student
 from stepdistill.training import finish as report
 from stepdistill.training.recipe import Run
@@ -54,8 +55,8 @@ def compared(name: str, run: Run, out: Path, work: Path) -> dict[str, Any]:
     w, steps, captions = run.train.teacher_guidance_scale, run.train.teacher_steps, prompts(IMAGES)
     teacher, pipe = run.family.load(), run.family.load()
     twice, once = (
-        teacher_row(run.family, teacher, steps, w, f"two passes, w = {w:g}"),
-        student_row(run.family, run.method, pipe, steps),
+        teacher_call(run.family, teacher, steps, w, f"two passes, w = {w:g}"),
+        student_call(run.family, run.method, pipe, steps),
     )
     call = load_student(pipe, out)
     found: dict[str, Any] = {"n": IMAGES, "steps": steps, "states": PATHS * steps}
@@ -71,7 +72,7 @@ def compared(name: str, run: Run, out: Path, work: Path) -> dict[str, Any]:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         taught(name, run, captions).save(file)
-    found |= figures(pipe, once, Reference.load(file))
+    found |= figures(pipe, once, StoredFeatures.load(file))
     cost = generate(teacher, twice, captions[:64], SEED_B)[1]
     again = generate(pipe, once, captions[:64], SEED_B)[1]
     hole = run.data.guidance_hole if isinstance(run.data, Trajectories) else None

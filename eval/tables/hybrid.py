@@ -14,8 +14,9 @@ from torch import Tensor
 from stepdistill.config import load as config
 from stepdistill.core.cost import Cost
 from stepdistill.evaluation.metrics.jackknife import block_sizes, interval
+from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.students.draw.base_first import base_first
-from stepdistill.students.draw.call import Reference, student_row
+from stepdistill.students.draw.call import student_call
 from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, drawn, judged, places, reference
@@ -45,7 +46,7 @@ def measure_hybrid(name: str, results: Results, work: Path, rows: Sequence[str])
             results.once(f"{name}/{method}/{way}", made, **facts, steps=steps, base_steps=base_steps)
 
 
-def compared(run: Run, out: Path, ref: Reference, kept: Path, way: str) -> dict[str, Any]:
+def compared(run: Run, out: Path, ref: StoredFeatures, kept: Path, way: str) -> dict[str, Any]:
     """The figures of one way, and its diversity over the teacher's and beside the student's, each with an interval.
 
     Args:
@@ -67,10 +68,10 @@ def compared(run: Run, out: Path, ref: Reference, kept: Path, way: str) -> dict[
     return found | {"gain": gain.value, "gain_ci95": [gain.low, gain.high]}
 
 
-def features(run: Run, out: Path, ref: Reference, steps: int, base_steps: int) -> tuple[Tensor, Cost]:
+def features(run: Run, out: Path, ref: StoredFeatures, steps: int, base_steps: int) -> tuple[Tensor, Cost]:
     """Features of what a student draws in `steps` steps, of which its teacher takes the first ones."""
     pipe = run.family.load()
-    row = student_row(run.family, run.method, pipe, steps)
+    row = student_call(run.family, run.method, pipe, steps)
     load_student(pipe, out)
     with torch.no_grad(), base_first(pipe, base_steps):
         return drawn(pipe, row, ref)

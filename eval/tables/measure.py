@@ -21,10 +21,11 @@ from stepdistill.data.bundled import bundled
 from stepdistill.evaluation.metrics import straightness
 from stepdistill.evaluation.metrics.frechet import feature_diversity, frechet
 from stepdistill.evaluation.metrics.stats import Stats
+from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Copy, LoraSpec
-from stepdistill.students.draw.call import SEED_B, Reference, Row, student_row, teacher_row
+from stepdistill.students.draw.call import SEED_B, PipelineCall, student_call, teacher_call
 from stepdistill.students.load import load_student
 from stepdistill.students.several import Students
 from stepdistill.training import finish as report
@@ -63,23 +64,23 @@ TEACHERS = ("tiny-sd", "tiny-sd3")
 LARGE = ("sd15", "sdxl", "sd3", "pixart")
 
 
-def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Row]]:
+def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, PipelineCall]]:
     """The teacher's stock few-step samplers: DDIM trailing and DPM-Solver++, or Euler with and without shift."""
     w = run.train.teacher_guidance_scale
     same = run.family.guidance(w) | run.family.arguments()
     for steps in STEPS["teachers"]:
         if isinstance(run.family.schedule(pipe.scheduler), DiscreteVP):
-            yield steps, teacher_row(run.family, pipe, steps, w, "DDIM, trailing")
+            yield steps, teacher_call(run.family, pipe, steps, w, "DDIM, trailing")
             dpm = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
             yield (
                 steps,
-                Row("DPM-Solver++ 2M, trailing", dpm, {"num_inference_steps": steps} | same, run.family),
+                PipelineCall("DPM-Solver++ 2M, trailing", dpm, {"num_inference_steps": steps} | same, run.family),
             )
         else:
-            yield steps, teacher_row(run.family, pipe, steps, w, "Euler, the teacher's shift")
+            yield steps, teacher_call(run.family, pipe, steps, w, "Euler, the teacher's shift")
             plain = FlowMatchEulerDiscreteScheduler(shift=1.0)
             call = {"sigmas": [1 - i / steps for i in range(steps)], "num_inference_steps": steps}
-            yield steps, Row("Euler, no shift", plain, call | same, run.family)
+            yield steps, PipelineCall("Euler, no shift", plain, call | same, run.family)
 
 
 def measure_teacher(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
@@ -119,7 +120,7 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
             continue
         run, out = config.load(Run, file, []), trained(file)
         ref, pipe = reference(name, run, work), run.family.load()
-        sampled = {str(steps): student_row(run.family, run.method, pipe, steps) for steps in STEPS[table]}
+        sampled = {str(steps): student_call(run.family, run.method, pipe, steps) for steps in STEPS[table]}
         if table in EARLY:
             sampled[f"1 from {EARLY[table]:g}"] = early_row(run, pipe, EARLY[table])
         loaded = load_student(pipe, out)
@@ -163,15 +164,15 @@ def measure_unguided(name: str, results: Results, work: Path) -> None:
     """The teacher without guidance: the law that variational score distillation tends to."""
     run = config.load(Run, next(iter(recipes(name, "distribution").values())), [])
     ref, pipe = reference(name, run, work), run.family.load()
-    row = teacher_row(run.family, pipe, run.train.teacher_steps, 1.0, "teacher, unguided")
+    row = teacher_call(run.family, pipe, run.train.teacher_steps, 1.0, "teacher, unguided")
     results.once(f"{name}/unguided/{run.train.teacher_steps}", partial(figures, pipe, row, ref), teacher=name)
 
 
-def early_row(run: Run, pipe: DiffusionPipeline, start: float) -> Row:
+def early_row(run: Run, pipe: DiffusionPipeline, start: float) -> PipelineCall:
     """One step of the loaded student from an earlier time than the noisiest, whatever its contract says."""
     scheduler, call = run.family.scheduler(pipe, Sampler((start,), eta=1.0))
     call |= run.family.guidance(1.0) | run.family.arguments()
-    return Row(f"student, from {start:g}", scheduler, call, run.family)
+    return PipelineCall(f"student, from {start:g}", scheduler, call, run.family)
 
 
 def measure_time(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
@@ -189,7 +190,7 @@ def measure_time(name: str, results: Results, work: Path, rows: Sequence[str]) -
         results.once(f"{name}/{method}/pace", partial(pace, file), teacher=name)
 
 
-def measure_later(run: Run, ref: Reference) -> dict[str, Any]:
+def measure_later(run: Run, ref: StoredFeatures) -> dict[str, Any]:
     """Train a run on to its last step, and draw in one: as its contract says, and from an earlier time."""
     warm_start(run)
     out = distill(run)
@@ -197,7 +198,7 @@ def measure_later(run: Run, ref: Reference) -> dict[str, Any]:
     load_student(pipe, out)
     pipe.fuse_lora()
     early = figures(pipe, early_row(run, pipe, EARLY["distribution"]), ref)
-    found = figures(pipe, student_row(run.family, run.method, pipe, 1), ref)
+    found = figures(pipe, student_call(run.family, run.method, pipe, 1), ref)
     return found | {"early": early["excess"], "early_ci95": early["ci95"]}
 
 

@@ -29,8 +29,9 @@ from stepdistill.config import load as config
 from stepdistill.core.cost import Cost
 from stepdistill.data.bundled import emoji
 from stepdistill.families.base import Family
-from stepdistill.students.draw.call import SEED_A, SEED_B, Row, generate, grid, student_row, teacher_row
+from stepdistill.students.draw.call import SEED_A, SEED_B, PipelineCall, generate, student_call, teacher_call
 from stepdistill.students.draw.negative_prompt import negative_prompt
+from stepdistill.students.draw.sheet import image_grid
 from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, extractor
@@ -125,7 +126,7 @@ def measure_negative(name: str, results: Results, work: Path, rows: Sequence[str
         file = recipes(name, table)[method]
         run, out = config.load(Run, file, []), trained(file)
         teacher, pipe = run.family.load(), run.family.load()
-        row = student_row(run.family, run.method, pipe, steps)
+        row = student_call(run.family, run.method, pipe, steps)
         load_student(pipe, out)
         pipe.fuse_lora()  # pyright: ignore[reportAttributeAccessIssue]
         facts = {"teacher": name, "student": label, "config": config.digest(run), "steps": steps, "n": N}
@@ -137,13 +138,15 @@ def measure_negative(name: str, results: Results, work: Path, rows: Sequence[str
             show(run.family, pipe, row, results.file.with_suffix(".png"))
 
 
-def suppressed(run: Run, teacher: DiffusionPipeline, pipe: DiffusionPipeline, row: Row, pair: Pair) -> dict[str, Any]:
+def suppressed(
+    run: Run, teacher: DiffusionPipeline, pipe: DiffusionPipeline, row: PipelineCall, pair: Pair
+) -> dict[str, Any]:
     """How much is shown of the concept, by setting; how far images are from the teacher's of it and from drawings.
 
     `moved` is the distance in features from the same seed without a negative prompt, over what did not show it.
     """
     w, steps = run.train.teacher_guidance_scale, run.train.teacher_steps
-    full = teacher_row(run.family, teacher, steps, w, "teacher")
+    full = teacher_call(run.family, teacher, steps, w, "teacher")
     concept = extractor()(generate(teacher, full, [pair.concept] * TAUGHT, SEED_A)[0])
     images, plain = drawn(run.family, pipe, row, pair.prompt, "", {})
     start = extractor()(images)
@@ -163,7 +166,13 @@ def suppressed(run: Run, teacher: DiffusionPipeline, pipe: DiffusionPipeline, ro
 
 
 def drawn(
-    family: Family, pipe: DiffusionPipeline, row: Row, prompt: str, text: str, how: Mapping[str, Any], n: int = N
+    family: Family,
+    pipe: DiffusionPipeline,
+    row: PipelineCall,
+    prompt: str,
+    text: str,
+    how: Mapping[str, Any],
+    n: int = N,
 ) -> tuple[Tensor, Cost]:
     """Images (n, 3, H, W) uint8 of a prompt by the first n seeds, and their cost; plain where `how` is empty."""
     context = negative_prompt(pipe, text, family=family, **how) if how else nullcontext()
@@ -171,7 +180,7 @@ def drawn(
         return generate(pipe, row, [prompt] * n, SEED_B)
 
 
-def show(family: Family, pipe: DiffusionPipeline, row: Row, file: Path) -> None:
+def show(family: Family, pipe: DiffusionPipeline, row: PipelineCall, file: Path) -> None:
     """An image: of each prompt's first word the two seeds of 64 that show most of it, and the one that shows least."""
     firsts = list({pair.prompt: pair for pair in reversed(pairs())}.values())
     firsts = [pair for pair in reversed(firsts) if pair.prompt in emoji.prompts()]
@@ -186,4 +195,4 @@ def show(family: Family, pipe: DiffusionPipeline, row: Row, file: Path) -> None:
         for key in SHOWN:
             lines[key] += list(drawn(family, pipe, row, pair.prompt, pair.word, SETTINGS[key], 64)[0][seeds])
     labels = {key: key if key.startswith("nag") else f"scale {key}" for key in lines}
-    grid([(labels[key], torch.stack(made)) for key, made in lines.items()], columns, 2).save(file)
+    image_grid([(labels[key], torch.stack(made)) for key, made in lines.items()], columns, 2).save(file)

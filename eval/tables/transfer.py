@@ -25,7 +25,7 @@ from stepdistill.families.base import Family
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.students.draw.call import SEED_B, Row, generate, student_row, teacher_row
+from stepdistill.students.draw.call import SEED_B, PipelineCall, generate, student_call, teacher_call
 from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, prompts
@@ -96,8 +96,8 @@ def carried(run: Run, out: Path, steps: int, style: str, origin: str, strength: 
         if not file.exists():
             pipe, w = family.load(), run.train.teacher_guidance_scale
             rows = {
-                "teacher": teacher_row(family, pipe, run.train.teacher_steps, w, "teacher"),
-                "student": student_row(family, run.method, pipe, steps),
+                "teacher": teacher_call(family, pipe, run.train.teacher_steps, w, "teacher"),
+                "student": student_call(family, run.method, pipe, steps),
             }
             if on != "teacher":
                 load_student(pipe, out)
@@ -157,7 +157,7 @@ def learn(
 
 def effect(
     pipe: Any,  # noqa: ANN401
-    row: Row,
+    row: PipelineCall,
     folder: Path,
     strength: float,
     statistic: Callable[[Tensor], Tensor],

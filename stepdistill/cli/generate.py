@@ -80,7 +80,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
 
     from stepdistill.core.errors import ConfigError, problem
     from stepdistill.evaluation.records import prompt_of, read_records
-    from stepdistill.students.draw.pipeline import Drawer, Wish
+    from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
 
     prompts = [*args.prompts]
     if args.prompts_file:
@@ -89,17 +89,17 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
         todo = "write prompts behind the student, or give --prompts_file"
         raise ConfigError(problem("no prompt", "at least one", "there is nothing to draw", todo))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    drawer = Drawer.load(args.student, args.base, device, args.strength, args.lora, args.fuse)
-    usual = "float32" if device == "cpu" or drawer.contract is None else drawer.contract.dtype
+    student = StudentPipeline.load(args.student, args.base, device, args.strength, args.lora, args.fuse)
+    usual = "float32" if device == "cpu" or student.contract is None else student.contract.dtype
     if (args.dtype or usual) != "float32":
-        drawer.pipe.to(getattr(torch, args.dtype or usual))
+        student.pipe.to(getattr(torch, args.dtype or usual))
     names = ("steps", "timesteps", "sigmas", "guidance_scale", "eta", "height", "width")
-    call = drawer.call(Wish(**{name: getattr(args, name) for name in names}))
+    call = student.call(DrawOptions(**{name: getattr(args, name) for name in names}))
     repeated = [prompt for prompt in prompts for _ in range(args.num_images_per_prompt)]
-    _draw(drawer, repeated, args, call)
+    _draw(student, repeated, args, call)
 
 
-def _draw(drawer: Any, prompts: list[str], args: argparse.Namespace, call: dict[str, Any]) -> None:  # noqa: ANN401
+def _draw(student: Any, prompts: list[str], args: argparse.Namespace, call: Any) -> None:  # noqa: ANN401
     from tqdm.auto import tqdm
 
     from stepdistill.core.cost import count_calls
@@ -107,10 +107,10 @@ def _draw(drawer: Any, prompts: list[str], args: argparse.Namespace, call: dict[
 
     args.out.mkdir(parents=True, exist_ok=True)
     seeds, made, lines, began = [args.seed + n for n in range(len(prompts))], [], [], time.perf_counter()
-    taken_off = drawer.against(args.negative_prompt, call, args.negative_scale, args.negative_mode)
-    mixed = nullcontext() if args.base_steps is None else base_first(drawer.pipe, args.base_steps)
-    with count_calls(drawer.family.network(drawer.pipe)) as cost, taken_off as call, mixed:
-        images = tqdm(drawer.draw(prompts, seeds, call, args.batch), total=len(prompts), desc="Images")
+    against = student.against(args.negative_prompt, call, args.negative_scale, args.negative_mode)
+    mixed = nullcontext() if args.base_steps is None else base_first(student.pipe, args.base_steps)
+    with count_calls(student.family.network(student.pipe)) as cost, against as call, mixed:
+        images = tqdm(student.draw(prompts, seeds, call, args.batch), total=len(prompts), desc="Images")
         for n, image in enumerate(images):
             image.save(args.out / f"{n:05d}.png")
             lines.append({"file": f"{n:05d}.png", "prompt": prompts[n], "seed": seeds[n]})
@@ -126,8 +126,8 @@ def _sheet(images: list[Any], prompts: list[str], each: int) -> Any:  # noqa: AN
     import numpy as np
     import torch
 
-    from stepdistill.students.draw.call import grid
+    from stepdistill.students.draw.sheet import image_grid
 
     made = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     rows = [(f"image {k + 1}", made[k::each]) for k in range(each)]
-    return grid(rows, prompts[::each], max(1, 96 // images[0].width))
+    return image_grid(rows, prompts[::each], max(1, 96 // images[0].width))

@@ -38,8 +38,8 @@ def declare(commands: Any, command: Make) -> None:  # noqa: ANN401
 
 
 def _view(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.students.contract import STUDENTS, is_multi, read_contract, teacher
-    from stepdistill.students.draw.steps import View, sheet, view
+    from stepdistill.students.contract import read_contracts, teacher
+    from stepdistill.students.draw.steps import View, view, view_sheet
     from stepdistill.students.single import folder_of
 
     folder = folder_of(args.folder)
@@ -50,8 +50,7 @@ def _view(args: argparse.Namespace, overrides: list[str]) -> None:
         teacher_guidance=args.teacher_guidance,
         columns=args.columns,
     )
-    contract = read_contract(folder / STUDENTS / "0" if is_multi(folder) else folder)
-    blocks = view(teacher(contract).load().to(args.device), folder, wanted)
+    blocks = view(teacher(read_contracts(folder)[0]).load().to(args.device), folder, wanted)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet(blocks, args.prompts, max(1, 96 // blocks[0][0].frames.shape[-1])).save(args.out)
+    view_sheet(blocks, args.prompts, max(1, 96 // blocks[0][0].frames.shape[-1])).save(args.out)
     print(args.out)

@@ -25,11 +25,12 @@ from stepdistill.evaluation.read import Unit, cropped, fill_store
 from stepdistill.evaluation.records import prompt_of, prompts_digest
 from stepdistill.evaluation.spec import EvalRun
 from stepdistill.evaluation.store import Store
-from stepdistill.evaluation.subjects import Subject, Way, contract_of
+from stepdistill.evaluation.subjects import SamplingPlan, contract_of
 from stepdistill.families.base import Family
-from stepdistill.students import single as student
-from stepdistill.students.contract import pipeline_hash
-from stepdistill.students.draw.call import Row
+from stepdistill.students.base_model import pipeline_hash
+from stepdistill.students.draw.call import PipelineCall
+from stepdistill.students.draw.pipeline import StudentPipeline
+from stepdistill.students.single import PATTERNS, folder_of
 
 LATENCY = "latency.json"
 WARMUP = 3  # images drawn before any is timed
@@ -64,14 +65,14 @@ class RowDrawer:
         """Of every image, by number."""
         return [prompt_of(self.records[i % len(self.records)]) for i in range(self.n)]
 
-    def store(self, way: Way) -> Store:
+    def store(self, way: SamplingPlan) -> Store:
         """Where a way's images are kept; the teacher's whole where others are compared with them."""
         whole = way.role == "teacher" and {"pixels", "lpips"} & set(self.spec.metrics)
         kept = self.n if whole else min(self.n, self.spec.columns)
         folder = self.spec.output_dir / "work" / slug(way.name)
         return Store(folder, self.n, self.spec.feature_batch, self.extractor.identity.dim, kept)
 
-    def draw(self, ways: Sequence[Way]) -> tuple[dict[Way, Store], list[str]]:
+    def draw(self, ways: Sequence[SamplingPlan]) -> tuple[dict[SamplingPlan, Store], list[str]]:
         """Draw what is missing of every way; one pipeline at a time is in memory.
 
         Returns:
@@ -79,24 +80,26 @@ class RowDrawer:
         """
         stores, left_out, hashed = {way: self.store(way) for way in ways}, [], ""
         teacher = next(store for way, store in stores.items() if way.role == "teacher")
-        size = size_of(self.spec.students)
+        asked = size_of(self.spec.students)
         for place in dict.fromkeys(way.student for way in ways):
-            subject = Subject.load(self.family, place, size, self.device, DTYPES[self.spec.dtype])
+            subject = StudentPipeline.of(self.family, place, self.device, DTYPES[self.spec.dtype])
+            native = self.family.native_side(subject.pipe)
+            size = asked or (native, native)
             hashed = hashed or teacher_of(subject)  # the teacher comes first
             scores = [*([self.clip] if self.clip else []), *(self._against(teacher) if place else ())]
             for way in [way for way in ways if way.student == place]:
                 try:
-                    row = subject.row(way)
+                    calls = subject.calls(replace(way.options, height=size[0], width=size[1]), way.name)
                 except (ValueError, StepdistillError) as error:
                     left_out.append(f"{way.name}: {error}")
                     del stores[way]
                     continue
                 if self.state.is_main_process:
                     side = self.spec.side
-                    shape = (3, side, side) if side else (3, *subject.size)
-                    stores[way].open(self._facts(way, subject, stores[way].kept, hashed), shape)
+                    shape = (3, side, side) if side else (3, *size)
+                    stores[way].open(self._facts(way, size, stores[way].kept, hashed), shape)
                 self.state.wait_for_everyone()
-                self._fill(subject, way, row, stores[way], scores)
+                self._fill(subject, way, calls, stores[way], scores)
                 self.state.wait_for_everyone()  # the teacher's images are whole before others are compared
         return stores, left_out
 
@@ -104,15 +107,29 @@ class RowDrawer:
         scores = [pixel_likeness(teacher.images)] if "pixels" in self.spec.metrics else []
         return [*scores, perceptual_likeness(teacher.images, self.device)] if "lpips" in self.spec.metrics else scores
 
-    def _fill(self, subject: Subject, way: Way, row: Row, store: Store, scores: Sequence[Score]) -> None:
+    def _fill(
+        self,
+        subject: StudentPipeline,
+        way: SamplingPlan,
+        calls: Sequence[PipelineCall],
+        store: Store,
+        scores: Sequence[Score],
+    ) -> None:
         mine = store.missing(self.state.process_index, self.state.num_processes)
         title = way.name if self.state.is_main_process and mine else ""
-        units, total = self._units(subject, way, row, store, mine), sum(len(store.rows(k)) for k in mine)
+        units, total = self._units(subject, way, calls, store, mine), sum(len(store.rows(k)) for k in mine)
         fill_store(store, units, self.extractor, scores, title, total)
         if self.spec.latency and self.state.is_main_process and not store.noted(LATENCY):
-            store.note(LATENCY, self._latency(subject, way, row))
+            store.note(LATENCY, self._latency(subject, way, calls))
 
-    def _units(self, subject: Subject, way: Way, row: Row, store: Store, mine: Sequence[int]) -> Iterator[Unit]:
+    def _units(
+        self,
+        subject: StudentPipeline,
+        way: SamplingPlan,
+        calls: Sequence[PipelineCall],
+        store: Store,
+        mine: Sequence[int],
+    ) -> Iterator[Unit]:
         prompts = self.prompts
         for k in mine:
             numbers = store.rows(k)
@@ -120,7 +137,9 @@ class RowDrawer:
                 torch.cuda.reset_peak_memory_stats()
             start = perf_counter()
             try:
-                images, cost = subject.draw(way, row, [prompts[i] for i in numbers], numbers, self.spec.batch)
+                images, cost = subject.generate(
+                    calls, [prompts[i] for i in numbers], way.seed, self.spec.batch, numbers
+                )
             except ValueError as error:
                 if "non-finite" not in str(error):
                     raise
@@ -131,7 +150,7 @@ class RowDrawer:
             self._keep(way, numbers, images)
             yield Unit(k, numbers, cropped(images, self.spec.side), facts)
 
-    def _keep(self, way: Way, numbers: Sequence[int], images: Tensor) -> None:
+    def _keep(self, way: SamplingPlan, numbers: Sequence[int], images: Tensor) -> None:
         """Images as files, where they are asked for."""
         if way.role == "reference":
             return
@@ -150,11 +169,11 @@ class RowDrawer:
             for i, image in each:
                 out.add(i % len(self.records), i // len(self.records), self.records[i % len(self.records)], image)
 
-    def _latency(self, subject: Subject, way: Way, row: Row) -> dict[str, Any]:
+    def _latency(self, subject: StudentPipeline, way: SamplingPlan, calls: Sequence[PipelineCall]) -> dict[str, Any]:
         """Milliseconds of one image alone, from prompt to pixels."""
         times = []
         for _ in range(WARMUP + self.spec.latency):
-            times.append(1000 * subject.draw(way, row, [self.prompts[0]], [0], 1)[1].seconds)
+            times.append(1000 * subject.generate(calls, [self.prompts[0]], way.seed, 1, [0])[1].seconds)
         kept = torch.tensor(times[WARMUP:], dtype=torch.float64)
         ends = {name: kept.quantile(q).item() for name, q in (("p50", 0.5), ("p90", 0.9))}
         return {**ends, "batch": 1, "warmup": WARMUP, "repetitions": self.spec.latency}
@@ -164,7 +183,7 @@ class RowDrawer:
         likeness = sorted({"pixels", "lpips"} & set(self.spec.metrics))
         return [*likeness, self.spec.teacher_steps, self.spec.teacher_guidance] if likeness else []
 
-    def _facts(self, way: Way, subject: Subject, kept: int, hashed: str) -> dict[str, object]:
+    def _facts(self, way: SamplingPlan, size: tuple[int, int], kept: int, hashed: str) -> dict[str, object]:
         """All that the images, their features and scores depend on, and which files there are."""
         return {
             "teacher": hashed,
@@ -175,7 +194,7 @@ class RowDrawer:
             "seed": way.seed,
             "n": self.n,
             "prompts": prompts_digest(self.prompts),
-            "size": subject.size,
+            "size": size,
             "dtype": self.spec.dtype,
             "device": self.device.type,
             "eval_res": self.spec.side,
@@ -190,19 +209,20 @@ class RowDrawer:
         }
 
 
-def plan(spec: EvalRun) -> list[Way]:
+def plan(spec: EvalRun) -> list[SamplingPlan]:
     """The ways, the teacher's first. Raises StudentError for a student without a contract."""
     trained = {place: len(contract_of(place).timesteps) for place in spec.students}
     few = sorted({*(spec.steps or trained.values())} - {spec.teacher_steps}, reverse=True)
     common: dict[str, Any] = {"student": None, "guidance": spec.teacher_guidance, "role": "teacher", "seed": spec.seed}
-    ways = [Way(name=called("teacher", steps), steps=steps, **common) for steps in (spec.teacher_steps, *few)]
+    ways = [SamplingPlan(name=called("teacher", steps), steps=steps, **common) for steps in (spec.teacher_steps, *few)]
     if spec.reference == "teacher":
         ways.insert(0, replace(ways[0], name="reference", role="reference", seed=spec.reference_seed))
     for place, who in zip(spec.students, labels(spec.students), strict=True):
         for steps in spec.steps or (None,):
             for w in spec.guidance or (None,):
                 name = called(who, steps or trained[place]) + ("" if w is None else f", w = {w:g}")
-                ways.append(Way(name=name, role="student", student=place, steps=steps, guidance=w, seed=spec.seed))
+                way = {"student": place, "steps": steps, "guidance": w}
+                ways.append(SamplingPlan(name=name, role="student", seed=spec.seed, **way))
     slugs = [slug(way.name) for way in ways]
     if len(set(slugs)) < len(slugs):
         why = "their files would overwrite each other's"
@@ -222,9 +242,9 @@ def size_of(students: Sequence[str]) -> tuple[int, int] | None:
     return next(iter(sizes.values()), None)
 
 
-def teacher_of(subject: Subject) -> str:
+def teacher_of(subject: StudentPipeline) -> str:
     """sha256 of all that the teacher draws with: networks, fused LoRAs, scheduler, and what its calls are given."""
-    parts = [pipeline_hash(subject.pipe), subject.schedulers[0].to_json_string(), repr(subject.family.arguments())]
+    parts = [pipeline_hash(subject.pipe), subject.native.to_json_string(), repr(subject.family.arguments())]
     return sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -254,8 +274,8 @@ def peak() -> float | None:
 
 def fingerprint(place: str) -> str:
     """sha256 of a student's contract, router and weights."""
-    folder, digest = student.folder_of(place), sha256()
-    for pattern in student.PATTERNS:
+    folder, digest = folder_of(place), sha256()
+    for pattern in PATTERNS:
         for file in sorted(folder.glob(pattern.replace("/*", "/**/*"))):
             name = file.relative_to(folder)
             if file.is_file() and file.suffix in (".json", ".safetensors") and name.name != "eval.json":

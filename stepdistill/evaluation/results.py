@@ -25,7 +25,7 @@ from stepdistill.evaluation.report.table import SCHEMA, flat_rows, read_evaluati
 from stepdistill.evaluation.spec import EvalRun
 from stepdistill.evaluation.store import Store
 from stepdistill.evaluation.subjects import Way, contract_of
-from stepdistill.students.draw.call import grid
+from stepdistill.students.draw.sheet import image_grid
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 SCORES = ("clip", "psnr", "ssim", "lpips")  # what a unit tells of single images
@@ -146,7 +146,7 @@ def write_sheets(spec: EvalRun, stores: Mapping[Way, Store], prompts: Sequence[s
         ]
         scale = max(1, 96 // rows[0][1].shape[-1])
         names.append(f"{slug(who)}.png")
-        grid(rows, [prompts[i] for i in shown], scale).save(folder / names[-1])
+        image_grid(rows, [prompts[i] for i in shown], scale).save(folder / names[-1])
     return names
 
 

@@ -57,7 +57,7 @@ def switch_on(net: nn.Module, names: Sequence[str]) -> None:
             layer.set_adapter(list(names))
 
 
-def weigh(net: nn.Module, weights: Mapping[str, float]) -> None:
+def weigh_active(net: nn.Module, weights: Mapping[str, float]) -> None:
     """Let these LoRAs be on in a pipeline's network, each at its strength, and no others."""
     switch_on(net, list(weights))
     for layer in net.modules():
@@ -66,8 +66,8 @@ def weigh(net: nn.Module, weights: Mapping[str, float]) -> None:
                 layer.set_scale(name, weights[name])
 
 
-def merge(net: nn.Module) -> None:
-    """Add the LoRAs that are on to the weights of a pipeline's network, at their strength."""
+def fuse_active(net: nn.Module) -> None:
+    """Fuse the LoRAs that are on into the weights of a pipeline's network, at their strength."""
     for layer in net.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merge()

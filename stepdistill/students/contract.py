@@ -7,28 +7,22 @@ on, and where the student comes from.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-import torch
-from diffusers import DiffusionPipeline
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from torch import nn
 
 from stepdistill.config.schema import pick
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.prediction import Kind
 from stepdistill.core.solvers import Sampler
-from stepdistill.families.base import BUNDLED_NAMES, Family
-from stepdistill.networks.quantize import dense
+from stepdistill.families.base import Family
 from stepdistill.networks.roles import AdapterArch
 
 CONTRACT = "distill_config.json"
 STUDENTS = "students"  # the subfolder of a folder of several students
 SCHEMA = 1
-SAMPLED = 1024  # values of each tensor that the base's hash sees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +199,13 @@ def read_multi(folder: Path | str) -> MultiContract:
     return _read(folder, MULTI)
 
 
+def read_contracts(folder: Path) -> tuple[Contract, ...]:
+    """The contract of each student of a folder, which holds one or several."""
+    if not is_multi(folder):
+        return (read_contract(folder),)
+    return tuple(read_contract(folder / STUDENTS / str(k)) for k in range(read_multi(folder).students))
+
+
 def is_multi(folder: Path | str) -> bool:
     """Whether a folder holds several students. Raises StudentError where it has no contract."""
     return _parse(folder)[0].get("kind") == "multi"
@@ -246,49 +247,3 @@ def teacher(contract: Contract | MultiContract) -> Family:
     node = dict(contract.family)
     family: type[Family] = pick([Family], node.pop("type", None))
     return TypeAdapter(family).validate_python(node)
-
-
-def missing(pipe: DiffusionPipeline) -> tuple[str, ...]:
-    """Parts that the pipeline's class demands and this one lacks, such as SD3's largest text encoder."""
-    optional = pipe._optional_components
-    return tuple(name for name, part in pipe.components.items() if part is None and name not in optional)
-
-
-def absolute(family: Family) -> Family:
-    """The family with its local paths made absolute, so that they hold in any working directory."""
-
-    def path(text: str) -> str:
-        return str(Path(text).resolve()) if Path(text).exists() and text not in BUNDLED_NAMES else text
-
-    return replace(
-        family,
-        pretrained_teacher_model=path(family.pretrained_teacher_model),
-        single_file_config=path(family.single_file_config) if family.single_file_config else None,
-        teacher_loras=tuple(path(lora) for lora in family.teacher_loras),
-    )
-
-
-def base_hash(pipe: DiffusionPipeline, family: Family, dtype: torch.dtype = torch.float32) -> str:
-    """sha256 of the base's denoiser in `dtype`: names, shapes and some 1,024 spread values of every tensor.
-
-    Adapters on it do not count. A sample tells checkpoints apart and takes no time. Precision counts: weights
-    that were loaded in another one are compared by the hash of that one.
-    """
-    return _hash(family.network(pipe), dtype)
-
-
-def pipeline_hash(pipe: DiffusionPipeline) -> str:
-    """sha256 of every network of the pipeline, as `base_hash` has it: embeddings and latents depend on them."""
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    return sha256("".join(f"{name} {_hash(part, torch.float32)}" for name, part in parts.items()).encode()).hexdigest()
-
-
-def _hash(net: nn.Module, dtype: torch.dtype) -> str:
-    state = net.state_dict()
-    base = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
-    digest = sha256()
-    for key in sorted(base):
-        flat = dense(base[key].detach()).flatten()
-        some = flat[:: max(1, len(flat) // SAMPLED)].to("cpu", dtype).contiguous()
-        digest.update(f"{key} {tuple(base[key].shape)}".encode() + some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill.core.cost import Cost
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.data.routing import Router, Routing, read_routing
 from stepdistill.families.base import Family
@@ -37,7 +36,6 @@ from stepdistill.students.contract import (
     save,
     teacher,
 )
-from stepdistill.students.draw.call import Row, generate
 
 EACH = ("generator", "latents", "negative_prompt")  # arguments of a call that may have one entry a prompt
 LEFT_OUT = ("checkpoint-*", "runs")  # parts of a training run that its student does not need
@@ -124,33 +122,6 @@ class Students:
         if isinstance(ordered[0], Tensor):
             return torch.stack(ordered)
         return np.stack(ordered) if isinstance(ordered[0], np.ndarray) else ordered
-
-
-def generate_each(
-    students: Students,
-    prompts: Sequence[str],
-    seed: int,
-    row: Row | None = None,
-    batch: int = 64,
-    numbers: Sequence[int] | None = None,
-    size: tuple[int, int] | None = None,
-) -> tuple[Tensor, Cost]:
-    """What `students.draw.call.generate` draws, each prompt with its student: the same images as of it alone.
-
-    Args:
-        row: how all of them sample; None is each under its own contract.
-        batch, numbers, size: as there.
-    """
-    images, total = {}, Cost()
-    for k, places in students.route(prompts).items():
-        call = {key: value for key, value in students.calls[k].items() if key not in ("height", "width")}
-        own = row or Row(f"student {k}", students.schedulers[k], call, students.family)
-        with students.use(k):
-            ids = places if numbers is None else [numbers[i] for i in places]
-            made, cost = generate(students.pipe, own, [prompts[i] for i in places], seed, batch, numbers=ids, size=size)
-        images |= dict(zip(places, made, strict=True))
-        total = Cost(*(a + b for a, b in zip(astuple(total), astuple(cost), strict=True)))
-    return torch.stack([images[i] for i in range(len(prompts))]), total
 
 
 def _at(values: Any, places: list[int]) -> Any:  # noqa: ANN401

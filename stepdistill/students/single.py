@@ -20,6 +20,7 @@ from stepdistill.methods.base import Method
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.roles import Adapters, Copy, Ema, Lora, LoraSpec
+from stepdistill.students.base_model import base_hash, base_of, name_of
 from stepdistill.students.card import is_non_commercial as is_non_commercial
 from stepdistill.students.card import warn_of_licence as warn_of_licence
 from stepdistill.students.card import write_card
@@ -28,7 +29,6 @@ from stepdistill.students.contract import (
     STUDENTS,
     Contract,
     Proof,
-    base_hash,
     is_multi,
     read_contract,
     save,
@@ -45,7 +45,7 @@ from stepdistill.students.weights import (
     load_state,
     read_lora,
 )
-from stepdistill.students.write import base_of, name_of, write_unproven
+from stepdistill.students.write import write_unproven
 
 logger = logging.getLogger(__name__)
 # what loading needs of a hub folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -19,34 +19,13 @@ from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import Module
-from stepdistill.students.card import licence_of, write_card
-from stepdistill.students.contract import Adapter, Attached, Contract, Network, absolute, base_hash, missing, save
-from stepdistill.students.proof import TOLERANCE
+from stepdistill.students.base_model import Base, absolute, name_of
+from stepdistill.students.card import write_card
+from stepdistill.students.contract import Adapter, Attached, Contract, Network, save
 from stepdistill.students.weights import save_weights
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 KINDS: dict[type, Literal["lora", "full", "adapters"]] = {Adapter: "lora", Network: "full", Attached: "adapters"}
-
-
-@dataclass(frozen=True)
-class Base:
-    """What a contract says of the base, read before a run rounds or changes it.
-
-    Args:
-        hashes: `base_hash` by precision.
-        without: parts that it lacks though its pipeline asks for them.
-        licence: None where it is not known.
-    """
-
-    hashes: dict[str, str]
-    without: tuple[str, ...]
-    licence: str | None
-
-
-def base_of(pipe: DiffusionPipeline, family: Family, licence: str | None = None) -> Base:
-    """The facts of a float32 pipeline; `licence` None reads the base's model card."""
-    hashes = {name_of(dtype): base_hash(pipe, family, dtype) for dtype in TOLERANCE}
-    return Base(hashes, missing(pipe), licence or licence_of(family))
 
 
 def write_unproven(
@@ -119,8 +98,3 @@ def _contract(
         licence=base.licence,
         versions={name: version(name) for name in ("stepdistill", *LIBRARIES)},
     )
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Such as `float32`."""
-    return str(dtype).removeprefix("torch.")

@@ -18,18 +18,19 @@ from stepdistill.core.files import file_digest
 from stepdistill.data import Partition, inside
 from stepdistill.data.bundled import bundled
 from stepdistill.data.routing import ROUTER, Routing
-from stepdistill.evaluation.measure import Reference as Compared
-from stepdistill.evaluation.measure import Sampled, measured
+from stepdistill.evaluation.measure import Reference, Sampled, measured
 from stepdistill.evaluation.metrics.features import efficientnet_lite0
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.protocol import PROTOCOLS
 from stepdistill.evaluation.records import prompts_digest
 from stepdistill.evaluation.results import document, protocol_facts
+from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.methods.base import Method
 from stepdistill.networks import sharding
 from stepdistill.students import single as student
 from stepdistill.students import verify as export
-from stepdistill.students.draw.call import SEED_B, Reference, Row, generate, grid, student_row, teacher_row
+from stepdistill.students.draw.call import SEED_B, PipelineCall, generate, student_call, teacher_call
+from stepdistill.students.draw.sheet import image_grid
 from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.sampling import relative_straightness
@@ -83,12 +84,12 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
     run, spec = session.run, session.run.train
     teacher, plain = run.family.load(), run.family.load()
     few, full = (
-        teacher_row(run.family, teacher, n, spec.teacher_guidance_scale, f"teacher, {n} steps")
+        teacher_call(run.family, teacher, n, spec.teacher_guidance_scale, f"teacher, {n} steps")
         for n in (FEW, spec.teacher_steps)
     )
     load_student(plain, out)
     own = len(run.method.sampler(run.family.schedule(teacher.scheduler)).timesteps)
-    rows = [student_row(run.family, run.method, teacher, n) for n in sorted({own, FEW, 2, 1}, reverse=True)]
+    rows = [student_call(run.family, run.method, teacher, n) for n in sorted({own, FEW, 2, 1}, reverse=True)]
     for pipe in (teacher, plain):
         if session.shards is None:
             pipe.to(session.accelerator.device)
@@ -101,7 +102,7 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
             for pipe, row in ((teacher, full), (teacher, few), *((plain, row) for row in rows))
         ]
         scale = max(1, 96 // made[0][1].shape[-1])
-        grid(made, prompts, scale).save(out / "samples" / "grid.png")
+        image_grid(made, prompts, scale).save(out / "samples" / "grid.png")
         student.write_card(out, student.read_contract(out))  # again, now that there is an image
     if not spec.eval_samples:
         return {}
@@ -125,9 +126,9 @@ def reference_file(spec: TrainSpec) -> Path:
     return file
 
 
-def reference(run: Run, digest: str) -> Reference:
+def reference(run: Run, digest: str) -> StoredFeatures:
     """The stored features, which must be of this teacher under this guidance and number of steps."""
-    found = Reference.load(reference_file(run.train))
+    found = StoredFeatures.load(reference_file(run.train))
     wanted = {
         "teacher_sha256": digest,
         "teacher_steps": str(run.train.teacher_steps),
@@ -148,11 +149,11 @@ def reference(run: Run, digest: str) -> Reference:
 
 def measure(
     run: Run,
-    stored: Reference,
+    stored: StoredFeatures,
     teacher: DiffusionPipeline,
     plain: DiffusionPipeline,
-    taught: Mapping[str, Row],
-    rows_of_student: list[Row],
+    taught: Mapping[str, PipelineCall],
+    rows_of_student: list[PipelineCall],
 ) -> dict[str, Any]:
     """The contents of `eval.json`: distance, excess over the teacher's full steps with its interval, and cost, at
     `eval_samples` images.
@@ -170,7 +171,7 @@ def measure(
         rows.append(Sampled(name=row.name, role=role, features=extractor(images), cost=told_of(cost, n)))
     file = reference_file(run.train)
     facts = {"kind": "teacher", "path": file.name, "sha256": file_digest(file), "n": n}
-    compared = Compared(stats=Stats.of(ref), features=ref, paired=True, facts=facts)
+    compared = Reference(stats=Stats.of(ref), features=ref, paired=True, facts=facts)
     protocol, reasons = protocol_facts(PROTOCOLS["none"], extractor.identity, n, None, facts)
     found = measured([replace(row, reasons=reasons) for row in rows], compared, extractor.identity.key)
     scale, hashed = run.train.teacher_guidance_scale, stored.facts["teacher_sha256"]

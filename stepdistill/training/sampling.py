@@ -13,7 +13,7 @@ from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import noise_of
 from stepdistill.core.solvers import few_step
 from stepdistill.evaluation.metrics.straightness import paths
-from stepdistill.students.draw.call import grid
+from stepdistill.students.draw.sheet import image_grid
 from stepdistill.training.logs import Logs
 from stepdistill.training.setup import Session
 from stepdistill.training.teacher import Teacher
@@ -79,7 +79,7 @@ def draw_validation(session: Session, step: int, logs: Logs) -> None:
     student = sample_student(session, prompts, range(len(prompts)))
     teacher = sample_teacher(session, prompts, range(len(prompts)))
     rows = [("teacher", teacher), (f"student, step {step}", student)]
-    sheet = grid([(label, to_uint8(to_images(session, latents))) for label, latents in rows], prompts)
+    sheet = image_grid([(label, to_uint8(to_images(session, latents))) for label, latents in rows], prompts)
     folder.mkdir(exist_ok=True)
     sheet.save(folder / f"step-{step:06d}.png")
     logs.images(step, "validation", [sheet])

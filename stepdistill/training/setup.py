@@ -24,7 +24,7 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sharding import ShardedNetwork
 from stepdistill.students import single as student
-from stepdistill.students.write import Base, base_of
+from stepdistill.students.base_model import Base, base_of
 from stepdistill.training.batches import Batches
 from stepdistill.training.cache.keys import Keys, keys_of
 from stepdistill.training.recipe import Run

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
 from stepdistill.config import load as config
+from stepdistill.core.cost import Cost
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.schedule import NoiseSchedule, Rectified
 from stepdistill.core.solvers import Sampler, check_starts
@@ -21,20 +23,22 @@ from stepdistill.families.base import Family, each
 from stepdistill.families.prompt_limits import warn_of_cut
 from stepdistill.methods.base import Method
 from stepdistill.networks.guidance_adapters import GuidedCall
-from stepdistill.networks.pipeline_loras import merge, weigh
-from stepdistill.students import single as student
-from stepdistill.students.contract import Contract, absolute, is_multi, read_contract, read_multi, teacher
+from stepdistill.students.base_model import absolute
+from stepdistill.students.contract import Contract, read_contracts, teacher
+from stepdistill.students.draw.call import PipelineCall, generate, scheduled, teacher_call
+from stepdistill.students.draw.loras import fuse_loras, load_style, weigh_loras
 from stepdistill.students.draw.negative_prompt import Mode, negative_prompt
 from stepdistill.students.load import load_student
 from stepdistill.students.several import Students
+from stepdistill.students.single import folder_of
 
 logger = logging.getLogger(__name__)
 STUDENT = "student"  # the adapter's name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What to do otherwise than the contract says; None is as it says.
+class DrawOptions:
+    """What to change of what the contract says; None is no change.
 
     Args:
         steps: as the method samples in so many.
@@ -55,20 +59,42 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Drawer:
-    """A plain pipeline with a student in it.
+class StudentPipeline:
+    """A plain pipeline that draws with its student, or with several; without any, as the teacher.
 
     Args:
         native: the teacher's scheduler, which knows the noise process.
-        loaded: what `stepdistill.load_student` gave.
-        contract: None of several students, each of which has its own.
+        loaded: what `stepdistill.load_student` gave; None of the teacher.
+        contracts: of each student.
     """
 
     family: Family
     pipe: DiffusionPipeline
     native: Any
     loaded: Any
-    contract: Contract | None
+    contracts: tuple[Contract, ...]
+
+    @staticmethod
+    def of(
+        family: Family,
+        place: str | Path | None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> StudentPipeline:
+        """A fresh pipeline of a family with the student of a folder or hub id in it; None is the teacher.
+
+        Raises:
+            StudentError: there is no student, or it does not fit the family.
+        """
+        folder = None if place is None else folder_of(place)
+        contracts = () if folder is None else read_contracts(folder)
+        pipe = family.load()
+        pipe.to(device)
+        if dtype != torch.float32:  # which it is; Diffusers warns of any cast
+            pipe.to(dtype)
+        pipe.set_progress_bar_config(disable=True)
+        native, loaded = pipe.scheduler, None if folder is None else load_student(pipe, folder, STUDENT)
+        return StudentPipeline(family, pipe, native, loaded, contracts)
 
     @staticmethod
     def load(
@@ -78,87 +104,113 @@ class Drawer:
         strength: float | None = None,
         loras: Sequence[tuple[str, float]] = (),
         fuse: bool = False,
-    ) -> Drawer:
+    ) -> StudentPipeline:
         """The student of a folder or hub id in a fresh pipeline of its base, in float32.
 
         Args:
             base: another checkpoint of the base: pipeline folder, hub id or single file.
             strength: of the student's LoRA; None is what the contract says.
             loras: further LoRAs, styles or students, as folder, hub id or file, and strength.
-            fuse: merge all LoRAs into the network.
+            fuse: fuse all LoRAs into the network.
 
         Raises:
             StudentError: there is no student, it does not fit the base, or has no LoRA to weigh or fuse.
         """
-        folder = student.folder_of(place)
-        several = is_multi(folder)
-        contract = None if several else read_contract(folder)
-        family = absolute(teacher(contract or read_multi(folder)))
+        folder = folder_of(place)
+        family = absolute(teacher(read_contracts(folder)[0]))
         if base is not None:
             family = replace(family, pretrained_teacher_model=base)
-        pipe = family.load()
-        pipe.to(device)
-        native, loaded = pipe.scheduler, load_student(pipe, folder, STUDENT)
-        pipe.set_progress_bar_config(disable=True)
-        own = None if contract is None or contract.lora is None else contract.lora
-        if own is None and (strength is not None or loras or fuse):
+        student = StudentPipeline.of(family, folder, device)
+        lora = student.contract.lora if student.contract else None
+        if lora is None and (strength is not None or loras or fuse):
             got, todo = f"a strength, further LoRAs or fusing for {place}", "leave these options out"
             raise StudentError(problem(got, "a student that is one LoRA", "it is none", todo))
-        if own is not None:
-            weights = {STUDENT: own.strength if strength is None else strength}
+        if lora is not None:
+            weights = {STUDENT: lora.strength if strength is None else strength}
             for i, (source, weight) in enumerate(loras):
-                weights |= {_style(family, pipe, source, f"lora-{i}"): weight}
-            _weigh(family, pipe, weights)
+                weights |= {load_style(family, student.pipe, source, f"lora-{i}"): weight}
+            weigh_loras(family, student.pipe, weights)
         if fuse:
-            fuse_all(family, pipe)
-        return Drawer(family, pipe, native, loaded, contract)
+            fuse_loras(family, student.pipe)
+        return student
 
-    def call(self, wish: Wish) -> dict[str, Any]:
-        """Arguments of the pipeline's call; its scheduler becomes the one that goes with them.
+    @property
+    def contract(self) -> Contract | None:
+        """The student's; None of several students, each of which has its own."""
+        return self.contracts[0] if len(self.contracts) == 1 else None
+
+    @property
+    def drawer(self) -> Any:  # noqa: ANN401
+        """What is called to draw: the pipeline, or its several students."""
+        return self.loaded if isinstance(self.loaded, Students) else self.pipe
+
+    def calls(self, options: DrawOptions = DrawOptions(), name: str = STUDENT) -> tuple[PipelineCall, ...]:
+        """How each student draws; the scale of guidance adapters is set at once.
+
+        Raises:
+            StudentError: a student cannot be drawn so.
+        """
+        if not self.contracts:
+            assert options.steps is not None and options.guidance_scale is not None
+            calls = [teacher_call(self.family, self.pipe, options.steps, options.guidance_scale, name)]
+        elif isinstance(self.loaded, Students):
+            known = zip(self.loaded.schedulers, self.loaded.calls, strict=True)
+            calls = [PipelineCall(name, scheduler, call, self.family) for scheduler, call in known]
+        else:
+            calls = [PipelineCall(name, self.pipe.scheduler, dict(self.loaded), self.family)]
+        sizes = {"height": options.height, "width": options.width}
+        calls = [call.plus(**{key: value for key, value in sizes.items() if value is not None}) for call in calls]
+        if isinstance(self.loaded, GuidedCall) and options.guidance_scale is not None:
+            self.loaded.guidance_scale = options.guidance_scale
+            options = replace(options, guidance_scale=None)
+        if not self.contracts or replace(options, height=None, width=None) == DrawOptions():
+            return tuple(calls)
+        return tuple(self._changed(*each, options) for each in zip(calls, self.contracts, strict=True))
+
+    def _changed(self, call: PipelineCall, contract: Contract, options: DrawOptions) -> PipelineCall:
+        """A call with the scheduler and arguments of another sampler than the contract's."""
+        try:
+            sampler = changed_sampler(contract, self.family.schedule(self.native), options)
+            with scheduled(self.pipe, self.native):  # from which families read the noise process
+                scheduler, steps = self.family.scheduler(self.pipe, sampler)
+        except ValueError as error:
+            raise StudentError(f"{error}") from error
+        old = ("timesteps", "sigmas", "num_inference_steps", "eta", *self.family.guidance(2))
+        kept = {key: value for key, value in call.arguments.items() if key not in old}
+        arguments = steps | self.family.guidance(sampler.guidance_scale) | kept
+        return replace(call, scheduler=scheduler, arguments=arguments)
+
+    def call(self, options: DrawOptions = DrawOptions()) -> PipelineCall:
+        """How `draw` draws; other steps than those of training are warned of.
 
         Raises:
             StudentError: the student cannot be drawn so.
         """
-        if self.contract is None:
-            if wish != Wish():
+        contract = self.contract
+        if contract is None:
+            if options != DrawOptions():
                 got, todo = "another way to draw for several students", "draw with one of the folders in students/"
                 raise StudentError(problem(got, "none", "each has a contract of its own", todo))
-            return {}
-        found, contract = dict(self.loaded), self.contract
-        sizes = {"height": wish.height, "width": wish.width}
-        found |= {key: value for key, value in sizes.items() if value is not None}
-        if isinstance(self.loaded, GuidedCall) and wish.guidance_scale is not None:
-            self.loaded.guidance_scale = wish.guidance_scale
-            wish = replace(wish, guidance_scale=None)
-        if replace(wish, height=None, width=None) == Wish():
-            return found
-        schedule = self.family.schedule(self.native)
-        try:
-            sampler = wished(contract, schedule, wish)
-            self.pipe.scheduler = self.native  # from which families read the noise process
-            self.pipe.scheduler, steps = self.family.scheduler(self.pipe, sampler)
-        except ValueError as error:
-            raise StudentError(f"{error}") from error
+            return PipelineCall(STUDENT, self.pipe.scheduler, {}, self.family)
+        (call,) = self.calls(options)
+        sampler = changed_sampler(contract, self.family.schedule(self.native), replace(options, guidance_scale=None))
         if sampler.timesteps != contract.timesteps or sampler.eta != contract.eta:
             logger.warning(
                 "drawing at timesteps %s with eta %g; the student was trained for %s with eta %g",
                 *([round(t, 2) for t in sampler.timesteps], sampler.eta),
                 *([round(t, 2) for t in contract.timesteps], contract.eta),
             )
-        old = ("timesteps", "sigmas", "num_inference_steps", "eta", *self.family.guidance(2))
-        kept = {key: value for key, value in found.items() if key not in old}
-        return steps | self.family.guidance(sampler.guidance_scale) | kept
+        return call
 
     @contextmanager
     def against(
-        self, text: str | None, call: dict[str, Any], scale: float | None = None, mode: Mode = "nasa"
-    ) -> Iterator[dict[str, Any]]:
-        """The call with a negative prompt, by guidance where it guides, else by
-        `students.draw.negative_prompt`.
+        self, text: str | None, call: PipelineCall, scale: float | None = None, mode: Mode = "nasa"
+    ) -> Iterator[PipelineCall]:
+        """The call with a negative prompt, by guidance where it guides, else by `stepdistill.negative_prompt`.
 
         Args:
             text: None is none.
-            scale: of what is taken off without guidance; None is the default there.
+            scale: of the negative prompt without guidance; None is the default there.
 
         Raises:
             StudentError: there is a scale, or another mode, for a call that guides.
@@ -166,12 +218,12 @@ class Drawer:
         if text is None:
             yield call
             return
-        ((name, own),) = [(key, call.get(key, 1.0)) for key in self.family.guidance(1.0)]
-        if own > 1:
+        ((name, guidance),) = [(key, call.arguments.get(key, 1.0)) for key in self.family.guidance(1.0)]
+        if guidance > 1:
             if scale is not None or mode != "nasa":
-                got, todo = f"a scale or mode for a negative prompt beside {name} {own:g}", "leave these out"
+                got, todo = f"a scale or mode for a negative prompt beside {name} {guidance:g}", "leave these out"
                 raise StudentError(problem(got, "none", "guidance departs from the negative prompt", todo))
-            yield call | {"negative_prompt": text}
+            yield call.plus(negative_prompt=text)
             return
         given = {} if scale is None else {"scale": scale}
         with negative_prompt(self.pipe, text, mode=mode, family=self.family, **given):
@@ -179,7 +231,7 @@ class Drawer:
 
     @torch.no_grad()
     def draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], call: dict[str, Any], batch: int = 4
+        self, prompts: Sequence[str], seeds: Sequence[int], call: PipelineCall, batch: int = 4
     ) -> Iterator[Image.Image]:
         """An image of each prompt.
 
@@ -187,47 +239,49 @@ class Drawer:
         else is drawn with it, but for rounding.
         """
         warn_of_cut(self.family, self.pipe, prompts)
-        alone = not self.family.seeds_steps and self.pipe.scheduler.config.get("stochastic_sampling", False)
+        alone = not self.family.seeds_steps and call.scheduler.config.get("stochastic_sampling", False)
         size = 1 if alone else batch
         cuda = [self.pipe.device] if self.pipe.device.type == "cuda" else []
         for start in range(0, len(prompts), size):
             some, own = list(prompts[start : start + size]), seeds[start : start + size]
-            with torch.random.fork_rng(cuda):
+            with torch.random.fork_rng(cuda), scheduled(self.pipe, call.scheduler):
                 generators = [torch.manual_seed(own[0])] if alone else [torch.Generator().manual_seed(n) for n in own]
-                drawer: Any = self.loaded if isinstance(self.loaded, Students) else self.pipe
-                made = drawer(some, generator=generators, **each(call, len(some)))
-            yield from made if isinstance(made, list) else made.images
+                images = self.drawer(some, generator=generators, **each(call.arguments, len(some)))
+            yield from images if isinstance(images, list) else images.images
+
+    def generate(
+        self,
+        calls: Sequence[PipelineCall],
+        prompts: Sequence[str],
+        seed: int,
+        batch: int = 64,
+        numbers: Sequence[int] | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Cost]:
+        """Images (N, 3, H, W) uint8 and their cost, by numbered noises: see `students.draw.call.generate`."""
+        return generate(self.drawer, calls, prompts, seed, batch, numbers=numbers, size=size)
 
 
-def wished(contract: Contract, schedule: NoiseSchedule, wish: Wish) -> Sampler:
-    """The contract's sampler with what is wished for. Raises ValueError or ConfigError where that is no sampler."""
+def changed_sampler(contract: Contract, schedule: NoiseSchedule, options: DrawOptions) -> Sampler:
+    """The contract's sampler with these options. Raises ValueError or ConfigError where that is no sampler."""
     sampler = contract.sampler()
-    if wish.steps is not None:
+    if options.steps is not None:
         method = config.read(Method, contract.method, "the method of the student")
-        sampler = method.sampler(schedule, wish.steps)
-    times = wish.timesteps
-    if wish.sigmas is not None:
-        if not all(0 < sigma <= 1 for sigma in wish.sigmas):
-            raise ValueError(f"sigmas are {list(wish.sigmas)}: expected shares of noise above 0, at most 1")
-        times = tuple(_time(schedule, sigma) for sigma in wish.sigmas)
+        sampler = method.sampler(schedule, options.steps)
+    times = options.timesteps
+    if options.sigmas is not None:
+        if not all(0 < sigma <= 1 for sigma in options.sigmas):
+            raise ValueError(f"sigmas are {list(options.sigmas)}: expected shares of noise above 0, at most 1")
+        times = tuple(_time(schedule, sigma) for sigma in options.sigmas)
     if times is not None:
         check_starts(times)
         schedule.check(times)
         sampler = replace(sampler, timesteps=times)
-    if wish.guidance_scale is not None:
-        if wish.guidance_scale < 1:
-            raise ValueError(f"guidance_scale is {wish.guidance_scale:g}: expected 1, which is none, or more")
-        sampler = replace(sampler, guidance_scale=wish.guidance_scale)
-    return sampler if wish.eta is None else replace(sampler, eta=wish.eta)
-
-
-def fuse_all(family: Family, pipe: DiffusionPipeline) -> None:
-    """Merge the LoRAs that are on into the network, at their strength: the same images, in less time."""
-    if family.loads_lora:
-        loader: Any = pipe
-        loader.fuse_lora()
-    else:
-        merge(family.network(pipe))
+    if options.guidance_scale is not None:
+        if options.guidance_scale < 1:
+            raise ValueError(f"guidance_scale is {options.guidance_scale:g}: expected 1, which is none, or more")
+        sampler = replace(sampler, guidance_scale=options.guidance_scale)
+    return sampler if options.eta is None else replace(sampler, eta=options.eta)
 
 
 def _time(schedule: NoiseSchedule, sigma: float) -> float:
@@ -236,27 +290,3 @@ def _time(schedule: NoiseSchedule, sigma: float) -> float:
         return 1000 * sigma
     times = torch.arange(schedule.span[0], schedule.span[1] + 1)
     return times[(schedule(times)[1] - sigma).abs().argmin()].item()
-
-
-def _style(family: Family, pipe: DiffusionPipeline, source: str, name: str) -> str:
-    loader: Any = pipe
-    if not family.loads_lora:
-        got, todo = f"a further LoRA {source} for a {type(pipe).__name__}", "leave it out"
-        raise StudentError(problem(got, "none", "Diffusers has no LoRA loader for it", todo))
-    try:
-        loader.load_lora_weights(source, adapter_name=name)
-    except (OSError, ValueError, RuntimeError) as error:
-        todo = "check the path, and that it was trained on this family"
-        raise StudentError(problem(f"LoRA {source}", "one that Diffusers loads", str(error), todo)) from error
-    if not any(name in names for names in loader.get_list_adapters().values()):  # of which Diffusers only warns
-        got, why = f"LoRA {source}", "none of its names is a layer's of this pipeline"
-        raise StudentError(problem(got, f"one of a {type(pipe).__name__}", why, "check what it was trained on"))
-    return name
-
-
-def _weigh(family: Family, pipe: DiffusionPipeline, weights: dict[str, float]) -> None:
-    if family.loads_lora:
-        loader: Any = pipe
-        loader.set_adapters(list(weights), list(weights.values()))
-    else:
-        weigh(family.network(pipe), weights)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.errors import ConfigError, problem
@@ -24,17 +24,16 @@ from stepdistill.core.prediction import estimate
 from stepdistill.core.random import noise_of
 from stepdistill.core.schedule import DiscreteVP
 from stepdistill.families.base import Family, each
-from stepdistill.students.contract import STUDENTS, is_multi, read_contract, teacher
-from stepdistill.students.draw.call import teacher_row
+from stepdistill.students.contract import read_contracts, teacher
+from stepdistill.students.draw.call import PipelineCall, scheduled, teacher_call
+from stepdistill.students.draw.sheet import SheetRow, image_sheet
 from stepdistill.students.load import load_student
 from stepdistill.students.several import Students
 from stepdistill.students.single import folder_of
 
-LEFT, LINE, GAP = 150, 14, 6  # pixels of a sheet: its labels, a line of text, between images
-
 
 @dataclass(frozen=True)
-class Course:
+class StepPredictions:
     """What the final latents would be, judged by each of the n steps of one call of a pipeline.
 
     Args:
@@ -58,7 +57,7 @@ class Strip:
 
 
 @torch.no_grad()
-def course(
+def predictions_of_steps(
     pipe: Any,  # noqa: ANN401
     family: Family,
     prompts: Sequence[str],
@@ -66,7 +65,7 @@ def course(
     call: Mapping[str, Any],
     generator: Sequence[torch.Generator] | None = None,
     clean: bool = True,
-) -> Course:
+) -> StepPredictions:
     """Draw prompts once, and keep what each step estimates.
 
     Args:
@@ -88,7 +87,7 @@ def course(
         est = estimate(kind, y, x_t, t, schedule)
         frames.append(est.x0 if clean else schedule.add_noise(est.x0, est.eps, torch.zeros_like(t)))
         times.append(float(time))
-    return Course(tuple(times), torch.stack(frames), family.unpack(final, *latents.shape[-2:]))
+    return StepPredictions(tuple(times), torch.stack(frames), family.unpack(final, *latents.shape[-2:]))
 
 
 @contextmanager
@@ -150,79 +149,54 @@ def view(pipe: Any, folder_or_hub_id: str | Path, wanted: View) -> list[list[Str
         StudentError: there is no student, or it does not fit the pipeline.
     """
     folder = folder_of(folder_or_hub_id)
-    places = sorted(folder.glob(f"{STUDENTS}/*")) if is_multi(folder) else [folder]
-    contracts = [read_contract(place) for place in places]
-    family, steps = teacher(contracts[0]), len(contracts[0].timesteps)
-    size = dict(zip(("height", "width"), contracts[0].resolution, strict=True))
+    contracts = read_contracts(folder)
+    family, steps, (height, width) = teacher(contracts[0]), len(contracts[0].timesteps), contracts[0].resolution
     pipe.set_progress_bar_config(disable=True)
     blocks: list[list[Strip]] = [[] for _ in wanted.prompts]
-    own = pipe.scheduler
     for count in (wanted.teacher_steps, steps):
-        row = teacher_row(family, pipe, count, wanted.teacher_guidance, f"teacher, {_steps(count)}")
-        pipe.scheduler = row.scheduler
+        call = teacher_call(family, pipe, count, wanted.teacher_guidance, f"teacher, {_steps(count)}")
         for i, block in enumerate(blocks):
-            block.append(_strip(pipe, family, wanted, i, row.name, {**row.call, **size}, clean=False))
-        pipe.scheduler = own
+            block.append(_strip(pipe, call.plus(height=height, width=width), wanted, i, clean=False))
     loaded = load_student(pipe, folder)
     for i, block in enumerate(blocks):
-        if isinstance(loaded, Students):
-            k = loaded.router.route(wanted.prompts[i])
+        several = isinstance(loaded, Students)
+        k = loaded.router.route(wanted.prompts[i]) if several else 0
+        if several:
             loaded.choose(k)
-            call = loaded.calls[k]
-        else:
-            k, call = 0, loaded
-        name = f"student{f' {k}' * (len(places) > 1)}, {_steps(len(contracts[k].timesteps))}"
-        block.append(_strip(pipe, family, wanted, i, name, call, contracts[k].clean))
+        arguments = loaded.calls[k] if several else loaded
+        name = f"student{f' {k}' * (len(contracts) > 1)}, {_steps(len(contracts[k].timesteps))}"
+        call = PipelineCall(name, pipe.scheduler, arguments, family)
+        block.append(_strip(pipe, call, wanted, i, contracts[k].clean))
     return blocks
 
 
-def _strip(
-    pipe: Any,  # noqa: ANN401
-    family: Family,
-    wanted: View,
-    i: int,
-    label: str,
-    call: Mapping[str, Any],
-    clean: bool,
-) -> Strip:
+def _strip(pipe: Any, call: PipelineCall, wanted: View, i: int, clean: bool) -> Strip:  # noqa: ANN401
     """The line of prompt i in one way to draw it."""
-    noise = noise_of(wanted.seed, i, family.latent_shape(pipe, call["height"], call["width"]))[None].to(pipe.device)
+    family, (height, width) = call.family, (call.arguments[name] for name in ("height", "width"))
+    noise = noise_of(wanted.seed, i, family.latent_shape(pipe, height, width))[None].to(pipe.device)
     fresh = torch.Generator().manual_seed(7_919 * wanted.seed + i)
-    seen = course(pipe, family, [wanted.prompts[i]], noise, call, [fresh], clean)
+    with scheduled(pipe, call.scheduler):
+        seen = predictions_of_steps(pipe, family, [wanted.prompts[i]], noise, call.arguments, [fresh], clean)
     chosen = picked(len(seen.timesteps), wanted.columns)
     latents = [*(seen.predicted[k] for k in chosen[:-1]), seen.final]
     with torch.no_grad():
         pixels = torch.cat([family.decode(pipe, frame) for frame in latents])
-    return Strip(label, tuple(seen.timesteps[k] for k in chosen), to_uint8((pixels.cpu() / 2 + 0.5).clamp(0, 1)))
+    return Strip(call.name, tuple(seen.timesteps[k] for k in chosen), to_uint8((pixels.cpu() / 2 + 0.5).clamp(0, 1)))
 
 
 def _steps(count: int) -> str:
     return f"{count} step{'s' * (count > 1)}"
 
 
-def sheet(blocks: Sequence[Sequence[Strip]], prompts: Sequence[str], scale: int = 1) -> Image.Image:
+def view_sheet(blocks: Sequence[Sequence[Strip]], prompts: Sequence[str], scale: int = 1) -> Image.Image:
     """One image: for each prompt its lines, labelled, the timestep above each frame and the last one on the right.
 
     Args:
         scale: how many times larger the frames are drawn.
     """
-    strips = [strip for block in blocks for strip in block]
-    height, width = (scale * side for side in strips[0].frames.shape[-2:])
-    cell = max(width, 48) + GAP
-    count, tall = max(len(strip.frames) for strip in strips), height + LINE + GAP
-    size = (LEFT + cell * count, len(blocks) * (LINE + GAP) + len(strips) * tall)
-    made, y = Image.new("RGB", size, "white"), 0
-    pen = ImageDraw.Draw(made)
-    for prompt, block in zip(prompts, blocks, strict=True):
-        pen.text((GAP, y + GAP // 2), prompt, fill="black")
-        y += LINE + GAP
-        for strip in block:
-            pen.text((GAP, y + LINE + height // 2 - LINE // 2), strip.label, fill="black")
-            first = count - len(strip.frames)  # images stand below each other
-            for k, (time, frame) in enumerate(zip(strip.timesteps, strip.frames, strict=True), first):
-                pen.text((LEFT + k * cell, y), f"{time:.0f}", fill="black")
-                image = Image.fromarray(frame.permute(1, 2, 0).numpy())
-                image = image.resize((width, height), Image.Resampling.LANCZOS)
-                made.paste(image, (LEFT + k * cell, y + LINE))
-            y += tall
-    return made
+    rows = [
+        SheetRow(strip.label, strip.frames, [f"{time:.0f}" for time in strip.timesteps], "" if line else prompt)
+        for prompt, block in zip(prompts, blocks, strict=True)
+        for line, strip in enumerate(block)
+    ]
+    return image_sheet(rows, scale)

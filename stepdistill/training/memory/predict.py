@@ -14,7 +14,7 @@ from stepdistill.data import GuidedState, Sample, inside
 from stepdistill.data.base import Wrapper
 from stepdistill.data.made import TeacherMade
 from stepdistill.families.lazy_pipeline import LazyPipeline
-from stepdistill.students.write import Base
+from stepdistill.students.base_model import Base
 from stepdistill.training.cache.keys import Keys
 from stepdistill.training.memory.forecast import BASE, FEW, Prediction, Rehearsal, forecast
 from stepdistill.training.memory.outline import networks_of, outline

@@ -1,0 +1,90 @@
+"""What a student folder says of its base: hashes of the weights, parts that it lacks, places of its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from stepdistill.families.base import BUNDLED_NAMES, Family
+from stepdistill.networks.quantize import dense
+from stepdistill.students.card import licence_of
+from stepdistill.students.proof import TOLERANCE
+
+SAMPLED = 1024  # values of each tensor that the base's hash sees
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a contract says of the base, read before a run rounds or changes it.
+
+    Args:
+        hashes: `base_hash` by precision.
+        without: parts that it lacks though its pipeline asks for them.
+        licence: None where it is not known.
+    """
+
+    hashes: dict[str, str]
+    without: tuple[str, ...]
+    licence: str | None
+
+
+def base_of(pipe: DiffusionPipeline, family: Family, licence: str | None = None) -> Base:
+    """The facts of a float32 pipeline; `licence` None reads the base's model card."""
+    hashes = {name_of(dtype): base_hash(pipe, family, dtype) for dtype in TOLERANCE}
+    return Base(hashes, missing(pipe), licence or licence_of(family))
+
+
+def missing(pipe: DiffusionPipeline) -> tuple[str, ...]:
+    """Parts that the pipeline's class demands and this one lacks, such as SD3's largest text encoder."""
+    optional = pipe._optional_components
+    return tuple(name for name, part in pipe.components.items() if part is None and name not in optional)
+
+
+def absolute(family: Family) -> Family:
+    """The family with its local paths made absolute, so that they hold in any working directory."""
+
+    def path(text: str) -> str:
+        return str(Path(text).resolve()) if Path(text).exists() and text not in BUNDLED_NAMES else text
+
+    return replace(
+        family,
+        pretrained_teacher_model=path(family.pretrained_teacher_model),
+        single_file_config=path(family.single_file_config) if family.single_file_config else None,
+        teacher_loras=tuple(path(lora) for lora in family.teacher_loras),
+    )
+
+
+def base_hash(pipe: DiffusionPipeline, family: Family, dtype: torch.dtype = torch.float32) -> str:
+    """sha256 of the base's denoiser in `dtype`: names, shapes and some 1,024 spread values of every tensor.
+
+    Adapters on it do not count. A sample tells checkpoints apart and takes no time. Precision counts: weights
+    that were loaded in another one are compared by the hash of that one.
+    """
+    return _hash(family.network(pipe), dtype)
+
+
+def pipeline_hash(pipe: DiffusionPipeline) -> str:
+    """sha256 of every network of the pipeline, as `base_hash` has it: embeddings and latents depend on them."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return sha256("".join(f"{name} {_hash(part, torch.float32)}" for name, part in parts.items()).encode()).hexdigest()
+
+
+def _hash(net: nn.Module, dtype: torch.dtype) -> str:
+    state = net.state_dict()
+    base = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
+    digest = sha256()
+    for key in sorted(base):
+        flat = dense(base[key].detach()).flatten()
+        some = flat[:: max(1, len(flat) // SAMPLED)].to("cpu", dtype).contiguous()
+        digest.update(f"{key} {tuple(base[key].shape)}".encode() + some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Such as `float32`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,79 @@
+"""Rows of images on one sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+LEFT, LINE, GAP = 150, 14, 6  # pixels: of the labels, of a line of text, between images
+LETTERS, LETTER = 16, 6  # of a caption's line, and the width of one
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """A row of images (n, 3, H, W) uint8, and what is written beside it.
+
+    Args:
+        label: on the left.
+        captions: above each image.
+        title: above the row.
+    """
+
+    label: str
+    images: Tensor
+    captions: Sequence[str] = ()
+    title: str = ""
+
+
+def image_sheet(rows: Sequence[SheetRow], scale: int = 1) -> Image.Image:
+    """The rows below one another; the last images of all stand in one column.
+
+    Args:
+        scale: how many times larger the images are drawn.
+    """
+    height, width = (scale * side for side in rows[0].images.shape[-2:])
+    captions = [["\n".join(_wrapped(caption, LETTERS)[:2]) for caption in row.captions] for row in rows]
+    lines = [max((caption.count("\n") + 1 for caption in above), default=0) for above in captions]
+    longest = max((len(line) for above in captions for caption in above for line in caption.split("\n")), default=0)
+    cell, count = max(width, LETTER * longest) + GAP, max(len(row.images) for row in rows)
+    titles = sum(LINE + GAP for row in rows if row.title)
+    size = (LEFT + cell * count, titles + LINE * sum(lines) + len(rows) * (height + GAP))
+    sheet, y = Image.new("RGB", size, "white"), 0
+    pen = ImageDraw.Draw(sheet)
+    for row, above, deep in zip(rows, captions, lines, strict=True):
+        if row.title:
+            pen.text((GAP, y + GAP // 2), row.title, fill="black")
+            y += LINE + GAP
+        first = count - len(row.images)
+        for k, caption in enumerate(above, first):
+            pen.multiline_text((LEFT + k * cell, y), caption, fill="black", spacing=2)
+        y += LINE * deep
+        middle = y + height // 2 - LINE // 2 * (row.label.count("\n") + 1)
+        pen.multiline_text((GAP, middle), row.label, fill="black", spacing=2)
+        for k, image in enumerate(row.images, first):
+            pil = Image.fromarray(image.permute(1, 2, 0).numpy())
+            sheet.paste(pil.resize((width, height), Image.Resampling.LANCZOS), (LEFT + k * cell, y))
+        y += height + GAP
+    return sheet
+
+
+def image_grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], scale: int = 1) -> Image.Image:
+    """A labelled row of images for each way to draw, the same prompt and seed below each caption.
+
+    Args:
+        rows: label and images (columns, 3, H, W) uint8.
+        scale: how many times larger the images are drawn.
+    """
+    above = [captions, *[()] * (len(rows) - 1)]
+    return image_sheet([SheetRow(*row, text) for row, text in zip(rows, above, strict=True)], scale)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], joined] if len(joined) <= width or not lines[-1] else [*lines, word]
+    return lines
