@@ -24,7 +24,7 @@ from stepdistill.evaluation.report.page import page
 from stepdistill.evaluation.report.table import SCHEMA, flat_rows, read_evaluation, write_csv
 from stepdistill.evaluation.spec import EvalRun
 from stepdistill.evaluation.store import Store
-from stepdistill.evaluation.subjects import Way, contract_of
+from stepdistill.evaluation.subjects import SamplingPlan, contract_of
 from stepdistill.students.draw.sheet import image_grid
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -87,7 +87,7 @@ def protocol_facts(
     return facts | {"trusted": protocol.trusted(reference)}, deviations + identity.reasons()
 
 
-def sampled(way: Way, store: Store, reasons: Sequence[str], clip: ClipScore | None) -> Sampled:
+def sampled(way: SamplingPlan, store: Store, reasons: Sequence[str], clip: ClipScore | None) -> Sampled:
     """What is known of a way's images."""
     units, contract = list(store.unit_facts()), contract_of(way.student) if way.student else None
     calls, batches, rows, seconds = (
@@ -127,7 +127,7 @@ def scores_of(store: Store) -> dict[str, Tensor]:
     return {key: torch.tensor([x for unit in units for x in unit.get(key, [])]) for key in known}
 
 
-def write_sheets(spec: EvalRun, stores: Mapping[Way, Store], prompts: Sequence[str]) -> list[str]:
+def write_sheets(spec: EvalRun, stores: Mapping[SamplingPlan, Store], prompts: Sequence[str]) -> list[str]:
     """Draw `grids/WHO.png`: the teacher's rows and each student's, the same prompts and noises below each caption.
 
     Returns:
