@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from omegaconf import OmegaConf
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -115,6 +116,18 @@ def test_config_opens_with_its_command(config: Path):
     files = [word for word in words if word.endswith((".py", ".yaml"))]
     assert len(files) >= 2, "a command is a script and a config"
     assert not [name for name in files if not (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("config", found(ROOT / "configs", "**/*.yaml"), ids=lambda f: str(f.relative_to(ROOT)))
+def test_lines_of_a_config_fit(config: Path):
+    assert not [line for line in config.read_text().splitlines()[1:] if len(line) > 120]  # the command stays one line
+
+
+@pytest.mark.parametrize("config", found(ROOT / "configs/teachers", "*.yaml"), ids=lambda f: f.stem)
+def test_teacher_config_names_the_bundled_folders(config: Path):
+    values = OmegaConf.load(config)
+    assert (ROOT / values.output_dir / "model_index.json").is_file()
+    assert (ROOT / values.get("vae_dir", values.output_dir)).is_dir()
 
 
 @pytest.mark.parametrize("config", found(ROOT / "configs/accelerate", "*.yaml"), ids=lambda f: f.stem)
