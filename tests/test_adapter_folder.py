@@ -24,7 +24,7 @@ from stepdistill.core.errors import StudentError
 from stepdistill.core.solvers import few_step
 from stepdistill.data import Prompts, Trajectories
 from stepdistill.families.base import each
-from stepdistill.methods.guidance_distillation import AdapterGuidance
+from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.guidance_adapters import GuidedCall

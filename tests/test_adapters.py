@@ -17,8 +17,8 @@ from torch import Tensor
 from stepdistill.core.denoise import SCALE, guided, with_scale
 from stepdistill.data import GuidedState
 from stepdistill.data.bundled import emoji
+from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.base import Batch
-from stepdistill.methods.guidance_distillation import AdapterGuidance
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.guidance_adapters import Hooks, build
 from stepdistill.networks.roles import TEACHER, AdapterArch, Adapters, Ema, Lora, LoraSpec

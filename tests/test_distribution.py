@@ -91,7 +91,7 @@ def test_equal_scores_give_no_gradient_and_guidance_only_its_own(schedule):
         assert not gradient(VSD(guidance_scale=w), drawn(schedule, roles), batch).any()
     context = drawn(schedule, roles, score_t=0.4)
     found = gradient(replace(ONE, guidance_scale=3.0), context, batch)
-    s = schedule.spread(torch.full((16,), 0.4).double(), 20.0, 980.0)
+    s = schedule.random_times(torch.full((16,), 0.4).double(), 20.0, 980.0)
     x0 = -0.5 + 0.3 * context.seen["start"]
     x_s = schedule.add_noise(x0, context.seen["score eps"], s)
     cond, uncond = (teacher(x_s, s, {"mean": torch.full((16, 1, 1, 1), m).double()}).x0 for m in (0.7, 0.0))
@@ -107,7 +107,7 @@ def test_the_gradient_is_that_of_the_divergence(schedule):
     for share in (0.4, 0.7):
         context = drawn(schedule, roles, score_t=share)
         g = gradient(VSD(guidance_scale=1.0), context, prompts(200_000, m)).flatten()
-        alpha, sigma = levels(schedule, schedule.spread(torch.tensor([share]).double(), 20.0, 980.0).item())
+        alpha, sigma = levels(schedule, schedule.random_times(torch.tensor([share]).double(), 20.0, 980.0).item())
         c, q = (alpha * std) ** 2 + sigma**2, (alpha * 0.9) ** 2 + sigma**2
         z = context.seen["start"].flatten()
         for values, expected in (
@@ -219,7 +219,7 @@ def test_the_fake_score_has_its_floor_at_the_students_law(method, schedule):
         assert last.roles == ("fake",)
         return last.loss.item()
 
-    t = schedule.spread(torch.tensor([0.4]).double(), *schedule.span).item()
+    t = schedule.random_times(torch.tensor([0.4]).double(), *schedule.span).item()
     alpha, sigma = levels(schedule, t)
     q = 0.9**2 / ((alpha * 0.9) ** 2 + sigma**2)
     floor = q * alpha**2 if isinstance(method, VSD) or schedule is SD else q * (alpha + sigma) ** 2
@@ -281,7 +281,7 @@ def test_at_the_optimal_discriminator_the_adversarial_term_is_a_weighted_score_t
         return with_gan - without, context
 
     found, context = pull(log_ratio(schedule, (0.7, 0.6), (-0.4, 0.9)))
-    t = schedule.spread(torch.full((size,), 0.5).double(), *schedule.span)
+    t = schedule.random_times(torch.full((size,), 0.5).double(), *schedule.span)
     x0 = -0.4 + 0.9 * context.seen["start"]
     x_t = schedule.add_noise(x0, context.seen["gan student eps"], t)
     alpha, sigma = (expand(v, x_t) for v in schedule(t))
@@ -328,7 +328,7 @@ def test_a_weight_of_the_divergence_multiplies_the_score_term():
     )
     context = drawn(SD, roles, score_t=0.5)
     gradient(replace(ONE, gan=Gan(generator_weight=0.0)), context, batch)
-    s = SD.spread(torch.full((64,), 0.5).double(), 20.0, 980.0)
+    s = SD.random_times(torch.full((64,), 0.5).double(), 20.0, 980.0)
     x_s = SD.add_noise(-0.4 + 0.9 * context.seen["start"], context.seen["score eps"], s)
     h = divergence_weight("forward_kl", head(Judge(teacher).features(x_s, s, {})))
     close(weighted, expand(h, plain) * plain, 1e-6)

@@ -132,11 +132,11 @@ BUGS = {
         lambda: plumbing.test_an_empty_prompt_is_learned_in_its_share_of_steps(0.0),
     ),
     # the fake score
-    "fake score on the noise as target of x0": Bug(losses.denoising, "est.eps, eps)", "est.x0, eps)", floor_dmd),
-    "fake score told another time": Bug(dmd2.fake_loss, ", eps, t), t,", ", eps, t), t / 2,", floor_dmd),
-    "a flow's fake score on noise alone": Bug(
-        losses.denoising, "est.eps - est.x0, eps - x0", "est.eps, eps", floor_flow
+    "fake score on the noise as target of x0": Bug(
+        losses.denoising, "schedule.denoising_target(*est)", "est.x0", floor_dmd
     ),
+    "fake score told another time": Bug(dmd2.fake_loss, ", eps, t), t,", ", eps, t), t / 2,", floor_dmd),
+    "a flow's fake score on noise alone": Bug(Rectified.denoising_target, "eps - x0", "eps", floor_flow),
     "fake score trained through the student": Bug(TOWARDS, "x0 = x0.detach()", "pass", trained),
     "fake score never trained": Bug(
         TOWARDS, "loss = fake_loss(context, batch, x0)", "loss = 0 * fake_loss(context, batch, x0)", trained
@@ -219,11 +219,11 @@ def spreads() -> None:
     import torch
 
     table, shares = stable_diffusion(), torch.arange(1000).double() / 1000 + 0.0005
-    assert table.spread(shares, *table.span).tolist() == list(range(1000))
-    assert table.spread(shares, 20.0, 980.0).unique().tolist() == list(range(20, 981))
+    assert table.random_times(shares, *table.span).tolist() == list(range(1000))
+    assert table.random_times(shares, 20.0, 980.0).unique().tolist() == list(range(20, 981))
     flow = Rectified(3.0)
-    torch.testing.assert_close(flow.spread(torch.arange(5) / 5, *flow.span), flow.grid(5)[:-1])
-    cut = flow.spread(torch.tensor([0.0, 1.0]), 20.0, 980.0)
+    torch.testing.assert_close(flow.random_times(torch.arange(5) / 5, *flow.span), flow.grid(5)[:-1])
+    cut = flow.random_times(torch.tensor([0.0, 1.0]), 20.0, 980.0)
     torch.testing.assert_close(cut, torch.tensor([20.0, 980.0]))
 
 

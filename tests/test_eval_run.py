@@ -45,8 +45,8 @@ from stepdistill.evaluation.subjects import family_of
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
+from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.consistency import Consistency
-from stepdistill.methods.guidance_distillation import AdapterGuidance
 from stepdistill.networks.clip import Clip, clip
 from stepdistill.networks.roles import Adapters, Lora
 from stepdistill.students import several as multi

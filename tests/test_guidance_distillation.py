@@ -17,8 +17,10 @@ from stepdistill.core.prediction import Estimate, estimate
 from stepdistill.core.schedule import expand
 from stepdistill.core.solvers import few_step, follow
 from stepdistill.data import GuidedState
+from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.base import Batch, Method, Update
-from stepdistill.methods.guidance_distillation import AdapterGuidance, GuidedLora, ProgressiveHalving, two_steps
+from stepdistill.methods.guided_lora import GuidedLora
+from stepdistill.methods.progressive import ProgressiveHalving, two_steps
 from stepdistill.networks.roles import TEACHER, Ema
 
 MEAN, NULL, STD, N = 0.7, -0.5, 0.6, 20
@@ -168,7 +170,7 @@ def test_the_lora_is_all_that_is_added(name):
     assert rows == [4, 2]
     only.loss.backward()
     assert all(p.grad is not None for p in bone.parameters_of("student").values())
-    t = scene.schedule.spread(scene.draw(part, "t"), *scene.schedule.span)
+    t = scene.schedule.random_times(scene.draw(part, "t"), *scene.schedule.span)
     x_t = scene.schedule.add_noise(part.latents, scene.noise(part, "eps"), t)
     teacher = scene.denoiser(TEACHER)
     with torch.no_grad():

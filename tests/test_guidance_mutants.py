@@ -11,13 +11,10 @@ import test_guidance_distillation as methods
 from oracles.context import Flow, stable_diffusion
 from oracles.planted import planted
 
-from stepdistill.methods.guidance_distillation import (
-    AdapterGuidance,
-    GuidedLora,
-    ProgressiveHalving,
-    of_the_teacher,
-    two_steps,
-)
+from stepdistill.core.solvers import teacher_sampler
+from stepdistill.methods.agd import AdapterGuidance
+from stepdistill.methods.guided_lora import GuidedLora
+from stepdistill.methods.progressive import ProgressiveHalving, two_steps
 from stepdistill.networks import guidance_adapters as adapters
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.guidance_adapters import CrossAttentionAdapter, Hooks
@@ -98,12 +95,12 @@ BUGS = {
     "guidance twice": Bug(GuidedLora.updates, "self.guidance_scale)", "self.guidance_scale**2)", lora),
     "guided at sampling, too": Bug(
         GuidedLora.sampler,
-        "of_the_teacher(schedule, steps or self.num_inference_steps)",
-        "replace(of_the_teacher(schedule, steps or self.num_inference_steps), guidance_scale=self.guidance_scale)",
+        "teacher_sampler(schedule, steps or self.num_inference_steps)",
+        "replace(teacher_sampler(schedule, steps or self.num_inference_steps), guidance_scale=self.guidance_scale)",
         lora,
     ),
     "a clean end, which the teacher's steps have not": Bug(
-        of_the_teacher,
+        teacher_sampler,
         "clean=False",
         "clean=True",
         lambda: methods.test_one_pass_ends_where_the_teacher_s_own_steps_end(
@@ -112,21 +109,21 @@ BUGS = {
     ),
     "the stored output of another scale": Bug(
         GuidedLora.updates,
-        'distance("l2", student.native(student(x_t, t, batch.cond), t), student.native(target, t))',
-        'distance("l2", student.native(student(x_t, t, batch.cond), t), batch.state.output)',
+        'distance("l2", y, student.native(target, t))',
+        'distance("l2", y, batch.state.output)',
         lambda: methods.test_a_guided_lora_becomes_the_guided_teacher(stable_diffusion(), "trajectories"),
     ),
     "one step of the teacher": Bug(
         two_steps,
         "est = teacher(x_middle, middle, cond)",
         "est = teacher(x_t, t, cond)",
-        lambda: methods.test_one_step_of_the_target_is_two_of_the_teacher(stable_diffusion()),
+        lambda: methods.test_one_step_of_the_target_is_two_teacher_sampler(stable_diffusion()),
     ),
     "a last step that stays noisy": Bug(
         two_steps,
         "expand(torch.where(last, 0.0, sigma_end), x_t)",
         "expand(sigma_end, x_t)",
-        lambda: methods.test_one_step_of_the_target_is_two_of_the_teacher(stable_diffusion()),
+        lambda: methods.test_one_step_of_the_target_is_two_teacher_sampler(stable_diffusion()),
     ),
     "no weight": Bug(
         ProgressiveHalving.updates,

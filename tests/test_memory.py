@@ -35,10 +35,10 @@ from stepdistill.data import Prompts, TeacherSamples, Trajectories
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
+from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.base import Method
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd2 import DMD2, Gan
-from stepdistill.methods.guidance_distillation import AdapterGuidance
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import LoraSpec

@@ -18,7 +18,7 @@ from oracles.context import stable_diffusion
 from oracles.planted import planted
 from torch import nn
 
-from stepdistill.core import denoise, losses, prediction
+from stepdistill.core import denoise, losses, prediction, random
 from stepdistill.core import solvers as sampling
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
 from stepdistill.methods.base import StepContext
@@ -82,7 +82,7 @@ BUGS = {
     "grid one too low": Bug(UPDATES, "grid[i + 1], grid[i]", "grid[i], grid[(i - 1).clamp(min=0)]", LCM),
     "solver skipped": Bug(UPDATES, TEACHER_STEP, "x_u = x_t", LCM),
     "solver replaced by data": Bug(
-        UPDATES, TEACHER_STEP, 'x_u = schedule.add_noise(latents_of(batch), context.noise(batch, "eps"), u)', LCM
+        UPDATES, TEACHER_STEP, 'x_u = schedule.add_noise(batch.x0, context.noise(batch, "eps"), u)', LCM
     ),
     "teacher told the end time": Bug(UPDATES, "teacher(x_t, t, cond)", "teacher(x_t, u, cond)", LCM),
     "solver on the student": Bug(UPDATES, "context.denoiser(TEACHER)", 'context.denoiser("student")', LCM),
@@ -134,7 +134,7 @@ BUGS = {
     "ends below the segment": Bug(Consistency.ends, "edge = i // length * length", "edge = i // length * 0", ENDS),
     "the shortest jump never drawn": Bug(Consistency.ends, "(i - edge + 1)", "(i - edge)", ENDS),
     "end drawn with the start": Bug(UPDATES, 'context.draw(batch, "s")', 'context.draw(batch, "t")', TCD),
-    "session never changes": Bug(
+    "stage never changes": Bug(
         UPDATES,
         "self.segments_at(step)",
         "self.segments[0]",
@@ -209,13 +209,13 @@ BUGS = {
     ),
     "LCM ends on time 0": Bug(
         Consistency.sampler,
-        'self.end == "clean" or not isinstance(schedule, DiscreteVP)',
+        'self.end == "clean" or schedule.straight',
         "False",
         lambda: test_sampling.test_lcm_is_lcm_scheduler("epsilon", (1,)),
     ),
     "TCD ends on clean data": Bug(
         Consistency.sampler,
-        'self.end == "clean" or not isinstance(schedule, DiscreteVP)',
+        'self.end == "clean" or schedule.straight',
         "True",
         lambda: test_sampling.test_tcd_is_tcd_scheduler(0.3, (1,)),
     ),
@@ -239,21 +239,21 @@ BUGS = {
     ),
     "noise after the last step": Bug(
         sampling.few_step,
-        "if sampler.eta > 0 and then > 0:",
+        "if sampler.eta > 0 and s[0] > 0:",
         "if sampler.eta > 0:",
         lambda: test_sampling.test_lcm_is_lcm_scheduler("epsilon", (1,)),
     ),
     "the last step of the solver left out": Bug(
         sampling.follow,
-        "pairwise(times)",
-        "pairwise(times[:-1])",
+        "each_step(times, x_t)",
+        "each_step(times[:-1], x_t)",
         test_sampling.test_follow_is_the_solver_at_full_steps,
     ),
     # losses, draws, regression
     "Huber not zero at zero": Bug(
-        losses.distance,
-        "(error.square() + huber_c**2).sqrt() - huber_c",
-        "(error.square() + huber_c**2).sqrt()",
+        losses.pseudo_huber,
+        "(squared + c**2).sqrt() - c",
+        "(squared + c**2).sqrt()",
         lambda: test_losses.test_equal_is_zero_with_a_zero_gradient("huber"),
     ),
     "draws by place in the batch": Bug(
@@ -263,12 +263,12 @@ BUGS = {
         single.test_a_batch_is_its_samples,
     ),
     "the same draws at every step": Bug(
-        StepContext._generator, "{self.seed}/{self.step}/", "{self.seed}/", single.test_a_batch_is_its_samples
+        random.step_generator, "{seed}/{step}/", "{seed}/", single.test_a_batch_is_its_samples
     ),
     "regression off the student's rollout": Bug(
         Regression.updates,
-        "follow(student, context.schedule, times[: exit_at + 1], batch.noise, batch.cond)",
-        "batch.noise",
+        "follow(student, context.schedule, times[: exit_at + 1], noise, batch.cond)",
+        "noise",
         lambda: test_regression.test_it_converges_to_the_pairing(2),
     ),
 }
@@ -282,7 +282,7 @@ def test_the_bug_is_noticed(name):
 
 
 def test_a_planted_bug_leaves_no_trace():
-    with planted(losses.distance, "error.square().mean()", "error.mean()"), pytest.raises(AssertionError):
+    with planted(losses.distance, "squared.mean()", "squared.sqrt().mean()"), pytest.raises(AssertionError):
         test_losses.test_squared()
     test_losses.test_squared()
     averages()

@@ -14,7 +14,7 @@ from stepdistill.config.schema import Factory
 from stepdistill.core.errors import ConfigError
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.tsm import TeacherScoreMatching
+from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.networks.quantize import dense, quantized
 from stepdistill.networks.roles import TEACHER, Ema, LoraSpec
 from stepdistill.students import single as student

@@ -14,14 +14,24 @@ from tables.render import draw_paths
 from torch import Tensor
 
 from stepdistill.core.denoise import Condition
-from stepdistill.core.losses import whole
+from stepdistill.core.losses import sample_distances
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, Rectified, expand
-from stepdistill.core.solvers import chord, evenly, few_step, follow, share_of_noise, solve, time_of_share, u_shaped
+from stepdistill.core.solvers import (
+    chord,
+    even_sampler,
+    few_step,
+    follow,
+    share_of_noise,
+    solve,
+    time_of_share,
+    u_shaped,
+)
 from stepdistill.evaluation.metrics.straightness import paths
 from stepdistill.methods import reflow
 from stepdistill.methods.base import Batch
-from stepdistill.methods.reflow import Lpips, PeRFlow, Reflow
+from stepdistill.methods.perflow import PeRFlow
+from stepdistill.methods.reflow import Lpips, Reflow
 from stepdistill.methods.slimflow import FlowGuided
 from stepdistill.networks.roles import TEACHER, Copy, Lora
 
@@ -239,18 +249,22 @@ def test_the_smaller_student_is_a_network_of_its_own():
 # --- premetrics ------------------------------------------------------------------------------------------------------
 
 
+def huber(error):
+    return sample_distances("huber", error, torch.zeros_like(error))
+
+
 def test_the_huber_is_of_the_whole_sample():
     d = 3 * 4 * 5
     error = noises(2, 3, 4, 5).requires_grad_()
     c = 0.00054 * d
-    value = whole("huber", error)
+    value = huber(error)
     close(value, ((error.square().sum((1, 2, 3)) + c**2).sqrt() - c) / d, 1e-12)
     (gradient,) = torch.autograd.grad(value.sum(), error)
     assert (gradient.flatten(1).norm(dim=1) <= 1 / d).all()  # element by element it could reach 1 / sqrt(d)
-    assert whole("huber", torch.zeros(1, 3)).item() == 0
+    assert huber(torch.zeros(1, 3)).item() == 0
     small, large = 1e-6 * error.detach(), 1e6 * error.detach()
-    close(whole("huber", small), small.square().sum((1, 2, 3)) / (2 * c * d), 1e-3 * 1e-12)
-    close(whole("huber", large) / (large.square().sum((1, 2, 3)).sqrt() / d), torch.ones(2), 1e-6)
+    close(huber(small), small.square().sum((1, 2, 3)) / (2 * c * d), 1e-3 * 1e-12)
+    close(huber(large) / (large.square().sum((1, 2, 3)).sqrt() / d), torch.ones(2), 1e-6)
 
 
 @pytest.mark.parametrize("divide", [False, True])
@@ -298,7 +312,7 @@ class Windows:
 
 def chain(schedule: NoiseSchedule, windows: int, m: int, mean: float) -> tuple[Windows, list[float]]:
     """The teacher's m steps in each window, as affine maps."""
-    edges = [*schedule.even(schedule.span[1], windows), schedule.span[0]]
+    edges = [*schedule.even_starts(schedule.span[1], windows), schedule.span[0]]
     lines = []
     for t, s in zip(edges, edges[1:], strict=False):
         gain = ddim_gain(schedule, STD, [t + (s - t) * j / m for j in range(m + 1)])
@@ -341,7 +355,10 @@ def test_the_noisiest_window_begins_at_pure_noise_and_the_others_at_noised_data(
     x_t, t = starts[0]
     z = context.seen["eps"]
     first = t == schedule.span[1]
-    assert 16 < first.sum() < 48 and t.unique().tolist() == [schedule.even(schedule.span[1], 2)[1], schedule.span[1]]
+    assert 16 < first.sum() < 48 and t.unique().tolist() == [
+        schedule.even_starts(schedule.span[1], 2)[1],
+        schedule.span[1],
+    ]
     close(x_t[first], z[first], 1e-15)
     close(x_t[~first], schedule.add_noise(batch.latents, z, t)[~first], 1e-12)
 
@@ -403,7 +420,7 @@ def test_the_flow_takes_over_where_the_student_stands():
 def test_the_second_stage_keeps_its_flow():
     flow = FlowGuided().roles()["flow"]
     assert (flow.of, flow.decay, flow.until) == ("student", 0.0, 0)
-    assert FlowGuided().sampler(SD).timesteps == (999.0,) == evenly(SD, 1).timesteps
+    assert FlowGuided().sampler(SD).timesteps == (999.0,) == even_sampler(SD, 1).timesteps
 
 
 @pytest.mark.parametrize(
@@ -456,7 +473,7 @@ def test_reflow_s_fixed_point_is_straight(schedule):
 def test_the_first_noise_is_as_good_as_any_on_straight_paths_only(schedule, steps):
     """rf++'s rule: exact in any number of steps on lines, the Euler step where there is one, and else off the flow."""
     x = noises(5)
-    plain, kept = evenly(schedule, steps), evenly(schedule, steps, first_noise=True)
+    plain, kept = even_sampler(schedule, steps), even_sampler(schedule, steps, first_noise=True)
     lines = straightened(schedule)
     close(few_step(lines, schedule, kept, x, prompts(5)), few_step(lines, schedule, plain, x, prompts(5)), 1e-10)
     bent = GaussianTeacher(schedule, STD)

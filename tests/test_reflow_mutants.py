@@ -12,7 +12,8 @@ from stepdistill.core import losses
 from stepdistill.core import solvers as straight
 from stepdistill.evaluation.metrics import straightness
 from stepdistill.methods import reflow
-from stepdistill.methods.reflow import PeRFlow, Reflow
+from stepdistill.methods.perflow import PeRFlow
+from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.slimflow import FlowGuided
 
 
@@ -48,18 +49,20 @@ BENT = law.test_straightness_of_a_gaussian_is_known
 REFLOW, PERFLOW, GUIDED = Reflow.updates, PeRFlow.updates, FlowGuided.updates
 
 BUGS = {
-    "velocity with the wrong sign": Bug(reflow.along, "(line.eps - line.x0)", "(line.x0 - line.eps)", fixed),
+    "velocity with the wrong sign": Bug(REFLOW, "line.velocity", "-line.velocity", fixed),
     "pure noise assumed at the end of a table": Bug(
         REFLOW, "chord(context.schedule, z, top, x0, bottom)", "Estimate(x0, z)", fixed
     ),
-    "whole timesteps": Bug(reflow.along, "now), now,", "now), now.round(),", fixed),
+    "whole timesteps": Bug(reflow.on_the_line, "now), now,", "now), now.round(),", fixed),
     "line's solution singular": Bug(straight.chord, "alpha_t * sigma_s - alpha_s * sigma_t", "sigma_s - sigma_t", line),
     "line with x0 for eps": Bug(straight.chord, "alpha_t * x_s - alpha_s * x_t", "alpha_s * x_s - alpha_t * x_t", line),
-    "one solver step only": Bug(straight.solve, "range(n)", "range(1)", line),
-    "the teacher's time stands still": Bug(straight.solve, "for j in (i, i + 1)", "for j in (0, i + 1)", windows),
+    "one solver step only": Bug(straight.solve, "range(n + 1)", "range(2)", line),
+    "the teacher's time stands still": Bug(
+        straight.follow, "denoise(x_t, t, cond)", "denoise(x_t, per_sample(times[0], x_t), cond)", windows
+    ),
     "the wrong density": Bug(straight.u_shaped, "(2 * u - 1)", "u", SHARES),
     "the density of another a": Bug(straight.u_shaped, "math.sinh(a / 2)", "math.sinh(a)", SHARES),
-    "steps end clean": Bug(straight.evenly, "clean=False", "clean=True", sampled),
+    "steps end clean": Bug(straight.even_sampler, "clean=False", "clean=True", sampled),
     "annealing of the loss": Bug(
         REFLOW, 'z = (1 - beta**2) ** 0.5 * z + beta * context.noise(batch, "annealing")', "beta = 0", floor
     ),
@@ -72,8 +75,8 @@ BUGS = {
         "if value is z else value for value in (z, x0)",
         law.test_a_pair_is_mirrored_as_a_whole,
     ),
-    "huber element by element": Bug(losses.whole, "flat.square().sum(1)", "flat.square().mean(1) * 1.0", HUBER),
-    "huber's constant without d": Bug(losses.whole, "0.00054 * d", "0.00054", HUBER),
+    "huber element by element": Bug(losses.sample_distances, "squared.sum(1)", "squared.mean(1) * 1.0", HUBER),
+    "huber's constant without d": Bug(losses.sample_distances, "0.00054 * d", "0.00054", HUBER),
     "windows without guidance": Bug(PERFLOW, "context.null, self.guidance_scale", "context.null, 1.0", windows),
     "a leaky start": Bug(PERFLOW, "expand(k == 0, z)", "expand(k < 0, z)", starts),
     "every window from noise": Bug(PERFLOW, "expand(k == 0, z)", "expand(k >= 0, z)", starts),
@@ -81,7 +84,7 @@ BUGS = {
     "a flow led without a graph barrier": Bug(GUIDED, "torch.no_grad()", "torch.enable_grad()", LED),
     "noise of the pair in the place of fresh": Bug(GUIDED, 'context.noise(batch, "fresh")', "batch.noise", LED),
     "the turn at the wrong end": Bug(GUIDED, "high + way * (low - high)", "low + way * (high - low)", LED),
-    "the flow's term dropped": Bug(GUIDED, "self.flow_weight * term", "0 * term", LED),
+    "the flow's term dropped": Bug(GUIDED, "self.flow_weight * logs", "0 * logs", LED),
     "straightness from mid-air": Bug(straightness.paths, "path[-1] - path[0]", "path[-1] - path[1]", BENT),
     "states as they are": Bug(
         straightness.paths,

@@ -28,7 +28,7 @@ from stepdistill.data.bundled import build
 from stepdistill.families.base import Family
 from stepdistill.methods.dmd2 import DMD2, Gan
 from stepdistill.methods.reflow import Reflow
-from stepdistill.methods.tsm import TeacherScoreMatching
+from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.networks import sharding
 from stepdistill.networks.roles import TEACHER, Ema, Lora, LoraSpec, Module
 from stepdistill.students.contract import read_contract

@@ -20,8 +20,9 @@ from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.solvers import Sampler, follow
 from stepdistill.data import Partition, Prompts, Trajectories, check_source, inside, trajectories
 from stepdistill.data import made as chunks
+from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.consistency import Consistency
-from stepdistill.methods.guidance_distillation import AdapterGuidance, GuidedLora
+from stepdistill.methods.guided_lora import GuidedLora
 from stepdistill.networks.roles import TEACHER
 from stepdistill.training.distill import check_scales, distill, make_data
 from stepdistill.training.recipe import Run, TrainSpec
@@ -137,7 +138,7 @@ def test_two_processes_write_what_one_writes(place, whole, tmp_path):
     config = {
         "family": {"type": "stepdistill.families.sd.StableDiffusion", "pretrained_teacher_model": str(place / "sd")},
         "method": {
-            "type": "stepdistill.methods.guidance_distillation.AdapterGuidance",
+            "type": "stepdistill.methods.agd.AdapterGuidance",
             "guidance_range": list(RANGE),
             "num_inference_steps": 4,
         },

@@ -22,7 +22,6 @@ from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.roles import TEACHER, LoraSpec
 from stepdistill.students.draw.call import SEED_B, generate, student_call, teacher_call
 from stepdistill.students.load import load_student
-from stepdistill.training import finish as report
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, figures, prompts, taught
 from tables.recipes import recipes, seconds, trained
@@ -44,7 +43,7 @@ def measure_guidance(name: str, results: Results, work: Path, rows: Sequence[str
             "train_steps": run.train.max_train_steps,
             "train_seconds": round(seconds(out)),
         }
-        own = report.guidance_of(run.method)
+        own = run.method.guidance_scale
         for w in SCALES if own is None else (own,):
             made = partial(compared, name, config.load(Run, file, [f"train.teacher_guidance_scale={w}"]), out, work)
             results.once(f"{name}/{method}/{w:g}", made, **facts, guidance_scale=w)

@@ -15,7 +15,6 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchE
 from stepdistill.config import load as config
 from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
-from stepdistill.core.schedule import DiscreteVP
 from stepdistill.core.solvers import Sampler
 from stepdistill.data.bundled import bundled
 from stepdistill.evaluation.metrics import straightness
@@ -28,7 +27,6 @@ from stepdistill.networks.roles import TEACHER, Copy, LoraSpec
 from stepdistill.students.draw.call import SEED_B, PipelineCall, student_call, teacher_call
 from stepdistill.students.load import load_student
 from stepdistill.students.several import Students
-from stepdistill.training import finish as report
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run
 from stepdistill.training.watch import rules as signs
@@ -69,7 +67,7 @@ def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Pipelin
     w = run.train.teacher_guidance_scale
     same = run.family.guidance(w) | run.family.arguments()
     for steps in STEPS["teachers"]:
-        if isinstance(run.family.schedule(pipe.scheduler), DiscreteVP):
+        if not run.family.schedule(pipe.scheduler).straight:
             yield steps, teacher_call(run.family, pipe, steps, w, "DDIM, trailing")
             dpm = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
             yield (
@@ -144,7 +142,7 @@ def bends(run: Run, pipe: DiffusionPipeline) -> dict[str, Any]:
     """How straight the paths are of the teacher that was followed, and of its student in `pipe`."""
     before, count = run.family.load(), 128
     data: Any = run.data
-    scale = report.guidance_of(run.method) or data.guidance_scale
+    scale = run.method.guidance_scale or data.guidance_scale
     found: dict[str, Any] = {"n": count, "steps": 32, "guidance_scale": scale, "seeds": [SEED_B]}
     schedule, kind = run.family.schedule(before.scheduler), run.family.kind(before)
     shape = run.family.latent_shape(before, *[run.family.native_side(before)] * 2)

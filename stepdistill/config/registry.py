@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 from types import ModuleType
 
-from stepdistill.config.schema import nearest, pick
+from stepdistill.config.schema import lacking, nearest, pick
 from stepdistill.core.errors import ConfigError
 
 
@@ -27,7 +27,8 @@ def find(base: type, name: str) -> type:
     module = importlib.import_module(f"{package.__name__}.{head}")
     classes = [cls for cls in heirs(base) if cls.__module__ == module.__name__]
     if len(classes) != 1:
-        has = ", ".join(f"{head}.{cls.__name__}" for cls in classes) or "none"
+        unfinished = [f"{cls.__name__} ({lacking(cls)})" for cls in _below(base) if cls.__module__ == module.__name__]
+        has = ", ".join([f"{head}.{cls.__name__}" for cls in classes] or unfinished) or "none"
         raise ConfigError(f"{name}: expected a module with one {base.__name__}, it has: {has}")
     return classes[0]
 
@@ -49,5 +50,8 @@ def _beside(base: type) -> tuple[ModuleType, list[str]]:
 
 def heirs(base: type) -> list[type]:
     """The finished subclasses of `base` that are imported, in the order of their definition."""
-    below = [heir for cls in base.__subclasses__() for heir in [cls, *heirs(cls)]]
-    return [cls for cls in below if not inspect.isabstract(cls)]
+    return [cls for cls in _below(base) if not inspect.isabstract(cls)]
+
+
+def _below(base: type) -> list[type]:
+    return [heir for cls in base.__subclasses__() for heir in [cls, *_below(cls)]]

@@ -132,8 +132,14 @@ def pick(bases: Sequence[type], path: Value) -> type:
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and issubclass(cls, tuple(bases))):
         raise ConfigError(problem(path, f"a dataclass that is a {names}", "the key asks for it", "change it"))
     if inspect.isabstract(cls):
-        raise ConfigError(problem(path, f"a finished {names}", "this one is abstract", "name a subclass"))
+        todo = "define what is missing, or name a subclass"
+        raise ConfigError(problem(path, f"a finished {names}", lacking(cls), todo))
     return cls
+
+
+def lacking(cls: type) -> str:
+    """What an abstract class has yet to define."""
+    return f"it lacks {', '.join(sorted(vars(cls)['__abstractmethods__']))}"
 
 
 def leaves(schema: type, node: Value, path: str = "") -> dict[str, Hint]:

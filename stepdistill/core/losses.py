@@ -9,41 +9,46 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from stepdistill.core.prediction import Estimate
-from stepdistill.core.schedule import DiscreteVP, NoiseSchedule
+from stepdistill.core.schedule import NoiseSchedule
 
 Distance = Literal["l2", "huber"]
-WholeDistance = Literal["l2", "huber"]
 Adversarial = Literal["softplus", "hinge"]
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "softened_reverse_kl", "hellinger", "jeffreys"]
 
 
 def distance(kind: Distance, a: Tensor, b: Tensor, huber_c: float = 1e-3) -> Tensor:
-    """Mean distance of two tensors of one shape: squared, or the pseudo-Huber `sqrt(d^2 + c^2) - c`.
+    """Mean distance of two tensors of one shape: squared, or the pseudo-Huber of each number.
 
-    The Huber form is nearly |d| at the scale of latents (Song & Dhariwal 2023, https://arxiv.org/abs/2310.14189,
+    The Huber form is nearly |a - b| at the scale of latents (Song & Dhariwal 2023, https://arxiv.org/abs/2310.14189,
     section 3.3); the squared one has the mean as its fixed point, which is what closed forms speak about.
     """
-    error = a - b if a.dtype == torch.float64 else a.float() - b.float()
+    squared = _error(a, b).square()
     match kind:
         case "l2":
-            return error.square().mean()
+            return squared.mean()
         case "huber":
-            return ((error.square() + huber_c**2).sqrt() - huber_c).mean()
+            return pseudo_huber(squared, huber_c).mean()
     raise ValueError(f"distance {kind!r}: expected l2 or huber")
 
 
-def whole(kind: WholeDistance, error: Tensor) -> Tensor:
-    """The distance of each sample (B,) from its errors (B, ...): the mean square, or the pseudo-Huber of the whole.
+def sample_distances(kind: Distance, a: Tensor, b: Tensor) -> Tensor:
+    """The distance (B,) of each sample of two batches (B, ...): the mean square, or the pseudo-Huber of its norm.
 
-    With the norm over all d numbers of a sample, `(sqrt(|e|^2 + c^2) - c) / d` and `c = 0.00054 d`, so no sample's
-    gradient is longer than 1 / d (rf++, Lee et al. 2024, https://arxiv.org/abs/2405.20320, section 4.2).
+    The latter is `(sqrt(|a - b|^2 + c^2) - c) / d` with the norm over the d numbers of a sample and `c = 0.00054 d`,
+    so no sample's gradient is longer than 1 / d (rf++, Lee et al. 2024, https://arxiv.org/abs/2405.20320, section 4.2).
     """
-    flat = error.flatten(1) if error.dtype == torch.float64 else error.float().flatten(1)
-    if kind == "l2":
-        return flat.square().mean(1)
-    d = flat.shape[1]
-    c = 0.00054 * d
-    return ((flat.square().sum(1) + c**2).sqrt() - c) / d
+    squared = _error(a, b).flatten(1).square()
+    d = squared.shape[1]
+    return squared.mean(1) if kind == "l2" else pseudo_huber(squared.sum(1), 0.00054 * d) / d
+
+
+def pseudo_huber(squared: Tensor, c: float) -> Tensor:
+    """`sqrt(e^2 + c^2) - c` of squared errors `e^2`: quadratic for |e| far below c, linear far above."""
+    return (squared + c**2).sqrt() - c
+
+
+def _error(a: Tensor, b: Tensor) -> Tensor:
+    return a - b if a.dtype == torch.float64 else a.float() - b.float()
 
 
 def surrogate(x0: Tensor, gradient: Tensor) -> Tensor:
@@ -55,13 +60,11 @@ def surrogate(x0: Tensor, gradient: Tensor) -> Tensor:
 
 
 def denoising(est: Estimate, x0: Tensor, eps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Denoising score matching: the mean squared error of the noise, or on a straight path of `eps - x0`.
+    """Denoising score matching: the mean squared error of the noise, or on a straight path of the velocity.
 
-    Its minimum over networks is the score of what `x0` is drawn from (Vincent 2011). All (B, ...).
+    Its minimum over networks is the score of the distribution of `x0` (Vincent 2011). All (B, ...).
     """
-    if isinstance(schedule, DiscreteVP):
-        return distance("l2", est.eps, eps)
-    return distance("l2", est.eps - est.x0, eps - x0)
+    return distance("l2", schedule.denoising_target(*est), schedule.denoising_target(x0, eps))
 
 
 def generator_loss(kind: Adversarial, fake: Tensor) -> Tensor:

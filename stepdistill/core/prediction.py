@@ -22,6 +22,11 @@ class Estimate(NamedTuple):
     x0: Tensor
     eps: Tensor
 
+    @property
+    def velocity(self) -> Tensor:
+        """`eps - x0`, along a straight path in the direction of noise."""
+        return self.eps - self.x0
+
 
 def row(kind: Kind, alpha_t: Tensor, sigma_t: Tensor) -> tuple[Tensor, Tensor]:
     """`(p, q)` of a prediction type, of `alpha_t`'s shape."""

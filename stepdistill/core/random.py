@@ -15,6 +15,17 @@ def noise_of(seed: int, i: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
 
 
+def fresh_noise(seed: int, i: int) -> torch.Generator:
+    """The generator of the noise that a stochastic sampler adds to sample i on its way; see `noise_of`."""
+    return torch.Generator().manual_seed(7_919 * seed + i)
+
+
+def step_generator(seed: int, step: int, index: int | str, purpose: str) -> torch.Generator:
+    """The generator of one draw in training, for a sample's position in the data (or a word) and a purpose."""
+    key = hashlib.blake2b(f"{seed}/{step}/{index}/{purpose}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key, "big"))
+
+
 def sample_rng(seed: int, position: int) -> random.Random:
-    """The draws of one sample: a function of the seed and of `step * global_batch + j` alone."""
+    """The generator of a sample's draws in a data source, at position `step * global_batch + j` of the data."""
     return random.Random(int.from_bytes(hashlib.sha256(f"{seed}:{position}".encode()).digest(), "big"))

@@ -19,13 +19,23 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
+def per_sample(time: float | Tensor, like: Tensor) -> Tensor:
+    """A time for each of the samples `like` (B, ...): (B,), as it is where it has that shape already."""
+    return time if isinstance(time, Tensor) else torch.full((len(like),), float(time), device=like.device)
+
+
 class NoiseSchedule(ABC):
     """Signal and noise levels by time.
 
-    `span` is the lowest and the highest time.
+    A step of a sampler leads from its start to the start of the next step; a grid has the starts and the last end.
+
+    Attributes:
+        span: the lowest and the highest time.
+        straight: whether `x_t` moves along a line, alpha + sigma = 1; the lowest time is then clean data.
     """
 
     span: tuple[float, float]
+    straight: bool
 
     @abstractmethod
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,19 +47,31 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def grid(self, n: int) -> Tensor:
-        """`n + 1` ascending times: the end of the last solver step, then the `n` starts of an n-step solver."""
+        """The teacher's solver in n steps, (n + 1,) ascending: the end of the last step, then the n starts."""
+
+    def starts(self, n: int) -> tuple[float, ...]:
+        """Where the n steps of the teacher's solver start, descending."""
+        return tuple(self.grid(n).flip(0)[:-1].tolist())
 
     @abstractmethod
-    def spread(self, share: Tensor, low: float, high: float) -> Tensor:
-        """Times (B,) in [low, high] from uniform shares (B,) in [0, 1): as dense there as the solver's grid is."""
+    def even_starts(self, first: float, n: int) -> tuple[float, ...]:
+        """`n` starts, descending and evenly spaced in time, of which `first` is the first."""
+
+    @abstractmethod
+    def random_times(self, u: Tensor, low: float, high: float) -> Tensor:
+        """Times (B,) in [low, high] from uniform draws (B,) in [0, 1): as dense there as the solver's grid is."""
+
+    @abstractmethod
+    def time_of_sigma(self, sigma: float) -> float:
+        """The time whose `sigma_t` is `sigma`; of a table the nearest entry."""
+
+    @abstractmethod
+    def denoising_target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """What denoising score matching compares: the noise, or on a straight path the velocity `eps - x0`."""
 
     @abstractmethod
     def check(self, times: Iterable[float]) -> None:
         """Raise ValueError for times that a network on this schedule was never trained at."""
-
-    @abstractmethod
-    def even(self, start: float, n: int) -> tuple[float, ...]:
-        """`n` evenly spaced descending times, of which `start` is the first."""
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor | None) -> Tensor:
         """`alpha_t x0 + sigma_t eps` for x0, eps (B, ...) and t (B,); `t=None` is clean data, `x0` itself.
@@ -80,6 +102,8 @@ class DiscreteVP(NoiseSchedule):
     Args:
         alphas_cumprod: (T,) decreasing, in [0, 1).
     """
+
+    straight = False
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         table = alphas_cumprod.detach().double().cpu()
@@ -115,11 +139,18 @@ class DiscreteVP(NoiseSchedule):
             )
         return torch.cat([torch.zeros(1), torch.arange(1, n + 1) * float(self.steps // n) - 1])
 
-    def spread(self, share: Tensor, low: float, high: float) -> Tensor:
-        return (low + share * (high - low + 1)).floor().clamp(max=high)
+    def even_starts(self, first: float, n: int) -> tuple[float, ...]:
+        return tuple(float(int((first + 1) * (n - i) / n) - 1) for i in range(n))  # of 999: 999, 749, 499, 249
 
-    def even(self, start: float, n: int) -> tuple[float, ...]:
-        return tuple(float(int((start + 1) * (n - i) / n) - 1) for i in range(n))  # of 999: 999, 749, 499, 249
+    def random_times(self, u: Tensor, low: float, high: float) -> Tensor:
+        return (low + u * (high - low + 1)).floor().clamp(max=high)
+
+    def time_of_sigma(self, sigma: float) -> float:
+        times = torch.arange(self.span[0], self.span[1] + 1)
+        return times[(self(times)[1] - sigma).abs().argmin()].item()
+
+    def denoising_target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        return eps
 
     def check(self, times: Iterable[float]) -> None:
         odd = [t for t in times if not 0 <= t < self.steps or t != int(t)]
@@ -134,6 +165,8 @@ class Rectified(NoiseSchedule):
         shift: where the solver's grid is dense; `sigma = shift u / (1 + (shift - 1) u)` for uniform u
             (Esser et al. 2024, https://arxiv.org/abs/2403.03206, section 5.3.2).
     """
+
+    straight = True
 
     def __init__(self, shift: float = 1.0) -> None:
         self.shift = shift
@@ -152,14 +185,20 @@ class Rectified(NoiseSchedule):
         u = torch.arange(n + 1, dtype=torch.float64) / n
         return (1000 * self.shift * u / (1 + (self.shift - 1) * u)).float()
 
-    def spread(self, share: Tensor, low: float, high: float) -> Tensor:
+    def even_starts(self, first: float, n: int) -> tuple[float, ...]:
+        return tuple(first * (n - i) / n for i in range(n))
+
+    def random_times(self, u: Tensor, low: float, high: float) -> Tensor:
         # the range in the grid's own uniform variable: clamping afterwards would heap draws on its ends
         first, last = (t / (1000 * self.shift - (self.shift - 1) * t) for t in (low, high))
-        u = first + share * (last - first)
+        u = first + u * (last - first)
         return 1000 * self.shift * u / (1 + (self.shift - 1) * u)
 
-    def even(self, start: float, n: int) -> tuple[float, ...]:
-        return tuple(start * (n - i) / n for i in range(n))
+    def time_of_sigma(self, sigma: float) -> float:
+        return 1000 * sigma
+
+    def denoising_target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        return eps - x0
 
     def check(self, times: Iterable[float]) -> None:
         odd = [t for t in times if not 0 <= t <= 1000]

@@ -7,16 +7,16 @@ a straight line, the DDIM step is the Euler step, and the velocity is `eps - x0`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor
 
 from stepdistill.core.denoise import Condition, Denoise
 from stepdistill.core.prediction import Estimate
-from stepdistill.core.schedule import NoiseSchedule, expand
+from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,36 @@ def check_starts(timesteps: Sequence[float] | None) -> None:
         raise ValueError(f"timesteps are {list(timesteps)}: expected descending starts of steps, as [999, 499]")
 
 
-def starts(
+def student_starts(
     schedule: NoiseSchedule, timesteps: Sequence[float] | None, trained: int, steps: int | None
 ) -> tuple[float, ...]:
-    """Where the steps of a student begin: at `timesteps`, or evenly over the schedule in `trained` steps where that is
-    None; in another number of `steps` evenly from the first on."""
+    """Where the steps of a student start.
+
+    Args:
+        timesteps: the starts that it is trained for; None are those of the teacher's solver in `trained` steps.
+        steps: how many are wanted; None is as many as it is trained for. Others than these are spaced evenly.
+    """
     if timesteps is None:
-        return tuple(schedule.grid(steps or trained).flip(0)[:-1].tolist())
-    return tuple(timesteps) if steps in (None, len(timesteps)) else schedule.even(timesteps[0], steps)
+        return schedule.starts(steps or trained)
+    return tuple(timesteps) if steps in (None, len(timesteps)) else schedule.even_starts(timesteps[0], steps)
+
+
+def teacher_sampler(schedule: NoiseSchedule, steps: int) -> Sampler:
+    """The steps of the teacher's deterministic solver, to its end."""
+    return Sampler(schedule.starts(steps), clean=False)
+
+
+def even_sampler(
+    schedule: NoiseSchedule, steps: int, guidance_scale: float = 1.0, first_noise: bool = False
+) -> Sampler:
+    """Deterministic steps, evenly spaced in the scheduler's time, to the schedule's lowest time."""
+    starts = schedule.even_starts(schedule.span[1], steps)
+    return Sampler(starts, clean=False, guidance_scale=guidance_scale, first_noise=first_noise)
+
+
+def each_step(times: Iterable[float | Tensor], like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Start and end, (B,) each, of the steps along `times`, for the samples `like` (B, ...)."""
+    return pairwise(per_sample(time, like) for time in times)
 
 
 def few_step(
@@ -79,13 +101,12 @@ def few_step(
     """
     times, first = [*sampler.timesteps, 0.0], x_t
     alpha, sigma = schedule(torch.tensor(times[0], device=x_t.device))
-    for i, (now, then) in enumerate(list(pairwise(times))[:taken]):
-        t, s = (torch.full((len(x_t),), time, device=x_t.device) for time in (now, then))
+    for i, (t, s) in enumerate(islice(each_step(times, x_t), taken)):
         est = denoise(x_t, t, cond)
         low = torch.floor((1 - sampler.eta) * s) if sampler.eta > 0 else s  # a flow's is no integer
         eps = (first - alpha * est.x0) / sigma if sampler.first_noise else est.eps
         x_t = est.x0 if sampler.clean and low[0] == 0 else schedule.add_noise(est.x0, eps, low)
-        if sampler.eta > 0 and then > 0:
+        if sampler.eta > 0 and s[0] > 0:
             z = torch.randn_like(x_t) if noise is None else noise(i)
             if sampler.clean and low[0] == 0:
                 x_t = schedule.add_noise(x_t, z, s)
@@ -111,12 +132,23 @@ def relay(base: Denoise, student: Denoise, timesteps: Sequence[float], base_step
     return call
 
 
-def follow(denoise: Denoise, schedule: NoiseSchedule, times: Sequence[float], x_t: Tensor, cond: Condition) -> Tensor:
-    """The deterministic first-order solver (DDIM; Euler for a flow) along descending `times`, the last one included."""
-    for now, then in pairwise(times):
-        t, s = (torch.full((len(x_t),), float(time), device=x_t.device) for time in (now, then))
+def follow(
+    denoise: Denoise, schedule: NoiseSchedule, times: Iterable[float | Tensor], x_t: Tensor, cond: Condition
+) -> Tensor:
+    """The first-order solver (DDIM; Euler for a flow) from x_t (B, ...) along `times`, the last one included.
+
+    Descending times denoise, ascending ones invert. A time is one number, or (B,).
+    """
+    for t, s in each_step(times, x_t):
         x_t = schedule.add_noise(*denoise(x_t, t, cond), s)
     return x_t
+
+
+def solve(
+    denoise: Denoise, schedule: NoiseSchedule, x_t: Tensor, t: Tensor, s: Tensor, n: int, cond: Condition
+) -> Tensor:
+    """`follow` in n steps from the times t (B,) to the times s (B,), even in time."""
+    return follow(denoise, schedule, [t + (s - t) * (i / n) for i in range(n + 1)], x_t, cond)
 
 
 U_SHAPE = 4.0  # a of `p(s) ~ e^{as} + e^{a (1 - s)}`
@@ -144,25 +176,9 @@ def chord(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x_s: Tensor, s: Tenso
     return Estimate((sigma_s * x_t - sigma_t * x_s) / det, (alpha_t * x_s - alpha_s * x_t) / det)
 
 
-def solve(
-    denoise: Denoise, schedule: NoiseSchedule, x: Tensor, t: Tensor, s: Tensor, n: int, cond: Condition
-) -> Tensor:
-    """n first-order solver steps (DDIM; Euler for a flow) from x (B, ...) at t (B,) to s (B,), even in time."""
-    for i in range(n):
-        now, then = (t + (s - t) * (j / n) for j in (i, i + 1))
-        x = schedule.add_noise(*denoise(x, now, cond), then)
-    return x
-
-
 def u_shaped(u: Tensor, a: float = U_SHAPE) -> Tensor:
     """Shares with density `~ e^{a s} + e^{a (1 - s)}` from uniform u, by the inverse of its distribution function.
 
     `s = 1/2 + asinh((2u - 1) sinh(a / 2)) / a`; rf++, https://arxiv.org/abs/2405.20320, section 4.1.
     """
     return 0.5 + ((2 * u - 1) * math.sinh(a / 2)).asinh() / a
-
-
-def evenly(schedule: NoiseSchedule, steps: int, guidance_scale: float = 1.0, first_noise: bool = False) -> Sampler:
-    """Deterministic steps, evenly spaced in the scheduler's time, to the schedule's lowest time."""
-    times = schedule.even(schedule.span[1], steps)
-    return Sampler(times, clean=False, guidance_scale=guidance_scale, first_noise=first_noise)

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from hashlib import blake2b
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition, RoleDenoise
+from stepdistill.core.random import step_generator
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.data.base import GuidedState
-from stepdistill.networks.roles import Role
+from stepdistill.networks.roles import Ema, Lora, Role
 
 
-class Update(NamedTuple):
-    """One optimizer step of `roles` on `loss` (a scalar with a graph); `logs` are detached scalars."""
+class Update:
+    """One optimizer step of one role or several on a loss.
 
-    roles: tuple[str, ...]
-    loss: Tensor
-    logs: Mapping[str, Tensor] = {}
+    Args:
+        roles: what the step trains.
+        loss: a scalar with a graph.
+        logs: further scalars to log. The loss is logged by itself, as `loss` for the student and as `loss_ROLE` for
+            another first role, unless `logs` has that name.
+    """
+
+    def __init__(self, roles: str | tuple[str, ...], loss: Tensor, /, **logs: Tensor) -> None:
+        self.roles = (roles,) if isinstance(roles, str) else roles
+        self.loss = loss
+        name = "loss" if self.roles[0] == "student" else f"loss_{self.roles[0]}"
+        self.logs = {name: value.detach() for name, value in {name: loss, **logs}.items()}
 
 
 @dataclass(frozen=True)
@@ -33,10 +41,10 @@ class Batch:
     Args:
         index: the samples' positions in the whole run's stream of data; they key the random draws.
         cond: the family's embeddings, B rows each.
-        prompts: what they are embeddings of, B of them.
         shape: (C, H, W) of one latent.
         latents: (B, C, H, W) clean latents in the network's scale, where the data has them.
         noise: (B, C, H, W) the starting noise that the teacher turned into `latents`, where the data are pairs.
+        prompts: what `cond` embeds, B of them.
         state: of B guided trajectories, where the data are such.
     """
 
@@ -48,14 +56,35 @@ class Batch:
     prompts: tuple[str, ...] = ()
     state: GuidedState | None = None
 
+    @property
+    def x0(self) -> Tensor:
+        """`latents`, for a method that needs "latents"."""
+        if self.latents is None:
+            raise ValueError("this method needs latents, and the batch has none: its source must provide them")
+        return self.latents
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Noise and the latents that the teacher turned it into, for a method that needs "pairs"."""
+        if self.latents is None or self.noise is None:
+            raise ValueError("this method needs pairs of noise and the teacher's latents, and the batch has none")
+        return self.noise, self.latents
+
+    @property
+    def guided_state(self) -> GuidedState:
+        """`state`, for a method that needs "trajectories"."""
+        if self.state is None:
+            raise ValueError("this method needs guided trajectories, and the batch has none: see data.Trajectories")
+        return self.state
+
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a method may touch in one step: denoisers and modules by role, the schedule, the null condition, pixels
-    (B, 3, H, W) in about [-1, 1] from latents, and randomness.
+    """What a method may use in one step: denoisers and modules by role, the schedule, the null condition, images
+    (B, 3, H, W) in about [-1, 1] decoded from latents, and random draws.
 
-    Draws are keyed by (seed, step, sample, purpose), so the number of processes, accumulation, or a term switched
-    off change no other draw. No method uses a global generator.
+    Draws are keyed by (seed, step, sample, purpose), so the number of processes, gradient accumulation, or a term
+    switched off change no other draw. No method uses a global generator.
     """
 
     schedule: NoiseSchedule
@@ -66,10 +95,6 @@ class StepContext:
     seed: int
     step: int
     device: torch.device
-
-    def _generator(self, index: int | str, purpose: str) -> torch.Generator:
-        key = blake2b(f"{self.seed}/{self.step}/{index}/{purpose}".encode(), digest_size=7).digest()
-        return torch.Generator().manual_seed(int.from_bytes(key, "big"))
 
     def noise(self, batch: Batch, purpose: str) -> Tensor:
         """Standard normal (B, C, H, W)."""
@@ -85,38 +110,86 @@ class StepContext:
         """One uniform number in [0, 1), the same for every sample, micro-batch and process of this step."""
         return torch.rand((), generator=self._generator("shared", purpose)).item()
 
+    def _generator(self, index: int | str, purpose: str) -> torch.Generator:
+        return step_generator(self.seed, self.step, index, purpose)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A distillation method. Subclasses are final, hold nothing but hyper-parameters, and cite their paper."""
+    """A distillation method. Subclasses are final, hold nothing but hyper-parameters, and cite their paper.
+
+    A method must say what its data are (`needs`), how its student is sampled (`sampler`) and how it is trained
+    (`updates`); the rest has defaults.
+
+    Args:
+        guidance_scale: of the teacher in training: one scale, or the range that it is drawn from. A method that guides
+            its teacher declares it as a hyper-parameter; for any other it is None.
+    """
+
+    guidance_scale: float | tuple[float, float] | None = field(init=False, default=None)
 
     @property
     @abstractmethod
     def needs(self) -> frozenset[str]:
-        """What a sample must carry: "prompts", "latents" (images do, too), "pairs" (latents and their noise), or
-        "trajectories" (guided states)."""
-
-    @abstractmethod
-    def roles(self) -> dict[str, Role]:
-        """The roles to add to the backbone, in order."""
-
-    @abstractmethod
-    def student_role(self) -> str:
-        """The role that becomes the student."""
+        """What a sample must carry: "prompts", "latents" (which images provide, too), "pairs" (latents and their
+        noise), or "trajectories" (guided states). As a rule a constant of the class, `ClassVar[frozenset[str]]`."""
 
     @abstractmethod
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         """How the student is sampled in `steps` steps (None: as many as it is trained for)."""
 
     @abstractmethod
-    def check(self, schedule: NoiseSchedule) -> None:
-        """Raise ValueError where this method cannot run on this noise process; called before any training."""
-
-    def finalize(self, bend: Callable[[], float]) -> Method:
-        """The method as the student is exported, after training; `bend` measures straightness over transport cost."""
-        return self
-
-    @abstractmethod
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         """The updates of one step. Their number and roles depend on `step` and the config only; no yield inside a
         role's context or `no_grad`; only detached tensors are held across a yield."""
+
+    def roles(self) -> dict[str, Role]:
+        """The roles beside the teacher, in order."""
+        return {"student": Lora()}
+
+    def student_role(self) -> str:
+        """The role that is written as the student."""
+        return "student"
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        """Raise ValueError where this method cannot run on this noise process; called before any training."""
+        schedule.check(self.sampler(schedule).timesteps)
+
+    def finalize(self, straightness: Callable[[], float]) -> Method:
+        """The method as it is written into the contract after training.
+
+        Args:
+            straightness: measures that of the student's paths, over their transport cost.
+        """
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaged(Method):
+    """A method whose student may be an exponential moving average, the role `ema`.
+
+    Args:
+        ema_decay: decay of the average of the student that is exported; none exports the student itself.
+    """
+
+    ema_decay: float | None = 0.99
+
+    @property
+    def average(self) -> dict[str, Role]:
+        """The role of the average, or none."""
+        return {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
+
+    def roles(self) -> dict[str, Role]:
+        """A student, and its average."""
+        return {"student": Lora(), **self.average}
+
+    def student_role(self) -> str:
+        """The average where there is one."""
+        return "student" if self.ema_decay is None else "ema"
+
+
+def check_range(t_range: tuple[float, float]) -> None:
+    """Raise ValueError for a `t_range` that does not ascend."""
+    low, high = t_range
+    if not 0 <= low < high:
+        raise ValueError(f"t_range is {list(t_range)}: expected two ascending timesteps, as [20, 980]")

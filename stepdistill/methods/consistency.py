@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,14 +28,14 @@ from torch import Tensor
 from stepdistill.core.denoise import guided
 from stepdistill.core.losses import Distance, distance
 from stepdistill.core.prediction import Estimate
-from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, expand
+from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler
-from stepdistill.methods.base import Batch, Method, StepContext, Update
-from stepdistill.networks.roles import TEACHER, Ema, Lora, Role
+from stepdistill.methods.base import Averaged, Batch, StepContext, Update
+from stepdistill.networks.roles import TEACHER
 
 
 @dataclass(frozen=True, kw_only=True)
-class Consistency(Method):
+class Consistency(Averaged):
     """LCM, TCD, TSCD or PCM with a LoRA student.
 
     References:
@@ -55,11 +55,12 @@ class Consistency(Method):
         sampling_guidance_scale: written into the contract; 1 unless the solver's is 1.
         loss_type: `huber` or `l2`.
         huber_c: the Huber constant, in latent units.
-        ema_decay: decay of an average of the student, which is what is exported; none exports the student itself.
         target: whose output is the target: the `student`'s own, or the average's (`ema`).
         eta: share of each sampling step that is noised again, with `end: any` (TCD's gamma).
         num_inference_steps: steps that the contract names.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"latents"})
 
     end: Literal["clean", "any", "edge"] = "clean"
     segments: tuple[int, ...] = (1,)
@@ -91,30 +92,16 @@ class Consistency(Method):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}: expected a share in [0, 1]")
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"latents"})
-
-    def roles(self) -> dict[str, Role]:
-        average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
-        return {"student": Lora()} | average
-
-    def student_role(self) -> str:
-        return "student" if self.ema_decay is None else "ema"
-
-    def check(self, schedule: NoiseSchedule) -> None:
-        schedule.grid(self.num_ddim_timesteps)
-
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         steps = steps or self.num_inference_steps
         if steps > self.num_ddim_timesteps:
             raise ValueError(f"{steps} sampling steps on a grid of {self.num_ddim_timesteps}: times would come twice")
-        grid = schedule.grid(self.num_ddim_timesteps).flip(0)[:-1]
+        starts = schedule.starts(self.num_ddim_timesteps)
         # the grid's own times, as LCMScheduler and TCDScheduler choose them; DDIM's trailing ones where steps divide N
-        times = grid[torch.from_numpy(np.floor(np.linspace(0, len(grid), steps, endpoint=False))).long()]
+        chosen = np.floor(np.linspace(0, len(starts), steps, endpoint=False)).astype(int)
         eta = {"clean": 1.0, "any": self.eta, "edge": 0.0}[self.end]
-        clean = self.end == "clean" or not isinstance(schedule, DiscreteVP)
-        return Sampler(tuple(times.tolist()), eta, clean, self.sampling_guidance_scale)
+        clean = self.end == "clean" or schedule.straight
+        return Sampler(tuple(starts[k] for k in chosen), eta, clean, self.sampling_guidance_scale)
 
     def segments_at(self, step: int) -> int:
         """The number of segments of the stage that `step` (from 0) belongs to."""
@@ -142,7 +129,7 @@ class Consistency(Method):
         i = (context.draw(batch, "t") * self.num_ddim_timesteps).long()
         t, u = grid[i + 1], grid[i]
         s = grid[self.ends(i, context.draw(batch, "s"), self.segments_at(step))]
-        x_t = schedule.add_noise(latents_of(batch), context.noise(batch, "eps"), t)
+        x_t = schedule.add_noise(batch.x0, context.noise(batch, "eps"), t)
 
         with torch.no_grad():
             teacher = guided(context.denoiser(TEACHER), context.null, self._guidance(context, batch))
@@ -152,17 +139,10 @@ class Consistency(Method):
                 target = torch.where(expand(s == u, x_u), x_u, target)
         jumped = self.jump(context.denoiser("student")(x_t, t, cond), x_t, t, s, schedule)
         loss = distance(self.loss_type, jumped, target, self.huber_c)
-        yield Update(("student",), loss, {"loss": loss.detach()})
+        yield Update("student", loss)
 
     def _guidance(self, context: StepContext, batch: Batch) -> float | Tensor:
         if isinstance(self.guidance_scale, tuple):
             low, high = self.guidance_scale
             return low + (high - low) * context.draw(batch, "guidance_scale")
         return self.guidance_scale
-
-
-def latents_of(batch: Batch) -> Tensor:
-    """The batch's latents, which `needs` promised."""
-    if batch.latents is None:
-        raise ValueError("this method noises latents, and the batch has none: its source must provide them")
-    return batch.latents

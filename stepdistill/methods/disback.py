@@ -1,6 +1,6 @@
 """DisBack: first record how the teacher degrades into the initial student, then distil along that path, backwards.
 
-A score far from the student's law is a poor guide. So the fake score is first trained from the teacher to the
+A score far from the student's distribution is a poor guide. So the fake score is first trained from the teacher to the
 *initial* student, and copies of it on the way are kept as waypoints. Then distribution matching takes these as its
 targets, from the nearest to the student back to the teacher.
 """
@@ -46,6 +46,10 @@ class DisBack(Method):
             raise ValueError(
                 f"matching.warmup_steps is {self.matching.warmup_steps}: the recording is the warm-up; use 0"
             )
+
+    @property
+    def guidance_scale(self) -> float | tuple[float, float]:
+        return self.matching.guidance_scale
 
     @property
     def needs(self) -> frozenset[str]:

@@ -25,11 +25,10 @@ from stepdistill.core.losses import (
     generator_loss,
     surrogate,
 )
-from stepdistill.core.schedule import NoiseSchedule
-from stepdistill.core.solvers import Sampler, check_starts, few_step, starts
-from stepdistill.methods.base import Batch, Method, StepContext, Update
-from stepdistill.methods.consistency import latents_of
-from stepdistill.networks.roles import TEACHER, Ema, Lora, Module, Role
+from stepdistill.core.schedule import NoiseSchedule, per_sample
+from stepdistill.core.solvers import Sampler, check_starts, few_step, student_starts
+from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_range
+from stepdistill.networks.roles import TEACHER, Lora, Module, Role
 from stepdistill.networks.taps import Head
 
 
@@ -67,7 +66,7 @@ class Gan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DMD2(Method):
+class DMD2(Averaged):
     """DMD2 with a LoRA student and a LoRA fake score on one frozen base.
 
     References:
@@ -86,7 +85,6 @@ class DMD2(Method):
         warmup_steps: steps of the fake score alone, before the student's first.
         t_range: lowest and highest timestep at which the scores are compared.
         gan: the adversarial term, which needs images; none trains on prompts alone.
-        ema_decay: decay of the average of the student that is exported; none exports the student itself.
     """
 
     num_inference_steps: int = 4
@@ -97,7 +95,6 @@ class DMD2(Method):
     warmup_steps: int = 0
     t_range: tuple[float, float] = (20.0, 980.0)
     gan: Gan | None = None
-    ema_decay: float | None = 0.99
 
     def __post_init__(self) -> None:
         if self.critic_steps < 1:
@@ -113,19 +110,13 @@ class DMD2(Method):
 
     def roles(self) -> dict[str, Role]:
         head: dict[str, Role] = {} if self.gan is None else {"head": Module(Head)}
-        average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
-        return {"student": Lora(), "fake": Lora()} | head | average
-
-    def student_role(self) -> str:
-        return "student" if self.ema_decay is None else "ema"
+        return {"student": Lora(), "fake": Lora(), **head, **self.average}
 
     def check(self, schedule: NoiseSchedule) -> None:
-        schedule.check(self.timesteps or ())
-        schedule.check(self.t_range)
-        self.sampler(schedule)
+        schedule.check((*self.sampler(schedule).timesteps, *self.t_range))
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
-        return Sampler(starts(schedule, self.timesteps, self.num_inference_steps, steps), self.eta, clean=True)
+        return Sampler(student_starts(schedule, self.timesteps, self.num_inference_steps, steps), self.eta, clean=True)
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         return self.towards(TEACHER, context, batch, step)
@@ -138,24 +129,24 @@ class DMD2(Method):
             x0 = student(x_t, t, batch.cond).x0
             loss, logs = self.student_loss(target, context, batch, x0)
             x0 = x0.detach()
-            yield Update(("student",), loss, logs)
+            yield Update("student", loss, **logs)
         else:
             with torch.no_grad():
                 x0 = student(x_t, t, batch.cond).x0
         loss = fake_loss(context, batch, x0)
         if self.gan is None:
-            yield Update(("fake",), loss, {"loss_fake": loss.detach()})
+            yield Update("fake", loss)
         else:
             judged = self.head_loss(self.gan, context, batch, x0)
-            logs = {"loss_fake": loss.detach(), "loss_head": judged.detach()}
-            yield Update(("fake", "head"), loss + self.gan.discriminator_weight * judged, logs)
+            total = loss + self.gan.discriminator_weight * judged
+            yield Update(("fake", "head"), total, loss_fake=loss, loss_head=judged)
 
     def student_loss(
         self, target: str, context: StepContext, batch: Batch, x0: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """A loss whose gradient with respect to the sample is that of the matching and the adversarial term."""
         sample = x0.detach()
-        s = context.schedule.spread(context.draw(batch, "score t"), *self.t_range)
+        s = context.schedule.random_times(context.draw(batch, "score t"), *self.t_range)
         x_s = context.schedule.add_noise(sample, context.noise(batch, "score eps"), s)
         with torch.no_grad():
             real = guided(context.denoiser(target), context.null, self.guidance_scale)(x_s, s, batch.cond).x0
@@ -165,7 +156,7 @@ class DMD2(Method):
                 logits = context.module("head")(judge(self.gan, context).features(x_s, s, batch.cond))
                 gradient = divergence_weight(self.gan.divergence, logits).reshape(-1, 1, 1, 1) * gradient
         loss = surrogate(x0, gradient)
-        logs = {"loss": loss.detach()}
+        logs = {"loss": loss}
         if self.gan is not None:
             # in two phases: the judge's graph ends at the sample, so no graph spans two roles
             sample.requires_grad_()
@@ -173,12 +164,12 @@ class DMD2(Method):
             term = generator_loss(self.gan.loss_type, logits_of(frozen, context, batch, sample, "gan student"))
             (pull,) = torch.autograd.grad(term, sample)
             loss = loss + self.gan.generator_weight * (x0 * pull).sum()
-            logs["loss_gan"] = term.detach()
+            logs["loss_gan"] = term
         return loss, logs
 
     def head_loss(self, gan: Gan, context: StepContext, batch: Batch, x0: Tensor) -> Tensor:
         """The head's loss on noised samples and noised data; with `features: fake` it trains the fake score, too."""
-        data, role = latents_of(batch), judge(gan, context)
+        data, role = batch.x0, judge(gan, context)
         real = logits_of(role, context, batch, data, "gan real")
         loss = discriminator_loss(gan.loss_type, logits_of(role, context, batch, x0, "gan fake"), real)
         if gan.r1_weight:
@@ -196,18 +187,11 @@ def logits_of(
     role: RoleDenoise, context: StepContext, batch: Batch, x0: Tensor, purpose: str, shake: float = 0.0
 ) -> Tensor:
     """The head's logits (B, 1) at `x0` noised by draws of its own, and then by `shake` more."""
-    t = context.schedule.spread(context.draw(batch, f"{purpose} t"), *context.schedule.span)
+    t = context.schedule.random_times(context.draw(batch, f"{purpose} t"), *context.schedule.span)
     x_t = context.schedule.add_noise(x0, context.noise(batch, f"{purpose} eps"), t)
     if shake:
         x_t = x_t + shake * context.noise(batch, f"{purpose} shake")
     return context.module("head")(role.features(x_t, t, batch.cond))
-
-
-def check_range(t_range: tuple[float, float]) -> None:
-    """Raise ValueError for times that do not ascend."""
-    low, high = t_range
-    if not 0 <= low < high:
-        raise ValueError(f"t_range is {list(t_range)}: expected two ascending timesteps, as [20, 980]")
 
 
 def simulate(context: StepContext, batch: Batch, sampler: Sampler) -> tuple[Tensor, Tensor]:
@@ -227,12 +211,12 @@ def simulate(context: StepContext, batch: Batch, sampler: Sampler) -> tuple[Tens
             lambda i: context.noise(batch, f"again {i}"),
             taken=k,
         )
-    return x_t, torch.full((len(x_t),), sampler.timesteps[k], device=x_t.device)
+    return x_t, per_sample(sampler.timesteps[k], x_t)
 
 
 def fake_loss(context: StepContext, batch: Batch, x0: Tensor) -> Tensor:
     """Denoising score matching of the fake score on the student's samples, at any time of the schedule."""
-    t = context.schedule.spread(context.draw(batch, "fake t"), *context.schedule.span)
+    t = context.schedule.random_times(context.draw(batch, "fake t"), *context.schedule.span)
     eps = context.noise(batch, "fake eps")
     est = context.denoiser("fake")(context.schedule.add_noise(x0, eps, t), t, batch.cond)
     return denoising(est, x0, eps, context.schedule)

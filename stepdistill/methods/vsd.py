@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from stepdistill.core.denoise import guided
 from stepdistill.core.losses import distance, surrogate
-from stepdistill.core.schedule import NoiseSchedule, expand
+from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
 from stepdistill.core.solvers import Sampler
-from stepdistill.methods.base import Batch, Method, StepContext, Update
-from stepdistill.methods.dmd2 import check_range
+from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_range
 from stepdistill.networks.clip import clip
-from stepdistill.networks.roles import TEACHER, Ema, Lora, Role
+from stepdistill.networks.roles import TEACHER, Lora, Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class ClipTerm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VSD(Method):
+class VSD(Averaged):
     """SwiftBrush with a LoRA student and a LoRA fake score on one frozen base.
 
     References:
@@ -63,8 +63,9 @@ class VSD(Method):
         t_range: lowest and highest timestep at which the scores are compared.
         proportion_empty_prompts: share of steps in which the fake score learns the unconditional law.
         clip: the clamped CLIP term; none decodes no image.
-        ema_decay: decay of the average of the student that is exported; none exports the student itself.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"prompts"})
 
     guidance_scale: float | tuple[float, float] = 4.5
     timestep: float | None = None
@@ -72,32 +73,22 @@ class VSD(Method):
     t_range: tuple[float, float] = (20.0, 980.0)
     proportion_empty_prompts: float = 0.1
     clip: ClipTerm | None = None
-    ema_decay: float | None = 0.99
 
     def __post_init__(self) -> None:
         check_range(self.t_range)
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"prompts"})
-
     def roles(self) -> dict[str, Role]:
-        average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
-        return {"student": Lora(), "fake": Lora()} | average
-
-    def student_role(self) -> str:
-        return "student" if self.ema_decay is None else "ema"
+        return {"student": Lora(), "fake": Lora(), **self.average}
 
     def check(self, schedule: NoiseSchedule) -> None:
-        schedule.check(self.t_range)
-        schedule.check(() if self.timestep is None else (self.timestep,))
+        schedule.check(self.t_range if self.timestep is None else (*self.t_range, self.timestep))
         alpha_t, _ = schedule(torch.tensor(self.sampler(schedule).timesteps[0], dtype=torch.float64))
         if 0 < alpha_t < 1e-3:
             raise ValueError(f"alpha is {alpha_t.item():.1e} at the noisiest time: too small to divide by")
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         start = schedule.span[1] if self.timestep is None else self.timestep
-        return Sampler(schedule.even(start, steps or 1), eta=1.0, clean=True)
+        return Sampler(schedule.even_starts(start, steps or 1), eta=1.0, clean=True)
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         return self.towards(TEACHER, context, batch, step)
@@ -105,29 +96,28 @@ class VSD(Method):
     def towards(self, target: str, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         """The updates of one step, with the role `target` as the real score."""
         student, z = context.denoiser("student"), context.noise(batch, "start")
-        t = torch.full((len(z),), self.sampler(context.schedule).timesteps[0], device=z.device)
+        t = per_sample(self.sampler(context.schedule).timesteps[0], z)
         turn = step - self.warmup_steps
         if turn >= 0:
             x0 = student(z, t, batch.cond).x0
             loss = surrogate(x0, self.gradient(target, context, batch, x0.detach()))
-            logs = {"loss": loss.detach()}
+            logs = {"loss": loss}
             if self.clip is not None:
                 images = (context.decode(x0) / 2 + 0.5).clamp(0, 1)
                 cosine = clip(self.clip.pretrained_clip_model, context.device)(images, batch.prompts)
                 loss = loss + self.clip.weight_at(turn) * (self.clip.threshold - cosine).relu().mean()
-                logs["clip"] = cosine.detach().mean()
+                logs["clip"] = cosine.mean()
             x0 = x0.detach()
-            yield Update(("student",), loss, logs)
+            yield Update("student", loss, **logs)
         else:
             with torch.no_grad():
                 x0 = student(z, t, batch.cond).x0
-        loss = self.fake_loss(context, batch, x0)
-        yield Update(("fake",), loss, {"loss_fake": loss.detach()})
+        yield Update("fake", self.fake_loss(context, batch, x0))
 
     @torch.no_grad()
     def gradient(self, target: str, context: StepContext, batch: Batch, x0: Tensor) -> Tensor:
         """`sigma_s^2 (eps_real - eps_fake)` at the noised sample, both guided."""
-        s = context.schedule.spread(context.draw(batch, "score t"), *self.t_range)
+        s = context.schedule.random_times(context.draw(batch, "score t"), *self.t_range)
         x_s = context.schedule.add_noise(x0, context.noise(batch, "score eps"), s)
         w = self._guidance(context)
         real, fake = (
@@ -137,7 +127,7 @@ class VSD(Method):
 
     def fake_loss(self, context: StepContext, batch: Batch, x0: Tensor) -> Tensor:
         """Denoising score matching with weight alpha_t^2, in some steps without prompts."""
-        t = context.schedule.spread(context.draw(batch, "fake t"), *context.schedule.span)
+        t = context.schedule.random_times(context.draw(batch, "fake t"), *context.schedule.span)
         alpha_t, eps = expand(context.schedule(t)[0], x0), context.noise(batch, "fake eps")
         empty = context.shared("empty prompt") < self.proportion_empty_prompts
         cond = {k: context.null[k].expand_as(v) for k, v in batch.cond.items()} if empty else batch.cond

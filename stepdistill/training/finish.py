@@ -25,7 +25,6 @@ from stepdistill.evaluation.protocol import PROTOCOLS
 from stepdistill.evaluation.records import prompts_digest
 from stepdistill.evaluation.results import document, protocol_facts
 from stepdistill.evaluation.stored_features import StoredFeatures
-from stepdistill.methods.base import Method
 from stepdistill.networks import sharding
 from stepdistill.students import single as student
 from stepdistill.students import verify as export
@@ -37,11 +36,6 @@ from stepdistill.training.sampling import relative_straightness
 from stepdistill.training.setup import Session
 
 FEW = 4  # steps at which teacher and student are compared
-
-
-def guidance_of(method: Method) -> Any:  # noqa: ANN401
-    """The guidance scale of a method that has one."""
-    return vars(method).get("guidance_scale")
 
 
 def finish(session: Session) -> None:

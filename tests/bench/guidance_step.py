@@ -27,7 +27,7 @@ from harness import CPU, WALL, Rows, Side, interleaved, quartiles, ratios, surro
 from torch import Tensor, nn
 
 from stepdistill.data.bundled import build as tiny
-from stepdistill.methods.guidance_distillation import AdapterGuidance
+from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.networks.guidance_adapters import OFF, Attachment, build
 from stepdistill.networks.roles import Adapters
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from stepdistill.core.cost import Cost, count_calls
 from stepdistill.core.pixels import to_uint8
-from stepdistill.core.random import noise_of
+from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.core.schedule import Rectified
 from stepdistill.families.base import Family, each
 from stepdistill.methods.base import Method
@@ -114,7 +114,7 @@ def generate(
             images = drawer(  # pyright: ignore[reportCallIssue]
                 list(prompts[start : start + batch]),
                 latents=family.pack(torch.stack([noise_of(seed, i, shape) for i in ids]).to(drawer.device)),
-                generator=[torch.Generator().manual_seed(7_919 * seed + i) for i in ids],
+                generator=[fresh_noise(seed, i) for i in ids],
                 height=height,
                 width=width,
                 output_type="pt",

@@ -17,7 +17,7 @@ from torch import Tensor
 from stepdistill.config import load as config
 from stepdistill.core.cost import Cost
 from stepdistill.core.errors import StudentError, problem
-from stepdistill.core.schedule import NoiseSchedule, Rectified
+from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts
 from stepdistill.families.base import Family, each
 from stepdistill.families.prompt_limits import warn_of_cut
@@ -272,7 +272,7 @@ def changed_sampler(contract: Contract, schedule: NoiseSchedule, options: DrawOp
     if options.sigmas is not None:
         if not all(0 < sigma <= 1 for sigma in options.sigmas):
             raise ValueError(f"sigmas are {list(options.sigmas)}: expected shares of noise above 0, at most 1")
-        times = tuple(_time(schedule, sigma) for sigma in options.sigmas)
+        times = tuple(schedule.time_of_sigma(sigma) for sigma in options.sigmas)
     if times is not None:
         check_starts(times)
         schedule.check(times)
@@ -282,11 +282,3 @@ def changed_sampler(contract: Contract, schedule: NoiseSchedule, options: DrawOp
             raise ValueError(f"guidance_scale is {options.guidance_scale:g}: expected 1, which is none, or more")
         sampler = replace(sampler, guidance_scale=options.guidance_scale)
     return sampler if options.eta is None else replace(sampler, eta=options.eta)
-
-
-def _time(schedule: NoiseSchedule, sigma: float) -> float:
-    """The time at a share of noise; of a table the nearest entry."""
-    if isinstance(schedule, Rectified):
-        return 1000 * sigma
-    times = torch.arange(schedule.span[0], schedule.span[1] + 1)
-    return times[(schedule(times)[1] - sigma).abs().argmin()].item()

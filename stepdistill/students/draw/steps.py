@@ -21,8 +21,7 @@ from torch import Tensor
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.prediction import estimate
-from stepdistill.core.random import noise_of
-from stepdistill.core.schedule import DiscreteVP
+from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.families.base import Family, each
 from stepdistill.students.contract import read_contracts, teacher
 from stepdistill.students.draw.call import PipelineCall, scheduled, teacher_call
@@ -77,7 +76,7 @@ def predictions_of_steps(
     """
     schedule, kind, frames, times = family.schedule(pipe.scheduler), family.kind(pipe), [], []
     # a table's scheduler may keep its state in another scale than the network's; a flow's has one
-    scaled = isinstance(schedule, DiscreteVP)
+    scaled = not schedule.straight
     with _stepped(pipe.scheduler, scaled) as steps:
         packed, told = family.pack(latents), each(call, len(prompts))
         final = pipe(list(prompts), latents=packed, generator=generator, output_type="latent", **told).images
@@ -174,9 +173,8 @@ def _strip(pipe: Any, call: PipelineCall, wanted: View, i: int, clean: bool) -> 
     """The line of prompt i in one way to draw it."""
     family, (height, width) = call.family, (call.arguments[name] for name in ("height", "width"))
     noise = noise_of(wanted.seed, i, family.latent_shape(pipe, height, width))[None].to(pipe.device)
-    fresh = torch.Generator().manual_seed(7_919 * wanted.seed + i)
     with scheduled(pipe, call.scheduler):
-        seen = predictions_of_steps(pipe, family, [wanted.prompts[i]], noise, call.arguments, [fresh], clean)
+        seen = predictions_of_steps(pipe, family, [wanted.prompts[i]], noise, call.arguments, [fresh_noise(wanted.seed, i)], clean)
     chosen = picked(len(seen.timesteps), wanted.columns)
     latents = [*(seen.predicted[k] for k in chosen[:-1]), seen.final]
     with torch.no_grad():

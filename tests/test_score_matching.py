@@ -25,7 +25,7 @@ from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.data import Partition, Prompts, TeacherSamples
 from stepdistill.data.routing import Routing, cluster
 from stepdistill.methods.base import Batch, Update
-from stepdistill.methods.tsm import TeacherScoreMatching
+from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import Copy, LoraSpec
 from stepdistill.students import several as multi

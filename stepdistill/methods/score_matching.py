@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -11,13 +12,12 @@ from stepdistill.core.denoise import guided
 from stepdistill.core.losses import distance
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
-from stepdistill.methods.base import Batch, Method, StepContext, Update
-from stepdistill.methods.consistency import latents_of
-from stepdistill.networks.roles import TEACHER, Copy, Ema, Role
+from stepdistill.methods.base import Averaged, Batch, StepContext, Update
+from stepdistill.networks.roles import TEACHER, Copy, Role
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherScoreMatching(Method):
+class TeacherScoreMatching(Averaged):
     """The first stage of a smaller student: `E_t lambda_t |mu(x_t, t) - mu_teacher(x_t, t)|^2`.
 
     `x_t` is real latents with noise, `mu` the estimate of x0. The loss is the squared distance in x0 and in eps, so
@@ -37,44 +37,33 @@ class TeacherScoreMatching(Method):
         width: the student's share of the teacher's channels, in (0, 1); rounded to what the network allows.
         guidance_scale: w of `uncond + w (cond - uncond)` in the teacher; 1 matches it without guidance.
         sampling_guidance_scale: written into the contract; 1 where the teacher was matched with guidance.
-        ema_decay: decay of an average of the student, which is what is exported; none exports the student itself.
         num_inference_steps: steps that the contract names.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"latents"})
 
     width: float = 0.5
     guidance_scale: float = 1.0
     sampling_guidance_scale: float = 7.5
-    ema_decay: float | None = 0.99
     num_inference_steps: int = 25
 
     def __post_init__(self) -> None:
         if not 0 < self.width < 1:
             raise ValueError(f"width is {self.width}: expected a share in (0, 1); at 1 the student is the teacher")
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"latents"})
-
     def roles(self) -> dict[str, Role]:
-        average: dict[str, Role] = {} if self.ema_decay is None else {"ema": Ema("student", self.ema_decay)}
-        return {"student": Copy(width=self.width)} | average
-
-    def student_role(self) -> str:
-        return "student" if self.ema_decay is None else "ema"
-
-    def check(self, schedule: NoiseSchedule) -> None:
-        schedule.grid(self.num_inference_steps)
+        return {"student": Copy(width=self.width), **self.average}
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
-        times = schedule.grid(steps or self.num_inference_steps).flip(0)[:-1]
-        return Sampler(tuple(times.tolist()), eta=0.0, clean=True, guidance_scale=self.sampling_guidance_scale)
+        starts = schedule.starts(steps or self.num_inference_steps)
+        return Sampler(starts, eta=0.0, clean=True, guidance_scale=self.sampling_guidance_scale)
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
-        x0 = latents_of(batch)
-        t = context.schedule.spread(context.draw(batch, "t"), *context.schedule.span)
+        x0 = batch.x0
+        t = context.schedule.random_times(context.draw(batch, "t"), *context.schedule.span)
         x_t = context.schedule.add_noise(x0, context.noise(batch, "eps"), t)
         with torch.no_grad():
             target = guided(context.denoiser(TEACHER), context.null, self.guidance_scale)(x_t, t, batch.cond)
         est = context.denoiser("student")(x_t, t, batch.cond)
         loss = distance("l2", est.x0, target.x0) + distance("l2", est.eps, target.eps)
-        yield Update(("student",), loss, {"loss": loss.detach()})
+        yield Update("student", loss)
