@@ -37,14 +37,8 @@ class Adversarial(Method):
     def roles(self) -> dict[str, Role]:
         return {"student": Lora(), "fake": Lora()}
 
-    def student_role(self) -> str:
-        return "student"
-
     def sampler(self, schedule, steps=None):
         raise AssertionError
-
-    def check(self, schedule) -> None:
-        pass
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         t = torch.full((len(batch.index),), 500.0)
@@ -56,10 +50,10 @@ class Adversarial(Method):
             real = teacher(x_t, t, batch.cond).x0
         gap = context.denoiser("fake").frozen()(x_t, t, batch.cond).x0 - real
         (v,) = torch.autograd.grad(gap.square().mean(), xd)
-        yield Update(("student",), (xg * v).sum())
+        yield Update("student", (xg * v).sum())
         x_t = context.schedule.add_noise(xd.detach(), context.noise(batch, "critic"), t)
         fake = context.denoiser("fake")(x_t, t, batch.cond)
-        yield Update(("fake",), (fake.x0 - xd.detach()).square().mean())
+        yield Update("fake", (fake.x0 - xd.detach()).square().mean())
 
 
 METHODS = {

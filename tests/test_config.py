@@ -266,7 +266,7 @@ lora: {{rank: 4.5, roles: {{fake: {{alpha: x}}}}}}
         ("null", "got None, expected a mapping for Noise"),
         (f"{{type: {HERE}.Tabel}}", "did you mean Table?"),
         (f"{{type: {HERE}.Lora}}", "expected a dataclass that is a Noise"),
-        (f"{{type: {HERE}.Unfinished}}", "this one is abstract"),
+        (f"{{type: {HERE}.Unfinished}}", "it lacks scale; define"),
         ("{type: torch.optim.AdamW}", "expected a dataclass that is a Noise"),
         ("{type: Table}", "expected package.module.Name"),
         ("{type: 3}", "expected package.module.Name"),

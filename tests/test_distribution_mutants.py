@@ -164,10 +164,10 @@ BUGS = {
     ),
     # times
     "table's last time never drawn": Bug(
-        DiscreteVP.spread, "(high - low + 1)", "(high - low - 100)", lambda: spreads()
+        DiscreteVP.random_times, "(high - low + 1)", "(high - low - 100)", lambda: spreads()
     ),
     "a flow's shift forgotten": Bug(
-        Rectified.spread, "1000 * self.shift * u / (1 + (self.shift - 1) * u)", "1000 * u", lambda: spreads()
+        Rectified.random_times, "1000 * self.shift * u / (1 + (self.shift - 1) * u)", "1000 * u", lambda: spreads()
     ),
     # the adversarial term
     "adversarial term uphill": Bug(losses.generator_loss, "softplus(-fake)", "softplus(fake)", judged),

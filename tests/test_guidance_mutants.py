@@ -96,7 +96,7 @@ BUGS = {
     "guided at sampling, too": Bug(
         GuidedLora.sampler,
         "teacher_sampler(schedule, steps or self.num_inference_steps)",
-        "replace(teacher_sampler(schedule, steps or self.num_inference_steps), guidance_scale=self.guidance_scale)",
+        "Sampler(schedule.starts(steps or self.num_inference_steps), 0.0, False, self.guidance_scale)",
         lora,
     ),
     "a clean end, which the teacher's steps have not": Bug(
@@ -117,13 +117,13 @@ BUGS = {
         two_steps,
         "est = teacher(x_middle, middle, cond)",
         "est = teacher(x_t, t, cond)",
-        lambda: methods.test_one_step_of_the_target_is_two_teacher_sampler(stable_diffusion()),
+        lambda: methods.test_one_step_of_the_target_is_two_of_the_teacher(stable_diffusion()),
     ),
     "a last step that stays noisy": Bug(
         two_steps,
         "expand(torch.where(last, 0.0, sigma_end), x_t)",
         "expand(sigma_end, x_t)",
-        lambda: methods.test_one_step_of_the_target_is_two_teacher_sampler(stable_diffusion()),
+        lambda: methods.test_one_step_of_the_target_is_two_of_the_teacher(stable_diffusion()),
     ),
     "no weight": Bug(
         ProgressiveHalving.updates,

@@ -159,7 +159,7 @@ def run(place: Path, name: str, out: str, **fields) -> Run:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tsm")
+    folder = tmp_path_factory.mktemp("score_matching")
     for name in tiny.FAMILIES:
         tiny.pipeline(name).save_pretrained(folder / name)
         distill(run(folder, name, f"student-{name}"))

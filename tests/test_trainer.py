@@ -188,7 +188,7 @@ class Poisoned(Regression):
 
     def updates(self, context, batch, step):
         for update in Regression.updates(self, context, batch, step):
-            yield Update(update.roles, update.loss * (float("nan") if step == 2 else 1.0), update.logs)
+            yield Update(update.roles, update.loss * (float("nan") if step == 2 else 1.0), **update.logs)
 
 
 def test_a_non_finite_loss_stops_and_saves(teacher, samples, tmp_path):
@@ -229,7 +229,7 @@ class Dead(Regression):
 
     def updates(self, context, batch, step):
         for update in Regression.updates(self, context, batch, step):
-            yield Update(update.roles, update.loss.detach().requires_grad_(), update.logs)
+            yield Update(update.roles, update.loss.detach().requires_grad_(), **update.logs)
 
 
 def test_a_role_without_gradients_is_an_error(teacher, samples, tmp_path):
