@@ -20,8 +20,9 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
 
 
 def per_sample(time: float | Tensor, like: Tensor) -> Tensor:
-    """A time for each of the samples `like` (B, ...): (B,), as it is where it has that shape already."""
-    return time if isinstance(time, Tensor) else torch.full((len(like),), float(time), device=like.device)
+    """A time (B,) for each of the samples `like` (B, ...), from one number or from (B,)."""
+    size = len(like)
+    return time.expand(size) if isinstance(time, Tensor) else torch.full((size,), float(time), device=like.device)
 
 
 class NoiseSchedule(ABC):

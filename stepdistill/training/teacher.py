@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from stepdistill.core.denoise import guided
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.core.solvers import follow
+from stepdistill.core.schedule import per_sample
+from stepdistill.core.solvers import each_step, follow
 from stepdistill.data import GuidedState
 from stepdistill.networks.roles import TEACHER
 from stepdistill.training.setup import Session
@@ -50,7 +50,7 @@ class Teacher:
             todo = "set train.resolution and data.source.resolution alike"
             raise ConfigError(problem(got, f"{session.batches.side}", why, todo))
         times = context.schedule.grid(steps).tolist()
-        lowest = torch.full((len(latents),), times[0], device=context.device)
+        lowest = per_sample(times[0], latents)
         x_t = context.schedule.add_noise(latents, noise.to(context.device), lowest)
         condition = session.batches.condition(prompts)
         return follow(session.denoiser(TEACHER), context.schedule, times, x_t, condition), x_t
@@ -68,13 +68,12 @@ class Teacher:
         x_t, scales_ = noise.to(context.device), scales.to(context.device)
         denoise, cond = guided(teacher, context.null, scales_), self.session.batches.condition(prompts)
         states, outputs = [], []
-        for now, then in pairwise(times.tolist()):
-            t, s = (torch.full((len(x_t),), time, device=x_t.device) for time in (now, then))
+        for t, s in each_step(times.tolist(), x_t):
             x_t = x_t.half().float()  # as it will be stored: the output belongs to that state
             est = denoise(x_t, t, cond)
             states.append(x_t.cpu())
             outputs.append(teacher.native(est, t).cpu())
-            x_t = schedule.add_noise(est.x0, est.eps, s)
+            x_t = schedule.add_noise(*est, s)
         row = torch.arange(len(kept))[:, None]
         xs, ys = (torch.stack(each, dim=1)[row, kept] for each in (states, outputs))
         return GuidedState(xs, times[kept], scales[:, None].expand(kept.shape), ys)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepdistill.core.denoise import Condition, Denoise
 from stepdistill.core.schedule import NoiseSchedule, expand
-from stepdistill.core.solvers import share_of_noise, time_of_share
+from stepdistill.core.solvers import each_step, share_of_noise, time_of_share
 
 
 class Paths(NamedTuple):
@@ -48,9 +48,8 @@ def paths(denoise: Denoise, schedule: NoiseSchedule, x_t: Tensor, cond: Conditio
     times = [schedule.span[1], *time_of_share(schedule, shares[1:-1]).tolist(), schedule.span[0]]
     levels = [sum(schedule(torch.tensor(time, dtype=torch.float64))) for time in times]
     states = [x_t / levels[0]]
-    for t, s, level in zip(times[:-1], times[1:], levels[1:], strict=True):
-        now, then = (torch.full((len(x_t),), time, device=x_t.device, dtype=torch.float64) for time in (t, s))
-        x_t = schedule.add_noise(*denoise(x_t, now.to(x_t.dtype), cond), then.to(x_t.dtype))
+    for (t, s), level in zip(each_step(x_t.new_tensor(times), x_t), levels[1:], strict=True):
+        x_t = schedule.add_noise(*denoise(x_t, t, cond), s)
         states.append(x_t / level)
     path = torch.stack(states).double()
     speed = path.diff(dim=0) / expand(shares.diff().to(path.device), path[1:])
