@@ -58,7 +58,7 @@ def banner(run: Run, backbone: Backbone, global_batch: int, start: int) -> str:
         "trained": ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in counts.items()),
         "output": run.train.output_dir,
     }
-    scale = vars(run.method).get("guidance_scale")
+    scale = run.method.guidance_scale
     if scale is not None:
         rows["guidance"] = f"uncond + w (cond - uncond), w = {scale}"
     return "\n".join(["***** Running training *****", *(f"  {key:<10}{value}" for key, value in rows.items())])
