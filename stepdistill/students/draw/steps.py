@@ -174,7 +174,8 @@ def _strip(pipe: Any, call: PipelineCall, wanted: View, i: int, clean: bool) -> 
     family, (height, width) = call.family, (call.arguments[name] for name in ("height", "width"))
     noise = noise_of(wanted.seed, i, family.latent_shape(pipe, height, width))[None].to(pipe.device)
     with scheduled(pipe, call.scheduler):
-        seen = predictions_of_steps(pipe, family, [wanted.prompts[i]], noise, call.arguments, [fresh_noise(wanted.seed, i)], clean)
+        fresh = [fresh_noise(wanted.seed, i)]
+        seen = predictions_of_steps(pipe, family, [wanted.prompts[i]], noise, call.arguments, fresh, clean)
     chosen = picked(len(seen.timesteps), wanted.columns)
     latents = [*(seen.predicted[k] for k in chosen[:-1]), seen.final]
     with torch.no_grad():
