@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ from stepdistill.methods import reflow
 from stepdistill.methods.reflow import Reflow
 from stepdistill.networks.roles import TEACHER
 from stepdistill.students.contract import read_contract
+from stepdistill.training import finish
 from stepdistill.training.batches import provided
 from stepdistill.training.distill import distill, make_data
 from stepdistill.training.recipe import Run, TrainSpec
+from stepdistill.training.sampling import relative_straightness
 from stepdistill.training.setup import prepare
 
 SIDE = 16
@@ -85,6 +88,7 @@ def test_training_runs_on_them_and_bent_paths_lose_the_first_noise(place, tmp_pa
     """The paths of a random network are nearly straight; the threshold is moved below them."""
     if not straight:
         monkeypatch.setattr(reflow, "STRAIGHT", 1e-9)
+    monkeypatch.setattr(finish, "relative_straightness", partial(relative_straightness, count=8))  # 256 in a run
     data = source(place, tmp_path / "pairs")
     run = stage_of(place, data, "sd").run
     with caplog.at_level(logging.WARNING, "stepdistill"):
