@@ -78,7 +78,7 @@ BUGS = {
         "w / UNIT",
         lambda: roles.test_one_is_no_guidance_whatever_they_have_learnt("mixed"),
     ),
-    "mixed without the image": Bug(CrossAttentionAdapter.forward, "silu(found + q)", "silu(found)", roles.held_out),
+    "mixed without the image": Bug(CrossAttentionAdapter.forward, "silu(read + q)", "silu(read)", roles.held_out),
     "w - 1 for w": Bug(
         AdapterGuidance.updates,
         "SCALE: w}",

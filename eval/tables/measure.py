@@ -29,7 +29,7 @@ from stepdistill.students.load import load_student
 from stepdistill.students.several import Students
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run
-from stepdistill.training.watch import rules as signs
+from stepdistill.training.watch import rules
 from stepdistill.training.watch.rules import Yardstick
 from tables import memory_at_size as cycles
 from tables.benchmark import N, Results, data_features, figures, places, prompts, reference
@@ -55,7 +55,7 @@ WATCHED = {  # runs of DMD2's recipe and of others, and what is wrong with them
     "dmd2, 30 times the learning rate": ("dmd2", ["train.learning_rate=9e-3"]),
     "lcm": ("lcm", []),
     "vsd": ("vsd", []),
-    "vsd, beside the unguided teacher": ("vsd", ["train.teacher_guidance_scale=1"]),  # whose law it tends to
+    "vsd, beside the unguided teacher": ("vsd", ["train.teacher_guidance_scale=1"]),  # whose images it tends to
 }
 WATCHED_STEPS, WATCHED_EVERY = 240, 40
 TEACHERS = ("tiny-sd", "tiny-sd3")
@@ -159,7 +159,7 @@ def bends(run: Run, pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def measure_unguided(name: str, results: Results, work: Path) -> None:
-    """The teacher without guidance: the law that variational score distillation tends to."""
+    """The teacher without guidance: the distribution that variational score distillation tends to."""
     run = config.load(Run, next(iter(recipes(name, "distribution").values())), [])
     ref, pipe = reference(name, run, work), run.family.load()
     row = teacher_call(run.family, pipe, run.train.teacher_steps, 1.0, "teacher, unguided")
@@ -224,9 +224,9 @@ def watched(run: Run) -> dict[str, Any]:
     out = distill(run)
     stored = Yardstick.read(out / "watch.json")
     assert stored is not None
-    past = signs.history(signs.rows(out / "metrics.jsonl"), stored.spread)
+    past = rules.history(rules.rows(out / "metrics.jsonl"), stored.spread)
     looks = 1 + WATCHED_STEPS // WATCHED_EVERY
-    alarms = {k: [signs.title(n) for n in past if signs.alarmed(past[n][: k + 1])] for k in range(looks)}
+    alarms = {k: [rules.title(n) for n in past if rules.alarmed(past[n][: k + 1])] for k in range(looks)}
     fired = next((k for k, names in alarms.items() if names), None)
     found = {} if fired is None else {"fired": fired * WATCHED_EVERY, "signs": alarms[fired]}
     return {"steps": WATCHED_STEPS, "every": WATCHED_EVERY, "samples": run.train.watch_samples} | found

@@ -161,11 +161,11 @@ class ImageSource(Source):
         with ThreadPool(8) as pool:
             sizes = pool.imap(self.size, range(count), chunksize=64)
             sizes = tqdm(sizes, "reading image sizes", total=count, delay=2)
-            found = [nearest_shape(self.shapes, size) if size else -1 for size in sizes]
+            buckets = [nearest_shape(self.shapes, size) if size else -1 for size in sizes]
         # an image without a header joins the fullest bucket, where a good one can stand in for it
-        counts = Counter(b for b in found if b >= 0) or Counter([0])
+        counts = Counter(b for b in buckets if b >= 0) or Counter([0])
         fullest = counts.most_common(1)[0][0]
-        return array("i", [fullest if b < 0 else b for b in found])
+        return array("i", [fullest if b < 0 else b for b in buckets])
 
     def buckets(self) -> Sequence[int]:
         return self._bucket_of

@@ -77,15 +77,15 @@ class Partition(Wrapper):
     @cached_property
     def _captions(self) -> list[tuple[int, Sequence[str]]]:
         """Item and captions of everything in the source that has any."""
-        found, bad = [], []
+        kept, bad = [], []
         for i in range(len(self.source)):
             try:
-                found.append((i, self.source.captions(i)))
+                kept.append((i, self.source.captions(i)))
             except BadSample as error:
                 bad.append(error)
         if bad:
             logger.warning("%d items are nobody's, since they have no caption; first %s", len(bad), bad[0])
-        return found
+        return kept
 
     @cached_property
     def router(self) -> Router:
@@ -149,7 +149,7 @@ class Partition(Wrapper):
     @cached_property
     def _items(self) -> list[tuple[int, tuple[str, ...]]]:
         """Item of the source and those of its captions that are this student's, where there are any."""
-        found = []
+        items = []
         for i, captions in self._captions:
             for caption in filter(self._stray, captions):
                 got = f"{caption[:60]!r} in {self.source.name(i)}, and not in {list(self.files or self.classes)}"
@@ -157,12 +157,12 @@ class Partition(Wrapper):
                 raise DataError(problem(got, "every prompt of the source there", why, "add it, or leave it out"))
             mine = tuple(caption for caption in captions if self.router.route(caption) == self.student)
             if mine:
-                found.append((i, mine))
-        if not found:
+                items.append((i, mine))
+        if not items:
             got = f"no prompt of student {self.student} of {self.students} among {len(self._captions)} items"
             why = "a student without prompts cannot be trained"
             raise DataError(problem(got, "at least one", why, "check data.source, data.classes and data.files"))
-        return found
+        return items
 
     def __len__(self) -> int:
         return len(self._items)

@@ -35,8 +35,8 @@ class Prompts(Source):
         if (self.prompts_file is None) == (not self.prompts):
             got = f"prompts_file={self.prompts_file!r} and {len(self.prompts)} prompts"
             raise DataError(problem(got, "one of the two", "a run has one list of prompts", "set data.prompts_file"))
-        found = self._read(Path(self.prompts_file)) if self.prompts_file else [(text,) for text in self.prompts]
-        kept = [tuple(text.strip() for text in captions if text.strip()) for captions in found]
+        listed = self._read(Path(self.prompts_file)) if self.prompts_file else [(text,) for text in self.prompts]
+        kept = [tuple(text.strip() for text in captions if text.strip()) for captions in listed]
         kept = [captions for captions in kept if captions]
         if not kept:
             got = f"no prompt in {self.prompts_file or 'prompts'}"

@@ -119,8 +119,8 @@ class Table:
 
     def route(self, prompt: str) -> int:
         """The number of the prompt's student."""
-        found = self.find(prompt)
-        return crc32(normal(prompt).encode()) % self.students if found is None else found
+        student = self.find(prompt)
+        return crc32(normal(prompt).encode()) % self.students if student is None else student
 
 
 @dataclass(frozen=True)
@@ -216,19 +216,19 @@ def _direction(vectors: Sequence[Vector]) -> dict[str, float]:
     for vector in vectors:
         for name, value in vector.items():
             mean[name] += value / len(vectors)
-    found = {name: 1.0 - 2.0 * (crc32(name.encode()) & 1) for name in names}
+    direction = {name: 1.0 - 2.0 * (crc32(name.encode()) & 1) for name in names}
     for _ in range(TURNS):
-        middle = dot(mean, found)
+        middle = dot(mean, direction)
         moved = dict.fromkeys(names, 0.0)
         for vector in vectors:
-            along = dot(vector, found) - middle
+            along = dot(vector, direction) - middle
             for name, value in vector.items():
                 moved[name] += along * value
         length = math.sqrt(math.fsum(value * value for value in moved.values()))
         if length < 1e-12:  # vectors that do not differ; the alphabet will part them
             return {}
-        found = {name: value / length for name, value in moved.items()}
-    return {name: round(value, 6) for name, value in found.items() if round(value, 6)}
+        direction = {name: value / length for name, value in moved.items()}
+    return {name: round(value, 6) for name, value in direction.items() if round(value, 6)}
 
 
 @dataclass(frozen=True)

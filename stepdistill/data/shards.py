@@ -49,8 +49,8 @@ class Shards(ImageSource):
 
     @cached_property
     def _shards(self) -> list[tuple[Path, ShardIndex]]:
-        found = _find(self.train_shards_path_or_url)
-        shards = [(path, shard_index(path)) for path in tqdm(found, "indexing shards", delay=2)]
+        files = _find(self.train_shards_path_or_url)
+        shards = [(path, shard_index(path)) for path in tqdm(files, "indexing shards", delay=2)]
         strays = [(path, key) for path, index in shards for key in index.strays]
         if not any(index.keys for _, index in shards):
             got = f"{len(strays)} samples, none with an image, in {self.train_shards_path_or_url}"
@@ -128,10 +128,10 @@ def _find(pattern: str) -> list[Path]:
         raise DataError(problem(pattern, "local tar files", why, "download the shards first"))
     paths: list[Path] = []
     for one in expand_braces(pattern):
-        found = sorted(glob.glob(one)) if any(sign in one for sign in "*?[") else [one]
-        if not found or not Path(found[0]).is_file():
+        files = sorted(glob.glob(one)) if any(sign in one for sign in "*?[") else [one]
+        if not files or not Path(files[0]).is_file():
             got = f"{one}, where there is no file"
             todo = "check data.train_shards_path_or_url, such as 'shards/{00000..00012}.tar' or 'shards/*.tar'"
             raise DataError(problem(got, "tar shards", "a missing shard would change the data set", todo))
-        paths += map(Path, found)
+        paths += map(Path, files)
     return paths

@@ -105,12 +105,12 @@ class Trajectories(TeacherMade):
         j, k = divmod(i, self.kept_steps)
         try:
             with safe_open(self._chunk(j // self.chunk), "pt") as file:  # a slice reads no more than itself
-                found = {name: file.get_slice(name)[j % self.chunk, k].float() for name in GuidedState._fields}
+                rows = {name: file.get_slice(name)[j % self.chunk, k].float() for name in GuidedState._fields}
         except (OSError, SafetensorError) as error:
             todo = "let the run make them, or `stepdistill data make`"
             got = f"no readable {self._chunk(j // self.chunk)} ({error})"
             raise DataError(problem(got, "guided states", "they are trained on", todo)) from error
-        return Sample(prompt=self.prompt_of(j), state=GuidedState(**found), item=i)
+        return Sample(prompt=self.prompt_of(j), state=GuidedState(**rows), item=i)
 
     def name(self, i: int) -> str:
         return f"state {i % self.kept_steps} of trajectory {i // self.kept_steps} in {self.path}"

@@ -201,7 +201,7 @@ class Family(ABC):
         return {"guidance_scale": scale}
 
     def embedded(self, pipe: DiffusionPipeline) -> float | None:
-        """The guidance scale that the network is told as an input; None where it has no such input."""
+        """The guidance scale that the network takes as an input; None where it has no such input."""
         return None
 
     @property

@@ -6,7 +6,7 @@ LoRA on the frozen base, and the teacher is the base with every adapter off. The
 - PEFT's own switches (`set_adapter`, `disable_adapters`) flip `requires_grad`, which drops the gradients of a graph
   that is still alive, without a word. Roles are switched by the layers' active names instead, and no flag moves.
 - Gradient checkpointing computes a block again during backward, under whichever role is active then. The
-  checkpoint function installed here remembers the role of the forward pass, and what its adapters were told.
+  checkpoint function installed here remembers the role of the forward pass, and the inputs of its adapters.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Backbone(nn.Module):
         """The network of a role, for calls inside the context; everything is as before when it closes.
 
         With `grad=False` the role's own weights take no gradient, while one to the inputs still flows. A role with
-        adapters is told the guidance `scale`, (B,) or (B, 1); others have no use for it.
+        adapters takes the guidance `scale`, (B,) or (B, 1); others have no use for it.
         """
         with self._use(name, grad, self._context(name, scale)) as net:
             yield net
@@ -207,11 +207,11 @@ class Backbone(nn.Module):
         if name in self.others:
             self.others[name].load_state_dict(state)
             return
-        own = self.state(name)
-        if own.keys() != state.keys():
-            odd = sorted(own.keys() ^ state.keys())
+        held = self.state(name)
+        if held.keys() != state.keys():
+            odd = sorted(held.keys() ^ state.keys())
             raise ValueError(
-                f"role {name!r} holds {len(own)} tensors, the given state {len(state)}; {len(odd)} names differ, the "
+                f"role {name!r} holds {len(held)} tensors, the given state {len(state)}; {len(odd)} names differ, the "
                 f"first {odd[0]!r}. Was it trained with another lora.rank or lora.target_modules?"
             )
         set_peft_model_state_dict(self.net, state, adapter_name=name)

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 def pretrained(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
     """A model in float32 and eval mode; transformers draws the weights that a folder lacks at random."""
     try:
-        found: Any = kind.from_pretrained(name, output_loading_info=True)
+        loaded: Any = kind.from_pretrained(name, output_loading_info=True)
     except SafetensorError as error:
         raise WrongWeights(
             problem(f"{name} ({error})", "whole files", "a copy that was cut short has no weights", "copy it again")
         ) from error
-    net, info = found
+    net, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise WrongWeights(
@@ -69,8 +69,8 @@ class Clip:
         side = self.model.config.vision_config.image_size
         pixels = interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False)
         words = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(images.device)
-        found = self.model(**words, pixel_values=(pixels - self.mean) / self.std)
-        return cosine_similarity(found.image_embeds, found.text_embeds)
+        embedded = self.model(**words, pixel_values=(pixels - self.mean) / self.std)
+        return cosine_similarity(embedded.image_embeds, embedded.text_embeds)
 
 
 @cache

@@ -1,9 +1,9 @@
 """Guidance adapters: small modules beside the attention layers of a frozen network, attached by hooks.
 
-What an adapter is told about the guidance scale w, the time and the prompt, it turns into something to add to its
-attention's output. Hooks and not other modules, so that names, attention processors and LoRAs stay as they are. What
-comes in with a hook is the image's tokens and the prompt's; the time's embedding is the network's own, and w is set
-from outside. Jensen & Sadat 2025, https://arxiv.org/abs/2503.07274.
+An adapter turns the guidance scale w, the time and the prompt into something to add to its attention's output. Hooks
+and not other modules, so that names, attention processors and LoRAs stay as they are. What comes in with a hook is the
+image's tokens and the prompt's; the time's embedding is the network's own, and w is set from outside. Jensen & Sadat
+2025, https://arxiv.org/abs/2503.07274.
 
 Other than there what an adapter adds is multiplied by w - 1, as the guided output's distance from the unguided one is.
 So w = 1 is the base exactly. Without it the squared loss, most of which large scales make, serves small ones badly.
@@ -72,8 +72,8 @@ class CrossAttentionAdapter(nn.Module):
         """What is added, (B, N, D), to the output for x (B, N, D), w (B,), time (B, T), prompt (B, L, P)."""
         tokens = torch.cat([self.scale(w)[:, None], self.time(time)[:, None], self.prompt(prompt)], dim=1)
         q = self.q(x)
-        found = scaled_dot_product_attention(q, self.k(tokens), self.v(tokens))
-        return self.out(silu(found + q) if self.mixed else found)
+        read = scaled_dot_product_attention(q, self.k(tokens), self.v(tokens))
+        return self.out(silu(read + q) if self.mixed else read)
 
 
 class OffsetAdapter(nn.Module):

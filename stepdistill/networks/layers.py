@@ -21,12 +21,12 @@ def rebuilt(net: nn.Module, **changes: Any) -> Any:  # noqa: ANN401
 
 def named(net: nn.Module, endings: Sequence[str], kinds: tuple[type[nn.Module], ...]) -> list[str]:
     """Full names of the layers of `kinds` whose name is, or ends in a dot and, one of `endings`."""
-    found = [
+    names = [
         name
         for name, module in net.named_modules()
         if isinstance(module, kinds) and any(name == end or name.endswith("." + end) for end in endings)
     ]
-    if not found:
+    if not names:
         raise ConfigError(
             problem(
                 f"no layer of {type(net).__name__} matching {list(endings)}",
@@ -35,7 +35,7 @@ def named(net: nn.Module, endings: Sequence[str], kinds: tuple[type[nn.Module], 
                 "name layers of this network in lora.target_modules",
             )
         )
-    return found
+    return names
 
 
 def inner(net: nn.Module) -> int:

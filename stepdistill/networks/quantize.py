@@ -13,13 +13,13 @@ from stepdistill.core.errors import ConfigError, problem
 
 
 def quantized(factory: Factory, component: str) -> PipelineQuantizationConfig:
-    """What `from_pretrained` must be told to quantise one component.
+    """The argument of `from_pretrained` that quantises one component.
 
     Args:
         factory: makes a quantisation config of Diffusers, or one of torchao.
     """
-    made: Any = factory()
-    config = made if isinstance(made, QuantizationConfigMixin) else TorchAoConfig(made)
+    settings: Any = factory()
+    config = settings if isinstance(settings, QuantizationConfigMixin) else TorchAoConfig(settings)
     return PipelineQuantizationConfig(quant_mapping={component: config})
 
 

@@ -61,7 +61,7 @@ class Module:
 class Adapters:
     """Trainable guidance adapters inside the base's attention: with them one pass does what guidance does in two.
 
-    Each is told the guidance scale, the time and the prompt, and adds to its attention's output; at the start it adds
+    Each takes the guidance scale, the time and the prompt, and adds to its attention's output; at the start it adds
     zero. See `stepdistill.networks.guidance_adapters`.
 
     Args:

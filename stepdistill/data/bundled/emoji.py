@@ -1,6 +1,6 @@
 """The embedded data set: captioned Twemoji, many images per prompt.
 
-One name has one drawing, which would make the law of the images given a prompt a single point. So what the
+One name has one drawing, which would make the distribution of the images given a prompt a single point. So what the
 caption does not say varies (scale, place, mirroring, background), and the caption itself loses words, down to the
 Unicode subgroup ("animal mammal"), which many drawings share.
 
@@ -98,8 +98,8 @@ def packed_sheet() -> Image.Image:
 def image(source: Image.Image, drawing: Drawing, rng: random.Random, size: int = 32) -> Image.Image:
     """One RGB image of `size` pixels: whole or 7/8 as large in a corner, mirrored or not, on one of `GROUNDS`.
 
-    The choices are few and discrete, so that the law given a prompt has many sharp modes. A small network blurs a
-    continuum of places and colours instead, and blurred teachers have nearly straight paths: nothing to distil.
+    The choices are few and discrete, so that the distribution given a prompt has many sharp modes. A small network
+    blurs a continuum of places and colours instead, and blurred teachers have nearly straight paths: nothing to distil.
     """
     left, top = drawing.index % COLUMNS * SIDE, drawing.index // COLUMNS * SIDE
     drawn = source.crop((left, top, left + SIDE, top + SIDE))
