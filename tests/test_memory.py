@@ -550,7 +550,7 @@ def test_the_large_networks_have_their_published_sizes():
     sizes = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "sd3": 2_028_328_000, "pixart": 610_856_096}
     for name, size in sizes.items():
         with torch.device("meta"):
-            assert sum(p.numel() for p in cycles.load(name).shape.network().parameters()) == size, name
+            assert sum(p.numel() for p in cycles.cycle_of(name).shape.network().parameters()) == size, name
 
 
 def test_the_table_shows_each_part(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from stepdistill.config import load as config
+from stepdistill.config.load import digest, load
 from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
 from stepdistill.data import Trajectories
@@ -36,17 +36,17 @@ def measure_guidance(name: str, results: Results, work: Path, rows: Sequence[str
     for method, file in recipes(name, "guidance").items():
         if rows and method not in rows:
             continue
-        run, out = config.load(Run, file, []), trained(file)
+        run, out = load(Run, file, []), trained(file)
         facts = {
             "teacher": name,
-            "config": config.digest(run),
+            "config": digest(run),
             "train_steps": run.train.max_train_steps,
             "train_seconds": round(seconds(out)),
         }
-        own = run.method.guidance_scale
-        for w in SCALES if own is None else (own,):
-            made = partial(compared, name, config.load(Run, file, [f"train.teacher_guidance_scale={w}"]), out, work)
-            results.once(f"{name}/{method}/{w:g}", made, **facts, guidance_scale=w)
+        fixed = run.method.guidance_scale
+        for w in SCALES if fixed is None else (fixed,):
+            measure = partial(compared, name, load(Run, file, [f"train.teacher_guidance_scale={w}"]), out, work)
+            results.once(f"{name}/{method}/{w:g}", measure, **facts, guidance_scale=w)
 
 
 def compared(name: str, run: Run, out: Path, work: Path) -> dict[str, Any]:
@@ -58,25 +58,25 @@ def compared(name: str, run: Run, out: Path, work: Path) -> dict[str, Any]:
         student_call(run.family, run.method, pipe, steps),
     )
     call = load_student(pipe, out)
-    found: dict[str, Any] = {"n": IMAGES, "steps": steps, "states": PATHS * steps}
+    row: dict[str, Any] = {"n": IMAGES, "steps": steps, "states": PATHS * steps}
     if isinstance(call, GuidedCall):
         call.guidance_scale = w
         nets = call.attachment.adapters, run.family.network(teacher)
         added, base = (sum(p.numel() for p in net.parameters()) for net in nets)
-        found["extra"] = added / base
+        row["extra"] = added / base
     else:
         pipe.fuse_lora()
-    found["r2"] = agreement(run, teacher, pipe, w, steps)
+    row["r2"] = agreement(run, teacher, pipe, w, steps)
     file = work / "guided" / f"{name}-{w:g}.safetensors"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         taught(name, run, captions).save(file)
-    found |= figures(pipe, once, StoredFeatures.load(file))
+    row |= figures(pipe, once, StoredFeatures.load(file))
     cost = generate(teacher, twice, captions[:64], SEED_B)[1]
     again = generate(pipe, once, captions[:64], SEED_B)[1]
     hole = run.data.guidance_hole if isinstance(run.data, Trajectories) else None
-    found |= {"two_passes": {"nfe": cost.rows / 64}, "time_ratio": again.seconds / cost.seconds}
-    return found | {"unseen": hole is not None and hole[0] <= w <= hole[1]}
+    row |= {"two_passes": {"nfe": cost.rows / 64}, "time_ratio": again.seconds / cost.seconds}
+    return row | {"unseen": hole is not None and hole[0] <= w <= hole[1]}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.config import load as config
+from stepdistill.config.load import digest, load
 from stepdistill.core.cost import Cost
 from stepdistill.evaluation.metrics.jackknife import block_sizes, interval
 from stepdistill.evaluation.stored_features import StoredFeatures
@@ -39,8 +39,8 @@ def measure_hybrid(name: str, results: Results, work: Path, rows: Sequence[str])
         if rows and method not in rows:
             continue
         file = recipes(name, table)[method]
-        run, out = config.load(Run, file, []), trained(file)
-        facts = {"teacher": name, "config": config.digest(run), "train_steps": run.train.max_train_steps}
+        run, out = load(Run, file, []), trained(file)
+        facts = {"teacher": name, "config": digest(run), "train_steps": run.train.max_train_steps}
         for way, (steps, base_steps) in WAYS.items():
             made = partial(compared, run, out, reference(name, run, work), work / "hybrid" / out.name, way)
             results.once(f"{name}/{method}/{way}", made, **facts, steps=steps, base_steps=base_steps)
@@ -64,8 +64,8 @@ def compared(run: Run, out: Path, ref: StoredFeatures, kept: Path, way: str) -> 
         diversity_replicates(each, index) for each in (made, load_file(file)["features"], ref.features["floor"])
     )
     ratio, gain = interval(own / taught, sizes), interval((own - alone) / taught, sizes)
-    found = judged(made, cost, ref) | {"diversity_ci95": [ratio.low, ratio.high]}
-    return found | {"gain": gain.value, "gain_ci95": [gain.low, gain.high]}
+    row = judged(made, cost, ref) | {"diversity_ci95": [ratio.low, ratio.high]}
+    return row | {"gain": gain.value, "gain_ci95": [gain.low, gain.high]}
 
 
 def features(run: Run, out: Path, ref: StoredFeatures, steps: int, base_steps: int) -> tuple[Tensor, Cost]:

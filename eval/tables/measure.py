@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from stepdistill.config import load as config
+from stepdistill.config.load import digest, load
 from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
 from stepdistill.core.solvers import Sampler
@@ -31,11 +31,11 @@ from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run
 from stepdistill.training.watch import rules
 from stepdistill.training.watch.rules import Yardstick
-from tables import memory_at_size as cycles
 from tables.benchmark import N, Results, data_features, figures, places, prompts, reference
 from tables.guidance import measure_guidance
 from tables.hybrid import measure_hybrid
 from tables.matrix import measure_families
+from tables.memory_at_size import cycle_of, figures_of_cycle
 from tables.negative import measure_negative
 from tables.recipes import recipes, seconds, step_seconds, trained, warm_start
 from tables.render import EARLY, STEPS
@@ -83,7 +83,7 @@ def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Pipelin
 
 def measure_teacher(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
     """Distance to the data, diversity, and every stock sampler of a teacher."""
-    run = config.load(Run, next(iter(recipes(name, "consistency").values())), [])
+    run = load(Run, next(iter(recipes(name, "consistency").values())), [])
     ref, pipe = reference(name, run, work), run.family.load()
     facts = {
         "teacher": name,
@@ -116,7 +116,7 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
     for method, file in recipes(name, table).items():
         if rows and method not in rows:
             continue
-        run, out = config.load(Run, file, []), trained(file)
+        run, out = load(Run, file, []), trained(file)
         ref, pipe = reference(name, run, work), run.family.load()
         sampled = {str(steps): student_call(run.family, run.method, pipe, steps) for steps in STEPS[table]}
         if table in EARLY:
@@ -127,7 +127,7 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
             pipe.fuse_lora()  # the same student in two thirds of the time
         facts = {
             "teacher": name,
-            "config": config.digest(run),
+            "config": digest(run),
             "train_steps": run.train.max_train_steps,
             "train_seconds": round(seconds(out) + (seconds(Path(run.lora.init_from)) if run.lora.init_from else 0)),
         }
@@ -143,7 +143,7 @@ def bends(run: Run, pipe: DiffusionPipeline) -> dict[str, Any]:
     before, count = run.family.load(), 128
     data: Any = run.data
     scale = run.method.guidance_scale or data.guidance_scale
-    found: dict[str, Any] = {"n": count, "steps": 32, "guidance_scale": scale, "seeds": [SEED_B]}
+    row: dict[str, Any] = {"n": count, "steps": 32, "guidance_scale": scale, "seeds": [SEED_B]}
     schedule, kind = run.family.schedule(before.scheduler), run.family.kind(before)
     shape = run.family.latent_shape(before, *[run.family.native_side(before)] * 2)
     noise = torch.stack([noise_of(SEED_B, i, shape) for i in range(count)])
@@ -151,16 +151,16 @@ def bends(run: Run, pipe: DiffusionPipeline) -> dict[str, Any]:
     for label, each, w in (("teacher", before, scale), ("student", pipe, 1.0)):
         net = run.family.network(each)
         alone = Denoiser(Backbone(net, LoraSpec(), ()), TEACHER, schedule, kind, run.family.call)
-        way = straightness.paths(guided(alone, null, w), schedule, noise, cond, found["steps"])
-        found[label] = {"share": way.share.tolist(), "deviation": way.deviation.tolist(), "cost": way.cost}
+        way = straightness.paths(guided(alone, null, w), schedule, noise, cond, row["steps"])
+        row[label] = {"share": way.share.tolist(), "deviation": way.deviation.tolist(), "cost": way.cost}
         size = sum(p.numel() for key, p in net.named_parameters() if "lora_" not in key)  # they merge into the rest
-        found[label] |= {"straightness": way.straightness, "parameters": size}
-    return found
+        row[label] |= {"straightness": way.straightness, "parameters": size}
+    return row
 
 
 def measure_unguided(name: str, results: Results, work: Path) -> None:
     """The teacher without guidance: the distribution that variational score distillation tends to."""
-    run = config.load(Run, next(iter(recipes(name, "distribution").values())), [])
+    run = load(Run, next(iter(recipes(name, "distribution").values())), [])
     ref, pipe = reference(name, run, work), run.family.load()
     row = teacher_call(run.family, pipe, run.train.teacher_steps, 1.0, "teacher, unguided")
     results.once(f"{name}/unguided/{run.train.teacher_steps}", partial(figures, pipe, row, ref), teacher=name)
@@ -181,10 +181,10 @@ def measure_time(name: str, results: Results, work: Path, rows: Sequence[str]) -
         file = recipes(name, "distribution")[method]
         for count in counts:
             out = work / "time" / file.stem
-            own = [f"train.output_dir={out}", f"train.max_train_steps={count}", "train.lr_scheduler=constant"]
-            run = config.load(Run, file, [*own, "train.resume_from_checkpoint=latest"])
-            made = partial(measure_later, run, reference(name, run, work))
-            results.once(f"{name}/{method}/{count}", made, teacher=name, config=config.digest(run))
+            overrides = [f"train.output_dir={out}", f"train.max_train_steps={count}", "train.lr_scheduler=constant"]
+            run = load(Run, file, [*overrides, "train.resume_from_checkpoint=latest"])
+            measure = partial(measure_later, run, reference(name, run, work))
+            results.once(f"{name}/{method}/{count}", measure, teacher=name, config=digest(run))
         results.once(f"{name}/{method}/pace", partial(pace, file), teacher=name)
 
 
@@ -196,13 +196,13 @@ def measure_later(run: Run, ref: StoredFeatures) -> dict[str, Any]:
     load_student(pipe, out)
     pipe.fuse_lora()
     early = figures(pipe, early_row(run, pipe, EARLY["distribution"]), ref)
-    found = figures(pipe, student_call(run.family, run.method, pipe, 1), ref)
-    return found | {"early": early["excess"], "early_ci95": early["ci95"]}
+    row = figures(pipe, student_call(run.family, run.method, pipe, 1), ref)
+    return row | {"early": early["excess"], "early_ci95": early["ci95"]}
 
 
 def pace(file: Path) -> dict[str, float]:
     """Seconds of a step of a config's student in the table of students, and of all training before it."""
-    start, out = config.load(Run, file, []).lora.init_from, trained(file)
+    start, out = load(Run, file, []).lora.init_from, trained(file)
     return {"step_seconds": mean(step_seconds(out)), "start_seconds": seconds(Path(start)) if start else 0.0}
 
 
@@ -212,10 +212,14 @@ def measure_watch(name: str, results: Results, work: Path, rows: Sequence[str]) 
         if name != "tiny-sd" or (rows and label not in rows):
             continue
         out = work / "watch" / label.replace(", ", "-").replace(" ", "_")
-        own = [f"train.output_dir={out}", f"train.max_train_steps={WATCHED_STEPS}", "train.overwrite_output_dir=true"]
-        own += [f"train.validation_steps={WATCHED_EVERY}", f"train.validation_prompts={json.dumps(prompts(8))}"]
-        run = config.load(Run, recipes(name, "distribution")[method], [*own, *wrong])
-        results.once(f"{name}/{label}", partial(watched, run), teacher=name, config=config.digest(run))
+        overrides = [
+            f"train.output_dir={out}",
+            f"train.max_train_steps={WATCHED_STEPS}",
+            "train.overwrite_output_dir=true",
+        ]
+        overrides += [f"train.validation_steps={WATCHED_EVERY}", f"train.validation_prompts={json.dumps(prompts(8))}"]
+        run = load(Run, recipes(name, "distribution")[method], [*overrides, *wrong])
+        results.once(f"{name}/{label}", partial(watched, run), teacher=name, config=digest(run))
 
 
 def watched(run: Run) -> dict[str, Any]:
@@ -228,15 +232,15 @@ def watched(run: Run) -> dict[str, Any]:
     looks = 1 + WATCHED_STEPS // WATCHED_EVERY
     alarms = {k: [rules.title(n) for n in past if rules.alarmed(past[n][: k + 1])] for k in range(looks)}
     fired = next((k for k, names in alarms.items() if names), None)
-    found = {} if fired is None else {"fired": fired * WATCHED_EVERY, "signs": alarms[fired]}
-    return {"steps": WATCHED_STEPS, "every": WATCHED_EVERY, "samples": run.train.watch_samples} | found
+    row = {} if fired is None else {"fired": fired * WATCHED_EVERY, "signs": alarms[fired]}
+    return {"steps": WATCHED_STEPS, "every": WATCHED_EVERY, "samples": run.train.watch_samples} | row
 
 
 def measure_memory(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
     """A cycle of DMD2 at each network's real size: its memory, predicted and measured, SDXL's with 13 GB."""
     for label in LARGE if name == TEACHERS[0] else ():
         if not rows or label in rows:
-            results.once(label, partial(cycles.figures, label), config=config.digest(cycles.load(label).run))
+            results.once(label, partial(figures_of_cycle, label), config=digest(cycle_of(label).run))
 
 
 TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {

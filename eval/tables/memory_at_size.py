@@ -31,7 +31,7 @@ import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from stepdistill.config import load as config
+from stepdistill.config.load import load
 from stepdistill.core.denoise import Condition
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
@@ -132,9 +132,9 @@ SHAPES = {
 }
 
 
-def load(name: str) -> Cycle:
+def cycle_of(name: str) -> Cycle:
     """A cycle by the name of its config."""
-    return Cycle(config.load(Run, CONFIGS / "memory" / f"{name}.yaml", []), SHAPES[name])
+    return Cycle(load(Run, CONFIGS / "memory" / f"{name}.yaml", []), SHAPES[name])
 
 
 def build(case: Cycle) -> Rehearsal:
@@ -196,7 +196,7 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def figures(name: str) -> dict[str, Any]:
+def figures_of_cycle(name: str) -> dict[str, Any]:
     """Both of a cycle, each in a process of its own, with their ratios (measured / predicted)."""
     said, found = (_apart(task, name) for task in ("predict", "measure"))
     ratios = {"ratio": found["peak"] / said["peak"], "static_ratio": found["static"] / said["static"]}
@@ -241,4 +241,4 @@ def _precision(dtype: torch.dtype) -> Iterator[None]:
 if __name__ == "__main__":
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_flush_denormal(True)  # as a run does
-    print(json.dumps({"predict": predicted, "measure": measured}[sys.argv[1]](load(sys.argv[2]))))
+    print(json.dumps({"predict": predicted, "measure": measured}[sys.argv[1]](cycle_of(sys.argv[2]))))

@@ -25,7 +25,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill.config import load as config
+from stepdistill.config.load import digest, load
 from stepdistill.core.cost import Cost
 from stepdistill.data.bundled import emoji
 from stepdistill.families.base import Family
@@ -124,12 +124,12 @@ def measure_negative(name: str, results: Results, work: Path, rows: Sequence[str
         if rows and label not in rows:
             continue
         file = recipes(name, table)[method]
-        run, out = config.load(Run, file, []), trained(file)
+        run, out = load(Run, file, []), trained(file)
         teacher, pipe = run.family.load(), run.family.load()
         row = student_call(run.family, run.method, pipe, steps)
         load_student(pipe, out)
         pipe.fuse_lora()  # pyright: ignore[reportAttributeAccessIssue]
-        facts = {"teacher": name, "student": label, "config": config.digest(run), "steps": steps, "n": N}
+        facts = {"teacher": name, "student": label, "config": digest(run), "steps": steps, "n": N}
         for pair in pairs():
             own = {**facts, "prompt": pair.prompt, "negative": pair.word, "control": pair.control}
             made = partial(suppressed, run, teacher, pipe, row, pair)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.config import load as config
+from stepdistill.config.load import digest, load
 from stepdistill.core.pixels import saturation
 from stepdistill.core.prediction import Estimate
 from stepdistill.data.bundled import emoji
@@ -62,13 +62,13 @@ def measure_transfer(name: str, results: Results, work: Path, rows: Sequence[str
         if rows and method not in rows:
             continue
         file = recipes(name, table)[method]
-        run, out = config.load(Run, file, []), trained(file)
+        run, out = load(Run, file, []), trained(file)
         for style in STYLES:
             for origin, strength in (*(("teacher", each) for each in STRENGTHS), (method, 1.0)):
-                made = partial(carried, run, out, steps, style, origin, strength, work / "transfer")
-                facts = {"teacher": name, "config": config.digest(run), "train_steps": TRAINED, "strength": strength}
+                measure = partial(carried, run, out, steps, style, origin, strength, work / "transfer")
+                facts = {"teacher": name, "config": digest(run), "train_steps": TRAINED, "strength": strength}
                 key = f"{name}/{style}, learnt on {origin}/{method}/{strength:g}"
-                results.once(key, made, **facts, steps=steps)
+                results.once(key, measure, **facts, steps=steps)
 
 
 def carried(run: Run, out: Path, steps: int, style: str, origin: str, strength: float, kept: Path) -> Mapping[str, Any]:
@@ -107,10 +107,10 @@ def carried(run: Run, out: Path, steps: int, style: str, origin: str, strength: 
 
     there, back = moved("teacher"), moved(out.name)
     share = ratio_of_means(back, there) if origin == "teacher" else ratio_of_means(there, back)
-    found: dict[str, Any] = {"n": N, "seeds": [SEED_B]}
+    row: dict[str, Any] = {"n": N, "seeds": [SEED_B]}
     for key, value in (("on_teacher", mean_interval(there)), ("on_student", mean_interval(back)), ("share", share)):
-        found |= {key: value.value, f"{key}_ci95": [value.low, value.high]}
-    return found
+        row |= {key: value.value, f"{key}_ci95": [value.low, value.high]}
+    return row
 
 
 def student_sampler(run: Run, pipe: Any, steps: int) -> tuple[float, ...]:  # noqa: ANN401
@@ -168,8 +168,8 @@ def effect(
     Args:
         pipe: the teacher, or one with a student's LoRA, at strength 1; it keeps the LoRA beside it.
     """
-    own = [name for names in pipe.get_list_adapters().values() for name in names]
+    active = [name for names in pipe.get_list_adapters().values() for name in names]
     before = statistic(generate(pipe, row, captions, SEED_B)[0] / 255)
     pipe.load_lora_weights(folder, adapter_name="style")
-    pipe.set_adapters([*own, "style"], [*[1.0] * len(own), strength])
+    pipe.set_adapters([*active, "style"], [*[1.0] * len(active), strength])
     return statistic(generate(pipe, row, captions, SEED_B)[0] / 255) - before

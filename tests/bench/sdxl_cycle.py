@@ -21,12 +21,12 @@ from harness import surroundings
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
 
-from tables.memory_at_size import SHAPES, figures, load
+from tables.memory_at_size import SHAPES, cycle_of, figures_of_cycle
 
 
 def summary(name: str, found: dict[str, Any]) -> dict[str, object]:
     """The line for programs."""
-    said, seen, case = found["predicted"], found["measured"], load(name)
+    said, seen, case = found["predicted"], found["measured"], cycle_of(name)
     run = case.run
     return {
         "name": "sdxl_cycle",
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", nargs="?", default="sdxl", choices=sorted(SHAPES))
     name = parser.parse_args().case
-    found = figures(name)
+    found = figures_of_cycle(name)
     print(table(found))
     print(json.dumps(summary(name, found)))
 
