@@ -27,6 +27,10 @@ class AdapterGuidance(Method):
     the trajectories are made before, so training takes one pass and no teacher. The student takes as many steps as the
     teacher; negative prompts have no effect.
 
+    Equation:
+        y_w(x_t, t, c) = y(x_t, t) + w (y(x_t, t, c) - y(x_t, t)), the teacher's output under guidance
+        loss = E |y_student(x_t, t, c, w) - y_w(x_t, t, c)|^2, x_t on guided trajectories
+
     References:
         Efficient distillation of classifier-free guidance using adapters, Jensen & Sadat 2025,
         https://arxiv.org/abs/2503.07274. Other than there: what an adapter adds is multiplied by w - 1, frequencies of

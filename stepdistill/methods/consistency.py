@@ -38,12 +38,19 @@ from stepdistill.networks.roles import TEACHER
 class Consistency(Averaged):
     """LCM, TCD, TSCD or PCM with a LoRA student.
 
+    Equation:
+        x_u = the guided teacher's solver step from x_t to u, the grid time below t
+        loss = E d( jump(student, x_t, t -> s), jump(target, x_u, u -> s) ), where the target has no gradient
+        a jump to s is alpha_s x0 + sigma_s eps; a jump to clean data is c_skip(t) x_t + c_out(t) x0
+
     References:
         Latent consistency models, Luo et al. 2023, https://arxiv.org/abs/2310.04378, and LCM-LoRA,
-        https://arxiv.org/abs/2311.05556.
-        Trajectory consistency distillation, Zheng et al. 2024, https://arxiv.org/abs/2402.19159.
-        Hyper-SD (TSCD), Ren et al. 2024, https://arxiv.org/abs/2404.13686, section 3.1.
-        Phased consistency model, Wang et al. 2024, https://arxiv.org/abs/2405.18407.
+        https://arxiv.org/abs/2311.05556: `end: clean`.
+        Trajectory consistency distillation, Zheng et al. 2024, https://arxiv.org/abs/2402.19159: `end: any`.
+        Hyper-SD (TSCD), Ren et al. 2024, https://arxiv.org/abs/2404.13686, section 3.1:
+        `end: any, segments: [8, 4, 2, 1], stage_steps: 1000, num_ddim_timesteps: 40`.
+        Phased consistency model, Wang et al. 2024, https://arxiv.org/abs/2405.18407:
+        `end: edge, segments: [4], num_ddim_timesteps: 40`.
 
     Args:
         end: where the student's jump ends: `clean` (LCM), `any` (TCD, TSCD) or `edge` (PCM).

@@ -22,6 +22,10 @@ from stepdistill.networks.roles import TEACHER, Ema, Role
 class DisBack(Method):
     """DisBack around a method of distribution matching.
 
+    Equation:
+        recording:    loss = E |fake(x_t, t).eps - eps|^2 on samples of the initial student; waypoints 1 ... N: copies
+        backtracking: distribution matching, with waypoint N - 1, ..., 1 and at last the teacher as the real score
+
     References:
         Distribution backtracking builds a faster convergence trajectory for diffusion distillation, Zhang et al. 2024,
         https://arxiv.org/abs/2408.15991, algorithms 1 and 2.

@@ -37,8 +37,8 @@ class Gan:
     """The adversarial term of DMD2, on features of noised samples.
 
     References:
-        Diffusion-GAN, Wang et al. 2022, https://arxiv.org/abs/2206.02262.
-        f-distill, Xu et al. 2025, https://arxiv.org/abs/2502.15681, for `divergence`.
+        Diffusion-GAN, Wang et al. 2022, https://arxiv.org/abs/2206.02262: `gan: {}`.
+        f-distill, Xu et al. 2025, https://arxiv.org/abs/2502.15681: `gan: {divergence: jensen_shannon}` and others.
         Adversarial post-training, Lin et al. 2025, https://arxiv.org/abs/2501.08316, for the approximate R1.
 
     Args:
@@ -68,6 +68,12 @@ class Gan:
 @dataclass(frozen=True, kw_only=True)
 class DMD2(Averaged):
     """DMD2 with a LoRA student and a LoRA fake score on one frozen base.
+
+    Equation:
+        student: x0 = student(x_t, t).x0 on its own way from noise; x_s = alpha_s x0 + sigma_s eps
+                 d loss / d x0 ~ (fake(x_s, s).x0 - teacher(x_s, s).x0) / mean |x0 - teacher(x_s, s).x0|
+        fake:    loss = E |fake(x_t, t).eps - eps|^2 on samples of the student
+        gan:     student + lambda_g softplus(-D(x_s)); fake + lambda_d (softplus(D(x_s)) + softplus(-D(data_s)))
 
     References:
         Improved distribution matching distillation, Yin et al. 2024, https://arxiv.org/abs/2405.14867.

@@ -20,6 +20,10 @@ from stepdistill.networks.roles import TEACHER
 class GuidedLora(Method):
     """A LoRA that is the guided teacher at one scale, in one pass: `|y(x_t, t, c) - y_w(x_t, t, c)|^2`.
 
+    Equation:
+        y_w(x_t, t, c) = y(x_t, t) + w (y(x_t, t, c) - y(x_t, t)), the teacher's output under guidance
+        loss = E |y_student(x_t, t, c) - y_w(x_t, t, c)|^2
+
     References:
         On distillation of guided diffusion models, Meng et al. 2023, https://arxiv.org/abs/2210.03142, stage 1, at a
         fixed w and unweighted in the network's output. As a LoRA on the teacher itself, with the teacher that LoRA

@@ -26,6 +26,11 @@ class PeRFlow(Averaged):
     scheduler of its own is needed. And the noisiest window begins at pure noise, as sampling does: a table that is
     not pure noise at its end would otherwise be trained at starts that sampling never sees.
 
+    Equation:
+        x_end = the guided teacher's solver from x_t, at a window's noisy edge, to its clean edge
+        x_s = the line from x_t to x_end at the share of noise s; (x0, eps) = that line's own
+        loss = E d( v(x_s), eps - x0 ), where v = eps - x0 of the student's estimate
+
     References:
         PeRFlow, Yan et al. 2024, https://arxiv.org/abs/2405.07510, section 3.
 

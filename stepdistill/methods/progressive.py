@@ -24,6 +24,10 @@ class ProgressiveHalving(Method):
     One LoRA is carried on through all stages; a stage's teacher is a frozen copy of it as the stage began. With
     `lora.init_from` it starts as that student, such as a `GuidedLora`; without, as the base without guidance.
 
+    Equation:
+        x_v = two DDIM steps of the stage's teacher from x_t; x0* = the x0 with which one DDIM step lands there
+        loss = E max(1, alpha_t^2 / sigma_t^2) |student(x_t, t).x0 - x0*|^2
+
     References:
         Progressive distillation for fast sampling of diffusion models, Salimans & Ho 2022,
         https://arxiv.org/abs/2202.00512, algorithm 2, and for guided models Meng et al. 2023,

@@ -63,11 +63,17 @@ class Reflow(Averaged):
     Annealed, the noise of a pair is `sqrt(1 - beta^2) z + beta z'` with fresh z', and beta falls from 1 to 0: training
     begins as flow matching on the teacher's samples, which a fresh, smaller network learns more easily.
 
+    Equation:
+        (z, x0) = noise, and what the teacher makes of it; x_s = the line from z to x0 at the share of noise s ~ density
+        loss = E d( v(x_s), z - x0 ), where v = eps - x0 of the student's estimate
+
     References:
         Flow straight and fast, Liu et al. 2022, https://arxiv.org/abs/2209.03003, and InstaFlow, Liu et al. 2023,
         https://arxiv.org/abs/2309.06380.
-        rf++, Lee et al. 2024, https://arxiv.org/abs/2405.20320: the density and the premetrics.
-        SlimFlow, Zhu et al. 2024, https://arxiv.org/abs/2407.12718, section 4.1: annealing, flips, smaller students.
+        rf++, Lee et al. 2024, https://arxiv.org/abs/2405.20320:
+        `density: u_shaped, loss_type: huber, lpips: {}, first_noise: true`.
+        SlimFlow, Zhu et al. 2024, https://arxiv.org/abs/2407.12718, section 4.1:
+        `annealing_steps: 300000, random_flip: true, width: 0.5`.
 
     Args:
         density: of the share of noise along the line: `uniform`, or rf++'s `u_shaped`, more at both ends.

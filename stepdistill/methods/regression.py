@@ -23,6 +23,10 @@ from stepdistill.methods.base import Averaged, Batch, StepContext, Update
 class Regression(Averaged):
     """Few-step regression onto the teacher's N-step output from the same noise.
 
+    Equation:
+        (z, x0) = noise, and what the teacher makes of it; x_t = the student's own steps from z to t
+        loss = E d( student(x_t, t).x0, x0 )
+
     References:
         Knowledge distillation in iterative generative models, Luhman & Luhman 2021, https://arxiv.org/abs/2101.02388,
         is the one-step case.

@@ -28,6 +28,11 @@ class FlowGuided(Averaged):
     its own first, part of the way, then one of the flow, which is a frozen copy of the student before the first step
     (`lora.init_from` names it). Only the one step from pure noise has a graph.
 
+    Equation:
+        pairs: loss = E d( student(z, T).x0, x0 )
+        fresh: x_t = alpha_t x0 + sigma_t eps of the student's estimate at fresh noise z'
+               + flow_weight E d( student(z', T).x0, flow(x_t, t).x0 ), where the flow has no gradient
+
     References:
         SlimFlow, Zhu et al. 2024, https://arxiv.org/abs/2407.12718, section 4.2; the first step is the student's own,
         as in the released code.

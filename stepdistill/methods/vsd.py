@@ -28,7 +28,7 @@ class ClipTerm:
     """SwiftBrush v2's clamped term, `weight max(0, threshold - cos(image, prompt))`; 0 above the threshold.
 
     References:
-        SwiftBrush v2, Dao et al. 2024, https://arxiv.org/abs/2408.14176, section 4.2.
+        SwiftBrush v2, Dao et al. 2024, https://arxiv.org/abs/2408.14176, section 4.2: `clip: {}`.
 
     Args:
         pretrained_clip_model: a folder or hub id.
@@ -51,9 +51,15 @@ class ClipTerm:
 class VSD(Averaged):
     """SwiftBrush with a LoRA student and a LoRA fake score on one frozen base.
 
+    Equation:
+        student: x0 = student(z, T).x0; x_s = alpha_s x0 + sigma_s eps
+                 d loss / d x0 ~ sigma_s^2 (teacher_w(x_s, s).eps - fake_w(x_s, s).eps), both guided by w
+        fake:    loss = E alpha_t^2 |fake(x_t, t).eps - eps|^2 on samples of the student
+
     References:
-        SwiftBrush, Nguyen & Tran 2023, https://arxiv.org/abs/2312.05239.
-        SNOOPI, Nguyen et al. 2024, https://arxiv.org/abs/2412.02687, section 4.1 (PG-SB).
+        SwiftBrush, Nguyen & Tran 2023, https://arxiv.org/abs/2312.05239: `guidance_scale: 4.5`.
+        SNOOPI, Nguyen et al. 2024, https://arxiv.org/abs/2412.02687, section 4.1 (PG-SB):
+        `guidance_scale: [0.5, 4.0]`.
 
     Args:
         guidance_scale: w of `uncond + w (cond - uncond)`, for teacher and fake score; a pair draws it in every step
