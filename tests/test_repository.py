@@ -21,7 +21,7 @@ else:
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "stepdistill"
 SCRIPTS = ("train", "sample", "eval")
-FILES = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "NOTICE"}
+FILES = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "NOTICE", "mkdocs.yml"}
 TOP = {*FILES, "stepdistill", "tests", "configs", "docs", *SCRIPTS}
 
 
@@ -194,5 +194,6 @@ def test_ci_runs_the_readme_s_test_command():
     for command in ("ruff check .", "ruff format --check .", "pyright"):
         assert f"\nstep {command}\n" in steps
         assert f" entry: {command}\n" in hooks
-    assert "\nstep pip install -e '.[test]'\n" in steps
+    assert "\nstep pip install -e '.[test,docs]'\n" in steps
+    assert "\nstep mkdocs build --strict\n" in steps
     assert "\nstep pytest\n" in steps
