@@ -142,7 +142,7 @@ def bends(run: Run, pipe: DiffusionPipeline) -> dict[str, Any]:
     """How straight the paths are of the teacher that was followed, and of its student in `pipe`."""
     before, count = run.family.load(), 128
     data: Any = run.data
-    scale = run.method.guidance_scale or data.guidance_scale
+    scale: Any = run.method.guidance_scale or data.guidance_scale
     row: dict[str, Any] = {"n": count, "steps": 32, "guidance_scale": scale, "seeds": [SEED_B]}
     schedule, kind = run.family.schedule(before.scheduler), run.family.kind(before)
     shape = run.family.latent_shape(before, *[run.family.native_side(before)] * 2)
