@@ -336,7 +336,7 @@ def test_an_abstract_field_without_a_subclass_is_an_error(library) -> None:
 
 
 def test_init_of_every_method_and_family_and_source_loads(tmp_path, capsys) -> None:
-    from stepdistill.training.batches import check_needs
+    from stepdistill.training.checks import check_needs
     from stepdistill.training.recipe import Run
 
     names: dict[str, list[str]] = {}
@@ -358,4 +358,4 @@ def test_init_of_every_method_and_family_and_source_loads(tmp_path, capsys) -> N
         (tmp_path / "resolved.yaml").write_text(config.to_yaml(run))
         assert config.load(Run, tmp_path / "resolved.yaml") == run
         if len(argv) == 2:  # the default source serves every method
-            check_needs(run.data, run.method.needs, argv[0])
+            check_needs(run.data, run.method)

@@ -33,7 +33,8 @@ from stepdistill.students.load import load_student
 from stepdistill.students.lora.comfyui import WORKFLOW
 from stepdistill.students.lora.files import Layout, convert, load, merge
 from stepdistill.students.lora.fuse import fuse
-from stepdistill.training.distill import check, distill
+from stepdistill.training.checks import check_run
+from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run, TrainSpec
 
 RANK, ALPHA = 4, 16
@@ -478,6 +479,6 @@ def test_a_run_exports_what_it_is_told_to_and_nothing_of_an_earlier_run_stays(fo
 
 def test_formats_that_there_will_not_be_are_refused_at_the_start(folders, tmp_path):
     one = run(student.read_contract(folders["sd"]).base_model, tmp_path, export_formats=("kohya",))
-    check(one)
+    check_run(one)
     with pytest.raises(ConfigError, match="only a LoRA has other formats"):
-        check(replace(one, method=Reflow(num_inference_steps=2, width=0.5, ema_decay=None)))
+        check_run(replace(one, method=Reflow(num_inference_steps=2, width=0.5, ema_decay=None)))

@@ -22,7 +22,7 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.clip import clip
 from stepdistill.networks.roles import TEACHER, Ema, Lora, Tap
 from stepdistill.networks.taps import Head, features_before
-from stepdistill.training.batches import check_needs
+from stepdistill.training.checks import check_needs
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run, TrainSpec
 
@@ -109,7 +109,7 @@ def test_prompts_alone_never_touch_data(method):
     poisoned = replace(part, latents=part.latents * float("nan"), noise=part.noise * float("nan"))
     losses = [[u.loss.item() for u in method.updates(context, p, 0)] for p in (blind, poisoned, part)]
     assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 2
-    check_needs(Prompts(prompts=("rose",)), method.needs, "method")
+    check_needs(Prompts(prompts=("rose",)), method)
 
 
 def test_a_term_switched_off_changes_no_other_draw():
@@ -360,7 +360,7 @@ def test_other_numbers_of_steps_start_where_the_student_does():
 
 def test_an_adversarial_term_without_images_is_refused():
     with pytest.raises(ConfigError, match="latents"):
-        check_needs(Prompts(prompts=("rose",)), GAN.needs, "DMD2")
+        check_needs(Prompts(prompts=("rose",)), GAN)
 
 
 def test_times_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):

@@ -38,7 +38,8 @@ from stepdistill.training.cache import rows as cache
 from stepdistill.training.cache.keys import Keys, keys_of
 from stepdistill.training.cache.precompute import precompute, prompts_of
 from stepdistill.training.cache.rows import RowStore
-from stepdistill.training.distill import check, distill, make_data
+from stepdistill.training.checks import check_run
+from stepdistill.training.distill import distill, make_data
 from stepdistill.training.loop import train
 from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run, TrainSpec
@@ -168,7 +169,7 @@ def parts(session: Session) -> set[str]:
 
 def trained(run: Run) -> tuple[Session, dict[str, torch.Tensor]]:
     """A run up to its end, without the student folder and its proof, which load a whole plain pipeline."""
-    check(run)
+    check_run(run)
     session = prepare(run)
     Path(run.train.output_dir).mkdir(parents=True, exist_ok=True)
     make_data(session)
@@ -565,7 +566,7 @@ def test_places_that_can_be_no_cache(place, tmp_path, monkeypatch, capsys):
     file.write_text("")
     for folder in (file, file / "below" / "it"):
         run = run_of(place, tmp_path / "out", PROMPTS, folder)
-        for start in (precompute, check):
+        for start in (precompute, check_run):
             with pytest.raises(ConfigError, match=f"where {file} is a file.*name another"):
                 start(run)
     monkeypatch.setattr(cache, "save_file", lambda *given: (_ for _ in ()).throw(OSError("no room")))

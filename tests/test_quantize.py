@@ -19,7 +19,8 @@ from stepdistill.networks.quantize import dense, quantized
 from stepdistill.networks.roles import TEACHER, Ema, LoraSpec
 from stepdistill.students import single as student
 from stepdistill.students.base_model import base_hash
-from stepdistill.training.distill import check, distill
+from stepdistill.training.checks import check_run
+from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run, TrainSpec
 
 INT8 = Factory("torchao.quantization.Int8WeightOnlyConfig")
@@ -102,7 +103,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path, monkeypatch):
     pipeline("sd").save_pretrained(tmp_path / "teacher")
     teacher = replace(FAMILIES["sd"], pretrained_teacher_model=str(tmp_path / "teacher"), quantization=INT8)
     with pytest.raises(ConfigError, match="quantization with TeacherScoreMatching.* as a whole network"):
-        check(run_of(teacher, tmp_path, TeacherScoreMatching()))
+        check_run(run_of(teacher, tmp_path, TeacherScoreMatching()))
     with pytest.raises(ConfigError, match="quantization of a teacher with teacher_loras"):
         replace(teacher, teacher_loras=("a/style",)).load()
     (tmp_path / "one.safetensors").touch()

@@ -30,9 +30,10 @@ from stepdistill.methods.dmd2 import DMD2, Gan
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.networks import sharding
-from stepdistill.networks.roles import TEACHER, Ema, Lora, LoraSpec, Module
+from stepdistill.networks.roles import TEACHER, Lora, LoraSpec, Module
 from stepdistill.students.contract import read_contract
 from stepdistill.training import loop as trainer
+from stepdistill.training.checks import check_sharding
 from stepdistill.training.distill import distill
 from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run, TrainSpec
@@ -337,7 +338,7 @@ def test_a_network_of_its_own_is_refused_before_anything_is_loaded(teacher, tmp_
         run = replace(make(teacher, tmp_path / "out", DMD2(), shard_base=True, validation_steps=None), method=method)
         with pytest.raises(ConfigError, match="shard_base with role 'student', a network of its own.*optimizer"):
             distill(run)
-    sharding.check_sharding({"student": Lora(), "ema": Ema("student", 0.9), "head": Module(Smooth)}, quantized=False)
+    check_sharding(make(teacher, tmp_path / "out", DMD2(gan=Gan(), ema_decay=0.9), shard_base=True))
 
 
 def test_a_quantised_base_is_refused_before_anything_is_loaded(teacher, tmp_path, monkeypatch):

@@ -31,7 +31,8 @@ from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.training import checkpoint
 from stepdistill.training import loop as trainer
-from stepdistill.training.distill import check, distill
+from stepdistill.training.checks import check_run
+from stepdistill.training.distill import distill
 from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run, TrainSpec
 
@@ -270,7 +271,7 @@ def test_a_missing_reference_is_said_before_anything_is_loaded(teacher, samples,
     for file in (None, str(tmp_path / "nothing.safetensors")):
         run = make(teacher, samples, tmp_path / "out", eval_samples=40, eval_reference=file)
         with pytest.raises(ConfigError, match="eval_reference.*eval_samples to 0"):
-            check(run)
+            check_run(run)
 
 
 def test_another_teacher_s_reference_is_refused_before_training(teacher, samples, tmp_path):

@@ -24,7 +24,8 @@ from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.guided_lora import GuidedLora
 from stepdistill.networks.roles import TEACHER
-from stepdistill.training.distill import check_scales, distill, make_data
+from stepdistill.training.checks import check_guidance_range
+from stepdistill.training.distill import distill, make_data
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import prepare
 from stepdistill.training.teacher import Teacher
@@ -229,8 +230,8 @@ def test_odd_settings_and_files_are_refused(tmp_path, whole):
     with pytest.raises(DataError, match="no readable"):
         source(tmp_path / "nothing").sample(0, random.Random(0))
     with pytest.raises(ConfigError, match="set data.guidance_range and method.guidance_range alike"):
-        check_scales(source(whole), Sampler((999.0,), adapter_scale=2.0, adapter_range=(1.0, 12.0)))
-    check_scales(source(whole), Sampler((999.0,)))  # a LoRA promises no range
+        check_guidance_range(source(whole), Sampler((999.0,), adapter_scale=2.0, adapter_range=(1.0, 12.0)))
+    check_guidance_range(source(whole), Sampler((999.0,)))  # a LoRA promises no range
     assert "Prompts: 3 samples" in check_source(source(whole))  # the rest is made when training starts
     part = Partition(source=source(whole), students=2)
     assert any(isinstance(inner, Trajectories) for inner in inside(part)) and len(part) in range(2, 79)

@@ -8,7 +8,7 @@ images, goes through `ShardedNetwork.leading`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +26,6 @@ from torch.distributed.tensor import DTensor
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.networks.backbone import Backbone
-from stepdistill.networks.roles import Copy, Role
 
 PATIENCE = timedelta(days=7)  # how long the others wait for the next call while one process works alone
 
@@ -77,30 +76,6 @@ class ShardedNetwork:
             # the same pass, not only the same exchange: `fully_shard` plans backward by the passes that it has seen
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 self.net(*args, **kwargs)
-
-
-def check_sharding(roles: Mapping[str, Role], quantized: bool) -> None:
-    """Raise ConfigError for a base that cannot be sharded, or for roles that a sharded one cannot have."""
-    if quantized:
-        raise ConfigError(
-            problem(
-                "train.shard_base with family.quantization",
-                "one of the two",
-                "a quantised tensor is no array that could be cut and gathered, and the two were never tried together",
-                "switch one off",
-            )
-        )
-    for name, role in roles.items():
-        if isinstance(role, Copy):
-            raise ConfigError(
-                problem(
-                    f"train.shard_base with role {name!r}, a network of its own",
-                    "roles that are LoRAs, adapters or heads on the base",
-                    "every process would hold it whole, in float32, with gradients and an optimizer's states: many "
-                    "times what sharding saves",
-                    "switch train.shard_base off, or choose a method whose student is a LoRA",
-                )
-            )
 
 
 def check_processes(count: int) -> None:

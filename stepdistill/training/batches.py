@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.denoise import Condition
-from stepdistill.core.errors import ConfigError, problem
 from stepdistill.data import FixedCrops, GuidedState, Sample, Source, Stream, loader
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.families.prompt_limits import warn_of_cut
@@ -23,38 +22,6 @@ from stepdistill.training.recipe import TrainSpec
 logger = logging.getLogger(__name__)
 NULL = "\0"  # the id of the unconditional row, which no prompt has
 BLOCK = 4  # prompts encoded at once
-
-
-def provided(source: Source) -> set[str]:
-    """What methods may ask of a source: images give latents too, latents with their noise are pairs."""
-    have = set(source.provides)
-    have |= {"latents"} if "images" in have else set()
-    return have | ({"pairs"} if {"latents", "noise"} <= have else set())
-
-
-def check_needs(source: Source, needs: frozenset[str], method: str) -> None:
-    """Raise ConfigError where the source lacks what the method needs."""
-    missing = needs - provided(source)
-    if missing:
-        raise ConfigError(
-            problem(
-                f"a {type(source).__name__} source, which gives {sorted(provided(source))}",
-                f"one that gives {sorted(missing)}",
-                f"{method} trains on it",
-                "use stepdistill.data.Trajectories around your prompts"
-                if "trajectories" in missing
-                else "use an image source, or stepdistill.data.TeacherSamples around your prompts",
-            )
-        )
-
-
-def check_cache(spec: TrainSpec) -> None:
-    """Raise ConfigError where `train.cache_dir` can be no folder."""
-    folder = Path(spec.cache_dir or ".")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        got, why = f"train.cache_dir {folder}, where {there} is a file", "embeddings and latents are kept in it"
-        raise ConfigError(problem(got, "a folder, or a new name", why, "name another, or move the file"))
 
 
 class Batches:

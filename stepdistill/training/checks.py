@@ -1,7 +1,8 @@
-"""What can be known wrong of a run before anything is loaded."""
+"""What can be known wrong of a run: a list of checks before anything is loaded, and one when the teacher is there."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,33 +11,135 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.data import Source, Stream, Trajectories, inside
-from stepdistill.networks import sharding
+from stepdistill.methods.base import Method
 from stepdistill.networks.roles import Copy, Ema, Lora
 from stepdistill.students.lora import files as convert
 from stepdistill.students.lora.tensors import FAMILIES
-from stepdistill.training import checkpoint
-from stepdistill.training import finish as report
-from stepdistill.training.batches import check_cache, check_needs
+from stepdistill.training.checkpoint import checkpoints
+from stepdistill.training.finish import load_reference, reference_file
 from stepdistill.training.recipe import Run
+from stepdistill.training.setup import Session
 
 
-def check(run: Run) -> None:
-    """Everything that can be known wrong before anything is loaded."""
-    out, spec = Path(run.train.output_dir), run.train
-    check_cache(spec)
+def check_run(run: Run) -> None:
+    """Raise ConfigError for the first thing that can be known wrong before anything is loaded."""
+    for check in CHECKS:
+        check(run)
+
+
+def check_loaded(session: Session) -> None:
+    """Raise ConfigError for what the teacher's pipeline shows to be wrong, before anything is made or trained."""
+    run, schedule = session.run, session.run.family.schedule(session.pipe.scheduler)
+    check_noise_process(run.method, schedule)
+    sampler = run.method.sampler(schedule)
+    run.family.scheduler(session.pipe, sampler)  # the student must have one
+    check_guidance_range(run.data, sampler)
+    if run.train.eval_samples:
+        load_reference(run, session.digest)
+
+
+def check_cache_dir(run: Run) -> None:
+    """`train.cache_dir` is a folder, or can be one."""
+    folder = Path(run.train.cache_dir or ".")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        got, why = f"train.cache_dir {folder}, where {there} is a file", "embeddings and latents are kept in it"
+        raise ConfigError(problem(got, "a folder, or a new name", why, "name another, or move the file"))
+
+
+def check_scheduler(run: Run) -> None:
+    """The method runs on the teacher's noise process, where that is known without loading."""
     scheduler = run.family.load_scheduler()
     if scheduler is not None:
-        check_method(run, run.family.schedule(scheduler))
-    if spec.shard_base:
-        sharding.check_sharding(run.method.roles(), run.family.quantization is not None)
-    check_needs(run.data, run.method.needs, type(run.method).__name__)
+        check_noise_process(run.method, run.family.schedule(scheduler))
+
+
+def check_noise_process(method: Method, schedule: NoiseSchedule) -> None:
+    """The method runs on this noise process."""
+    try:
+        method.check(schedule)
+    except ValueError as error:
+        raise ConfigError(f"method: {error}") from error
+
+
+def check_sharding(run: Run) -> None:
+    """A base that is sharded is not quantised, and no role is a network of its own."""
+    if not run.train.shard_base:
+        return
+    if run.family.quantization is not None:
+        why = "a quantised tensor is no array that could be cut and gathered, and the two were never tried together"
+        got = "train.shard_base with family.quantization"
+        raise ConfigError(problem(got, "one of the two", why, "switch one off"))
+    for name, role in run.method.roles().items():
+        if isinstance(role, Copy):
+            raise ConfigError(
+                problem(
+                    f"train.shard_base with role {name!r}, a network of its own",
+                    "roles that are LoRAs, adapters or heads on the base",
+                    "every process would hold it whole, in float32, with gradients and an optimizer's states: many "
+                    "times what sharding saves",
+                    "switch train.shard_base off, or choose a method whose student is a LoRA",
+                )
+            )
+
+
+def provided(source: Source) -> set[str]:
+    """What methods may ask of a source: images give latents too, latents with their noise are pairs."""
+    have = set(source.provides)
+    have |= {"latents"} if "images" in have else set()
+    return have | ({"pairs"} if {"latents", "noise"} <= have else set())
+
+
+def check_needs(source: Source, method: Method) -> None:
+    """The source provides what the method needs."""
+    missing = method.needs - provided(source)
+    if missing:
+        raise ConfigError(
+            problem(
+                f"a {type(source).__name__} source, which gives {sorted(provided(source))}",
+                f"one that gives {sorted(missing)}",
+                f"{type(method).__name__} trains on it",
+                "use stepdistill.data.Trajectories around your prompts"
+                if "trajectories" in missing
+                else "use an image source, or stepdistill.data.TeacherSamples around your prompts",
+            )
+        )
+
+
+def check_data(run: Run) -> None:
+    """The source provides what the method needs, and has an index that reads."""
+    check_needs(run.data, run.method)
     for source in inside(run.data):
         len(source)  # reads the index, also of a source that the teacher's samples are wrapped around
-    Stream(run.data, 1, spec.seed)
-    if spec.eval_samples:
-        report.reference_file(spec)
-    check_exports(run)
-    used = out.exists() and ((out / "metrics.jsonl").exists() or checkpoint.checkpoints(out))
+    Stream(run.data, 1, run.train.seed)
+
+
+def check_reference_file(run: Run) -> None:
+    """The features that the student is compared with are there."""
+    if run.train.eval_samples:
+        reference_file(run.train)
+
+
+def check_export_formats(run: Run) -> None:
+    """The student can be written in the formats that are asked for."""
+    formats = run.train.export_formats
+    if not formats:
+        return
+    roles, name = run.method.roles(), run.method.student_role()
+    while isinstance(role := roles[name], Ema):
+        name = role.of
+    layout = convert.layout_of(run.family)
+    missing = [to for to in formats if layout.family not in FAMILIES[to]]
+    if missing or not isinstance(role, Lora):
+        got = f"train.export_formats {list(formats)}"
+        why = f"{missing[0]} has no names for {layout.family}" if missing else "only a LoRA has other formats"
+        raise ConfigError(problem(got, "formats that the student can be written in", why, "leave them out"))
+
+
+def check_output_dir(run: Run) -> None:
+    """The folder holds no other run, unless that is gone on with or overwritten."""
+    out, spec = Path(run.train.output_dir), run.train
+    used = out.exists() and ((out / "metrics.jsonl").exists() or checkpoints(out))
     if used and not spec.resume_from_checkpoint and not spec.overwrite_output_dir:
         raise ConfigError(
             problem(
@@ -46,25 +149,27 @@ def check(run: Run) -> None:
                 "go on with --resume_from_checkpoint latest, start anew with --overwrite_output_dir, or name another",
             )
         )
+
+
+def check_quantized_roles(run: Run) -> None:
+    """A quantised base has no role that is a network of its own."""
     copies = [name for name, role in run.method.roles().items() if isinstance(role, Copy)]
     if run.family.quantization is not None and copies:
         got = f"family.quantization with {type(run.method).__name__}"
         why = f"it trains {copies[0]!r} as a whole network, which few bits cannot learn"
         todo = "leave family.quantization out, or take a method whose roles are LoRAs"
         raise ConfigError(problem(got, "roles that are LoRAs or adapters", why, todo))
-    if spec.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
-        raise ConfigError(
-            problem(
-                "xformers attention without CUDA",
-                "a CUDA device",
-                "xformers has no kernel here",
-                "switch it off",
-            )
-        )
 
 
-def check_scales(data: Source, sampler: Sampler) -> None:
-    """Raise ConfigError where guidance adapters would promise scales that their data do not have."""
+def check_attention(run: Run) -> None:
+    """xformers has kernels for CUDA only."""
+    if run.train.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
+        got, why = "xformers attention without CUDA", "xformers has no kernel here"
+        raise ConfigError(problem(got, "a CUDA device", why, "switch it off"))
+
+
+def check_guidance_range(data: Source, sampler: Sampler) -> None:
+    """Guidance adapters promise no scales that their data do not have."""
     for source in inside(data):
         promised = sampler.adapter_range
         if isinstance(source, Trajectories) and promised not in (None, source.guidance_range):
@@ -74,26 +179,7 @@ def check_scales(data: Source, sampler: Sampler) -> None:
             raise ConfigError(problem(got, f"that of the method, {list(promised)}", why, todo))
 
 
-def check_method(run: Run, schedule: NoiseSchedule) -> None:
-    """Raise ConfigError where the method cannot run on the teacher's noise process."""
-    try:
-        run.method.check(schedule)
-    except ValueError as error:
-        raise ConfigError(f"method: {error}") from error
-
-
-def check_exports(run: Run) -> None:
-    """Raise ConfigError where a run asks for formats that its student will not have."""
-    formats = run.train.export_formats
-    if not formats:
-        return
-    roles, name = run.method.roles(), run.method.student_role()
-    while isinstance(role := roles[name], Ema):
-        name = role.of
-    layout = convert.layout_of(run.family)
-    missing = [to for to in formats if layout.family not in FAMILIES[to]]
-    if isinstance(role, Lora) and not missing:
-        return
-    got = f"train.export_formats {list(formats)}"
-    why = f"{missing[0]} has no names for {layout.family}" if missing else "only a LoRA has other formats"
-    raise ConfigError(problem(got, "formats that the student can be written in", why, "leave them out"))
+CHECKS: tuple[Callable[[Run], None], ...] = (
+    *(check_cache_dir, check_scheduler, check_sharding, check_data, check_reference_file, check_export_formats),
+    *(check_output_dir, check_quantized_roles, check_attention),
+)

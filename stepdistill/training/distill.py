@@ -9,10 +9,10 @@ from stepdistill.config.load import to_yaml
 from stepdistill.core import distributed
 from stepdistill.data import inside
 from stepdistill.data.made import TeacherMade
-from stepdistill.students import single as student
-from stepdistill.training import checkpoint
-from stepdistill.training import finish as report
-from stepdistill.training.checks import check, check_method, check_scales
+from stepdistill.students.single import start_from
+from stepdistill.training.checkpoint import checkpoints
+from stepdistill.training.checks import check_loaded, check_run
+from stepdistill.training.finish import write_student
 from stepdistill.training.loop import train
 from stepdistill.training.memory.predict import predict
 from stepdistill.training.optimizers import Optimizers
@@ -23,40 +23,38 @@ from stepdistill.training.teacher import Teacher
 
 def distill(run: Run) -> Path:
     """Train, write the student folder, prove that plain Diffusers loads it, and report. Returns the folder."""
-    check(run)
+    check_run(run)
     session = prepare(run)
-    spec, accelerator = run.train, session.accelerator
-    out = Path(spec.output_dir)
-    schedule = run.family.schedule(session.pipe.scheduler)
-    check_method(run, schedule)
-    sampler = run.method.sampler(schedule)
-    run.family.scheduler(session.pipe, sampler)  # the student must have one, so ask now
-    check_scales(run.data, sampler)
-    if spec.eval_samples:
-        report.reference(run, session.digest)
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        if not spec.resume_from_checkpoint:  # `check` let only an overwritten folder pass
-            for old in checkpoint.checkpoints(out):
-                shutil.rmtree(old)
-        (out / "config.yaml").write_text(to_yaml(run))
-    distributed.barrier()
+    check_loaded(session)
+    open_folder(session)
     make_data(session)
-
-    optimizers = Optimizers(session.backbone, spec, session.scaler).declare(run.method).build()
+    optimizers = Optimizers(session.backbone, run.train, session.scaler).declare(run.method).build()
     if run.lora.init_from:
-        student.start_from(session.backbone, run.lora.init_from, run.family)
+        start_from(session.backbone, run.lora.init_from, run.family)
     finished = train(session, optimizers)
     session.batches.save()
+
     if session.shards is None:
-        accelerator.end_training()
+        session.accelerator.end_training()
     if finished:
         with session.leading() as leader:  # of a sharded base while there still is a process group
             if leader:
-                report.finish(session)
+                write_student(session)
     if session.shards is not None:
-        accelerator.end_training()
-    return out
+        session.accelerator.end_training()
+    return Path(run.train.output_dir)
+
+
+def open_folder(session: Session) -> None:
+    """Write the config into the run's folder, from which an overwritten run's checkpoints go."""
+    out = Path(session.run.train.output_dir)
+    if session.accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        if not session.run.train.resume_from_checkpoint:  # `check_output_dir` let only an overwritten folder pass
+            for old in checkpoints(out):
+                shutil.rmtree(old)
+        (out / "config.yaml").write_text(to_yaml(session.run))
+    distributed.barrier()
 
 
 def make_data(session: Session) -> None:
@@ -78,5 +76,5 @@ def make_data(session: Session) -> None:
 
 def dry_run(run: Run) -> str:
     """Predicted memory by role."""
-    check(run)
+    check_run(run)
     return str(predict(run))

@@ -38,7 +38,7 @@ from stepdistill.training.setup import Session
 FEW = 4  # steps at which teacher and student are compared
 
 
-def finish(session: Session) -> None:
+def write_student(session: Session) -> None:
     """Write and prove the student folder, draw `samples/grid.png`, measure `eval.json`, print the summary."""
     session = replace(
         session, run=replace(session.run, method=session.run.method.finalize(partial(relative_straightness, session)))
@@ -100,7 +100,7 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
         student.write_card(out, student.read_contract(out))  # again, now that there is an image
     if not spec.eval_samples:
         return {}
-    found = measure(run, reference(run, session.digest), teacher, plain, {"full": full, "few": few}, rows)
+    found = measure(run, load_reference(run, session.digest), teacher, plain, {"full": full, "few": few}, rows)
     (out / "eval.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 
@@ -120,25 +120,25 @@ def reference_file(spec: TrainSpec) -> Path:
     return file
 
 
-def reference(run: Run, digest: str) -> StoredFeatures:
+def load_reference(run: Run, digest: str) -> StoredFeatures:
     """The stored features, which must be of this teacher under this guidance and number of steps."""
-    found = StoredFeatures.load(reference_file(run.train))
+    stored = StoredFeatures.load(reference_file(run.train))
     wanted = {
         "teacher_sha256": digest,
         "teacher_steps": str(run.train.teacher_steps),
         "teacher_guidance_scale": str(run.train.teacher_guidance_scale),
     }
-    odd = [key for key, value in wanted.items() if found.facts.get(key) != value]
+    odd = [key for key, value in wanted.items() if stored.facts.get(key) != value]
     if odd:
         raise ConfigError(
             problem(
-                f"train.eval_reference with other {', '.join(odd)}: {[found.facts.get(key) for key in odd]}",
+                f"train.eval_reference with other {', '.join(odd)}: {[stored.facts.get(key) for key in odd]}",
                 f"{[wanted[key] for key in odd]}",
                 "the floor and the excess would be another teacher's",
                 "measure the features again, or set train.eval_samples to 0",
             )
         )
-    return found
+    return stored
 
 
 def measure(

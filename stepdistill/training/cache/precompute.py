@@ -17,8 +17,9 @@ from stepdistill.data import BadSample, InvertedImages, Sample, Source, inside
 from stepdistill.data.base import only
 from stepdistill.data.made import TeacherMade
 from stepdistill.families.lazy_pipeline import PARTS, LazyPipeline
-from stepdistill.training.batches import NULL, Batches, check_cache
+from stepdistill.training.batches import NULL, Batches
 from stepdistill.training.cache.rows import RowStore
+from stepdistill.training.checks import check_cache_dir
 from stepdistill.training.recipe import Run
 from stepdistill.training.setup import begin, keys
 
@@ -60,7 +61,7 @@ def precompute(run: Run) -> Filled:
     if not run.train.cache_dir:
         why, todo = "what is computed must be kept somewhere", "set train.cache_dir"
         raise ConfigError(problem("no train.cache_dir", "a folder", why, todo))
-    check_cache(run.train)
+    check_cache_dir(run)
     wanted = prompts_of(run)
     accelerator = begin(run)
     rank, processes = accelerator.process_index, accelerator.num_processes
