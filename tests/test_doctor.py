@@ -13,8 +13,8 @@ from stepdistill.cli import main as cli
 from stepdistill.config import load as config
 from stepdistill.core.errors import CheckpointError
 from stepdistill.training.recipe import Run
-from stepdistill.training.watch import rules as signs
-from stepdistill.training.watch.curves import Curve, course, differences, matching
+from stepdistill.training.watch import rules
+from stepdistill.training.watch.curves import Curve, differences, matching, settings_of
 from stepdistill.training.watch.doctor import examine, save_curve
 from stepdistill.training.watch.rules import PREFIX, SCORE, STATISTICS, Yardstick
 
@@ -45,7 +45,7 @@ def write(recipe, tmp_path, monkeypatch):
             rows.append({"step": i + 1, **values})
         for i, step in enumerate(range(0, 201, 25)):
             given = {name: 1.0 for name in STATISTICS} | {key: f(i) for key, f in (ratios or {}).items()}
-            score = signs.score({key: signs.deviation(value, 0.05) for key, value in given.items()})
+            score = rules.drift_score({key: rules.deviation(value, 0.05) for key, value in given.items()})
             rows.append({"step": step, **{PREFIX + key: value for key, value in given.items()}, SCORE: score})
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         Yardstick(dict.fromkeys(STATISTICS, 1.0), dict.fromkeys(STATISTICS, 0.05), FACTS).save(out / "watch.json")
@@ -154,8 +154,8 @@ def test_every_shipped_curve_is_of_the_recipe_beside_it(monkeypatch):
     for file in files:
         recipe = file.parent.parent / f"{file.stem}.yaml"
         run = yaml.safe_load(config.to_yaml(config.load(Run, recipe, [])))
-        assert not differences(course(run), Curve.read(file).course), f"{recipe} has changed: write {file} again"
-        assert matching(course(run), Path("configs")) == (file, [])
+        assert not differences(settings_of(run), Curve.read(file).course), f"{recipe} has changed: write {file} again"
+        assert matching(settings_of(run), Path("configs")) == (file, [])
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

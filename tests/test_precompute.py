@@ -35,12 +35,12 @@ from stepdistill.students.base_model import base_of
 from stepdistill.training.batches import NULL
 from stepdistill.training.cache import keys as fingerprint
 from stepdistill.training.cache import rows as cache
-from stepdistill.training.cache.keys import Keys, keys_of
+from stepdistill.training.cache.keys import Keys, family_keys
 from stepdistill.training.cache.precompute import precompute, prompts_of
 from stepdistill.training.cache.rows import RowStore
 from stepdistill.training.checks import check_run
 from stepdistill.training.distill import distill, make_data
-from stepdistill.training.loop import train
+from stepdistill.training.loop import training_loop
 from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import Session, prepare
@@ -173,7 +173,7 @@ def trained(run: Run) -> tuple[Session, dict[str, torch.Tensor]]:
     session = prepare(run)
     Path(run.train.output_dir).mkdir(parents=True, exist_ok=True)
     make_data(session)
-    assert train(session, Optimizers(session.backbone, run.train).declare(run.method).build())
+    assert training_loop(session, Optimizers(session.backbone, run.train).declare(run.method).build())
     session.batches.save()
     return session, session.backbone.state("student")
 
@@ -288,7 +288,7 @@ def lora(place: Path, folder: Path, networks: tuple[str, ...], size: float = 0.0
 
 
 def keys(place: Path, kept: Path, name: str = "sd", **fields) -> Keys:
-    return keys_of(replace(FAMILIES[name], **{"pretrained_teacher_model": str(place)} | fields), kept)
+    return family_keys(replace(FAMILIES[name], **{"pretrained_teacher_model": str(place)} | fields), kept)
 
 
 def touch(file: Path) -> None:

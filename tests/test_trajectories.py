@@ -28,7 +28,7 @@ from stepdistill.training.checks import check_guidance_range
 from stepdistill.training.distill import distill, make_data
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import prepare
-from stepdistill.training.teacher import Teacher
+from stepdistill.training.teacher import TeacherSampler
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = Prompts(prompts=("red apple", "cat face", "rose"))
@@ -171,7 +171,7 @@ def test_shares_of_processes_are_whole_together(place, whole, tmp_path):
     data = source(tmp_path / "states")
     session = stage_of(place, data)
     for rank in (1, 0):
-        data.fill(Teacher(session), rank, 2)
+        data.fill(TeacherSampler(session), rank, 2)
         names = {file.stem for file in Path(data.folder).glob("chunk-*")}
         assert names == ({"chunk-00001"} if rank else {f"chunk-0000{k}" for k in range(3)})
     assert files(tmp_path / "states") == files(whole)

@@ -29,8 +29,8 @@ from stepdistill.training.logs import Logs
 from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.watch import measure as watching
-from stepdistill.training.watch import rules as signs
-from stepdistill.training.watch.measure import SETS, Watch, ratios, statistics, yardstick
+from stepdistill.training.watch import rules
+from stepdistill.training.watch.measure import SETS, Watch, drift_statistics, ratios, yardstick
 from stepdistill.training.watch.rules import SCORE, Yardstick
 
 # --- statistics of images ------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def test_the_spread_is_that_of_sets_of_seeds():
     assert found.mean["saturation"] == pytest.approx(3.0, rel=0.01)
     assert found.spread["saturation"] == pytest.approx(made.mean(1).std().item() / 3, rel=0.05)
     same = yardstick([{"saturation": level}] * 4, {})
-    assert same.spread["saturation"] == signs.FLOOR
+    assert same.spread["saturation"] == rules.FLOOR
 
 
 # --- the rule --------------------------------------------------------------------------------------------------------
@@ -96,21 +96,21 @@ def test_the_spread_is_that_of_sets_of_seeds():
     ],
 )
 def test_twice_running(deviations, fires):
-    assert signs.alarmed(deviations) == fires
+    assert rules.alarmed(deviations) == fires
 
 
 def test_half_and_double_are_equally_far():
-    assert signs.deviation(2.0, 0.1) == pytest.approx(-signs.deviation(0.5, 0.1))
-    assert signs.deviation(0.0, 0.5) < -signs.BAND  # all is gone, and no teacher's spread is so wide as to allow it
-    assert signs.score({"a": -2.0, "b": 4.0}) == 3.0
+    assert rules.deviation(2.0, 0.1) == pytest.approx(-rules.deviation(0.5, 0.1))
+    assert rules.deviation(0.0, 0.5) < -rules.BAND  # all is gone, and no teacher's spread is so wide as to allow it
+    assert rules.drift_score({"a": -2.0, "b": 4.0}) == 3.0
 
 
 def test_every_statistic_has_words():
-    for name in signs.STATISTICS:
+    for name in rules.STATISTICS:
         for z in (-9.0, 9.0):
-            text = signs.sentence(name, [0.0, z, z], 0.1)
-            assert signs.title(name) in text and f"{math.exp(z / 10):.3g} times" in text and ";" in text
-    assert "0.607 to 1.65" in signs.sentence("contrast", [0.0, 9.0], 0.1)
+            text = rules.sentence(name, [0.0, z, z], 0.1)
+            assert rules.title(name) in text and f"{math.exp(z / 10):.3g} times" in text and ";" in text
+    assert "0.607 to 1.65" in rules.sentence("contrast", [0.0, 9.0], 0.1)
 
 
 # --- on images of the bundled teacher ------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def watch(scene, tmp_path, monkeypatch, caplog):
         shutil.copy(folder / "watch.json", out)  # so that the teacher need not draw again
         spec = replace(scene.run.train, output_dir=str(out), **train)
         monkeypatch.setattr(scene, "run", replace(scene.run, train=spec))
-        monkeypatch.setattr(watching, "plot", lambda *args: None)  # most of a look's time here
+        monkeypatch.setattr(watching, "plot_drift", lambda *args: None)  # most of a look's time here
         made = None
         for step, name in enumerate(students):
 
@@ -213,17 +213,17 @@ def watch(scene, tmp_path, monkeypatch, caplog):
 def test_quiet_on_the_teacher_under_other_seeds(watch):
     made, said = watch("teacher", "teacher", "teacher")
     assert not said
-    (row, *_) = signs.rows(made.logs.file)
+    (row, *_) = rules.read_metrics(made.logs.file)
     assert row[SCORE] < 2.5
-    assert {f"watch/{name}" for name in signs.STATISTICS} < row.keys()
+    assert {f"watch/{name}" for name in rules.STATISTICS} < row.keys()
 
 
 def test_quiet_on_other_sets_of_the_teacher_too(scene, watch):
     made, _ = watch("teacher")
     for number in (SETS + 1, SETS + 2):
         found = ratios(made._measure(sampling.sample_teacher, number), made.teacher)
-        far = {name: signs.deviation(value, made.teacher.spread[name]) for name, value in found.items()}
-        assert all(abs(z) < signs.BAND for z in far.values()), far
+        far = {name: rules.deviation(value, made.teacher.spread[name]) for name, value in found.items()}
+        assert all(abs(z) < rules.BAND for z in far.values()), far
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_beginner_may_be_off(watch):
 def test_best_is_kept_and_never_the_untrained_one(watch):
     made, _ = watch("teacher", "collapsed", "teacher", "blurred")
     kept = json.loads((made.out / "best" / "watch.json").read_text())
-    scores = {row["step"]: row[SCORE] for row in signs.rows(made.logs.file)}
+    scores = {row["step"]: row[SCORE] for row in rules.read_metrics(made.logs.file)}
     assert kept == {"step": 2, "score": scores[2]}
     assert not (made.out / "best.part").exists()
 
@@ -322,8 +322,8 @@ def whole(tmp_path_factory) -> Path:
 
 
 def looks(out: Path) -> list[dict[str, float]]:
-    kept = [row for row in signs.rows(out / "metrics.jsonl") if SCORE in row]
-    return [{key: row[key] for key in row if key == "step" or key.startswith(signs.PREFIX)} for row in kept]
+    kept = [row for row in rules.read_metrics(out / "metrics.jsonl") if SCORE in row]
+    return [{key: row[key] for key in row if key == "step" or key.startswith(rules.PREFIX)} for row in kept]
 
 
 def test_a_run_is_watched_from_before_its_first_step_to_its_last(whole):
@@ -388,4 +388,4 @@ def test_a_yardstick_of_other_settings_is_drawn_anew(tmp_path):
 
 
 def test_statistics_cover_what_is_documented():
-    assert set(statistics(torch.rand(2, 3, 3, 8, 8))) == set(signs.IMAGE)
+    assert set(drift_statistics(torch.rand(2, 3, 3, 8, 8))) == set(rules.IMAGE)

@@ -228,7 +228,7 @@ def watched(run: Run) -> dict[str, Any]:
     out = distill(run)
     stored = Yardstick.read(out / "watch.json")
     assert stored is not None
-    past = rules.history(rules.rows(out / "metrics.jsonl"), stored.spread)
+    past = rules.history(rules.read_metrics(out / "metrics.jsonl"), stored.spread)
     looks = 1 + WATCHED_STEPS // WATCHED_EVERY
     alarms = {k: [rules.title(n) for n in past if rules.alarmed(past[n][: k + 1])] for k in range(looks)}
     fired = next((k for k, names in alarms.items() if names), None)

@@ -21,7 +21,7 @@ from stepdistill.data.bundled import bundled
 
 
 class TeacherCalls(Protocol):
-    """What a source asks of the teacher; in a run it is `stepdistill.training.teacher.Teacher`.
+    """What a source asks of the teacher; in a run it is `stepdistill.training.teacher.TeacherSampler`.
 
     Attributes:
         digest: of the teacher's weights.

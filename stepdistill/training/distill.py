@@ -13,12 +13,12 @@ from stepdistill.students.single import start_from
 from stepdistill.training.checkpoint import checkpoints
 from stepdistill.training.checks import check_loaded, check_run
 from stepdistill.training.finish import write_student
-from stepdistill.training.loop import train
+from stepdistill.training.loop import training_loop
 from stepdistill.training.memory.predict import predict
 from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run
 from stepdistill.training.setup import Session, prepare
-from stepdistill.training.teacher import Teacher
+from stepdistill.training.teacher import TeacherSampler
 
 
 def distill(run: Run) -> Path:
@@ -31,7 +31,7 @@ def distill(run: Run) -> Path:
     optimizers = Optimizers(session.backbone, run.train, session.scaler).declare(run.method).build()
     if run.lora.init_from:
         start_from(session.backbone, run.lora.init_from, run.family)
-    finished = train(session, optimizers)
+    finished = training_loop(session, optimizers)
     session.batches.save()
 
     if session.shards is None:
@@ -62,11 +62,11 @@ def make_data(session: Session) -> None:
 
     All processes share the work, but for a sharded teacher, whose every call takes all of them.
     """
-    rank, processes, teacher = session.accelerator.process_index, session.accelerator.num_processes, Teacher(session)
+    accelerator, teacher = session.accelerator, TeacherSampler(session)
     for source in inside(session.run.data):
         if isinstance(source, TeacherMade):
             if session.shards is None:
-                source.fill(teacher, rank, processes)
+                source.fill(teacher, accelerator.process_index, accelerator.num_processes)
             else:
                 with session.leading() as leader:
                     if leader:

@@ -82,8 +82,8 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
         for n in (FEW, spec.teacher_steps)
     )
     load_student(plain, out)
-    own = len(run.method.sampler(run.family.schedule(teacher.scheduler)).timesteps)
-    rows = [student_call(run.family, run.method, teacher, n) for n in sorted({own, FEW, 2, 1}, reverse=True)]
+    trained = len(run.method.sampler(run.family.schedule(teacher.scheduler)).timesteps)
+    rows = [student_call(run.family, run.method, teacher, n) for n in sorted({trained, FEW, 2, 1}, reverse=True)]
     for pipe in (teacher, plain):
         if session.shards is None:
             pipe.to(session.accelerator.device)
@@ -91,18 +91,18 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
             sharding.stream(pipe, run.family.network(pipe), session.accelerator.device)
     if spec.validation_prompts:
         prompts, size = list(spec.validation_prompts), (session.batches.side, session.batches.side)
-        made = [
+        columns = [
             (row.name.replace(", ", "\n"), generate(pipe, row, prompts, spec.validation_seed, size=size)[0])
             for pipe, row in ((teacher, full), (teacher, few), *((plain, row) for row in rows))
         ]
-        scale = max(1, 96 // made[0][1].shape[-1])
-        image_grid(made, prompts, scale).save(out / "samples" / "grid.png")
+        scale = max(1, 96 // columns[0][1].shape[-1])
+        image_grid(columns, prompts, scale).save(out / "samples" / "grid.png")
         student.write_card(out, student.read_contract(out))  # again, now that there is an image
     if not spec.eval_samples:
         return {}
-    found = measure(run, load_reference(run, session.digest), teacher, plain, {"full": full, "few": few}, rows)
-    (out / "eval.json").write_text(json.dumps(found, indent=1) + "\n")
-    return found
+    document = measure(run, load_reference(run, session.digest), teacher, plain, {"full": full, "few": few}, rows)
+    (out / "eval.json").write_text(json.dumps(document, indent=1) + "\n")
+    return document
 
 
 def reference_file(spec: TrainSpec) -> Path:
@@ -158,21 +158,21 @@ def measure(
     ref, floor = (stored.features[key][:n] for key in ("reference", "floor"))
     prompts, extractor, steps = stored.prompts[:n], efficientnet_lite0(), run.train.teacher_steps
     _, cost = generate(teacher, taught["full"], prompts[:64], SEED_B)
-    rows = [Sampled(name=taught["full"].name, role="teacher", features=floor, cost=told_of(cost, min(n, 64)))]
+    rows = [Sampled(name=taught["full"].name, role="teacher", features=floor, cost=per_image(cost, min(n, 64)))]
     for pipe, row in [(teacher, taught["few"]), *((plain, row) for row in rows_of_student)]:
         images, cost = generate(pipe, row, prompts, SEED_B, progress=True)
         role = "teacher" if pipe is teacher else "student"
-        rows.append(Sampled(name=row.name, role=role, features=extractor(images), cost=told_of(cost, n)))
+        rows.append(Sampled(name=row.name, role=role, features=extractor(images), cost=per_image(cost, n)))
     file = reference_file(run.train)
     facts = {"kind": "teacher", "path": file.name, "sha256": file_digest(file), "n": n}
     compared = Reference(stats=Stats.of(ref), features=ref, paired=True, facts=facts)
     protocol, reasons = protocol_facts(PROTOCOLS["none"], extractor.identity, n, None, facts)
-    found = measured([replace(row, reasons=reasons) for row in rows], compared, extractor.identity.key)
+    scores = measured([replace(row, reasons=reasons) for row in rows], compared, extractor.identity.key)
     scale, hashed = run.train.teacher_guidance_scale, stored.facts["teacher_sha256"]
     return document(
         extractor.identity,
         facts,
-        found,
+        scores,
         protocol,
         plain.device,
         eval_res=None,
@@ -181,7 +181,7 @@ def measure(
     )
 
 
-def told_of(cost: Cost, n: int) -> dict[str, float]:
+def per_image(cost: Cost, n: int) -> dict[str, float]:
     """What n images cost, for each of them."""
     return {"calls": cost.calls / cost.batches, "nfe": cost.rows / n, "seconds_per_image": cost.seconds / n}
 
@@ -192,8 +192,8 @@ def _print(out: Path, summary: Mapping[str, Any]) -> None:
     for row in summary.get("rows", []):
         cost, excess = row["cost"], ""
         if "delta_vs_teacher" in row["metrics"]:
-            found = row["metrics"]["delta_vs_teacher"][summary["features"]["key"]]
-            excess = f"  excess {found['value']:7.1f} [{found['ci95'][0]:.1f}, {found['ci95'][1]:.1f}]"
+            delta = row["metrics"]["delta_vs_teacher"][summary["features"]["key"]]
+            excess = f"  excess {delta['value']:7.1f} [{delta['ci95'][0]:.1f}, {delta['ci95'][1]:.1f}]"
         print(
             f"  {row['name']:<20} calls {cost['calls']:4.0f}  nfe {cost['nfe']:5.0f}  "
             f"{1000 * cost['seconds_per_image']:7.2f} ms an image{excess}"

@@ -71,7 +71,7 @@ def train_step(
     return values
 
 
-def train(session: Session, optimizers: Optimizers) -> bool:
+def training_loop(session: Session, optimizers: Optimizers) -> bool:
     """Train to `max_train_steps`; False where a signal or the watch ended it before, after a checkpoint."""
     run, spec, accelerator = session.run, session.run.train, session.accelerator
     start, source = resume(session, optimizers)

@@ -16,7 +16,7 @@ from stepdistill.evaluation.metrics.straightness import paths
 from stepdistill.students.draw.sheet import image_grid
 from stepdistill.training.logs import Logs
 from stepdistill.training.setup import Session
-from stepdistill.training.teacher import Teacher
+from stepdistill.training.teacher import TeacherSampler
 
 
 def start_noise(session: Session, seed: int, ids: Iterable[int]) -> Tensor:
@@ -48,7 +48,7 @@ def sample_teacher(session: Session, prompts: list[str], ids: Sequence[int]) -> 
     spec = session.run.train
     steps = max(n for n in range(1, spec.teacher_steps + 1) if 1000 % n == 0)
     noise = start_noise(session, spec.validation_seed, ids)
-    return Teacher(session).sample(prompts, noise, steps, spec.teacher_guidance_scale)
+    return TeacherSampler(session).sample(prompts, noise, steps, spec.teacher_guidance_scale)
 
 
 def relative_straightness(session: Session, count: int = 256) -> float:

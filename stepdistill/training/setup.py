@@ -26,7 +26,7 @@ from stepdistill.networks.sharding import ShardedNetwork
 from stepdistill.students import single as student
 from stepdistill.students.base_model import Base, base_of
 from stepdistill.training.batches import Batches
-from stepdistill.training.cache.keys import Keys, keys_of
+from stepdistill.training.cache.keys import Keys, family_keys
 from stepdistill.training.recipe import Run
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -139,13 +139,13 @@ def prepare(run: Run) -> Session:
     if dtype != torch.float32 and family.quantization is None:
         net.to(dtype)  # first, so that the device never holds it in float32
     parts = LazyPipeline(family, pipe, accelerator.device, stay)
-    session = staged(run, accelerator, parts, base, keys(run, accelerator))
+    session = session_of(run, accelerator, parts, base, cache_keys(run, accelerator))
     if spec.shard_base:
         session.shards = sharding.shard(session.backbone, accelerator.device, dtype)
     return session
 
 
-def staged(run: Run, accelerator: Accelerator, parts: LazyPipeline, base: Base, keys: Keys) -> Session:
+def session_of(run: Run, accelerator: Accelerator, parts: LazyPipeline, base: Base, keys: Keys) -> Session:
     """Backbone and batches around a pipeline in its place and precision."""
     family, pipe = run.family, parts.pipe
     net, dtype = family.network(pipe), DTYPES[accelerator.mixed_precision]
@@ -155,8 +155,8 @@ def staged(run: Run, accelerator: Accelerator, parts: LazyPipeline, base: Base, 
     return Session(run, accelerator, pipe, base, dtype, backbone, batches, None)
 
 
-def keys(run: Run, accelerator: Accelerator) -> Keys:
+def cache_keys(run: Run, accelerator: Accelerator) -> Keys:
     """The keys of the run's caches; the first process computes the files' digests, and the others read them."""
     folder = run.train.cache_dir
     with accelerator.main_process_first():
-        return keys_of(run.family, Path(folder)) if folder else Keys()
+        return family_keys(run.family, Path(folder)) if folder else Keys()

@@ -17,7 +17,7 @@ from stepdistill.training.setup import Session
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherSampler:
     """The teacher of a session, as data sources and validation ask for it."""
 
     session: Session

@@ -32,7 +32,7 @@ class Keys:
     vae: str = ""
 
 
-def keys_of(family: Family, folder: Path) -> Keys:
+def family_keys(family: Family, folder: Path) -> Keys:
     """The keys of a family's caches.
 
     The embeddings' key covers the text encoders, the tokenizers, the family's own arguments, and the text part of
@@ -84,37 +84,39 @@ def _beside(family: Family, digests: _Digests) -> list[str]:
     given = family.single_file_config
     if given is None or not Path(given).is_dir():
         return [str(given)]
-    found = sorted(path for path in Path(given).rglob("*") if path.is_file() and path.suffix in SETTINGS)
-    return [f"{path.relative_to(given)} {digests(path)}" for path in found]
+    files = sorted(path for path in Path(given).rglob("*") if path.is_file() and path.suffix in SETTINGS)
+    return [f"{path.relative_to(given)} {digests(path)}" for path in files]
 
 
 def _listed(root: Path, name: str, family: Family, digests: _Digests) -> list[str]:
     """Name and digest of each file that loading a component reads."""
-    found = sorted(path for path in (root / name).rglob("*") if path.is_file())
-    settings = [path for path in found if path.suffix in SETTINGS and ".index." not in path.name]
-    files = settings + _weights([path for path in found if path.suffix in WEIGHTS], family.variant)
+    present = sorted(path for path in (root / name).rglob("*") if path.is_file())
+    settings = [path for path in present if path.suffix in SETTINGS and ".index." not in path.name]
+    files = settings + _weights([path for path in present if path.suffix in WEIGHTS], family.variant)
     return [f"{path.relative_to(root)} {digests(path)}" for path in files]
 
 
-def _weights(found: Sequence[Path], variant: str | None) -> list[Path]:
+def _weights(files: Sequence[Path], variant: str | None) -> list[Path]:
     """The weights that are loaded: those of the variant before the plain ones, safetensors before pickles."""
-    kinds = [path.name.split(".")[1:-1] for path in found]  # model.fp16-00001-of-00002.safetensors: of fp16
+    kinds = [path.name.split(".")[1:-1] for path in files]  # model.fp16-00001-of-00002.safetensors: of fp16
     for of in ([variant] if variant else []) + [None]:
-        own = [not kind if of is None else any(f"{part}-".startswith(f"{of}-") for part in kind) for kind in kinds]
+        chosen_kind = [
+            not kind if of is None else any(f"{part}-".startswith(f"{of}-") for part in kind) for kind in kinds
+        ]
         for suffix in WEIGHTS:
-            chosen = [path for path, mine in zip(found, own, strict=True) if mine and path.suffix == suffix]
+            chosen = [path for path, mine in zip(files, chosen_kind, strict=True) if mine and path.suffix == suffix]
             if chosen:
                 return chosen
-    return list(found)
+    return list(files)
 
 
 def _text_loras(family: Family) -> Iterator[str]:
     """A digest of what each of the teacher's LoRAs changes in the text encoders; none where it is nothing."""
     pipeline: Any = family.pipeline_class
     for lora in family.teacher_loras:
-        found = pipeline.lora_state_dict(lora, return_lora_metadata=True)
+        tables = pipeline.lora_state_dict(lora, return_lora_metadata=True)
         digest, touched = sha256(), False
-        for table in found:  # weights, alphas and metadata, under Diffusers' names whatever the file's were
+        for table in tables:  # weights, alphas and metadata, under Diffusers' names whatever the file's were
             for key, value in sorted(table.items() if isinstance(table, Mapping) else ()):
                 if family.part_of(key.split(".")[0]) == "text":
                     touched = True

@@ -21,7 +21,7 @@ from stepdistill.training.batches import NULL, Batches
 from stepdistill.training.cache.rows import RowStore
 from stepdistill.training.checks import check_cache_dir
 from stepdistill.training.recipe import Run
-from stepdistill.training.setup import begin, keys
+from stepdistill.training.setup import begin, cache_keys
 
 logger = logging.getLogger(__name__)
 SLICE = 64  # rows between two looks at whether they can be written
@@ -66,7 +66,7 @@ def precompute(run: Run) -> Filled:
     accelerator = begin(run)
     rank, processes = accelerator.process_index, accelerator.num_processes
     parts = LazyPipeline(run.family, run.family.load(PARTS), accelerator.device)
-    batches = Batches(parts, run.train, keys(run, accelerator), accelerator.device)
+    batches = Batches(parts, run.train, cache_keys(run, accelerator), accelerator.device)
     _embed(batches, wanted, rank, processes)
     source = batches.fixed(run.data)
     images = len(source) if batches.latents else 0
@@ -88,16 +88,16 @@ def prompts_of(run: Run) -> list[str]:
     Among them are those of samples that the teacher is still to make.
     """
     sources = [run.data, *(part for part in inside(run.data) if isinstance(part, TeacherMade) and part is not run.data)]
-    found = dict.fromkeys(["", *run.train.validation_prompts])
+    prompts = dict.fromkeys(["", *run.train.validation_prompts])
     for source in sources:
         # which images it inverts is only known when it has
         listed = source.source if isinstance(source, InvertedImages) else source
         for i in range(len(listed)):
             try:
-                found.update(dict.fromkeys(listed.captions(i)))
+                prompts.update(dict.fromkeys(listed.captions(i)))
             except BadSample:  # another item takes its place
                 continue
-    return list(found)
+    return list(prompts)
 
 
 def _embed(batches: Batches, wanted: Sequence[str], rank: int, processes: int) -> None:

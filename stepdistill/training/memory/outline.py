@@ -49,8 +49,8 @@ def networks_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 def _component(where: str, name: str, library: str, kind: str, revision: str | None) -> Any:  # noqa: ANN401
     # a pipeline's own classes, as its safety checker, stand under the pipeline's name
-    own = library not in ("diffusers", "transformers")
-    cls: Any = locate(f"diffusers.pipelines.{library}.{kind}" if own else f"{library}.{kind}")
+    foreign = library not in ("diffusers", "transformers")
+    cls: Any = locate(f"diffusers.pipelines.{library}.{kind}" if foreign else f"{library}.{kind}")
     if issubclass(cls, nn.Module):
         return shell(where, name, f"{cls.__module__}.{cls.__name__}", revision).float()
     return cls.from_pretrained(where, subfolder=name, revision=revision)

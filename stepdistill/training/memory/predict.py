@@ -20,7 +20,7 @@ from stepdistill.training.memory.forecast import BASE, FEW, Prediction, Rehearsa
 from stepdistill.training.memory.outline import networks_of, outline
 from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run
-from stepdistill.training.setup import DTYPES, staged
+from stepdistill.training.setup import DTYPES, session_of
 
 
 def predict(run: Run) -> Prediction:
@@ -56,7 +56,7 @@ def rehearse(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Reh
     spec = replace(run.train, cache_dir=None, dataloader_num_workers=0)
     spec = replace(spec, gradient_accumulation_steps=min(FEW, spec.gradient_accumulation_steps))
     parts = Outlined(run.family, pipe, accelerator.device, stay=tuple(networks_of(pipe)))
-    session = staged(replace(run, train=spec), accelerator, parts, Base({}, (), None), Keys())
+    session = session_of(replace(run, train=spec), accelerator, parts, Base({}, (), None), Keys())
     data = run.data
     if any(isinstance(source, TeacherMade) for source in inside(data)):
         data = Unmade(source=data, shape=session.batches.shape)

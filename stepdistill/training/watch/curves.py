@@ -60,17 +60,17 @@ class Curve:
             ) from error
 
 
-def course(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run's `config.yaml` that bear on what is learned, by dotted path."""
     parts = {key: value for key, value in config.items() if key != "train"}
     return _flat(parts | {"train": {key: config["train"].get(key) for key in TRAIN}})
 
 
 def _flat(node: Mapping[str, Any], head: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in node.items():
-        found |= _flat(value, f"{head}{key}.") if isinstance(value, Mapping) else {f"{head}{key}": value}
-    return found
+        flat |= _flat(value, f"{head}{key}.") if isinstance(value, Mapping) else {f"{head}{key}": value}
+    return flat
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -81,8 +81,10 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 
 def matching(wanted: Mapping[str, Any], folder: Path) -> tuple[Path | None, list[str]]:
     """The curve under `folder` of the most similar recipe and how it differs; None where more than a little."""
-    found = [(differences(wanted, Curve.read(file).course), file) for file in sorted(folder.rglob("curves/*.json"))]
-    odd, file = min(found, key=lambda pair: len(pair[0]), default=([], None))
+    candidates = [
+        (differences(wanted, Curve.read(file).course), file) for file in sorted(folder.rglob("curves/*.json"))
+    ]
+    odd, file = min(candidates, key=lambda pair: len(pair[0]), default=([], None))
     return (file, odd) if len(odd) <= NEAR else (None, [])
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from stepdistill.core.errors import CheckpointError, problem
-from stepdistill.training.watch import rules as signs
-from stepdistill.training.watch.curves import Curve, averages, course, differences, matching
+from stepdistill.training.watch import rules
+from stepdistill.training.watch.curves import Curve, averages, differences, matching, settings_of
 from stepdistill.training.watch.rules import PREFIX, SCORE, Yardstick
 
 Rows = Sequence[Mapping[str, float]]
@@ -45,7 +45,7 @@ class Remains:
     @classmethod
     def of(cls, folder: Path) -> Remains:
         """Raises CheckpointError where it is no run's folder, or one without a single step."""
-        rows, file = signs.rows(folder / "metrics.jsonl"), folder / "config.yaml"
+        rows, file = rules.read_metrics(folder / "metrics.jsonl"), folder / "config.yaml"
         if not rows or not file.is_file():
             raise CheckpointError(
                 problem(
@@ -64,19 +64,19 @@ def examine(folder: Path, reference: Path | None = None) -> tuple[str, bool]:
     Args:
         reference: a curve to compare with; None looks for one of the same recipe under `configs/`.
     """
-    run, found = Remains.of(folder), Findings()
-    curve, where = _reference(run, reference, found)
-    _ending(run, found)
-    _losses(run.rows, curve, found)
-    _gradients(run.rows, found)
-    _watch(run, found)
+    run, findings = Remains.of(folder), Findings()
+    curve, where = _reference(run, reference, findings)
+    _ending(run, findings)
+    _losses(run.rows, curve, findings)
+    _gradients(run.rows, findings)
+    _watch(run, findings)
     if curve:
-        _compare(run, curve, where, found)
+        _compare(run, curve, where, findings)
     total, last = run.config["train"]["max_train_steps"], int(run.rows[-1]["step"])
     lines = [f"{folder}: {last} of {total} steps" + (f", compared with {where}" if curve else "")]
-    for heading, sentences in (("off", found.off), ("worth knowing", found.notes)):
+    for heading, sentences in (("off", findings.off), ("worth knowing", findings.notes)):
         lines += [f"\n{heading}:", *(f"  - {sentence}" for sentence in sentences)] if sentences else []
-    count = len(found.off)
+    count = len(findings.off)
     lines.append(f"\n{count} thing{'s are' if count > 1 else ' is'} off" if count else "\nnothing is off")
     return "\n".join(lines), not count
 
@@ -85,35 +85,39 @@ def save_curve(folder: Path, file: Path) -> None:
     """Write a run's curve, for the runs to come of the same recipe."""
     run = Remains.of(folder)
     facts = run.yardstick.facts if run.yardstick else {}
-    Curve(course(run.config), averages(run.rows), [dict(row) for row in run.rows if SCORE in row], facts).save(file)
+    Curve(settings_of(run.config), averages(run.rows), [dict(row) for row in run.rows if SCORE in row], facts).save(
+        file
+    )
 
 
-def _reference(run: Remains, given: Path | None, found: Findings) -> tuple[Curve | None, Path | None]:
+def _reference(run: Remains, given: Path | None, findings: Findings) -> tuple[Curve | None, Path | None]:
     """The curve to compare with, and where it lies."""
     if given:
         curve = Curve.read(given)
-        odd = differences(course(run.config), curve.course)
+        odd = differences(settings_of(run.config), curve.course)
         if odd:
-            found.notes.append(f"the run is not quite that of the reference: {'; '.join(odd)}")
+            findings.notes.append(f"the run is not quite that of the reference: {'; '.join(odd)}")
         return curve, given
-    file, odd = matching(course(run.config), Path("configs"))
+    file, odd = matching(settings_of(run.config), Path("configs"))
     if file and not odd:
         return Curve.read(file), file
     hint = "name one by --reference"
     if file:
         hint = f"the nearest is {file}, where {'; '.join(odd)}: name it by --reference"
-    found.notes.append(f"no reference curve of this recipe under configs/; {hint}")
+    findings.notes.append(f"no reference curve of this recipe under configs/; {hint}")
     return None, None
 
 
-def _ending(run: Remains, found: Findings) -> None:
+def _ending(run: Remains, findings: Findings) -> None:
     if (run.folder / "non_finite.pt").exists():
-        found.off.append("a loss was not finite: lower train.learning_rate, or use bf16 instead of fp16")
+        findings.off.append("a loss was not finite: lower train.learning_rate, or use bf16 instead of fp16")
     contract = run.folder / "distill_config.json"
     if not contract.exists():
-        found.notes.append("no student is written yet: the run goes on, or was stopped; resume_from_checkpoint: latest")
+        findings.notes.append(
+            "no student is written yet: the run goes on, or was stopped; resume_from_checkpoint: latest"
+        )
     elif json.loads(contract.read_text()).get("proof") is None:
-        found.off.append("the student was never proven in plain Diffusers: run `stepdistill verify` on the folder")
+        findings.off.append("the student was never proven in plain Diffusers: run `stepdistill verify` on the folder")
 
 
 def _series(rows: Rows, head: str) -> Iterator[tuple[str, list[float]]]:
@@ -128,32 +132,32 @@ def _quarters(values: Sequence[float]) -> tuple[float, float]:
     return median(values[:n]), median(values[-n:])
 
 
-def _losses(rows: Rows, curve: Curve | None, found: Findings) -> None:
+def _losses(rows: Rows, curve: Curve | None, findings: Findings) -> None:
     for key, values in _series(rows, LOSS):
         first, last = _quarters(values)
         if not all(map(math.isfinite, values)):
-            found.off.append(f"{key} is not finite at some step: lower train.learning_rate")
+            findings.off.append(f"{key} is not finite at some step: lower train.learning_rate")
         elif len(values) < ENOUGH:
-            found.notes.append(f"{key} has {len(values)} values, too few for a trend")
+            findings.notes.append(f"{key} has {len(values)} values, too few for a trend")
         elif max(values) - min(values) <= 1e-3 * abs(first):
-            found.off.append(
+            findings.off.append(
                 f"{key} does not move: {values[0]:.4g} first, {values[-1]:.4g} last. Nothing is learned: check the "
                 "learning rate, and that the role's gradients are not zero"
             )
         elif first > 0 and last > 3 * first and not curve:  # a curve says what is usual, also between stages
             sentence = f"{key} rises from {first:.4g} to {last:.4g} (medians of the first and last quarter)"
             if last > 10 * first:
-                found.off.append(f"{sentence}: lower train.learning_rate")
+                findings.off.append(f"{sentence}: lower train.learning_rate")
             else:
-                found.notes.append(f"{sentence}: usual where the method goes on to harder stages, else a bad sign")
+                findings.notes.append(f"{sentence}: usual where the method goes on to harder stages, else a bad sign")
 
 
-def _gradients(rows: Rows, found: Findings) -> None:
+def _gradients(rows: Rows, findings: Findings) -> None:
     """Spikes, growth and silence of each role's gradient norm, as it was before clipping."""
     for key, values in _series(rows, NORM):
         role = key.removeprefix(NORM)
         if not all(map(math.isfinite, values)):
-            found.off.append(f"gradients of {role} are not finite at some step: lower train.learning_rate")
+            findings.off.append(f"gradients of {role} are not finite at some step: lower train.learning_rate")
             continue
         if len(values) < ENOUGH:
             continue
@@ -161,48 +165,50 @@ def _gradients(rows: Rows, found: Findings) -> None:
         before = [median(values[max(0, i - 50) : i]) for i in range(10, len(values))]
         spikes = sum(value > 10 * usual for value, usual in zip(values[10:], before, strict=True))
         if last < 1e-10:
-            found.off.append(f"gradients of {role} have vanished ({last:.2g}): it no longer learns; its loss is flat")
+            findings.off.append(
+                f"gradients of {role} have vanished ({last:.2g}): it no longer learns; its loss is flat"
+            )
         elif last > 10 * first:
-            found.off.append(
+            findings.off.append(
                 f"gradients of {role} grow: {first:.3g} in the first quarter, {last:.3g} in the last (medians). It "
                 "diverges: lower train.learning_rate"
             )
         if spikes > max(2, 0.02 * len(values)):
-            found.off.append(
+            findings.off.append(
                 f"gradients of {role} jump: {spikes} of {len(values)} steps are above 10 times the median of the 50 "
                 "before. Lower train.learning_rate or train.max_grad_norm, or raise the batch size"
             )
 
 
-def _watch(run: Remains, found: Findings) -> None:
+def _watch(run: Remains, findings: Findings) -> None:
     looks = [row for row in run.rows if SCORE in row]
     if not looks or not run.yardstick:
-        found.notes.append("the watch was off: train.validation_steps and train.validation_prompts switch it on")
+        findings.notes.append("the watch was off: train.validation_steps and train.validation_prompts switch it on")
         return
-    spread, past = run.yardstick.spread, signs.history(looks, run.yardstick.spread)
-    alarms = [name for name in past if signs.alarmed(past[name])]
-    found.off += [signs.sentence(name, past[name], spread[name]) for name in signs.told(alarms, past)]
+    spread, past = run.yardstick.spread, rules.history(looks, run.yardstick.spread)
+    alarms = [name for name in past if rules.alarmed(past[name])]
+    findings.off += [rules.sentence(name, past[name], spread[name]) for name in rules.worth_reporting(alarms, past)]
     for name in [name for name in past if name not in alarms]:
-        ever = [row["step"] for i, row in enumerate(looks) if signs.alarmed(past[name][: i + 1])]
+        ever = [row["step"] for i, row in enumerate(looks) if rules.alarmed(past[name][: i + 1])]
         if ever:
-            found.notes.append(f"the {signs.title(name)} was off at step {ever[-1]:.0f}, and has come back")
+            findings.notes.append(f"the {rules.title(name)} was off at step {ever[-1]:.0f}, and has come back")
         ratio = looks[-1][PREFIX + name]
-        if signs.outside(past[name])[-1]:
-            found.notes.append(f"the {signs.title(name)} is {ratio:.3g} times the teacher's: once more would be off")
-        elif abs(past[name][-1]) > signs.BAND:
-            found.notes.append(
-                f"the {signs.title(name)} is {ratio:.3g} times the teacher's: not there yet, but no farther off than "
+        if rules.outside(past[name])[-1]:
+            findings.notes.append(f"the {rules.title(name)} is {ratio:.3g} times the teacher's: once more would be off")
+        elif abs(past[name][-1]) > rules.BAND:
+            findings.notes.append(
+                f"the {rules.title(name)} is {ratio:.3g} times the teacher's: not there yet, but no farther off than "
                 "it was"
             )
     best = min(looks[1:] or looks, key=lambda row: row[SCORE])
     if looks[-1][SCORE] > best[SCORE] + 1:
-        found.notes.append(
+        findings.notes.append(
             f"best/, of step {best['step']:.0f}, is {best[SCORE]:.2g} spreads from the teacher on average, the last "
             f"student {looks[-1][SCORE]:.2g}: take best/"
         )
 
 
-def _compare(run: Remains, curve: Curve, where: Path | None, found: Findings) -> None:
+def _compare(run: Remains, curve: Curve, where: Path | None, findings: Findings) -> None:
     """The last quarter of the run beside the same steps of the curve; the last common look at images."""
     end = min(run.rows[-1]["step"], curve.training[-1]["step"])
     for head, factor in ((LOSS, 2.0), (NORM, 4.0)):
@@ -215,14 +221,14 @@ def _compare(run: Remains, curve: Curve, where: Path | None, found: Findings) ->
                 continue
             ratio = (sum(ours) / len(ours)) / (sum(theirs) / len(theirs))
             if not 1 / factor <= ratio <= factor:
-                found.off.append(
+                findings.off.append(
                     f"{key} is {ratio:.2g} times that of {where} at the same steps; another seed differs by less than "
                     f"{factor:g}. Compare the settings with the recipe's"
                 )
     facts = run.yardstick.facts if run.yardstick else {}
     keys = ("teacher_sha256", "prompts", "samples", "steps", "guidance_scale")
     if not run.yardstick or any(facts.get(key) != curve.facts.get(key) for key in keys):
-        found.notes.append("images are not compared with the reference's, whose prompts or teacher are others")
+        findings.notes.append("images are not compared with the reference's, whose prompts or teacher are others")
         return
     theirs = {row["step"]: row for row in curve.watch}
     common = [row for row in run.rows if SCORE in row and row["step"] in theirs]
@@ -230,8 +236,8 @@ def _compare(run: Remains, curve: Curve, where: Path | None, found: Findings) ->
         spread = run.yardstick.spread[name]
         row = common[-1]
         mine, usual = row[PREFIX + name], theirs[row["step"]][PREFIX + name]
-        if not abs(signs.deviation(mine, spread) - signs.deviation(usual, spread)) <= signs.BAND:
-            found.off.append(
-                f"the {signs.title(name)} is {mine:.3g} times the teacher's at step {row['step']:.0f}, and "
-                f"{usual:.3g} times in {where}: {signs.meaning(name, mine > usual)}"
+        if not abs(rules.deviation(mine, spread) - rules.deviation(usual, spread)) <= rules.BAND:
+            findings.off.append(
+                f"the {rules.title(name)} is {mine:.3g} times the teacher's at step {row['step']:.0f}, and "
+                f"{usual:.3g} times in {where}: {rules.meaning(name, mine > usual)}"
             )

@@ -25,8 +25,8 @@ from stepdistill.students.write import write_unproven
 from stepdistill.training.logs import Logs
 from stepdistill.training.sampling import sample_student, sample_teacher, start_noise, to_images
 from stepdistill.training.setup import Session
-from stepdistill.training.watch import rules as signs
-from stepdistill.training.watch.plot import plot
+from stepdistill.training.watch import rules
+from stepdistill.training.watch.plot import plot_drift
 from stepdistill.training.watch.rules import LEVELS, PREFIX, SCORE, Yardstick
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ SETS = 4  # independent sets of the teacher's images, each of the student's size
 FIXED = 1000  # the gap's noises have seeds from here on, clear of the noises between the student's steps
 
 
-def statistics(drawn: Tensor) -> dict[str, Tensor]:
+def drift_statistics(drawn: Tensor) -> dict[str, Tensor]:
     """Each statistic of images, by prompt (P,). drawn: (S, P, 3, H, W) in [0, 1], S seeds of each of P prompts."""
     return {
         "saturation": images.saturation(drawn).mean(0),
@@ -56,13 +56,13 @@ def yardstick(sets: Sequence[Mapping[str, Tensor]], facts: Mapping[str, object])
         table = torch.stack([one[name] for one in sets]).double()  # (K, P)
         mean[name] = table.mean().item()
         std = (table.var(0).mean() / table.shape[1]).sqrt().item()
-        spread[name] = max(std / max(mean[name], 1e-12), signs.FLOOR)
+        spread[name] = max(std / max(mean[name], 1e-12), rules.FLOOR)
     return Yardstick(mean, spread, facts)
 
 
-def ratios(found: Mapping[str, Tensor], teacher: Yardstick) -> dict[str, float]:
+def ratios(statistics: Mapping[str, Tensor], teacher: Yardstick) -> dict[str, float]:
     """Student / teacher of every statistic, each averaged over prompts."""
-    return {name: value.double().mean().item() / max(teacher.mean[name], 1e-12) for name, value in found.items()}
+    return {name: value.double().mean().item() / max(teacher.mean[name], 1e-12) for name, value in statistics.items()}
 
 
 class Watch:
@@ -84,28 +84,28 @@ class Watch:
         self.prompts = list(self.spec.validation_prompts)
         self.teacher = self._yardstick()
         due = start % (self.spec.validation_steps or 1) == 0
-        if due or not any(SCORE in row for row in signs.rows(logs.file)):
+        if due or not any(SCORE in row for row in rules.read_metrics(logs.file)):
             self.look(start)  # before training, or what a signal left undone after the checkpoint
 
     def look(self, step: int) -> bool:
         """Measure, log, warn, keep the best and plot; whether the run should stop. A step is measured once."""
-        if any(row["step"] == step and SCORE in row for row in signs.rows(self.logs.file)):
+        if any(row["step"] == step and SCORE in row for row in rules.read_metrics(self.logs.file)):
             return False
-        found = ratios(self._measure(sample_student, 0), self.teacher)
+        ratio = ratios(self._measure(sample_student, 0), self.teacher)
         spread = self.teacher.spread
-        score = signs.score({name: signs.deviation(found[name], spread[name]) for name in found})
-        self.logs.write(step, {PREFIX + name: value for name, value in found.items()} | {SCORE: score})
-        rows = signs.rows(self.logs.file)
-        past = signs.history(rows, spread)
-        alarms = [name for name in past if signs.alarmed(past[name])]
-        fresh = [name for name in alarms if not signs.alarmed(past[name][:-1])]  # it is said once, when it begins
-        for name in signs.told(fresh, past):
-            logger.warning("step %d, twice running: %s", step, signs.sentence(name, past[name], spread[name]))
+        score = rules.drift_score({name: rules.deviation(ratio[name], spread[name]) for name in ratio})
+        self.logs.write(step, {PREFIX + name: value for name, value in ratio.items()} | {SCORE: score})
+        rows = rules.read_metrics(self.logs.file)
+        past = rules.history(rows, spread)
+        alarms = [name for name in past if rules.alarmed(past[name])]
+        fresh = [name for name in alarms if not rules.alarmed(past[name][:-1])]  # it is said once, when it begins
+        for name in rules.worth_reporting(fresh, past):
+            logger.warning("step %d, twice running: %s", step, rules.sentence(name, past[name], spread[name]))
         if step and math.isfinite(score):
             self._keep(step, score)
-        plot(rows, spread, self.out / "samples" / "watch.png")
+        plot_drift(rows, spread, self.out / "samples" / "watch.png")
         if alarms and self.spec.watch_stop:
-            names = ", ".join(signs.title(name) for name in alarms)
+            names = ", ".join(rules.title(name) for name in alarms)
             logger.warning("the watch stops the run at step %d, after a checkpoint: %s", step, names)
         return bool(alarms) and self.spec.watch_stop
 
@@ -147,9 +147,9 @@ class Watch:
         if stored and stored.facts == facts:
             return stored
         print("watch: drawing the teacher's own images, to know how much they differ from seed to seed", flush=True)
-        made = yardstick([self._measure(sample_teacher, k) for k in range(1, SETS + 1)], facts)
-        made.save(self.out / "watch.json")
-        return made
+        drawn = yardstick([self._measure(sample_teacher, k) for k in range(1, SETS + 1)], facts)
+        drawn.save(self.out / "watch.json")
+        return drawn
 
     def _measure(self, make: Callable[[Session, list[str], Sequence[int]], Tensor], number: int) -> dict[str, Tensor]:
         """All statistics (P,) of one set of images; set 0 is the student's, the others the teacher's.
@@ -163,18 +163,18 @@ class Watch:
             latents = make(self.session, self.prompts, range(first, first + prompts))
             drawn.append(to_images(self.session, latents))
             errors.append(self._errors(latents, range(j * prompts, (j + 1) * prompts)))
-        gaps = {name: torch.stack([one[name] for one in errors]).mean(0) for name in signs.GAPS}
-        return statistics(torch.stack(drawn)) | gaps
+        gaps = {name: torch.stack([one[name] for one in errors]).mean(0) for name in rules.GAPS}
+        return drift_statistics(torch.stack(drawn)) | gaps
 
     @torch.no_grad()
     def _errors(self, x0: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:
         """The teacher's mean squared error (P,) in the noise at each level, one call a level, without guidance."""
         context, cond = self.session.context(0), self.session.batches.condition(self.prompts)
         top = context.schedule.grid(1)[-1].item()
-        found = {}
-        for number, (name, level) in enumerate(zip(signs.GAPS, LEVELS, strict=True)):
+        errors = {}
+        for number, (name, level) in enumerate(zip(rules.GAPS, LEVELS, strict=True)):
             eps = start_noise(self.session, self.spec.validation_seed + FIXED + number, ids)
             t = torch.full((len(x0),), level * top, device=x0.device)
             est = context.denoiser(TEACHER)(context.schedule.add_noise(x0, eps, t), t, cond)
-            found[name] = (est.eps - eps).square().mean((1, 2, 3)).cpu()
-        return found
+            errors[name] = (est.eps - eps).square().mean((1, 2, 3)).cpu()
+        return errors

@@ -9,13 +9,13 @@ from typing import Any
 from stepdistill.training.watch.rules import BAND, GAPS, IMAGE, PREFIX, SCORE, deviation, title
 
 
-def plot(found: Sequence[Mapping[str, float]], spread: Mapping[str, float], file: Path) -> None:
+def plot_drift(rows: Sequence[Mapping[str, float]], spread: Mapping[str, float], file: Path) -> None:
     """Draw the rows of `metrics.jsonl` with the teacher's relative `spread` of each statistic into a PNG."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state; half a second to import
 
     figure = Figure(figsize=(8, 9), layout="constrained")
     above: Any = figure.subplots(3, 1, sharex=True)
-    looks = [row for row in found if SCORE in row]
+    looks = [row for row in rows if SCORE in row]
     steps = [row["step"] for row in looks]
     for axes, names in zip(above[:2], (IMAGE, GAPS), strict=True):
         axes.axhspan(-BAND, BAND, color="0.92")
@@ -26,9 +26,9 @@ def plot(found: Sequence[Mapping[str, float]], spread: Mapping[str, float], file
         axes.set_yscale("symlog", linthresh=2 * BAND)
         axes.set_ylabel("from the teacher,\nin its spreads")
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    norms = sorted({key for row in found for key in row if key.startswith("grad_norm/")})
+    norms = sorted({key for row in rows for key in row if key.startswith("grad_norm/")})
     for key in norms:
-        pairs = [(row["step"], row[key]) for row in found if key in row]
+        pairs = [(row["step"], row[key]) for row in rows if key in row]
         above[2].plot(*zip(*pairs, strict=True), linewidth=0.8, label=key)
     if norms:
         above[2].set_yscale("log")

@@ -1,4 +1,4 @@
-"""The signs of collapse: how far a student's statistics lie from its teacher's, when that is too far, and in words.
+"""The rules of the watch: how far a student's statistics lie from its teacher's, when that is too far, and in words.
 
 A ratio student / teacher is read on a logarithmic scale in units of the teacher's own seed-to-seed spread, so that
 half and double are equally far: `z = log(ratio) / spread`. Plain Python; nothing here needs the network.
@@ -128,19 +128,19 @@ def alarmed(deviations: Sequence[float]) -> bool:
     return len(deviations) >= RUNNING and all(outside(deviations)[-RUNNING:])
 
 
-def told(names: Sequence[str], past: Mapping[str, Sequence[float]]) -> list[str]:
+def worth_reporting(names: Sequence[str], past: Mapping[str, Sequence[float]]) -> list[str]:
     """Of these statistics those to speak of: of the gaps, which move together, only the one that is farthest off."""
     gaps = [name for name in names if name in GAPS]
     worst = max(gaps, key=lambda name: abs(past[name][-1]), default=None)
     return [name for name in names if name not in GAPS or name == worst]
 
 
-def score(deviations: Mapping[str, float]) -> float:
+def drift_score(deviations: Mapping[str, float]) -> float:
     """The mean distance from the teacher, in spreads; about 0.8 for the teacher itself under other seeds."""
     return sum(abs(z) for z in deviations.values()) / len(deviations)
 
 
-def rows(file: Path) -> list[dict[str, float]]:
+def read_metrics(file: Path) -> list[dict[str, float]]:
     """The rows of `metrics.jsonl`, those of one step merged, in order; a last line cut short is left out."""
     merged: dict[int, dict[str, float]] = {}
     lines = file.read_text().splitlines() if file.exists() else []
@@ -151,9 +151,9 @@ def rows(file: Path) -> list[dict[str, float]]:
     return [merged[step] for step in sorted(merged)]
 
 
-def history(found: Sequence[Mapping[str, float]], spread: Mapping[str, float]) -> dict[str, list[float]]:
+def history(rows: Sequence[Mapping[str, float]], spread: Mapping[str, float]) -> dict[str, list[float]]:
     """Deviations of every statistic, one for each row that has them."""
-    looks = [row for row in found if SCORE in row]
+    looks = [row for row in rows if SCORE in row]
     return {name: [deviation(row[PREFIX + name], spread[name]) for row in looks] for name in spread}
 
 
