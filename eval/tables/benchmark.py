@@ -69,7 +69,7 @@ def reference(name: str, run: Run, work: Path) -> StoredFeatures:
 def taught(name: str, run: Run, captions: list[str]) -> StoredFeatures:
     """Features of the teacher at the run's steps and guidance, seeds A and B."""
     pipe = run.family.load()
-    steps, guidance_scale = run.train.teacher_steps, run.train.teacher_guidance_scale
+    steps, guidance_scale = run.train.teacher_steps, run.teacher_guidance_scale
     row = teacher_call(run.family, pipe, steps, guidance_scale, f"{name}, seeds")
     made = {
         key: extractor()(generate(pipe, row, captions, seed, progress=True)[0])
@@ -79,7 +79,7 @@ def taught(name: str, run: Run, captions: list[str]) -> StoredFeatures:
         "teacher": name,
         "teacher_sha256": student.base_hash(pipe, run.family),
         "teacher_steps": str(run.train.teacher_steps),
-        "teacher_guidance_scale": str(run.train.teacher_guidance_scale),
+        "teacher_guidance_scale": str(run.teacher_guidance_scale),
         "features": extractor().identity.id,
     }
     return StoredFeatures(made, captions, facts)

@@ -51,7 +51,7 @@ def measure_guidance(name: str, results: Results, work: Path, rows: Sequence[str
 
 def compared(name: str, run: Run, out: Path, work: Path) -> dict[str, Any]:
     """One pass of a student beside two of its teacher, both at the run's `teacher_guidance_scale`."""
-    w, steps, captions = run.train.teacher_guidance_scale, run.train.teacher_steps, prompts(IMAGES)
+    w, steps, captions = run.teacher_guidance_scale, run.train.teacher_steps, prompts(IMAGES)
     teacher, pipe = run.family.load(), run.family.load()
     twice, once = (
         teacher_call(run.family, teacher, steps, w, f"two passes, w = {w:g}"),

@@ -64,7 +64,7 @@ LARGE = ("sd15", "sdxl", "sd3", "pixart")
 
 def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, PipelineCall]]:
     """The teacher's stock few-step samplers: DDIM trailing and DPM-Solver++, or Euler with and without shift."""
-    w = run.train.teacher_guidance_scale
+    w = run.teacher_guidance_scale
     same = run.family.guidance(w) | run.family.arguments()
     for steps in STEPS["teachers"]:
         if not run.family.schedule(pipe.scheduler).straight:
@@ -88,7 +88,7 @@ def measure_teacher(name: str, results: Results, work: Path, rows: Sequence[str]
     facts = {
         "teacher": name,
         "hash": ref.facts["teacher_sha256"][:16],
-        "guidance": run.train.teacher_guidance_scale,
+        "guidance": run.teacher_guidance_scale,
     }
 
     def full() -> dict[str, Any]:

@@ -145,7 +145,7 @@ def suppressed(
 
     `moved` is the distance in features from the same seed without a negative prompt, over what did not show it.
     """
-    w, steps = run.train.teacher_guidance_scale, run.train.teacher_steps
+    w, steps = run.teacher_guidance_scale, run.train.teacher_steps
     full = teacher_call(run.family, teacher, steps, w, "teacher")
     concept = extractor()(generate(teacher, full, [pair.concept] * TAUGHT, SEED_A)[0])
     images, plain = drawn(run.family, pipe, row, pair.prompt, "", {})

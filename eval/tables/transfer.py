@@ -94,7 +94,7 @@ def carried(run: Run, out: Path, steps: int, style: str, origin: str, strength: 
     def moved(on: str) -> Tensor:
         file = kept / f"{style}-{origin}-{strength:g}-on-{on}.safetensors"
         if not file.exists():
-            pipe, w = family.load(), run.train.teacher_guidance_scale
+            pipe, w = family.load(), run.teacher_guidance_scale
             rows = {
                 "teacher": teacher_call(family, pipe, run.train.teacher_steps, w, "teacher"),
                 "student": student_call(family, run.method, pipe, steps),

@@ -12,10 +12,10 @@ from typing import ClassVar, Protocol
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.files import written_whole
+from stepdistill.core.progress import progress
 from stepdistill.data.base import GuidedState, Source
 from stepdistill.data.bundled import bundled
 
@@ -91,7 +91,7 @@ class TeacherMade(Source):
         """
         facts = json.loads(json.dumps(self.facts(teacher.digest, teacher.shape)))
         mine = unmade(self.path / self.stored, facts, -(-self.count // self.chunk), self._whole, rank, world)
-        for k in tqdm(mine, desc=self.title, unit="file", disable=rank > 0):
+        for k in progress(mine, title=self.title, unit="file", shown=bool(mine) and rank == 0):
             ids = self._ids(k)
             tensors = self.make(teacher, ids)
             done = next(j for j in range(k + 1) if not self._chunk(j).exists() or j == k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from stepdistill.training.checkpoint import checkpoints
 from stepdistill.training.finish import load_reference, reference_file
 from stepdistill.training.recipe import Run
 from stepdistill.training.setup import Session
+
+logger = logging.getLogger(__name__)
 
 
 def check_run(run: Run) -> None:
@@ -168,6 +171,19 @@ def check_attention(run: Run) -> None:
         raise ConfigError(problem(got, "a CUDA device", why, "switch it off"))
 
 
+def check_guidance_scale(run: Run) -> None:
+    """Warn where the student is compared with the teacher at another scale than it learns from."""
+    given, followed = run.train.teacher_guidance_scale, run.followed_guidance_scale
+    if None not in (given, followed) and given != followed:
+        logger.warning(
+            "train.teacher_guidance_scale is %g, but the student learns from its teacher at guidance_scale %g: "
+            "validation and eval.json compare it with another teacher; leave train.teacher_guidance_scale out if that "
+            "is not wanted",
+            given,
+            followed,
+        )
+
+
 def check_guidance_range(data: Source, sampler: Sampler) -> None:
     """Guidance adapters promise no scales that their data do not have."""
     for source in inside(data):
@@ -181,5 +197,5 @@ def check_guidance_range(data: Source, sampler: Sampler) -> None:
 
 CHECKS: tuple[Callable[[Run], None], ...] = (
     *(check_cache_dir, check_scheduler, check_sharding, check_data, check_reference_file, check_export_formats),
-    *(check_output_dir, check_quantized_roles, check_attention),
+    *(check_output_dir, check_quantized_roles, check_attention, check_guidance_scale),
 )

@@ -24,7 +24,7 @@ from stepdistill.training.teacher import TeacherSampler
 def distill(run: Run) -> Path:
     """Train, write the student folder, prove that plain Diffusers loads it, and report. Returns the folder."""
     check_run(run)
-    session = prepare(run)
+    session = prepare(run.resolved())
     check_loaded(session)
     open_folder(session)
     make_data(session)

@@ -78,7 +78,7 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
     run, spec = session.run, session.run.train
     teacher, plain = run.family.load(), run.family.load()
     few, full = (
-        teacher_call(run.family, teacher, n, spec.teacher_guidance_scale, f"teacher, {n} steps")
+        teacher_call(run.family, teacher, n, run.teacher_guidance_scale, f"teacher, {n} steps")
         for n in (FEW, spec.teacher_steps)
     )
     load_student(plain, out)
@@ -126,7 +126,7 @@ def load_reference(run: Run, digest: str) -> StoredFeatures:
     wanted = {
         "teacher_sha256": digest,
         "teacher_steps": str(run.train.teacher_steps),
-        "teacher_guidance_scale": str(run.train.teacher_guidance_scale),
+        "teacher_guidance_scale": str(run.teacher_guidance_scale),
     }
     odd = [key for key, value in wanted.items() if stored.facts.get(key) != value]
     if odd:
@@ -156,11 +156,12 @@ def measure(
     """
     n = min(run.train.eval_samples, len(stored.prompts))
     ref, floor = (stored.features[key][:n] for key in ("reference", "floor"))
+    print(f"Measuring {n} images of each sampler", flush=True)
     prompts, extractor, steps = stored.prompts[:n], efficientnet_lite0(), run.train.teacher_steps
     _, cost = generate(teacher, taught["full"], prompts[:64], SEED_B)
     rows = [Sampled(name=taught["full"].name, role="teacher", features=floor, cost=per_image(cost, min(n, 64)))]
     for pipe, row in [(teacher, taught["few"]), *((plain, row) for row in rows_of_student)]:
-        images, cost = generate(pipe, row, prompts, SEED_B, progress=True)
+        images, cost = generate(pipe, row, prompts, SEED_B)
         role = "teacher" if pipe is teacher else "student"
         rows.append(Sampled(name=row.name, role=role, features=extractor(images), cost=per_image(cost, n)))
     file = reference_file(run.train)
@@ -168,7 +169,7 @@ def measure(
     compared = Reference(stats=Stats.of(ref), features=ref, paired=True, facts=facts)
     protocol, reasons = protocol_facts(PROTOCOLS["none"], extractor.identity, n, None, facts)
     scores = measured([replace(row, reasons=reasons) for row in rows], compared, extractor.identity.key)
-    scale, hashed = run.train.teacher_guidance_scale, stored.facts["teacher_sha256"]
+    scale, hashed = run.teacher_guidance_scale, stored.facts["teacher_sha256"]
     return document(
         extractor.identity,
         facts,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from stepdistill.config.schema import Factory
-from stepdistill.data import Source
+from stepdistill.data import InvertedImages, Source, TeacherSamples, inside
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.networks.roles import LoraSpec
+
+GUIDANCE = 7.5  # of a teacher whose method follows it at no one scale; the default of Diffusers' pipelines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,8 @@ class TrainSpec:
         validation_steps: steps between validations; none draws only the final ones.
         validation_seed: of the validation images.
         teacher_steps: steps of the teacher's row in the images.
-        teacher_guidance_scale: of the teacher's row.
+        teacher_guidance_scale: of the teacher in validation, the watch and eval.json; none takes the scale that the
+            method or its data follow the teacher at.
         watch_samples: seeds of each validation prompt by which the watch compares student and teacher at every
             validation; the teacher's are drawn at the start, four times as many. 0 switches it off.
         watch_stop: end the run, after a checkpoint, when the watch warns.
@@ -95,7 +98,7 @@ class TrainSpec:
     validation_steps: int | None = None
     validation_seed: int = 0
     teacher_steps: int = 50
-    teacher_guidance_scale: float = 7.5
+    teacher_guidance_scale: float | None = None
     watch_samples: int = 4
     watch_stop: bool = False
     eval_samples: int = 0
@@ -148,3 +151,32 @@ class Run:
     data: Source
     lora: LoraSpec = field(default_factory=LoraSpec)
     train: TrainSpec
+
+    @property
+    def followed_guidance_scale(self) -> float | None:
+        """The one guidance scale of the teacher that the student stands for: that of the method, or of its data.
+
+        A student of the unguided teacher that is guided itself stands for the teacher at its own scale.
+        """
+        fields = vars(self.method)
+        scale, sampling = fields.get("guidance_scale"), fields.get("sampling_guidance_scale")
+        if scale in (None, 1.0) and sampling not in (None, 1.0):
+            return sampling
+        for source in inside(self.data) if scale is None else ():
+            if isinstance(source, TeacherSamples):
+                return source.guidance_scale
+            if isinstance(source, InvertedImages):
+                return 1.0
+        return None if isinstance(scale, tuple) else scale
+
+    @property
+    def teacher_guidance_scale(self) -> float:
+        """`train.teacher_guidance_scale`, or what stands for it."""
+        for scale in (self.train.teacher_guidance_scale, self.followed_guidance_scale):
+            if scale is not None:
+                return scale
+        return GUIDANCE
+
+    def resolved(self) -> Run:
+        """The run with `train.teacher_guidance_scale` as a number."""
+        return replace(self, train=replace(self.train, teacher_guidance_scale=self.teacher_guidance_scale))

@@ -48,7 +48,7 @@ def sample_teacher(session: Session, prompts: list[str], ids: Sequence[int]) -> 
     spec = session.run.train
     steps = max(n for n in range(1, spec.teacher_steps + 1) if 1000 % n == 0)
     noise = start_noise(session, spec.validation_seed, ids)
-    return TeacherSampler(session).sample(prompts, noise, steps, spec.teacher_guidance_scale)
+    return TeacherSampler(session).sample(prompts, noise, steps, session.run.teacher_guidance_scale)
 
 
 def relative_straightness(session: Session, count: int = 256) -> float:

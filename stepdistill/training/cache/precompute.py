@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, DataError, problem
+from stepdistill.core.progress import progress
 from stepdistill.core.random import sample_rng
 from stepdistill.data import BadSample, InvertedImages, Sample, Source, inside
 from stepdistill.data.base import only
@@ -106,7 +106,7 @@ def _embed(batches: Batches, wanted: Sequence[str], rank: int, processes: int) -
     mine = _share(missing, rank, processes)
     if mine:
         batches.parts.text(f"{len(missing)} of {len(wanted)} prompts are not in {batches.folder}")
-    with tqdm(total=len(mine), desc="Embeddings", disable=rank > 0) as bar:
+    with progress(title="Embeddings", unit="prompt", total=len(mine), shown=rank == 0) as bar:
         for start in range(0, len(mine), SLICE):
             part = mine[start : start + SLICE]
             batches.prompts.fill(part)
@@ -124,7 +124,7 @@ def _encode(batches: Batches, source: Source, rank: int, processes: int) -> None
     mine = [int(item) for item in _share(store.missing([str(item) for item in range(len(source))]), rank, processes)]
     # one image at a time, since their sizes may differ
     read = DataLoader(_Images(source, mine), collate_fn=only, num_workers=batches.spec.dataloader_num_workers)
-    for sample in tqdm(read, total=len(mine), desc="Latents", disable=rank > 0):
+    for sample in progress(read, title="Latents", unit="image", total=len(mine), shown=rank == 0):
         if isinstance(sample, BadSample):
             logger.warning("skipped %s", sample)
         else:

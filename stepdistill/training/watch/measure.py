@@ -139,7 +139,7 @@ class Watch:
             "samples": spec.watch_samples,
             "sets": SETS,
             "steps": spec.teacher_steps,
-            "guidance_scale": spec.teacher_guidance_scale,
+            "guidance_scale": self.session.run.teacher_guidance_scale,
             "shape": list(self.session.batches.shape),
             "dtype": str(self.session.dtype),
         }
