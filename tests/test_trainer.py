@@ -20,6 +20,7 @@ from tiny import FakeTeacher, awake, backbone, batch, context, pipeline
 from stepdistill.config.load import to_yaml
 from stepdistill.config.schema import Factory
 from stepdistill.core.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss, StepdistillError
+from stepdistill.core.progress import progress
 from stepdistill.core.random import noise_of
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.data import made as chunks
@@ -357,6 +358,29 @@ def test_a_full_disk_leaves_what_is_complete(tmp_path, monkeypatch):
     usable = replace(source, count=128)
     usable.fill(FakeTeacher(lambda prompts, noise: pytest.fail("nothing is missing")), 0, 1)
     assert usable.sample(127, random.Random(0)).latents.shape == (1, 2, 2)
+
+
+def test_the_teacher_is_compared_at_the_scale_that_it_is_followed_at(teacher, samples, whole, tmp_path, caplog):
+    run = make(teacher, samples, tmp_path / "out")
+    assert run.teacher_guidance_scale == LCM.guidance_scale == 3.0
+    unguided = replace(LCM, guidance_scale=1.0, sampling_guidance_scale=2.0)  # the student is guided itself
+    assert replace(run, method=unguided).teacher_guidance_scale == 2.0
+    assert replace(run, method=Regression(), data=replace(run.data, guidance_scale=4.0)).teacher_guidance_scale == 4.0
+    assert replace(run, method=Regression(), data=Prompts(prompts=("rose",))).teacher_guidance_scale == 7.5
+    assert "teacher_guidance_scale: 3.0" in (whole / "config.yaml").read_text()
+    check_run(run)
+    assert not caplog.records
+    other = replace(run, train=replace(run.train, teacher_guidance_scale=5.0))
+    check_run(other)
+    assert other.teacher_guidance_scale == 5.0
+    assert "teacher_guidance_scale is 5, but the student learns from its teacher at guidance_scale 3" in caplog.text
+
+
+def test_a_bar_in_a_file_is_a_line_in_half_a_minute(capsys):
+    for _ in progress(range(1000), title="Training", unit="step", shown=True):
+        pass
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line]
+    assert len(lines) == 2 and "1000/1000" in lines[-1]
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
