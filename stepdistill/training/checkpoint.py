@@ -91,14 +91,10 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         reason = broken(folder) if folder.is_dir() else "there is no such folder"
         if reason:
             have = ", ".join(f.name for f in checkpoints(output_dir)) or "none"
-            raise CheckpointError(
-                problem(
-                    f"checkpoint {wanted!r}: {reason}",
-                    "a whole checkpoint folder",
-                    "a run can only go on from what was written completely",
-                    f"use `latest` or one of those in {output_dir}: {have}",
-                )
-            )
+            got = f"checkpoint {wanted!r}: {reason}"
+            why = "a run can only go on from what was written completely"
+            todo = f"use `latest` or one of those in {output_dir}: {have}"
+            raise CheckpointError(problem(got, "a whole checkpoint folder", why, todo))
         return folder
     folders = checkpoints(output_dir)
     for folder in reversed(folders):
@@ -107,14 +103,10 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
             return folder
         logger.warning("passing over %s: %s; trying the one before it", folder, reason)
     if folders:
-        raise CheckpointError(
-            problem(
-                f"{len(folders)} checkpoints in {output_dir}, none of them whole",
-                "at least one",
-                "there is nothing to go on from",
-                "start again with another train.output_dir",
-            )
-        )
+        got = f"{len(folders)} checkpoints in {output_dir}, none of them whole"
+        why = "there is nothing to go on from"
+        todo = "start again with another train.output_dir"
+        raise CheckpointError(problem(got, "at least one", why, todo))
     return None
 
 
@@ -152,14 +144,10 @@ def resume(session: Session, optimizers: Optimizers) -> tuple[int, Path | None]:
         return 0, None
     roles, states, facts = load_checkpoint(folder)
     if facts["global_batch"] != session.global_batch:
-        raise ConfigError(
-            problem(
-                f"a global batch of {session.global_batch} (batch x accumulation x processes)",
-                f"{facts['global_batch']}, as in {folder}",
-                "a step would see other data than the run it goes on from",
-                "change train_batch_size or gradient_accumulation_steps to match",
-            )
-        )
+        got = f"a global batch of {session.global_batch} (batch x accumulation x processes)"
+        why = "a step would see other data than the run it goes on from"
+        todo = "change train_batch_size or gradient_accumulation_steps to match"
+        raise ConfigError(problem(got, f"{facts['global_batch']}, as in {folder}", why, todo))
     optimizers.restore(roles, states, facts["scaler"])
     logger.warning("going on from %s", folder)
     return facts["step"], folder

@@ -75,15 +75,13 @@ def check_sharding(run: Run) -> None:
         raise ConfigError(problem(got, "one of the two", why, "switch one off"))
     for name, role in run.method.roles().items():
         if isinstance(role, Copy):
-            raise ConfigError(
-                problem(
-                    f"train.shard_base with role {name!r}, a network of its own",
-                    "roles that are LoRAs, adapters or heads on the base",
-                    "every process would hold it whole, in float32, with gradients and an optimizer's states: many "
-                    "times what sharding saves",
-                    "switch train.shard_base off, or choose a method whose student is a LoRA",
-                )
+            got = f"train.shard_base with role {name!r}, a network of its own"
+            why = (
+                "every process would hold it whole, in float32, with gradients and an optimizer's states: many "
+                "times what sharding saves"
             )
+            todo = "switch train.shard_base off, or choose a method whose student is a LoRA"
+            raise ConfigError(problem(got, "roles that are LoRAs, adapters or heads on the base", why, todo))
 
 
 def provided(source: Source) -> set[str]:
@@ -97,16 +95,14 @@ def check_needs(source: Source, method: Method) -> None:
     """The source provides what the method needs."""
     missing = method.needs - provided(source)
     if missing:
-        raise ConfigError(
-            problem(
-                f"a {type(source).__name__} source, which gives {sorted(provided(source))}",
-                f"one that gives {sorted(missing)}",
-                f"{type(method).__name__} trains on it",
-                "use stepdistill.data.Trajectories around your prompts"
-                if "trajectories" in missing
-                else "use an image source, or stepdistill.data.TeacherSamples around your prompts",
-            )
+        got = f"a {type(source).__name__} source, which gives {sorted(provided(source))}"
+        why = f"{type(method).__name__} trains on it"
+        todo = (
+            "use stepdistill.data.Trajectories around your prompts"
+            if "trajectories" in missing
+            else "use an image source, or stepdistill.data.TeacherSamples around your prompts"
         )
+        raise ConfigError(problem(got, f"one that gives {sorted(missing)}", why, todo))
 
 
 def check_data(run: Run) -> None:
@@ -144,14 +140,10 @@ def check_output_dir(run: Run) -> None:
     out, spec = Path(run.train.output_dir), run.train
     used = out.exists() and ((out / "metrics.jsonl").exists() or checkpoints(out))
     if used and not spec.resume_from_checkpoint and not spec.overwrite_output_dir:
-        raise ConfigError(
-            problem(
-                f"train.output_dir {out}, which holds another run",
-                "an empty or new folder",
-                "its student and checkpoints would be overwritten",
-                "go on with --resume_from_checkpoint latest, start anew with --overwrite_output_dir, or name another",
-            )
-        )
+        got = f"train.output_dir {out}, which holds another run"
+        why = "its student and checkpoints would be overwritten"
+        todo = "go on with --resume_from_checkpoint latest, start anew with --overwrite_output_dir, or name another"
+        raise ConfigError(problem(got, "an empty or new folder", why, todo))
 
 
 def check_quantized_roles(run: Run) -> None:

@@ -109,14 +109,10 @@ def reference_file(spec: TrainSpec) -> Path:
     """Where the teacher's features are; ConfigError where they are not."""
     file = bundled(spec.eval_reference or "")
     if not file.is_file():
-        raise ConfigError(
-            problem(
-                f"train.eval_reference {spec.eval_reference!r} with train.eval_samples {spec.eval_samples}",
-                "a file of the teacher's features",
-                "the student's images are compared with them",
-                "name a file of `eval/tables.py`, or set train.eval_samples to 0",
-            )
-        )
+        got = f"train.eval_reference {spec.eval_reference!r} with train.eval_samples {spec.eval_samples}"
+        why = "the student's images are compared with them"
+        todo = "name a file of `eval/tables.py`, or set train.eval_samples to 0"
+        raise ConfigError(problem(got, "a file of the teacher's features", why, todo))
     return file
 
 
@@ -130,14 +126,10 @@ def load_reference(run: Run, digest: str) -> StoredFeatures:
     }
     odd = [key for key, value in wanted.items() if stored.facts.get(key) != value]
     if odd:
-        raise ConfigError(
-            problem(
-                f"train.eval_reference with other {', '.join(odd)}: {[stored.facts.get(key) for key in odd]}",
-                f"{[wanted[key] for key in odd]}",
-                "the floor and the excess would be another teacher's",
-                "measure the features again, or set train.eval_samples to 0",
-            )
-        )
+        got = f"train.eval_reference with other {', '.join(odd)}: {[stored.facts.get(key) for key in odd]}"
+        why = "the floor and the excess would be another teacher's"
+        todo = "measure the features again, or set train.eval_samples to 0"
+        raise ConfigError(problem(got, f"{[wanted[key] for key in odd]}", why, todo))
     return stored
 
 

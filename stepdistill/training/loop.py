@@ -57,14 +57,10 @@ def train_step(
         distributed.average([total, *logs.values()])
         if not torch.isfinite(total):
             term = f"update {number} (roles {', '.join(roles)}), samples {micro_batches[0].index[0]} and on"
-            raise NonFiniteLoss(
-                problem(
-                    f"a loss of {total.item()} at step {context.step + 1} in {term}",
-                    "a finite one",
-                    "going on would destroy the weights; those before this step are saved",
-                    "look at non_finite.pt; lower train.learning_rate, or use bf16 instead of fp16",
-                )
-            )
+            got = f"a loss of {total.item()} at step {context.step + 1} in {term}"
+            why = "going on would destroy the weights; those before this step are saved"
+            todo = "look at non_finite.pt; lower train.learning_rate, or use bf16 instead of fp16"
+            raise NonFiniteLoss(problem(got, "a finite one", why, todo))
         values |= optimizers.apply(roles, context.step)
         values |= {key: value.item() for key, value in logs.items()}
     optimizers.advance_schedules()

@@ -73,14 +73,10 @@ class Optimizers:
             params, optimizer = self.params(role), self.by_role[role]
             missing = [key for key, p in params.items() if p.grad is None]
             if missing:
-                raise StepdistillError(
-                    problem(
-                        f"no gradient for {len(missing)} of {len(params)} tensors of role {role!r}, as {missing[0]}",
-                        "one for each",
-                        "the loss does not reach them, so they would never learn",
-                        "exclude layers whose output is not used, or look for a no_grad around the role's call",
-                    )
-                )
+                got = f"no gradient for {len(missing)} of {len(params)} tensors of role {role!r}, as {missing[0]}"
+                why = "the loss does not reach them, so they would never learn"
+                todo = "exclude layers whose output is not used, or look for a no_grad around the role's call"
+                raise StepdistillError(problem(got, "one for each", why, todo))
             distributed.average([p.grad for p in params.values() if p.grad is not None])
             self.scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(list(params.values()), self.spec.max_grad_norm or float("inf"))
@@ -127,15 +123,13 @@ class Optimizers:
         still = [k for k in now if k.split("/")[0] in self.by_role and bool(now[k] == before[k])]
         leaked = [k for k in now if k.startswith("base/") and not bool(now[k] == before[k])]
         if (still and learning and all_should) or leaked:
-            raise StepdistillError(
-                problem(
-                    f"{len(still)} trainable tensors that did not move and {len(leaked)} frozen ones that did, "
-                    f"as {(still + leaked)[0]}",
-                    "every trainable tensor moved and no other",
-                    "a run that learns nothing, or changes its teacher, would otherwise look healthy",
-                    "check the learning rate, and that the loss is not zero",
-                )
+            got = (
+                f"{len(still)} trainable tensors that did not move and {len(leaked)} frozen ones that did, "
+                f"as {(still + leaked)[0]}"
             )
+            why = "a run that learns nothing, or changes its teacher, would otherwise look healthy"
+            todo = "check the learning rate, and that the loss is not zero"
+            raise StepdistillError(problem(got, "every trainable tensor moved and no other", why, todo))
 
     def state(self) -> dict[str, dict]:
         """What the optimizers and schedules need to go on."""

@@ -100,14 +100,10 @@ def begin(run: Run) -> Accelerator:
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
-        raise ConfigError(
-            problem(
-                f"{started} processes that do not know of each other",
-                "one process group",
-                "each would train alone and write the same folder",
-                "without a GPU set ACCELERATE_USE_CPU=true; see configs/accelerate",
-            )
-        )
+        got = f"{started} processes that do not know of each other"
+        why = "each would train alone and write the same folder"
+        todo = "without a GPU set ACCELERATE_USE_CPU=true; see configs/accelerate"
+        raise ConfigError(problem(got, "one process group", why, todo))
     if not accelerator.is_main_process:
         logging.getLogger("stepdistill").setLevel(logging.ERROR)
     diffusers_logging.set_verbosity_error()  # its hints are about loading, which is checked by the proof

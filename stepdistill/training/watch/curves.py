@@ -50,14 +50,11 @@ class Curve:
         try:
             return cls(**json.loads(file.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                problem(
-                    f"no readable curve in {file} ({error})",
-                    "a file that `stepdistill doctor RUN --save-curve FILE` wrote",
-                    "there is nothing to compare with",
-                    "write it again from a good run, or leave --reference out",
-                )
-            ) from error
+            got = f"no readable curve in {file} ({error})"
+            expected = "a file that `stepdistill doctor RUN --save-curve FILE` wrote"
+            why = "there is nothing to compare with"
+            todo = "write it again from a good run, or leave --reference out"
+            raise CheckpointError(problem(got, expected, why, todo)) from error
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,14 +47,10 @@ class Remains:
         """Raises CheckpointError where it is no run's folder, or one without a single step."""
         rows, file = rules.read_metrics(folder / "metrics.jsonl"), folder / "config.yaml"
         if not rows or not file.is_file():
-            raise CheckpointError(
-                problem(
-                    f"{folder}, which lacks config.yaml or a metrics.jsonl with a row",
-                    "the output_dir of a run",
-                    "they hold the run's settings and its curves",
-                    "give the folder that train.output_dir named, after the first step",
-                )
-            )
+            got = f"{folder}, which lacks config.yaml or a metrics.jsonl with a row"
+            why = "they hold the run's settings and its curves"
+            todo = "give the folder that train.output_dir named, after the first step"
+            raise CheckpointError(problem(got, "the output_dir of a run", why, todo))
         return cls(folder, rows, yaml.safe_load(file.read_text()), Yardstick.read(folder / "watch.json"))
 
 
