@@ -124,9 +124,11 @@ class Method(ABC):
     Args:
         guidance_scale: of the teacher in training: one scale, or the range that it is drawn from. A method that guides
             its teacher declares it as a hyper-parameter; for any other it is None.
+        sampling_guidance_scale: of the student where it is guided itself; None for a method without the choice.
     """
 
     guidance_scale: float | tuple[float, float] | None = field(init=False, default=None)
+    sampling_guidance_scale: float | None = field(init=False, default=None)
 
     @property
     @abstractmethod

@@ -158,8 +158,7 @@ class Run:
 
         A student of the unguided teacher that is guided itself stands for the teacher at its own scale.
         """
-        fields = vars(self.method)
-        scale, sampling = fields.get("guidance_scale"), fields.get("sampling_guidance_scale")
+        scale, sampling = self.method.guidance_scale, self.method.sampling_guidance_scale
         if scale in (None, 1.0) and sampling not in (None, 1.0):
             return sampling
         for source in inside(self.data) if scale is None else ():
