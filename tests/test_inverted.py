@@ -21,6 +21,7 @@ from stepdistill.methods import reflow
 from stepdistill.methods.reflow import Reflow
 from stepdistill.networks.roles import TEACHER
 from stepdistill.students.contract import read_contract
+from stepdistill.training import finish
 from stepdistill.training.checks import provided
 from stepdistill.training.distill import distill, make_data
 from stepdistill.training.recipe import Run, TrainSpec
