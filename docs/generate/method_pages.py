@@ -19,6 +19,7 @@ from stepdistill.methods.base import Method
 from stepdistill.training.recipe import Run
 
 ROOT = Path(__file__).parent.parent.parent
+SENTENCE = r"(?<=\.) (?<!et al\. )"
 PAPER = re.compile(r"https://arxiv\.org/abs/[\d.]*\d")
 
 
@@ -28,6 +29,11 @@ class Paper(NamedTuple):
     url: str
     text: str
     settings: str
+
+    @property
+    def title(self) -> str:
+        """The first sentence, without the settings."""
+        return re.sub(r":? `[a-z_]+: .*", ".", re.split(SENTENCE, self.text)[0])
 
 
 class Recipe(NamedTuple):
@@ -79,7 +85,7 @@ def papers(cls: type) -> list[Paper]:
     """The references of a class's docstring, one a sentence that has a link; what follows it belongs to it."""
     text = " ".join(sections(cls.__doc__).get("References", "").split())
     found: list[Paper] = []
-    for sentence in re.split(r"(?<=\.) (?<!et al\. )", text):
+    for sentence in re.split(SENTENCE, text):
         if url := PAPER.search(sentence):
             settings = re.search(r"`([a-z_]+: [^`]+)`", sentence)
             found.append(Paper(url[0], sentence, settings[1] if settings else ""))
@@ -111,7 +117,7 @@ def _method(cls: type[Method], recipes: list[Recipe]) -> str:
     file = f"{cls.__module__.replace('.', '/')}.py"
     body = [f"# {cls.__name__}", doc[""], f"`{dotted(cls)}`{{ .path }}", module.__doc__ or ""]
     if "Equation" in doc:
-        body += ["## Equation", f"```text\n{doc['Equation']}\n```"]
+        body += ["## Equation", f"```{{ .text .equation }}\n{doc['Equation']}\n```"]
     body += ["## Papers", *(f"- {paper.text}" for part in options(cls) for paper in papers(part))]
     body += ["", "## Config", f"The `method` section as `stepdistill init {name} sd` prints it:"]
     body += [section("method", cls)]
@@ -148,10 +154,11 @@ def _papers(methods: list[type[Method]], recipes: list[Recipe]) -> str:
     lines = ["| paper | method | settings | recipes |", "| --- | --- | --- | --- |"]
     cited = {cls: [paper for part in options(cls) for paper in papers(part)] for cls in methods}
     for url in dict.fromkeys(paper.url for found in cited.values() for paper in found):
-        text = next(paper.text for found in cited.values() for paper in found if paper.url == url)
+        text = next(paper.title for found in cited.values() for paper in found if paper.url == url)
         users = {cls: paper.settings for cls, found in cited.items() for paper in found if paper.url == url}
         links = ", ".join(f"[{cls.__name__}]({Path(page_of(cls)).name})" for cls in users)
-        settings = ", ".join(f"`{_cell(each)}`" for each in dict.fromkeys(users.values()) if each)
+        keys = [key for each in dict.fromkeys(users.values()) if each for key in re.split(r", (?=\w+: )", each)]
+        settings = "<br>".join(f"`{key}`" for key in keys)
         those = [r for r in recipes if url in r.about]
         files = ", ".join(f"[{r.file.stem}](recipes.md#{r.file.stem})" for r in those)
         lines.append(f"| {_cell(text)} | {links} | {settings} | {files} |")

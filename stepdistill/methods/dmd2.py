@@ -1,8 +1,8 @@
 """Distribution matching with a learned fake score: DMD2.
 
-The student's law is pulled to the teacher's along the gradient of KL(student || teacher), the difference of two
-scores at a noised sample of the student. The teacher gives one of them. The other comes from the fake score, which is
-trained all the time on the student's current samples. These are simulated from prompts as sampling makes them, so no
+The student's distribution is pulled to the teacher's along the gradient of KL(student || teacher), the difference of
+two scores at a noised sample of the student. The teacher gives one of them. The other comes from the fake score, which
+is trained all the time on the student's current samples. These are simulated from prompts as sampling makes them, so no
 data are needed, unless a discriminator is asked for.
 """
 
@@ -70,10 +70,11 @@ class DMD2(Averaged):
     """DMD2 with a LoRA student and a LoRA fake score on one frozen base.
 
     Equation:
-        student: x0 = student(x_t, t).x0 on its own way from noise; x_s = alpha_s x0 + sigma_s eps
-                 d loss / d x0 ~ (fake(x_s, s).x0 - teacher(x_s, s).x0) / mean |x0 - teacher(x_s, s).x0|
+        student: x0 = student(x_t, t).x0, where its own steps lead to x_t; x_s = alpha_s x0 + sigma_s eps
+                 d loss / d x0 ~ (fake(x_s, s).x0 - real) / mean |x0 - real|, real = teacher(x_s, s).x0
         fake:    loss = E |fake(x_t, t).eps - eps|^2 on samples of the student
-        gan:     student + lambda_g softplus(-D(x_s)); fake + lambda_d (softplus(D(x_s)) + softplus(-D(data_s)))
+        gan:     student + lambda_g softplus(-D(x_s))
+                 fake + lambda_d (softplus(D(x_s)) + softplus(-D(data_s)))
 
     References:
         Improved distribution matching distillation, Yin et al. 2024, https://arxiv.org/abs/2405.14867.

@@ -1,8 +1,8 @@
 """Variational score distillation into one step: SwiftBrush, and SNOOPI's PG-SB.
 
-As in `dmd2`, a fake score follows the student's samples, and the student moves along the difference of two scores.
-Here both are guided by the same w, so that the fixed point is the teacher's unguided law whatever w is; w shapes the
-way there. PG-SB draws w anew in every step, the same for both sides. Prompts are all that is needed.
+As in `dmd2`, a fake score follows the student's samples, and the student moves along the difference of two scores. Here
+both are guided by the same w, so that the fixed point is the teacher's unguided distribution whatever w is; w shapes
+the way there. PG-SB draws w anew in every step, the same for both sides. Prompts are all that is needed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class VSD(Averaged):
         timestep: where the one step starts; none is the noisiest time, as published. See `DMD2.timesteps`.
         warmup_steps: steps of the fake score alone, before the student's first.
         t_range: lowest and highest timestep at which the scores are compared.
-        proportion_empty_prompts: share of steps in which the fake score learns the unconditional law.
+        proportion_empty_prompts: share of steps in which the fake score learns the unconditional distribution.
         clip: the clamped CLIP term; none decodes no image.
     """
 
