@@ -31,17 +31,16 @@ from stepdistill.core.errors import ConfigError, EvaluationError, MissingWeights
 from stepdistill.data import Partition, Prompts
 from stepdistill.data.routing import Routing
 from stepdistill.evaluation import run
-from stepdistill.evaluation.draw import labels, plan
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.metrics import image_scores
 from stepdistill.evaluation.metrics.frechet import frechet
 from stepdistill.evaluation.metrics.image_scores import clip_scores
 from stepdistill.evaluation.metrics.stats import Stats
+from stepdistill.evaluation.plan import family_of, labels, sampling_plans
 from stepdistill.evaluation.read import cropped
 from stepdistill.evaluation.run import evaluate, extractor_of, score_images, write_statistics
 from stepdistill.evaluation.spec import EvalRun, EvalSpec
 from stepdistill.evaluation.store import Store
-from stepdistill.evaluation.subjects import family_of
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
@@ -820,17 +819,17 @@ def test_labels_are_as_short_as_they_can_be():
 
 
 def test_a_plan_has_the_teacher_beside_its_students(asked):
-    assert [way.name for way in plan(asked)] == [
+    assert [way.name for way in sampling_plans(asked)] == [
         "reference",
         "teacher, 2 steps",
         "teacher, 1 step",
         "near, 1 step",
         "far, 1 step",
     ]
-    own = plan(replace(asked, steps=(), reference="x.npz"))
+    own = sampling_plans(replace(asked, steps=(), reference="x.npz"))
     assert [way.name for way in own] == ["teacher, 2 steps", "teacher, 4 steps", "near, 4 steps", "far, 4 steps"]
     with pytest.raises(EvaluationError, match="each once"):
-        plan(replace(asked, students=(asked.students[0],) * 2))
+        sampling_plans(replace(asked, students=(asked.students[0],) * 2))
 
 
 def test_cropping_is_pil_s_lanczos():

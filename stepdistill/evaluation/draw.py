@@ -1,4 +1,4 @@
-"""Drawing: each way's images, unit by unit, into stores."""
+"""Drawing: each plan's images, unit by unit, into stores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -21,11 +20,11 @@ from stepdistill.evaluation.exports import GenEval, T2ICompBench
 from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.identity import DTYPES
 from stepdistill.evaluation.metrics.image_scores import ClipScore, Score, perceptual_likeness, pixel_likeness
+from stepdistill.evaluation.plan import SamplingPlan, size_of, slug
 from stepdistill.evaluation.read import Unit, cropped, fill_store
 from stepdistill.evaluation.records import prompt_of, prompts_digest
 from stepdistill.evaluation.spec import EvalRun
 from stepdistill.evaluation.store import Store
-from stepdistill.evaluation.subjects import SamplingPlan, contract_of
 from stepdistill.families.base import Family
 from stepdistill.students.base_model import pipeline_hash
 from stepdistill.students.draw.call import PipelineCall
@@ -38,7 +37,7 @@ WARMUP = 3  # images drawn before any is timed
 
 @dataclass(frozen=True)
 class RowDrawer:
-    """Draws ways into stores.
+    """Draws plans into stores.
 
     Args:
         spec: what is asked for.
@@ -65,41 +64,41 @@ class RowDrawer:
         """Of every image, by number."""
         return [prompt_of(self.records[i % len(self.records)]) for i in range(self.n)]
 
-    def store(self, way: SamplingPlan) -> Store:
-        """Where a way's images are kept; the teacher's whole where others are compared with them."""
-        whole = way.role == "teacher" and {"pixels", "lpips"} & set(self.spec.metrics)
+    def store(self, plan: SamplingPlan) -> Store:
+        """Where a plan's images are kept; the teacher's whole where others are compared with them."""
+        whole = plan.role == "teacher" and {"pixels", "lpips"} & set(self.spec.metrics)
         kept = self.n if whole else min(self.n, self.spec.columns)
-        folder = self.spec.output_dir / "work" / slug(way.name)
+        folder = self.spec.output_dir / "work" / slug(plan.name)
         return Store(folder, self.n, self.spec.feature_batch, self.extractor.identity.dim, kept)
 
-    def draw(self, ways: Sequence[SamplingPlan]) -> tuple[dict[SamplingPlan, Store], list[str]]:
-        """Draw what is missing of every way; one pipeline at a time is in memory.
+    def draw(self, plans: Sequence[SamplingPlan]) -> tuple[dict[SamplingPlan, Store], list[str]]:
+        """Draw what is missing of every plan; one pipeline at a time is in memory.
 
         Returns:
             Their stores, whole, and what was left out because the student cannot be drawn so, in words.
         """
-        stores, left_out, hashed = {way: self.store(way) for way in ways}, [], ""
-        teacher = next(store for way, store in stores.items() if way.role == "teacher")
+        stores, left_out, hashed = {plan: self.store(plan) for plan in plans}, [], ""
+        teacher = next(store for plan, store in stores.items() if plan.role == "teacher")
         asked = size_of(self.spec.students)
-        for place in dict.fromkeys(way.student for way in ways):
+        for place in dict.fromkeys(plan.student for plan in plans):
             subject = StudentPipeline.of(self.family, place, self.device, DTYPES[self.spec.dtype])
             native = self.family.native_side(subject.pipe)
             size = asked or (native, native)
             hashed = hashed or teacher_of(subject)  # the teacher comes first
             scores = [*([self.clip] if self.clip else []), *(self._against(teacher) if place else ())]
-            for way in [way for way in ways if way.student == place]:
+            for plan in [plan for plan in plans if plan.student == place]:
                 try:
-                    calls = subject.calls(replace(way.options, height=size[0], width=size[1]), way.name)
+                    calls = subject.calls(replace(plan.options, height=size[0], width=size[1]), plan.name)
                 except (ValueError, StepdistillError) as error:
-                    left_out.append(f"{way.name}: {error}")
-                    del stores[way]
+                    left_out.append(f"{plan.name}: {error}")
+                    del stores[plan]
                     continue
                 if self.state.is_main_process:
                     side = self.spec.side
                     shape = (3, side, side) if side else (3, *size)
-                    stores[way].open(self._facts(way, size, stores[way].kept, hashed), shape)
+                    stores[plan].open(self._facts(plan, size, stores[plan].kept, hashed), shape)
                 self.state.wait_for_everyone()
-                self._fill(subject, way, calls, stores[way], scores)
+                self._fill(subject, plan, calls, stores[plan], scores)
                 self.state.wait_for_everyone()  # the teacher's images are whole before others are compared
         return stores, left_out
 
@@ -110,22 +109,22 @@ class RowDrawer:
     def _fill(
         self,
         subject: StudentPipeline,
-        way: SamplingPlan,
+        plan: SamplingPlan,
         calls: Sequence[PipelineCall],
         store: Store,
         scores: Sequence[Score],
     ) -> None:
         mine = store.missing(self.state.process_index, self.state.num_processes)
-        title = way.name if self.state.is_main_process and mine else ""
-        units, total = self._units(subject, way, calls, store, mine), sum(len(store.rows(k)) for k in mine)
+        title = plan.name if self.state.is_main_process and mine else ""
+        units, total = self._units(subject, plan, calls, store, mine), sum(len(store.rows(k)) for k in mine)
         fill_store(store, units, self.extractor, scores, title, total)
         if self.spec.latency and self.state.is_main_process and not store.noted(LATENCY):
-            store.note(LATENCY, self._latency(subject, way, calls))
+            store.note(LATENCY, self._latency(subject, plan, calls))
 
     def _units(
         self,
         subject: StudentPipeline,
-        way: SamplingPlan,
+        plan: SamplingPlan,
         calls: Sequence[PipelineCall],
         store: Store,
         mine: Sequence[int],
@@ -138,23 +137,23 @@ class RowDrawer:
             start = perf_counter()
             try:
                 images, cost = subject.generate(
-                    calls, [prompts[i] for i in numbers], way.seed, self.spec.batch, numbers
+                    calls, [prompts[i] for i in numbers], plan.seed, self.spec.batch, numbers
                 )
             except ValueError as error:
                 if "non-finite" not in str(error):
                     raise
-                got, todo = f"images {numbers[0]} to {numbers[-1]} of {way.name}: {error}", "draw with --dtype fp32"
+                got, todo = f"images {numbers[0]} to {numbers[-1]} of {plan.name}: {error}", "draw with --dtype fp32"
                 raise EvaluationError(problem(got, "numbers", "what is kept stays whole", todo)) from error
             facts = {"calls": cost.calls, "batches": cost.batches, "rows": cost.rows}
             facts |= {"seconds": perf_counter() - start, "peak_mem_mib": peak(), "size": list(images.shape[2:])}
-            self._keep(way, numbers, images)
+            self._keep(plan, numbers, images)
             yield Unit(k, numbers, cropped(images, self.spec.side), facts)
 
-    def _keep(self, way: SamplingPlan, numbers: Sequence[int], images: Tensor) -> None:
+    def _keep(self, plan: SamplingPlan, numbers: Sequence[int], images: Tensor) -> None:
         """Images as files, where they are asked for."""
-        if way.role == "reference":
+        if plan.role == "reference":
             return
-        name, each = slug(way.name), list(zip(numbers, images, strict=True))
+        name, each = slug(plan.name), list(zip(numbers, images, strict=True))
         if self.spec.save_images:
             folder = self.spec.output_dir / "images" / name
             folder.mkdir(parents=True, exist_ok=True)
@@ -169,11 +168,11 @@ class RowDrawer:
             for i, image in each:
                 out.add(i % len(self.records), i // len(self.records), self.records[i % len(self.records)], image)
 
-    def _latency(self, subject: StudentPipeline, way: SamplingPlan, calls: Sequence[PipelineCall]) -> dict[str, Any]:
+    def _latency(self, subject: StudentPipeline, plan: SamplingPlan, calls: Sequence[PipelineCall]) -> dict[str, Any]:
         """Milliseconds of one image alone, from prompt to pixels."""
         times = []
         for _ in range(WARMUP + self.spec.latency):
-            times.append(1000 * subject.generate(calls, [self.prompts[0]], way.seed, 1, [0])[1].seconds)
+            times.append(1000 * subject.generate(calls, [self.prompts[0]], plan.seed, 1, [0])[1].seconds)
         kept = torch.tensor(times[WARMUP:], dtype=torch.float64)
         ends = {name: kept.quantile(q).item() for name, q in (("p50", 0.5), ("p90", 0.9))}
         return {**ends, "batch": 1, "warmup": WARMUP, "repetitions": self.spec.latency}
@@ -183,15 +182,15 @@ class RowDrawer:
         likeness = sorted({"pixels", "lpips"} & set(self.spec.metrics))
         return [*likeness, self.spec.teacher_steps, self.spec.teacher_guidance] if likeness else []
 
-    def _facts(self, way: SamplingPlan, size: tuple[int, int], kept: int, hashed: str) -> dict[str, object]:
+    def _facts(self, plan: SamplingPlan, size: tuple[int, int], kept: int, hashed: str) -> dict[str, object]:
         """All that the images, their features and scores depend on, and which files there are."""
         return {
             "teacher": hashed,
-            "student": fingerprint(way.student) if way.student else None,
-            "role": way.role,
-            "steps": way.steps,
-            "guidance": way.guidance,
-            "seed": way.seed,
+            "student": fingerprint(plan.student) if plan.student else None,
+            "role": plan.role,
+            "steps": plan.steps,
+            "guidance": plan.guidance,
+            "seed": plan.seed,
             "n": self.n,
             "prompts": prompts_digest(self.prompts),
             "size": size,
@@ -202,69 +201,17 @@ class RowDrawer:
             "batch": self.spec.batch,
             "feature_batch": self.spec.feature_batch,
             "clip": self.clip.facts if self.clip else None,
-            "beside": self._beside() if way.student else None,
+            "beside": self._beside() if plan.student else None,
             "kept": kept,
             "save_images": self.spec.save_images,
             "export": self.spec.export,
         }
 
 
-def plan(spec: EvalRun) -> list[SamplingPlan]:
-    """The ways, the teacher's first. Raises StudentError for a student without a contract."""
-    trained = {place: len(contract_of(place).timesteps) for place in spec.students}
-    few = sorted({*(spec.steps or trained.values())} - {spec.teacher_steps}, reverse=True)
-    common: dict[str, Any] = {"student": None, "guidance": spec.teacher_guidance, "role": "teacher", "seed": spec.seed}
-    ways = [SamplingPlan(name=called("teacher", steps), steps=steps, **common) for steps in (spec.teacher_steps, *few)]
-    if spec.reference == "teacher":
-        ways.insert(0, replace(ways[0], name="reference", role="reference", seed=spec.reference_seed))
-    for place, who in zip(spec.students, labels(spec.students), strict=True):
-        for steps in spec.steps or (None,):
-            for w in spec.guidance or (None,):
-                name = called(who, steps or trained[place]) + ("" if w is None else f", w = {w:g}")
-                way = {"student": place, "steps": steps, "guidance": w}
-                ways.append(SamplingPlan(name=name, role="student", seed=spec.seed, **way))
-    slugs = [slug(way.name) for way in ways]
-    if len(set(slugs)) < len(slugs):
-        why = "their files would overwrite each other's"
-        raise EvaluationError(problem(f"rows {[way.name for way in ways]}", "different names", why, "rename a folder"))
-    return ways
-
-
-def size_of(students: Sequence[str]) -> tuple[int, int] | None:
-    """Height and width that all students draw, so that noises are equal; None where there are none.
-
-    Raises EvaluationError where they differ.
-    """
-    sizes = {place: contract_of(place).resolution for place in students}
-    if len(set(sizes.values())) > 1:
-        why = "noises of other sizes are other noises, and distances of their images do not compare"
-        raise EvaluationError(problem(f"students of sizes {sizes}", "one size", why, "evaluate them apart"))
-    return next(iter(sizes.values()), None)
-
-
 def teacher_of(subject: StudentPipeline) -> str:
     """sha256 of all that the teacher draws with: networks, fused LoRAs, scheduler, and what its calls are given."""
     parts = [pipeline_hash(subject.pipe), subject.native.to_json_string(), repr(subject.family.arguments())]
     return sha256("\n".join(parts).encode()).hexdigest()
-
-
-def called(who: str, steps: int) -> str:
-    """Such as `teacher, 4 steps`."""
-    return f"{who}, {steps} step{'s' * (steps > 1)}"
-
-
-def labels(places: Sequence[str]) -> list[str]:
-    """The last name of each path, or as much of its end as tells it from the others.
-
-    Raises EvaluationError where one is there twice.
-    """
-    parts = [Path(place).resolve().parts if Path(place).exists() else Path(place).parts for place in places]
-    if len(set(parts)) < len(parts):
-        got = f"{', '.join(places)}"
-        raise EvaluationError(problem(got, "each once", "its rows would be there twice", "leave one out"))
-    deepest = max(map(len, parts), default=1)
-    deep = next((k for k in range(1, deepest) if len({p[-k:] for p in parts}) == len(parts)), deepest)
-    return ["/".join(p[-deep:]) for p in parts]
 
 
 def peak() -> float | None:
@@ -281,8 +228,3 @@ def fingerprint(place: str) -> str:
             if file.is_file() and file.suffix in (".json", ".safetensors") and name.name != "eval.json":
                 digest.update(str(name).encode() + b"\0" + bytes.fromhex(file_digest(file)))
     return digest.hexdigest()
-
-
-def slug(name: str) -> str:
-    """A name as a file's."""
-    return "".join(c if c.isalnum() or c in "._=-" else "-" for c in name.replace(", ", "_").replace(" ", "-"))

@@ -15,16 +15,16 @@ from accelerate import PartialState
 from torch import Tensor
 
 from stepdistill.core.files import write_text
-from stepdistill.evaluation.draw import LATENCY, labels, slug
+from stepdistill.evaluation.draw import LATENCY
 from stepdistill.evaluation.measure import Reference, Sampled
 from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.metrics.image_scores import ClipScore
+from stepdistill.evaluation.plan import SamplingPlan, contract_of, labels, slug
 from stepdistill.evaluation.protocol import Protocol
 from stepdistill.evaluation.report.page import page
 from stepdistill.evaluation.report.table import SCHEMA, flat_rows, read_evaluation, write_csv
 from stepdistill.evaluation.spec import EvalRun
 from stepdistill.evaluation.store import Store
-from stepdistill.evaluation.subjects import SamplingPlan, contract_of
 from stepdistill.students.draw.sheet import image_grid
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -87,9 +87,9 @@ def protocol_facts(
     return facts | {"trusted": protocol.trusted(reference)}, deviations + identity.reasons()
 
 
-def sampled(way: SamplingPlan, store: Store, reasons: Sequence[str], clip: ClipScore | None) -> Sampled:
-    """What is known of a way's images."""
-    units, contract = list(store.unit_facts()), contract_of(way.student) if way.student else None
+def sampled(plan: SamplingPlan, store: Store, reasons: Sequence[str], clip: ClipScore | None) -> Sampled:
+    """What is known of a plan's images."""
+    units, contract = list(store.unit_facts()), contract_of(plan.student) if plan.student else None
     calls, batches, rows, seconds = (
         sum(unit[key] for unit in units) for key in ("calls", "batches", "rows", "seconds")
     )
@@ -100,17 +100,17 @@ def sampled(way: SamplingPlan, store: Store, reasons: Sequence[str], clip: ClipS
         "latency_ms": store.noted(LATENCY),
         "peak_mem_mib": max((unit["peak_mem_mib"] for unit in units if unit["peak_mem_mib"]), default=None),
     }
-    steps, guidance = way.steps, way.guidance
+    steps, guidance = plan.steps, plan.guidance
     if contract is not None:
         steps = len(contract.timesteps) if steps is None else steps
         default = contract.adapters.guidance_scale if contract.adapters else contract.guidance_scale
         guidance = default if guidance is None else guidance
     height, width = units[0]["size"]
-    facts = {"student": way.student, "steps": steps, "guidance": guidance, "seed": way.seed, "n_skipped": 0}
+    facts = {"student": plan.student, "steps": steps, "guidance": guidance, "seed": plan.seed, "n_skipped": 0}
     image = {"height": height, "width": width, "uint8": "round"}
     return Sampled(
-        name=way.name,
-        role=way.role,
+        name=plan.name,
+        role=plan.role,
         features=store.features(),
         scores=scores_of(store),
         clip=clip.facts if clip else {},
@@ -136,13 +136,13 @@ def write_sheets(spec: EvalRun, stores: Mapping[SamplingPlan, Store], prompts: S
     folder = spec.output_dir / "grids"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    taught = [way for way in stores if way.role == "teacher"]
+    taught = [plan for plan in stores if plan.role == "teacher"]
     names = []
     for place, who in zip(spec.students or ("",), labels(spec.students) or ["teacher"], strict=True):
         shown = range(min(spec.columns, len(prompts)))
         rows = [
-            (way.name.replace(", ", "\n"), stores[way].images(shown))
-            for way in [*taught, *(way for way in stores if place and way.student == place)]
+            (plan.name.replace(", ", "\n"), stores[plan].images(shown))
+            for plan in [*taught, *(plan for plan in stores if place and plan.student == place)]
         ]
         scale = max(1, 96 // rows[0][1].shape[-1])
         names.append(f"{slug(who)}.png")

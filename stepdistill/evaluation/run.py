@@ -16,13 +16,14 @@ from diffusers import AutoencoderKL
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.core.files import write_text
 from stepdistill.data.bundled import emoji
-from stepdistill.evaluation.draw import RowDrawer, labels, plan, slug
+from stepdistill.evaluation.draw import RowDrawer
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.measure import Reference, Sampled, measured
 from stepdistill.evaluation.metrics.extractors import extractor_named
 from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.metrics.image_scores import ClipScore
+from stepdistill.evaluation.plan import contract_of, family_of, labels, sampling_plans, slug
 from stepdistill.evaluation.read import read_into
 from stepdistill.evaluation.records import prompt_of, prompts_digest, read_records
 from stepdistill.evaluation.reference import TEACHER, ReferenceBuilder
@@ -39,7 +40,6 @@ from stepdistill.evaluation.results import (
 )
 from stepdistill.evaluation.spec import EvalRun, EvalSpec
 from stepdistill.evaluation.store import FACTS
-from stepdistill.evaluation.subjects import contract_of, family_of
 from stepdistill.families.base import BUNDLED_NAMES
 from stepdistill.networks.lpips import lpips
 
@@ -60,7 +60,7 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
     records = records_of(spec)
     n = spec.num or spec.under.n or len(records)
     enough(n, "a row")
-    ways = plan(spec)
+    plans = sampling_plans(spec)
     extractor = extractor_of(spec, device, family.load().components["vae"] if spec.features == "vae" else None)
     if "lpips" in spec.metrics:
         lpips("alex", device)
@@ -71,13 +71,13 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
     reference = None if spec.reference == TEACHER else builder.of_file(Path(spec.reference))
     index = torch.arange(n) % len(records) if n >= 2 * len(records) else None
     metrics, left_out = possible(spec.metrics, extractor.identity, reference, index is not None)
-    stores, undrawn = drawer.draw(ways)
+    stores, undrawn = drawer.draw(plans)
     if not state.is_main_process:
         return {}
-    reference = reference or builder.of_teacher(stores[ways[0]], spec.teacher)
-    others = {way: store for way, store in stores.items() if way.role != "reference"}
+    reference = reference or builder.of_teacher(stores[plans[0]], spec.teacher)
+    others = {plan: store for plan, store in stores.items() if plan.role != "reference"}
     protocol, reasons = protocol_facts(spec.under, extractor.identity, n, spec.side, reference.facts, spec.clip)
-    rows = [sampled(way, store, reasons, clip) for way, store in others.items()]
+    rows = [sampled(plan, store, reasons, clip) for plan, store in others.items()]
     known = next(iter(others.values())).noted(FACTS) or {}
     contents = document(
         extractor.identity,
@@ -92,7 +92,7 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
         grids=write_sheets(spec, others, each),
         left_out=[*left_out, *undrawn],
     )
-    named = {way.name: store for way, store in others.items()}
+    named = {plan.name: store for plan, store in others.items()}
     write_samples(named, each, spec.seed, spec.output_dir / "per_sample.jsonl")
     write_results(spec.output_dir, contents, named, reference)
     return contents

@@ -1,0 +1,145 @@
+"""What is drawn: a teacher and its students, each in some numbers of steps and at some guidance scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from diffusers import DiffusionPipeline
+
+from stepdistill.config.registry import every, find
+from stepdistill.core.errors import ConfigError, EvaluationError, problem
+from stepdistill.evaluation.spec import EvalRun
+from stepdistill.families.base import Family
+from stepdistill.students.contract import Contract, read_contracts, teacher
+from stepdistill.students.draw.pipeline import DrawOptions
+from stepdistill.students.single import folder_of
+
+Role = Literal["reference", "teacher", "student"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingPlan:
+    """One way to draw, a row of the report.
+
+    Args:
+        name: what the report calls it.
+        role: `reference` is the teacher under other noises, which the rows are compared with.
+        student: the student's folder or hub id; None is the teacher.
+        steps: None is the student's own number.
+        guidance: None is the student's own scale.
+        seed: of the noises.
+    """
+
+    name: str
+    role: Role
+    student: str | None
+    steps: int | None
+    guidance: float | None
+    seed: int
+
+    @property
+    def options(self) -> DrawOptions:
+        """What differs from the student's contract."""
+        return DrawOptions(steps=self.steps, guidance_scale=self.guidance)
+
+
+def sampling_plans(spec: EvalRun) -> list[SamplingPlan]:
+    """The plans, the teacher's first. Raises StudentError for a student without a contract."""
+    trained = {place: len(contract_of(place).timesteps) for place in spec.students}
+    few = sorted({*(spec.steps or trained.values())} - {spec.teacher_steps}, reverse=True)
+    common: dict[str, Any] = {"student": None, "guidance": spec.teacher_guidance, "role": "teacher", "seed": spec.seed}
+    plans = [
+        SamplingPlan(name=_called("teacher", steps), steps=steps, **common) for steps in (spec.teacher_steps, *few)
+    ]
+    if spec.reference == "teacher":
+        plans.insert(0, replace(plans[0], name="reference", role="reference", seed=spec.reference_seed))
+    who = dict(zip(spec.students, labels(spec.students), strict=True))
+    for place, steps, w in product(spec.students, spec.steps or (None,), spec.guidance or (None,)):
+        name = _called(who[place], steps or trained[place]) + ("" if w is None else f", w = {w:g}")
+        options = {"student": place, "steps": steps, "guidance": w}
+        plans.append(SamplingPlan(name=name, role="student", seed=spec.seed, **options))
+    names = [plan.name for plan in plans]
+    if len({slug(name) for name in names}) < len(names):
+        why = "their files would overwrite each other's"
+        raise EvaluationError(problem(f"rows {names}", "different names", why, "rename a folder"))
+    return plans
+
+
+def size_of(students: Sequence[str]) -> tuple[int, int] | None:
+    """Height and width that all students draw, so that noises are equal; None where there are none.
+
+    Raises EvaluationError where they differ.
+    """
+    sizes = {place: contract_of(place).resolution for place in students}
+    if len(set(sizes.values())) > 1:
+        why = "noises depend on the size, and distances of images from different noises are not comparable"
+        raise EvaluationError(problem(f"students of sizes {sizes}", "one size", why, "evaluate them apart"))
+    return next(iter(sizes.values()), None)
+
+
+def _called(who: str, steps: int) -> str:
+    """Such as `teacher, 4 steps`."""
+    return f"{who}, {steps} step{'s' * (steps > 1)}"
+
+
+def labels(places: Sequence[str]) -> list[str]:
+    """The last name of each path, or as much of its end as tells it from the others.
+
+    Raises EvaluationError where one is there twice.
+    """
+    parts = [Path(place).resolve().parts if Path(place).exists() else Path(place).parts for place in places]
+    if len(set(parts)) < len(parts):
+        got = f"{', '.join(places)}"
+        raise EvaluationError(problem(got, "each once", "its rows would appear twice", "leave one out"))
+    deepest = max(map(len, parts), default=1)
+    deep = next((k for k in range(1, deepest) if len({p[-k:] for p in parts}) == len(parts)), deepest)
+    return ["/".join(p[-deep:]) for p in parts]
+
+
+def slug(name: str) -> str:
+    """A name as a file's."""
+    return "".join(c if c.isalnum() or c in "._=-" else "-" for c in name.replace(", ", "_").replace(" ", "-"))
+
+
+def contract_of(place: str) -> Contract:
+    """The contract of a student, of several the first one's."""
+    return read_contracts(folder_of(place))[0]
+
+
+def family_of(place: str, kind: str | None, contracts: Sequence[Contract]) -> Family:
+    """The family of a teacher: of `kind`, else that of its students, else the one with its class of pipeline.
+
+    Args:
+        place: a pipeline folder, a hub id, a `.safetensors` file or the name of a bundled teacher.
+        kind: a module of stepdistill.families, or a dotted path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    known = {cls.pipeline_class.__name__: cls for cls in every(Family)}
+    chosen: Family | None = None
+    if kind is not None:
+        chosen = find(Family, kind)(pretrained_teacher_model=place)
+    elif contracts:
+        chosen = replace(teacher(contracts[0]), pretrained_teacher_model=place)
+    where = (chosen or next(iter(known.values()))(pretrained_teacher_model=place)).location()
+    if where.endswith(".safetensors"):
+        if chosen is None:
+            todo = f"say --family, one of {sorted(cls.__module__.rpartition('.')[2] for cls in known.values())}"
+            raise ConfigError(problem(f"the single file {place}", "its family", "the file does not name one", todo))
+        return chosen
+    try:
+        index: Any = DiffusionPipeline.load_config(where)
+    except OSError as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError(problem(f"teacher {place}", "a pipeline", why, "check the name, and the network")) from error
+    name = index["_class_name"]
+    if name not in known or chosen is not None and known[name] is not type(chosen):
+        expected = chosen.pipeline_class.__name__ if chosen else f"one of {sorted(known)}"
+        todo = "name the teacher of the students" if contracts else "name its family by --family, or write one"
+        raise ConfigError(problem(f"a {name} in {place}", expected, "a family says how its network is called", todo))
+    return chosen or known[name](pretrained_teacher_model=place)
