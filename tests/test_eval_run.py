@@ -342,9 +342,9 @@ def test_rows_that_are_there_are_not_drawn_again(asked, monkeypatch):
     evaluate(replace(asked, students=asked.students[:1]))
     drawn, real = [], StudentPipeline.generate
 
-    def draws(self, calls, *rest):
+    def draws(self, calls, *rest, **options):
         drawn.append(calls[0].name)
-        return real(self, calls, *rest)
+        return real(self, calls, *rest, **options)
 
     monkeypatch.setattr(StudentPipeline, "generate", draws)
     evaluate(asked)

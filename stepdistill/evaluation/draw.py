@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -14,6 +14,7 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
+from stepdistill.core.cost import Cost
 from stepdistill.core.errors import EvaluationError, StepdistillError, problem
 from stepdistill.core.files import file_digest
 from stepdistill.evaluation.exports import GenEval, T2ICompBench
@@ -27,12 +28,12 @@ from stepdistill.evaluation.spec import EvalRun
 from stepdistill.evaluation.store import Store
 from stepdistill.families.base import Family
 from stepdistill.students.base_model import pipeline_hash
-from stepdistill.students.draw.call import PipelineCall
 from stepdistill.students.draw.pipeline import StudentPipeline
 from stepdistill.students.single import PATTERNS, folder_of
 
 LATENCY = "latency.json"
 WARMUP = 3  # images drawn before any is timed
+Generate = Callable[..., tuple[Tensor, Cost]]  # of prompts, batch and numbers
 
 
 @dataclass(frozen=True)
@@ -93,42 +94,23 @@ class RowDrawer:
                     left_out.append(f"{plan.name}: {error}")
                     del stores[plan]
                     continue
+                store, generate = stores[plan], partial(subject.generate, calls, seed=plan.seed)
                 if self.state.is_main_process:
                     side = self.spec.side
                     shape = (3, side, side) if side else (3, *size)
-                    stores[plan].open(self._facts(plan, size, stores[plan].kept, hashed), shape)
+                    store.open(self._facts(plan, size, store.kept, hashed), shape)
                 self.state.wait_for_everyone()
-                self._fill(subject, plan, calls, stores[plan], scores)
-                self.state.wait_for_everyone()  # the teacher's images are whole before others are compared
+                units = partial(self._units, plan, store, generate)
+                fill_store(store, units, self.extractor, scores, plan.name, self.state)
+                if self.spec.latency and self.state.is_main_process and not store.noted(LATENCY):
+                    store.note(LATENCY, self._latency(generate))
         return stores, left_out
 
     def _against(self, teacher: Store) -> list[Score]:
         scores = [pixel_likeness(teacher.images)] if "pixels" in self.spec.metrics else []
         return [*scores, perceptual_likeness(teacher.images, self.device)] if "lpips" in self.spec.metrics else scores
 
-    def _fill(
-        self,
-        subject: StudentPipeline,
-        plan: SamplingPlan,
-        calls: Sequence[PipelineCall],
-        store: Store,
-        scores: Sequence[Score],
-    ) -> None:
-        mine = store.missing(self.state.process_index, self.state.num_processes)
-        title = plan.name if self.state.is_main_process and mine else ""
-        units, total = self._units(subject, plan, calls, store, mine), sum(len(store.rows(k)) for k in mine)
-        fill_store(store, units, self.extractor, scores, title, total)
-        if self.spec.latency and self.state.is_main_process and not store.noted(LATENCY):
-            store.note(LATENCY, self._latency(subject, plan, calls))
-
-    def _units(
-        self,
-        subject: StudentPipeline,
-        plan: SamplingPlan,
-        calls: Sequence[PipelineCall],
-        store: Store,
-        mine: Sequence[int],
-    ) -> Iterator[Unit]:
+    def _units(self, plan: SamplingPlan, store: Store, generate: Generate, mine: Sequence[int]) -> Iterator[Unit]:
         prompts = self.prompts
         for k in mine:
             numbers = store.rows(k)
@@ -136,9 +118,7 @@ class RowDrawer:
                 torch.cuda.reset_peak_memory_stats()
             start = perf_counter()
             try:
-                images, cost = subject.generate(
-                    calls, [prompts[i] for i in numbers], plan.seed, self.spec.batch, numbers
-                )
+                images, cost = generate([prompts[i] for i in numbers], batch=self.spec.batch, numbers=numbers)
             except ValueError as error:
                 if "non-finite" not in str(error):
                     raise
@@ -168,11 +148,11 @@ class RowDrawer:
             for i, image in each:
                 out.add(i % len(self.records), i // len(self.records), self.records[i % len(self.records)], image)
 
-    def _latency(self, subject: StudentPipeline, plan: SamplingPlan, calls: Sequence[PipelineCall]) -> dict[str, Any]:
+    def _latency(self, generate: Generate) -> dict[str, Any]:
         """Milliseconds of one image alone, from prompt to pixels."""
         times = []
         for _ in range(WARMUP + self.spec.latency):
-            times.append(1000 * subject.generate(calls, [self.prompts[0]], plan.seed, 1, [0])[1].seconds)
+            times.append(1000 * generate([self.prompts[0]], batch=1, numbers=[0])[1].seconds)
         kept = torch.tensor(times[WARMUP:], dtype=torch.float64)
         ends = {name: kept.quantile(q).item() for name, q in (("p50", 0.5), ("p90", 0.9))}
         return {**ends, "batch": 1, "warmup": WARMUP, "repetitions": self.spec.latency}

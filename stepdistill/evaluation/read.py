@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,17 +40,24 @@ class Unit(NamedTuple):
 
 
 def fill_store(
-    store: Store, units: Iterable[Unit], extractor: Extractor, scores: Sequence[Score], title: str, total: int
+    store: Store,
+    units: Callable[[Sequence[int]], Iterable[Unit]],
+    extractor: Extractor,
+    scores: Sequence[Score],
+    title: str,
+    state: PartialState,
 ) -> None:
-    """Measure and keep the units that come, with a progress bar over images.
+    """Measure and keep the units that are missing, each process its share, and wait for all processes.
 
     Args:
+        units: those of these numbers.
         scores: what else is measured of each image.
-        title: of the bar; empty for none.
-        total: images that will come.
+        title: of the main process's progress bar over images.
     """
-    with tqdm(total=total, desc=title, unit="image", disable=not title) as bar:
-        for unit in units:
+    mine = store.missing(state.process_index, state.num_processes)
+    total, quiet = sum(len(store.rows(k)) for k in mine), not (state.is_main_process and mine)
+    with tqdm(total=total, desc=title, unit="image", disable=quiet) as bar:
+        for unit in units(mine):
             rows, facts = store.rows(unit.k), dict(unit.facts)
             features = torch.zeros(len(rows), store.dim)
             if unit.numbers:
@@ -59,6 +67,7 @@ def fill_store(
             facts["skipped"] = sorted(set(rows) - set(unit.numbers))
             store.put(unit.k, unit.images, features, facts)
             bar.update(len(unit.numbers))
+    state.wait_for_everyone()
 
 
 def cropped(images: Tensor, side: int | None) -> Tensor:
@@ -100,11 +109,7 @@ def read_into(
             }
         )
     state.wait_for_everyone()
-    mine = store.missing(state.process_index, state.num_processes)
-    title = images.source.name if state.is_main_process and mine else ""
-    total = sum(len(store.rows(k)) for k in mine)
-    fill_store(store, _units(store, images, mine), extractor, [clip] if clip else [], title, total)
-    state.wait_for_everyone()
+    fill_store(store, partial(_units, store, images), extractor, [clip] if clip else [], images.source.name, state)
     _check(store, images)
     return store
 
