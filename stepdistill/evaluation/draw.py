@@ -82,19 +82,19 @@ class RowDrawer:
         teacher = next(store for plan, store in stores.items() if plan.role == "teacher")
         asked = size_of(self.spec.students)
         for place in dict.fromkeys(plan.student for plan in plans):
-            subject = StudentPipeline.of(self.family, place, self.device, DTYPES[self.spec.dtype])
-            native = self.family.native_side(subject.pipe)
+            pipeline = StudentPipeline.of(self.family, place, self.device, DTYPES[self.spec.dtype])
+            native = self.family.native_side(pipeline.pipe)
             size = asked or (native, native)
-            hashed = hashed or teacher_of(subject)  # the teacher comes first
+            hashed = hashed or teacher_of(pipeline)  # the teacher comes first
             scores = [*([self.clip] if self.clip else []), *(self._against(teacher) if place else ())]
             for plan in [plan for plan in plans if plan.student == place]:
                 try:
-                    calls = subject.calls(replace(plan.options, height=size[0], width=size[1]), plan.name)
+                    calls = pipeline.calls(replace(plan.options, height=size[0], width=size[1]), plan.name)
                 except (ValueError, StepdistillError) as error:
                     left_out.append(f"{plan.name}: {error}")
                     del stores[plan]
                     continue
-                store, generate = stores[plan], partial(subject.generate, calls, seed=plan.seed)
+                store, generate = stores[plan], partial(pipeline.generate, calls, seed=plan.seed)
                 if self.state.is_main_process:
                     side = self.spec.side
                     shape = (3, side, side) if side else (3, *size)
@@ -188,9 +188,9 @@ class RowDrawer:
         }
 
 
-def teacher_of(subject: StudentPipeline) -> str:
+def teacher_of(pipeline: StudentPipeline) -> str:
     """sha256 of all that the teacher draws with: networks, fused LoRAs, scheduler, and what its calls are given."""
-    parts = [pipeline_hash(subject.pipe), subject.native.to_json_string(), repr(subject.family.arguments())]
+    parts = [pipeline_hash(pipeline.pipe), pipeline.native.to_json_string(), repr(pipeline.family.arguments())]
     return sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -117,11 +117,11 @@ class EvalRun(EvalSpec):
         _whole(self, 0, "latency", "seed", "reference_seed")
         if len(set(self.steps)) < len(self.steps) or min(self.steps, default=1) < 1:
             got = f"steps {list(self.steps)}"
-            raise ConfigError(problem(got, "distinct numbers, 1 or more", "each becomes a row", "correct them"))
+            raise ConfigError(problem(got, "different numbers, 1 or more", "each becomes a row", "correct them"))
         scales = (*self.guidance, self.teacher_guidance)
         if not all(math.isfinite(w) for w in scales) or len(set(self.guidance)) < len(self.guidance):
             got = f"guidance {list(scales)}"
-            raise ConfigError(problem(got, "distinct finite scales", "each becomes a row", "correct them"))
+            raise ConfigError(problem(got, "different finite scales", "each becomes a row", "correct them"))
         if self.reference == "teacher" and self.seed == self.reference_seed:
             why = "the teacher would be compared with its own images"
             raise ConfigError(problem(f"seed {self.seed} for rows and reference", "two seeds", why, "choose another"))
