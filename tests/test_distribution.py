@@ -33,7 +33,7 @@ def prompts(size: int, mean: float, shape: tuple[int, ...] = (1, 1, 1)) -> Batch
 
 
 class Linear:
-    """A student that makes `b + a x_t` of any input, or a fake score that knows such a student's law exactly."""
+    """A student that makes `b + a x_t` of any input, or a fake score that is exact for such a student."""
 
     def __init__(self, b: float, a: float) -> None:
         self.b, self.a = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (b, a))
@@ -129,7 +129,7 @@ def test_the_normaliser_is_the_mean_distance_to_the_guided_target():
 
 @SCHEDULES
 def test_guidance_on_one_side_moves_the_fixed_point(schedule):
-    """O9: `m_c + (w - 1)(m_c - m_u)` for DMD2, whose fake score is not guided; the prompt's own law for VSD (O10)."""
+    """O9: `m_c + (w - 1)(m_c - m_u)` for DMD2, with its fake score unguided; for VSD the prompt's distribution (O10)."""
     teacher, batch = GaussianTeacher(schedule, 0.6), prompts(64, 0.7, (1, 8, 8))
 
     def pull(method: DMD2 | VSD, b: float) -> Tensor:
@@ -146,7 +146,7 @@ def test_guidance_on_one_side_moves_the_fixed_point(schedule):
         learned = student.score(schedule)
 
         def fake(x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Estimate:
-            """The student's law for the prompt, the teacher's own without one."""
+            """The student's distribution for the prompt, the teacher's own without one."""
             own, known = learned(x_t, t, cond), teacher(x_t, t, cond)
             pairs = zip(own, known, strict=True)
             return Estimate(*(torch.where(cond["mean"] == 0, other, mine) for mine, other in pairs))
@@ -209,7 +209,7 @@ def test_a_learned_fake_score_recovers_mean_and_spread_and_more_steps_overshoot_
 
 @SCHEDULES
 @pytest.mark.parametrize("method", [ONE, VSD(proportion_empty_prompts=0.0)], ids=["dmd2", "vsd"])
-def test_the_fake_score_has_its_floor_at_the_students_law(method, schedule):
+def test_the_fake_score_has_its_floor_at_the_students_distribution(method, schedule):
     """O8: the least loss is `alpha^2 Q / C'` for the noise, `Q (alpha + sigma)^2 / C'` for a flow's velocity."""
     student, batch = Linear(-0.4, 0.9), prompts(100_000, 0.7)
 
@@ -247,7 +247,7 @@ class Judge:
 
 
 def log_ratio(schedule: NoiseSchedule, real: tuple[float, float], fake: tuple[float, float]) -> Callable:
-    """The optimal discriminator of two Gaussian laws (mean, std), noised."""
+    """The optimal discriminator of two Gaussian distributions (mean, std), noised."""
 
     def head(features: Tensor) -> Tensor:
         x, t = features[:, 0, 0, 0], features[:, 1, 0, 0]
@@ -263,7 +263,7 @@ def log_ratio(schedule: NoiseSchedule, real: tuple[float, float], fake: tuple[fl
 
 @SCHEDULES
 def test_at_the_optimal_discriminator_the_adversarial_term_is_a_weighted_score_term(schedule):
-    """O12: `grad softplus(-D) = alpha (s_fake - s_real) / (1 + r)`; at equal laws it is 0 and the losses log 2."""
+    """O12: `grad softplus(-D) = alpha (s_fake - s_real) / (1 + r)`; where equal it is 0 and the losses log 2."""
     teacher, student, size = GaussianTeacher(schedule, 0.6), Linear(-0.4, 0.9), 64
     gan = Gan(generator_weight=1.0)
     batch = replace(prompts(size, 0.7), latents=torch.randn(size, 1, 1, 1).double())
@@ -335,7 +335,7 @@ def test_a_weight_of_the_divergence_multiplies_the_score_term():
 
 
 class Particles:
-    """A student of one free sample a row, and the denoiser of their empirical law."""
+    """A student of one free sample a row, and the denoiser of their empirical distribution."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x.double().reshape(-1, 1, 1, 1).requires_grad_()
@@ -376,7 +376,7 @@ def test_modes_are_found_at_high_noise_only(start, t_range, low, high):
 
 @SCHEDULES
 @pytest.mark.parametrize("eta", [1.0, 0.0])
-def test_simulated_inputs_have_the_law_that_sampling_makes(schedule, eta):
+def test_simulated_inputs_have_the_distribution_that_sampling_makes(schedule, eta):
     """O18, O19: means and variances of an affine student's inputs, and pure noise at the first step."""
     size, steps, (b, a) = 200_000, 4, (0.6, 0.3)
     method = DMD2(num_inference_steps=steps, eta=eta)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import test_distribution as law
+import test_distribution as closed_forms
 import test_distribution_updates as plumbing
 from oracles.context import stable_diffusion
 from oracles.planted import planted
@@ -22,35 +22,35 @@ from stepdistill.networks.backbone import Backbone
 
 
 def starts() -> None:
-    law.test_equal_scores_give_no_gradient_and_guidance_only_its_own(SD)
+    closed_forms.test_equal_scores_give_no_gradient_and_guidance_only_its_own(SD)
 
 
 def divergence() -> None:
-    law.test_the_gradient_is_that_of_the_divergence(SD)
+    closed_forms.test_the_gradient_is_that_of_the_divergence(SD)
 
 
 def guidance() -> None:
-    law.test_guidance_on_one_side_moves_the_fixed_point(SD)
+    closed_forms.test_guidance_on_one_side_moves_the_fixed_point(SD)
 
 
 def floor_dmd() -> None:
-    law.test_the_fake_score_has_its_floor_at_the_students_law(ONE, SD)
+    closed_forms.test_the_fake_score_has_its_floor_at_the_students_distribution(ONE, SD)
 
 
 def floor_flow() -> None:
-    law.test_the_fake_score_has_its_floor_at_the_students_law(ONE, FLOW)
+    closed_forms.test_the_fake_score_has_its_floor_at_the_students_distribution(ONE, FLOW)
 
 
 def floor_vsd() -> None:
-    law.test_the_fake_score_has_its_floor_at_the_students_law(VSD(proportion_empty_prompts=0.0), SD)
+    closed_forms.test_the_fake_score_has_its_floor_at_the_students_distribution(VSD(proportion_empty_prompts=0.0), SD)
 
 
 def judged() -> None:
-    law.test_at_the_optimal_discriminator_the_adversarial_term_is_a_weighted_score_term(SD)
+    closed_forms.test_at_the_optimal_discriminator_the_adversarial_term_is_a_weighted_score_term(SD)
 
 
 def simulated() -> None:
-    law.test_simulated_inputs_have_the_law_that_sampling_makes(SD, 1.0)
+    closed_forms.test_simulated_inputs_have_the_distribution_that_sampling_makes(SD, 1.0)
 
 
 def trained() -> None:
@@ -61,9 +61,9 @@ def prompts_alone() -> None:
     plumbing.test_prompts_alone_never_touch_data(DMD)
 
 
-MODES = lambda: law.test_modes_are_found_at_high_noise_only("one", (20.0, 120.0), 0.0, 0.0)  # noqa: E731
+MODES = lambda: closed_forms.test_modes_are_found_at_high_noise_only("one", (20.0, 120.0), 0.0, 0.0)  # noqa: E731
 TOWARDS, STUDENT, HEAD = DMD2.towards, DMD2.student_loss, DMD2.head_loss
-RATIO = law.test_a_weight_of_the_divergence_multiplies_the_score_term
+RATIO = closed_forms.test_a_weight_of_the_divergence_multiplies_the_score_term
 COUNT = lambda: plumbing.test_the_fake_score_takes_k_steps_for_one_of_the_student_after_its_warm_up(3)  # noqa: E731
 BACK = plumbing.test_disback_follows_its_waypoints_back_to_the_teacher
 
@@ -80,7 +80,7 @@ BUGS = {
         dmd2.normalised,
         "(x0 - real).abs()",
         "(x0 - real).square()",
-        law.test_the_normaliser_is_the_mean_distance_to_the_guided_target,
+        closed_forms.test_the_normaliser_is_the_mean_distance_to_the_guided_target,
     ),
     "both sides guided": Bug(
         STUDENT,
@@ -96,13 +96,16 @@ BUGS = {
         starts,
     ),
     "surrogate without its half": Bug(
-        losses.surrogate, "0.5 * ", "", law.test_the_surrogate_has_the_gradient_and_half_its_square
+        losses.surrogate, "0.5 * ", "", closed_forms.test_the_surrogate_has_the_gradient_and_half_its_square
     ),
     "surrogate uphill": Bug(
-        losses.surrogate, "x0 - gradient", "x0 + gradient", law.test_the_surrogate_has_the_gradient_and_half_its_square
+        losses.surrogate,
+        "x0 - gradient",
+        "x0 + gradient",
+        closed_forms.test_the_surrogate_has_the_gradient_and_half_its_square,
     ),
     "surrogate's target with a graph": Bug(
-        losses.surrogate, ".detach()", "", law.test_the_surrogate_has_the_gradient_and_half_its_square
+        losses.surrogate, ".detach()", "", closed_forms.test_the_surrogate_has_the_gradient_and_half_its_square
     ),
     "compared at any time": Bug(VSD.gradient, "*self.t_range", "*context.schedule.span", MODES),
     # VSD
@@ -191,7 +194,7 @@ BUGS = {
         losses.divergence_weight,
         "logits.detach()",
         "-logits.detach()",
-        lambda: law.test_the_weights_are_those_of_the_divergences("jeffreys", lambda r: (r - 1) * r.log()),
+        lambda: closed_forms.test_the_weights_are_those_of_the_divergences("jeffreys", lambda r: (r - 1) * r.log()),
     ),
     "tokens in columns": Bug(
         adversarial.features_before,

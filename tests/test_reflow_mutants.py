@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import test_reflow as law
+import test_reflow as closed_forms
 from oracles.planted import planted
 from test_mutants import Bug
 from test_reflow import SD
@@ -18,34 +18,34 @@ from stepdistill.methods.slimflow import FlowGuided
 
 
 def line() -> None:
-    law.test_a_solver_that_is_told_the_line_ends_at_its_end(SD, 5)
+    closed_forms.test_a_solver_that_is_told_the_line_ends_at_its_end(SD, 5)
 
 
 def fixed() -> None:
-    law.test_the_lines_are_the_fixed_point(SD, "uniform", "l2")
+    closed_forms.test_the_lines_are_the_fixed_point(SD, "uniform", "l2")
 
 
 def windows() -> None:
-    law.test_windows_become_the_teacher_s_own_chain(SD, 3.0)
+    closed_forms.test_windows_become_the_teacher_s_own_chain(SD, 3.0)
 
 
 def starts() -> None:
-    law.test_the_noisiest_window_begins_at_pure_noise_and_the_others_at_noised_data(SD)
+    closed_forms.test_the_noisiest_window_begins_at_pure_noise_and_the_others_at_noised_data(SD)
 
 
 def floor() -> None:
-    law.test_an_annealed_coupling_has_its_own_floor(0.6)
+    closed_forms.test_an_annealed_coupling_has_its_own_floor(0.6)
 
 
 def sampled() -> None:
-    law.test_steps_of_any_number_end_where_the_teacher_does(SD, 4)
+    closed_forms.test_steps_of_any_number_end_where_the_teacher_does(SD, 4)
 
 
-ANNEALED = law.test_annealing_runs_from_one_to_none_and_keeps_the_noise_s_size
-HUBER = law.test_the_huber_is_of_the_whole_sample
-SHARES = law.test_more_shares_lie_at_both_ends
-LED = law.test_the_flow_takes_over_where_the_student_stands
-BENT = law.test_straightness_of_a_gaussian_is_known
+ANNEALED = closed_forms.test_annealing_runs_from_one_to_none_and_keeps_the_noise_s_size
+HUBER = closed_forms.test_the_huber_is_of_the_whole_sample
+SHARES = closed_forms.test_more_shares_lie_at_both_ends
+LED = closed_forms.test_the_flow_takes_over_where_the_student_stands
+BENT = closed_forms.test_straightness_of_a_gaussian_is_known
 REFLOW, PERFLOW, GUIDED = Reflow.updates, PeRFlow.updates, FlowGuided.updates
 
 BUGS = {
@@ -73,7 +73,7 @@ BUGS = {
         REFLOW,
         "for value in (z, x0)",
         "if value is z else value for value in (z, x0)",
-        law.test_a_pair_is_mirrored_as_a_whole,
+        closed_forms.test_a_pair_is_mirrored_as_a_whole,
     ),
     "huber element by element": Bug(losses.sample_distances, "squared.sum(1)", "squared.mean(1) * 1.0", HUBER),
     "huber's constant without d": Bug(losses.sample_distances, "0.00054 * d", "0.00054", HUBER),
@@ -90,7 +90,7 @@ BUGS = {
         straightness.paths,
         "states.append(x_t / level)",
         "states.append(x_t)",
-        lambda: law.test_reflow_s_fixed_point_is_straight(SD),
+        lambda: closed_forms.test_reflow_s_fixed_point_is_straight(SD),
     ),
 }
 

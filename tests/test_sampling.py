@@ -158,7 +158,7 @@ def test_single_precision_is_the_same_sampler():
     close(single, double, 1e-4)
 
 
-# Statistics: with an affine denoiser, few_step is affine in its start and noises, so unit inputs give its law
+# Statistics: with an affine denoiser, few_step is affine in its start and noises, so unit inputs give its distribution
 
 
 def spread(denoise: Denoise, schedule: NoiseSchedule, sampler: Sampler, std: float = STD) -> tuple[float, float]:

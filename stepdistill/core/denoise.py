@@ -1,4 +1,4 @@
-"""What estimates x0 and eps, and its wrappers: classifier-free guidance, and the scale of guidance adapters."""
+"""Denoisers as functions that estimate x0 and eps; classifier-free guidance and the scale of adapters wrap them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import expand
 
 Condition = Mapping[str, Tensor]
-SCALE = "guidance_scale"  # the condition that guidance adapters are told, (B,)
+SCALE = "guidance_scale"  # the condition by which guidance adapters get their scale, (B,)
 
 
 class Denoise(Protocol):
@@ -25,15 +25,15 @@ class RoleDenoise(Denoise, Protocol):
     """A role's network as an estimator, with what adversarial and regression losses ask of it beside estimates."""
 
     def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """What the network makes of its input halfway, (B, channels, h, w) at the family's tap."""
+        """Intermediate features of the network, (B, channels, h, w) at the family's tap."""
         ...
 
     def native(self, est: Estimate, t: Tensor) -> Tensor:
-        """The output of the network that stands for an estimate, (B, ...): the space that it was trained in."""
+        """The network output that an estimate corresponds to, (B, ...), in the prediction type it was trained with."""
         ...
 
     def frozen(self) -> RoleDenoise:
-        """The same role with gradients to its inputs only."""
+        """The same role with gradients to its inputs but not to its weights."""
         ...
 
 
@@ -62,7 +62,7 @@ def guided(denoise: Denoise, null: Condition, scale: float | Tensor) -> Denoise:
 
 
 def with_scale(denoise: Denoise, scale: float | None) -> Denoise:
-    """Guidance adapters are told one scale for all samples; None is for roles without adapters."""
+    """Pass one guidance scale for all samples to guidance adapters; None is for roles without adapters."""
     if scale is None:
         return denoise
 

@@ -21,7 +21,7 @@ from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
 
 @dataclass(frozen=True)
 class Sampler:
-    """The mathematical part of a sampling contract.
+    """How a student is sampled: the mathematical part of its sampling contract.
 
     A step from t to the next time s goes deterministically to `s' = floor((1 - eta) s)` and from there back up to s
     with fresh noise (strategic stochastic sampling: Zheng et al. 2024, https://arxiv.org/abs/2402.19159, algorithm 4).
@@ -29,14 +29,14 @@ class Sampler:
 
     Args:
         timesteps: descending, the noise levels that the student was trained to start a step from.
-        eta: share of the way that is noised again, in [0, 1].
-        clean: whether the way ends at clean data; else at time 0 of the schedule, which a VP table leaves noisy.
-        guidance_scale: 1 is none.
+        eta: share of each step that is noised again, in [0, 1].
+        clean: whether sampling ends at clean data; else at time 0 of the schedule, which is still noisy in a VP table.
+        guidance_scale: of classifier-free guidance of the student; 1 is none.
         first_noise: deterministic steps noise x0 again with the noise that sampling began with, not with the one that
             they estimate (rf++: Lee et al. 2024, https://arxiv.org/abs/2405.20320, section 4.4). The same on straight
             paths; on curved ones it does not tend to the ODE.
-        adapter_scale: what guidance adapters are told where nothing else is said; None where there are none.
-        adapter_range: the scales that they were trained for.
+        adapter_scale: the default scale of guidance adapters; None where there are none.
+        adapter_range: the scales that they were trained for, lowest and highest.
     """
 
     timesteps: tuple[float, ...]
@@ -97,7 +97,7 @@ def few_step(
 ) -> Tensor:
     """Sample (B, C, H, W) from pure noise `x_t` of that shape; `noise(i)` gives the fresh noise after step i.
 
-    With `taken` only so many steps are taken: what comes is the input of the next one.
+    With `taken`, only that many steps are taken, and the input of the next step is returned.
     """
     times, first = [*sampler.timesteps, 0.0], x_t
     alpha, sigma = schedule(torch.tensor(times[0], device=x_t.device))
@@ -168,7 +168,7 @@ def time_of_share(schedule: NoiseSchedule, share: Tensor) -> Tensor:
 def chord(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x_s: Tensor, s: Tensor) -> Estimate:
     """The (x0, eps) of the straight line through `x_t` at t and `x_s` at s: at both `x = alpha x0 + sigma eps`.
 
-    States (B, ...), times (B,), t noisier than s. Solver steps of any number that are told this constant end in `x_s`;
+    States (B, ...), times (B,), t noisier than s. Any number of solver steps with this constant estimate ends in `x_s`;
     it is PeRFlow's `(x_s - lambda x_t) / eta` (https://arxiv.org/abs/2405.07510, section 3.2).
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = ([expand(v, x_t) for v in schedule(time)] for time in (t, s))

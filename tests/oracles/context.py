@@ -112,7 +112,7 @@ class Tabular:
 
 @dataclass(frozen=True)
 class Scripted(StepContext):
-    """A play whose draws, by purpose, and whose noise are given."""
+    """A step context whose draws, by purpose, and whose noise are given."""
 
     draws: Mapping[str, Tensor]
     eps: Tensor
@@ -285,7 +285,7 @@ def solved(method: Consistency, schedule: NoiseSchedule, teacher: Denoise) -> De
 
 @dataclass(frozen=True)
 class Drawn(StepContext):
-    """A play that draws from one generator, for closed forms that are means over many draws.
+    """A step context that draws from one generator, for closed forms that are means over many draws.
 
     Args:
         source: the generator.
@@ -315,7 +315,7 @@ class Drawn(StepContext):
 
 
 def drawn(schedule: NoiseSchedule, roles: Mapping[str, object], seed: int = 0, **fixed: float) -> Drawn:
-    """A play over closed forms by role (the teacher among them), modules too; guidance is against the mean `null`."""
+    """A context over closed forms by role (also the teacher), and modules; guidance is against the mean `null`."""
     return Drawn(
         schedule=schedule,
         null={"mean": torch.zeros(1, 1, 1, 1, dtype=torch.float64)},
