@@ -129,7 +129,7 @@ def test_the_normaliser_is_the_mean_distance_to_the_guided_target():
 
 @SCHEDULES
 def test_guidance_on_one_side_moves_the_fixed_point(schedule):
-    """O9: `m_c + (w - 1)(m_c - m_u)` for DMD2, with its fake score unguided; for VSD the prompt's distribution (O10)."""
+    """O9: `m_c + (w - 1)(m_c - m_u)` for DMD2, fake score unguided; for VSD the prompt's distribution (O10)."""
     teacher, batch = GaussianTeacher(schedule, 0.6), prompts(64, 0.7, (1, 8, 8))
 
     def pull(method: DMD2 | VSD, b: float) -> Tensor:
