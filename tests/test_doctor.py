@@ -107,7 +107,7 @@ def test_a_run_without_watch_or_end_is_read_too(write):
     report, healthy = examine(out)
     assert healthy
     assert "12 of 200 steps" in report and "too few for a trend" in report
-    assert "the watch was off" in report and "no student is written yet" in report
+    assert "the collapse monitor was off" in report and "no student is written yet" in report
 
 
 # --- reference curves ------------------------------------------------------------------------------------------------

@@ -368,13 +368,13 @@ def test_a_far_too_high_learning_rate_stops_the_run(tmp_path, caplog):
     assert 6 <= last < 18
     assert (out / f"checkpoint-{last}" / "manifest.json").exists()
     assert not (out / "distill_config.json").exists()
-    assert "twice running" in caplog.text and "the watch stops the run" in caplog.text
+    assert "twice running" in caplog.text and "the collapse monitor stops the run" in caplog.text
 
 
 def test_odd_settings_are_refused():
     with pytest.raises(ValueError, match="watch_samples is 1"):
         TrainSpec(output_dir="x", watch_samples=1)
-    with pytest.raises(ValueError, match="watch_stop without a watch"):
+    with pytest.raises(ValueError, match="watch_stop needs validation_steps"):
         TrainSpec(output_dir="x", watch_stop=True)
 
 

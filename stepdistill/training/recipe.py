@@ -54,11 +54,11 @@ class TrainSpec:
         validation_steps: steps between validations; none draws only the final ones.
         validation_seed: of the validation images.
         teacher_steps: steps of the teacher's row in the images.
-        teacher_guidance_scale: of the teacher in validation, the watch and eval.json; none takes the scale that the
-            method or its data follow the teacher at.
-        watch_samples: seeds of each validation prompt by which the watch compares student and teacher at every
-            validation; the teacher's are drawn at the start, four times as many. 0 switches it off.
-        watch_stop: end the run, after a checkpoint, when the watch warns.
+        teacher_guidance_scale: of the teacher in validation images, the collapse monitor and eval.json; none takes the
+            scale of the method or its data.
+        watch_samples: seeds of each validation prompt with which the collapse monitor compares student and teacher at
+            every validation; the teacher's are drawn at the start, four times as many. 0 switches it off.
+        watch_stop: end the run, after a checkpoint, when the collapse monitor warns.
         eval_samples: images for eval.json after training, at least 40; 0 for none.
         eval_reference: the teacher's reference features, as `eval/tables.py` makes them for the bundled teachers.
         export_formats: other formats that a LoRA student is written in, too: kohya, comfyui. The second comes with
@@ -126,7 +126,7 @@ class TrainSpec:
                 f"watch_samples is {self.watch_samples}: expected 2 or more, since diversity needs pairs; or 0"
             )
         if self.watch_stop and not self.is_watched:
-            raise ValueError("watch_stop without a watch: give validation_steps, validation_prompts and watch_samples")
+            raise ValueError("watch_stop needs validation_steps, validation_prompts and watch_samples")
 
     @property
     def is_watched(self) -> bool:

@@ -28,7 +28,8 @@ FEW = 3  # micro-batches of a step that are run
 BASE = "base"
 UNCOUNTED = (
     "the allocator's slack, the CUDA context and workspaces of kernels; samples kept in memory, and embeddings and "
-    "latents cached beyond the first; validation images and the watch; what the teacher makes before training"
+    "latents cached beyond the first; validation images and the collapse monitor; what the teacher makes before "
+    "training"
 )
 
 

@@ -179,7 +179,7 @@ def _gradients(rows: Rows, findings: Findings) -> None:
 def _watch(run: Remains, findings: Findings) -> None:
     looks = [row for row in run.rows if SCORE in row]
     if not looks or not run.yardstick:
-        findings.notes.append("the watch was off: train.validation_steps and train.validation_prompts switch it on")
+        findings.notes.append("the collapse monitor was off: set train.validation_steps and train.validation_prompts")
         return
     spread, past = run.yardstick.spread, rules.history(looks, run.yardstick.spread)
     alarms = [name for name in past if rules.alarmed(past[name])]

@@ -106,7 +106,7 @@ class Watch:
         plot_drift(rows, spread, self.out / "samples" / "watch.png")
         if alarms and self.spec.watch_stop:
             names = ", ".join(rules.title(name) for name in alarms)
-            logger.warning("the watch stops the run at step %d, after a checkpoint: %s", step, names)
+            logger.warning("the collapse monitor stops the run at step %d, after a checkpoint: %s", step, names)
         return bool(alarms) and self.spec.watch_stop
 
     def _keep(self, step: int, score: float) -> None:
@@ -146,7 +146,9 @@ class Watch:
         stored = Yardstick.read(self.out / "watch.json")
         if stored and stored.facts == facts:
             return stored
-        print("watch: drawing the teacher's own images, to know how much they differ from seed to seed", flush=True)
+        print(
+            "collapse monitor: drawing the teacher's images, to know how much seeds matter", flush=True
+        )
         drawn = yardstick([self._measure(sample_teacher, k) for k in range(1, SETS + 1)], facts)
         drawn.save(self.out / "watch.json")
         return drawn
