@@ -146,9 +146,7 @@ class Watch:
         stored = Yardstick.read(self.out / "watch.json")
         if stored and stored.facts == facts:
             return stored
-        print(
-            "collapse monitor: drawing the teacher's images, to know how much seeds matter", flush=True
-        )
+        print("collapse monitor: drawing the teacher's images, to know how much seeds matter", flush=True)
         drawn = yardstick([self._measure(sample_teacher, k) for k in range(1, SETS + 1)], facts)
         drawn.save(self.out / "watch.json")
         return drawn
