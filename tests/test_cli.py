@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
+import re
 import runpy
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from stepdistill import families, methods
 from stepdistill.cli import main as cli
-from stepdistill.config import load as config
-from stepdistill.config.load import Factory
-from stepdistill.config.registry import find, heirs
-from stepdistill.config.schema import dotted, fields, locate
+from stepdistill.cli.dialect import FREE, RENAMED, spelled
+from stepdistill.cli.train import module_names
+from stepdistill.config.dump import config_to_yaml
+from stepdistill.config.load import load_config
+from stepdistill.config.registry import find, heirs, offered
+from stepdistill.config.schema import Factory, dotted, fields, leaves, locate
 from stepdistill.config.template import template
 from stepdistill.core.errors import ConfigError, DataError, NonFiniteLoss
 
@@ -139,7 +146,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stubs = {
         "training.recipe": {"Run": run_class},
         "training.distill": {"distill": distill, "dry_run": dry_run},
-        "data": {"check": check},
+        "data": {"check_source": check},
         "students.verify": {"verify": verify},
     }
     for name, members in stubs.items():
@@ -179,7 +186,7 @@ assert time.process_time() < 1, time.process_time()
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: stepdistill") == 7
     assert done.stdout.count("example") >= 7
-    assert "--learning_rate 1e-4" in done.stdout
+    assert "--learning-rate 1e-4" in done.stdout
 
 
 def test_train_prints_the_resolved_config_and_distils_it(library, path, capsys) -> None:
@@ -187,13 +194,13 @@ def test_train_prints_the_resolved_config_and_distils_it(library, path, capsys) 
     ((what, run),) = library.calls
     assert what == "distill"
     assert (run.train.learning_rate, run.train.seed, run.train.allow_tf32) == (1e-3, -3, True)
-    assert capsys.readouterr().out.strip() == config.to_yaml(run).strip()
+    assert capsys.readouterr().out.strip() == config_to_yaml(run).strip()
 
 
 @pytest.mark.parametrize("place", [0, 1, 3, 4])
 def test_dry_run_stops_before_distilling_wherever_it_stands(library, path, capsys, place: int) -> None:
     argv = [path, "--output_dir", "-1e-3", "train.seed=4"]
-    cli.train([*argv[:place], "--dry-run", *argv[place:]])
+    cli.main(["train", *argv[:place], "--dry-run", *argv[place:]])
     ((what, run),) = library.calls
     assert what == "dry_run"
     assert (run.train.output_dir, run.train.seed) == (Path("-1e-3"), 4)
@@ -252,7 +259,7 @@ def test_data_check_hands_on_the_source_alone(library, path, capsys, monkeypatch
     def bad(source: object) -> str:
         raise DataError("sample 3: no caption")
 
-    monkeypatch.setattr(sys.modules["stepdistill.data"], "check", bad)
+    monkeypatch.setattr(sys.modules["stepdistill.data"], "check_source", bad)
     assert ended("data", "check", path) == 2
     assert capsys.readouterr().err == "stepdistill: sample 3: no caption\n"
 
@@ -289,7 +296,7 @@ def test_init_prints_a_config_that_loads_to_the_defaults(library, tmp_path, caps
     cli.main(["init", "one", "two.Square", "toy.two.Around"])
     text = capsys.readouterr().out
     (tmp_path / "printed.yaml").write_text(text)
-    run = config.load(library.Run, tmp_path / "printed.yaml")
+    run = load_config(library.Run, tmp_path / "printed.yaml")
     round_part, square, around = (locate(f"toy.{name}") for name in ("one.Round", "two.Square", "two.Around"))
     assert run.method == round_part(path=run.method.path, size=run.method.size)
     assert type(run.family) is square
@@ -327,7 +334,7 @@ def test_an_unchosen_abstract_field_takes_a_subclass_and_names_the_others(librar
     assert "type: toy.two.Square\n" in text
     assert "# or type: toy.two.Around\n" in text
     (tmp_path / "printed.yaml").write_text(text)
-    assert set(vars(config.load(library.Run, tmp_path / "printed.yaml"))) == set(fields(library.Run))
+    assert set(vars(load_config(library.Run, tmp_path / "printed.yaml"))) == set(fields(library.Run))
 
 
 def test_an_abstract_field_without_a_subclass_is_an_error(library) -> None:
@@ -345,17 +352,99 @@ def test_init_of_every_method_and_family_and_source_loads(tmp_path, capsys) -> N
         if key in ("family", "method", "data"):
             for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
                 importlib.import_module(f"{package}.{module.name}")
-            names[key] = [dotted(cls) for cls in heirs(base) if cls.__module__.startswith(package)]
+            names[key] = [dotted(cls) for cls in offered(base)]
     assert all(names.values())
     runs = [(method, family) for method in names["method"] for family in names["family"]]
     sources = [(names["method"][0], names["family"][0], source) for source in names["data"]]
     for argv in [*runs, *sources]:
         cli.main(["init", *argv])
         (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
-        run = config.load(Run, tmp_path / "printed.yaml")
+        run = load_config(Run, tmp_path / "printed.yaml")
         made = (run.method, run.family, run.data)
         assert tuple(dotted(type(part)) for part in made[: len(argv)]) == argv
-        (tmp_path / "resolved.yaml").write_text(config.to_yaml(run))
-        assert config.load(Run, tmp_path / "resolved.yaml") == run
+        (tmp_path / "resolved.yaml").write_text(config_to_yaml(run))
+        assert load_config(Run, tmp_path / "resolved.yaml") == run
         if len(argv) == 2:  # the default source serves every method
             check_needs(run.data, run.method)
+
+
+def test_init_offers_no_class_from_elsewhere() -> None:
+    from stepdistill.data import Source
+    from stepdistill.training.memory.predict import Unmade
+
+    assert issubclass(Unmade, Source)
+    assert Unmade not in offered(Source) and Unmade in heirs(Source)
+
+
+@pytest.mark.parametrize("method", module_names(methods))
+def test_init_takes_the_name_of_every_method_file(method, capsys) -> None:
+    cli.main(["init", method, "sd"])
+    assert f"type: stepdistill.methods.{method}." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", module_names(families))
+def test_init_takes_the_name_of_every_family_file(family, capsys) -> None:
+    cli.main(["init", "dmd2", family])
+    assert f"type: stepdistill.families.{family}." in capsys.readouterr().out
+
+
+def commands(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command by name, with its parser."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for word, command in [pair for group in groups for pair in group.choices.items()]:
+        yield from commands(command, f"{name} {word}".strip())
+    if not groups:
+        yield name, parser
+
+
+COMMANDS = dict(commands(cli._parser()))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_flags_and_keys_that_exist(name) -> None:
+    from stepdistill.training.recipe import Run
+
+    parser, tree = COMMANDS[name], OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "quickstart.yaml"))
+    keys = leaves(Run, tree)
+    declared = {flag for command in COMMANDS.values() for flag in command._option_string_actions}
+    assert parser.epilog and len(COMMANDS) > 10
+    for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", f"{parser.epilog} {parser.description}"):
+        known = declared if name.split()[0] not in FREE else declared | {f"--{key.rpartition('.')[2]}" for key in keys}
+        assert flag in known or flag.replace("-", "_").replace("__", "--", 1) in known, flag
+    for key in re.findall(r"(?<![\w.])((?:train|data|family|lora)\.\w+)", f"{parser.epilog}"):
+        assert key in keys or key == "data.student", key
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_flags_have_hyphens_and_no_earlier_spelling(name) -> None:
+    flags = set(COMMANDS[name]._option_string_actions)
+    assert not [flag for flag in flags if "_" in flag] and not flags & set(RENAMED)
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_earlier_spelling_is_named(old, capsys) -> None:
+    assert ended("eval", "run", "tiny-sd", f"{old}=1", "-o", "out") == 2
+    assert f"{old} is called {RENAMED[old]}" in capsys.readouterr().err
+
+
+def test_hyphens_and_underscores_are_the_same() -> None:
+    words = ["generate", "runs/a", "--prompts_file", "a_b.txt", "--num_images_per_prompt=3", "cat_face"]
+    assert spelled(words) == (
+        ["generate", "runs/a", "--prompts-file", "a_b.txt", "--num-images-per-prompt=3", "cat_face"],
+        None,
+    )
+    assert spelled(["train", "x.yaml", "--prompts", "a"])[1] is None  # a key of the config
+
+
+def test_overrides_take_hyphens(library, path) -> None:
+    cli.main(["train", path, "--learning-rate", "1e-3", "--output-dir=a-b_c"])
+    ((_, run),) = library.calls
+    assert run.train.learning_rate == 1e-3 and run.train.output_dir == Path("a-b_c")
+
+
+@pytest.mark.parametrize("command", [["init", "consistency", "sd"], ["train", "configs/quickstart.yaml", "--dry-run"]])
+def test_commands_print_no_warnings_of_libraries(command) -> None:
+    run = [sys.executable, "-m", "stepdistill", *command]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout
+    assert done.stderr == ""

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 import pytest
 from annotated_types import Ge, Le
 
-from stepdistill.config.load import Factory, digest, load, to_yaml
+from stepdistill.config.dump import config_digest, config_to_yaml
+from stepdistill.config.load import load_config
+from stepdistill.config.schema import Factory
 from stepdistill.core.errors import ConfigError, StepdistillError, problem
 
 HERE = __name__
@@ -127,13 +129,13 @@ def write(tmp_path: Path):
 
 def trained(write, line: str, *overrides: str) -> Any:
     """The run of a config whose `train` node has one more line."""
-    return load(Run, write(f"{GOOD}  {line}\n"), overrides)
+    return load_config(Run, write(f"{GOOD}  {line}\n"), overrides)
 
 
 def refused(path: Path | None, *overrides: str) -> list[str]:
     """The lines of the error, without the heading."""
     with pytest.raises(ConfigError) as caught:
-        load(Run, path, overrides)
+        load_config(Run, path, overrides)
     return str(caught.value).split("\n  ")[1:]
 
 
@@ -144,7 +146,7 @@ def test_errors_are_one_family() -> None:
 
 
 def test_a_config_becomes_the_instance(write) -> None:
-    run = load(Run, write(GOOD), [])
+    run = load_config(Run, write(GOOD), [])
     assert run == Run(noise=Table(shift=2.0), train=Train(output_dir=Path("runs/a")))
     assert type(run.noise.shift) is float
 
@@ -160,7 +162,7 @@ train: {{output_dir: a, optimizers: {{fake: {{type: torch.optim.SGD, momentum: 0
 lora: {{rank: 8, roles: {{fake: {{rank: 2}}}}}}
 average: {{type: {HERE}.Swap, every: 3}}
 """
-    run = load(Run, write(text), [])
+    run = load_config(Run, write(text), [])
     inner = Mixed(parts=(Table(shift=4),))
     assert run.noise == Mixed(parts=(Table(shift=1), inner), named={"low": Table()})
     assert run.lora == Lora(rank=8, roles={"fake": Lora(rank=2)})
@@ -283,7 +285,7 @@ def test_a_type_must_lead_to_a_finished_subclass(write, node: str, words: str) -
 def test_a_tuple_of_objects_has_its_length(write) -> None:
     table = f"{{type: {HERE}.Table}}"
     text = f"noise: {{type: {HERE}.Mixed, parts: [], pair: [%s]}}\ntrain: {{output_dir: a}}\n"
-    assert load(Run, write(text % f"{table}, {{decay: 0.5}}")).noise.pair == (Table(), Ema(decay=0.5))
+    assert load_config(Run, write(text % f"{table}, {{decay: 0.5}}")).noise.pair == (Table(), Ema(decay=0.5))
     (line,) = refused(write(text % table))
     assert line.startswith("noise.pair: got [")
     assert "expected tuple[Noise, Ema] | null" in line
@@ -309,17 +311,17 @@ def test_a_module_that_lacks_a_package_says_which(write, tmp_path, monkeypatch) 
 )
 def test_files_that_are_no_config(write, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match="config.yaml") as caught:
-        load(Run, write(text), [])
+        load_config(Run, write(text), [])
     assert words in str(caught.value)
 
 
 def test_missing_and_binary_files(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(ConfigError, match="expected a YAML file"):
-            load(Run, path, [])
+            load_config(Run, path, [])
     (tmp_path / "image.yaml").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(ConfigError, match="image.yaml"):
-        load(Run, tmp_path / "image.yaml", [])
+        load_config(Run, tmp_path / "image.yaml", [])
 
 
 def test_overrides_by_path_by_leaf_and_alone(write) -> None:
@@ -332,31 +334,33 @@ def test_overrides_by_path_by_leaf_and_alone(write) -> None:
         "--allow_tf32",
         "lora.roles.fake.rank=3",
     ]
-    run = load(Run, path, given)
+    run = load_config(Run, path, given)
     assert run.train.learning_rate == 2e-4
     assert run.train.max_train_steps == 7
     assert run.noise == Table(shift=5.0)
     assert run.train.allow_tf32 is True
     assert run.lora == Lora(roles={"fake": Lora(rank=3)})
-    assert load(Run, path, ["--allow_tf32", "false"]).train.allow_tf32 is False
-    assert load(Run, path, ["--compile", "--max_train_steps", "7"]).train.compile is True
-    assert load(Run, path, ["--train.seed", "-4", "seed=2", "seed=3"]) == load(Run, path, ["train.seed=-4", "seed=3"])
-    assert load(Run, None, [f"noise.type={HERE}.Table", "--output_dir", "a"]).train.output_dir == Path("a")
+    assert load_config(Run, path, ["--allow_tf32", "false"]).train.allow_tf32 is False
+    assert load_config(Run, path, ["--compile", "--max_train_steps", "7"]).train.compile is True
+    assert load_config(Run, path, ["--train.seed", "-4", "seed=2", "seed=3"]) == load_config(
+        Run, path, ["train.seed=-4", "seed=3"]
+    )
+    assert load_config(Run, None, [f"noise.type={HERE}.Table", "--output_dir", "a"]).train.output_dir == Path("a")
 
 
 def test_an_override_replaces_the_class_before_its_keys_are_looked_up(write) -> None:
-    run = load(Run, write(GOOD), ["--every", "3", f"average.type={HERE}.Swap"])
+    run = load_config(Run, write(GOOD), ["--every", "3", f"average.type={HERE}.Swap"])
     assert run.average == Swap(every=3)
 
 
 def test_overrides_of_text_are_taken_as_they_stand(write) -> None:
     path = write(GOOD)
     for text in ("1e4", "no", "0123", "a: b", "[x"):
-        assert load(Run, path, ["--revision", text]).train.revision == text
-        assert load(Run, path, [f"train.revision={text}"]).train.revision == text
-    assert load(Run, path, ["--revision", "null"]).train.revision is None
-    assert load(Run, path, ["--mixed_precision", "no"]).train.mixed_precision == "no"
-    prompts = load(Run, path, ["train.validation_prompts=[a cat, 'x=1']"]).train.validation_prompts
+        assert load_config(Run, path, ["--revision", text]).train.revision == text
+        assert load_config(Run, path, [f"train.revision={text}"]).train.revision == text
+    assert load_config(Run, path, ["--revision", "null"]).train.revision is None
+    assert load_config(Run, path, ["--mixed_precision", "no"]).train.mixed_precision == "no"
+    prompts = load_config(Run, path, ["train.validation_prompts=[a cat, 'x=1']"]).train.validation_prompts
     assert prompts == ("a cat", "x=1")
 
 
@@ -411,13 +415,13 @@ def test_resolved_yaml_loads_to_an_equal_instance(write) -> None:
         lora=Lora(roles={"fake": Lora(rank=3)}),
         average=Swap(every=2),
     )
-    text = to_yaml(run)
-    assert load(Run, write(text), []) == run
-    assert to_yaml(load(Run, write(text), [])) == text
+    text = config_to_yaml(run)
+    assert load_config(Run, write(text), []) == run
+    assert config_to_yaml(load_config(Run, write(text), [])) == text
 
 
 def test_type_is_written_only_where_there_is_a_choice() -> None:
-    text = to_yaml(Run(noise=Table(), train=Train(output_dir=Path("a")), average=Ema()))
+    text = config_to_yaml(Run(noise=Table(), train=Train(output_dir=Path("a")), average=Ema()))
     assert text.count("type:") == 3
     assert f"noise:\n  type: {HERE}.Table\n" in text
     assert f"average:\n  type: {HERE}.Ema\n" in text
@@ -426,7 +430,7 @@ def test_type_is_written_only_where_there_is_a_choice() -> None:
 
 def test_sets_are_written_in_order() -> None:
     names = {"wandb", "tensorboard", "comet", "swanlab", "trackio"}
-    text = to_yaml(Run(noise=Table(), train=Train(output_dir=Path("a"), report_to=frozenset(names))))
+    text = config_to_yaml(Run(noise=Table(), train=Train(output_dir=Path("a"), report_to=frozenset(names))))
     assert [word for word in text.replace("-", " ").split() if word in names] == sorted(names)
 
 
@@ -434,8 +438,8 @@ def test_digest_names_the_content() -> None:
     run = Run(noise=Table(), train=Train(output_dir=Path("a")))
     same = Run(noise=Table(shift=3.0), train=Train(output_dir=Path("a")))
     other = Run(noise=Table(shift=3.0000001), train=Train(output_dir=Path("a")))
-    assert digest(run) == digest(same) != digest(other)
-    assert len(digest(run)) == 12
+    assert config_digest(run) == config_digest(same) != config_digest(other)
+    assert len(config_digest(run)) == 12
 
 
 def test_a_factory_is_checked_when_made_and_called_later() -> None:

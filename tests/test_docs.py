@@ -16,7 +16,7 @@ import run_notebooks
 import yaml
 
 from stepdistill.cli import main as cli
-from stepdistill.config.load import load
+from stepdistill.config.load import load_config
 from stepdistill.config.schema import dotted, fields
 from stepdistill.methods.base import Method
 from stepdistill.training.recipe import Run
@@ -61,7 +61,7 @@ def test_settings_of_the_paper_index_are_accepted(tmp_path):
     for cls, paper in cited:
         method = {"type": dotted(cls), **yaml.safe_load(f"{{{paper.settings}}}")}
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(quickstart | {"method": method}))
-        assert isinstance(load(Run, tmp_path / "run.yaml").method, cls), paper
+        assert isinstance(load_config(Run, tmp_path / "run.yaml").method, cls), paper
 
 
 def test_every_command_has_its_help(pages):

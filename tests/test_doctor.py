@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from stepdistill.cli import main as cli
-from stepdistill.config import load as config
+from stepdistill.config.dump import config_to_yaml
+from stepdistill.config.load import load_config
 from stepdistill.core.errors import CheckpointError
 from stepdistill.training.recipe import Run
 from stepdistill.training.watch import rules
@@ -25,7 +26,7 @@ FACTS = {"teacher_sha256": "f00", "prompts": ["a"], "samples": 4, "steps": 25, "
 @pytest.fixture
 def recipe(monkeypatch) -> Run:
     monkeypatch.chdir(ROOT)
-    return config.load(Run, ROOT / "configs" / "quickstart.yaml", ["train.validation_steps=25"])
+    return load_config(Run, ROOT / "configs" / "quickstart.yaml", ["train.validation_steps=25"])
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def write(recipe, tmp_path, monkeypatch):
         out = tmp_path / name
         out.mkdir()
         run = replace(recipe, train=replace(recipe.train, output_dir=str(out), learning_rate=learning_rate))
-        (out / "config.yaml").write_text(config.to_yaml(run))
+        (out / "config.yaml").write_text(config_to_yaml(run))
         rows = []
         for i in range(200):
             wobble = 1 + 0.2 * (i % 3 - 1)
@@ -153,7 +154,7 @@ def test_every_shipped_curve_is_of_the_recipe_beside_it(monkeypatch):
     assert files
     for file in files:
         recipe = file.parent.parent / f"{file.stem}.yaml"
-        run = yaml.safe_load(config.to_yaml(config.load(Run, recipe, [])))
+        run = yaml.safe_load(config_to_yaml(load_config(Run, recipe, [])))
         assert not differences(settings_of(run), Curve.read(file).course), f"{recipe} has changed: write {file} again"
         assert matching(settings_of(run), Path("configs")) == (file, [])
 

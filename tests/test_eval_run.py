@@ -131,7 +131,7 @@ def test_one_command_makes_the_report(asked, capsys):
     names = {"teacher_steps": 2, "num": SMALL, "batch": 16, "features": "pixels", "feature_batch": 16}
     words = [f"--{key.replace('_', '-')}={value}" for key, value in names.items()]
     cli.main(["eval", "run", asked.teacher, *asked.students, "-o", str(asked.output_dir), "--steps=4,1", *words]
-             + ["--prompts", str(asked.prompts), "--metrics=kid,paired,prdc,vendi,diversity"])  # fmt: skip
+             + ["--prompts-file", str(asked.prompts), "--metrics=kid,paired,prdc,vendi,diversity"])  # fmt: skip
     out = asked.output_dir
     found = json.loads((out / "eval.json").read_text())
     assert [row["name"] for row in found["rows"]] == [
@@ -253,14 +253,14 @@ def test_two_processes_give_one_process_s_values(asked, tmp_path):
     words = [
         "--teacher-steps=2",
         "--steps=1",
-        f"--num={SMALL}",
+        f"--num-images={SMALL}",
         "--batch=16",
         "--features=pixels",
         "--feature-batch=16",
     ]
     done = subprocess.run(
         [*command, "-m", "stepdistill", "eval", "run", asked.teacher, *asked.students, *words, "--device=cpu"]
-        + ["-o", str(tmp_path / "two"), "--prompts", str(asked.prompts)],
+        + ["-o", str(tmp_path / "two"), "--prompts-file", str(asked.prompts)],
         capture_output=True,
         text=True,
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
@@ -697,9 +697,9 @@ def test_missing_weights_end_it_before_anything_is_drawn(asked, monkeypatch, cap
     monkeypatch.setattr(StudentPipeline, "of", _unreachable)
     with pytest.raises(MissingWeights, match="not found in any of"):
         evaluate(replace(asked, features="inception"))
-    words = ["eval", "run", asked.teacher, "-o", str(asked.output_dir), "--features=inception", "--num=40"]
+    words = ["eval", "run", asked.teacher, "-o", str(asked.output_dir), "--features=inception", "--num-images=40"]
     with pytest.raises(SystemExit) as ended:
-        cli.main([*words, "--prompts", str(asked.prompts)])
+        cli.main([*words, "--prompts-file", str(asked.prompts)])
     assert ended.value.code == 3 and "--inception-weights" in capsys.readouterr().err
     assert not asked.output_dir.exists()
 

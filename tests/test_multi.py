@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stepdistill.cli import main as cli
-from stepdistill.config import load as config
+from stepdistill.config.load import load_config
 from stepdistill.core.errors import ConfigError, DataError, StudentError
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.random import sample_rng
@@ -226,7 +226,7 @@ def test_a_config_that_cannot_be_is_refused(tmp_path, fields, said):
         json.dumps({"data": {"type": "stepdistill.data.Partition", "source": source} | fields})
     )
     with pytest.raises(ConfigError, match=said):
-        config.load(Run, tmp_path / "c.yaml")
+        load_config(Run, tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 from tables import render
 
 from stepdistill import methods
-from stepdistill.config import load as config
+from stepdistill.config.load import load_config
 from stepdistill.training.recipe import Run
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +68,7 @@ def test_every_config_builds():
     files = [f for f in sorted((ROOT / "configs").rglob("*.yaml")) if f.parent.name not in ("accelerate", "teachers")]
     assert files
     for file in files:
-        run = config.load(Run, file, [])
+        run = load_config(Run, file, [])
         assert run.train.output_dir.startswith("runs/"), file
 
 

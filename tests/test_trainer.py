@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import FakeTeacher, awake, backbone, batch, context, pipeline
 
-from stepdistill.config.load import to_yaml
+from stepdistill.config.dump import config_to_yaml
 from stepdistill.config.schema import Factory
 from stepdistill.core.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss, StepdistillError
 from stepdistill.core.progress import progress
@@ -141,7 +141,7 @@ def test_accumulation_changes_nothing(teacher, samples, regressed, tmp_path):
 def test_two_processes_change_nothing(teacher, samples, regressed, tmp_path):
     run = make(teacher, samples, tmp_path / "out", REGRESSION, **(TWO_STEPS | {"train_batch_size": 2}))
     file = tmp_path / "run.yaml"
-    file.write_text(to_yaml(run))
+    file.write_text(config_to_yaml(run))
     launch = Path(__file__).parent.parent / "configs" / "accelerate" / "two_processes_cpu.yaml"
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(launch)]

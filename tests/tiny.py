@@ -42,7 +42,8 @@ from transformers import (
 from stepdistill.data.bundled import build
 from stepdistill.families.base import Family
 from stepdistill.families.flux import Flux
-from stepdistill.families.pixart import PixArtAlpha, PixArtSigma
+from stepdistill.families.pixart_alpha import PixArtAlpha
+from stepdistill.families.pixart_sigma import PixArtSigma
 from stepdistill.families.sana import Sana
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3

@@ -6,6 +6,6 @@ Distil the teacher of a config into a few-step student. Overrides follow it: `tr
 
 import sys
 
-from stepdistill.cli.main import train
+from stepdistill.cli.main import main
 
-train(sys.argv[1:])
+main(["train", *sys.argv[1:]])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from reference_pages import section, shipped
 
-from stepdistill.config.load import load
+from stepdistill.config.load import load_config
 from stepdistill.config.schema import dotted, fields, structures
 from stepdistill.core.schedule import Rectified
 from stepdistill.methods.base import Method
@@ -108,7 +108,7 @@ def _recipe(file: Path) -> Recipe:
             path = [*path[: len(key[1]) // 2], key[2]]
             if key[4]:
                 numbers.append((".".join(path), key[3], key[4]))
-    return Recipe(file, head[0], "\n".join(head[1:]), numbers, load(Run, file))
+    return Recipe(file, head[0], "\n".join(head[1:]), numbers, load_config(Run, file))
 
 
 def _method(cls: type[Method], recipes: list[Recipe]) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from stepdistill.config.load import digest, load
+from stepdistill.config.dump import config_digest
+from stepdistill.config.load import load_config
 from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
 from stepdistill.data import Trajectories
@@ -36,16 +37,16 @@ def measure_guidance(name: str, results: Results, work: Path, rows: Sequence[str
     for method, file in recipes(name, "guidance").items():
         if rows and method not in rows:
             continue
-        run, out = load(Run, file, []), trained(file)
+        run, out = load_config(Run, file, []), trained(file)
         facts = {
             "teacher": name,
-            "config": digest(run),
+            "config": config_digest(run),
             "train_steps": run.train.max_train_steps,
             "train_seconds": round(seconds(out)),
         }
         fixed = run.method.guidance_scale
         for w in SCALES if fixed is None else (fixed,):
-            measure = partial(compared, name, load(Run, file, [f"train.teacher_guidance_scale={w}"]), out, work)
+            measure = partial(compared, name, load_config(Run, file, [f"train.teacher_guidance_scale={w}"]), out, work)
             results.once(f"{name}/{method}/{w:g}", measure, **facts, guidance_scale=w)
 
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.config.load import digest, load
+from stepdistill.config.dump import config_digest
+from stepdistill.config.load import load_config
 from stepdistill.core.cost import Cost
 from stepdistill.evaluation.metrics.jackknife import block_sizes, interval
 from stepdistill.evaluation.stored_features import StoredFeatures
@@ -39,8 +40,8 @@ def measure_hybrid(name: str, results: Results, work: Path, rows: Sequence[str])
         if rows and method not in rows:
             continue
         file = recipes(name, table)[method]
-        run, out = load(Run, file, []), trained(file)
-        facts = {"teacher": name, "config": digest(run), "train_steps": run.train.max_train_steps}
+        run, out = load_config(Run, file, []), trained(file)
+        facts = {"teacher": name, "config": config_digest(run), "train_steps": run.train.max_train_steps}
         for way, (steps, base_steps) in WAYS.items():
             made = partial(compared, run, out, reference(name, run, work), work / "hybrid" / out.name, way)
             results.once(f"{name}/{method}/{way}", made, **facts, steps=steps, base_steps=base_steps)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from stepdistill.config.load import digest, load
+from stepdistill.config.dump import config_digest
+from stepdistill.config.load import load_config
 from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
 from stepdistill.core.solvers import Sampler
@@ -83,7 +84,7 @@ def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, Pipelin
 
 def measure_teacher(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
     """Distance to the data, diversity, and every stock sampler of a teacher."""
-    run = load(Run, next(iter(recipes(name, "consistency").values())), [])
+    run = load_config(Run, next(iter(recipes(name, "consistency").values())), [])
     ref, pipe = reference(name, run, work), run.family.load()
     facts = {
         "teacher": name,
@@ -116,7 +117,7 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
     for method, file in recipes(name, table).items():
         if rows and method not in rows:
             continue
-        run, out = load(Run, file, []), trained(file)
+        run, out = load_config(Run, file, []), trained(file)
         ref, pipe = reference(name, run, work), run.family.load()
         sampled = {str(steps): student_call(run.family, run.method, pipe, steps) for steps in STEPS[table]}
         if table in EARLY:
@@ -127,7 +128,7 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
             pipe.fuse_lora()  # the same student in two thirds of the time
         facts = {
             "teacher": name,
-            "config": digest(run),
+            "config": config_digest(run),
             "train_steps": run.train.max_train_steps,
             "train_seconds": round(seconds(out) + (seconds(Path(run.lora.init_from)) if run.lora.init_from else 0)),
         }
@@ -160,7 +161,7 @@ def bends(run: Run, pipe: DiffusionPipeline) -> dict[str, Any]:
 
 def measure_unguided(name: str, results: Results, work: Path) -> None:
     """The teacher without guidance: the distribution that variational score distillation tends to."""
-    run = load(Run, next(iter(recipes(name, "distribution").values())), [])
+    run = load_config(Run, next(iter(recipes(name, "distribution").values())), [])
     ref, pipe = reference(name, run, work), run.family.load()
     row = teacher_call(run.family, pipe, run.train.teacher_steps, 1.0, "teacher, unguided")
     results.once(f"{name}/unguided/{run.train.teacher_steps}", partial(figures, pipe, row, ref), teacher=name)
@@ -182,9 +183,9 @@ def measure_time(name: str, results: Results, work: Path, rows: Sequence[str]) -
         for count in counts:
             out = work / "time" / file.stem
             overrides = [f"train.output_dir={out}", f"train.max_train_steps={count}", "train.lr_scheduler=constant"]
-            run = load(Run, file, [*overrides, "train.resume_from_checkpoint=latest"])
+            run = load_config(Run, file, [*overrides, "train.resume_from_checkpoint=latest"])
             measure = partial(measure_later, run, reference(name, run, work))
-            results.once(f"{name}/{method}/{count}", measure, teacher=name, config=digest(run))
+            results.once(f"{name}/{method}/{count}", measure, teacher=name, config=config_digest(run))
         results.once(f"{name}/{method}/pace", partial(pace, file), teacher=name)
 
 
@@ -202,7 +203,7 @@ def measure_later(run: Run, ref: StoredFeatures) -> dict[str, Any]:
 
 def pace(file: Path) -> dict[str, float]:
     """Seconds of a step of a config's student in the table of students, and of all training before it."""
-    start, out = load(Run, file, []).lora.init_from, trained(file)
+    start, out = load_config(Run, file, []).lora.init_from, trained(file)
     return {"step_seconds": mean(step_seconds(out)), "start_seconds": seconds(Path(start)) if start else 0.0}
 
 
@@ -218,8 +219,8 @@ def measure_watch(name: str, results: Results, work: Path, rows: Sequence[str]) 
             "train.overwrite_output_dir=true",
         ]
         overrides += [f"train.validation_steps={WATCHED_EVERY}", f"train.validation_prompts={json.dumps(prompts(8))}"]
-        run = load(Run, recipes(name, "distribution")[method], [*overrides, *wrong])
-        results.once(f"{name}/{label}", partial(watched, run), teacher=name, config=digest(run))
+        run = load_config(Run, recipes(name, "distribution")[method], [*overrides, *wrong])
+        results.once(f"{name}/{label}", partial(watched, run), teacher=name, config=config_digest(run))
 
 
 def watched(run: Run) -> dict[str, Any]:
@@ -240,7 +241,7 @@ def measure_memory(name: str, results: Results, work: Path, rows: Sequence[str])
     """A cycle of DMD2 at each network's real size: its memory, predicted and measured, SDXL's with 13 GB."""
     for label in LARGE if name == TEACHERS[0] else ():
         if not rows or label in rows:
-            results.once(label, partial(figures_of_cycle, label), config=digest(cycle_of(label).run))
+            results.once(label, partial(figures_of_cycle, label), config=config_digest(cycle_of(label).run))
 
 
 TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {

@@ -31,7 +31,7 @@ import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from stepdistill.config.load import load
+from stepdistill.config.load import load_config
 from stepdistill.core.denoise import Condition
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
@@ -134,7 +134,7 @@ SHAPES = {
 
 def cycle_of(name: str) -> Cycle:
     """A cycle by the name of its config."""
-    return Cycle(load(Run, CONFIGS / "memory" / f"{name}.yaml", []), SHAPES[name])
+    return Cycle(load_config(Run, CONFIGS / "memory" / f"{name}.yaml", []), SHAPES[name])
 
 
 def build(case: Cycle) -> Rehearsal:

@@ -25,7 +25,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill.config.load import digest, load
+from stepdistill.config.dump import config_digest
+from stepdistill.config.load import load_config
 from stepdistill.core.cost import Cost
 from stepdistill.data.bundled import emoji
 from stepdistill.families.base import Family
@@ -124,12 +125,12 @@ def measure_negative(name: str, results: Results, work: Path, rows: Sequence[str
         if rows and label not in rows:
             continue
         file = recipes(name, table)[method]
-        run, out = load(Run, file, []), trained(file)
+        run, out = load_config(Run, file, []), trained(file)
         teacher, pipe = run.family.load(), run.family.load()
         row = student_call(run.family, run.method, pipe, steps)
         load_student(pipe, out)
         pipe.fuse_lora()  # pyright: ignore[reportAttributeAccessIssue]
-        facts = {"teacher": name, "student": label, "config": digest(run), "steps": steps, "n": N}
+        facts = {"teacher": name, "student": label, "config": config_digest(run), "steps": steps, "n": N}
         for pair in pairs():
             own = {**facts, "prompt": pair.prompt, "negative": pair.word, "control": pair.control}
             made = partial(suppressed, run, teacher, pipe, row, pair)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from stepdistill.config.load import load
+from stepdistill.config.load import load_config
 from stepdistill.data import Partition
 from stepdistill.students import single as student
 from stepdistill.students.several import join
@@ -25,18 +25,18 @@ def recipes(name: str, table: str) -> dict[str, Path]:
 
 def trained(file: Path) -> Path:
     """The student folder of a config, made where it is missing, after the one that it starts from."""
-    run = load(Run, file, [])
+    run = load_config(Run, file, [])
     out = Path(run.train.output_dir)
     if not (out / student.CONTRACT).exists():
         warm_start(run)
         if not isinstance(run.data, Partition):
-            distill(load(Run, file, ["train.resume_from_checkpoint=latest"]))
+            distill(load_config(Run, file, ["train.resume_from_checkpoint=latest"]))
             return out
         parts = [Path(f"{out}-part-{k}") for k in range(run.data.students)]
         for k, part in enumerate(parts):
             overrides = [f"data.student={k}", f"train.output_dir={part}", "train.resume_from_checkpoint=latest"]
             if not (part / student.CONTRACT).exists():
-                distill(load(Run, file, overrides))
+                distill(load_config(Run, file, overrides))
         join(out, parts)
     return out
 
@@ -44,7 +44,7 @@ def trained(file: Path) -> Path:
 def warm_start(run: Run) -> None:
     """Train the student that a run starts from, where a table's config makes it and it is missing."""
     for other in CONFIGS.glob("*/*.yaml"):
-        if run.lora.init_from and load(Run, other, []).train.output_dir == run.lora.init_from:
+        if run.lora.init_from and load_config(Run, other, []).train.output_dir == run.lora.init_from:
             trained(other)
 
 

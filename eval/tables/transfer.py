@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.config.load import digest, load
+from stepdistill.config.dump import config_digest
+from stepdistill.config.load import load_config
 from stepdistill.core.pixels import saturation
 from stepdistill.core.prediction import Estimate
 from stepdistill.data.bundled import emoji
@@ -62,11 +63,11 @@ def measure_transfer(name: str, results: Results, work: Path, rows: Sequence[str
         if rows and method not in rows:
             continue
         file = recipes(name, table)[method]
-        run, out = load(Run, file, []), trained(file)
+        run, out = load_config(Run, file, []), trained(file)
         for style in STYLES:
             for origin, strength in (*(("teacher", each) for each in STRENGTHS), (method, 1.0)):
                 measure = partial(carried, run, out, steps, style, origin, strength, work / "transfer")
-                facts = {"teacher": name, "config": digest(run), "train_steps": TRAINED, "strength": strength}
+                facts = {"teacher": name, "config": config_digest(run), "train_steps": TRAINED, "strength": strength}
                 key = f"{name}/{style}, learnt on {origin}/{method}/{strength:g}"
                 results.once(key, measure, **facts, steps=steps)
 

@@ -1,19 +1,28 @@
-"""`stepdistill convert`: a LoRA in another format, or fused. Heavy imports wait inside."""
+"""Commands of student folders: verify, convert, multi. Heavy imports wait inside."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stepdistill.cli.dialect import add_command
 from stepdistill.students.lora.names import NETWORKS
 
+VERIFY = """\
+Loads the folder into a plain Diffusers pipeline and compares its output with the library's own sampler. Every other
+format in the folder is compared in the same way. Prints the largest difference of each format, relative to the
+teacher's largest value. The exit status is 1 if one is above the tolerance.
+
+example:
+  stepdistill verify runs/mine
+"""
+
 CONVERT = """\
-IN is a student folder or a LoRA file, in the format of Diffusers, kohya (sd-scripts) or ComfyUI; OUT is a file. Each
-layer keeps its alpha, so that strength 1.0 is the same LoRA everywhere. A key that nothing stands for in the other
-format is an error, and nothing is written then. `--to fused` writes a student folder with the whole network instead,
-for which plain Diffusers needs no LoRA loader.
+IN is a student folder, or a LoRA file in the format of Diffusers, kohya (sd-scripts) or ComfyUI. OUT is a file. Each
+layer keeps its alpha, so strength 1.0 is the same LoRA in every format. A key without a name in the other format is an
+error, and nothing is written. `--to fused` writes a student folder with the whole network, which plain Diffusers loads
+without a LoRA loader.
 
   sd, sdxl       diffusers, kohya, comfyui
   sd3, flux      diffusers, kohya, comfyui
@@ -26,18 +35,44 @@ examples:
   stepdistill convert runs/mine runs/mine-fused --to fused
 """
 
+MULTI = """\
+Joins the students of K runs that differ in `data.student` of a stepdistill.data.Partition, in any order. OUT receives
+`students/<k>/`, `router.json` and a card. `stepdistill.load_student(pipe, OUT)(prompts)` generates each image with the
+student of its prompt.
 
-def declare(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:  # noqa: ANN401
-    """Declare the command in a group of subparsers.
+example:
+  stepdistill multi runs/all runs/part-0 runs/part-1
+"""
 
-    Args:
-        command: (group, name, function, summary, epilog) to a parser.
-    """
-    parser = command(commands, "convert", _convert, "write a LoRA in another format, or fuse it", CONVERT)
-    parser.add_argument("source", metavar="IN", type=Path, help="student folder or .safetensors file")
-    parser.add_argument("target", metavar="OUT", type=Path, help="a .safetensors file; of `fused` a new folder")
-    parser.add_argument("--to", required=True, choices=["kohya", "comfyui", "diffusers", "fused"])
-    parser.add_argument("--family", choices=list(NETWORKS), help="of a file's layers (default: by their names)")
+
+def add_folder_commands(commands: Any) -> None:  # noqa: ANN401
+    """Declare the commands in a group of subparsers."""
+    command = add_command(commands, "verify", _verify, "check that plain Diffusers loads a student", VERIFY)
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="the output_dir of a run")
+    command.add_argument("--tolerance", type=float, default=1e-4, help="largest difference (default: 1e-4)")
+
+    command = add_command(commands, "convert", _convert, "write a LoRA in another format, or fuse it", CONVERT)
+    command.add_argument("source", metavar="IN", type=Path, help="student folder or .safetensors file")
+    command.add_argument("target", metavar="OUT", type=Path, help="a .safetensors file; for `fused`, a new folder")
+    command.add_argument("--to", required=True, choices=["kohya", "comfyui", "diffusers", "fused"])
+    command.add_argument("--family", choices=list(NETWORKS), help="of a file's layers (default: by their names)")
+
+    command = add_command(commands, "multi", _multi, "join the students of a partition in one folder", MULTI)
+    command.add_argument("folder", metavar="OUT", type=Path, help="a new folder")
+    command.add_argument("students", metavar="STUDENT", type=Path, nargs="+", help="the output_dir of one run each")
+    command.add_argument("--move", action="store_true", help="move the folders instead of copying what is needed")
+
+
+def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.students.verify import verify
+
+    found = verify(args.folder)
+    print(f"largest difference between plain Diffusers and the student's own sampler: {found['diffusers']:.3g}")
+    for name, difference in found.items():
+        if name != "diffusers":
+            print(f"the same of the {name} file: {difference:.3g}")
+    if not all(difference <= args.tolerance for difference in found.values()):
+        raise SystemExit(1)
 
 
 def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -51,3 +86,9 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
     else:
         print(convert(args.source, args.target, args.to, args.family))
         print(f"wrote {args.target}")
+
+
+def _multi(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.students.several import join
+
+    print(f"joined {len(args.students)} students in {join(args.folder, args.students, args.move)}")

@@ -3,86 +3,106 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from stepdistill.cli.dialect import add_command
 
 if TYPE_CHECKING:
     from stepdistill.evaluation.metrics.extractors import Weights
 
 RUN = """\
-Draws TEACHER at its best and in few steps, and every STUDENT, all from the same prompts and noises; measures them
-against a second set of the teacher's images (--ref teacher), or against a data set; writes eval.json, rows.csv,
-report.html, grids/, stats/ and per_sample.jsonl into OUT. Every difference from the teacher has an interval of its own.
-Started again with the same arguments it goes on where it was cut; each process draws its share of the images.
+Generates images with TEACHER at full steps and in few steps, and with every STUDENT, all from the same prompts and
+noises. Measures them against a second set of the teacher's images (--ref teacher) or against a data set. Writes
+eval.json, rows.csv, report.html, grids/, stats/ and per_sample.jsonl to OUT. Every difference from the teacher has its
+own interval. An interrupted command continues where it stopped, and the processes of a launcher share the images.
 
 examples:
-  stepdistill eval run tiny-sd runs/quickstart --num 256 --teacher-steps 25 -o runs/eval
-  stepdistill eval run your/model runs/a runs/b --prompts prompts.txt --steps 1,2,4 --clip openai/clip-vit-base-patch16
-  accelerate launch -m stepdistill eval run your/model runs/a --prompts coco.txt --protocol coco30k-dmd2 --ref coco.npz
+  stepdistill eval run tiny-sd runs/quickstart --num-images 256 --teacher-steps 25 -o runs/eval
+  stepdistill eval run your/model runs/a runs/b --prompts-file coco.txt --steps 1,2,4 -o runs/eval
+  accelerate launch -m stepdistill eval run your/model runs/a --prompts-file coco.txt --protocol coco30k-dmd2 \\
+    --ref coco.npz -o runs/coco
 """
 
 SCORE = """\
-Measures existing images: folders, zips or arrays, each a row.
+Measures existing images. Each folder, zip file or array is a row.
 
 example:
   stepdistill eval score samples/ --ref reference.npz -o runs/eval
 """
 
 REF = """\
-Writes the statistics of images, or of a data set, with the features that they were made with; pytorch-fid and
-clean-fid can read them.
+Writes the statistics of images or of a data set, and the features that they were computed with. pytorch-fid and
+clean-fid can read the file.
 
 example:
   stepdistill eval ref coco/val2014 --features inception --eval-res 256 -o coco.npz
 """
 
 COMPARE = """\
-Merges evaluations on one page. Distances on other features, of another N, or to another reference are never put in one
-column; what differs is printed.
+Merges evaluations on one page. Distances of other features, of another number of images or to another reference get
+columns of their own, and the differences are printed.
 
 example:
   stepdistill eval compare runs/eval-a runs/eval-b -o comparison.html --csv comparison.csv
 """
 
 DOCTOR = """\
-Says which features can be used here without a download, and where the weights of the others are looked for.
+Lists which features are available without a download, and where the weights of the others are looked for.
 
 example:
   stepdistill eval doctor
 """
 
-Command = Callable[[argparse.Namespace, list[str]], None]
-Make = Callable[..., argparse.ArgumentParser]
 
-
-def declare(group: Any, make: Make) -> None:  # noqa: ANN401
-    """Declare the commands in a group of subparsers.
-
-    Args:
-        make: (group, name, function, summary, epilog) to a parser.
-    """
-    parts = group.add_parser("eval", help="measure teacher and students", description="Measure.").add_subparsers(
-        metavar="COMMAND", required=True
-    )
-    command = make(parts, "run", _run, "draw a teacher and its students, and measure them", RUN)
+def add_eval_commands(commands: Any) -> None:  # noqa: ANN401
+    """Declare the commands in a group of subparsers."""
+    command = commands.add_parser("eval", help="measure teacher and students", description="Measure images.")
+    parts = command.add_subparsers(metavar="COMMAND", required=True)
+    command = add_command(parts, "run", _run, "generate and measure images of a teacher and its students", RUN)
     command.add_argument("teacher", metavar="TEACHER", help="pipeline folder, hub id, or bundled teacher")
     command.add_argument("students", metavar="STUDENT", nargs="*", help="student folders or hub ids")
     command.add_argument(
-        "--prompts", metavar="FILE", type=Path, help=".txt, .jsonl or .csv (default: the bundled ones)"
+        "--prompts-file",
+        dest="prompts",
+        metavar="FILE",
+        type=Path,
+        help=".txt, .jsonl or .csv (default: the bundled prompts)",
     )
-    command.add_argument("--num", metavar="N", type=int, help="images a row, prompts in turn (default: one of each)")
+    command.add_argument(
+        "--num-images",
+        dest="num",
+        metavar="N",
+        type=int,
+        help="of a row, prompts in turn (default: one each)",
+    )
     command.add_argument("--steps", type=_whole, default=(), metavar="N,...", help="of the students (default: theirs)")
     command.add_argument(
-        "--guidance", type=_real, default=(), metavar="W,...", help="of the students (default: theirs)"
+        "--guidance-scale",
+        dest="guidance",
+        type=_real,
+        default=(),
+        metavar="W,...",
+        help="of the students (default: theirs)",
     )
-    command.add_argument("--teacher-steps", type=int, default=50, metavar="N", help="at its best (default: 50)")
-    command.add_argument("--teacher-guidance", type=float, default=7.5, metavar="W", help="(default: 7.5)")
-    command.add_argument("--seed", type=int, default=2, help="of every row's noises (default: 2)")
+    command.add_argument("--teacher-steps", type=int, default=50, metavar="N", help="full steps (default: 50)")
+    command.add_argument(
+        "--teacher-guidance-scale",
+        dest="teacher_guidance",
+        type=float,
+        default=7.5,
+        metavar="W",
+        help="(default: 7.5)",
+    )
+    command.add_argument("--seed", type=int, default=2, help="of the starting noise of every row (default: 2)")
     command.add_argument("--reference-seed", type=int, default=1, help="of the teacher as a reference (default: 1)")
     command.add_argument("--family", metavar="NAME", help="of the teacher (default: as its students, or its pipeline)")
     command.add_argument(
-        "--batch", type=int, default=8, metavar="B", help="images drawn at once, --feature-batch at most (default: 8)"
+        "--batch",
+        type=int,
+        default=8,
+        metavar="B",
+        help="images in one call, at most --feature-batch (default: 8)",
     )
     command.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: fp32)")
     command.add_argument("--save-images", action="store_true", help="keep every image as PNG in OUT/images")
@@ -91,27 +111,27 @@ def declare(group: Any, make: Make) -> None:  # noqa: ANN401
     command.add_argument("--export", choices=("geneval", "t2i-compbench"), help="folders that these benchmarks score")
     _measures(command, "teacher", "teacher, an .npz of statistics, or images (default: teacher)")
 
-    command = make(parts, "score", _score, "measure images that are there", SCORE)
+    command = add_command(parts, "score", _score, "measure existing images", SCORE)
     command.add_argument("images", metavar="IMAGES", nargs="+", type=Path, help="folder, .zip, .npz or .npy")
-    command.add_argument("--prompts", metavar="FILE", type=Path, help="of the images by name, for --clip")
+    command.add_argument("--prompts-file", dest="prompts", metavar="FILE", type=Path, help="of the images, for --clip")
     _measures(command, None, "an .npz of statistics, or images")
 
-    command = make(parts, "ref", _ref, "make statistics of images", REF)
+    command = add_command(parts, "ref", _ref, "compute statistics of images", REF)
     command.add_argument("images", metavar="IMAGES", type=Path, help="folder, .zip, .npz or .npy")
     _features(command)
-    command.add_argument("-o", "--output", dest="out", metavar="FILE.npz", type=Path, required=True, help="to write")
+    command.add_argument("-o", "--output", metavar="FILE.npz", type=Path, required=True, help="file to write")
 
-    command = make(parts, "compare", _compare, "merge evaluations on one page", COMPARE)
+    command = add_command(parts, "compare", _compare, "merge evaluations on one page", COMPARE)
     command.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="folders of `run` and `score`")
-    command.add_argument("-o", "--output", dest="out", metavar="FILE.html", type=Path, required=True, help="the page")
-    command.add_argument("--csv", metavar="FILE.csv", type=Path, help="the rows, too")
+    command.add_argument("-o", "--output", metavar="FILE.html", type=Path, required=True, help="the page")
+    command.add_argument("--csv", metavar="FILE.csv", type=Path, help="write the rows as CSV, too")
 
-    command = make(parts, "doctor", _doctor, "say which features are there", DOCTOR)
+    command = add_command(parts, "doctor", _doctor, "list which features are available", DOCTOR)
     _weights(command)
 
 
 def _measures(command: argparse.ArgumentParser, default: str | None, reference: str) -> None:
-    command.add_argument("-o", "--output", dest="out", metavar="OUT", type=Path, required=True, help="folder to write")
+    command.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="folder to write")
     command.add_argument("--ref", default=default, required=default is None, metavar="REF", help=reference)
     command.add_argument(
         "--metrics",
@@ -188,7 +208,7 @@ def _given(args: argparse.Namespace) -> Weights:
 def _measured(args: argparse.Namespace, default: tuple[str, ...]) -> dict[str, Any]:
     metrics = default if args.metrics is None else args.metrics
     picked = {"reference": args.ref, "clip": args.clip, "metrics": metrics}
-    return _chosen(args) | picked | {"output_dir": args.out}
+    return _chosen(args) | picked | {"output_dir": args.output}
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -218,7 +238,7 @@ def _tell(found: dict[str, Any], args: argparse.Namespace) -> None:
     from stepdistill.evaluation.results import summary_lines
 
     print("\n".join(summary_lines(found)))
-    print(f"\n{args.out / 'report.html'}")
+    print(f"\n{args.output / 'report.html'}")
     if args.strict and not all(row["comparable"] for row in found["rows"]):
         raise SystemExit(4)
 
@@ -227,16 +247,16 @@ def _ref(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.evaluation.run import write_statistics
     from stepdistill.evaluation.spec import EvalSpec
 
-    write_statistics(args.images, EvalSpec(output_dir=args.out.with_suffix(".work"), **_chosen(args)), args.out)
-    print(args.out)
+    write_statistics(args.images, EvalSpec(output_dir=args.output.with_suffix(".work"), **_chosen(args)), args.output)
+    print(args.output)
 
 
 def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.evaluation.run import compare_evaluations
 
-    for line in compare_evaluations(args.folders, args.out, args.csv):
+    for line in compare_evaluations(args.folders, args.output, args.csv):
         print(f"in columns of their own, since they differ in {line}")
-    print(args.out)
+    print(args.output)
 
 
 def _doctor(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -8,15 +8,15 @@ name. A node replaces its field's default as a whole. Every problem is reported 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
+from annotated_types import Ge, Le
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
@@ -28,7 +28,6 @@ from stepdistill.config.schema import (
     Value,
     arms,
     describe,
-    dotted,
     fields,
     is_structure,
     leaves,
@@ -38,8 +37,6 @@ from stepdistill.config.schema import (
 )
 from stepdistill.core.errors import ConfigError, problem
 
-__all__ = ["Factory", "digest", "load", "read", "to_node", "to_yaml"]
-
 T = TypeVar("T")
 
 
@@ -48,7 +45,7 @@ class _Log(NamedTuple):
     leaves: Mapping[str, Hint]
 
 
-def load(schema: type[T], path: Path | str | None, overrides: Sequence[str] = ()) -> T:
+def load_config(schema: type[T], path: Path | str | None, overrides: Sequence[str] = ()) -> T:
     """An instance of `schema`, a dataclass, from a YAML file (None: an empty one) and command-line overrides.
 
     Args:
@@ -62,7 +59,7 @@ def load(schema: type[T], path: Path | str | None, overrides: Sequence[str] = ()
     return _built(schema, tree, str(path or "overrides"), _Log(problems, _override(schema, tree, overrides, problems)))
 
 
-def read(base: type[T], node: Mapping[str, Value], where: str) -> T:
+def read_node(base: type[T], node: Mapping[str, Value], where: str) -> T:
     """An instance of `base` from the plain data that `to_node` makes of it. Raises ConfigError, which names `where`."""
     return _built(base, OmegaConf.create(dict(node)), where, _Log([], {}))
 
@@ -71,43 +68,12 @@ def _built(base: type[T], tree: DictConfig, where: str, log: _Log) -> T:
     try:
         node = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {error}; for a literal ${{ write \\${{") from error
+        raise ConfigError(f"{where}: {_interpolation(error)}") from error
     instance = _instance([base], node, "", log)
     if log.problems:
         many = "s" * (len(log.problems) > 1)
         raise ConfigError("\n  ".join([f"{where}: {len(log.problems)} problem{many}", *log.problems]))
     return instance
-
-
-def to_yaml(instance: object) -> str:
-    """The resolved config of a dataclass instance: `load` of it gives an equal instance."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_node(instance, type(instance))))
-
-
-def digest(instance: object) -> str:
-    """Twelve hexadecimal digits that name the resolved config."""
-    return hashlib.sha256(to_yaml(instance).encode()).hexdigest()[:12]
-
-
-def to_node(value: Value, hint: Hint) -> Value:
-    """Plain data for the value of a field annotated `hint`, with `type:` where that leaves a choice."""
-    if isinstance(value, Factory):
-        return {"type": value.type} | {name: to_node(kwarg, Any) for name, kwarg in value.kwargs.items()}
-    if dataclasses.is_dataclass(value):
-        hints = fields(type(value))
-        head = {} if structures(hint) == [type(value)] else {"type": dotted(type(value))}
-        return head | {name: to_node(getattr(value, name), hints[name]) for name in hints}
-    if isinstance(value, Mapping):
-        return {key: to_node(item, hint) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(to_node(item, hint) for item in value)
-    if isinstance(value, list | tuple):
-        return [to_node(item, hint) for item in value]
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Path | str):
-        return str(value).replace("${", r"\${")  # or OmegaConf would interpolate it
-    return value
 
 
 def _read(path: Path | str | None) -> DictConfig:
@@ -119,9 +85,17 @@ def _read(path: Path | str | None) -> DictConfig:
         raise ConfigError(problem(f"config {path}", "a YAML file", str(error), "check the path")) from error
     except YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_interpolation(error)}") from error
     if not isinstance(tree, DictConfig):
         raise ConfigError(problem(f"a list in {path}", "keys", "they fill a class", "write `key: value`"))
     return tree
+
+
+def _interpolation(error: OmegaConfBaseException) -> str:
+    """What is wrong with a `${...}`."""
+    got, todo = " ".join(str(error).split()), "name an existing key, or write \\${ for a literal ${"
+    return problem(got, "a `${path.of.a.key}` of this config", "it is replaced by that key's value", todo)
 
 
 def _plain(tree: DictConfig) -> Value:
@@ -144,7 +118,7 @@ def _override(schema: type, tree: DictConfig, overrides: Sequence[str], problems
         given = pending.pop(0)
         key, equals, text = given.partition("=")
         if key.startswith("--"):
-            path = _path(key[2:], known, problems)
+            path = _path(key[2:].replace("-", "_"), known, problems)
             flag = path is not None and bool in arms(known[path])
             if not equals and flag and pending[:1] not in (["true"], ["false"]):
                 text = "true"
@@ -276,8 +250,10 @@ def _tuples(value: Value) -> Value:
 def _readable(hint: Hint) -> Hint:
     """The annotation that also takes numbers as people write them: "1e-4" for a float, 1e5 for an int."""
     origin, args = get_origin(hint), get_args(hint)
-    if hint is float or hint is int:
-        return Annotated[hint, BeforeValidator(_real if hint is float else _whole)]
+    if hint is float:
+        return Annotated[float, BeforeValidator(_real)]
+    if hint is int:  # no larger than a length or an index may be
+        return Annotated[int, BeforeValidator(_whole), Ge(-sys.maxsize), Le(sys.maxsize)]
     if origin is None or origin is Literal or str in args:  # beside str, text stays text
         return hint
     if origin is Annotated:

@@ -41,6 +41,12 @@ def every(base: type) -> list[type]:
     return heirs(base)
 
 
+def offered(base: type) -> list[type]:
+    """The finished subclasses of `base` in its own package, of those that are imported: what `init` may print."""
+    package = _beside(base)[0].__name__
+    return [cls for cls in heirs(base) if f"{cls.__module__}.".startswith(f"{package}.")]
+
+
 def _beside(base: type) -> tuple[ModuleType, list[str]]:
     """The package of `base`, and the names of its modules."""
     home = importlib.import_module(base.__module__)

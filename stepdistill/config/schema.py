@@ -110,7 +110,7 @@ def locate(path: str) -> Value:
         if not f"{name}.".startswith(f"{missing}."):
             raise ConfigError(f"{path}: {name} needs {missing}, which is not installed") from error
         parent, _, leaf = missing.rpartition(".")
-        beside = pkgutil.iter_modules(importlib.import_module(parent).__path__) if parent else []
+        beside = pkgutil.iter_modules(vars(importlib.import_module(parent)).get("__path__", [])) if parent else []
         raise ConfigError(f"{path}: no module {missing};{nearest(leaf, [m.name for m in beside])}") from error
     try:
         return getattr(module, last)

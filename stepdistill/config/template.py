@@ -14,8 +14,8 @@ from typing import Annotated, Literal, get_args, get_origin
 
 from omegaconf import OmegaConf
 
-from stepdistill.config.load import to_node
-from stepdistill.config.registry import heirs
+from stepdistill.config.dump import to_node
+from stepdistill.config.registry import offered
 from stepdistill.config.schema import Factory, Hint, Value, arms, dotted, fields, is_structure, structures
 from stepdistill.core.errors import ConfigError
 
@@ -41,7 +41,7 @@ def _simplest(base: type) -> list[type]:
         required = [f.name for f in dataclasses.fields(cls) if f.init and _default(f) is dataclasses.MISSING]
         return any(structures(hints[name]) for name in required), len(required)
 
-    found = sorted(heirs(base), key=needs)
+    found = sorted(offered(base), key=needs)
     if not found or needs(found[0])[0]:  # wrappers around one another have no end
         raise ConfigError(f"{base.__name__} has no subclass that stands alone; name one")
     return found

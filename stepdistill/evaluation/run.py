@@ -109,7 +109,10 @@ def score_images(places: Sequence[Path], spec: EvalSpec, prompts: Path | None = 
         why, todo = "existing images are not compared with a teacher", "name statistics or images by --ref"
         raise EvaluationError(problem("no reference", "--ref", why, todo))
     if (spec.clip is None) != (prompts is None):
-        why, todo = "the CLIP score compares each image with its prompt", "name both, --clip and --prompts, or none"
+        why, todo = (
+            "the CLIP score compares each image with its prompt",
+            "name both, --clip and --prompts-file, or none",
+        )
         raise EvaluationError(problem(f"CLIP {spec.clip} and prompts {prompts}", "both or none", why, todo))
     names = labels([str(place) for place in places])
     sources = {name: Images(place, spec.side) for name, place in zip(names, places, strict=True)}
@@ -259,11 +262,11 @@ def records_of(spec: EvalRun) -> list[dict[str, object]]:
     """The prompts, with whatever else their file says of them. Raises EvaluationError, DataError."""
     records = read_records(spec.prompts) if spec.prompts else []
     if spec.export == "geneval" and not (records and all("tag" in record for record in records)):
-        why, todo = "GenEval scores each image by the metadata of its prompt", "pass it by --prompts"
+        why, todo = "GenEval scores each image by the metadata of its prompt", "pass it by --prompts-file"
         raise EvaluationError(problem(f"prompts {spec.prompts}", "GenEval's evaluation_metadata.jsonl", why, todo))
     if records:
         return records
     if spec.teacher not in BUNDLED_NAMES:
-        why, todo = f"{spec.teacher} has no prompts of its own", "name a .txt, .jsonl or .csv file by --prompts"
+        why, todo = f"{spec.teacher} has no prompts of its own", "name a .txt, .jsonl or .csv file by --prompts-file"
         raise EvaluationError(problem("no prompts", "a file of them", why, todo))
     return [{"prompt": prompt} for prompt in emoji.prompts()]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline, SanaPipeline
+from diffusers import DiffusionPipeline, SanaPipeline
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition
@@ -100,31 +100,3 @@ class PixArt(VariancePreserving):
         """By another pipeline's writer, since PixArt's have none; the form is that of all transformers."""
         layers: dict[str, nn.Module | Tensor] = {**state}
         SanaPipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PixArtAlpha(PixArt):
-    """PixArt-alpha pipelines.
-
-    Args:
-        max_sequence_length: tokens of a prompt.
-    """
-
-    pipeline_class: ClassVar[type[DiffusionPipeline]] = PixArtAlphaPipeline
-    takes_size = True  # pyright: ignore[reportAssignmentType]
-
-    max_sequence_length: int = 120
-
-
-@dataclass(frozen=True, kw_only=True)
-class PixArtSigma(PixArt):
-    """PixArt-Sigma pipelines.
-
-    Args:
-        max_sequence_length: tokens of a prompt.
-    """
-
-    pipeline_class: ClassVar[type[DiffusionPipeline]] = PixArtSigmaPipeline
-    takes_size = False  # pyright: ignore[reportAssignmentType]
-
-    max_sequence_length: int = 300

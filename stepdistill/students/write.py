@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from pydantic import TypeAdapter
 
-from stepdistill.config.load import to_node
+from stepdistill.config.dump import to_node
 from stepdistill.config.schema import dotted
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.families.base import Family

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.config.load import digest
+from stepdistill.config.dump import config_digest
 from stepdistill.core import distributed
 from stepdistill.core.errors import CheckpointError, ConfigError, problem
 from stepdistill.core.files import file_digest, written_whole
@@ -128,7 +128,7 @@ def save_session(session: Session, optimizers: Optimizers, step: int, source: Pa
     if session.accelerator.is_main_process:
         spec, backbone = session.run.train, session.backbone
         out, roles = Path(spec.output_dir), {name: backbone.state(name) for name in backbone.declared}
-        facts = {"config": digest(session.run), "global_batch": session.global_batch, "seed": spec.seed}
+        facts = {"config": config_digest(session.run), "global_batch": session.global_batch, "seed": spec.seed}
         facts |= {"step": step, "scaler": optimizers.scaler.state_dict()}
         if save_checkpoint(out / f"checkpoint-{step}", roles, optimizers.state(), facts):
             rotate(out, spec.checkpoints_total_limit, source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from stepdistill.config.load import to_yaml
+from stepdistill.config.dump import config_to_yaml
 from stepdistill.core import distributed
 from stepdistill.data import inside
 from stepdistill.data.made import TeacherMade
@@ -53,7 +53,7 @@ def open_folder(session: Session) -> None:
         if not session.run.train.resume_from_checkpoint:  # `check_output_dir` let only an overwritten folder pass
             for old in checkpoints(out):
                 shutil.rmtree(old)
-        (out / "config.yaml").write_text(to_yaml(session.run))
+        (out / "config.yaml").write_text(config_to_yaml(session.run))
     distributed.barrier()
 
 

@@ -192,4 +192,4 @@ def _print(out: Path, summary: Mapping[str, Any]) -> None:
             f"{1000 * cost['seconds_per_image']:7.2f} ms an image{excess}"
         )
     print("\nDraw with it:\n\n" + student.snippet(contract, out.resolve()))
-    print(f"\nMeasure it:\n\nstepdistill eval run {contract.base_model} {out} --prompts FILE -o {out}-eval")
+    print(f"\nMeasure it:\n\nstepdistill eval run {contract.base_model} {out} --prompts-file FILE -o {out}-eval")

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from stepdistill.config import load as config
+from stepdistill.config.load import read_node
 from stepdistill.core.cost import Cost
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.schedule import NoiseSchedule
@@ -266,7 +266,7 @@ def changed_sampler(contract: Contract, schedule: NoiseSchedule, options: DrawOp
     """The contract's sampler with these options. Raises ValueError or ConfigError where that is no sampler."""
     sampler = contract.sampler()
     if options.steps is not None:
-        method = config.read(Method, contract.method, "the method of the student")
+        method = read_node(Method, contract.method, "the method of the student")
         sampler = method.sampler(schedule, options.steps)
     times = options.timesteps
     if options.sigmas is not None:

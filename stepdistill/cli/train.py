@@ -1,0 +1,202 @@
+"""Commands of a run: train, init, data check, data make, precompute, doctor. Heavy imports wait inside."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from stepdistill import families, methods
+from stepdistill.cli.dialect import Run, add_command
+
+# modules without a class that a config names
+SHARED = ("base", "unet", "vp", "flow", "pixart", "schedulers", "prompt_limits", "lazy_pipeline")
+
+TRAIN = """\
+Overrides follow CONFIG and replace its values:
+  train.learning_rate=1e-4      any key by its path; a list as in YAML: train.validation_prompts="[a cat, a dog]"
+  --learning-rate 1e-4          the end of a path, if only one path ends so; otherwise an error lists the paths
+  --learning-rate=1e-4          the same
+  --gradient-checkpointing      a boolean without a value is true
+  method.type=my_package.Mine   another class; the keys below it are those of that class
+
+examples:
+  stepdistill train configs/quickstart.yaml --dry-run
+  accelerate launch -m stepdistill train configs/quickstart.yaml --max-train-steps 200 train.seed=1
+"""
+
+INIT = """\
+methods: {methods}
+families: {families}
+A name is a module. module.Class picks one of several classes. my_package.mine.Mine is a class of your own.
+DATA is a module of stepdistill.data, such as prompts or folder. By default the teacher generates the data: samples, or
+trajectories where the method needs them.
+
+example:
+  stepdistill init {example} > mine.yaml && stepdistill train mine.yaml --dry-run
+"""
+
+CHECK = """\
+Reads the data source of a config as training does, and reports the first bad sample. Overrides are those of
+`stepdistill train`.
+
+example:
+  stepdistill data check configs/quickstart.yaml --prompts-file prompts.txt
+"""
+
+MAKE = """\
+Generates what training would otherwise generate before its first step: pairs of noise and image
+(stepdistill.data.TeacherSamples; InvertedImages for real images), or guided trajectories
+(stepdistill.data.Trajectories). An interrupted command continues where it stopped. The processes of a launcher share
+the work; their number does not change the files. Files of another teacher or of other settings are refused.
+
+example:
+  accelerate launch -m stepdistill data make configs/recipes/sd21_reflow.yaml
+"""
+
+PRECOMPUTE = """\
+Reads the whole data source of a config. Writes the embeddings of all its prompts, of the empty prompt and of
+train.validation_prompts to train.cache_dir, and with train.cache_latents the latents of its images. Training with the
+same train.cache_dir then loads no text encoder, and loads the autoencoder only to decode images. An interrupted command
+continues where it stopped, and the processes of a launcher share the work. Entries are found by the content of the
+model's files and of the data, so a change of either computes them again. Overrides are those of `stepdistill train`.
+
+examples:
+  stepdistill precompute mine.yaml --cache-dir caches/mine
+  accelerate launch -m stepdistill precompute mine.yaml train.cache_dir=caches/mine --cache-latents
+"""
+
+DOCTOR = """\
+Reports what rises or falls and should not: losses, gradient norms, and the drift statistics of the validation images
+(see train.validation_steps). The run is compared with the reference curve of its recipe, one of
+configs/**/curves/*.json, or with FILE. The run may still be going on. The exit status is 0 if nothing is wrong, else 1.
+
+examples:
+  stepdistill doctor runs/mine
+  stepdistill doctor runs/mine --reference configs/curves/quickstart.json
+  stepdistill doctor runs/good --save-curve configs/curves/mine.json
+"""
+
+
+def add_run_commands(commands: Any) -> None:  # noqa: ANN401
+    """Declare the commands in a group of subparsers."""
+    command = _with_config(commands, "train", _train, "train a few-step student from a config", TRAIN)
+    command.usage = f"{command.usage} [--dry-run]"
+    command.add_argument("--dry-run", action="store_true", help="stop at the config and the memory that it needs")
+
+    names = {"methods": module_names(methods), "families": module_names(families)}
+    example = " ".join(values[0] for values in names.values())
+    epilog = INIT.format(example=example, **{key: ", ".join(values) for key, values in names.items()})
+    command = add_command(commands, "init", _init, "print a commented config", epilog)
+    command.add_argument("method", metavar="METHOD")
+    command.add_argument("family", metavar="FAMILY")
+    command.add_argument("data", metavar="DATA", nargs="?", help="default: samples of the teacher")
+
+    data = commands.add_parser("data", help="check a data source, or make it", description="Check or make data.")
+    parts = data.add_subparsers(metavar="COMMAND", required=True)
+    _with_config(parts, "check", _check, "read all of a data source before training", CHECK)
+    _with_config(parts, "make", _make, "let the teacher make what a config trains on", MAKE)
+
+    _with_config(commands, "precompute", _precompute, "encode prompts and images before training", PRECOMPUTE)
+
+    command = add_command(commands, "doctor", _doctor, "report what is wrong with a run", DOCTOR)
+    command.add_argument("folder", metavar="RUN", type=Path, help="the output_dir of a run")
+    command.add_argument("--reference", metavar="FILE", type=Path, help="curve to compare with (default: by recipe)")
+    command.add_argument("--save-curve", metavar="FILE", type=Path, help="write the run's curve instead of a report")
+
+
+def _with_config(group: Any, name: str, run: Run, summary: str, epilog: str) -> argparse.ArgumentParser:  # noqa: ANN401
+    command = add_command(group, name, run, summary, epilog)
+    command.usage = f"{command.prog} CONFIG [key=value | --key value]..."
+    command.add_argument("config", metavar="CONFIG", help="YAML file; `stepdistill init` writes one")
+    return command
+
+
+def module_names(package: ModuleType) -> list[str]:
+    """The names that `init` takes: the modules of a package that hold one finished class."""
+    return [module.name for module in pkgutil.iter_modules(package.__path__) if module.name not in SHARED]
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.config.dump import config_to_yaml
+    from stepdistill.config.load import load_config
+    from stepdistill.training.distill import distill, dry_run
+    from stepdistill.training.recipe import Run
+
+    run = load_config(Run, args.config, overrides)
+    if _first_process():
+        print(config_to_yaml(run), flush=True)
+    if args.dry_run:
+        print(dry_run(run))
+    else:
+        distill(run)
+
+
+def _init(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.config.registry import find
+    from stepdistill.config.schema import fields
+    from stepdistill.config.template import template
+    from stepdistill.training.recipe import Run
+
+    bases = fields(Run)
+    chosen = {key: find(bases[key], name) for key, name in (("family", args.family), ("method", args.method))}
+    chosen["data"] = find(bases["data"], args.data or _made_for(chosen["method"]))
+    print("# accelerate launch -m stepdistill train THIS_FILE")
+    print(template(Run, chosen), end="")
+
+
+def _made_for(method: type) -> str:
+    """The source that the teacher makes for a method."""
+    required = [f for f in dataclasses.fields(method) if f.default is f.default_factory is dataclasses.MISSING]
+    return "trajectories" if not required and "trajectories" in method().needs else "teacher_samples"
+
+
+def _check(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.config.load import load_config
+    from stepdistill.data import check_source
+    from stepdistill.training.recipe import Run
+
+    print(check_source(load_config(Run, args.config, overrides).data))
+
+
+def _make(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.config.load import load_config
+    from stepdistill.training.distill import make_data
+    from stepdistill.training.recipe import Run
+    from stepdistill.training.setup import prepare
+
+    session = prepare(load_config(Run, args.config, overrides))
+    make_data(session)
+    session.batches.save()
+    session.accelerator.end_training()
+
+
+def _first_process() -> bool:
+    """Whether this is the first, or the only one, of the processes that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _precompute(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.config.load import load_config
+    from stepdistill.training.cache.precompute import precompute
+    from stepdistill.training.recipe import Run
+
+    summary = precompute(load_config(Run, args.config, overrides))
+    if _first_process():
+        print(summary)
+
+
+def _doctor(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.training.watch.doctor import examine, save_curve
+
+    if args.save_curve:
+        save_curve(args.folder, args.save_curve)
+        return
+    report, healthy = examine(args.folder, args.reference)
+    print(report)
+    if not healthy:
+        raise SystemExit(1)

@@ -1,0 +1,24 @@
+"""PixArt-sigma."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from diffusers import DiffusionPipeline, PixArtSigmaPipeline
+
+from stepdistill.families.pixart import PixArt
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixArtSigma(PixArt):
+    """PixArt-Sigma pipelines.
+
+    Args:
+        max_sequence_length: tokens of a prompt.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = PixArtSigmaPipeline
+    takes_size = False  # pyright: ignore[reportAssignmentType]
+
+    max_sequence_length: int = 300
