@@ -81,5 +81,5 @@ def _pages(item: Any) -> list[Page]:  # noqa: ANN401
 def _first(page: Page) -> str:
     """The first sentence of a page's text."""
     blocks = re.split(r"\n\s*\n", page.markdown or "")
-    prose = [block for block in blocks if re.match(r"[A-Za-z`*\[]", block) and "<!--" not in block]
-    return re.split(r"(?<=[.:])\s", " ".join(prose[0].split()))[0] if prose else ""
+    prose = [block for block in blocks if re.match(r"[A-Za-z`*\[]", block) and not re.search("```|<!--", block)]
+    return re.split(r"(?<=\.) ", " ".join(prose[0].split()))[0] if prose else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import textwrap
@@ -93,4 +94,5 @@ def commands(parser: argparse.ArgumentParser, *above: str) -> Iterator[tuple[tup
 def _room(room: Path) -> str:
     files = sorted(file for file in room.rglob("*.py") if file.stem != "__init__")
     names = [".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in files]
-    return "\n\n".join([f"# {room.name}", *(f"::: {name}" for name in names)]) + "\n"
+    about = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
+    return "\n\n".join([f"# {room.name}", about, *(f"::: {name}" for name in names)]) + "\n"
