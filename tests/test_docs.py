@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import method_pages
+import nbformat
 import pytest
 import reference_pages
 import run_notebooks
 import yaml
+from notebook_pages import page
+from stepdistill.cli.dialect import spelled
 
 from stepdistill.cli import main as cli
 from stepdistill.config.load import load_config
@@ -70,6 +74,33 @@ def test_every_command_has_its_help(pages):
     assert not [words for words in listed if f"# {' '.join(words)}\n" not in pages["reference/commands.md"]]
 
 
+def shown_commands() -> list[tuple[str, str]]:
+    """The lines of shell blocks that call stepdistill."""
+    found = []
+    for file in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]:
+        for block in re.findall(r"```(?:bash|shell|console)\n(.*?)```", file.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if call := re.search(r"(?:^|&& |-m )stepdistill (.*)", line):
+                    found.append((str(file.relative_to(ROOT)), call[1]))
+    return found
+
+
+def test_shown_commands_are_understood(capsys):
+    shown = shown_commands()
+    assert len(shown) > 10
+    wrong = []
+    for file, line in shown:
+        words, renamed = spelled(shlex.split(line.replace("...", "x").partition(" >")[0], comments=True))
+        try:
+            args, rest = cli._parser().parse_known_args(words)
+        except SystemExit as end:
+            wrong += [(file, line, capsys.readouterr().err)] if end.code else []
+        else:
+            if renamed or (rest and "config" not in args):
+                wrong.append((file, line, renamed or rest))
+    assert not wrong
+
+
 @pytest.mark.slow
 def test_the_method_that_the_documentation_shows_runs(tmp_path):
     text = (DOCS / "extend" / "method.md").read_text()
@@ -87,6 +118,15 @@ def test_the_method_that_the_documentation_shows_runs(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "distill_config.json").read_text())["proof"]["difference"] < 1e-4
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_notebooks_hold_the_outputs_of_a_whole_run(file):
+    cells = [cell for cell in nbformat.read(file, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert file.stat().st_size < 300_000
+    text, images = page(file)
+    assert images and all(f"]({name})" in text for name in images)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def run(file: Path) -> nbformat.NotebookNode:
             cell.outputs = stream + [output for output in cell.outputs if output.output_type != "stream"]
             for output in cell.outputs:
                 if png := output.get("data", {}).get("image/png"):
-                    output.data["image/png"] = _small(png)
+                    output.data = {"image/png": _small(png), "text/plain": output.data["text/plain"]}
     return notebook
 
 
