@@ -17,9 +17,9 @@ import reference_pages
 import run_notebooks
 import yaml
 from notebook_pages import page
-from stepdistill.cli.dialect import spelled
 
 from stepdistill.cli import main as cli
+from stepdistill.cli.dialect import spelled
 from stepdistill.config.load import load_config
 from stepdistill.config.schema import dotted, fields
 from stepdistill.methods.base import Method
