@@ -189,12 +189,12 @@ assert time.process_time() < 1, time.process_time()
     assert "--learning-rate 1e-4" in done.stdout
 
 
-def test_train_prints_the_resolved_config_and_distils_it(library, path, capsys) -> None:
+def test_train_distils_the_resolved_config_and_leaves_the_screen_to_the_run(library, path, capsys) -> None:
     cli.main(["train", path, "--learning_rate", "1e-3", "train.seed=-3", "--allow_tf32=true"])
     ((what, run),) = library.calls
     assert what == "distill"
     assert (run.train.learning_rate, run.train.seed, run.train.allow_tf32) == (1e-3, -3, True)
-    assert capsys.readouterr().out.strip() == config_to_yaml(run).strip()
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("place", [0, 1, 3, 4])
@@ -204,14 +204,13 @@ def test_dry_run_stops_before_distilling_wherever_it_stands(library, path, capsy
     ((what, run),) = library.calls
     assert what == "dry_run"
     assert (run.train.output_dir, run.train.seed) == (Path("-1e-3"), 4)
-    assert capsys.readouterr().out.endswith("student 3 MB\n")
+    assert capsys.readouterr().out.split() == [*config_to_yaml(run).split(), "student", "3", "MB"]
 
 
 def test_only_the_first_process_prints_the_config(library, path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    cli.main(["train", path])
+    cli.main(["train", path, "--dry-run"])
     assert capsys.readouterr().out == ""
-    assert library.calls
 
 
 def test_input_errors_are_one_block_with_status_2(library, path, capsys) -> None:

@@ -128,12 +128,10 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.training.recipe import Run
 
     run = load_config(Run, args.config, overrides)
-    if _first_process():
-        print(config_to_yaml(run), flush=True)
-    if args.dry_run:
-        print(dry_run(run))
-    else:
+    if not args.dry_run:
         distill(run)
+    elif _first_process():
+        print(config_to_yaml(run), dry_run(run), sep="\n")
 
 
 def _init(args: argparse.Namespace, overrides: list[str]) -> None:
