@@ -1,4 +1,4 @@
-"""accelerate launch eval/run.py tiny-sd runs/quickstart --num 256 --teacher-steps 25 -o runs/eval
+"""accelerate launch eval/run.py tiny-sd runs/quickstart --num-images 256 --teacher-steps 25 -o runs/eval
 
 Draw a teacher and its students, measure them, and write the report: `stepdistill eval run`. `--help` says more.
 """

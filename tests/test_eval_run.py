@@ -128,7 +128,7 @@ def kept(folder: Path) -> dict[str, bytes]:
 
 
 def test_one_command_makes_the_report(asked, capsys):
-    names = {"teacher_steps": 2, "num": SMALL, "batch": 16, "features": "pixels", "feature_batch": 16}
+    names = {"teacher_steps": 2, "num_images": SMALL, "batch": 16, "features": "pixels", "feature_batch": 16}
     words = [f"--{key.replace('_', '-')}={value}" for key, value in names.items()]
     cli.main(["eval", "run", asked.teacher, *asked.students, "-o", str(asked.output_dir), "--steps=4,1", *words]
              + ["--prompts-file", str(asked.prompts), "--metrics=kid,paired,prdc,vendi,diversity"])  # fmt: skip
