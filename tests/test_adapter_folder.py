@@ -29,12 +29,12 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.roles import Adapters, Lora, LoraSpec
-from stepdistill.students import several as multi
-from stepdistill.students import single as student
-from stepdistill.students.contract import read_contract
+from stepdistill.students.contract import ADAPTERS, WEIGHTS, read_contract
 from stepdistill.students.draw.call import generate, student_call
-from stepdistill.students.load import load_student
-from stepdistill.students.weights import ADAPTERS
+from stepdistill.students.load import load_student, start_from
+from stepdistill.students.several import join_students
+from stepdistill.students.verify import verify_student
+from stepdistill.students.write import write_student
 from stepdistill.training.distill import dry_run
 from stepdistill.training.recipe import Run, TrainSpec
 
@@ -65,7 +65,7 @@ def trained(family, name: str, method=METHOD, dtype=torch.float32):
 def write(folder: Path, family, name: str, method=METHOD, dtype=torch.float32) -> float:
     pipe, bone = trained(family, name, method, dtype)
     options = {"role": "student", "resolution": (32, 32), "method": method, "licence": "mit"}
-    return student.write(folder, family=family, pipe=pipe, backbone=bone, **options)
+    return write_student(folder, family=family, pipe=pipe, backbone=bone, **options)
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +94,12 @@ def test_the_folder_its_contract_and_its_proof(families, written, name):
     assert contract.guidance_range == (1.0, 8.0) and contract.guidance_scale == 1
     assert families[name].guidance(1.0).items() <= contract.call.items()
     assert not contract.negative_prompt and len(contract.timesteps) == 4
-    assert student.verify(folder) < 1e-5
+    assert verify_student(folder) < 1e-5
     with safe_open(folder / ADAPTERS, "pt") as file:
         manifest = json.loads(file.metadata()["manifest"])
     assert tuple(manifest["sites"]) == contract.adapters.sites and manifest["guidance_scale"] == 7.5
     assert sum(v.numel() for v in load_file(folder / ADAPTERS).values()) == contract.adapters.parameters
-    assert not (folder / student.WEIGHTS).exists()
+    assert not (folder / WEIGHTS).exists()
 
 
 @EACH
@@ -222,20 +222,20 @@ def test_training_goes_on_from_a_folder(families, written):
     pipe = families["sd"].load()
     bone = tiny.backbone("sd", pipe)
     bone.add("student", Adapters("mixed", 16))
-    student.start_from(bone, str(written["sd"]), families["sd"])
+    start_from(bone, str(written["sd"]), families["sd"])
     stored = load_file(written["sd"] / ADAPTERS)
     assert all(torch.equal(value, stored[key]) for key, value in bone.state("student").items())
     wide = tiny.backbone("sd", pipe)
     wide.add("student", Adapters("mixed", 24))
     with pytest.raises(StudentError, match=ADAPTERS):
-        student.start_from(wide, str(written["sd"]), families["sd"])
+        start_from(wide, str(written["sd"]), families["sd"])
 
 
 def test_what_does_not_fit_is_refused(families, written, tmp_path):
     folder = Path(shutil.copytree(written["sd"], tmp_path / "copy"))
     state = load_file(folder / ADAPTERS)
     save_file({key: value for key, value in state.items() if not key.startswith("0.")}, folder / ADAPTERS)
-    for use in (student.verify, lambda place: load_student(families["sd"].load(), place)):
+    for use in (verify_student, lambda place: load_student(families["sd"].load(), place)):
         with pytest.raises(StudentError, match="Missing key"):
             use(folder)
     (folder / ADAPTERS).unlink()
@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_refused(families, written, tmp_path):
     with pytest.raises(StudentError, match="for 7 attention layers, and the network has 8"):
         load_student(other, written["sd"])
     with pytest.raises(StudentError, match="which holds guidance adapters"):
-        multi.join(tmp_path / "all", [written["sd"], written["sd3"]])
+        join_students(tmp_path / "all", [written["sd"], written["sd3"]])
 
 
 def test_images_and_a_dry_run(families, written, tmp_path):

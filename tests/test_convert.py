@@ -26,13 +26,13 @@ from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.students import single as student
-from stepdistill.students import verify as export
-from stepdistill.students.contract import teacher
+from stepdistill.students.contract import CONTRACT, WEIGHTS, read_contract, teacher
 from stepdistill.students.load import load_student
 from stepdistill.students.lora.comfyui import WORKFLOW
-from stepdistill.students.lora.files import Layout, convert, load, merge
-from stepdistill.students.lora.fuse import fuse
+from stepdistill.students.lora.files import Layout, convert_lora, read_lora
+from stepdistill.students.lora.fuse import fuse_into, fuse_student
+from stepdistill.students.verify import FILES, export_formats, verify_formats
+from stepdistill.students.write import write_student
 from stepdistill.training.checks import check_run
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run, TrainSpec
@@ -62,8 +62,8 @@ class Folders(dict):
         bone.add("student", Lora())
         tiny.awake(bone, "student")
         options = {"role": "student", "method": METHOD, "resolution": (32, 32)}
-        assert student.write(folder, family=family, pipe=pipe, backbone=bone, **options) < 1e-5
-        export.export(folder, FORMATS[name])
+        assert write_student(folder, family=family, pipe=pipe, backbone=bone, **options) < 1e-5
+        export_formats(folder, FORMATS[name])
         self[name] = folder
         return folder
 
@@ -74,7 +74,7 @@ def folders(tmp_path_factory) -> Folders:
 
 
 def family_of(folder: Path):
-    return teacher(student.read_contract(folder))
+    return teacher(read_contract(folder))
 
 
 def drawn(family, pipe, call) -> torch.Tensor:
@@ -115,7 +115,7 @@ def test_diffusers_own_reader_of_kohya_files_draws_the_same(folders, name):
     """It finds the layers and the alphas by itself."""
     family = family_of(folders[name])
     nets = []
-    for file in (student.WEIGHTS, export.FILES["kohya"]):
+    for file in (WEIGHTS, FILES["kohya"]):
         pipe = family.load()
         pipe.load_lora_weights(folders[name], weight_name=file)
         pipe.fuse_lora()
@@ -124,7 +124,7 @@ def test_diffusers_own_reader_of_kohya_files_draws_the_same(folders, name):
     base = family.load().unet.state_dict()
     assert all(torch.allclose(nets[0][key], nets[1][key], rtol=0, atol=1e-6) for key in base)
     moved = sum(not torch.equal(base[key], nets[1][key]) for key in base)
-    assert moved == len(load_file(folders[name] / student.WEIGHTS)) / 2
+    assert moved == len(load_file(folders[name] / WEIGHTS)) / 2
 
 
 def comfy_unet(net: nn.Module, state: dict[str, torch.Tensor]) -> set[str]:
@@ -159,7 +159,7 @@ def test_a_reader_as_comfyui_s_draws_the_same(folders, name):
     plain, merged, bare = family.load(), family.load(), family.load()
     call = load_student(plain, folders[name])
     read = comfy_unet if name in UNETS else comfy_transformer
-    assert read(family.network(merged), load_file(folders[name] / export.FILES["comfyui"])) == set()
+    assert read(family.network(merged), load_file(folders[name] / FILES["comfyui"])) == set()
     for pipe in (merged, bare):
         pipe.scheduler = type(plain.scheduler).from_config(plain.scheduler.config)
     taught = drawn(family, plain, call)
@@ -169,16 +169,16 @@ def test_a_reader_as_comfyui_s_draws_the_same(folders, name):
 
 @pytest.mark.parametrize(("name", "to"), [(name, to) for name, formats in FORMATS.items() for to in formats])
 def test_a_folder_there_and_back_is_the_identity(folders, tmp_path, name, to):
-    report = convert(folders[name], tmp_path / "there.safetensors", to)
+    report = convert_lora(folders[name], tmp_path / "there.safetensors", to)
     if name != "sdxl":  # the small one has fewer layers in a block than a file of SDXL
-        convert(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "diffusers", name.partition("_")[0])
-        there, back = load_file(folders[name] / student.WEIGHTS), load_file(tmp_path / "back.safetensors")
+        convert_lora(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "diffusers", name.partition("_")[0])
+        there, back = load_file(folders[name] / WEIGHTS), load_file(tmp_path / "back.safetensors")
         assert there.keys() == back.keys() and all(torch.equal(there[key], back[key]) for key in there)
         with safe_open(tmp_path / "back.safetensors", "pt") as file:
             facts = json.loads(file.metadata()["lora_adapter_metadata"])
         part = loras.component(name)
         assert (facts[f"{part}.r"], facts[f"{part}.lora_alpha"]) == (RANK, ALPHA)
-    count = len(load_file(folders[name] / student.WEIGHTS))
+    count = len(load_file(folders[name] / WEIGHTS))
     assert report.found.tensors == count and len(report.found.lora) == count / 2
     assert f"{count} tensors read, {report.tensors} written, {count // 2} layers matched, 0 unmatched" in str(report)
     assert "alpha / rank: 4" in str(report)
@@ -186,8 +186,8 @@ def test_a_folder_there_and_back_is_the_identity(folders, tmp_path, name, to):
 
 def test_trap_t1_a_converted_file_brings_its_alpha_into_a_plain_pipeline(folders, tmp_path):
     file = tmp_path / "back.safetensors"
-    convert(folders["sd"] / export.FILES["kohya"], file, "diffusers")
-    pipe = StableDiffusionPipeline.from_pretrained(student.read_contract(folders["sd"]).base_model)
+    convert_lora(folders["sd"] / FILES["kohya"], file, "diffusers")
+    pipe = StableDiffusionPipeline.from_pretrained(read_contract(folders["sd"]).base_model)
     pipe.load_lora_weights(tmp_path, weight_name=file.name, adapter_name="x")
     scales = {layer.scaling["x"] for layer in pipe.unet.modules() if "x" in vars(layer).get("scaling", {})}
     assert scales == {ALPHA / RANK}
@@ -195,12 +195,12 @@ def test_trap_t1_a_converted_file_brings_its_alpha_into_a_plain_pipeline(folders
 
 def test_a_lost_alpha_shows_in_verify(copied, capsys):
     folder = copied("sd")
-    (folder / export.FILES["comfyui"]).unlink()
+    (folder / FILES["comfyui"]).unlink()
 
     def rank_for_alpha(state):
         state |= {key: torch.tensor(float(RANK)) for key in state if key.endswith("alpha")}
 
-    edited(folder / export.FILES["kohya"], rank_for_alpha)
+    edited(folder / FILES["kohya"], rank_for_alpha)
     with pytest.raises(SystemExit) as error:
         main(["verify", str(folder)])
     assert error.value.code == 1
@@ -210,13 +210,13 @@ def test_a_lost_alpha_shows_in_verify(copied, capsys):
 
 def test_another_matrix_shows_in_verify(copied):
     folder = copied("sd3")
-    (folder / export.FILES["kohya"]).unlink()
+    (folder / FILES["kohya"]).unlink()
 
     def other_matrix(state):
         state["transformer.proj_out.lora_B.weight"] += 0.5
 
-    edited(folder / export.FILES["comfyui"], other_matrix)
-    found = export.verify(folder)
+    edited(folder / FILES["comfyui"], other_matrix)
+    found = verify_formats(folder)
     assert found["diffusers"] < 1e-5 and found["comfyui"] > 1e-3
 
 
@@ -225,8 +225,8 @@ def test_another_matrix_shows_in_verify(copied):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_fused_student_draws_the_same_without_any_lora(folders, tmp_path, name):
-    assert fuse(folders[name], tmp_path / "fused") < 1e-5
-    contract = student.read_contract(tmp_path / "fused")
+    assert fuse_student(folders[name], tmp_path / "fused") < 1e-5
+    contract = read_contract(tmp_path / "fused")
     assert (contract.kind, contract.lora) == ("full", None)
     assert contract.network and contract.network.fused and contract.proof and contract.proof.difference < 1e-5
     family = family_of(folders[name])
@@ -235,15 +235,15 @@ def test_a_fused_student_draws_the_same_without_any_lora(folders, tmp_path, name
     assert call == load_student(whole, tmp_path / "fused")
     torch.testing.assert_close(drawn(family, whole, call), drawn(family, lora, call), rtol=1e-4, atol=1e-4)
     with pytest.raises(StudentError, match="which holds a student"):
-        fuse(folders[name], tmp_path / "fused")
+        fuse_student(folders[name], tmp_path / "fused")
     with pytest.raises(StudentError, match="holds full weights"):
-        convert(tmp_path / "fused", tmp_path / "x.safetensors", "kohya")
+        convert_lora(tmp_path / "fused", tmp_path / "x.safetensors", "kohya")
 
 
 def test_the_card_of_a_fused_pixart_needs_nothing_but_diffusers(folders, tmp_path, monkeypatch):
     """Which has no LoRA loader for it."""
     monkeypatch.chdir(tmp_path)
-    fuse(folders["pixart_sigma"], tmp_path / "fused")
+    fuse_student(folders["pixart_sigma"], tmp_path / "fused")
     card = (tmp_path / "fused" / "README.md").read_text()
     code = card.partition("```python\n")[2].partition("```")[0]
     assert "import stepdistill" not in code and "load_lora" not in code and "A smaller network" not in card
@@ -259,15 +259,15 @@ def test_the_card_of_a_fused_pixart_needs_nothing_but_diffusers(folders, tmp_pat
 def test_a_merged_network_is_the_base_with_the_lora(tmp_path, family):
     net, base = loras.network(family), loras.network(family)
     save_file(loras.state(family), tmp_path / "lora.safetensors", loras.metadata(family))
-    found = load(tmp_path / "lora.safetensors", Layout(family))
-    merge(net, found.lora, "transformer")
+    found = read_lora(tmp_path / "lora.safetensors", Layout(family))
+    fuse_into(net, found.lora, "transformer")
     expected = loras.deltas(loras.state(family))
     for name, delta in expected.items():
         weight = base.get_submodule(name.removeprefix("transformer.")).weight
         merged = net.get_submodule(name.removeprefix("transformer.")).weight
         torch.testing.assert_close(merged, weight + delta.reshape(weight.shape), rtol=1e-5, atol=1e-5)
     with pytest.raises(StudentError, match="a LoRA on .* expected layers of this UNet2DConditionModel"):
-        merge(tiny.pipeline("sd").unet, found.lora, "transformer")
+        fuse_into(tiny.pipeline("sd").unet, found.lora, "transformer")
 
 
 # bad input
@@ -277,7 +277,7 @@ def refused(source: Path, tmp_path: Path, said: str, to: str = "comfyui", family
     """The conversion fails, says so, and leaves nothing behind."""
     out = tmp_path / "out"
     with pytest.raises((StudentError, ConfigError), match=said) as error:
-        convert(source, out / "x.safetensors", to, family)
+        convert_lora(source, out / "x.safetensors", to, family)
     assert not out.exists()
     return str(error.value)
 
@@ -291,11 +291,11 @@ def test_a_pickle_is_refused(tmp_path):
     disguised.write_bytes(pickle.dumps({"a": 1}))
     refused(disguised, tmp_path, "unreadable")
     with pytest.raises(ConfigError, match="the target .*x.bin"):
-        convert(disguised, tmp_path / "x.bin", "kohya")
+        convert_lora(disguised, tmp_path / "x.bin", "kohya")
 
 
 def test_a_file_that_is_cut_short_or_corrupted_is_refused(folders, tmp_path):
-    whole = (folders["sd"] / export.FILES["kohya"]).read_bytes()
+    whole = (folders["sd"] / FILES["kohya"]).read_bytes()
     file = tmp_path / "cut.safetensors"
     for content in (whole[: len(whole) // 2], whole[:4], b"", whole[:8] + b"x" * 100 + whole[108:]):
         file.write_bytes(content)
@@ -313,12 +313,12 @@ def test_a_lora_of_another_family_is_refused(tmp_path):
 
 def test_a_student_folder_with_the_lora_of_another_family_is_refused(copied, tmp_path):
     folder = copied("sd3")
-    shutil.copy(copied("sd") / student.WEIGHTS, folder / student.WEIGHTS)
+    shutil.copy(copied("sd") / WEIGHTS, folder / WEIGHTS)
     assert "they look like sd" in refused(folder, tmp_path, "keys of a sd3 LoRA in the diffusers format")
 
 
 def test_unmatched_keys_are_listed_with_the_nearest_names(folders, tmp_path):
-    file = Path(shutil.copy(folders["sd"] / student.WEIGHTS, tmp_path / "odd.safetensors"))
+    file = Path(shutil.copy(folders["sd"] / WEIGHTS, tmp_path / "odd.safetensors"))
     old = "unet.down_blocks.0.resnets.0.conv1"
 
     def misspell(state):
@@ -332,14 +332,14 @@ def test_unmatched_keys_are_listed_with_the_nearest_names(folders, tmp_path):
 
 @pytest.mark.parametrize("end", ["dora_scale", "hada_w1_a", "lora_mid.weight", "diff"])
 def test_what_is_no_plain_lora_is_refused(folders, tmp_path, end):
-    file = Path(shutil.copy(folders["sd"] / export.FILES["kohya"], tmp_path / "odd.safetensors"))
+    file = Path(shutil.copy(folders["sd"] / FILES["kohya"], tmp_path / "odd.safetensors"))
     name = next(iter(load_file(file))).split(".")[0]
     edited(file, lambda state: state.update({f"{name}.{end}": torch.ones(1)}))
     assert f"{name}.{end}" in refused(file, tmp_path, "1 of .* keys unmatched", "diffusers", "sd")
 
 
 def test_a_layer_without_one_of_its_matrices_is_refused(folders, tmp_path):
-    file = Path(shutil.copy(folders["sd3"] / export.FILES["kohya"], tmp_path / "odd.safetensors"))
+    file = Path(shutil.copy(folders["sd3"] / FILES["kohya"], tmp_path / "odd.safetensors"))
     gone = next(key for key in load_file(file) if "lora_up" in key)
     edited(file, lambda state: state.pop(gone))
     assert gone.replace("lora_up", "lora_down") in refused(file, tmp_path, "2 of .* unmatched", "diffusers", "sd3")
@@ -353,23 +353,23 @@ def test_text_encoders_without_a_name_are_refused(tmp_path):
 
 
 def test_a_missing_alpha_is_the_rank_of_all_or_an_error(folders, tmp_path):
-    file = Path(shutil.copy(folders["sd"] / export.FILES["kohya"], tmp_path / "mute.safetensors"))
+    file = Path(shutil.copy(folders["sd"] / FILES["kohya"], tmp_path / "mute.safetensors"))
     alphas = [key for key in load_file(file) if key.endswith(".alpha")]
     edited(file, lambda state: state.pop(alphas[0]))
     refused(file, tmp_path, "1 layers without an alpha, the first " + alphas[0].split(".")[0], "diffusers")
     edited(file, lambda state: [state.pop(key) for key in alphas[1:]])
-    report = convert(file, tmp_path / "there.safetensors", "diffusers")
+    report = convert_lora(file, tmp_path / "there.safetensors", "diffusers")
     assert f"{len(alphas)} layers came without an alpha" in str(report) and "alpha / rank: 1\n" in str(report)
     # the same of Diffusers' format without metadata
     edited(tmp_path / "there.safetensors", lambda state: None, keep_metadata=False)
-    report = convert(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "kohya")
+    report = convert_lora(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "kohya")
     assert report.found.mute == len(alphas)
     state = load_file(tmp_path / "back.safetensors")
     assert all(value.item() == RANK for key, value in state.items() if key.endswith("alpha"))
 
 
 def test_odd_shapes_are_refused(folders, tmp_path):
-    file = Path(shutil.copy(folders["sd3"] / export.FILES["kohya"], tmp_path / "odd.safetensors"))
+    file = Path(shutil.copy(folders["sd3"] / FILES["kohya"], tmp_path / "odd.safetensors"))
     fused = next(key for key in load_file(file) if "x_block_attn_qkv.lora_up" in key)
     edited(file, lambda state: state.update({fused: state[fused][:-1].clone()}))
     refused(file, tmp_path, "odd shapes in .* rows, expected", "diffusers", "sd3")
@@ -387,7 +387,7 @@ def test_what_is_no_lora_is_refused(tmp_path):
 def test_names_of_several_families_ask_for_one(tmp_path):
     save_file(loras.state("pixart", only=lambda name: "attn" in name), tmp_path / "attn.safetensors")
     refused(tmp_path / "attn.safetensors", tmp_path, "pixart and of sana.*say --family pixart")
-    assert convert(tmp_path / "attn.safetensors", tmp_path / "x.safetensors", "comfyui", "pixart")
+    assert convert_lora(tmp_path / "attn.safetensors", tmp_path / "x.safetensors", "comfyui", "pixart")
 
 
 @pytest.mark.parametrize(("width", "family"), [(768, "sd"), (1024, "sd"), (2048, "sdxl")])
@@ -395,8 +395,8 @@ def test_unets_are_told_apart_by_the_prompt_s_width(tmp_path, width, family):
     name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     state = {f"{name}.lora_A.weight": torch.ones(2, width), f"{name}.lora_B.weight": torch.ones(640, 2)}
     save_file(state, tmp_path / "x.safetensors")
-    assert load(tmp_path / "x.safetensors").layout.family == family
-    report = convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "kohya")
+    assert read_lora(tmp_path / "x.safetensors").layout.family == family
+    report = convert_lora(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "kohya")
     assert report.found.layout.family == family
     assert ("input_blocks_4_1" if family == "sdxl" else "down_blocks_1") in next(
         iter(load_file(tmp_path / "y.safetensors"))
@@ -411,13 +411,13 @@ def test_formats_without_names_for_a_family_are_refused(tmp_path, family, to):
 
 def test_a_contract_of_a_newer_schema_is_refused(copied, tmp_path):
     folder = copied("sd")
-    contract = json.loads((folder / student.CONTRACT).read_text())
-    (folder / student.CONTRACT).write_text(json.dumps(contract | {"schema_version": 2}))
+    contract = json.loads((folder / CONTRACT).read_text())
+    (folder / CONTRACT).write_text(json.dumps(contract | {"schema_version": 2}))
     refused(folder, tmp_path, "got schema version 2 .*, expected 1")
     with pytest.raises(StudentError, match="schema version 2"):
-        fuse(folder, tmp_path / "fused")
+        fuse_student(folder, tmp_path / "fused")
     with pytest.raises(StudentError, match="schema version 2"):
-        export.verify(folder)
+        verify_formats(folder)
     assert not (tmp_path / "fused").exists()
 
 
@@ -440,16 +440,16 @@ def test_the_command(folders, tmp_path, capsys):
 def test_the_exports_stand_in_no_one_s_way(folders):
     """Diffusers still picks its own file of the folder."""
     state, alphas, facts = StableDiffusionPipeline.lora_state_dict(folders["sd"], return_lora_metadata=True)
-    assert state.keys() == load_file(folders["sd"] / student.WEIGHTS).keys()
+    assert state.keys() == load_file(folders["sd"] / WEIGHTS).keys()
     assert alphas is None and facts["unet.lora_alpha"] == ALPHA
 
 
 def test_a_student_that_comfyui_cannot_sample_gets_no_workflow_and_a_reason(copied, caplog):
     folder = copied("sd")
     (folder / WORKFLOW).unlink()
-    contract = json.loads((folder / student.CONTRACT).read_text())
-    (folder / student.CONTRACT).write_text(json.dumps(contract | {"eta": 0.3}))
-    export.export(folder, ("comfyui",))
+    contract = json.loads((folder / CONTRACT).read_text())
+    (folder / CONTRACT).write_text(json.dumps(contract | {"eta": 0.3}))
+    export_formats(folder, ("comfyui",))
     assert not (folder / WORKFLOW).exists() and "ComfyUI has no sampler that steps so" in caplog.text
 
 
@@ -466,19 +466,19 @@ def run(base: str, out: Path, **train) -> Run:
 
 
 def test_a_run_exports_what_it_is_told_to_and_nothing_of_an_earlier_run_stays(folders, tmp_path):
-    base = student.read_contract(folders["sd"]).base_model
+    base = read_contract(folders["sd"]).base_model
     old = tmp_path / "run"
     old.mkdir()
-    for name in (WORKFLOW, export.FILES["comfyui"]):
+    for name in (WORKFLOW, FILES["comfyui"]):
         shutil.copy(folders["sd"] / name, old)
     out = distill(run(base, tmp_path, export_formats=("kohya",)))
-    assert not (out / WORKFLOW).exists() and not (out / export.FILES["comfyui"]).exists()
-    with safe_open(out / export.FILES["kohya"], "pt") as file:
+    assert not (out / WORKFLOW).exists() and not (out / FILES["comfyui"]).exists()
+    with safe_open(out / FILES["kohya"], "pt") as file:
         assert {file.get_tensor(key).item() for key in file.keys() if key.endswith("alpha")} == {8.0}  # noqa: SIM118
 
 
 def test_formats_that_there_will_not_be_are_refused_at_the_start(folders, tmp_path):
-    one = run(student.read_contract(folders["sd"]).base_model, tmp_path, export_formats=("kohya",))
+    one = run(read_contract(folders["sd"]).base_model, tmp_path, export_formats=("kohya",))
     check_run(one)
     with pytest.raises(ConfigError, match="only a LoRA has other formats"):
         check_run(replace(one, method=Reflow(num_inference_steps=2, width=0.5, ema_decay=None)))

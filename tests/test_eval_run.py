@@ -48,10 +48,10 @@ from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.clip import Clip, clip
 from stepdistill.networks.roles import Adapters, Lora
-from stepdistill.students import several as multi
-from stepdistill.students import single as student
 from stepdistill.students.draw.call import SEED_A, SEED_B, generate, student_call, teacher_call
 from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
+from stepdistill.students.several import join_students
+from stepdistill.students.write import write_student
 
 LCM = Consistency(ema_decay=None, num_ddim_timesteps=10)
 PROMPTS = ["red apple", "cat face", "rose", "octopus", "green apple", "dog face", "pear", "tiger"]
@@ -79,7 +79,7 @@ def taught(family: Family, folder: Path, method=LCM, size: float = 0.05, role=No
         for p in bone.parameters_of("student").values():
             p.data += size * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     given = {"role": "student", "resolution": (32, 32), "method": method} | options
-    student.write(folder, family=family, pipe=pipe, backbone=bone, **given)
+    write_student(folder, family=family, pipe=pipe, backbone=bone, **given)
     return folder
 
 
@@ -448,7 +448,7 @@ def test_several_students_draw_each_their_prompts(asked, teachers, tmp_path):
         method = replace(LCM, num_inference_steps=4 - 2 * k)
         folder = taught(teachers["sd"], tmp_path / f"part-{k}", method)
         Routing(k, part.router).save(folder)
-    multi.join(tmp_path / "all", [tmp_path / f"part-{k}" for k in range(2)])
+    join_students(tmp_path / "all", [tmp_path / f"part-{k}" for k in range(2)])
     found = evaluate(replace(asked, students=(str(tmp_path / "all"),), steps=()))
     four = sum(parts[0].router.route(PROMPTS[i % 8]) == 0 for i in range(SMALL))
     assert found["rows"][-1]["name"] == "all, 4 steps"  # the first one's, as the contract has it

@@ -13,14 +13,22 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from diffusers.utils import convert_state_dict_to_kohya
 
 from stepdistill.students.lora.names import NETWORKS, Layer, by_name, by_part, layers
-from stepdistill.students.lora.tensors import FAMILIES, Part, format_of, fuse, read, split, write
+from stepdistill.students.lora.tensors import (
+    FAMILIES,
+    LayerLora,
+    format_of,
+    join_layers,
+    lora_tensors,
+    parse_lora,
+    split_layer,
+)
 
 CELLS = [(family, to) for to in ("kohya", "comfyui", "diffusers") for family in FAMILIES[to]]
 DEPTH = {"sdxl": 1}  # layers per block of the small UNet
 
 
 def lora(family: str, made: dict | None = None):
-    found = read(made or loras.state(family), loras.metadata(family), family, DEPTH.get(family, 2))
+    found = parse_lora(made or loras.state(family), loras.metadata(family), family, DEPTH.get(family, 2))
     assert not found.unknown
     return found.lora
 
@@ -42,34 +50,34 @@ def test_names_are_unique(family):
 @pytest.mark.parametrize(("family", "to"), CELLS)
 def test_there_and_back_is_the_identity(family, to):
     depth, made = DEPTH.get(family, 2), loras.state(family)
-    state, metadata = write(lora(family), to, family, depth)
+    state, metadata = lora_tensors(lora(family), to, family, depth)
     expected = to if to != "comfyui" or loras.component(family) == "transformer" else "kohya"
     assert format_of(state) == expected
-    there = read(state, metadata, family, depth)
+    there = parse_lora(state, metadata, family, depth)
     assert not there.unknown and not there.mute
-    back, facts = write(there.lora, "diffusers", family, depth)
+    back, facts = lora_tensors(there.lora, "diffusers", family, depth)
     assert back.keys() == made.keys()
     assert all(torch.equal(back[key], made[key]) for key in made)  # bit for bit
     facts, name = json.loads(facts["lora_adapter_metadata"]), loras.component(family)
     assert (facts[f"{name}.r"], facts[f"{name}.lora_alpha"]) == (loras.RANK, loras.ALPHA)
     assert facts[f"{name}.target_modules"] == sorted(n.partition(".")[2] for n in loras.layers(family))
     assert not facts[f"{name}.rank_pattern"] and not facts[f"{name}.alpha_pattern"]
-    again, _ = write(there.lora, to, family, depth)
+    again, _ = lora_tensors(there.lora, to, family, depth)
     assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
 
 
 @pytest.mark.parametrize(("family", "to"), CELLS)
 def test_half_precision_stays_as_it_is(family, to):
     made = {key: value.half() for key, value in loras.state(family).items()}
-    state, metadata = write(lora(family, made), to, family, DEPTH.get(family, 2))
-    back = read(state, metadata, family, DEPTH.get(family, 2)).lora
+    state, metadata = lora_tensors(lora(family, made), to, family, DEPTH.get(family, 2))
+    back = parse_lora(state, metadata, family, DEPTH.get(family, 2)).lora
     assert all(torch.equal(part.up, made[f"{name}.lora_B.weight"]) for name, part in back.items())
     assert all(torch.equal(part.down, made[f"{name}.lora_A.weight"]) for name, part in back.items())
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
 def test_trap_t2_the_trained_alpha_is_in_every_layer(family):
-    state, _ = write(lora(family), "kohya", family, DEPTH.get(family, 2))
+    state, _ = lora_tensors(lora(family), "kohya", family, DEPTH.get(family, 2))
     for name in {key.split(".")[0] for key in state}:
         rank = len(state[f"{name}.lora_down.weight"])
         assert state[f"{name}.alpha"].item() / rank == loras.ALPHA / loras.RANK
@@ -139,7 +147,7 @@ def applied(state: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, 
 def test_diffusers_reads_the_original_weights_of_sd3_with_the_lora_in_them():
     """Its checkpoint converter splits q, k and v, and swaps shift and scale, by itself."""
     made = loras.state("sd3")
-    state, _ = write(lora("sd3"), "kohya", "sd3")
+    state, _ = lora_tensors(lora("sd3"), "kohya", "sd3")
     original = Zeros(applied(state, sd3_original(2)))
     for i in range(2):  # all biases are zero
         original[f"joint_blocks.{i}.x_block.attn.qkv.bias"] = torch.zeros(48)
@@ -171,8 +179,8 @@ def wide(rank: int = 2) -> dict[str, torch.Tensor]:
 
 def test_diffusers_reads_the_kohya_file_of_flux():
     made = wide()
-    part = read(made, loras.metadata("flux", rank=2, alpha=8.0), "flux").lora
-    state, _ = write(part, "kohya", "flux")
+    part = parse_lora(made, loras.metadata("flux", rank=2, alpha=8.0), "flux").lora
+    state, _ = lora_tensors(part, "kohya", "flux")
     assert len(state["lora_unet_single_blocks_1_linear1.lora_down.weight"]) == 4 * 2
     theirs = _convert_kohya_flux_lora_to_diffusers(dict(state))
     assert theirs.keys() == made.keys()
@@ -188,7 +196,7 @@ def test_diffusers_swaps_the_last_modulation_of_flux_as_we_do():
     name, generator = "transformer.norm_out.linear", torch.Generator().manual_seed(0)
     made = {f"{name}.lora_A.weight": torch.randn(1, 3072, generator=generator)}
     made[f"{name}.lora_B.weight"] = torch.randn(2 * 3072, 1, generator=generator)
-    state, _ = write(read(made, {}, "flux").lora, "kohya", "flux")
+    state, _ = lora_tensors(parse_lora(made, {}, "flux").lora, "kohya", "flux")
     theirs = _convert_kohya_flux_lora_to_diffusers(state)  # it heeds no alpha here, and this one is the rank
     assert torch.equal(theirs["norm_out.linear.lora_B.weight"], made[f"{name}.lora_B.weight"])
     assert torch.equal(theirs["norm_out.linear.lora_A.weight"], made[f"{name}.lora_A.weight"])
@@ -224,7 +232,7 @@ COMFY = {
 @pytest.mark.parametrize("family", COMFY)
 def test_comfyui_s_own_names_and_arithmetic(family):
     """A reader as ComfyUI's: `transformer.` and a name of its map, lora_A, lora_B, alpha; no metadata."""
-    state, metadata = write(lora(family), "comfyui", family)
+    state, metadata = lora_tensors(lora(family), "comfyui", family)
     assert metadata == {"format": "pt"}
     expected = loras.deltas(loras.state(family))
     seen = set()
@@ -245,12 +253,12 @@ def test_comfyui_s_own_names_and_arithmetic(family):
 QKV = Layer("lora_unet_x", ("t.q", "t.k", "t.v"), (1, 1, 1))
 
 
-def parts(*ranks: int | None, width: int = 5, alpha: float = 2.0, seed: int = 0) -> list[Part | None]:
+def parts(*ranks: int | None, width: int = 5, alpha: float = 2.0, seed: int = 0) -> list[LayerLora | None]:
     generator = torch.Generator().manual_seed(seed)
 
-    def one(rank: int) -> Part:
+    def one(rank: int) -> LayerLora:
         down, up = torch.randn(rank, width, generator=generator), torch.randn(width, rank, generator=generator)
-        return Part(down, up, alpha * rank)
+        return LayerLora(down, up, alpha * rank)
 
     return [one(rank) if rank else None for rank in ranks]
 
@@ -260,12 +268,12 @@ def parts(*ranks: int | None, width: int = 5, alpha: float = 2.0, seed: int = 0)
 )
 def test_blocks_are_found_again(ranks):
     given = parts(*ranks)
-    fused = fuse(given, QKV)
+    fused = join_layers(given, QKV)
     assert fused.up.shape == (15, sum(filter(None, ranks))) and fused.scale == 2.0
     known = [one for one in given if one]
     exact = torch.cat([one.product() if one else torch.zeros(5, 5) for one in given])
     torch.testing.assert_close(fused.product(), exact)
-    found = split(fused, QKV)
+    found = split_layer(fused, QKV)
     assert [one is None for one in found] == [one is None for one in given]
     for one, other in zip(known, [one for one in found if one], strict=True):
         assert torch.equal(one.down, other.down) and torch.equal(one.up, other.up)
@@ -274,17 +282,17 @@ def test_blocks_are_found_again(ranks):
 
 def test_a_layer_that_was_trained_fused_is_split_without_loss_and_fused_again_as_it_was():
     generator = torch.Generator().manual_seed(0)
-    whole = Part(torch.randn(4, 5, generator=generator), torch.randn(15, 4, generator=generator), 2.0)
-    found = split(whole, QKV)
+    whole = LayerLora(torch.randn(4, 5, generator=generator), torch.randn(15, 4, generator=generator), 2.0)
+    found = split_layer(whole, QKV)
     assert torch.equal(torch.cat([one.product() for one in found if one]), whole.product())
-    again = fuse(found, QKV)
+    again = join_layers(found, QKV)
     assert torch.equal(again.up, whole.up) and torch.equal(again.down, whole.down) and again.alpha == whole.alpha
 
 
 def test_zero_columns_at_the_end_stay_with_the_last_of_unequal_parts():
     given = parts(4, 2, 2)
     given[2].up[:, 1] = 0
-    found = split(fuse(given, QKV), QKV)
+    found = split_layer(join_layers(given, QKV), QKV)
     assert [len(one.down) for one in found] == [4, 2, 2]
     assert all(torch.equal(one.down, other.down) for one, other in zip(given, found, strict=True))
 
@@ -293,7 +301,7 @@ def test_columns_that_are_zero_stay_where_they_are():
     given = parts(2, 2, 2)
     given[1].up[:, 0] = 0
     given[2].up[:, 1] = 0
-    found = split(fuse(given, QKV), QKV)
+    found = split_layer(join_layers(given, QKV), QKV)
     assert all(torch.equal(one.up, other.up) for one, other in zip(given, found, strict=True))
 
 
@@ -301,13 +309,13 @@ def test_a_lora_that_was_never_trained_is_zero_in_all_parts():
     given = parts(2, 2, 2)
     for one in given:
         one.up.zero_()
-    assert [len(one.down) for one in split(fuse(given, QKV), QKV)] == [2, 2, 2]
+    assert [len(one.down) for one in split_layer(join_layers(given, QKV), QKV)] == [2, 2, 2]
 
 
 def test_other_scales_go_into_the_matrices():
     given = parts(2, 2, 2)
-    given[1] = Part(given[1].down, given[1].up, 9.0)
-    fused = fuse(given, QKV)
+    given[1] = LayerLora(given[1].down, given[1].up, 9.0)
+    fused = join_layers(given, QKV)
     torch.testing.assert_close(fused.product(), torch.cat([one.product() for one in given]))
 
 
@@ -315,9 +323,9 @@ def test_widths_that_do_not_fit_are_refused():
     odd = parts(2, 2, 2)
     odd[2] = parts(2, width=4)[0]
     with pytest.raises(ValueError, match="rows"):
-        fuse(odd, QKV)
+        join_layers(odd, QKV)
     with pytest.raises(ValueError, match="up has 14 rows, expected 15"):
-        split(Part(torch.zeros(1, 5), torch.zeros(14, 1), 1.0), QKV)
+        split_layer(LayerLora(torch.zeros(1, 5), torch.zeros(14, 1), 1.0), QKV)
 
 
 # metadata
@@ -331,9 +339,9 @@ def test_ranks_and_alphas_of_single_layers_survive(family):
     if family == "flux":
         names = ["transformer.proj_out"]
     down, up = found[names[0]].down, found[names[0]].up
-    found[names[0]] = Part(torch.cat([down, down]), torch.cat([up, up], 1), 5.0)
-    state, metadata = write(found, "diffusers", family)
-    again = read(state, metadata, family).lora
+    found[names[0]] = LayerLora(torch.cat([down, down]), torch.cat([up, up], 1), 5.0)
+    state, metadata = lora_tensors(found, "diffusers", family)
+    again = parse_lora(state, metadata, family).lora
     assert {name: part.alpha for name, part in again.items()} == {name: part.alpha for name, part in found.items()}
     facts = json.loads(metadata["lora_adapter_metadata"])
     name = names[0].partition(".")[2]
@@ -343,7 +351,7 @@ def test_ranks_and_alphas_of_single_layers_survive(family):
 
 def test_rank_stabilised_loras_have_the_scale_that_peft_gives_them():
     facts = {"unet.r": 3, "unet.lora_alpha": 6, "unet.use_rslora": True}
-    found = read(loras.state("sd"), {"lora_adapter_metadata": json.dumps(facts)}, "sd").lora
+    found = parse_lora(loras.state("sd"), {"lora_adapter_metadata": json.dumps(facts)}, "sd").lora
     assert {round(part.scale, 6) for part in found.values()} == {round(6 / 3**0.5, 6)}
 
 
@@ -354,11 +362,11 @@ def test_text_encoders_are_carried_through(family, to):
     made |= {f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(4, 2)}
     facts = json.loads(loras.metadata(family)["lora_adapter_metadata"]) | {"text_encoder.lora_alpha": 1}
     depth = DEPTH.get(family, 2)
-    found = read(made, {"lora_adapter_metadata": json.dumps(facts)}, family, depth)
+    found = parse_lora(made, {"lora_adapter_metadata": json.dumps(facts)}, family, depth)
     assert not found.unknown and found.lora[name].alpha == 1.0
-    state, metadata = write(found.lora, to, family, depth)
+    state, metadata = lora_tensors(found.lora, to, family, depth)
     prefix = {"sd": "lora_te_", "sdxl": "lora_te1_", "sd3": "lora_te1_"}.get(family)
     expected = prefix + name.removeprefix("text_encoder.").replace(".", "_") if prefix else name
     assert f"{expected}.alpha" in state
-    again = read(state, metadata, family, depth)
+    again = parse_lora(state, metadata, family, depth)
     assert not again.unknown and again.lora[name].alpha == 1.0 and torch.equal(again.lora[name].up, torch.ones(4, 2))

@@ -24,10 +24,10 @@ from stepdistill.families.prompt_limits import lost, warn_of_cut
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.students import single as student
-from stepdistill.students.contract import CONTRACT
+from stepdistill.students.contract import CONTRACT, WEIGHTS
 from stepdistill.students.draw.loras import fuse_loras
 from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline, changed_sampler
+from stepdistill.students.write import write_student
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run, TrainSpec
 
@@ -64,7 +64,7 @@ def folder_of(name: str, place: Path, method, alpha: float = 6) -> Path:
     awake(bone, "student", 0.2)
     out = place / type(method).__name__
     options = {"role": "student", "resolution": (SIDE, SIDE), "method": method}
-    student.write(out, family=family, pipe=pipe, backbone=bone, **options)
+    write_student(out, family=family, pipe=pipe, backbone=bone, **options)
     return out
 
 
@@ -263,9 +263,9 @@ def test_a_lora_of_another_family_is_refused(folders, tmp_path):
         mixed = tmp_path / f"{other}-{into}"
         mixed.mkdir()
         for part in folders[into].iterdir():
-            if part.name != student.WEIGHTS and part.name != "samples":
+            if part.name != WEIGHTS and part.name != "samples":
                 (mixed / part.name).symlink_to(part)
-        (mixed / student.WEIGHTS).symlink_to(folders[other] / student.WEIGHTS)
+        (mixed / WEIGHTS).symlink_to(folders[other] / WEIGHTS)
         with pytest.raises(StudentError, match="do not go together|unreadable"):
             StudentPipeline.load(mixed)
 
@@ -274,11 +274,11 @@ def test_a_lora_of_another_family_is_refused(folders, tmp_path):
 def test_a_lora_that_lacks_layers_is_refused(folders, tmp_path, name):
     for part in folders[name].iterdir():
         (tmp_path / part.name).symlink_to(part)
-    with safe_open(folders[name] / student.WEIGHTS, "pt") as file:
+    with safe_open(folders[name] / WEIGHTS, "pt") as file:
         state, facts = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-    (tmp_path / student.WEIGHTS).unlink()
+    (tmp_path / WEIGHTS).unlink()
     lost = sorted(state)[0]
-    save_file({key: value for key, value in state.items() if key != lost}, tmp_path / student.WEIGHTS, facts)
+    save_file({key: value for key, value in state.items() if key != lost}, tmp_path / WEIGHTS, facts)
     with pytest.raises(StudentError, match="do not go together.* tensors in the file and"):
         StudentPipeline.load(tmp_path)
 

@@ -35,12 +35,12 @@ from stepdistill.methods.base import Batch
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.students import several as multi
-from stepdistill.students import single as student
-from stepdistill.students.contract import CONTRACT, is_multi, read_contract, read_multi
+from stepdistill.students.contract import CONTRACT, WEIGHTS, is_multi, read_contract, read_multi
 from stepdistill.students.draw.call import PipelineCall, generate
 from stepdistill.students.draw.pipeline import StudentPipeline
 from stepdistill.students.load import load_student
+from stepdistill.students.several import join_students
+from stepdistill.students.verify import verify_student
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run, TrainSpec
 
@@ -298,7 +298,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def joined(runs) -> Path:
-    return multi.join(runs / "all", [runs / "1", runs / "0"])
+    return join_students(runs / "all", [runs / "1", runs / "0"])
 
 
 def family(runs: Path):
@@ -408,7 +408,7 @@ def test_the_folder_is_whole(runs, joined):
         assert read_contract(copy) == read_contract(runs / str(k)) and read_contract(copy).proof
         assert (runs / str(k) / "checkpoint-3").exists() and not (copy / "checkpoint-3").exists()
         assert str(copy) in (copy / "README.md").read_text()
-    assert student.verify(joined) < 1e-4
+    assert verify_student(joined) < 1e-4
     with pytest.raises(StudentError, match="kind: Input should be 'lora', 'full' or 'adapters'"):
         read_contract(joined)
 
@@ -416,9 +416,9 @@ def test_the_folder_is_whole(runs, joined):
 @pytest.mark.parametrize("k", [0, 1])
 def test_verify_looks_at_every_student(joined, tmp_path, k):
     folder = shutil.copytree(joined, tmp_path / "copy")
-    weights = folder / "students" / str(k) / student.WEIGHTS
+    weights = folder / "students" / str(k) / WEIGHTS
     save_file(load_file(weights), weights)  # its metadata are lost, and with them alpha
-    assert student.verify(folder) > 1e-2
+    assert verify_student(folder) > 1e-2
 
 
 def test_the_snippet_runs_as_pasted(joined, tmp_path, monkeypatch):
@@ -485,10 +485,10 @@ def test_what_does_not_belong_together_is_not_joined(runs, joined, tmp_path):
         ([one, tmp_path / "nowhere"], "no readable"),
     ]:
         with pytest.raises(StudentError, match=said):
-            multi.join(tmp_path / "out", folders)
+            join_students(tmp_path / "out", folders)
         assert not (tmp_path / "out").exists()
     with pytest.raises(StudentError, match="which is not empty"):
-        multi.join(joined, [one, other])
+        join_students(joined, [one, other])
 
 
 def test_the_command_joins(runs, tmp_path, capsys):

@@ -17,8 +17,8 @@ from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.networks.quantize import dense, quantized
 from stepdistill.networks.roles import TEACHER, Ema, LoraSpec
-from stepdistill.students import single as student
 from stepdistill.students.base_model import base_hash
+from stepdistill.students.verify import verify_student
 from stepdistill.training.checks import check_run
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run, TrainSpec
@@ -96,7 +96,7 @@ def test_a_run_on_a_quantised_base_is_proven_on_it(family, tmp_path):
     contract = json.loads((out / "distill_config.json").read_text())
     assert contract["family"]["quantization"] == {"type": INT8.type, "kwargs": {}}
     assert contract["proof"]["difference"] <= 1e-4
-    assert student.verify(out) <= 1e-4
+    assert verify_student(out) <= 1e-4
 
 
 def test_what_cannot_be_quantised_is_refused(tmp_path, monkeypatch):

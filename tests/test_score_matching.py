@@ -28,10 +28,11 @@ from stepdistill.methods.base import Batch, Update
 from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import Copy, LoraSpec
-from stepdistill.students import several as multi
-from stepdistill.students import single as student
-from stepdistill.students.contract import read_contract
-from stepdistill.students.load import load_student
+from stepdistill.students.contract import WEIGHTS, read_contract
+from stepdistill.students.load import load_student, start_from
+from stepdistill.students.several import join_students
+from stepdistill.students.verify import verify_student
+from stepdistill.students.write import write_student
 from stepdistill.training.distill import distill, dry_run
 from stepdistill.training.recipe import Run, TrainSpec
 
@@ -180,7 +181,7 @@ def test_the_folder_holds_a_whole_network(place, monkeypatch, tmp_path, name, pa
     assert contract.kind == "full" and contract.lora is None and contract.proof and contract.proof.difference < 1e-5
     net = family.network(family.load())
     assert contract.network and contract.network.parameters < 0.35 * sum(p.numel() for p in net.parameters())
-    assert student.verify(folder) < 1e-5 and not (folder / student.WEIGHTS).exists()
+    assert verify_student(folder) < 1e-5 and not (folder / WEIGHTS).exists()
 
     plain, ours = family.load(), family.load()
     call = load_student(ours, folder)
@@ -214,7 +215,7 @@ def test_a_base_in_half_precision_is_compared_in_it(place, tmp_path):
     bone.add("student", Copy(width=0.5))
     assert {p.dtype for p in bone.parameters_of("student").values()} == {torch.float32}
     options = {"role": "student", "method": TeacherScoreMatching(num_inference_steps=2), "resolution": (32, 32)}
-    assert student.write(tmp_path, family=family, pipe=pipe, backbone=bone, **options) < 1e-5
+    assert write_student(tmp_path, family=family, pipe=pipe, backbone=bone, **options) < 1e-5
     assert read_contract(tmp_path).dtype == "bfloat16"
 
 
@@ -225,15 +226,15 @@ def test_training_goes_on_from_a_folder(place, tmp_path):
     bone = Backbone(net, LoraSpec(), (), seed=5, narrow=family.narrow)
     for name, role in TeacherScoreMatching().roles().items():
         bone.add(name, role)
-    student.start_from(bone, str(place / "student-sd3"), family)
+    start_from(bone, str(place / "student-sd3"), family)
     for role in ("student", "ema"):
         assert all(torch.equal(value, stored[key]) for key, value in bone.state(role).items())
     wide = Backbone(net, LoraSpec(), ())
     wide.add("student", Copy())
     with pytest.raises(StudentError, match="size mismatch"):
-        student.start_from(wide, str(place / "student-sd3"), family)
+        start_from(wide, str(place / "student-sd3"), family)
     with pytest.raises(StudentError, match="unreadable"):
-        student.start_from(wide, str(tmp_path), family)
+        start_from(wide, str(tmp_path), family)
 
 
 def test_a_folder_without_its_network_is_refused(place, tmp_path):
@@ -257,8 +258,8 @@ def test_several_smaller_students_in_one_folder(place, tmp_path, name):
         whole = run(place, name, "")
         spec = replace(whole.train, output_dir=str(tmp_path / str(k)), seed=k)
         distill(replace(whole, data=Partition(source=whole.data, students=2, student=k), train=spec))
-    folder = multi.join(tmp_path / "all", [tmp_path / "0", tmp_path / "1"])
-    assert student.verify(folder) < 1e-5
+    folder = join_students(tmp_path / "all", [tmp_path / "0", tmp_path / "1"])
+    assert verify_student(folder) < 1e-5
     pipe = whole.family.load()
     students = load_student(pipe, folder)
     assert [net is pipe.components[part] for net in students.nets] == [True, False]
@@ -279,7 +280,7 @@ def test_the_other_students_are_not_taken_for_another_base(place, tmp_path, capl
     for k in range(2):
         copy = shutil.copytree(first, tmp_path / str(k))
         Routing(k, cluster(["a", "b"], 2)).save(copy)
-    load_student(whole.load(), multi.join(tmp_path / "all", [tmp_path / "0", tmp_path / "1"]))
+    load_student(whole.load(), join_students(tmp_path / "all", [tmp_path / "0", tmp_path / "1"]))
     assert "has other weights" not in caplog.text
 
 

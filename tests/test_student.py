@@ -24,11 +24,13 @@ from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Ema, Lora, Module
-from stepdistill.students import single as student
-from stepdistill.students.card import is_non_commercial, licence_of, warn_of_licence
-from stepdistill.students.contract import FORMAT
-from stepdistill.students.load import load_student
+from stepdistill.students import load
+from stepdistill.students.card import is_non_commercial, licence_of, warn_of_licence, write_card
+from stepdistill.students.contract import CONTRACT, FORMAT, WEIGHTS, read_contract
+from stepdistill.students.load import load_student, start_from
 from stepdistill.students.proof import prove
+from stepdistill.students.verify import verify_student
+from stepdistill.students.write import write_student
 
 RANK, ALPHA = 4, 16
 SIZE = (32, 32)
@@ -70,7 +72,7 @@ def trained(family: Family, dtype: torch.dtype = torch.float32, size: float = 0.
 def write(folder: Path, family: Family, method=LCM, dtype: torch.dtype = torch.float32, **options) -> float:
     pipe, bone = trained(family, dtype)
     options = {"role": "student", "resolution": SIZE, "method": method} | options
-    return student.write(folder, family=family, pipe=pipe, backbone=bone, **options)
+    return write_student(folder, family=family, pipe=pipe, backbone=bone, **options)
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +110,9 @@ def test_a_fresh_plain_pipeline_draws_what_was_trained(families, tmp_path, name,
     shapes = {v.ndim for v in bone.state("student").values()}
     assert shapes == ({2} if name == "sd3" else {2, 4})  # linear layers, and convolutions
     options = {"role": "student", "method": method, "resolution": SIZE, "seed": 3}
-    difference = student.write(tmp_path, family=family, pipe=pipe, backbone=bone, **options)
+    difference = write_student(tmp_path, family=family, pipe=pipe, backbone=bone, **options)
     assert difference < 1e-5
-    contract = student.read_contract(tmp_path)
+    contract = read_contract(tmp_path)
     assert contract.proof and contract.proof.difference == difference
     assert contract.scheduler["_class_name"] == scheduler
     assert (contract.lora.rank, contract.lora.alpha, contract.lora.strength) == (RANK, ALPHA, 1.0)
@@ -133,7 +135,7 @@ def test_a_plain_pipeline_visits_the_trained_times_and_no_others(families, writt
     pipe("a rose", output_type="latent", **call)
     # shift 3 spaces the teacher's grid, and 1000 sigma is rounded twice on the way
     assert seen == (pytest.approx(times, rel=1e-6, abs=0) if name == "sd3" else [999, 759, 499, 259])
-    assert student.verify(folder) < 1e-5
+    assert verify_student(folder) < 1e-5
 
 
 def without_metadata(file: Path) -> None:
@@ -147,19 +149,19 @@ def test_a_lost_alpha_fails_the_proof(families, tmp_path, monkeypatch, name, dty
 
     def careless(self, folder, state, config):
         save(self, folder, state, config)
-        without_metadata(folder / student.WEIGHTS)
+        without_metadata(folder / WEIGHTS)
 
     monkeypatch.setattr(type(family), "save_lora", careless)
     with pytest.raises(StudentError, match=r"expected at most .* draws other images"):
         write(tmp_path, family, dtype=kind)
-    assert student.read_contract(tmp_path).proof is None
+    assert read_contract(tmp_path).proof is None
     assert "has not been compared" in (tmp_path / "README.md").read_text()
-    assert student.verify(tmp_path) > 0.05
+    assert verify_student(tmp_path) > 0.05
 
 
 def test_a_base_in_half_precision_is_compared_in_it(families, tmp_path):
     assert write(tmp_path, families["sd3"], dtype=torch.bfloat16) < 1e-5
-    contract = student.read_contract(tmp_path)
+    contract = read_contract(tmp_path)
     assert contract.proof and contract.dtype == contract.proof.dtype == "bfloat16"
 
 
@@ -171,23 +173,23 @@ def edited(folder: Path, file: str, **changes) -> Path:
 
 def test_other_noise_levels_fail_the_proof(written, tmp_path):
     # the default spacing of LCMScheduler with an original grid of 40 steps, not the trained times
-    call = student.read_contract(written["sd"]).call
+    call = read_contract(written["sd"]).call
     call |= {"timesteps": [999, 749, 499, 249]}
-    other = edited(copied(written, "sd", tmp_path), student.CONTRACT, call=call)
+    other = edited(copied(written, "sd", tmp_path), CONTRACT, call=call)
     with pytest.raises(StudentError, match=r"999.0, 749.0.* expected \[999.0, 759.0"):
-        student.verify(other)
+        verify_student(other)
     # explicit sigmas are warped where the scheduler keeps the base's shift
     config = "scheduler/scheduler_config.json"
     warped = edited(copied(written, "sd3", tmp_path / "sd3"), config, shift=3.0)
     with pytest.raises(StudentError, match="timesteps"):
-        student.verify(warped)
+        verify_student(warped)
 
 
 def test_a_deterministic_scheduler_in_place_of_a_stochastic_one_fails_the_proof(written, tmp_path):
-    assert student.read_contract(written["sd3"]).eta == 1
+    assert read_contract(written["sd3"]).eta == 1
     config = "scheduler/scheduler_config.json"
     quiet = edited(copied(written, "sd3", tmp_path), config, stochastic_sampling=False)
-    assert student.verify(quiet) > 1e-2
+    assert verify_student(quiet) > 1e-2
 
 
 def test_what_is_no_denoiser_is_refused(families, tmp_path):
@@ -195,7 +197,7 @@ def test_what_is_no_denoiser_is_refused(families, tmp_path):
     bone.add("head", Module(lambda tap: nn.Linear(1, 1)))
     with pytest.raises(StudentError, match="role 'head', which is no denoiser"):
         options = {"role": "head", "method": LCM, "resolution": SIZE}
-        student.write(tmp_path, family=families["sd3"], pipe=pipe, backbone=bone, **options)
+        write_student(tmp_path, family=families["sd3"], pipe=pipe, backbone=bone, **options)
 
 
 # loading
@@ -254,16 +256,16 @@ def test_what_does_not_fit_is_refused(families, written, tmp_path):
     with pytest.raises(StudentError, match="nowhere, which does not exist"):
         load_student(families["sd"].load(), "nowhere")
     broken = copied(written, "sd", tmp_path)
-    (broken / student.WEIGHTS).unlink()
+    (broken / WEIGHTS).unlink()
     with pytest.raises(StudentError, match="do not go together"):
         load_student(families["sd"].load(), broken)
     with pytest.raises(StudentError, match="unreadable"):
-        student.verify(broken)
+        verify_student(broken)
 
 
 def test_a_hub_id_is_downloaded(families, written, monkeypatch):
     asked = []
-    monkeypatch.setattr(student, "snapshot_download", lambda name, **_: asked.append(name) or written["sd"])
+    monkeypatch.setattr(load, "snapshot_download", lambda name, **_: asked.append(name) or written["sd"])
     load_student(families["sd"].load(), "someone/student")
     assert asked == ["someone/student"]
 
@@ -272,7 +274,7 @@ def test_a_hub_id_is_downloaded(families, written, monkeypatch):
 
 
 def test_the_contract_survives_json_and_is_checked(written, tmp_path):
-    contract = student.read_contract(written["sd3"])
+    contract = read_contract(written["sd3"])
     assert FORMAT.validate_json(FORMAT.dump_json(contract)) == contract
     assert contract.sigmas == pytest.approx([t / 1000 for t in contract.timesteps])
     assert contract.call["sigmas"] == pytest.approx(contract.sigmas, rel=1e-6)
@@ -286,21 +288,21 @@ def test_the_contract_survives_json_and_is_checked(written, tmp_path):
         ({"strenght": 0.7}, "strenght: Unexpected keyword argument"),
         ({"timesteps": ["many"]}, "timesteps.0: Input should be a valid number"),
     ]:
-        before = (folder / student.CONTRACT).read_text()
-        edited(folder, student.CONTRACT, **change)
+        before = (folder / CONTRACT).read_text()
+        edited(folder, CONTRACT, **change)
         with pytest.raises(StudentError, match=said):
-            student.read_contract(folder)
-        (folder / student.CONTRACT).write_text(before)
+            read_contract(folder)
+        (folder / CONTRACT).write_text(before)
     for text in ("{", "[1]"):
-        (folder / student.CONTRACT).write_text(text)
+        (folder / CONTRACT).write_text(text)
         with pytest.raises(StudentError, match="no readable"):
-            student.read_contract(folder)
+            read_contract(folder)
     with pytest.raises(StudentError, match="no readable"):
-        student.read_contract(tmp_path)
+        read_contract(tmp_path)
 
 
 def test_the_lora_metadata_are_in_the_same_order_in_every_process(written):
-    with safe_open(written["sd3"] / student.WEIGHTS, "pt") as file:
+    with safe_open(written["sd3"] / WEIGHTS, "pt") as file:
         facts = json.loads(file.metadata()["lora_adapter_metadata"])
     targets = facts["transformer.target_modules"]  # PEFT holds them in a set
     assert len(targets) > 5 and targets == sorted(targets)
@@ -337,7 +339,7 @@ def test_the_snippet_runs_as_pasted(families, written, tmp_path, monkeypatch, na
 def test_the_snippet_of_a_scheduler_of_ours_runs_as_pasted(families, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "student", families[name], Reflow(num_inference_steps=4, first_noise=True, ema_decay=None))
-    assert student.verify(tmp_path / "student") < 1e-5
+    assert verify_student(tmp_path / "student") < 1e-5
     drawn = pasted(tmp_path / "student", plain=False)
     assert np.array_equal(drawn, expected(families[name], tmp_path / "student"))
 
@@ -356,7 +358,7 @@ def test_relative_paths_are_stored_absolute(families, tmp_path, monkeypatch):
     monkeypatch.chdir(base.parent)
     write(tmp_path, replace(families["sd3"], pretrained_teacher_model=base.name))
     monkeypatch.chdir(tmp_path)
-    assert student.verify(tmp_path) < 1e-5
+    assert verify_student(tmp_path) < 1e-5
 
 
 def test_the_front_matter_is_what_the_hub_reads(written, tmp_path):
@@ -366,12 +368,12 @@ def test_the_front_matter_is_what_the_hub_reads(written, tmp_path):
     assert {"lora", "diffusers", "stepdistill"} <= set(data.tags)
     assert data.base_model is None  # a local folder is no id
 
-    contract = student.read_contract(folder)
+    contract = read_contract(folder)
     hub = replace(contract, base_model="owner/base", licence="their-own-terms")
     hub = replace(hub, family=hub.family | {"pretrained_teacher_model": "owner/base", "revision": "v2"})
     (folder / "samples").mkdir()
     (folder / "samples" / "grid.png").touch()
-    student.write_card(folder, hub, "me/student")
+    write_card(folder, hub, "me/student")
     card = ModelCard.load(str(folder / "README.md"))
     assert card.data.base_model == "owner/base"
     assert (card.data.license, card.data.license_name) == ("other", "their-own-terms")
@@ -416,8 +418,8 @@ def test_training_goes_on_from_a_student_at_the_same_strength(families, written)
     bone = tiny.backbone("sd3", pipe, RANK, RANK)  # a quarter of the scale that the folder has
     bone.add("student", Lora())
     bone.add("ema", Ema("student", 0.9))
-    student.start_from(bone, str(written["sd3"]), family)
-    contract = student.read_contract(written["sd3"])
+    start_from(bone, str(written["sd3"]), family)
+    contract = read_contract(written["sd3"])
     for role in ("student", "ema"):
         plain = family.load()
         load_student(plain, written["sd3"])
@@ -425,5 +427,5 @@ def test_training_goes_on_from_a_student_at_the_same_strength(families, written)
 
     wide = tiny.backbone("sd3", family.load(), 2 * RANK)
     wide.add("student", Lora())
-    with pytest.raises(StudentError, match=student.WEIGHTS):
-        student.start_from(wide, str(written["sd3"] / student.WEIGHTS), family)
+    with pytest.raises(StudentError, match=WEIGHTS):
+        start_from(wide, str(written["sd3"] / WEIGHTS), family)

@@ -25,12 +25,12 @@ from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Lora
-from stepdistill.students import single as student
-from stepdistill.students.contract import CONTRACT, STUDENTS, MultiContract, read_contract
+from stepdistill.students.contract import CONTRACT, STUDENTS, MultiContract, read_contract, teacher
 from stepdistill.students.draw.call import PipelineCall, generate, teacher_call
 from stepdistill.students.draw.sheet import LEFT
 from stepdistill.students.draw.steps import Strip, View, picked, predictions_of_steps, view, view_sheet
 from stepdistill.students.load import load_student
+from stepdistill.students.write import write_student
 
 PROMPTS = ["red apple", "cat face"]
 NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -167,7 +167,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         bone.add("student", Lora())
         tiny.awake(bone, "student", size)
         found[name] = tmp_path_factory.mktemp(name)
-        student.write(
+        write_student(
             found[name], family=family, pipe=pipe, backbone=bone, role="student", resolution=(32, 32), method=method
         )
     both = tmp_path_factory.mktemp("both")
@@ -183,7 +183,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def alone(folder: Path, teacher_steps: int | None = None) -> Tensor:
     """The images of both prompts, one by one, of a student or of its teacher."""
     contract = read_contract(folder)
-    family = student.teacher(contract)
+    family = teacher(contract)
     pipe = family.load()
     if teacher_steps:
         row = teacher_call(family, pipe, teacher_steps, 2.0, "teacher")
@@ -195,7 +195,7 @@ def alone(folder: Path, teacher_steps: int | None = None) -> Tensor:
 
 @pytest.mark.parametrize("name", ["a", "both"])
 def test_a_view_shows_teacher_and_student(folders, name):
-    pipe = student.teacher(read_contract(folders["a"])).load()
+    pipe = teacher(read_contract(folders["a"])).load()
     wanted = View(prompts=PROMPTS, seed=7, teacher_steps=5, teacher_guidance=2.0, columns=3)
     blocks = view(pipe, folders[name], wanted)
     named = [["student, 4 steps"] * 2, ["student 0, 4 steps", "student 1, 4 steps"]][name == "both"]

@@ -21,7 +21,7 @@ from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.students.load import load_student
-from stepdistill.students.single import verify
+from stepdistill.students.verify import verify_student
 from stepdistill.training import sampling
 from stepdistill.training import setup as session
 from stepdistill.training.distill import distill
@@ -345,7 +345,7 @@ def test_best_loads_into_a_plain_pipeline_and_can_be_proven(whole):
     pipe.set_progress_bar_config(disable=True)
     call = load_student(pipe, whole / "best")
     assert pipe("heart", **call, output_type="np").images.shape == (1, 32, 32, 3)
-    assert verify(whole / "best") < 1e-4
+    assert verify_student(whole / "best") < 1e-4
 
 
 def test_resume_goes_on_as_if_it_had_never_stopped(whole, tmp_path, monkeypatch):

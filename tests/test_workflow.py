@@ -15,8 +15,8 @@ from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.solvers import Sampler, few_step
-from stepdistill.students.contract import Adapter, Contract
-from stepdistill.students.lora.comfyui import WORKFLOW, check, save, sigmas, workflow
+from stepdistill.students.contract import Contract, LoraWeights
+from stepdistill.students.lora.comfyui import WORKFLOW, sigmas, verify_workflow, workflow, write_workflow
 
 # inputs and outputs of ComfyUI's own nodes, from their definitions in nodes.py and comfy_extras
 NODES = {
@@ -75,7 +75,7 @@ def contract(**changes) -> Contract:
         guidance_scale=1.0,
         eta=1.0,
         negative_prompt=False,
-        lora=Adapter(rank=4, alpha=16, target_modules=()),
+        lora=LoraWeights(rank=4, alpha=16, target_modules=()),
         resolution=(512, 768),
         dtype="float32",
         licence=None,
@@ -210,16 +210,16 @@ def test_comfyui_s_samplers_along_these_levels_are_the_contract_s(kind, eta):
 
 
 def test_a_changed_workflow_is_noticed(tmp_path):
-    save(tmp_path, CONTRACTS["sd"], "x")
-    check(tmp_path, CONTRACTS["sd"], "x")
+    write_workflow(tmp_path, CONTRACTS["sd"], "x")
+    verify_workflow(tmp_path, CONTRACTS["sd"], "x")
     found = json.loads((tmp_path / WORKFLOW).read_text())
     found["positive"]["inputs"]["text"] = "a cat"
     (tmp_path / WORKFLOW).write_text(json.dumps(found))
-    check(tmp_path, CONTRACTS["sd"], "x")  # the prompt is the user's
+    verify_workflow(tmp_path, CONTRACTS["sd"], "x")  # the prompt is the user's
     found["sigmas"]["inputs"]["sigmas"] = "14.6, 7, 3, 1, 0"
     (tmp_path / WORKFLOW).write_text(json.dumps(found))
     with pytest.raises(StudentError, match="with other sigmas"):
-        check(tmp_path, CONTRACTS["sd"], "x")
+        verify_workflow(tmp_path, CONTRACTS["sd"], "x")
     (tmp_path / WORKFLOW).write_text("{")
     with pytest.raises(StudentError, match="unreadable"):
-        check(tmp_path, CONTRACTS["sd"], "x")
+        verify_workflow(tmp_path, CONTRACTS["sd"], "x")

@@ -22,7 +22,7 @@ from stepdistill.evaluation.measure import Reference, Sampled, measured
 from stepdistill.evaluation.metrics.features import Extractor, efficientnet_lite0
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.stored_features import StoredFeatures
-from stepdistill.students import single as student
+from stepdistill.students.base_model import base_hash
 from stepdistill.students.draw.call import SEED_A, SEED_B, PipelineCall, generate, teacher_call
 from stepdistill.students.several import Students
 from stepdistill.training.recipe import Run
@@ -77,7 +77,7 @@ def taught(name: str, run: Run, captions: list[str]) -> StoredFeatures:
     }
     facts = {
         "teacher": name,
-        "teacher_sha256": student.base_hash(pipe, run.family),
+        "teacher_sha256": base_hash(pipe, run.family),
         "teacher_steps": str(run.train.teacher_steps),
         "teacher_guidance_scale": str(run.teacher_guidance_scale),
         "features": extractor().identity.id,

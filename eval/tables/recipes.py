@@ -7,8 +7,8 @@ from pathlib import Path
 
 from stepdistill.config.load import load_config
 from stepdistill.data import Partition
-from stepdistill.students import single as student
-from stepdistill.students.several import join
+from stepdistill.students.contract import CONTRACT
+from stepdistill.students.several import join_students
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run
 
@@ -27,7 +27,7 @@ def trained(file: Path) -> Path:
     """The student folder of a config, made where it is missing, after the one that it starts from."""
     run = load_config(Run, file, [])
     out = Path(run.train.output_dir)
-    if not (out / student.CONTRACT).exists():
+    if not (out / CONTRACT).exists():
         warm_start(run)
         if not isinstance(run.data, Partition):
             distill(load_config(Run, file, ["train.resume_from_checkpoint=latest"]))
@@ -35,9 +35,9 @@ def trained(file: Path) -> Path:
         parts = [Path(f"{out}-part-{k}") for k in range(run.data.students)]
         for k, part in enumerate(parts):
             overrides = [f"data.student={k}", f"train.output_dir={part}", "train.resume_from_checkpoint=latest"]
-            if not (part / student.CONTRACT).exists():
+            if not (part / CONTRACT).exists():
                 distill(load_config(Run, file, overrides))
-        join(out, parts)
+        join_students(out, parts)
     return out
 
 

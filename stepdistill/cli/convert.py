@@ -64,9 +64,9 @@ def add_folder_commands(commands: Any) -> None:  # noqa: ANN401
 
 
 def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.students.verify import verify
+    from stepdistill.students.verify import verify_formats
 
-    found = verify(args.folder)
+    found = verify_formats(args.folder)
     print(f"largest difference between plain Diffusers and the student's own sampler: {found['diffusers']:.3g}")
     for name, difference in found.items():
         if name != "diffusers":
@@ -76,19 +76,19 @@ def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.students.lora.files import convert
-    from stepdistill.students.lora.fuse import fuse
+    from stepdistill.students.lora.files import convert_lora
+    from stepdistill.students.lora.fuse import fuse_student
 
     if args.to == "fused":
-        print(
-            f"fused {args.source} into {args.target}: plain Diffusers differs by {fuse(args.source, args.target):.3g}"
-        )
+        difference = fuse_student(args.source, args.target)
+        print(f"fused {args.source} into {args.target}: plain Diffusers differs by {difference:.3g}")
     else:
-        print(convert(args.source, args.target, args.to, args.family))
+        print(convert_lora(args.source, args.target, args.to, args.family))
         print(f"wrote {args.target}")
 
 
 def _multi(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.students.several import join
 
-    print(f"joined {len(args.students)} students in {join(args.folder, args.students, args.move)}")
+    from stepdistill.students.several import join_students
+
+    print(f"joined {len(args.students)} students in {join_students(args.folder, args.students, args.move)}")

@@ -34,7 +34,7 @@ def add_view_command(commands: Any) -> None:  # noqa: ANN401
 def _view(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.students.contract import read_contracts, teacher
     from stepdistill.students.draw.steps import View, view, view_sheet
-    from stepdistill.students.single import folder_of
+    from stepdistill.students.load import folder_of
 
     folder = folder_of(args.folder)
     wanted = View(

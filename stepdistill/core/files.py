@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import IO
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 BLOCK = 2**20
 
@@ -40,6 +44,18 @@ def write_text(path: Path, text: str, part: Path | None = None) -> None:
     """Write text and a last newline by way of `written_whole`."""
     with written_whole(path, part) as place:
         place.write_text(text + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file. Its bytes depend on what is in it alone: safetensors orders metadata by chance."""
+    save_file(tensors, path, metadata)
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _remove(path: Path) -> None:

@@ -29,7 +29,7 @@ from stepdistill.evaluation.store import Store
 from stepdistill.families.base import Family
 from stepdistill.students.base_model import pipeline_hash
 from stepdistill.students.draw.pipeline import StudentPipeline
-from stepdistill.students.single import PATTERNS, folder_of
+from stepdistill.students.load import PATTERNS, folder_of
 
 LATENCY = "latency.json"
 WARMUP = 3  # images drawn before any is timed

@@ -16,7 +16,7 @@ from stepdistill.evaluation.spec import EvalRun
 from stepdistill.families.base import Family
 from stepdistill.students.contract import Contract, read_contracts, teacher
 from stepdistill.students.draw.pipeline import DrawOptions
-from stepdistill.students.single import folder_of
+from stepdistill.students.load import folder_of
 
 Role = Literal["reference", "teacher", "student"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from stepdistill.config.schema import Factory, locate
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.files import save_tensors
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
@@ -274,11 +276,15 @@ class Family(ABC):
         """
 
     def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-        """Write `pytorch_lora_weights.safetensors` with its metadata, as the pipeline's loader reads it."""
-        pipeline: Any = self.pipeline_class
-        name = self.network_name
-        given = {f"{name}_lora_layers": {**state}, f"{name}_lora_adapter_metadata": config}
-        pipeline.save_lora_weights(folder, **given)
+        """Write `pytorch_lora_weights.safetensors` with its metadata, as Diffusers' loaders read it."""
+        tensors = {f"{self.network_name}.{key}": value.contiguous() for key, value in state.items()}
+        facts = {f"{self.network_name}.{key}": value for key, value in config.items()}
+        metadata = {
+            "format": "pt",
+            LORA_ADAPTER_METADATA_KEY: json.dumps(facts, indent=2, sort_keys=True, default=sorted),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, folder / LORA_WEIGHT_NAME_SAFE, metadata)
 
 
 def _shift(pipe: DiffusionPipeline) -> float:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from stepdistill.config.schema import pick
+from stepdistill.config.schema import locate, pick
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.prediction import Kind
 from stepdistill.core.solvers import Sampler
@@ -21,12 +21,14 @@ from stepdistill.families.base import Family
 from stepdistill.networks.roles import AdapterArch
 
 CONTRACT = "distill_config.json"
+WEIGHTS = "pytorch_lora_weights.safetensors"
+ADAPTERS = "guidance_adapters.safetensors"
 STUDENTS = "students"  # the subfolder of a folder of several students
 SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter:
+class LoraWeights:
     """The LoRA in the folder. `strength` is the adapter weight to load it with; alpha is in its metadata."""
 
     rank: int
@@ -48,7 +50,7 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attached:
+class GuidanceAdapters:
     """The guidance adapters in the folder, in place of weights that plain Diffusers knows: their manifest.
 
     Args:
@@ -138,9 +140,9 @@ class Contract:
     eta: float
     first_noise: bool = False
     negative_prompt: bool
-    lora: Adapter | None
+    lora: LoraWeights | None
     network: Network | None = None
-    adapters: Attached | None = None
+    adapters: GuidanceAdapters | None = None
     resolution: tuple[int, int]
     dtype: str
     licence: str | None
@@ -236,7 +238,7 @@ def _read(folder: Path | str, form: TypeAdapter[T]) -> T:
         raise StudentError(problem(f"odd contents of {path}", "a sampling contract", why, todo)) from error
 
 
-def save(folder: Path, contract: Contract | MultiContract) -> None:
+def write_contract(folder: Path, contract: Contract | MultiContract) -> None:
     """Write the contract into a student folder."""
     form: TypeAdapter[Any] = FORMAT if isinstance(contract, Contract) else MULTI
     (folder / CONTRACT).write_bytes(form.dump_json(contract, indent=1) + b"\n")
@@ -247,3 +249,9 @@ def teacher(contract: Contract | MultiContract) -> Family:
     node = dict(contract.family)
     family: type[Family] = pick([Family], node.pop("type", None))
     return TypeAdapter(family).validate_python(node)
+
+
+def scheduler_class(contract: Contract) -> Any:  # noqa: ANN401
+    """The class of a contract's scheduler: one of Diffusers, or of `stepdistill.families.schedulers`."""
+    package = "stepdistill.families.schedulers" if contract.first_noise else "diffusers"
+    return locate(f"{package}.{contract.scheduler['_class_name']}")

@@ -1,15 +1,27 @@
-"""Loading a student folder, of one student or several, into a plain pipeline of its base."""
+"""Loading a student folder, of one student or several: into a plain pipeline of its base, and to train on from it."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 
-from stepdistill.students.contract import is_multi
-from stepdistill.students.several import load
-from stepdistill.students.single import folder_of, load_one
+from stepdistill.core.errors import StudentError, problem
+from stepdistill.data.routing import ROUTER
+from stepdistill.families.base import Family
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.roles import Adapters, Ema
+from stepdistill.students.contract import ADAPTERS, CONTRACT, STUDENTS, WEIGHTS, is_multi
+from stepdistill.students.lora.files import network_lora
+from stepdistill.students.lora.tensors import peft_state
+from stepdistill.students.several import load_several
+from stepdistill.students.single import load_adapters, load_network, load_one, load_state
+
+# what loading needs of a hub folder
+PATTERNS = [CONTRACT, WEIGHTS, ADAPTERS, "scheduler/*", "unet/*", "transformer/*", ROUTER, f"{STUDENTS}/*"]
 
 
 def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_name: str = "student") -> Any:  # noqa: ANN401
@@ -27,4 +39,39 @@ def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_
         StudentError: there is no student, or it does not fit the pipeline.
     """
     folder = folder_of(folder_or_hub_id)
-    return load(pipe, folder, adapter_name) if is_multi(folder) else load_one(pipe, folder, adapter_name)
+    return load_several(pipe, folder, adapter_name) if is_multi(folder) else load_one(pipe, folder, adapter_name)
+
+
+def folder_of(place: str | Path) -> Path:
+    """A local student folder; a hub id is downloaded first."""
+    if Path(place).is_dir():
+        return Path(place)
+    expected, todo = "a student folder or a hub id", "check the path or id, and the network"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
+        raise StudentError(problem(f"{place}, which does not exist", expected, "there is no student", todo))
+    try:
+        return Path(snapshot_download(str(place), allow_patterns=PATTERNS))
+    except OSError as error:
+        raise StudentError(problem(f"{place}, which is neither", expected, str(error), todo)) from error
+
+
+def start_from(backbone: Backbone, source: str, family: Family, role: str = "student") -> None:
+    """Load the LoRA of a student folder, hub id or file into `role` and its averages, at the same strength.
+
+    A role that is a network of its own takes the folder's whole network, one of adapters the folder's adapters.
+
+    Raises:
+        StudentError: it cannot be read, or its rank, layers or width are not the config's.
+    """
+    name = ADAPTERS if isinstance(backbone.kind(role), Adapters) else WEIGHTS
+    path = Path(source) if source.endswith(".safetensors") else folder_of(source) / name
+    if name == ADAPTERS:
+        state = load_adapters(path.parent)
+    elif role in backbone.others:
+        state = dict(load_network(path.parent, family, backbone.others[role]).state_dict())
+    else:
+        config = backbone.lora_config(role)
+        state = peft_state(network_lora(path, family), config["lora_alpha"] / config["r"])
+    averages = [key for key, other in backbone.declared.items() if isinstance(other, Ema) and other.of == role]
+    for name in [role, *averages]:
+        load_state(backbone, name, state, path)

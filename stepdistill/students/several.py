@@ -23,7 +23,6 @@ from stepdistill.core.errors import StudentError, problem
 from stepdistill.data.routing import Router, Routing, read_routing
 from stepdistill.families.base import Family
 from stepdistill.networks.pipeline_loras import adapters_on, switch_on
-from stepdistill.students import single as student
 from stepdistill.students.card import write_card, write_multi_card
 from stepdistill.students.contract import (
     CONTRACT,
@@ -33,9 +32,10 @@ from stepdistill.students.contract import (
     is_multi,
     read_contract,
     read_multi,
-    save,
     teacher,
+    write_contract,
 )
+from stepdistill.students.single import load_one
 
 EACH = ("generator", "latents", "negative_prompt")  # arguments of a call that may have one entry a prompt
 LEFT_OUT = ("checkpoint-*", "runs")  # parts of a training run that its student does not need
@@ -128,7 +128,7 @@ def _at(values: Any, places: list[int]) -> Any:  # noqa: ANN401
     return values[places] if isinstance(values, Tensor) else [values[i] for i in places]
 
 
-def load(pipe: DiffusionPipeline, folder: Path, adapter_name: str = "student") -> Students:
+def load_several(pipe: DiffusionPipeline, folder: Path, adapter_name: str = "student") -> Students:
     """Load all students of a folder into a plain pipeline of their base, as adapters `student-0` and so on.
 
     Networks of their own are placed where the pipeline's is now, so move it before. Until something else is chosen
@@ -147,7 +147,7 @@ def load(pipe: DiffusionPipeline, folder: Path, adapter_name: str = "student") -
     for k, place in enumerate(places):
         if k:  # a whole network has taken its place
             pipe.register_modules(**{part: base})
-        calls.append(student.load_one(pipe, place, names[k]))
+        calls.append(load_one(pipe, place, names[k]))
         nets.append(family.network(pipe))
         schedulers.append(pipe.scheduler)
     adapters = [()] * len(names)
@@ -159,7 +159,7 @@ def load(pipe: DiffusionPipeline, folder: Path, adapter_name: str = "student") -
     return found
 
 
-def join(out: Path, folders: Sequence[Path], move: bool = False) -> Path:
+def join_students(out: Path, folders: Sequence[Path], move: bool = False) -> Path:
     """Join the folders of K students into one, `out`, each with its own proof.
 
     Args:
@@ -186,7 +186,7 @@ def join(out: Path, folders: Sequence[Path], move: bool = False) -> Path:
     shared = {name: vars(first)[name] for name in vars(first).keys() & MultiContract.__dataclass_fields__.keys()}
     contract = MultiContract(**{**shared, "kind": "multi", "students": len(order)})
     routing = Routing(None, read_routing(out / STUDENTS / "0").router)
-    save(out, contract)
+    write_contract(out, contract)
     routing.save(out)
     write_multi_card(out, contract)
     return out

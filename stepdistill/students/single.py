@@ -1,143 +1,37 @@
-"""The student folder: write it, prove it, verify it, load it into a plain pipeline, train on from it."""
+"""The one student of a folder: into a plain pipeline of its base, and into a backbone as training has it."""
 
 from __future__ import annotations
 
 import logging
-import re
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from stepdistill.core.errors import StudentError, problem
-from stepdistill.data.routing import ROUTER
 from stepdistill.families.base import Family
-from stepdistill.methods.base import Method
 from stepdistill.networks.backbone import Backbone
-from stepdistill.networks.guidance_adapters import GuidedCall
-from stepdistill.networks.roles import Adapters, Copy, Ema, Lora, LoraSpec
-from stepdistill.students.base_model import base_hash, base_of, name_of
-from stepdistill.students.card import is_non_commercial as is_non_commercial
-from stepdistill.students.card import warn_of_licence as warn_of_licence
-from stepdistill.students.card import write_card
+from stepdistill.networks.guidance_adapters import Attachment, GuidedCall, build
+from stepdistill.networks.pipeline_loras import adapters_on, attach, keys_of, same_keys, switch_on
+from stepdistill.networks.roles import Adapters, Copy, Lora, LoraSpec
+from stepdistill.students.base_model import base_hash, name_of
 from stepdistill.students.contract import (
-    CONTRACT,
-    STUDENTS,
-    Contract,
-    Proof,
-    is_multi,
-    read_contract,
-    save,
-    teacher,
-)
-from stepdistill.students.proof import prove
-from stepdistill.students.snippets import snippet as snippet
-from stepdistill.students.weights import (
     ADAPTERS,
     WEIGHTS,
-    into_pipeline,
-    load_adapters,
-    load_network,
-    load_state,
-    read_lora,
+    Contract,
+    GuidanceAdapters,
+    read_contract,
+    scheduler_class,
+    teacher,
 )
-from stepdistill.students.write import write_unproven
+from stepdistill.students.lora.files import network_lora
+from stepdistill.students.lora.tensors import peft_state
 
 logger = logging.getLogger(__name__)
-# what loading needs of a hub folder
-PATTERNS = [CONTRACT, WEIGHTS, ADAPTERS, "scheduler/*", "unet/*", "transformer/*", ROUTER, f"{STUDENTS}/*"]
-
-
-def write(
-    folder: Path,
-    *,
-    family: Family,
-    pipe: DiffusionPipeline,
-    backbone: Backbone,
-    role: str,
-    method: Method,
-    resolution: tuple[int, int],
-    seed: int = 0,
-    steps: int | None = None,
-    licence: str | None = None,
-) -> float:
-    """Write a student folder, load it into a fresh plain pipeline, and compare with the student in memory.
-
-    Args:
-        pipe: the pipeline that `backbone` trains in; its scheduler is the teacher's.
-        role: the LoRA, copy or average that becomes the student.
-        resolution: height and width in pixels.
-        seed: of the comparison's noise.
-        steps: of the contract's sampler; None takes the method's.
-        licence: of the base; None reads the base's model card.
-
-    Returns:
-        The largest difference of final latents, relative to the teacher's largest value.
-
-    Raises:
-        StudentError: the difference is above 1e-4 (more in half precision), or other noise levels are
-            visited. The folder stays, with a contract that says that it was not proven.
-    """
-    plain = family.load()
-    contract = write_unproven(
-        folder,
-        family=family,
-        pipe=pipe,
-        backbone=backbone,
-        role=role,
-        method=method,
-        resolution=resolution,
-        base=base_of(plain, family, licence),
-        steps=steps,
-    )
-    dtype = next(backbone.net.parameters()).dtype
-    if family.quantization is None:
-        # the base was rounded in training and the LoRA was not; `net.to` would warn of it
-        nn.Module.to(family.network(plain), dtype).float()
-    into_pipeline(plain, folder, contract, family, "student")
-    return accept(folder, contract, prove(contract, family, plain, pipe, backbone, role, seed))
-
-
-def accept(folder: Path, contract: Contract, proof: Proof) -> float:
-    """Keep a proof in the contract and card; returns its difference. Raises StudentError where that is too large."""
-    if not proof.difference <= proof.tolerance:
-        raise StudentError(
-            problem(
-                f"a difference of {proof.difference:.3g} between {folder} in plain Diffusers and the student",
-                f"at most {proof.tolerance:g} of the teacher's largest value, in {proof.dtype}",
-                "the folder draws other images than training did",
-                "do not share it; compare its weights and scheduler with distill_config.json",
-            )
-        )
-    contract = replace(contract, proof=proof)
-    save(folder, contract)
-    write_card(folder, contract)
-    return proof.difference
-
-
-def verify(folder: Path) -> float:
-    """Compare a student folder in a plain pipeline with our own sampler, from the files alone, in float32.
-
-    On one side a LoRA's scale comes from the contract, on the other from the file's metadata.
-
-    Returns:
-        The largest difference of final latents, relative to the teacher's largest value.
-
-    Raises:
-        StudentError: the folder is no whole student folder, or other noise levels are visited.
-    """
-    if is_multi(folder):
-        return max(verify(place) for place in sorted(folder.glob(f"{STUDENTS}/*")))
-    contract = read_contract(folder)
-    family = teacher(contract)
-    pipe, backbone = in_memory(folder, contract, family)
-    plain = family.load()
-    into_pipeline(plain, folder, contract, family, "student")
-    return prove(contract, family, plain, pipe, backbone, "student", 0).difference
 
 
 def in_memory(folder: Path, contract: Contract, family: Family) -> tuple[DiffusionPipeline, Backbone]:
@@ -158,7 +52,7 @@ def in_memory(folder: Path, contract: Contract, family: Family) -> tuple[Diffusi
         spec = LoraSpec(rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules)
         backbone = Backbone(net, spec, lora.target_modules)
         backbone.add("student", Lora())
-        load_state(backbone, "student", read_lora(folder / WEIGHTS, family)[0], folder)
+        load_state(backbone, "student", peft_state(network_lora(folder / WEIGHTS, family)), folder)
     return pipe, backbone
 
 
@@ -193,38 +87,91 @@ def load_one(pipe: DiffusionPipeline, folder: Path, adapter_name: str) -> Any:  
     return GuidedCall(contract.call, adapters, contract.guidance_range)
 
 
-def folder_of(place: str | Path) -> Path:
-    """A local student folder; a hub id is downloaded first."""
-    if Path(place).is_dir():
-        return Path(place)
-    expected, todo = "a student folder or a hub id", "check the path or id, and the network"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
-        raise StudentError(problem(f"{place}, which does not exist", expected, "there is no student", todo))
-    try:
-        return Path(snapshot_download(str(place), allow_patterns=PATTERNS))
-    except OSError as error:
-        raise StudentError(problem(f"{place}, which is neither", expected, str(error), todo)) from error
+def into_pipeline(
+    pipe: DiffusionPipeline, folder: Path, contract: Contract, family: Family, adapter_name: str
+) -> Attachment | None:
+    """A student's weights and scheduler into a plain pipeline; LoRAs that are active stay so.
 
-
-def start_from(backbone: Backbone, source: str, family: Family, role: str = "student") -> None:
-    """Load the LoRA of a student folder, hub id or file into `role` and its averages, at the same strength.
-
-    A role that is a network of its own takes the folder's whole network, one of adapters the folder's adapters.
-
-    Raises:
-        StudentError: it cannot be read, or its rank, layers or width are not the config's.
+    Returns:
+        The guidance adapters, where the folder holds such.
     """
-    name = ADAPTERS if isinstance(backbone.kind(role), Adapters) else WEIGHTS
-    path = Path(source) if source.endswith(".safetensors") else folder_of(source) / name
-    if name == ADAPTERS:
-        state = load_adapters(path.parent)
-    elif role in backbone.others:
-        state = dict(load_network(path.parent, family, backbone.others[role]).state_dict())
-    else:
-        state, scale = read_lora(path, family)
-        config = backbone.lora_config(role)
-        ratio = scale * config["r"] / config["lora_alpha"]
-        state = {key: value * ratio if ".lora_B." in key else value for key, value in state.items()}
-    averages = [key for key, other in backbone.declared.items() if isinstance(other, Ema) and other.of == role]
-    for name in [role, *averages]:
-        load_state(backbone, name, state, path)
+    net: Any = family.network(pipe)
+    active = adapters_on(net)
+    adapters = attached(net, folder, contract.adapters, family) if contract.adapters else None
+    try:
+        if contract.kind == "full":
+            pipe.register_modules(**{family.network_name: load_network(folder, family, net)})
+        elif contract.lora is not None and family.loads_lora:
+            loader: Any = pipe  # LoRA loading is a mixin of the pipeline's class
+            loader.load_lora_weights(folder, weight_name=WEIGHTS, adapter_name=adapter_name)
+            # a file of another network is only warned of, and leaves the pipeline as it was
+            same_keys(keys_of(net, adapter_name), peft_state(network_lora(folder / WEIGHTS, family)).keys())
+        elif contract.lora is not None:
+            lora, rank, alpha = network_lora(folder / WEIGHTS, family), contract.lora.rank, contract.lora.alpha
+            spec = LoraSpec(rank=rank, alpha=alpha, target_modules=contract.lora.target_modules)
+            attach(net, spec, peft_state(lora, alpha / rank), adapter_name)
+        scheduler = scheduler_class(contract)
+        pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise StudentError(
+            problem(
+                f"{folder} and a {type(pipe).__name__}, which do not go together",
+                f"a whole student folder and a pipeline of {contract.base_model}",
+                str(error),
+                "check both; where the adapter's name is in use, pass another adapter_name",
+            )
+        ) from error
+    if active and contract.kind == "lora":  # loading has switched them off
+        switch_on(net, [*active, adapter_name])
+    return adapters
+
+
+def load_network(folder: Path, family: Family, like: nn.Module) -> nn.Module:
+    """The whole network in a student folder, on the device and in the precision of `like`."""
+    kind: Any = type(like)
+    try:
+        net = kind.from_pretrained(folder, subfolder=family.network_name)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        expected, todo = "a network as Diffusers saves it", "give the folder of a student of its own network"
+        raise StudentError(problem(f"unreadable {folder / family.network_name}", expected, str(error), todo)) from error
+    parameter = next(like.parameters())
+    return nn.Module.to(net, parameter.device, parameter.dtype)  # the net's own warns of what it would keep in float32
+
+
+def load_adapters(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder's guidance adapters."""
+    try:
+        return load_file(folder / ADAPTERS)
+    except (OSError, SafetensorError) as error:
+        expected, todo = "guidance adapters as a run saves them", "give the folder of such a student"
+        raise StudentError(problem(f"unreadable {folder / ADAPTERS}", expected, str(error), todo)) from error
+
+
+def attached(net: nn.Module, folder: Path, manifest: GuidanceAdapters, family: Family) -> Attachment:
+    """A folder's guidance adapters in a network, on from now on; StudentError where they do not fit it."""
+    sites, parameter = family.sites(net), next(net.parameters())
+    names = tuple(site.name for site in sites.places)
+    modules = build(Adapters(manifest.arch, manifest.width), sites)
+    try:
+        if names != manifest.sites:
+            raise ValueError(f"they are for {len(manifest.sites)} attention layers, and the network has {len(names)}")
+        modules.load_state_dict(load_adapters(folder))
+    except (ValueError, RuntimeError) as error:
+        got, expected = f"{folder} and a network, which do not go together", "a network of the same shape as the base's"
+        todo = "load the base, or one fine-tuned from it"
+        raise StudentError(problem(got, expected, _brief(error), todo)) from error
+    modules.requires_grad_(False).eval().to(parameter.device, parameter.dtype)
+    return Attachment(net, sites, modules, manifest.guidance_scale)
+
+
+def load_state(backbone: Backbone, role: str, state: dict[str, Tensor], source: Path) -> None:
+    """Tensors into a role; StudentError names where they come from."""
+    try:
+        backbone.load_state(role, state)
+    except (ValueError, RuntimeError) as error:
+        raise StudentError(f"{source}: {_brief(error)}") from error
+
+
+def _brief(error: Exception) -> str:
+    """The head of a message: torch lists every tensor of a network that does not fit."""
+    return " ".join(str(error).split("\n")[:2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepdistill.students.contract import Attached, Contract, MultiContract, teacher
+from stepdistill.students.contract import Contract, GuidanceAdapters, MultiContract, teacher
 
 
 def snippet(contract: Contract, address: Path | str) -> str:
@@ -30,7 +30,7 @@ def snippet(contract: Contract, address: Path | str) -> str:
     return "\n".join(lines)
 
 
-def _adapter_snippet(contract: Contract, adapters: Attached, address: Path | str) -> str:
+def _adapter_snippet(contract: Contract, adapters: GuidanceAdapters, address: Path | str) -> str:
     low, high = contract.guidance_range or (adapters.guidance_scale,) * 2
     told = f"call.guidance_scale = {adapters.guidance_scale:g}"
     return _loaded_snippet(contract, address, f"{told}  # from {low:g} to {high:g}; the pipeline's own stays 1")

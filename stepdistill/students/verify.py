@@ -1,4 +1,4 @@
-"""The other formats of a finished student folder, and the proof that each draws the same."""
+"""The other formats of a finished student folder, and the comparison of each with the student's own sampler."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from diffusers import DiffusionPipeline
 
 from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.families.base import Family
-from stepdistill.students import single as student
-from stepdistill.students.contract import STUDENTS, Contract, is_multi, read_contract, teacher
-from stepdistill.students.lora import comfyui as workflow
-from stepdistill.students.lora import files as convert
+from stepdistill.students.contract import STUDENTS, WEIGHTS, Contract, is_multi, read_contract, scheduler_class, teacher
+from stepdistill.students.lora.comfyui import WORKFLOW, verify_workflow, write_workflow
+from stepdistill.students.lora.files import convert_lora, layout_of, read_lora, write_lora
 from stepdistill.students.lora.tensors import Format
 from stepdistill.students.proof import prove
-from stepdistill.students.weights import WEIGHTS, into_pipeline, scheduler_class
+from stepdistill.students.single import in_memory, into_pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -27,25 +26,46 @@ FILES: dict[Format, str] = {"kohya": "lora_kohya.safetensors", "comfyui": "lora_
 KOHYA_IN_DIFFUSERS = ("sd", "sdxl")  # its reader of Flux expects the full size, and knows no other family
 
 
-def export(folder: Path, formats: Sequence[Format]) -> None:
+def export_formats(folder: Path, formats: Sequence[Format]) -> None:
     """Write the LoRA of a student folder in these formats, too; for ComfyUI with a workflow beside it."""
     for to in formats:
-        convert.convert(folder, folder / FILES[to], to)
+        convert_lora(folder, folder / FILES[to], to)
     if "comfyui" in formats:
         try:
-            workflow.save(folder, read_contract(folder), FILES["comfyui"])
+            write_workflow(folder, read_contract(folder), FILES["comfyui"])
         except ConfigError as error:
-            logger.warning("no %s: %s", workflow.WORKFLOW, error)
+            logger.warning("no %s: %s", WORKFLOW, error)
 
 
-def clear(folder: Path) -> None:
+def remove_formats(folder: Path) -> None:
     """Remove the other formats of an earlier run in a folder."""
-    for name in (*FILES.values(), workflow.WORKFLOW):
+    for name in (*FILES.values(), WORKFLOW):
         (folder / name).unlink(missing_ok=True)
 
 
-def verify(folder: Path) -> dict[str, float]:
-    """The largest difference by format, as `students.single.verify` measures it, for each that the folder has.
+def verify_student(folder: Path) -> float:
+    """Compare a student folder in a plain pipeline with our own sampler, from the files alone, in float32.
+
+    On one side a LoRA's scale comes from the contract, on the other from the file's metadata.
+
+    Returns:
+        The largest difference of final latents, relative to the teacher's largest value.
+
+    Raises:
+        StudentError: the folder is no whole student folder, or other noise levels are visited.
+    """
+    if is_multi(folder):
+        return max(verify_student(place) for place in sorted(folder.glob(f"{STUDENTS}/*")))
+    contract = read_contract(folder)
+    family = teacher(contract)
+    pipe, backbone = in_memory(folder, contract, family)
+    plain = family.load()
+    into_pipeline(plain, folder, contract, family, "student")
+    return prove(contract, family, plain, pipe, backbone, "student", 0).difference
+
+
+def verify_formats(folder: Path) -> dict[str, float]:
+    """The largest difference by format, as `verify_student` measures it, for each that the folder has.
 
     A file of another format is read by Diffusers where Diffusers reads it for the family, else converted back; and a
     workflow must hold the contract's noise levels.
@@ -54,26 +74,26 @@ def verify(folder: Path) -> dict[str, float]:
         StudentError: the folder is no whole student folder, or one of its files is not.
     """
     if is_multi(folder):
-        each = [verify(place) for place in sorted(folder.glob(f"{STUDENTS}/*"))]
+        each = [verify_formats(place) for place in sorted(folder.glob(f"{STUDENTS}/*"))]
         names = dict.fromkeys(name for one in each for name in one)
         return {name: max(one[name] for one in each if name in one) for name in names}
-    found, contract = {"diffusers": student.verify(folder)}, read_contract(folder)
+    found, contract = {"diffusers": verify_student(folder)}, read_contract(folder)
     there: list[Format] = [to for to, name in FILES.items() if (folder / name).exists()]
     if there:
         family = teacher(contract)
-        pipe, backbone = student.in_memory(folder, contract, family)
+        pipe, backbone = in_memory(folder, contract, family)
         for to in there:
             plain = _loaded(folder, folder / FILES[to], to, contract, family)
             found[to] = prove(contract, family, plain, pipe, backbone, "student", 0).difference
-    if (folder / workflow.WORKFLOW).exists():
-        workflow.check(folder, contract, FILES["comfyui"])
+    if (folder / WORKFLOW).exists():
+        verify_workflow(folder, contract, FILES["comfyui"])
     return found
 
 
 def _loaded(folder: Path, file: Path, to: Format, contract: Contract, family: Family) -> DiffusionPipeline:
     """A plain pipeline with the LoRA of a file and the folder's scheduler."""
-    layout = convert.layout_of(family)
-    lora = convert.load(file, layout)
+    layout = layout_of(family)
+    lora = read_lora(file, layout)
     plain: Any = family.load()
     if to == "kohya" and layout.family in KOHYA_IN_DIFFUSERS:
         try:
@@ -85,6 +105,6 @@ def _loaded(folder: Path, file: Path, to: Format, contract: Contract, family: Fa
         return plain
     with TemporaryDirectory() as place:
         shutil.copytree(folder / "scheduler", Path(place) / "scheduler")
-        convert.save(lora, Path(place) / WEIGHTS, "diffusers")
+        write_lora(lora, Path(place) / WEIGHTS, "diffusers")
         into_pipeline(plain, Path(place), contract, family, "student")
     return plain

@@ -1,31 +1,113 @@
-"""Writing the files of a student folder: weights, scheduler, contract and card. `students.single` proves them."""
+"""Writing a student folder: its weights, scheduler, contract and card, and the proof of them."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from pydantic import TypeAdapter
+from torch import nn
 
 from stepdistill.config.dump import to_node
 from stepdistill.config.schema import dotted
 from stepdistill.core.errors import StudentError, problem
+from stepdistill.core.files import save_tensors
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.networks.backbone import Backbone
-from stepdistill.networks.roles import Module
-from stepdistill.students.base_model import Base, absolute, name_of
+from stepdistill.networks.roles import Adapters, Module
+from stepdistill.students.base_model import Base, absolute, base_of, name_of
 from stepdistill.students.card import write_card
-from stepdistill.students.contract import Adapter, Attached, Contract, Network, save
-from stepdistill.students.weights import save_weights
+from stepdistill.students.contract import (
+    ADAPTERS,
+    Contract,
+    GuidanceAdapters,
+    LoraWeights,
+    Network,
+    Proof,
+    write_contract,
+)
+from stepdistill.students.proof import prove
+from stepdistill.students.single import into_pipeline
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
-KINDS: dict[type, Literal["lora", "full", "adapters"]] = {Adapter: "lora", Network: "full", Attached: "adapters"}
+KINDS: dict[type, Literal["lora", "full", "adapters"]] = {
+    LoraWeights: "lora",
+    Network: "full",
+    GuidanceAdapters: "adapters",
+}
+
+
+def write_student(
+    folder: Path,
+    *,
+    family: Family,
+    pipe: DiffusionPipeline,
+    backbone: Backbone,
+    role: str,
+    method: Method,
+    resolution: tuple[int, int],
+    seed: int = 0,
+    steps: int | None = None,
+    licence: str | None = None,
+) -> float:
+    """Write a student folder, load it into a fresh plain pipeline, and compare with the student in memory.
+
+    Args:
+        pipe: the pipeline that `backbone` trains in; its scheduler is the teacher's.
+        role: the LoRA, copy or average that becomes the student.
+        resolution: height and width in pixels.
+        seed: of the comparison's noise.
+        steps: of the contract's sampler; None takes the method's.
+        licence: of the base; None reads the base's model card.
+
+    Returns:
+        The largest difference of final latents, relative to the teacher's largest value.
+
+    Raises:
+        StudentError: the difference is above 1e-4 (more in half precision), or other noise levels are
+            visited. The folder stays, with a contract that says that it was not proven.
+    """
+    plain = family.load()
+    contract = write_unproven(
+        folder,
+        family=family,
+        pipe=pipe,
+        backbone=backbone,
+        role=role,
+        method=method,
+        resolution=resolution,
+        base=base_of(plain, family, licence),
+        steps=steps,
+    )
+    dtype = next(backbone.net.parameters()).dtype
+    if family.quantization is None:
+        # the base was rounded in training and the LoRA was not; `net.to` would warn of it
+        nn.Module.to(family.network(plain), dtype).float()
+    into_pipeline(plain, folder, contract, family, "student")
+    return keep_proof(folder, contract, prove(contract, family, plain, pipe, backbone, role, seed))
+
+
+def keep_proof(folder: Path, contract: Contract, proof: Proof) -> float:
+    """Keep a proof in the contract and card; returns its difference. Raises StudentError where that is too large."""
+    if not proof.difference <= proof.tolerance:
+        raise StudentError(
+            problem(
+                f"a difference of {proof.difference:.3g} between {folder} in plain Diffusers and the student",
+                f"at most {proof.tolerance:g} of the teacher's largest value, in {proof.dtype}",
+                "the folder draws other images than training did",
+                "do not share it; compare its weights and scheduler with distill_config.json",
+            )
+        )
+    contract = replace(contract, proof=proof)
+    write_contract(folder, contract)
+    write_card(folder, contract)
+    return proof.difference
 
 
 def write_unproven(
@@ -40,7 +122,7 @@ def write_unproven(
     base: Base,
     steps: int | None = None,
 ) -> Contract:
-    """Write a student folder as `write` does, without the pipeline and the time that its proof takes."""
+    """Write a student folder as `write_student` does, without the pipeline and the time that its proof takes."""
     if isinstance(backbone.declared[role], Module):
         why, todo = "it draws nothing", "name the student's role in the method's `student_role`"
         raise StudentError(problem(f"role {role!r}, which is no denoiser", "a LoRA, a copy or an average", why, todo))
@@ -51,7 +133,7 @@ def write_unproven(
     scheduler.save_pretrained(folder / "scheduler")
     dtype = next(backbone.net.parameters()).dtype
     contract = replace(_contract(family, pipe, base, method, steps, weights, resolution), dtype=name_of(dtype))
-    save(folder, contract)
+    write_contract(folder, contract)
     write_card(folder, contract)
     return contract
 
@@ -62,7 +144,7 @@ def _contract(
     base: Base,
     method: Method,
     steps: int | None,
-    weights: Adapter | Network | Attached,
+    weights: LoraWeights | Network | GuidanceAdapters,
     resolution: tuple[int, int],
 ) -> Contract:
     schedule = family.schedule(pipe.scheduler)
@@ -90,11 +172,42 @@ def _contract(
         eta=sampler.eta,
         first_noise=sampler.first_noise,
         negative_prompt=scale > 1,
-        lora=weights if isinstance(weights, Adapter) else None,
+        lora=weights if isinstance(weights, LoraWeights) else None,
         network=weights if isinstance(weights, Network) else None,
-        adapters=weights if isinstance(weights, Attached) else None,
+        adapters=weights if isinstance(weights, GuidanceAdapters) else None,
         resolution=resolution,
         dtype="float32",
         licence=base.licence,
         versions={name: version(name) for name in ("stepdistill", *LIBRARIES)},
     )
+
+
+def save_weights(
+    folder: Path, family: Family, backbone: Backbone, role: str, told: float | None = None
+) -> LoraWeights | Network | GuidanceAdapters:
+    """Write a role's weights, as Diffusers reads them where it can, and say what they are.
+
+    Args:
+        told: the guidance scale that adapters are told where none is set.
+    """
+    kind = backbone.kind(role)
+    if isinstance(kind, Adapters):
+        assert told is not None and backbone.sites is not None
+        state = {key: value.cpu().contiguous() for key, value in backbone.state(role).items()}
+        found = GuidanceAdapters(
+            arch=kind.arch,
+            width=kind.width,
+            sites=tuple(site.name for site in backbone.sites.places),
+            parameters=sum(value.numel() for value in state.values()),
+            guidance_scale=told,
+        )
+        save_tensors(state, folder / ADAPTERS, {"manifest": json.dumps(asdict(found))})
+        return found
+    if role in backbone.others:
+        net: Any = backbone.others[role]
+        net.save_pretrained(folder / family.network_name)
+        return Network(class_name=type(net).__name__, parameters=sum(p.numel() for p in net.state_dict().values()))
+    config = backbone.lora_config(role)
+    family.save_lora(folder, backbone.state(role), config)
+    targets = tuple(sorted(config["target_modules"]))
+    return LoraWeights(rank=config["r"], alpha=float(config["lora_alpha"]), target_modules=targets)

@@ -14,7 +14,7 @@ from stepdistill.core.solvers import Sampler
 from stepdistill.data import Source, Stream, Trajectories, inside
 from stepdistill.methods.base import Method
 from stepdistill.networks.roles import Copy, Ema, Lora
-from stepdistill.students.lora import files as convert
+from stepdistill.students.lora.files import layout_of
 from stepdistill.students.lora.tensors import FAMILIES
 from stepdistill.training.checkpoint import checkpoints
 from stepdistill.training.finish import load_reference, reference_file
@@ -127,7 +127,7 @@ def check_export_formats(run: Run) -> None:
     roles, name = run.method.roles(), run.method.student_role()
     while isinstance(role := roles[name], Ema):
         name = role.of
-    layout = convert.layout_of(run.family)
+    layout = layout_of(run.family)
     missing = [to for to in formats if layout.family not in FAMILIES[to]]
     if missing or not isinstance(role, Lora):
         got = f"train.export_formats {list(formats)}"

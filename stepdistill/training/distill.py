@@ -9,10 +9,10 @@ from stepdistill.config.dump import config_to_yaml
 from stepdistill.core import distributed
 from stepdistill.data import inside
 from stepdistill.data.made import TeacherMade
-from stepdistill.students.single import start_from
+from stepdistill.students.load import start_from
 from stepdistill.training.checkpoint import checkpoints
 from stepdistill.training.checks import check_loaded, check_run
-from stepdistill.training.finish import write_student
+from stepdistill.training.finish import finish_run
 from stepdistill.training.loop import training_loop
 from stepdistill.training.memory.predict import predict
 from stepdistill.training.optimizers import Optimizers
@@ -39,7 +39,7 @@ def distill(run: Run) -> Path:
     if finished:
         with session.leading() as leader:  # of a sharded base while there still is a process group
             if leader:
-                write_student(session)
+                finish_run(session)
     if session.shards is not None:
         session.accelerator.end_training()
     return Path(run.train.output_dir)

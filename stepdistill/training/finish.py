@@ -26,11 +26,14 @@ from stepdistill.evaluation.records import prompts_digest
 from stepdistill.evaluation.results import document, protocol_facts
 from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.networks import sharding
-from stepdistill.students import single as student
-from stepdistill.students import verify as export
+from stepdistill.students.card import write_card
+from stepdistill.students.contract import read_contract
 from stepdistill.students.draw.call import SEED_B, PipelineCall, generate, student_call, teacher_call
 from stepdistill.students.draw.sheet import image_grid
 from stepdistill.students.load import load_student
+from stepdistill.students.snippets import snippet
+from stepdistill.students.verify import export_formats, remove_formats
+from stepdistill.students.write import write_student
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.sampling import relative_straightness
 from stepdistill.training.setup import Session
@@ -38,14 +41,14 @@ from stepdistill.training.setup import Session
 FEW = 4  # steps at which teacher and student are compared
 
 
-def write_student(session: Session) -> None:
+def finish_run(session: Session) -> None:
     """Write and prove the student folder, draw `samples/grid.png`, measure `eval.json`, print the summary."""
     session = replace(
         session, run=replace(session.run, method=session.run.method.finalize(partial(relative_straightness, session)))
     )
     run, out = session.run, Path(session.run.train.output_dir)
     spec = run.train
-    difference = student.write(
+    difference = write_student(
         out,
         family=run.family,
         pipe=session.pipe,
@@ -56,8 +59,8 @@ def write_student(session: Session) -> None:
         seed=spec.seed,
     )
     (out / ROUTER).unlink(missing_ok=True)  # of an earlier run in this folder
-    export.clear(out)
-    export.export(out, spec.export_formats)
+    remove_formats(out)
+    export_formats(out, spec.export_formats)
     for part in inside(run.data):
         if isinstance(part, Partition):
             Routing(part.student, part.router).save(out)
@@ -68,7 +71,7 @@ def write_student(session: Session) -> None:
     if spec.push_to_hub:
         api = HfApi()
         repo = api.create_repo(spec.hub_model_id or out.name, exist_ok=True).repo_id
-        student.write_card(out, student.read_contract(out), address=repo)
+        write_card(out, read_contract(out), address=repo)
         api.upload_folder(repo_id=repo, folder_path=out, ignore_patterns=["checkpoint-*", "runs/*", "best/*"])
         print(f"uploaded to {repo}")
 
@@ -97,7 +100,7 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
         ]
         scale = max(1, 96 // columns[0][1].shape[-1])
         image_grid(columns, prompts, scale).save(out / "samples" / "grid.png")
-        student.write_card(out, student.read_contract(out))  # again, now that there is an image
+        write_card(out, read_contract(out))  # again, now that there is an image
     if not spec.eval_samples:
         return {}
     document = measure(run, load_reference(run, session.digest), teacher, plain, {"full": full, "few": few}, rows)
@@ -180,7 +183,7 @@ def per_image(cost: Cost, n: int) -> dict[str, float]:
 
 
 def _print(out: Path, summary: Mapping[str, Any]) -> None:
-    contract = student.read_contract(out)
+    contract = read_contract(out)
     print(f"\nStudent: {out}   (plain Diffusers differs from it by {summary['proof']:.1e})")
     for row in summary.get("rows", []):
         cost, excess = row["cost"], ""
@@ -191,5 +194,5 @@ def _print(out: Path, summary: Mapping[str, Any]) -> None:
             f"  {row['name']:<20} calls {cost['calls']:4.0f}  nfe {cost['nfe']:5.0f}  "
             f"{1000 * cost['seconds_per_image']:7.2f} ms an image{excess}"
         )
-    print("\nDraw with it:\n\n" + student.snippet(contract, out.resolve()))
+    print("\nDraw with it:\n\n" + snippet(contract, out.resolve()))
     print(f"\nMeasure it:\n\nstepdistill eval run {contract.base_model} {out} --prompts-file FILE -o {out}-eval")

@@ -23,8 +23,8 @@ from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sharding import ShardedNetwork
-from stepdistill.students import single as student
 from stepdistill.students.base_model import Base, base_of
+from stepdistill.students.card import warn_of_licence
 from stepdistill.training.batches import Batches
 from stepdistill.training.cache.keys import Keys, family_keys
 from stepdistill.training.recipe import Run
@@ -125,7 +125,7 @@ def prepare(run: Run) -> Session:
     if spec.shard_base:
         sharding.check_processes(accelerator.num_processes)
     pipe = family.load(("text", "vae") if spec.cache_dir else ())
-    student.warn_of_licence(family)
+    warn_of_licence(family)
     base = base_of(pipe, family)  # before any rounding
     dtype = DTYPES[accelerator.mixed_precision]
     net = family.network(pipe)

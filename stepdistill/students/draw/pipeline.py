@@ -28,9 +28,8 @@ from stepdistill.students.contract import Contract, read_contracts, teacher
 from stepdistill.students.draw.call import PipelineCall, generate, scheduled, teacher_call
 from stepdistill.students.draw.loras import fuse_loras, load_style, weigh_loras
 from stepdistill.students.draw.negative_prompt import Mode, negative_prompt
-from stepdistill.students.load import load_student
+from stepdistill.students.load import folder_of, load_student
 from stepdistill.students.several import Students
-from stepdistill.students.single import folder_of
 
 logger = logging.getLogger(__name__)
 STUDENT = "student"  # the adapter's name

@@ -26,9 +26,8 @@ from stepdistill.families.base import Family, each
 from stepdistill.students.contract import read_contracts, teacher
 from stepdistill.students.draw.call import PipelineCall, scheduled, teacher_call
 from stepdistill.students.draw.sheet import SheetRow, image_sheet
-from stepdistill.students.load import load_student
+from stepdistill.students.load import folder_of, load_student
 from stepdistill.students.several import Students
-from stepdistill.students.single import folder_of
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 from stepdistill.core.errors import ConfigError, StudentError, problem
-from stepdistill.students.contract import Contract, teacher
+from stepdistill.students.contract import Contract, scheduler_class, teacher
 from stepdistill.students.lora.names import PIPELINES
-from stepdistill.students.weights import scheduler_class
 
 WORKFLOW = "comfyui_workflow.json"
 SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
@@ -49,7 +48,7 @@ def workflow(contract: Contract, lora: str) -> dict[str, Node]:
     Raises:
         ConfigError: none of ComfyUI's samplers does what the student was trained for.
     """
-    _check(contract)
+    _refuse(contract)
     layout = PIPELINES[teacher(contract).pipeline_class.__name__]
     height, width = contract.resolution
     nodes = _loaders(contract, layout)
@@ -91,12 +90,12 @@ def workflow(contract: Contract, lora: str) -> dict[str, Node]:
     }
 
 
-def save(folder: Path, contract: Contract, lora: str) -> None:
+def write_workflow(folder: Path, contract: Contract, lora: str) -> None:
     """Write `comfyui_workflow.json` into a folder. Raises ConfigError as `workflow` does."""
     (folder / WORKFLOW).write_text(json.dumps(workflow(contract, lora), indent=1) + "\n")
 
 
-def check(folder: Path, contract: Contract, lora: str) -> None:
+def verify_workflow(folder: Path, contract: Contract, lora: str) -> None:
     """Raise StudentError where the workflow file in a folder would not draw as the contract says."""
     file = folder / WORKFLOW
     expected, todo = "what the contract says", "export it again"
@@ -110,7 +109,7 @@ def check(folder: Path, contract: Contract, lora: str) -> None:
         raise StudentError(problem(f"{file} with other {', '.join(odd)}", expected, why, todo))
 
 
-def _check(contract: Contract) -> None:
+def _refuse(contract: Contract) -> None:
     got = expected = None
     if contract.first_noise:
         got, expected = "steps with the first noise", "with fresh noise or none"

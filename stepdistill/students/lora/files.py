@@ -13,16 +13,23 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.core.errors import ConfigError, StudentError, problem
-from stepdistill.core.files import written_whole
+from stepdistill.core.files import save_tensors, written_whole
 from stepdistill.families.base import Family
-from stepdistill.students.contract import read_contract, teacher
+from stepdistill.students.contract import WEIGHTS, read_contract, teacher
 from stepdistill.students.lora.names import NETWORKS, PIPELINES, Layer, by_name, by_part
-from stepdistill.students.lora.tensors import FAMILIES, Format, Lora, Part, Read, format_of, read, write
-from stepdistill.students.weights import WEIGHTS
+from stepdistill.students.lora.tensors import (
+    FAMILIES,
+    Format,
+    LayerLora,
+    Lora,
+    ParsedLora,
+    format_of,
+    lora_tensors,
+    parse_lora,
+)
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHOWN = 10
@@ -30,14 +37,17 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Layout:
-    """Whose layers a LoRA is on: a key of `students.lora.names.NETWORKS`, and `layers_per_block` of its UNet."""
+    """Whose layers a LoRA is on: a key of `students.lora.names.NETWORKS`, and `layers_per_block` of its UNet.
 
-    family: str
+    Without a family any layer will do that is named as Diffusers names it.
+    """
+
+    family: str | None
     per_block: int = 2
 
 
 @dataclass(frozen=True)
-class Found:
+class LoraFile:
     """A LoRA file.
 
     Args:
@@ -52,10 +62,10 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Report:
+class Conversion:
     """What a conversion did; every key was matched, or it would have failed."""
 
-    found: Found
+    found: LoraFile
     to: Format
     tensors: int
 
@@ -72,7 +82,7 @@ class Report:
         return "\n".join(lines)
 
 
-def convert(source: Path, target: Path, to: Format, family: str | None = None) -> Report:
+def convert_lora(source: Path, target: Path, to: Format, family: str | None = None) -> Conversion:
     """Write the LoRA of a student folder or file in another format.
 
     What was written is read again before it is put in place, and compared.
@@ -93,10 +103,10 @@ def convert(source: Path, target: Path, to: Format, family: str | None = None) -
         if contract.lora is None:
             got, why = f"{source}, which holds {contract.kind} weights", "other weights have no LoRA format"
             raise StudentError(problem(got, "a student that is a LoRA", why, "give such a folder"))
-        found = load(source / WEIGHTS, layout_of(teacher(contract)))
+        found = read_lora(source / WEIGHTS, layout_of(teacher(contract)))
     else:
-        found = load(source, Layout(family) if family else None)
-    return save(found, target, to)
+        found = read_lora(source, Layout(family) if family else None)
+    return write_lora(found, target, to)
 
 
 def layout_of(family: Family) -> Layout:
@@ -112,9 +122,20 @@ def layout_of(family: Family) -> Layout:
     return Layout(name, config["layers_per_block"])
 
 
-def load(file: Path, layout: Layout | None = None) -> Found:
-    """The LoRA in a file of any format. Raises StudentError where some of it is not understood."""
+def network_lora(file: Path, family: Family) -> Lora:
+    """The LoRA of a family's network in a file of any format, by the names of the network's layers."""
     state, metadata = tensors_of(file)
+    layout = layout_of(family) if format_of(state) == "kohya" else Layout(None)
+    lora = _lora_file(file, state, metadata, layout).lora
+    return {name.removeprefix(f"{family.network_name}."): layer for name, layer in lora.items()}
+
+
+def read_lora(file: Path, layout: Layout | None = None) -> LoraFile:
+    """The LoRA in a file of any format. Raises StudentError where some of it is not understood."""
+    return _lora_file(file, *tensors_of(file), layout)
+
+
+def _lora_file(file: Path, state: dict[str, Tensor], metadata: dict[str, str], layout: Layout | None) -> LoraFile:
     format = format_of(state)
     if format is None:
         got = f"{file} with {len(state)} tensors such as {', '.join(sorted(state)[:3]) or 'none'}"
@@ -123,7 +144,7 @@ def load(file: Path, layout: Layout | None = None) -> Found:
         raise StudentError(problem(got, expected, "there is nothing to convert", todo))
     try:
         layout = layout or guess(state, file)
-        found = read(state, metadata, layout.family, layout.per_block)
+        found = parse_lora(state, metadata, layout.family, layout.per_block)
     except ValueError as error:
         expected, todo = "the two matrices of each layer, of one rank", "check where the file comes from"
         raise StudentError(problem(f"odd shapes in {file}", expected, str(error), todo)) from error
@@ -133,10 +154,10 @@ def load(file: Path, layout: Layout | None = None) -> Found:
         got = f"{file} with {len(found.mute)} layers without an alpha, the first {found.mute[0]}"
         todo = "get the whole file; or remove every alpha, if they are all the rank"
         raise StudentError(problem(got, "an alpha of each layer, or of none", "their strength is not known", todo))
-    return Found(found.lora, format, layout, len(state), len(found.mute))
+    return LoraFile(found.lora, format, layout, len(state), len(found.mute))
 
 
-def save(found: Found, target: Path, to: Format) -> Report:
+def write_lora(found: LoraFile, target: Path, to: Format) -> Conversion:
     """Write a LoRA. Raises ConfigError for a format without names for it, StudentError where it reads as another."""
     layout = found.layout
     if layout.family not in FAMILIES[to]:
@@ -144,34 +165,21 @@ def save(found: Found, target: Path, to: Format) -> Report:
         todo = "stay with Diffusers, or fuse it: --to fused"
         raise ConfigError(problem(f"{to} for {layout.family}", f"one of {', '.join(FAMILIES[to])}", why, todo))
     try:
-        state, metadata = write(found.lora, to, layout.family, layout.per_block)
+        state, metadata = lora_tensors(found.lora, to, layout.family, layout.per_block)
     except ValueError as error:
         todo = "check where the file comes from"
         raise StudentError(
             problem("a LoRA that cannot be fused", "one as wide as its layers", str(error), todo)
         ) from error
-    again = read(state, metadata, layout.family, layout.per_block)
+    again = parse_lora(state, metadata, layout.family, layout.per_block)
     odd = [*again.unknown, *sorted(found.lora.keys() ^ again.lora.keys())]
     odd += [name for name in found.lora.keys() & again.lora.keys() if not _same(found.lora[name], again.lora[name])]
     if odd:
         todo = "keep the source, and report it"
         raise StudentError(problem(f"{odd[:SHOWN]} after conversion", "what was read", "it would draw otherwise", todo))
     with written_whole(target) as part:
-        save_file(state, part, metadata)
-    return Report(found, to, len(state))
-
-
-def merge(net: nn.Module, lora: Lora, component: str) -> None:
-    """Add a LoRA to the weights of a network. Raises StudentError where it does not fit it."""
-    for name, part in lora.items():
-        inner = name.removeprefix(f"{component}.")
-        try:
-            weight = net.get_submodule(inner).get_parameter("weight")
-            change = part.product().reshape(weight.shape)
-        except (AttributeError, RuntimeError) as error:
-            got, expected = f"a LoRA on {name}", f"layers of this {type(net).__name__}, in their shapes"
-            raise StudentError(problem(got, expected, str(error), "give the base that it was trained on")) from error
-        weight.data += change.to(weight.device, weight.dtype)
+        save_tensors(state, part, metadata)
+    return Conversion(found, to, len(state))
 
 
 def tensors_of(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -209,7 +217,7 @@ def _fits(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _names(layout: Layout, format: Format) -> Mapping[str, Layer]:
-    return (by_name if format == "kohya" else by_part)(layout.family, layout.per_block)
+    return (by_name if format == "kohya" else by_part)(layout.family, layout.per_block) if layout.family else {}
 
 
 def _foreign(state: Mapping[str, Tensor], family: str) -> set[str]:
@@ -218,7 +226,7 @@ def _foreign(state: Mapping[str, Tensor], family: str) -> set[str]:
     return {re.sub(r"\.(lora_(A|B|down|up)\.weight|alpha)$", "", key) for key in state} - known
 
 
-def _unmatched(file: Path, state: Mapping[str, Tensor], found: Read, layout: Layout, format: Format) -> str:
+def _unmatched(file: Path, state: Mapping[str, Tensor], found: ParsedLora, layout: Layout, format: Format) -> str:
     """What is said of keys that nothing stands for: the first ten, each with the nearest name that there is."""
     known = list(_names(layout, format))
     lines = []
@@ -227,7 +235,7 @@ def _unmatched(file: Path, state: Mapping[str, Tensor], found: Read, layout: Lay
         lines.append(f"  {key}" + (f"  (the nearest layer: {near[0]})" if near else ""))
     count = f"{len(found.unknown)} of {len(state)} keys unmatched"
     expected, why = (
-        f"keys of a {layout.family} LoRA in the {format} format",
+        f"keys of a {layout.family or 'Diffusers'} LoRA in the {format} format",
         "a conversion without them draws otherwise",
     )
     todo = "check the family; a layer needs both its matrices, and DoRA, LoHa, LoKr and T5 are not converted"
@@ -237,7 +245,7 @@ def _unmatched(file: Path, state: Mapping[str, Tensor], found: Read, layout: Lay
     return "\n".join([problem(f"{file} with {count}", expected, "; ".join([why, *also]), todo), *lines, *more])
 
 
-def _same(one: Part, other: Part) -> bool:
+def _same(one: LayerLora, other: LayerLora) -> bool:
     """Whether two LoRAs of a layer add the same: bit for bit, or to rounding where a ratio was taken in."""
     if torch.equal(one.down, other.down) and torch.equal(one.up, other.up):
         return math.isclose(one.scale, other.scale, rel_tol=1e-6)

@@ -6,15 +6,39 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from stepdistill.core.errors import StudentError, problem
-from stepdistill.students.contract import CONTRACT, Network, read_contract, save, teacher
-from stepdistill.students.lora.files import layout_of, load, merge
+from stepdistill.students.contract import (
+    CONTRACT,
+    WEIGHTS,
+    Network,
+    read_contract,
+    scheduler_class,
+    teacher,
+    write_contract,
+)
+from stepdistill.students.lora.files import layout_of, read_lora
+from stepdistill.students.lora.tensors import Lora
 from stepdistill.students.proof import prove
-from stepdistill.students.single import accept, in_memory
-from stepdistill.students.weights import WEIGHTS, into_pipeline, scheduler_class
+from stepdistill.students.single import in_memory, into_pipeline
+from stepdistill.students.write import keep_proof
 
 
-def fuse(source: Path, target: Path) -> float:
+def fuse_into(net: nn.Module, lora: Lora, component: str) -> None:
+    """Add a LoRA to the weights of a network. Raises StudentError where it does not fit it."""
+    for name, part in lora.items():
+        inner = name.removeprefix(f"{component}.")
+        try:
+            weight = net.get_submodule(inner).get_parameter("weight")
+            change = part.product().reshape(weight.shape)
+        except (AttributeError, RuntimeError) as error:
+            got, expected = f"a LoRA on {name}", f"layers of this {type(net).__name__}, in their shapes"
+            raise StudentError(problem(got, expected, str(error), "give the base that it was trained on")) from error
+        weight.data += change.to(weight.device, weight.dtype)
+
+
+def fuse_student(source: Path, target: Path) -> float:
     """Write the student of a LoRA folder as a folder of kind `full`, in float32, and prove it.
 
     Returns:
@@ -30,11 +54,11 @@ def fuse(source: Path, target: Path) -> float:
     if (target / CONTRACT).exists():
         raise StudentError(problem(f"{target}, which holds a student", "a new folder", "it is kept", "name another"))
     family = teacher(contract)
-    found = load(source / WEIGHTS, layout_of(family))
+    found = read_lora(source / WEIGHTS, layout_of(family))
     pipe, backbone = in_memory(source, contract, family)
     plain = family.load()
     net: Any = family.network(plain)
-    merge(net, found.lora, family.network_name)
+    fuse_into(net, found.lora, family.network_name)
     target.mkdir(parents=True, exist_ok=True)
     net.save_pretrained(target / family.network_name)
     scheduler = scheduler_class(contract).from_pretrained(source, subfolder="scheduler")
@@ -42,6 +66,6 @@ def fuse(source: Path, target: Path) -> float:
     size = sum(p.numel() for p in net.state_dict().values())
     network = Network(class_name=type(net).__name__, parameters=size, fused=True)
     contract = replace(contract, kind="full", lora=None, network=network, proof=None)
-    save(target, contract)
+    write_contract(target, contract)
     into_pipeline(plain, target, contract, family, "student")
-    return accept(target, contract, prove(contract, family, plain, pipe, backbone, "student", 0))
+    return keep_proof(target, contract, prove(contract, family, plain, pipe, backbone, "student", 0))

@@ -38,7 +38,7 @@ A, B = "lora_A.weight", "lora_B.weight"
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerLora:
     """The LoRA of one layer: `W + alpha / rank * up @ down`.
 
     Args:
@@ -59,11 +59,11 @@ class Part:
         return self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
 
 
-Lora = dict[str, Part]  # by the layer's name in Diffusers' pipeline, such as `unet.conv_in`
+Lora = dict[str, LayerLora]  # by the layer's name in Diffusers' pipeline, such as `unet.conv_in`
 
 
 @dataclass(frozen=True)
-class Read:
+class ParsedLora:
     """What a file's tensors are.
 
     Args:
@@ -85,31 +85,51 @@ def format_of(state: Mapping[str, Tensor]) -> Format | None:
     return "comfyui" if any(key.endswith("." + ALPHA) for key in state) else "diffusers"
 
 
-def read(state: Mapping[str, Tensor], metadata: Mapping[str, str], family: str, per_block: int = 2) -> Read:
-    """The LoRA in a file's tensors. ValueError for tensors whose shapes do not go together."""
-    if format_of(state) == "kohya":
+def parse_lora(
+    state: Mapping[str, Tensor], metadata: Mapping[str, str], family: str | None, per_block: int = 2
+) -> ParsedLora:
+    """The LoRA in a file's tensors. ValueError for tensors whose shapes do not go together.
+
+    Args:
+        family: whose layers they are; None takes any layer that is named as Diffusers names it.
+    """
+    known = None if family is None else by_part(family, per_block)
+    if family is not None and format_of(state) == "kohya":
         return _read_kohya(state, by_name(family, per_block))
     facts = json.loads(metadata.get(METADATA, "{}")) if format_of(state) == "diffusers" else {}
-    return _read_named(state, facts, by_part(family, per_block))
+    return _read_named(state, facts, known)
 
 
-def write(lora: Lora, to: Format, family: str, per_block: int = 2) -> tuple[dict[str, Tensor], dict[str, str]]:
+def lora_tensors(lora: Lora, to: Format, family: str, per_block: int = 2) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata of a file. ValueError for a format that does not know the family."""
     if family not in FAMILIES[to]:
         raise ValueError(f"{to} has no names for the layers of {family}")
     if to == "diffusers":
-        state = {f"{name}.{end}": value for name, p in lora.items() for end, value in ((A, p.down), (B, p.up))}
-        return _sorted(state), {"format": "pt", METADATA: json.dumps(_facts(lora), sort_keys=True)}
+        return _sorted(peft_state(lora)), {"format": "pt", METADATA: json.dumps(_facts(lora), sort_keys=True)}
     if to == "comfyui" and NETWORKS[family] == "transformer":
         return _with_alpha(lora, A, B), {"format": "pt"}
     known, gathered = by_part(family, per_block), defaultdict(dict)
     for name, part in lora.items():
         gathered[known[name]][name] = part
-    fused = {layer.name: fuse([parts.get(name) for name in layer.parts], layer) for layer, parts in gathered.items()}
-    return _with_alpha(fused, DOWN, UP), {"format": "pt"}
+    joined = {one.name: join_layers([parts.get(name) for name in one.parts], one) for one, parts in gathered.items()}
+    return _with_alpha(joined, DOWN, UP), {"format": "pt"}
 
 
-def fuse(parts: Sequence[Part | None], layer: Layer) -> Part:
+def peft_state(lora: Lora, scale: float | None = None) -> dict[str, Tensor]:
+    """The tensors as PEFT has them in a network.
+
+    Args:
+        scale: the alpha / rank that the network has for every layer; `up` takes in where a layer's own differs. None
+            leaves the tensors as they are.
+    """
+    state = {}
+    for name, layer in lora.items():
+        ratio = 1.0 if scale is None else layer.scale / scale
+        state |= {f"{name}.{A}": layer.down, f"{name}.{B}": layer.up if ratio == 1 else layer.up * ratio}
+    return state
+
+
+def join_layers(parts: Sequence[LayerLora | None], layer: Layer) -> LayerLora:
     """The LoRA of an original layer from those of its parts, None where a part has none.
 
     Different `down` go below one another and the `up` on a diagonal of blocks, so that the rank is the sum of theirs;
@@ -126,7 +146,7 @@ def fuse(parts: Sequence[Part | None], layer: Layer) -> Part:
             raise ValueError(f"{layer.parts}: shapes {[tuple(p.up.shape) for p in known]}, expected {sizes} rows")
     shared = all(torch.equal(part.down, first.down) and part.alpha == first.alpha for part in known)
     if shared and len(known) == len(parts):
-        return Part(first.down, torch.cat([part.up for part in known]), first.alpha)
+        return LayerLora(first.down, torch.cat([part.up for part in known]), first.alpha)
     down = torch.cat([part.down for part in known])
     up = first.up.new_zeros(sum(sizes), len(down))
     row = column = 0
@@ -136,11 +156,11 @@ def fuse(parts: Sequence[Part | None], layer: Layer) -> Part:
             up[row : row + size, column : column + len(part.down)] = block
             column += len(part.down)
         row += size
-    return Part(down, up, first.alpha * len(down) / len(first.down))
+    return LayerLora(down, up, first.alpha * len(down) / len(first.down))
 
 
-def split(part: Part, layer: Layer) -> list[Part | None]:
-    """The LoRAs of an original layer's parts: what `fuse` joined, where `up` is a diagonal of blocks.
+def split_layer(part: LayerLora, layer: Layer) -> list[LayerLora | None]:
+    """The LoRAs of an original layer's parts: what `join_layers` joined, where `up` is a diagonal of blocks.
 
     Else each part has all of `down`, and its own rows of `up`.
     """
@@ -152,13 +172,13 @@ def split(part: Part, layer: Layer) -> list[Part | None]:
     rows = part.up.split(sizes)
     ranks = _ranks([(block != 0).any(0) for block in rows])
     if ranks is None:
-        return [Part(part.down, block.contiguous(), part.alpha) for block in rows]
-    found: list[Part | None] = []
+        return [LayerLora(part.down, block.contiguous(), part.alpha) for block in rows]
+    found: list[LayerLora | None] = []
     start = 0
     for block, rank in zip(rows, ranks, strict=True):
         columns, start = slice(start, start + rank), start + rank
         alpha = part.alpha * rank / len(part.down)
-        found.append(Part(part.down[columns].clone(), block[:, columns].contiguous(), alpha) if rank else None)
+        found.append(LayerLora(part.down[columns].clone(), block[:, columns].contiguous(), alpha) if rank else None)
     return found
 
 
@@ -193,11 +213,11 @@ def _swapped(up: Tensor, down: Tensor, layer: Layer) -> Tensor:
     return torch.cat([up[len(up) // 2 :], up[: len(up) // 2]]) if swap else up
 
 
-def _part(tensors: Mapping[str, Tensor], down: str, up: str, alpha: float | None, name: str) -> Part:
+def _layer(tensors: Mapping[str, Tensor], down: str, up: str, alpha: float | None, name: str) -> LayerLora:
     first, second = tensors[down], tensors[up]
     if first.ndim < 2 or second.ndim != first.ndim or second.shape[1] != len(first):
         raise ValueError(f"{name}: shapes {tuple(first.shape)} and {tuple(second.shape)} have no rank in common")
-    return Part(first, second, float(len(first)) if alpha is None else alpha)
+    return LayerLora(first, second, float(len(first)) if alpha is None else alpha)
 
 
 def _grouped(state: Mapping[str, Tensor], ends: Sequence[str]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
@@ -212,7 +232,7 @@ def _grouped(state: Mapping[str, Tensor], ends: Sequence[str]) -> tuple[dict[str
     return groups, odd
 
 
-def _read_kohya(state: Mapping[str, Tensor], known: Mapping[str, Layer]) -> Read:
+def _read_kohya(state: Mapping[str, Tensor], known: Mapping[str, Layer]) -> ParsedLora:
     groups, odd = _grouped(state, (DOWN, UP, ALPHA))
     lora, mute = {}, []
     for name, tensors in groups.items():
@@ -221,23 +241,23 @@ def _read_kohya(state: Mapping[str, Tensor], known: Mapping[str, Layer]) -> Read
             continue
         alpha = tensors[ALPHA].item() if ALPHA in tensors else None
         mute += [name] if alpha is None else []
-        whole = _part(tensors, DOWN, UP, alpha, name)
-        for part, one in zip(known[name].parts, split(whole, known[name]), strict=True):
+        whole = _layer(tensors, DOWN, UP, alpha, name)
+        for part, one in zip(known[name].parts, split_layer(whole, known[name]), strict=True):
             lora |= {part: one} if one is not None else {}
-    return Read(lora, tuple(sorted(odd)), tuple(mute))
+    return ParsedLora(lora, tuple(sorted(odd)), tuple(mute))
 
 
-def _read_named(state: Mapping[str, Tensor], facts: Mapping[str, Any], known: Mapping[str, Layer]) -> Read:
+def _read_named(state: Mapping[str, Tensor], facts: Mapping[str, Any], known: Mapping[str, Layer] | None) -> ParsedLora:
     groups, odd = _grouped(state, (A, B, ALPHA))
     lora, mute = {}, []
     for name, tensors in groups.items():
-        if name not in known or not {A, B} <= tensors.keys():
+        if known is not None and name not in known or not {A, B} <= tensors.keys():
             odd += [f"{name}.{end}" for end in tensors]
             continue
         alpha = tensors[ALPHA].item() if ALPHA in tensors else _alpha(facts, name, len(tensors[A]))
         mute += [name] if alpha is None else []
-        lora[name] = _part(tensors, A, B, alpha, name)
-    return Read(lora, tuple(sorted(odd)), tuple(mute))
+        lora[name] = _layer(tensors, A, B, alpha, name)
+    return ParsedLora(lora, tuple(sorted(odd)), tuple(mute))
 
 
 def _alpha(facts: Mapping[str, Any], name: str, rank: int) -> float | None:
@@ -271,7 +291,7 @@ def _facts(lora: Lora) -> dict[str, Any]:
     return facts
 
 
-def _with_alpha(lora: Mapping[str, Part], down: str, up: str) -> dict[str, Tensor]:
+def _with_alpha(lora: Mapping[str, LayerLora], down: str, up: str) -> dict[str, Tensor]:
     state = {}
     for name, part in lora.items():
         state |= {f"{name}.{down}": part.down, f"{name}.{up}": part.up, f"{name}.{ALPHA}": torch.tensor(part.alpha)}
