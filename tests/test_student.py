@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import ModelCard
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -32,6 +36,7 @@ from stepdistill.students.proof import prove
 from stepdistill.students.verify import verify_student
 from stepdistill.students.write import write_student
 
+ROOT = Path(__file__).parents[1]
 RANK, ALPHA = 4, 16
 SIZE = (32, 32)
 CARD = "---\nlicense: cc-by-nc-4.0\n---\n# A base\n"
@@ -429,3 +434,69 @@ def test_training_goes_on_from_a_student_at_the_same_strength(families, written)
     wide.add("student", Lora())
     with pytest.raises(StudentError, match=WEIGHTS):
         start_from(wide, str(written["sd3"] / WEIGHTS), family)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_training_goes_on_at_the_alpha_of_each_layer_as_diffusers_reads_it(families, written, tmp_path, name):
+    family, part = families[name], families[name].network_name
+    with safe_open(written[name] / WEIGHTS, "pt") as file:
+        state, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    strong = sorted(state)[0].removeprefix(f"{part}.").removesuffix(".lora_A.weight")
+    facts = json.loads(metadata["lora_adapter_metadata"])
+    facts |= {f"{part}.lora_alpha": RANK, f"{part}.alpha_pattern": {f"^{strong}": 4 * RANK}}
+    save_file(state, tmp_path / WEIGHTS, metadata | {"lora_adapter_metadata": json.dumps(facts)})
+
+    plain, bone = family.load(), tiny.backbone(name, family.load(), RANK, 3)
+    plain.load_lora_weights(tmp_path, adapter_name="student")
+    theirs = {key: layer for key, layer in family.network(plain).named_modules() if isinstance(layer, LoraLayer)}
+    assert {key: layer.scaling["student"] for key, layer in theirs.items()} == dict.fromkeys(theirs, 1.0) | {
+        strong: 4.0
+    }
+    bone.add("student", Lora())
+    start_from(bone, str(tmp_path / WEIGHTS), family)
+    for key, layer in theirs.items():
+        ours = bone.net.get_submodule(key).get_delta_weight("student")
+        assert torch.allclose(ours, layer.get_delta_weight("student"), rtol=1e-5, atol=1e-8), key
+
+
+WRITES = """
+import sys
+from pathlib import Path
+
+import tiny
+from stepdistill.families.sd3 import StableDiffusion3
+from stepdistill.methods.agd import AdapterGuidance
+from stepdistill.methods.consistency import Consistency
+from stepdistill.networks.roles import Lora
+from stepdistill.students.base_model import base_of
+from stepdistill.students.verify import export_formats
+from stepdistill.students.write import write_student, write_unproven
+
+family, out = StableDiffusion3(pretrained_teacher_model=sys.argv[1]), Path(sys.argv[2])
+pipe = family.load()
+bone = tiny.backbone("sd3", pipe, 4, 16)
+bone.add("student", Lora())
+tiny.awake(bone, "student", 0.05)
+given = {"family": family, "role": "student", "resolution": (32, 32)}
+write_student(out / "lora", pipe=pipe, backbone=bone, method=Consistency(ema_decay=None), **given)
+export_formats(out / "lora", ("kohya", "comfyui"))
+pipe, method = family.load(), AdapterGuidance()
+bone = tiny.backbone("sd3", pipe)
+bone.add("student", method.roles()["student"])
+write_unproven(out / "adapters", pipe=pipe, backbone=bone, method=method, base=base_of(pipe, family), **given)
+"""
+
+
+def test_two_processes_write_the_same_bytes(families, tmp_path):
+    """Cards name their folder, so both processes write the same one."""
+    contents = []
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        arguments = [families["sd3"].pretrained_teacher_model, str(tmp_path / "out")]
+        subprocess.run([sys.executable, "-c", WRITES, *arguments], check=True, capture_output=True, env=environment)
+        files = sorted(file for file in (tmp_path / "out").rglob("*") if file.is_file())
+        contents.append({str(file.relative_to(tmp_path)): file.read_bytes() for file in files})
+        shutil.rmtree(tmp_path / "out")
+    first, second = contents
+    assert len([name for name in first if name.endswith(".safetensors")]) == 4
+    assert first.keys() == second.keys() and not [name for name in first if first[name] != second[name]]
