@@ -26,7 +26,6 @@ from torch import Tensor
 from stepdistill.students.lora.names import NETWORKS, Layer, by_name, by_part
 
 Format = Literal["diffusers", "kohya", "comfyui"]
-FORMATS: tuple[Format, ...] = ("diffusers", "kohya", "comfyui")
 FAMILIES: dict[Format, tuple[str, ...]] = {
     "diffusers": tuple(NETWORKS),
     "kohya": ("sd", "sdxl", "sd3", "flux"),
@@ -93,11 +92,10 @@ def parse_lora(
     Args:
         family: whose layers they are; None takes any layer that is named as Diffusers names it.
     """
-    known = None if family is None else by_part(family, per_block)
     if family is not None and format_of(state) == "kohya":
         return _read_kohya(state, by_name(family, per_block))
     facts = json.loads(metadata.get(METADATA, "{}")) if format_of(state) == "diffusers" else {}
-    return _read_named(state, facts, known)
+    return _read_named(state, facts, by_part(family, per_block) if family else None)
 
 
 def lora_tensors(lora: Lora, to: Format, family: str, per_block: int = 2) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -233,8 +231,7 @@ def _grouped(state: Mapping[str, Tensor], ends: Sequence[str]) -> tuple[dict[str
 
 
 def _read_kohya(state: Mapping[str, Tensor], known: Mapping[str, Layer]) -> ParsedLora:
-    groups, odd = _grouped(state, (DOWN, UP, ALPHA))
-    lora, mute = {}, []
+    (groups, odd), lora, mute = _grouped(state, (DOWN, UP, ALPHA)), {}, []
     for name, tensors in groups.items():
         if name not in known or not {DOWN, UP} <= tensors.keys():
             odd += [f"{name}.{end}" for end in tensors]
@@ -248,8 +245,7 @@ def _read_kohya(state: Mapping[str, Tensor], known: Mapping[str, Layer]) -> Pars
 
 
 def _read_named(state: Mapping[str, Tensor], facts: Mapping[str, Any], known: Mapping[str, Layer] | None) -> ParsedLora:
-    groups, odd = _grouped(state, (A, B, ALPHA))
-    lora, mute = {}, []
+    (groups, odd), lora, mute = _grouped(state, (A, B, ALPHA)), {}, []
     for name, tensors in groups.items():
         if known is not None and name not in known or not {A, B} <= tensors.keys():
             odd += [f"{name}.{end}" for end in tensors]
