@@ -5,11 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, SanaPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition
@@ -95,8 +94,3 @@ class PixArt(VariancePreserving):
         config: Any = net.config
         heads = max(1, round(width * config["num_attention_heads"]))
         return rebuilt(net, num_attention_heads=heads, cross_attention_dim=heads * config["attention_head_dim"])
-
-    def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-        """By another pipeline's writer, since PixArt's have none; the form is that of all transformers."""
-        layers: dict[str, nn.Module | Tensor] = {**state}
-        SanaPipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)
