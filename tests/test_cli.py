@@ -318,6 +318,16 @@ def test_init_explains_every_field_from_the_docstrings(library, capsys) -> None:
     assert not any("Square(" in line for line in lines)
 
 
+def test_init_alone_lists_methods_and_families(capsys) -> None:
+    cli.main(["init"])
+    lines = capsys.readouterr().out.splitlines()
+    names = [("method", name) for name in module_names(methods)] + [("family", name) for name in module_names(families)]
+    assert [tuple(line.split()[:2]) for line in lines] == names
+    assert all(len(line.split()) > 3 for line in lines)
+    assert ended("init", "consistency") == 2
+    assert "got no family" in capsys.readouterr().err
+
+
 def test_init_names_the_classes_there_are(library, capsys) -> None:
     assert ended("init", "two", "one") == 2
     assert "two: expected a module with one Part, it has: two.Square, two.Around" in capsys.readouterr().err

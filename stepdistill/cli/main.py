@@ -40,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
         "stepdistill",
         description="Turn a 20-50-step diffusion pipeline into a 1-8-step one.",
         epilog="example:\n  stepdistill train configs/quickstart.yaml\n\n"
-        "`stepdistill COMMAND --help` describes a command. `-` and `_` are the same in the names of flags.",
+        "`stepdistill COMMAND --help` describes a command. `-` and `_` are the same in the names of flags.\n"
+        "STEPDISTILL_VERBOSE=1 in the environment shows the warnings of other libraries.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

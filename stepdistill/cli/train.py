@@ -12,6 +12,7 @@ from typing import Any
 
 from stepdistill import families, methods
 from stepdistill.cli.dialect import Run, add_command
+from stepdistill.core.errors import ConfigError, problem
 
 # modules without a class that a config names
 SHARED = ("base", "unet", "vp", "flow", "pixart", "schedulers", "prompt_limits", "lazy_pipeline")
@@ -92,8 +93,9 @@ def add_run_commands(commands: Any) -> None:  # noqa: ANN401
     example = " ".join(values[0] for values in names.values())
     epilog = INIT.format(example=example, **{key: ", ".join(values) for key, values in names.items()})
     command = add_command(commands, "init", _init, "print a commented config", epilog)
-    command.add_argument("method", metavar="METHOD")
-    command.add_argument("family", metavar="FAMILY")
+    command.usage = f"{command.prog} [METHOD FAMILY [DATA]]"
+    command.add_argument("method", metavar="METHOD", nargs="?", help="without it, a list of methods and families")
+    command.add_argument("family", metavar="FAMILY", nargs="?")
     command.add_argument("data", metavar="DATA", nargs="?", help="default: samples of the teacher")
 
     data = commands.add_parser("data", help="check a data source, or make it", description="Check or make data.")
@@ -137,10 +139,19 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
 def _init(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.config.registry import find
     from stepdistill.config.schema import fields
-    from stepdistill.config.template import template
+    from stepdistill.config.template import first_paragraph, template
     from stepdistill.training.recipe import Run
 
     bases = fields(Run)
+    if args.method is None:
+        for key, package in (("method", methods), ("family", families)):
+            for name in module_names(package):
+                print(f"{key}  {name:<16} {' '.join(first_paragraph(find(bases[key], name)).split())}")
+        return
+    if args.family is None:
+        raise ConfigError(
+            problem("no family", "METHOD and FAMILY", "both decide the keys", "`stepdistill init` lists both")
+        )
     chosen = {key: find(bases[key], name) for key, name in (("family", args.family), ("method", args.method))}
     chosen["data"] = find(bases["data"], args.data or _made_for(chosen["method"]))
     print("# accelerate launch -m stepdistill train THIS_FILE")

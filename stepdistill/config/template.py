@@ -74,10 +74,10 @@ def _entry(name: str, text: str, hint: Hint, default: Value, chosen: type | None
     body += [f"# or type: {dotted(other)}" for other in others]
     body += _block(cls, default if isinstance(default, cls) else dataclasses.MISSING, {})
     below = textwrap.indent("\n".join(body), "  ").splitlines()
-    return ["", *_comment(text), *_comment(_summary(cls)), f"{name}:" if body else f"{name}: {{}}", *below]
+    return ["", *_comment(text), *_comment(first_paragraph(cls)), f"{name}:" if body else f"{name}: {{}}", *below]
 
 
-def _summary(cls: type) -> str:
+def first_paragraph(cls: type) -> str:
     """The first paragraph of a class's docstring, or nothing where `dataclass` wrote a signature instead."""
     doc = inspect.cleandoc(cls.__doc__ or "")
     return "" if doc.startswith(f"{cls.__name__}(") else doc.split("\n\n")[0]
