@@ -220,7 +220,8 @@ def _memory(name: str) -> None:
 
 def held() -> int:
     """Bytes of all tensors in this process."""
-    gc.collect()
+    while gc.collect():  # what one collection frees may hold more, as generators do
+        pass
     found = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and type(o) is not DTensor]
     return sum({s.data_ptr(): s.nbytes() for o in found for s in [o.untyped_storage()]}.values())
 
