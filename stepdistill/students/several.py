@@ -154,9 +154,9 @@ def load_several(pipe: DiffusionPipeline, folder: Path, adapter_name: str = "stu
     if read_contract(places[0]).kind == "lora":
         styles = [name for name in adapters_on(nets[0]) if name not in names]  # a load leaves on what is on
         adapters = [(*styles, name) for name in names]
-    found = Students(pipe, family, routing.router, tuple(adapters), tuple(nets), tuple(calls), tuple(schedulers))
-    found.choose(0)
-    return found
+    students = Students(pipe, family, routing.router, tuple(adapters), tuple(nets), tuple(calls), tuple(schedulers))
+    students.choose(0)
+    return students
 
 
 def join_students(out: Path, folders: Sequence[Path], move: bool = False) -> Path:
@@ -196,7 +196,7 @@ def _ordered(folders: Sequence[Path]) -> list[Path]:
     """The folders by number of their student, after every check."""
     if not folders:
         raise StudentError(problem("no folder", "those of all students", "there is nothing to join", "name them"))
-    found: dict[int, Path] = {}
+    numbered: dict[int, Path] = {}
     first: tuple[dict[str, object], Path] | None = None
     for folder in folders:
         if is_multi(folder):
@@ -217,16 +217,16 @@ def _ordered(folders: Sequence[Path]) -> list[Path]:
             why = "the students answer for one teacher, each for its part of one partition"
             raise StudentError(problem(got, "students of one teacher and one partition", why, "train them alike"))
         first = first or (facts, folder)
-        if routing.student is None or routing.student in found:
-            got = f"student {routing.student} both in {found.get(routing.student or 0)} and in {folder}"
+        if routing.student is None or routing.student in numbered:
+            got = f"student {routing.student} both in {numbered.get(routing.student or 0)} and in {folder}"
             raise StudentError(problem(got, "each once", "a part has one student", "name the folder of another"))
-        found[routing.student] = folder
+        numbered[routing.student] = folder
     count = read_routing(folders[0]).router.students
-    missing = [k for k in range(count) if k not in found]
+    missing = [k for k in range(count) if k not in numbered]
     if missing:
         got = f"{len(folders)} of {count} students, without {missing}"
         raise StudentError(problem(got, "all", "their prompts would go to no one", "train and name them, too"))
-    return [found[k] for k in range(count)]
+    return [numbered[k] for k in range(count)]
 
 
 def _facts(contract: Contract, routing: Routing) -> dict[str, object]:

@@ -183,26 +183,26 @@ def _contract(
 
 
 def save_weights(
-    folder: Path, family: Family, backbone: Backbone, role: str, told: float | None = None
+    folder: Path, family: Family, backbone: Backbone, role: str, guidance_scale: float | None = None
 ) -> LoraWeights | Network | GuidanceAdapters:
     """Write a role's weights, as Diffusers reads them where it can, and say what they are.
 
     Args:
-        told: the guidance scale that adapters are told where none is set.
+        guidance_scale: of guidance adapters, where the user sets none.
     """
     kind = backbone.kind(role)
     if isinstance(kind, Adapters):
-        assert told is not None and backbone.sites is not None
+        assert guidance_scale is not None and backbone.sites is not None
         state = {key: value.cpu().contiguous() for key, value in backbone.state(role).items()}
-        found = GuidanceAdapters(
+        adapters = GuidanceAdapters(
             arch=kind.arch,
             width=kind.width,
             sites=tuple(site.name for site in backbone.sites.places),
             parameters=sum(value.numel() for value in state.values()),
-            guidance_scale=told,
+            guidance_scale=guidance_scale,
         )
-        save_tensors(state, folder / ADAPTERS, {"manifest": json.dumps(asdict(found))})
-        return found
+        save_tensors(state, folder / ADAPTERS, {"manifest": json.dumps(asdict(adapters))})
+        return adapters
     if role in backbone.others:
         net: Any = backbone.others[role]
         net.save_pretrained(folder / family.network_name)
