@@ -13,8 +13,18 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)  # tiny networks are many times slower on threads that wait for one another
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
+def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def seed_of_module() -> None:
+    """Fixtures of a module draw the same, whatever ran before them in this process."""
+    _seed()
+
+
+@pytest.fixture(autouse=True)
+def seed(seed_of_module: None) -> None:
+    _seed()

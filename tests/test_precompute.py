@@ -574,7 +574,7 @@ def test_places_that_can_be_no_cache(place, tmp_path, monkeypatch, capsys):
         precompute(run_of(place, tmp_path / "out", PROMPTS, tmp_path / "kept"))
     with pytest.raises(SystemExit):
         cli.main(["precompute", "--help"])
-    assert "stepdistill precompute mine.yaml --cache_dir caches/mine" in capsys.readouterr().out
+    assert "stepdistill precompute mine.yaml --cache-dir caches/mine" in capsys.readouterr().out
 
 
 def test_rows_that_are_on_disk_are_not_kept_in_memory(place, tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ def test_an_effect_grows_with_the_strength_and_is_the_style_s_alone(places):
     # by hand, both as adapters
     pipe = drawer(places)
     row = teacher_call(FAMILY, pipe, 2, 1.0, "")
-    draw = partial(generate, row=row, prompts=CAPTIONS, seed=2)
+    draw = partial(generate, call=row, prompts=CAPTIONS, seed=2)
     before = draw(pipe)[0]
     pipe.load_lora_weights(places["on teacher"], adapter_name="style")
     pipe.set_adapters(["student", "style"], [1.0, 0.5])
