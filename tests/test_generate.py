@@ -271,13 +271,6 @@ def test_a_lora_of_another_family_is_refused(folders, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sd", "sana", "pixart_sigma"])
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        (1, "with 1 of .* keys unmatched.*a layer needs both its matrices"),
-        (2, "do not go together.* tensors in the file"),
-    ],
-)
 def test_a_lora_that_lacks_layers_is_refused(folders, tmp_path, name):
     for part in folders[name].iterdir():
         (tmp_path / part.name).symlink_to(part)
