@@ -22,7 +22,7 @@ from stepdistill.networks.pipeline_loras import adapters_on, attach, strengths, 
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students.contract import WEIGHTS
 from stepdistill.students.draw.base_first import base_first
-from stepdistill.students.lora.files import network_lora
+from stepdistill.students.lora.files import network_state
 
 SD = stable_diffusion()
 TIMES = (999.0, 749.0, 499.0, 249.0)
@@ -118,7 +118,7 @@ def loaded(name: str, folder: Path, styles: tuple[str, ...] = ()):
             pipe.load_lora_weights(folder / role, adapter_name=role)
         else:
             spec = LoraSpec(rank=4, alpha=8, target_modules=bone.targets)
-            attach(net, spec, network_lora(folder / role / WEIGHTS, family)[0], role)
+            attach(net, spec, network_state(folder / role / WEIGHTS, family), role)
     switch_on(net, ["student", *styles])
     pipe.set_progress_bar_config(disable=True)
     return pipe

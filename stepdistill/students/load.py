@@ -15,8 +15,7 @@ from stepdistill.families.base import Family
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import Adapters, Ema
 from stepdistill.students.contract import ADAPTERS, CONTRACT, STUDENTS, WEIGHTS, is_multi
-from stepdistill.students.lora.files import network_lora
-from stepdistill.students.lora.tensors import peft_state
+from stepdistill.students.lora.files import network_state
 from stepdistill.students.several import load_several
 from stepdistill.students.single import load_adapters, load_network, load_one, load_state
 
@@ -71,7 +70,7 @@ def start_from(backbone: Backbone, source: str, family: Family, role: str = "stu
         state = dict(load_network(path.parent, family, backbone.others[role]).state_dict())
     else:
         config = backbone.lora_config(role)
-        state = peft_state(network_lora(path, family), config["lora_alpha"] / config["r"])
+        state = network_state(path, family, config["lora_alpha"] / config["r"])
     averages = [key for key, other in backbone.declared.items() if isinstance(other, Ema) and other.of == role]
     for name in [role, *averages]:
         load_state(backbone, name, state, path)

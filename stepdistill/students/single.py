@@ -28,8 +28,7 @@ from stepdistill.students.contract import (
     scheduler_class,
     teacher,
 )
-from stepdistill.students.lora.files import network_lora
-from stepdistill.students.lora.tensors import peft_state
+from stepdistill.students.lora.files import network_state
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ def in_memory(folder: Path, contract: Contract, family: Family) -> tuple[Diffusi
         spec = LoraSpec(rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules)
         backbone = Backbone(net, spec, lora.target_modules)
         backbone.add("student", Lora())
-        load_state(backbone, "student", peft_state(network_lora(folder / WEIGHTS, family)), folder)
+        load_state(backbone, "student", network_state(folder / WEIGHTS, family), folder)
     return pipe, backbone
 
 
@@ -105,11 +104,11 @@ def into_pipeline(
             loader: Any = pipe  # LoRA loading is a mixin of the pipeline's class
             loader.load_lora_weights(folder, weight_name=WEIGHTS, adapter_name=adapter_name)
             # a file of another network is only warned of, and leaves the pipeline as it was
-            same_keys(keys_of(net, adapter_name), peft_state(network_lora(folder / WEIGHTS, family)).keys())
+            same_keys(keys_of(net, adapter_name), network_state(folder / WEIGHTS, family).keys())
         elif contract.lora is not None:
-            lora, rank, alpha = network_lora(folder / WEIGHTS, family), contract.lora.rank, contract.lora.alpha
+            rank, alpha = contract.lora.rank, contract.lora.alpha
             spec = LoraSpec(rank=rank, alpha=alpha, target_modules=contract.lora.target_modules)
-            attach(net, spec, peft_state(lora, alpha / rank), adapter_name)
+            attach(net, spec, network_state(folder / WEIGHTS, family, alpha / rank), adapter_name)
         scheduler = scheduler_class(contract)
         pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

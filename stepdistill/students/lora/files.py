@@ -29,6 +29,7 @@ from stepdistill.students.lora.tensors import (
     format_of,
     lora_tensors,
     parse_lora,
+    peft_state,
 )
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -122,12 +123,18 @@ def layout_of(family: Family) -> Layout:
     return Layout(name, config["layers_per_block"])
 
 
-def network_lora(file: Path, family: Family) -> Lora:
-    """The LoRA of a family's network in a file of any format, by the names of the network's layers."""
+def network_state(file: Path, family: Family, scale: float | None = None) -> dict[str, Tensor]:
+    """The tensors of a LoRA file of any format as PEFT has them in a family's network, see `peft_state`.
+
+    What is not the whole LoRA of a layer stays among them under its name, so that no network takes the file.
+    """
     state, metadata = tensors_of(file)
-    layout = layout_of(family) if format_of(state) == "kohya" else Layout(None)
-    lora = _lora_file(file, state, metadata, layout).lora
-    return {name.removeprefix(f"{family.network_name}."): layer for name, layer in lora.items()}
+    if format_of(state) == "kohya":
+        tensors = peft_state(_lora_file(file, state, metadata, layout_of(family)).lora, scale)
+    else:
+        parsed = _parsed(file, state, metadata, Layout(None))
+        tensors = peft_state(parsed.lora, scale) | {key: state[key] for key in parsed.unknown}
+    return {key.removeprefix(f"{family.network_name}."): value for key, value in tensors.items()}
 
 
 def read_lora(file: Path, layout: Layout | None = None) -> LoraFile:
@@ -142,12 +149,8 @@ def _lora_file(file: Path, state: dict[str, Tensor], metadata: dict[str, str], l
         expected = "lora_A and lora_B, or lora_down and lora_up, of each layer"
         todo = "give a LoRA; LoHa, LoKr and whole networks are not converted"
         raise StudentError(problem(got, expected, "there is nothing to convert", todo))
-    try:
-        layout = layout or guess(state, file)
-        found = parse_lora(state, metadata, layout.family, layout.per_block)
-    except ValueError as error:
-        expected, todo = "the two matrices of each layer, of one rank", "check where the file comes from"
-        raise StudentError(problem(f"odd shapes in {file}", expected, str(error), todo)) from error
+    layout = layout or guess(state, file)
+    found = _parsed(file, state, metadata, layout)
     if found.unknown:
         raise StudentError(_unmatched(file, state, found, layout, format))
     if found.mute and format == "kohya" and len(found.mute) < sum(key.endswith(".alpha") for key in state):
@@ -155,6 +158,14 @@ def _lora_file(file: Path, state: dict[str, Tensor], metadata: dict[str, str], l
         todo = "get the whole file; or remove every alpha, if they are all the rank"
         raise StudentError(problem(got, "an alpha of each layer, or of none", "their strength is not known", todo))
     return LoraFile(found.lora, format, layout, len(state), len(found.mute))
+
+
+def _parsed(file: Path, state: dict[str, Tensor], metadata: dict[str, str], layout: Layout) -> ParsedLora:
+    try:
+        return parse_lora(state, metadata, layout.family, layout.per_block)
+    except ValueError as error:
+        expected, todo = "the two matrices of each layer, of one rank", "check where the file comes from"
+        raise StudentError(problem(f"odd shapes in {file}", expected, str(error), todo)) from error
 
 
 def write_lora(found: LoraFile, target: Path, to: Format) -> Conversion:
@@ -235,7 +246,7 @@ def _unmatched(file: Path, state: Mapping[str, Tensor], found: ParsedLora, layou
         lines.append(f"  {key}" + (f"  (the nearest layer: {near[0]})" if near else ""))
     count = f"{len(found.unknown)} of {len(state)} keys unmatched"
     expected, why = (
-        f"keys of a {layout.family or 'Diffusers'} LoRA in the {format} format",
+        f"keys of a {layout.family} LoRA in the {format} format",
         "a conversion without them draws otherwise",
     )
     todo = "check the family; a layer needs both its matrices, and DoRA, LoHa, LoKr and T5 are not converted"
