@@ -18,6 +18,7 @@ from stepdistill.data.bundled import build
 from stepdistill.families.base import Family
 from stepdistill.families.sana import Sana
 from stepdistill.families.sd import StableDiffusion
+from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import Copy, Lora, LoraSpec
 
@@ -266,3 +267,23 @@ def test_trap_t10_diffusers_has_no_lora_loader_for_pixart():
     family = replace(FAMILIES["pixart_sigma"], pretrained_teacher_model="a/teacher", teacher_loras=("a/style",))
     with pytest.raises(ConfigError, match="teacher_loras for a PixArtSigmaPipeline.* --to fused"):
         family.load()
+
+
+@pytest.mark.parametrize("name", ["tiny-sd", "tiny-sd3"])
+def test_latents_are_decoded_as_the_pipeline_decodes_them(name):
+    """Both autoencoders have a `shift_factor`, which Stable Diffusion's pipeline leaves alone and that of SD3 adds."""
+    family = {"tiny-sd": StableDiffusion, "tiny-sd3": StableDiffusion3}[name](pretrained_teacher_model=name)
+    pipe = family.load()
+    assert pipe.vae.config.shift_factor
+
+    def drawn(kind: str) -> torch.Tensor:
+        made = pipe("rose", num_inference_steps=2, generator=torch.manual_seed(0), output_type=kind).images
+        return made if kind == "latent" else made * 2 - 1
+
+    with torch.no_grad():
+        pixels = family.decode(pipe, drawn("latent"))
+        torch.testing.assert_close(pixels.clamp(-1, 1), drawn("pt"), atol=1e-5, rtol=0)
+        latents = family.encode(pipe, pixels)
+        coded = pipe.vae.encode(pixels).latent_dist.mode()
+        shift = pipe.vae.config.shift_factor if name == "tiny-sd3" else 0.0
+        torch.testing.assert_close(latents, (coded - shift) * pipe.vae.config.scaling_factor)

@@ -51,6 +51,7 @@ class Family(ABC):
     """
 
     network_name: ClassVar[str]
+    shifts_latents: ClassVar[bool] = False  # whether the pipeline subtracts its autoencoder's `shift_factor`
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     seeds_steps: ClassVar[bool] = True  # whether the pipeline hands its generator on to the scheduler
 
@@ -256,12 +257,15 @@ class Family(ABC):
         """Latents (B, C, h, w) in the network's scale from pixels (B, 3, H, W) in [-1, 1]."""
         coded = pipe.vae.encode(pixels.to(pipe.vae.dtype), return_dict=False)[0]
         latents = coded.mode() if isinstance(coded, DiagonalGaussianDistribution) else coded
-        return (latents.float() - _shift(pipe)) * pipe.vae.config.scaling_factor
+        return (latents.float() - self._shift(pipe)) * pipe.vae.config.scaling_factor
 
     def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], not clamped, from latents in the network's scale; differentiable."""
-        latents = latents / pipe.vae.config.scaling_factor + _shift(pipe)
+        latents = latents / pipe.vae.config.scaling_factor + self._shift(pipe)
         return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0].float()
+
+    def _shift(self, pipe: DiffusionPipeline) -> float:
+        return pipe.vae.config.shift_factor if self.shifts_latents else 0.0
 
     @abstractmethod
     def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
@@ -285,11 +289,6 @@ class Family(ABC):
         }
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(tensors, folder / LORA_WEIGHT_NAME_SAFE, metadata)
-
-
-def _shift(pipe: DiffusionPipeline) -> float:
-    """What is taken off the autoencoder's latents before they are scaled; most have none."""
-    return pipe.vae.config.get("shift_factor") or 0.0
 
 
 def each(call: Mapping[str, Any], count: int) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Flux(Flow):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+    shifts_latents: ClassVar[bool] = True
     seeds_steps: ClassVar[bool] = False
 
     guidance_embedding: float = 3.5

@@ -40,6 +40,7 @@ class StableDiffusion3(Flow):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
+    shifts_latents: ClassVar[bool] = True
     seeds_steps: ClassVar[bool] = False
 
     max_sequence_length: int = 256
