@@ -115,3 +115,14 @@ def test_maths_and_methods_load_no_network_library(light: str):
     script += f"print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_public_name_is_defined_twice():
+    """No exception is needed: a class or function is found by its name alone."""
+    places: dict[str, list[str]] = {}
+    for name, file in MODULES.items():
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name)
+    assert len(places) > 100
+    assert not {name: where for name, where in places.items() if len(where) > 1}
