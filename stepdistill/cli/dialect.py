@@ -62,8 +62,12 @@ def quieten() -> None:
     """
     if os.environ.get(VERBOSE):
         return
-    for category in (FutureWarning, DeprecationWarning, UserWarning):
+    for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(LIBRARIES)})(\.|$)")
-    # torchao registers an enum in a way that torch calls out of date, and says which kernels it has no build of
-    for name in ("torch.utils._pytree", "torchao", "diffusers.quantizers.torchao.torchao_quantizer"):
+    # a student beside its average, or beside a style, is a second adapter on purpose
+    warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+    # torchao registers an enum in a way that torch calls out of date, and says which kernels it has no build of;
+    # transformers says that it processes images without torchvision
+    quantizer, processors = "diffusers.quantizers.torchao.torchao_quantizer", "transformers.utils.import_utils"
+    for name in ("torch.utils._pytree", "torchao", quantizer, processors):
         logging.getLogger(name).setLevel(logging.ERROR)
