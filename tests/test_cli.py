@@ -147,7 +147,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "training.recipe": {"Run": run_class},
         "training.distill": {"distill": distill, "dry_run": dry_run},
         "data": {"check_source": check},
-        "students.verify": {"verify": verify},
+        "students.verify": {"verify_formats": verify},
     }
     for name, members in stubs.items():
         module = types.ModuleType(f"stepdistill.{name}")
