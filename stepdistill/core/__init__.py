@@ -1,1 +1,1 @@
-"""The maths of diffusion and distillation, and what every room needs. It imports torch alone."""
+"""The maths of diffusion and distillation, and what every room needs. It loads no network library."""

@@ -54,6 +54,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the tensors begin behind the header"
         file.seek(8)
         file.write(text.ljust(size))
 
