@@ -10,20 +10,20 @@ import json
 import sys
 from pathlib import Path
 
-from tables import measure as tables
 from tables import render
+from tables.measure import TABLES, TEACHERS, measure
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", choices=sorted(tables.TABLES))
+    parser.add_argument("name", nargs="?", choices=sorted(TABLES))
     parser.add_argument("--render", action="store_true", help="write the tables into README.md and docs/")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--teacher", choices=sorted(tables.TEACHERS), help="only this one")
+    parser.add_argument("--teacher", choices=sorted(TEACHERS), help="only this one")
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these students, as lcm or dmd2")
     args = parser.parse_args()
     results = Path(__file__).parent / "results"
     if args.name:
-        tables.measure(args.name, results, args.threads, args.teacher, args.rows)
+        measure(args.name, results, args.threads, args.teacher, args.rows)
     if args.render:
         for name, draw in render.PLOTS.items():
             if (file := results / f"{name}.json").exists():

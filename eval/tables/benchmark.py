@@ -50,19 +50,19 @@ def data_features(seed: int) -> Tensor:
     pool: dict[str, list[emoji.Drawing]] = {}
     for drawing in emoji.subjects():
         pool.setdefault(drawing.subgroup, []).append(drawing)
-    made = emoji.pixels([emoji.image(source, rng.choice(pool[prompt]), rng) for prompt in prompts()])
-    return extractor()((made * 127.5 + 127.5).round().to(torch.uint8))
+    pixels = emoji.pixels([emoji.image(source, rng.choice(pool[prompt]), rng) for prompt in prompts()])
+    return extractor()((pixels * 127.5 + 127.5).round().to(torch.uint8))
 
 
 def reference(name: str, run: Run, work: Path) -> StoredFeatures:
     """Features of the teacher at full steps, seeds A and B; measured once, a part of them shipped."""
     file = work / f"{name}-reference.safetensors"
     if not file.exists():
-        found = taught(name, run, prompts())
+        stored = taught(name, run, prompts())
         work.mkdir(parents=True, exist_ok=True)
-        found.save(file)
-        part = {k: v[:SHIPPED] for k, v in found.features.items()}
-        StoredFeatures(part, prompts(SHIPPED), found.facts).save(emoji.HERE / f"{name}-reference.safetensors")
+        stored.save(file)
+        part = {k: v[:SHIPPED] for k, v in stored.features.items()}
+        StoredFeatures(part, prompts(SHIPPED), stored.facts).save(emoji.HERE / f"{name}-reference.safetensors")
     return StoredFeatures.load(file)
 
 
@@ -71,7 +71,7 @@ def taught(name: str, run: Run, captions: list[str]) -> StoredFeatures:
     pipe = run.family.load()
     steps, guidance_scale = run.train.teacher_steps, run.teacher_guidance_scale
     row = teacher_call(run.family, pipe, steps, guidance_scale, f"{name}, seeds")
-    made = {
+    features = {
         key: extractor()(generate(pipe, row, captions, seed, progress=True)[0])
         for key, seed in (("reference", SEED_A), ("floor", SEED_B))
     }
@@ -82,7 +82,7 @@ def taught(name: str, run: Run, captions: list[str]) -> StoredFeatures:
         "teacher_guidance_scale": str(run.teacher_guidance_scale),
         "features": extractor().identity.id,
     }
-    return StoredFeatures(made, captions, facts)
+    return StoredFeatures(features, captions, facts)
 
 
 def figures(drawer: DiffusionPipeline | Students, row: PipelineCall, ref: StoredFeatures) -> dict[str, Any]:
@@ -101,24 +101,24 @@ def places(ref: StoredFeatures) -> Tensor:
     return torch.tensor([sorted(set(ref.prompts)).index(prompt) for prompt in ref.prompts])
 
 
-def judged(made: Tensor, cost: Cost, ref: StoredFeatures) -> dict[str, Any]:
+def judged(student_features: Tensor, cost: Cost, ref: StoredFeatures) -> dict[str, Any]:
     """What `figures` says of images with these features."""
-    n = len(made)
+    n = len(student_features)
     teacher, student = (
         Sampled(name=role, role=role, features=features)
-        for role, features in (("teacher", ref.features["floor"]), ("student", made))
+        for role, features in (("teacher", ref.features["floor"]), ("student", student_features))
     )
     stored = ref.features["reference"]
     against = Reference(stats=Stats.of(stored), features=stored, paired=True, facts={})
     key = extractor().identity.key
-    found = measured([teacher, student], against, key, ("paired", "diversity"), places(ref))[1]["metrics"]
+    metrics = measured([teacher, student], against, key, ("paired", "diversity"), places(ref))[1]["metrics"]
     return {
         "n": n,
         "seeds": [SEED_A, SEED_B],
-        "excess": found["delta_vs_teacher"][key]["value"],
-        "ci95": found["delta_vs_teacher"][key]["ci95"],
-        "paired": found["paired"]["features"],
-        "diversity": found["diversity_vs_teacher"],
+        "excess": metrics["delta_vs_teacher"][key]["value"],
+        "ci95": metrics["delta_vs_teacher"][key]["ci95"],
+        "paired": metrics["paired"]["features"],
+        "diversity": metrics["diversity_vs_teacher"],
         "calls": cost.calls / cost.batches,
         "nfe": cost.rows / n,
         "seconds_per_image": cost.seconds / n,

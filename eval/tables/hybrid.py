@@ -43,8 +43,8 @@ def measure_hybrid(name: str, results: Results, work: Path, rows: Sequence[str])
         run, out = load_config(Run, file, []), trained(file)
         facts = {"teacher": name, "config": config_digest(run), "train_steps": run.train.max_train_steps}
         for way, (steps, base_steps) in WAYS.items():
-            made = partial(compared, run, out, reference(name, run, work), work / "hybrid" / out.name, way)
-            results.once(f"{name}/{method}/{way}", made, **facts, steps=steps, base_steps=base_steps)
+            make = partial(compared, run, out, reference(name, run, work), work / "hybrid" / out.name, way)
+            results.once(f"{name}/{method}/{way}", make, **facts, steps=steps, base_steps=base_steps)
 
 
 def compared(run: Run, out: Path, ref: StoredFeatures, kept: Path, way: str) -> dict[str, Any]:
@@ -53,19 +53,19 @@ def compared(run: Run, out: Path, ref: StoredFeatures, kept: Path, way: str) -> 
     Args:
         kept: folder for the features of the student alone, which every other way is compared with.
     """
-    made, cost = features(run, out, ref, *WAYS[way])
+    student, cost = features(run, out, ref, *WAYS[way])
     file = kept / "student.safetensors"
     if way == "student":
         kept.mkdir(parents=True, exist_ok=True)
-        save_file({"features": made}, file)
+        save_file({"features": student}, file)
     elif not file.exists():
         save_file({"features": features(run, out, ref, *WAYS["student"])[0]}, file)
-    sizes, index = block_sizes(len(made)), places(ref)
-    own, alone, taught = (
-        diversity_replicates(each, index) for each in (made, load_file(file)["features"], ref.features["floor"])
+    sizes, index = block_sizes(len(student)), places(ref)
+    diversity, alone, taught = (
+        diversity_replicates(each, index) for each in (student, load_file(file)["features"], ref.features["floor"])
     )
-    ratio, gain = interval(own / taught, sizes), interval((own - alone) / taught, sizes)
-    row = judged(made, cost, ref) | {"diversity_ci95": [ratio.low, ratio.high]}
+    ratio, gain = interval(diversity / taught, sizes), interval((diversity - alone) / taught, sizes)
+    row = judged(student, cost, ref) | {"diversity_ci95": [ratio.low, ratio.high]}
     return row | {"gain": gain.value, "gain_ci95": [gain.low, gain.high]}
 
 

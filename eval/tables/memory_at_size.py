@@ -160,17 +160,17 @@ def predicted(case: Cycle) -> dict[str, Any]:
     """Bytes by part, and at the peak."""
     with torch.device("meta"):
         rehearsal = build(case)
-    found = forecast(rehearsal, {})
-    parts = {part.name: [part.weights, part.gradients, part.optimizer] for part in found.parts}
-    base, *roles = found.parts
+    prediction = forecast(rehearsal, {})
+    parts = {part.name: [part.weights, part.gradients, part.optimizer] for part in prediction.parts}
+    base, *roles = prediction.parts
     return {
         "parameters": base.parameters,
         "lora_parameters": roles[0].parameters,
         "parts": parts,
-        "static": found.static,
-        "gradients": found.gradients,
-        "activations": found.activations,
-        "peak": found.peak,
+        "static": prediction.static,
+        "gradients": prediction.gradients,
+        "activations": prediction.activations,
+        "peak": prediction.peak,
     }
 
 
@@ -198,16 +198,16 @@ def resident(field: str) -> int:
 
 def figures_of_cycle(name: str) -> dict[str, Any]:
     """Both of a cycle, each in a process of its own, with their ratios (measured / predicted)."""
-    said, found = (_apart(task, name) for task in ("predict", "measure"))
-    ratios = {"ratio": found["peak"] / said["peak"], "static_ratio": found["static"] / said["static"]}
-    return {"predicted": said, "measured": found} | {key: round(value, 4) for key, value in ratios.items()}
+    predicted, measured = (_apart(task, name) for task in ("predict", "measure"))
+    ratios = {"ratio": measured["peak"] / predicted["peak"], "static_ratio": measured["static"] / predicted["static"]}
+    return {"predicted": predicted, "measured": measured} | {key: round(value, 4) for key, value in ratios.items()}
 
 
 def _apart(task: str, name: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tables.memory_at_size", task, name]
-    own = MALLOC | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | MALLOC | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | own, cwd=Path(__file__).parent.parent
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parent.parent
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -219,13 +219,13 @@ def _embeddings(case: Cycle, rows: int) -> Condition:
 def _batches(case: Cycle) -> Iterator[list[Batch]]:
     size, parts, start = case.run.train.train_batch_size, case.run.train.gradient_accumulation_steps, 0
     while True:
-        made = []
+        micro_batches = []
         for _ in range(parts):
             latents, noise = (torch.randn(size, *case.latents) for _ in range(2))
             index = tuple(range(start, start + size))
-            made.append(Batch(index, _embeddings(case, size), case.latents, latents, noise))
+            micro_batches.append(Batch(index, _embeddings(case, size), case.latents, latents, noise))
             start += size
-        yield made
+        yield micro_batches
 
 
 @contextmanager

@@ -76,22 +76,25 @@ class Pair:
 
 def pairs() -> list[Pair]:
     """All of the rule: words, most frequent first, then colours."""
-    found = []
+    counts = []
     for group in emoji.prompts():
         names = [drawing.name for drawing in emoji.subjects() if drawing.subgroup == group]
         count = Counter(word for name in names for word in set(name.split()) - EMPTY)
-        found += [(n, group, word) for word, n in count.items() if LEAST <= n <= len(names) / 2]
-    words = [(group, word) for _, group, word in sorted(found, key=lambda each: (-each[0], *each[1:]))]
-    made = []
+        counts += [(n, group, word) for word, n in count.items() if LEAST <= n <= len(names) / 2]
+    words = [(group, word) for _, group, word in sorted(counts, key=lambda each: (-each[0], *each[1:]))]
+    pairs = []
     for i, (group, word) in enumerate(words):
-        own = {each for drawing in emoji.subjects() if drawing.subgroup == group for each in drawing.name.split()}
-        control = next(other for _, other in (*words[i:], *words) if other not in own)
-        made.append(Pair(group, word, control, word, group, partial(named, group, word)))
+        names = (drawing.name for drawing in emoji.subjects() if drawing.subgroup == group)
+        name_words = {each for name in names for each in name.split()}
+            each for drawing in emoji.subjects() if drawing.subgroup == group for each in drawing.name.split()
+        }
+        control = next(other for _, other in (*words[i:], *words) if other not in name_words)
+        pairs.append(Pair(group, word, control, word, group, partial(named, group, word)))
     hues = list(HUES)
     for prompt, hue in [("heart", "red"), *((f"{hue} heart", hue) for hue in hues)]:
         control = hues[hues.index(hue) - 1]
-        made.append(Pair(prompt, hue, control, f"{hue} heart", "heart", partial(coloured, hue)))
-    return made
+        pairs.append(Pair(prompt, hue, control, f"{hue} heart", "heart", partial(coloured, hue)))
+    return pairs
 
 
 @cache
@@ -99,8 +102,8 @@ def gallery(prompt: str) -> tuple[Tensor, list[str]]:
     """Features (n, D) and names of `VERSIONS` images of each drawing of a subgroup."""
     rng, source = random.Random(0), emoji.packed_sheet()
     drawings = [each for each in emoji.subjects() if each.subgroup == prompt for _ in range(VERSIONS)]
-    made = emoji.pixels([emoji.image(source, each, rng) for each in drawings])
-    return extractor()((made * 127.5 + 127.5).round().to(torch.uint8)), [each.name for each in drawings]
+    pixels = emoji.pixels([emoji.image(source, each, rng) for each in drawings])
+    return extractor()((pixels * 127.5 + 127.5).round().to(torch.uint8)), [each.name for each in drawings]
 
 
 def named(prompt: str, word: str, images: Tensor, features: Tensor) -> Tensor:
@@ -132,9 +135,9 @@ def measure_negative(name: str, results: Results, work: Path, rows: Sequence[str
         pipe.fuse_lora()  # pyright: ignore[reportAttributeAccessIssue]
         facts = {"teacher": name, "student": label, "config": config_digest(run), "steps": steps, "n": N}
         for pair in pairs():
-            own = {**facts, "prompt": pair.prompt, "negative": pair.word, "control": pair.control}
-            made = partial(suppressed, run, teacher, pipe, row, pair)
-            results.once(f"{name}/{label}/{pair.prompt}: {pair.word}", made, **own)
+            pair_facts = {**facts, "prompt": pair.prompt, "negative": pair.word, "control": pair.control}
+            make = partial(suppressed, run, teacher, pipe, row, pair)
+            results.once(f"{name}/{label}/{pair.prompt}: {pair.word}", make, **pair_facts)
         if label == "dmd2":
             show(run.family, pipe, row, results.file.with_suffix(".png"))
 
@@ -156,9 +159,9 @@ def suppressed(
     def cell(images: Tensor, cost: Cost) -> dict[str, float]:
         features = extractor()(images)
         near = {"to_teacher": concept, "to_drawings": gallery(pair.gallery)[0]}
-        found = {key: torch.cdist(features, known).min(1).values.mean().item() for key, known in near.items()}
-        found |= {"moved": (features - start)[rest].norm(dim=1).mean().item()} if rest.any() else {}
-        return {"shown": pair.shown(images, features).mean().item(), **found, "seconds_per_image": cost.seconds / N}
+        distances = {key: torch.cdist(features, known).min(1).values.mean().item() for key, known in near.items()}
+        distances |= {"moved": (features - start)[rest].norm(dim=1).mean().item()} if rest.any() else {}
+        return {"shown": pair.shown(images, features).mean().item(), **distances, "seconds_per_image": cost.seconds / N}
 
     draw = partial(drawn, run.family, pipe, row, pair.prompt)
     settings = {"0": cell(images, plain)} | {key: cell(*draw(pair.word, how)) for key, how in SETTINGS.items()}
@@ -196,4 +199,4 @@ def show(family: Family, pipe: DiffusionPipeline, row: PipelineCall, file: Path)
         for key in SHOWN:
             lines[key] += list(drawn(family, pipe, row, pair.prompt, pair.word, SETTINGS[key], 64)[0][seeds])
     labels = {key: key if key.startswith("nag") else f"scale {key}" for key in lines}
-    image_grid([(labels[key], torch.stack(made)) for key, made in lines.items()], columns, 2).save(file)
+    image_grid([(labels[key], torch.stack(cells)) for key, cells in lines.items()], columns, 2).save(file)

@@ -96,8 +96,8 @@ def _by_steps(table: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
 def _distribution(rows: Mapping[str, Mapping[str, Any]]) -> str:
     plain = {key: row for key, row in rows.items() if "/unguided/" in key}
     table = _by_steps("distribution", {key: row for key, row in rows.items() if key not in plain})
-    told = [f"{key.split('/')[0]} {_excess(row)} in {key.split('/')[2]} steps" for key, row in plain.items()]
-    return f"{table}\n\nThe teachers themselves, without guidance: {'; '.join(told)}." if told else table
+    teachers = [f"{key.split('/')[0]} {_excess(row)} in {key.split('/')[2]} steps" for key, row in plain.items()]
+    return f"{table}\n\nThe teachers themselves, without guidance: {'; '.join(teachers)}." if teachers else table
 
 
 def _reflow(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -142,11 +142,11 @@ def _negative(rows: Mapping[str, Mapping[str, Any]]) -> str:
                 cells.append([*row["settings"].values(), *row["other"].values()])
                 values = " | ".join(f"{100 * cell['shown']:.1f}" for cell in cells[-1])
                 shown += [f"| {label}, {key.rpartition('/')[2].replace(':', ', not')} | {values} |"]
-        found = [100 * mean(row[i]["shown"] for row in cells) for i in range(len(heads))]
-        means += [f"| {label}: shown, % | {' | '.join(f'{each:.1f}' for each in found)} |"]
+        percentages = [100 * mean(row[i]["shown"] for row in cells) for i in range(len(heads))]
+        means += [f"| {label}: shown, % | {' | '.join(f'{each:.1f}' for each in percentages)} |"]
         for kind, title in AWAY.items():
-            found = [mean(row[i][kind] for row in cells if kind in row[i]) for i in range(len(heads))]
-            means += [f"| {label}: {title} | {' | '.join(f'{each:.1f}' for each in found)} |"]
+            averages = [mean(row[i][kind] for row in cells if kind in row[i]) for i in range(len(heads))]
+            means += [f"| {label}: {title} | {' | '.join(f'{each:.1f}' for each in averages)} |"]
         plain = mean(row[0]["seconds_per_image"] for row in cells)
         times = [mean(row[i]["seconds_per_image"] for row in cells) / plain for i in range(len(heads))]
         means += [f"| {label}: seconds / plain | {' | '.join(f'{each:.2f}' for each in times)} |"]
@@ -159,8 +159,8 @@ def _hybrid(rows: Mapping[str, Mapping[str, Any]]) -> str:
     for key in sorted(rows, key=lambda key: (key.split("/")[:2], rows[key]["steps"], rows[key]["base_steps"])):
         row, (teacher, method, way) = rows[key], key.split("/")
         more = _signed(row["gain"], row["gain_ci95"]) if way != "student" else ""
-        own = f"{row['diversity']:.3f} [{row['diversity_ci95'][0]:.3f}, {row['diversity_ci95'][1]:.3f}]"
-        cells = [f"{row['steps']}, {row['base_steps']}", own, more, _excess(row), f"{row['paired']:.1f}"]
+        diversity = f"{row['diversity']:.3f} [{row['diversity_ci95'][0]:.3f}, {row['diversity_ci95'][1]:.3f}]"
+        cells = [f"{row['steps']}, {row['base_steps']}", diversity, more, _excess(row), f"{row['paired']:.1f}"]
         lines.append(f"| {teacher}: {method}, {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -186,10 +186,10 @@ def plot_paths(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     """Draw where the paths of the unguided teacher and of its reflowed student bend."""
     (row,) = (row for key, row in rows.items() if key.endswith("unguided/paths"))
     pairs = ((name, row[name]) for name in ("teacher", "student"))
-    found = {
+    paths = {
         name: Paths(torch.tensor(each["share"]), torch.tensor(each["deviation"]), each["cost"]) for name, each in pairs
     }
-    draw_paths(found, file)
+    draw_paths(paths, file)
 
 
 def draw_paths(samplers: Mapping[str, Paths], file: Path) -> None:

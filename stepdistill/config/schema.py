@@ -144,24 +144,24 @@ def lacking(cls: type) -> str:
 
 def leaves(schema: type, node: Value, path: str = "") -> dict[str, Hint]:
     """Annotation by dotted path of every plain field, with the classes that `type:` names in this config."""
-    found: dict[str, Hint] = {}
+    hints_by_path: dict[str, Hint] = {}
     for name, hint in fields(schema).items():
         here = f"{path}.{name}" if path else name
         child = node.get(name) if isinstance(node, Mapping) else None
         bases = [arm for arm in arms(hint) if is_structure(arm)]
         if not bases:
-            found[here] = hint
+            hints_by_path[here] = hint
         elif Factory not in bases and (child is not None or NoneType not in arms(hint)):
             try:
                 cls = pick(bases, child.get("type") if isinstance(child, Mapping) else None)
             except ConfigError:  # reported where the node is built
                 continue
-            found |= leaves(cls, child, here)
-    return found
+            hints_by_path |= leaves(cls, child, here)
+    return hints_by_path
 
 
 def nearest(name: object, known: Iterable[str], paths: Iterable[str] = ()) -> str:
     """` did you mean ...?`: the nearest of `known`, else one of `paths` that ends in `name`; else nothing."""
-    found = difflib.get_close_matches(str(name), list(known), 1)
-    found += [path for path in paths if path.rpartition(".")[2] == name]
-    return f" did you mean {found[0]}?" if found else ""
+    matches = difflib.get_close_matches(str(name), list(known), 1)
+    matches += [path for path in paths if path.rpartition(".")[2] == name]
+    return f" did you mean {matches[0]}?" if matches else ""

@@ -41,10 +41,10 @@ def _simplest(base: type) -> list[type]:
         required = [f.name for f in dataclasses.fields(cls) if f.init and _default(f) is dataclasses.MISSING]
         return any(structures(hints[name]) for name in required), len(required)
 
-    found = sorted(offered(base), key=needs)
-    if not found or needs(found[0])[0]:  # wrappers around one another have no end
+    finished = sorted(offered(base), key=needs)
+    if not finished or needs(finished[0])[0]:  # wrappers around one another have no end
         raise ConfigError(f"{base.__name__} has no subclass that stands alone; name one")
-    return found
+    return finished
 
 
 def _block(cls: type, value: Value, chosen: Mapping[str, type]) -> list[str]:
@@ -111,9 +111,9 @@ def _example(hint: Hint) -> Value:
 
 def _arguments(cls: type) -> dict[str, str]:
     """The `Args:` sections of a class and its bases, by name."""
-    found = {}
+    texts = {}
     for base in reversed(cls.__mro__):
         section = re.search(r"^Args:\n((?:    .*\n?)+)", inspect.cleandoc(base.__doc__ or ""), re.M)
         rows = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section[1] if section else "", re.M)
-        found |= {name: " ".join(text.split()) for name, text in rows}
-    return found
+        texts |= {name: " ".join(text.split()) for name, text in rows}
+    return texts

@@ -81,9 +81,9 @@ class RowStore:
                 raise ValueError(problem(got, "one row an input", "rows are kept one by one", "correct the encoder"))
         for n, row in enumerate(ids):
             # a clone, since a slice would keep the whole batch alive
-            made = {name: column[n].detach().cpu().clone() for name, column in columns.items()}
-            self._bytes += _size(made)
-            self._rows[row] = made
+            tensors = {name: column[n].detach().cpu().clone() for name, column in columns.items()}
+            self._bytes += _size(tensors)
+            self._rows[row] = tensors
         self._new += ids if self.folder else []
         if len(self._new) >= FLUSH:
             self.save()
@@ -97,14 +97,14 @@ class RowStore:
 
     def rows(self, ids: Sequence[str]) -> Row:
         """The rows of `ids`, stacked to (len(ids), ...) by name, on the cpu."""
-        found = [self._row(row) for row in ids]
+        kept = [self._row(row) for row in ids]
         self._make_room()
-        shapes = {tuple((name, tuple(tensor.shape)) for name, tensor in row.items()) for row in found}
+        shapes = {tuple((name, tuple(tensor.shape)) for name, tensor in row.items()) for row in kept}
         if len(shapes) > 1:
             got = f"rows of shapes {sorted(shapes)[:2]}"
             todo = "pad prompts to one length, and keep a batch in one bucket"
             raise StepdistillError(problem(got, "one shape", "a batch is one tensor", todo))
-        return {name: torch.stack([row[name] for row in found]) for name in found[0]}
+        return {name: torch.stack([row[name] for row in kept]) for name in kept[0]}
 
     def _row(self, row: str) -> Row:
         if row in self._rows:

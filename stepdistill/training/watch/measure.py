@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stepdistill.core import pixels as images
 from stepdistill.core.files import written_whole
+from stepdistill.core.pixels import contrast, diversity, high_frequency, luminance, saturation
 from stepdistill.networks.roles import TEACHER
 from stepdistill.students.write import write_unproven
 from stepdistill.training.logs import Logs
@@ -37,11 +37,11 @@ FIXED = 1000  # the gap's noises have seeds from here on, clear of the noises be
 def drift_statistics(drawn: Tensor) -> dict[str, Tensor]:
     """Each statistic of images, by prompt (P,). drawn: (S, P, 3, H, W) in [0, 1], S seeds of each of P prompts."""
     return {
-        "saturation": images.saturation(drawn).mean(0),
-        "luminance": images.luminance(drawn).mean(0),
-        "contrast": images.contrast(drawn).mean(0),
-        "high_frequency": images.high_frequency(drawn).mean(0),
-        "diversity": images.diversity(drawn),
+        "saturation": saturation(drawn).mean(0),
+        "luminance": luminance(drawn).mean(0),
+        "contrast": contrast(drawn).mean(0),
+        "high_frequency": high_frequency(drawn).mean(0),
+        "diversity": diversity(drawn),
     }
 
 
