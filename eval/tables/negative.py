@@ -86,8 +86,6 @@ def pairs() -> list[Pair]:
     for i, (group, word) in enumerate(words):
         names = (drawing.name for drawing in emoji.subjects() if drawing.subgroup == group)
         name_words = {each for name in names for each in name.split()}
-            each for drawing in emoji.subjects() if drawing.subgroup == group for each in drawing.name.split()
-        }
         control = next(other for _, other in (*words[i:], *words) if other not in name_words)
         pairs.append(Pair(group, word, control, word, group, partial(named, group, word)))
     hues = list(HUES)
