@@ -179,7 +179,7 @@ def test_a_folder_there_and_back_is_the_identity(folders, tmp_path, name, to):
         part = loras.component(name)
         assert (facts[f"{part}.r"], facts[f"{part}.lora_alpha"]) == (RANK, ALPHA)
     count = len(load_file(folders[name] / WEIGHTS))
-    assert report.found.tensors == count and len(report.found.lora) == count / 2
+    assert report.source.tensors == count and len(report.source.lora) == count / 2
     assert f"{count} tensors read, {report.tensors} written, {count // 2} layers matched, 0 unmatched" in str(report)
     assert "alpha / rank: 4" in str(report)
 
@@ -363,7 +363,7 @@ def test_a_missing_alpha_is_the_rank_of_all_or_an_error(folders, tmp_path):
     # the same of Diffusers' format without metadata
     edited(tmp_path / "there.safetensors", lambda state: None, keep_metadata=False)
     report = convert_lora(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "kohya")
-    assert report.found.mute == len(alphas)
+    assert report.source.mute == len(alphas)
     state = load_file(tmp_path / "back.safetensors")
     assert all(value.item() == RANK for key, value in state.items() if key.endswith("alpha"))
 
@@ -397,7 +397,7 @@ def test_unets_are_told_apart_by_the_prompt_s_width(tmp_path, width, family):
     save_file(state, tmp_path / "x.safetensors")
     assert read_lora(tmp_path / "x.safetensors").layout.family == family
     report = convert_lora(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "kohya")
-    assert report.found.layout.family == family
+    assert report.source.layout.family == family
     assert ("input_blocks_4_1" if family == "sdxl" else "down_blocks_1") in next(
         iter(load_file(tmp_path / "y.safetensors"))
     )

@@ -66,12 +66,12 @@ def add_folder_commands(commands: Any) -> None:  # noqa: ANN401
 def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.students.verify import verify_formats
 
-    found = verify_formats(args.folder)
-    print(f"largest difference between plain Diffusers and the student's own sampler: {found['diffusers']:.3g}")
-    for name, difference in found.items():
+    differences = verify_formats(args.folder)
+    print(f"largest difference between plain Diffusers and the student's own sampler: {differences['diffusers']:.3g}")
+    for name, difference in differences.items():
         if name != "diffusers":
             print(f"the same of the {name} file: {difference:.3g}")
-    if not all(difference <= args.tolerance for difference in found.values()):
+    if not all(difference <= args.tolerance for difference in differences.values()):
         raise SystemExit(1)
 
 

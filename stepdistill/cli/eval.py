@@ -182,10 +182,10 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _whole(text: str) -> tuple[int, ...]:
-    found = tuple(int(part) for part in _words(text))
-    if not found or min(found) < 1 or len(set(found)) < len(found):
+    counts = tuple(int(part) for part in _words(text))
+    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
         raise argparse.ArgumentTypeError(f"{text!r}: expected different numbers of steps, as 1,2,4")
-    return found
+    return counts
 
 
 def _real(text: str) -> tuple[float, ...]:
@@ -218,28 +218,28 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     names = ("teacher", "family", "prompts", "num", "steps", "guidance", "teacher_steps", "teacher_guidance", "seed")
     more = ("reference_seed", "batch", "dtype", "save_images", "columns", "latency", "export")
     given = {name: getattr(args, name) for name in (*names, *more)}
-    _tell(evaluate(EvalRun(students=tuple(args.students), **given, **_measured(args, ("kid", "paired")))), args)
+    _print_rows(evaluate(EvalRun(students=tuple(args.students), **given, **_measured(args, ("kid", "paired")))), args)
 
 
 def _score(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.evaluation.run import score_images
     from stepdistill.evaluation.spec import EvalSpec
 
-    _tell(score_images(args.images, EvalSpec(**_measured(args, ("kid",))), args.prompts), args)
+    _print_rows(score_images(args.images, EvalSpec(**_measured(args, ("kid",))), args.prompts), args)
 
 
-def _tell(found: dict[str, Any], args: argparse.Namespace) -> None:
+def _print_rows(results: dict[str, Any], args: argparse.Namespace) -> None:
     """Print the rows; with --strict exit with 4 where one is not comparable."""
     from accelerate import PartialState
 
     PartialState().destroy_process_group()  # leaving gloo's threads running aborts some exits
-    if not found:  # of the first process alone
+    if not results:  # of the first process alone
         return
     from stepdistill.evaluation.results import summary_lines
 
-    print("\n".join(summary_lines(found)))
+    print("\n".join(summary_lines(results)))
     print(f"\n{args.output / 'report.html'}")
-    if args.strict and not all(row["comparable"] for row in found["rows"]):
+    if args.strict and not all(row["comparable"] for row in results["rows"]):
         raise SystemExit(4)
 
 

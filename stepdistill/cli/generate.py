@@ -109,7 +109,7 @@ def _draw(student: Any, prompts: list[str], args: argparse.Namespace, call: Any)
     from stepdistill.students.draw.base_first import base_first
 
     args.output.mkdir(parents=True, exist_ok=True)
-    seeds, made, lines, began = [args.seed + n for n in range(len(prompts))], [], [], time.perf_counter()
+    seeds, images_of_grid, lines, began = [args.seed + n for n in range(len(prompts))], [], [], time.perf_counter()
     against = student.against(args.negative_prompt, call, args.negative_scale, args.negative_mode)
     mixed = nullcontext() if args.base_steps is None else base_first(student.pipe, args.base_steps)
     with count_calls(student.family.network(student.pipe)) as cost, against as call, mixed:
@@ -117,10 +117,10 @@ def _draw(student: Any, prompts: list[str], args: argparse.Namespace, call: Any)
         for n, image in enumerate(images):
             image.save(args.output / f"{n:05d}.png")
             lines.append({"file": f"{n:05d}.png", "prompt": prompts[n], "seed": seeds[n]})
-            made += [image] if args.grid else []
+            images_of_grid += [image] if args.grid else []
     (args.output / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if args.grid:
-        _sheet(made, prompts, args.num_images_per_prompt).save(args.grid)
+        _sheet(images_of_grid, prompts, args.num_images_per_prompt).save(args.grid)
     seconds = time.perf_counter() - began
     print(f"{args.output}: {len(prompts)} images, {cost.calls} calls of the network, {seconds:.1f} s")
 
@@ -131,6 +131,6 @@ def _sheet(images: list[Any], prompts: list[str], each: int) -> Any:  # noqa: AN
 
     from stepdistill.students.draw.sheet import image_grid
 
-    made = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-    rows = [(f"image {k + 1}", made[k::each]) for k in range(each)]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    rows = [(f"image {k + 1}", pixels[k::each]) for k in range(each)]
     return image_grid(rows, prompts[::each], max(1, 96 // images[0].width))

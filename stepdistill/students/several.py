@@ -110,14 +110,14 @@ class Students:
             )
         rows: dict[int, Any] = {}
         for k, places in self.route(prompts).items():
-            own = {name: _at(values, places) for name, values in each.items()}
+            shares = {name: _at(values, places) for name, values in each.items()}
             with self.use(k):
-                made = self.pipe([prompts[i] for i in places], **{**self.calls[k], **call, **own}).images
-            if len(made) != len(places):
+                images = self.pipe([prompts[i] for i in places], **{**self.calls[k], **call, **shares}).images
+            if len(images) != len(places):
                 why = "they are put in the prompts' order"
                 todo = "write a prompt several times instead of asking for several images of it"
-                raise ValueError(problem(f"{len(made)} images of {len(places)} prompts", "one each", why, todo))
-            rows |= dict(zip(places, made, strict=True))
+                raise ValueError(problem(f"{len(images)} images of {len(places)} prompts", "one each", why, todo))
+            rows |= dict(zip(places, images, strict=True))
         ordered = [rows[i] for i in range(len(prompts))]
         if isinstance(ordered[0], Tensor):
             return torch.stack(ordered)

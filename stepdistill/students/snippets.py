@@ -32,8 +32,8 @@ def snippet(contract: Contract, address: Path | str) -> str:
 
 def _adapter_snippet(contract: Contract, adapters: GuidanceAdapters, address: Path | str) -> str:
     low, high = contract.guidance_range or (adapters.guidance_scale,) * 2
-    told = f"call.guidance_scale = {adapters.guidance_scale:g}"
-    return _loaded_snippet(contract, address, f"{told}  # from {low:g} to {high:g}; the pipeline's own stays 1")
+    setting = f"call.guidance_scale = {adapters.guidance_scale:g}"
+    return _loaded_snippet(contract, address, f"{setting}  # from {low:g} to {high:g}; the pipeline's own stays 1")
 
 
 def _loaded_snippet(contract: Contract, address: Path | str, *settings: str) -> str:

@@ -77,17 +77,17 @@ def verify_formats(folder: Path) -> dict[str, float]:
         each = [verify_formats(place) for place in sorted(folder.glob(f"{STUDENTS}/*"))]
         names = dict.fromkeys(name for one in each for name in one)
         return {name: max(one[name] for one in each if name in one) for name in names}
-    found, contract = {"diffusers": verify_student(folder)}, read_contract(folder)
+    differences, contract = {"diffusers": verify_student(folder)}, read_contract(folder)
     there: list[Format] = [to for to, name in FILES.items() if (folder / name).exists()]
     if there:
         family = teacher(contract)
         pipe, backbone = in_memory(folder, contract, family)
         for to in there:
             plain = _loaded(folder, folder / FILES[to], to, contract, family)
-            found[to] = prove(contract, family, plain, pipe, backbone, "student", 0).difference
+            differences[to] = prove(contract, family, plain, pipe, backbone, "student", 0).difference
     if (folder / WORKFLOW).exists():
         verify_workflow(folder, contract, FILES["comfyui"])
-    return found
+    return differences
 
 
 def _loaded(folder: Path, file: Path, to: Format, contract: Contract, family: Family) -> DiffusionPipeline:

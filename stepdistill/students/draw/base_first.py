@@ -48,8 +48,8 @@ def base_first(
         raise ConfigError(problem(f"base_steps {base_steps}", "0 or more", why, todo))
     net = pipe.components["unet"] if "unet" in pipe.components else pipe.components["transformer"]
     signature = inspect.signature(net.forward)
-    own = [(kept, name, kept[name]) for kept, name in strengths(net, adapters)]
-    if not own:
+    originals = [(scales, name, scales[name]) for scales, name in strengths(net, adapters)]
+    if not originals:
         expected = f"{sorted(adapters)}, loaded and not fused"
         why = "only a LoRA can be left out of some steps; a network of its own has no base beside it in a pipeline"
         todo = "load the student with `stepdistill.load_student`, and say its adapter_name if that is another"
@@ -63,13 +63,13 @@ def base_first(
             grid, time, taken = pipe.scheduler.timesteps, now, 0
         elif now != time:  # some pipelines call the network twice a step
             time, taken = now, taken + 1
-        for kept, name, strength in own:
-            kept[name] = 0.0 if taken < base_steps else strength
+        for scales, name, strength in originals:
+            scales[name] = 0.0 if taken < base_steps else strength
 
     handle = net.register_forward_pre_hook(before, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
-        for kept, name, strength in own:
-            kept[name] = strength
+        for scales, name, strength in originals:
+            scales[name] = strength

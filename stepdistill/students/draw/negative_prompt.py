@@ -101,18 +101,18 @@ def negative_prompt(
         _busy.discard(net)
 
 
-def nasa(found: Tensor, other: Tensor, scale: float) -> Tensor:
+def nasa(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
     """`Z+ - scale Z-` of what a layer's image tokens found (B, N, D) of the prompt and of the negative."""
-    return found - scale * other
+    return positive - scale * negative
 
 
-def nag(found: Tensor, other: Tensor, scale: float, limit: float, blend: float) -> Tensor:
+def nag(positive: Tensor, negative: Tensor, scale: float, limit: float, blend: float) -> Tensor:
     """The same, extrapolated, held within `limit` times the 1-norm of Z+ for each token, and blended with Z+."""
-    z, away = found.float(), found.float() - other.float()
+    z, away = positive.float(), positive.float() - negative.float()
     far = z + scale * away
     size, most = far.abs().sum(-1, keepdim=True), limit * z.abs().sum(-1, keepdim=True)
     far = torch.where(size > most, far * (most / size), far)
-    return (z + blend * (far - z)).to(found.dtype)  # exactly Z+ where either is 0
+    return (z + blend * (far - z)).to(positive.dtype)  # exactly Z+ where either is 0
 
 
 def _combine(texts: Sequence[str], scale: float, mode: str, limit: float, blend: float) -> Combine:
@@ -180,7 +180,7 @@ class _Subtraction:
         self.states, self.mask, self.combine = states, mask, combine
         self.stream = states  # of joint blocks: the negative's tokens before the next of them
         self.asking = False  # the second time, which comes first
-        self.other: Tensor | None = None  # Z- of the layer at hand
+        self.negative: Tensor | None = None  # Z- of the layer at hand
         self.length = 0  # of the text before the image's tokens, where a block has both in one sequence
         self.handles: list[Any] = []
 
@@ -231,9 +231,9 @@ class _Subtraction:
 
     def _ask(self, module: nn.Module, given: inspect.BoundArguments) -> Any:  # noqa: ANN401
         self.asking = True
-        found = module.forward(*given.args, **given.kwargs)  # not the call, which would come here again
+        output = module.forward(*given.args, **given.kwargs)  # not the call, which would come here again
         self.asking = False
-        return found
+        return output
 
     def _end(self, layer: nn.Module, args: tuple) -> tuple | None:
         mixed = self._met(args[0])
@@ -243,14 +243,14 @@ class _Subtraction:
         mixed = self._met(output[:, self.length :])
         return None if mixed is None else torch.cat([output[:, : self.length], mixed], dim=1)
 
-    def _met(self, found: Tensor) -> Tensor | None:
+    def _met(self, attended: Tensor) -> Tensor | None:
         """Z, or None where the layer is being asked for Z-."""
         if self.asking:
-            self.other = found
+            self.negative = attended
             return None
-        assert self.other is not None
-        other, self.other = self.other, None
-        return self.combine(found, other)
+        assert self.negative is not None
+        negative, self.negative = self.negative, None
+        return self.combine(attended, negative)
 
     def _rows(self, value: Tensor, x: Tensor) -> Tensor:
         """One row for each of x."""

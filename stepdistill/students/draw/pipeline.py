@@ -242,9 +242,12 @@ class StudentPipeline:
         size = 1 if alone else batch
         cuda = [self.pipe.device] if self.pipe.device.type == "cuda" else []
         for start in range(0, len(prompts), size):
-            some, own = list(prompts[start : start + size]), seeds[start : start + size]
+            some, batch_seeds = list(prompts[start : start + size]), seeds[start : start + size]
             with torch.random.fork_rng(cuda), scheduled(self.pipe, call.scheduler):
-                generators = [torch.manual_seed(own[0])] if alone else [torch.Generator().manual_seed(n) for n in own]
+                if alone:
+                    generators = [torch.manual_seed(batch_seeds[0])]
+                else:
+                    generators = [torch.Generator().manual_seed(seed) for seed in batch_seeds]
                 images = self.drawer(some, generator=generators, **each(call.arguments, len(some)))
             yield from images if isinstance(images, list) else images.images
 

@@ -77,8 +77,8 @@ def predictions_of_steps(
     # a table's scheduler may keep its state in another scale than the network's; a flow's has one
     scaled = not schedule.straight
     with _stepped(pipe.scheduler, scaled) as steps:
-        packed, told = family.pack(latents), each(call, len(prompts))
-        final = pipe(list(prompts), latents=packed, generator=generator, output_type="latent", **told).images
+        packed, arguments = family.pack(latents), each(call, len(prompts))
+        final = pipe(list(prompts), latents=packed, generator=generator, output_type="latent", **arguments).images
     for *packed, time in steps:
         y, x_t = (family.unpack(value, *latents.shape[-2:]) for value in packed)
         t = time.float().to(x_t.device).expand(len(x_t))
@@ -94,17 +94,17 @@ def _stepped(scheduler: Any, scaled: bool) -> Iterator[list[tuple[Tensor, Tensor
 
     Of all that pipelines call it is `step` alone that is given these three in one form by every pipeline.
     """
-    step, found = scheduler.step, []
+    step, steps = scheduler.step, []
 
     @wraps(step)  # pipelines look at its signature
     def seen(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         x_t = scheduler.scale_model_input(sample, timestep) if scaled else sample
-        found.append((model_output, x_t, torch.as_tensor(timestep)))
+        steps.append((model_output, x_t, torch.as_tensor(timestep)))
         return step(model_output, timestep, sample, *args, **kwargs)
 
     scheduler.step = seen
     try:
-        yield found
+        yield steps
     finally:
         del scheduler.step
 

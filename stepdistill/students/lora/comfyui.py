@@ -100,8 +100,8 @@ def verify_workflow(folder: Path, contract: Contract, lora: str) -> None:
     file = folder / WORKFLOW
     expected, todo = "what the contract says", "export it again"
     try:
-        found = json.loads(file.read_text())
-        odd = [name for name, node in workflow(contract, lora).items() if name in TRAINED and found.get(name) != node]
+        nodes = json.loads(file.read_text())
+        odd = [name for name, node in workflow(contract, lora).items() if name in TRAINED and nodes.get(name) != node]
     except (OSError, ValueError, AttributeError) as error:
         raise StudentError(problem(f"unreadable {file}", "a workflow", str(error), todo)) from error
     if odd:

@@ -66,20 +66,20 @@ class LoraFile:
 class Conversion:
     """What a conversion did; every key was matched, or it would have failed."""
 
-    found: LoraFile
+    source: LoraFile
     to: Format
     tensors: int
 
     def __str__(self) -> str:
-        lora, scales = self.found.lora, {part.scale for part in self.found.lora.values()}
+        lora, scales = self.source.lora, {part.scale for part in self.source.lora.values()}
         low, high = min(scales), max(scales)
         lines = [
-            f"{self.found.format} to {self.to}, {self.found.layout.family}: {self.found.tensors} tensors read, "
+            f"{self.source.format} to {self.to}, {self.source.layout.family}: {self.source.tensors} tensors read, "
             f"{self.tensors} written, {len(lora)} layers matched, 0 unmatched",
             f"alpha / rank: {low:g}" + (f" to {high:g}" if high > low else ""),
         ]
-        if self.found.mute:
-            lines.append(f"{self.found.mute} layers came without an alpha: taken as their rank, as every reader does")
+        if self.source.mute:
+            lines.append(f"{self.source.mute} layers came without an alpha: taken as their rank, as every reader does")
         return "\n".join(lines)
 
 
@@ -104,10 +104,10 @@ def convert_lora(source: Path, target: Path, to: Format, family: str | None = No
         if contract.lora is None:
             got, why = f"{source}, which holds {contract.kind} weights", "other weights have no LoRA format"
             raise StudentError(problem(got, "a student that is a LoRA", why, "give such a folder"))
-        found = read_lora(source / WEIGHTS, layout_of(teacher(contract)))
+        lora_file = read_lora(source / WEIGHTS, layout_of(teacher(contract)))
     else:
-        found = read_lora(source, Layout(family) if family else None)
-    return write_lora(found, target, to)
+        lora_file = read_lora(source, Layout(family) if family else None)
+    return write_lora(lora_file, target, to)
 
 
 def layout_of(family: Family) -> Layout:
@@ -150,14 +150,14 @@ def _lora_file(file: Path, state: dict[str, Tensor], metadata: dict[str, str], l
         todo = "give a LoRA; LoHa, LoKr and whole networks are not converted"
         raise StudentError(problem(got, expected, "there is nothing to convert", todo))
     layout = layout or guess(state, file)
-    found = _parsed(file, state, metadata, layout)
-    if found.unknown:
-        raise StudentError(_unmatched(file, state, found, layout, format))
-    if found.mute and format == "kohya" and len(found.mute) < sum(key.endswith(".alpha") for key in state):
-        got = f"{file} with {len(found.mute)} layers without an alpha, the first {found.mute[0]}"
+    parsed = _parsed(file, state, metadata, layout)
+    if parsed.unknown:
+        raise StudentError(_unmatched(file, state, parsed, layout, format))
+    if parsed.mute and format == "kohya" and len(parsed.mute) < sum(key.endswith(".alpha") for key in state):
+        got = f"{file} with {len(parsed.mute)} layers without an alpha, the first {parsed.mute[0]}"
         todo = "get the whole file; or remove every alpha, if they are all the rank"
         raise StudentError(problem(got, "an alpha of each layer, or of none", "their strength is not known", todo))
-    return LoraFile(found.lora, format, layout, len(state), len(found.mute))
+    return LoraFile(parsed.lora, format, layout, len(state), len(parsed.mute))
 
 
 def _parsed(file: Path, state: dict[str, Tensor], metadata: dict[str, str], layout: Layout) -> ParsedLora:
@@ -168,29 +168,29 @@ def _parsed(file: Path, state: dict[str, Tensor], metadata: dict[str, str], layo
         raise StudentError(problem(f"odd shapes in {file}", expected, str(error), todo)) from error
 
 
-def write_lora(found: LoraFile, target: Path, to: Format) -> Conversion:
+def write_lora(lora_file: LoraFile, target: Path, to: Format) -> Conversion:
     """Write a LoRA. Raises ConfigError for a format without names for it, StudentError where it reads as another."""
-    layout = found.layout
+    layout = lora_file.layout
     if layout.family not in FAMILIES[to]:
         why = {"kohya": "sd-scripts do not train it", "comfyui": "ComfyUI's own nodes do not draw with it"}[to]
         todo = "stay with Diffusers, or fuse it: --to fused"
         raise ConfigError(problem(f"{to} for {layout.family}", f"one of {', '.join(FAMILIES[to])}", why, todo))
     try:
-        state, metadata = lora_tensors(found.lora, to, layout.family, layout.per_block)
+        state, metadata = lora_tensors(lora_file.lora, to, layout.family, layout.per_block)
     except ValueError as error:
         todo = "check where the file comes from"
         raise StudentError(
             problem("a LoRA that cannot be fused", "one as wide as its layers", str(error), todo)
         ) from error
-    again = parse_lora(state, metadata, layout.family, layout.per_block)
-    odd = [*again.unknown, *sorted(found.lora.keys() ^ again.lora.keys())]
-    odd += [name for name in found.lora.keys() & again.lora.keys() if not _same(found.lora[name], again.lora[name])]
+    lora, again = lora_file.lora, parse_lora(state, metadata, layout.family, layout.per_block)
+    odd = [*again.unknown, *sorted(lora.keys() ^ again.lora.keys())]
+    odd += [name for name in lora.keys() & again.lora.keys() if not _same(lora[name], again.lora[name])]
     if odd:
         todo = "keep the source, and report it"
         raise StudentError(problem(f"{odd[:SHOWN]} after conversion", "what was read", "it would draw otherwise", todo))
     with written_whole(target) as part:
         save_tensors(state, part, metadata)
-    return Conversion(found, to, len(state))
+    return Conversion(lora_file, to, len(state))
 
 
 def tensors_of(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -237,20 +237,20 @@ def _foreign(state: Mapping[str, Tensor], family: str) -> set[str]:
     return {re.sub(r"\.(lora_(A|B|down|up)\.weight|alpha)$", "", key) for key in state} - known
 
 
-def _unmatched(file: Path, state: Mapping[str, Tensor], found: ParsedLora, layout: Layout, format: Format) -> str:
+def _unmatched(file: Path, state: Mapping[str, Tensor], parsed: ParsedLora, layout: Layout, format: Format) -> str:
     """What is said of keys that nothing stands for: the first ten, each with the nearest name that there is."""
     known = list(_names(layout, format))
     lines = []
-    for key in found.unknown[:SHOWN]:
+    for key in parsed.unknown[:SHOWN]:
         near = difflib.get_close_matches(key.partition(".lora_")[0], known, 1, 0.8)
         lines.append(f"  {key}" + (f"  (the nearest layer: {near[0]})" if near else ""))
-    count = f"{len(found.unknown)} of {len(state)} keys unmatched"
+    count = f"{len(parsed.unknown)} of {len(state)} keys unmatched"
     expected, why = (
         f"keys of a {layout.family} LoRA in the {format} format",
         "a conversion without them draws otherwise",
     )
     todo = "check the family; a layer needs both its matrices, and DoRA, LoHa, LoKr and T5 are not converted"
-    more = [f"  and {len(found.unknown) - SHOWN} more"] if len(found.unknown) > SHOWN else []
+    more = [f"  and {len(parsed.unknown) - SHOWN} more"] if len(parsed.unknown) > SHOWN else []
     fits = _fits(state)
     also = [] if layout.family in fits else [f"they look like {' or '.join(fits)}"]
     return "\n".join([problem(f"{file} with {count}", expected, "; ".join([why, *also]), todo), *lines, *more])

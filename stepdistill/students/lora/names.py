@@ -128,23 +128,23 @@ def layers(family: str, per_block: int = 2) -> tuple[Layer, ...]:
         per_block: `layers_per_block` of an SDXL UNet, by which the original counts its blocks.
     """
     network = NETWORKS[family]
-    found: Iterable[tuple]
+    originals: Iterable[tuple]
     match family:
         case "sd":
-            found = ((name, (name,)) for name in _unet(4, 1, per_block))
+            originals = ((name, (name,)) for name in _unet(4, 1, per_block))
         case "sdxl":
             names = _unet(3, 10, per_block)
-            found = ((_sgm(name, per_block), (name,)) for name in names)
+            originals = ((_sgm(name, per_block), (name,)) for name in names)
         case "sd3":
-            found = _sd3()
+            originals = _sd3()
         case "flux":
-            found = _flux()
+            originals = _flux()
         case "pixart":
-            found = ((None, (name,)) for name in _pixart())
+            originals = ((None, (name,)) for name in _pixart())
         case _:
-            found = ((None, (name,)) for name in _sana())
+            originals = ((None, (name,)) for name in _sana())
     whole = []
-    for original, parts, *more in found:
+    for original, parts, *more in originals:
         name = None if original is None else "lora_unet_" + original.replace(".", "_")
         whole.append(Layer(name, tuple(f"{network}.{part}" for part in parts), *more))
     return (*whole, *_encoders(family))

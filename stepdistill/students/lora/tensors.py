@@ -171,13 +171,13 @@ def split_layer(part: LayerLora, layer: Layer) -> list[LayerLora | None]:
     ranks = _ranks([(block != 0).any(0) for block in rows])
     if ranks is None:
         return [LayerLora(part.down, block.contiguous(), part.alpha) for block in rows]
-    found: list[LayerLora | None] = []
+    loras: list[LayerLora | None] = []
     start = 0
     for block, rank in zip(rows, ranks, strict=True):
         columns, start = slice(start, start + rank), start + rank
         alpha = part.alpha * rank / len(part.down)
-        found.append(LayerLora(part.down[columns].clone(), block[:, columns].contiguous(), alpha) if rank else None)
-    return found
+        loras.append(LayerLora(part.down[columns].clone(), block[:, columns].contiguous(), alpha) if rank else None)
+    return loras
 
 
 def _ranks(used: Sequence[Tensor]) -> list[int] | None:
