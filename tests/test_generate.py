@@ -23,9 +23,9 @@ from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.families.prompt_limits import lost, warn_of_cut
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
+from stepdistill.networks.pipeline_loras import fuse_loras
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students.contract import CONTRACT, WEIGHTS
-from stepdistill.students.draw.loras import fuse_loras
 from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline, changed_sampler
 from stepdistill.students.write import write_student
 from stepdistill.training.distill import distill
@@ -125,7 +125,7 @@ def test_fused_is_the_same_image_and_strength_is_strength(folders, name):
     assert apart(draw(StudentPipeline.load(folder, strength=1.0)), whole) == 0
     if family.loads_lora:
         drawer = StudentPipeline.load(folder)
-        fuse_loras(family, drawer.pipe)
+        fuse_loras(drawer.pipe)
         drawer.pipe.unfuse_lora()
         assert apart(draw(drawer), whole) < 1e-5
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from diffusers import DiffusionPipeline
 from peft import inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -66,11 +67,14 @@ def weigh_active(net: nn.Module, weights: Mapping[str, float]) -> None:
                 layer.set_scale(name, weights[name])
 
 
-def fuse_active(net: nn.Module) -> None:
-    """Fuse the LoRAs that are on into the weights of a pipeline's network, at their strength."""
-    for layer in net.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge()
+def fuse_loras(pipe: DiffusionPipeline) -> None:
+    """Fuse the LoRAs that are on into the weights of a pipeline's networks, at their strength.
+
+    The images are the same, in less time. PEFT's layers stay, so that `unfuse_lora` of Diffusers undoes it.
+    """
+    networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    for layer in (layer for net in networks for layer in net.modules() if isinstance(layer, BaseTunerLayer)):
+        layer.merge()
 
 
 def strengths(net: nn.Module, names: Collection[str]) -> list[tuple[dict[str, float], str]]:

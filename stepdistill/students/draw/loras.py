@@ -1,4 +1,4 @@
-"""The LoRAs of a plain pipeline: load a further one, weigh them, fuse them; by Diffusers where it has a loader."""
+"""The LoRAs of a plain pipeline: load a further one, weigh them; by Diffusers where it has a loader."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.families.base import Family
-from stepdistill.networks.pipeline_loras import fuse_active, weigh_active
+from stepdistill.networks.pipeline_loras import weigh_active
 
 
 def load_style(family: Family, pipe: DiffusionPipeline, source: str, name: str) -> str:
@@ -35,12 +35,3 @@ def weigh_loras(family: Family, pipe: DiffusionPipeline, weights: dict[str, floa
         loader.set_adapters(list(weights), list(weights.values()))
     else:
         weigh_active(family.network(pipe), weights)
-
-
-def fuse_loras(family: Family, pipe: DiffusionPipeline) -> None:
-    """Fuse the LoRAs that are on into the network, at their strength: the same images, in less time."""
-    if family.loads_lora:
-        loader: Any = pipe
-        loader.fuse_lora()
-    else:
-        fuse_active(family.network(pipe))

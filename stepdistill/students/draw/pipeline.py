@@ -23,10 +23,11 @@ from stepdistill.families.base import Family, each
 from stepdistill.families.prompt_limits import warn_of_cut
 from stepdistill.methods.base import Method
 from stepdistill.networks.guidance_adapters import GuidedCall
+from stepdistill.networks.pipeline_loras import fuse_loras
 from stepdistill.students.base_model import absolute
 from stepdistill.students.contract import Contract, read_contracts, teacher
 from stepdistill.students.draw.call import PipelineCall, generate, scheduled, teacher_call
-from stepdistill.students.draw.loras import fuse_loras, load_style, weigh_loras
+from stepdistill.students.draw.loras import load_style, weigh_loras
 from stepdistill.students.draw.negative_prompt import Mode, negative_prompt
 from stepdistill.students.load import folder_of, load_student
 from stepdistill.students.several import Students
@@ -130,7 +131,7 @@ class StudentPipeline:
                 weights |= {load_style(family, student.pipe, source, f"lora-{i}"): weight}
             weigh_loras(family, student.pipe, weights)
         if fuse:
-            fuse_loras(family, student.pipe)
+            fuse_loras(student.pipe)
         return student
 
     @property

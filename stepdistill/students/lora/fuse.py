@@ -6,36 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from diffusers.utils import recurse_remove_peft_layers
 
 from stepdistill.core.errors import StudentError, problem
+from stepdistill.networks.pipeline_loras import fuse_loras
 from stepdistill.students.contract import (
     CONTRACT,
-    WEIGHTS,
     Network,
     read_contract,
     scheduler_class,
     teacher,
     write_contract,
 )
-from stepdistill.students.lora.files import layout_of, read_lora
-from stepdistill.students.lora.tensors import Lora
 from stepdistill.students.proof import prove
 from stepdistill.students.single import in_memory, into_pipeline
 from stepdistill.students.write import keep_proof
-
-
-def fuse_into(net: nn.Module, lora: Lora, component: str) -> None:
-    """Add a LoRA to the weights of a network. Raises StudentError where it does not fit it."""
-    for name, part in lora.items():
-        inner = name.removeprefix(f"{component}.")
-        try:
-            weight = net.get_submodule(inner).get_parameter("weight")
-            change = part.product().reshape(weight.shape)
-        except (AttributeError, RuntimeError) as error:
-            got, expected = f"a LoRA on {name}", f"layers of this {type(net).__name__}, in their shapes"
-            raise StudentError(problem(got, expected, str(error), "give the base that it was trained on")) from error
-        weight.data += change.to(weight.device, weight.dtype)
 
 
 def fuse_student(source: Path, target: Path) -> float:
@@ -54,11 +39,11 @@ def fuse_student(source: Path, target: Path) -> float:
     if (target / CONTRACT).exists():
         raise StudentError(problem(f"{target}, which holds a student", "a new folder", "it is kept", "name another"))
     family = teacher(contract)
-    found = read_lora(source / WEIGHTS, layout_of(family))
     pipe, backbone = in_memory(source, contract, family)
     plain = family.load()
-    net: Any = family.network(plain)
-    fuse_into(net, found.lora, family.network_name)
+    into_pipeline(plain, source, contract, family, "student")
+    fuse_loras(plain)
+    net: Any = recurse_remove_peft_layers(family.network(plain))
     target.mkdir(parents=True, exist_ok=True)
     net.save_pretrained(target / family.network_name)
     scheduler = scheduler_class(contract).from_pretrained(source, subfolder="scheduler")
