@@ -29,7 +29,7 @@ from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students.contract import CONTRACT, WEIGHTS, read_contract, teacher
 from stepdistill.students.load import load_student
 from stepdistill.students.lora.comfyui import WORKFLOW
-from stepdistill.students.lora.files import Layout, convert_lora, layout_of, read_lora
+from stepdistill.students.lora.files import convert_lora, layout_of, read_lora
 from stepdistill.students.lora.fuse import fuse_student
 from stepdistill.students.verify import FILES, export_formats, verify_formats
 from stepdistill.students.write import write_student

@@ -87,7 +87,7 @@ class InvertedImages(TeacherMade):
 
     @cached_property
     def _pairs(self) -> dict[str, Tensor]:
-        files = [load_file(self._chunk(k)) for k in range(-(-self.count // self.chunk))]
+        files = [load_file(self._chunk(k)) for k in range(len(self.units))]
         return {key: torch.cat([file[key] for file in files]) for key in files[0]}
 
     def __len__(self) -> int:

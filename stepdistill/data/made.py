@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -16,6 +15,7 @@ from torch import Tensor
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.files import written_whole
 from stepdistill.core.progress import progress
+from stepdistill.core.units import Units, changed_facts, write_facts
 from stepdistill.data.base import GuidedState, Source
 from stepdistill.data.bundled import bundled
 
@@ -89,17 +89,30 @@ class TeacherMade(Source):
         Raises:
             DataError: what lies there is of another teacher, setting or source; or the disk refuses.
         """
-        facts = json.loads(json.dumps(self.facts(teacher.digest, teacher.shape)))
-        mine = unmade(self.path / self.stored, facts, -(-self.count // self.chunk), self._whole, rank, world)
+        facts, file = self.facts(teacher.digest, teacher.shape), self.path / self.stored
+        if changed := changed_facts(file, facts):
+            raise DataError(
+                problem(
+                    f"samples in {self.path} with other {', '.join(changed)}: {[have for have, _ in changed.values()]}",
+                    f"{[wanted for _, wanted in changed.values()]}",
+                    "those of another teacher or setting would teach the wrong thing",
+                    "name another data.folder, or remove this one",
+                )
+            )
+        known = file.exists()  # chunks without their facts are of nobody knows which teacher
+        mine = self.units.missing(lambda k: known and self._whole(k), rank, world)
+        if mine:
+            write_facts(file, facts)
         for k in progress(mine, title=self.title, unit="file", shown=bool(mine) and rank == 0):
-            ids = self._ids(k)
+            ids = self.units.rows(k)
             tensors = self.make(teacher, ids)
             done = next(j for j in range(k + 1) if not self._chunk(j).exists() or j == k)
             save_chunk(self._chunk(k), tensors, self.marks(ids), done * self.chunk)
 
-    def _ids(self, k: int) -> range:
-        """The numbers in file k."""
-        return range(k * self.chunk, min((k + 1) * self.chunk, self.count))
+    @property
+    def units(self) -> Units:
+        """The files, and the numbers of the items in each."""
+        return Units(self.count, self.chunk)
 
     def _chunk(self, k: int) -> Path:
         return self.path / f"chunk-{k:05d}.safetensors"
@@ -114,14 +127,14 @@ class TeacherMade(Source):
         with safe_open(self._chunk(k), "pt") as file:
             rows = file.get_slice(next(iter(file.keys()))).get_shape()[0]
             have = file.metadata() or {}
-        wanted = self.marks(self._ids(k)[:rows])
-        if rows <= len(self._ids(k)) and any(have.get(key) != value for key, value in wanted.items()):
+        wanted = self.marks(self.units.rows(k)[:rows])
+        if rows <= len(self.units.rows(k)) and any(have.get(key) != value for key, value in wanted.items()):
             got, why = (
                 f"{self._chunk(k)} of other {', '.join(wanted)}",
                 "what is stored belongs to those it was made by",
             )
             raise DataError(problem(got, "those of data.source", why, "name another data.folder, or remove this one"))
-        return rows >= len(self._ids(k))
+        return rows >= len(self.units.rows(k))
 
 
 def save_chunk(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str], complete: int) -> None:
@@ -142,40 +155,3 @@ def save_chunk(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, st
                 f"make room and start again, which goes on from there, or set data.count={complete}",
             )
         ) from error
-
-
-def unmade(
-    stored: Path, facts: Mapping[str, object], chunks: int, whole: Callable[[int], bool], rank: int, world: int
-) -> list[int]:
-    """The numbers of the chunks that this process is to make; where any is missing their facts are written first.
-
-    Args:
-        stored: the file of the facts, in the folder of the chunks.
-        whole: whether a chunk is there with all its samples.
-
-    Raises:
-        DataError: what lies there depends on other facts.
-    """
-    if stored.exists():
-        compare(stored.parent, facts, json.loads(stored.read_text()))
-    # chunks without their facts are of nobody knows which teacher
-    missing = [k for k in range(chunks) if not (stored.exists() and whole(k))]
-    if missing:
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        stored.write_text(json.dumps(facts, indent=1) + "\n")
-    # by number, not by place in the list, which another process may already have shortened
-    return [k for k in missing if k % world == rank]
-
-
-def compare(folder: Path, facts: Mapping[str, object], have: Mapping[str, object]) -> None:
-    """Raise DataError where what lies in a folder depends on other facts."""
-    odd = [key for key in facts if have.get(key) != facts[key]]
-    if odd:
-        raise DataError(
-            problem(
-                f"samples in {folder} with other {', '.join(odd)}: {[have.get(key) for key in odd]}",
-                f"{[facts[key] for key in odd]}",
-                "those of another teacher or setting would teach the wrong thing",
-                "name another data.folder, or remove this one",
-            )
-        )

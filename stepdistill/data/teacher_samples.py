@@ -69,9 +69,9 @@ class TeacherSamples(TeacherMade):
     @cached_property
     def _latents(self) -> Tensor:
         parts = []
-        for k in range(-(-self.count // self.chunk)):
+        for k in range(len(self.units)):
             with safe_open(self._chunk(k), "pt") as file:
-                parts.append(file.get_tensor("latents")[: len(self._ids(k))])
+                parts.append(file.get_tensor("latents")[: len(self.units.rows(k))])
         return torch.cat(parts)
 
     def __len__(self) -> int:

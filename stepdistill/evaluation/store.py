@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.core.files import write_text, written_whole
+from stepdistill.core.units import Units, changed_facts, write_facts
 from stepdistill.evaluation.metrics.stats import PART, FeatureStats, Stats
 
 FACTS, FEATURES, IMAGES = "facts.json", "features.npy", "images.npy"
@@ -52,31 +53,28 @@ class Store:
         Raises:
             EvaluationError: what lies there is of other facts, or it cannot be written.
         """
-        file, known = self.folder / FACTS, json.loads(json.dumps(dict(facts)))
-        if file.exists():
-            found = json.loads(file.read_text())
-            odd = sorted(key for key in found.keys() | known.keys() if found.get(key) != known.get(key))
-            if odd:
-                got = f"{self.folder}, which was begun with other {', '.join(odd)}"
-                why = "its images would be mixed with those of this evaluation"
-                raise EvaluationError(problem(got, "the same", why, "name another output folder, or remove this one"))
+        file = self.folder / FACTS
+        if changed := changed_facts(file, facts):
+            got = f"{self.folder}, which was begun with other {', '.join(sorted(changed))}"
+            why = "its images would be mixed with those of this evaluation"
+            raise EvaluationError(problem(got, "the same", why, "name another output folder, or remove this one"))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _fresh(self.folder / FEATURES, np.dtype(np.float32), (self.n, self.dim))
             if self.kept:
                 _fresh(self.folder / IMAGES, np.dtype(np.uint8), (self.kept, *shape))
-            write_text(file, json.dumps(known, indent=1))
+            write_facts(file, facts)
         except OSError as error:
             why, todo = "features and scores are kept there", "name another output folder"
             raise EvaluationError(problem(f"{self.folder} ({error})", "a folder to write to", why, todo)) from error
 
     def missing(self, rank: int = 0, world: int = 1) -> list[int]:
         """The numbers of the units that process `rank` of `world` has to make."""
-        return [k for k in range(-(-self.n // self.unit))[rank::world] if not self._file(k).exists()]
+        return self._units.missing(lambda k: self._file(k).exists(), rank, world)
 
     def rows(self, k: int) -> range:
         """The numbers of the images of unit k."""
-        return range(k * self.unit, min(self.n, (k + 1) * self.unit))
+        return self._units.rows(k)
 
     def put(self, k: int, images: Tensor, features: Tensor, facts: Mapping[str, object]) -> None:
         """Keep unit k: features (B, dim) float32 of images (B, 3, H, W) uint8, and its facts as JSON; lists
@@ -102,7 +100,7 @@ class Store:
         """
         missing = self.missing()
         if missing:
-            got = f"{len(missing)} of {-(-self.n // self.unit)} units missing in {self.folder}"
+            got = f"{len(missing)} of {len(self._units)} units missing in {self.folder}"
             raise EvaluationError(problem(got, "all", "a distance is over all images", "run it again: it goes on"))
         found = torch.from_numpy(np.load(self.folder / FEATURES, mmap_mode="c"))
         skipped = {i for unit in self.unit_facts() for i in unit["skipped"]}
@@ -124,7 +122,7 @@ class Store:
 
     def unit_facts(self) -> Iterator[dict[str, Any]]:
         """What is known of each unit, in order."""
-        return (json.loads(self._file(k).read_text()) for k in range(-(-self.n // self.unit)))
+        return (json.loads(self._file(k).read_text()) for k in range(len(self._units)))
 
     def note(self, name: str, facts: Mapping[str, object]) -> None:
         """Keep something else that is known of all images, as JSON."""
@@ -134,6 +132,10 @@ class Store:
         """What `note` kept, if anything."""
         file = self.folder / name
         return json.loads(file.read_text()) if file.exists() else None
+
+    @property
+    def _units(self) -> Units:
+        return Units(self.n, self.unit)
 
     def _file(self, k: int) -> Path:
         return self.folder / f"unit-{k:05d}.json"
