@@ -347,7 +347,7 @@ def test_an_unchosen_abstract_field_takes_a_subclass_and_names_the_others(librar
 
 
 def test_an_abstract_field_without_a_subclass_is_an_error(library) -> None:
-    with pytest.raises(ConfigError, match="Part has no subclass that stands alone"):
+    with pytest.raises(ConfigError, match="Part has no subclass that works without further classes"):
         template(library.Run, {})
 
 

@@ -366,7 +366,7 @@ def test_overrides_of_text_are_taken_as_they_stand(write) -> None:
 
 def test_an_ambiguous_leaf_lists_its_paths(write) -> None:
     (line,) = refused(write(GOOD), "--seed", "3")
-    assert line == "--seed: several paths end so; write one of train.seed=, seed="
+    assert line == "--seed: several paths end in this name; write one of train.seed=, seed="
     (line,) = refused(write(GOOD), "--learning_rat=3")
     assert "did you mean learning_rate?" in line
 

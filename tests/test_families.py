@@ -237,7 +237,7 @@ def test_the_prompt_of_sana_has_its_instruction_and_the_null_has_not(monkeypatch
 def test_a_network_that_its_pipeline_does_not_tell_the_guidance_is_refused():
     pipe = pipeline("sana")
     pipe.transformer.register_to_config(guidance_embeds=True)
-    with pytest.raises(ConfigError, match="guidance embedding.* give the base that it was distilled from"):
+    with pytest.raises(ConfigError, match="guidance embedding.* use the base model that it was distilled from"):
         FAMILIES["sana"].kind(pipe)
 
 

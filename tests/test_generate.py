@@ -200,7 +200,7 @@ def test_another_size_is_drawn(quiet):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (DrawOptions(timesteps=(20, 999)), "expected descending starts"),
+        (DrawOptions(timesteps=(20, 999)), "expected descending timesteps"),
         (DrawOptions(sigmas=(1.5,)), "expected shares of noise above 0, at most 1"),
         (DrawOptions(guidance_scale=0.5), "guidance_scale is 0.5: expected 1, which is none, or more"),
         (DrawOptions(timesteps=(2000,)), "2000"),
@@ -291,9 +291,9 @@ def test_the_end_of_a_long_prompt_that_is_cut_is_named(name, caplog):
     words = ["rose"] * 30 + ["zebra"]
     warn_of_cut(family, pipe, ["rose", " ".join(words)])
     for tokenizer, limit in family.limits(pipe).items():
-        (line,) = [r.getMessage() for r in caplog.records if f"tokens of {tokenizer}," in r.getMessage()]
+        (line,) = [r.getMessage() for r in caplog.records if f"tokens of {tokenizer} " in r.getMessage()]
         assert line.startswith(f"1 of 2 prompts are longer than the {limit} tokens")
-        end = line.partition("it leaves out ")[2]
+        end = line.partition(" loses ")[2]
         assert "zebra" in end or name == "sd3" and tokenizer == "tokenizer_3"  # which knows no word
         # what is said to be left out changes nothing of what the network is told
     other = " ".join([*words[:-1], "lemon"])

@@ -88,14 +88,16 @@ def _read(path: Path | str | None) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_interpolation(error)}") from error
     if not isinstance(tree, DictConfig):
-        raise ConfigError(problem(f"a list in {path}", "keys", "they fill a class", "write `key: value`"))
+        raise ConfigError(
+            problem(f"a list in {path}", "keys with values", "a config sets fields by name", "write `key: value`")
+        )
     return tree
 
 
 def _interpolation(error: OmegaConfBaseException) -> str:
     """What is wrong with a `${...}`."""
     got, todo = " ".join(str(error).split()), "name an existing key, or write \\${ for a literal ${"
-    return problem(got, "a `${path.of.a.key}` of this config", "it is replaced by that key's value", todo)
+    return problem(got, "a `${path.of.a.key}` of this config", "the reference is replaced by that key's value", todo)
 
 
 def _plain(tree: DictConfig) -> Value:
@@ -142,7 +144,7 @@ def _path(name: str, known: Mapping[str, Hint], problems: list[str]) -> str | No
     if len(ends) == 1:
         return ends[0]
     if ends:
-        problems.append(f"--{name}: several paths end so; write one of {', '.join(f'{p}=' for p in ends)}")
+        problems.append(f"--{name}: several paths end in this name; write one of {', '.join(f'{p}=' for p in ends)}")
     else:
         guess = nearest(name, [path.rpartition(".")[2] for path in known])
         problems.append(f"--{name}: unknown;{guess or ' the config has: ' + ', '.join(known)}")

@@ -1,4 +1,4 @@
-"""The classes that a config may name: the finished subclasses of a base, by module, by class, by dotted path."""
+"""The classes that a config may name: concrete subclasses of a base, by module, class or dotted path."""
 
 from __future__ import annotations
 

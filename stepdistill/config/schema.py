@@ -19,14 +19,14 @@ Value: TypeAlias = Any  # what a config holds, or what is made of it
 
 @dataclasses.dataclass(frozen=True)
 class Factory:
-    """A callable named by dotted path, such as an optimizer's class, that is called later.
+    """A callable named by its dotted path, such as an optimizer class, with keyword arguments.
 
     Args:
         type: dotted path of a class or function.
         kwargs: keyword arguments by name, in YAML beside `type`.
 
     Raises:
-        ConfigError: the path leads nowhere, or the callable has no such argument.
+        ConfigError: the path does not exist, or the callable has no such argument.
     """
 
     type: str
@@ -37,15 +37,15 @@ class Factory:
         try:
             known = inspect.signature(target).parameters
         except (TypeError, ValueError) as error:
-            why = f"its arguments are checked ({error})"
-            raise ConfigError(problem(self.type, "a class or function", why, "name another")) from error
+            why = f"its signature cannot be read ({error})"
+            raise ConfigError(problem(self.type, "a class or function", why, "name another one")) from error
         for name, value in self.kwargs.items():
             if name in known:
                 default = known[name].default
                 number = isinstance(default, int | float) and not isinstance(default, bool)
                 if number and isinstance(value, bool | str):
-                    why = f"{self.type} has {name}={default}"
-                    raise ConfigError(problem(f"{name}={value!r}", "a number", why, "write it unquoted"))
+                    why = f"the default of {self.type} is {name}={default}"
+                    raise ConfigError(problem(f"{name}={value!r}", "a number", why, "write it without quotes"))
             elif not any(p.kind is p.VAR_KEYWORD for p in known.values()):
                 guess = nearest(name, known)
                 raise ConfigError(f"{self.type}: unknown {name};{guess} It has: {', '.join(known)}")
@@ -80,7 +80,7 @@ def arms(hint: Hint) -> list[Hint]:
 
 
 def describe(hint: Hint) -> str:
-    """An annotation as a message shows it."""
+    """An annotation as text for an error message."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return describe(args[0])
@@ -102,7 +102,7 @@ def locate(path: str) -> Value:
     """The object at a dotted path. Raises ConfigError with the nearest name where there is none."""
     name, _, last = path.rpartition(".")
     if not name or not all(part.isidentifier() for part in path.split(".")):
-        raise ConfigError(problem(repr(path), "package.module.Name", "it is imported", "write it in full"))
+        raise ConfigError(problem(repr(path), "package.module.Name", "the name is imported", "write the full path"))
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -130,15 +130,15 @@ def pick(bases: Sequence[type], path: Value) -> type:
         raise ConfigError(f"got no `type`, expected `type:` and the dotted path of a {names}{such}")
     cls = locate(str(path))
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and issubclass(cls, tuple(bases))):
-        raise ConfigError(problem(path, f"a dataclass that is a {names}", "the key asks for it", "change it"))
+        raise ConfigError(problem(path, f"a dataclass that is a {names}", "this key takes no other class", "change it"))
     if inspect.isabstract(cls):
-        todo = "define what is missing, or name a subclass"
-        raise ConfigError(problem(path, f"a finished {names}", lacking(cls), todo))
+        todo = "define them, or name a subclass"
+        raise ConfigError(problem(path, f"a concrete {names}", lacking(cls), todo))
     return cls
 
 
 def lacking(cls: type) -> str:
-    """What an abstract class has yet to define."""
+    """The names that an abstract class does not define, in words."""
     return f"it lacks {', '.join(sorted(vars(cls)['__abstractmethods__']))}"
 
 

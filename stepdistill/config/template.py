@@ -1,4 +1,4 @@
-"""A commented config, written from the signatures and docstrings of the classes it names."""
+"""Commented config templates, generated from the signatures and docstrings of the classes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def template(schema: type, chosen: Mapping[str, type]) -> str:
     """YAML that `load` accepts for `schema`, with every default written out and every field explained.
 
     Args:
-        chosen: the class of some keys of `schema`; another key of an abstract class takes the subclass that
-            needs least.
+        chosen: the class of some keys of `schema`; any other key with an abstract class takes the subclass with the
+            fewest required fields.
     """
     return "\n".join(_block(schema, dataclasses.MISSING, chosen)) + "\n"
 
@@ -43,7 +43,7 @@ def _simplest(base: type) -> list[type]:
 
     finished = sorted(offered(base), key=needs)
     if not finished or needs(finished[0])[0]:  # wrappers around one another have no end
-        raise ConfigError(f"{base.__name__} has no subclass that stands alone; name one")
+        raise ConfigError(f"{base.__name__} has no subclass that works without further classes; name one")
     return finished
 
 

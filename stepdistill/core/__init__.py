@@ -1,1 +1,1 @@
-"""The maths of diffusion and distillation, and what every room needs. It loads no network library."""
+"""The mathematics of diffusion and distillation, and helpers for all other packages. It imports no network library."""

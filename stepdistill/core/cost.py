@@ -1,4 +1,4 @@
-"""What sampling costs: forward calls, network evaluations and seconds, counted from outside."""
+"""The cost of sampling: forward calls, network evaluations and seconds, counted by a forward hook."""
 
 import time
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class Cost:
 
     calls: forward invocations. rows: batch rows summed over the calls, so that a guided step counts twice.
     seconds: wall-clock time of the whole block, whatever ran in it, set when the block ends.
-    batches: of images, which whoever draws counts; `calls` / `batches` is the calls of one image.
+    batches: number of image batches, counted by the caller; `calls` / `batches` is the number of calls for one image.
     """
 
     calls: int = 0

@@ -1,4 +1,4 @@
-"""Several processes, explicitly: role weights are broadcast once, role gradients are averaged at every update.
+"""Multi-process training without DDP: role weights are broadcast once, role gradients averaged at every update.
 
 No network is wrapped: DDP around a network that switches roles leaves a role's gradients unaveraged without an error.
 """
@@ -46,7 +46,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def agree(flag: bool, device: torch.device) -> bool:
-    """Whether any process says yes; a signal may reach only one of them."""
+    """Whether `flag` is set on any process; a signal may reach only one of them."""
     if world()[1] == 1:
         return flag
     answer = torch.tensor(float(flag), device=device)

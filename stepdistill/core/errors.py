@@ -1,4 +1,4 @@
-"""Errors that a user can cause, and put right: the commands print them as one block, without a traceback."""
+"""Errors that a user can cause and fix. The commands print them as one block, without a traceback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DataError(StepdistillError):
 
 
 class CheckpointError(StepdistillError):
-    """A checkpoint or student folder that is missing, cut short or of another run."""
+    """A checkpoint or student folder that is missing, incomplete or from another run."""
 
 
 class StudentError(StepdistillError):
@@ -28,11 +28,11 @@ class EvaluationError(StepdistillError):
 
 
 class WrongWeights(StepdistillError):
-    """A weights file or folder that is not what its features are defined on."""
+    """A weights file or folder that is not the one that its features are defined on."""
 
 
 class MissingWeights(StepdistillError):
-    """Weights that are nowhere to be found; the message lists where they were looked for. The command exits with 3."""
+    """Weights that were not found. The message lists the places that were searched, and the command exits with 3."""
 
 
 class NonFiniteLoss(StepdistillError):

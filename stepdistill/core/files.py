@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever ends the process, and their digests."""
+"""Atomic file writes, and file digests."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ BLOCK = 2**20
 
 @contextmanager
 def written_whole(path: Path, part: Path | None = None) -> Iterator[Path]:
-    """Where to write a file or folder that becomes `path` at the end of the block, in place of what was there.
+    """Write a file or folder atomically: what the block writes to the yielded path replaces `path` at its end.
 
-    Where the block raises, `path` stays as it was, and what was written is removed.
+    If the block raises, `path` stays as it was, and what was written is removed.
 
     Args:
-        path: its parents are made.
-        part: where to write meanwhile, on the same disk: `path` with the suffix `.part`. Name another one where
-            several processes write `path` at once.
+        path: the file or folder; missing parents are created.
+        part: temporary path on the same disk; None takes `path` with the suffix `.part`. Pass another one if several
+            processes write `path` at once.
     """
     part = part or path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,13 +41,13 @@ def written_whole(path: Path, part: Path | None = None) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, part: Path | None = None) -> None:
-    """Write text and a last newline by way of `written_whole`."""
+    """Write text and a final newline atomically."""
     with written_whole(path, part) as place:
         place.write_text(text + "\n", encoding="utf-8")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file. Its bytes depend on what is in it alone: safetensors orders metadata by chance."""
+    """Write a safetensors file with sorted metadata, so that equal contents give equal bytes."""
     save_file(tensors, path, metadata)
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")

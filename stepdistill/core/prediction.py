@@ -1,7 +1,7 @@
-"""What a network predicts, absorbed once: its output is a row `y = p x0 + q eps` of a 2x2 system with `x_t`.
+"""Prediction types. A network output is a row `y = p x0 + q eps` of a 2x2 system with `x_t`.
 
 With `x_t = alpha x0 + sigma eps` and `det = alpha q - sigma p`:
-`x0 = (q x_t - sigma y) / det`, `eps = (alpha y - p x_t) / det`. No other file asks for a prediction type.
+`x0 = (q x_t - sigma y) / det`, `eps = (alpha y - p x_t) / det`. No other module depends on the prediction type.
 """
 
 from __future__ import annotations

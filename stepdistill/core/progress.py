@@ -1,4 +1,4 @@
-"""Progress bars: live on a terminal and in a notebook, and one line in half a minute where they go to a file."""
+"""Progress bars: live on a terminal and in a notebook; in a log file, one line every 30 seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The seeds of every random draw: functions of a run's seed and a sample's place, never of a global generator."""
+"""Random generators, derived from the run's seed and a sample's index. No global generator is used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def noise_of(seed: int, i: int, shape: Sequence[int]) -> Tensor:
 
 
 def fresh_noise(seed: int, i: int) -> torch.Generator:
-    """The generator of the noise that a stochastic sampler adds to sample i on its way; see `noise_of`."""
+    """The generator of the noise that a stochastic sampler adds to sample i; see `noise_of`."""
     return torch.Generator().manual_seed(7_919 * seed + i)
 
 

@@ -135,8 +135,8 @@ class DiscreteVP(NoiseSchedule):
         if n < 1 or self.steps % n:
             divisors = [k for k in range(1, 201) if self.steps % k == 0]
             raise ValueError(
-                f"a grid of {n} steps does not divide the table's {self.steps} entries: its times would not be those "
-                f"that the schedulers visit. Choose one of {divisors}"
+                f"a grid of {n} steps does not divide the table's {self.steps} entries: its timesteps would differ "
+                f"from those of the schedulers. Choose one of {divisors}"
             )
         return torch.cat([torch.zeros(1), torch.arange(1, n + 1) * float(self.steps // n) - 1])
 
@@ -182,7 +182,7 @@ class Rectified(NoiseSchedule):
 
     def grid(self, n: int) -> Tensor:
         if n < 1:
-            raise ValueError(f"a grid of {n} steps: at least 1 is needed")
+            raise ValueError(f"a grid of {n} steps: expected at least 1")
         u = torch.arange(n + 1, dtype=torch.float64) / n
         return (1000 * self.shift * u / (1 + (self.shift - 1) * u)).float()
 

@@ -32,9 +32,9 @@ class Sampler:
         eta: share of each step that is noised again, in [0, 1].
         clean: whether sampling ends at clean data; else at time 0 of the schedule, which is still noisy in a VP table.
         guidance_scale: of classifier-free guidance of the student; 1 is none.
-        first_noise: deterministic steps noise x0 again with the noise that sampling began with, not with the one that
-            they estimate (rf++: Lee et al. 2024, https://arxiv.org/abs/2405.20320, section 4.4). The same on straight
-            paths; on curved ones it does not tend to the ODE.
+        first_noise: deterministic steps renoise x0 with the initial noise instead of the predicted noise (rf++: Lee et
+            al. 2024, https://arxiv.org/abs/2405.20320, section 4.4). The same on straight paths; on curved ones it does
+            not tend to the ODE.
         adapter_scale: the default scale of guidance adapters; None where there are none.
         adapter_range: the scales that they were trained for, lowest and highest.
     """
@@ -51,7 +51,7 @@ class Sampler:
 def check_starts(timesteps: Sequence[float] | None) -> None:
     """Raise ValueError for starts of steps that do not descend."""
     if timesteps is not None and (not timesteps or list(timesteps) != sorted(set(timesteps), reverse=True)):
-        raise ValueError(f"timesteps are {list(timesteps)}: expected descending starts of steps, as [999, 499]")
+        raise ValueError(f"timesteps are {list(timesteps)}: expected descending timesteps, such as [999, 499]")
 
 
 def student_starts(
@@ -123,7 +123,7 @@ def relay(base: Denoise, student: Denoise, timesteps: Sequence[float], base_step
     of the student's. Gandikota & Bau 2025, https://arxiv.org/abs/2503.10637. All samples of a batch are at one time.
     """
     if base_steps < 0:
-        raise ValueError(f"base_steps is {base_steps}: expected 0, which is the student alone, or more")
+        raise ValueError(f"base_steps is {base_steps}: expected 0 (the student alone) or more")
     hand_over = timesteps[base_steps] if base_steps < len(timesteps) else -1.0
 
     def call(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:

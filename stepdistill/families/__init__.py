@@ -1,1 +1,1 @@
-"""One Diffusers pipeline family a file: load, encode, call, LoRA targets, sample, save."""
+"""One module per Diffusers pipeline family: load, encode, call, LoRA targets, sample, save."""

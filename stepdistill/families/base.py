@@ -1,4 +1,4 @@
-"""What a family of pipelines must say about itself; loading is common to all."""
+"""Base class of the pipeline families: what each family defines, and how all of them load."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Family(ABC):
             bundled teacher (`tiny-sd`, `tiny-sd3`).
         revision: branch, tag or commit of a hub id.
         variant: file variant, such as `fp16`.
-        single_file_config: a pipeline folder or hub id whose configs go with a single file.
-        teacher_loras: LoRA folders or files fused into the teacher before anything else.
-        quantization: how the frozen denoiser is kept in fewer bits, by dotted path: a config of Diffusers, as
-            `diffusers.BitsAndBytesConfig` with `load_in_4bit: true`, or of torchao, as
-            `torchao.quantization.Int8WeightOnlyConfig`. What is trained stays float32.
+        single_file_config: pipeline folder or hub id with the configs of a single file.
+        teacher_loras: LoRA folders or files that are fused into the teacher when it is loaded.
+        quantization: quantization config of the frozen denoiser, by dotted path: one of Diffusers, such as
+            `diffusers.BitsAndBytesConfig` with `load_in_4bit: true`, or one of torchao, such as
+            `torchao.quantization.Int8WeightOnlyConfig`. Trained weights stay float32.
     """
 
     network_name: ClassVar[str]
@@ -63,7 +63,7 @@ class Family(ABC):
     quantization: Factory | None = None
 
     def location(self) -> str:
-        """Where the teacher lies: a path or a hub id. Raises ConfigError for what can be neither."""
+        """The path or hub id of the teacher. Raises ConfigError if it can be neither."""
         name = self.pretrained_teacher_model
         path = bundled(name)
         if path.is_dir() and not (path / "model_index.json").exists():
@@ -106,7 +106,7 @@ class Family(ABC):
         )
         if self.teacher_loras and not self.loads_lora:
             got, expected = f"family.teacher_loras for a {self.pipeline_class.__name__}", "none"
-            todo = "fuse them by `stepdistill convert --to fused`, and give the network that this makes"
+            todo = "fuse them with `stepdistill convert --to fused`, and use the fused network as the teacher"
             raise ConfigError(problem(got, expected, "Diffusers has no LoRA loader for it", todo))
         with self.reached():
             pipe = self._read(without)
@@ -148,8 +148,8 @@ class Family(ABC):
             yield
         except OSError as error:
             got, why = f"teacher {self.pretrained_teacher_model}", str(error).splitlines()[0]
-            todo = "check the name, revision and variant, and the network: a hub id is downloaded"
-            raise ConfigError(problem(got, "a whole pipeline", why, todo)) from error
+            todo = "check the name, revision and variant, and for a hub id the network connection"
+            raise ConfigError(problem(got, "a complete pipeline", why, todo)) from error
 
     def load_scheduler(self) -> Any:  # noqa: ANN401
         """The teacher's scheduler alone, from its few bytes; None for a single file, which keeps it inside."""
@@ -181,22 +181,22 @@ class Family(ABC):
             raise ConfigError(
                 problem(
                     f"images of {height} x {width} pixels",
-                    f"sides that {unit} divides",
-                    f"one place of the network's input stands for {unit} pixels a side",
+                    f"sides that are multiples of {unit}",
+                    f"one position of the network's input covers {unit} x {unit} pixels",
                     f"choose a resolution that is a multiple of {unit}",
                 )
             )
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) as the pipeline's argument `latents` has them."""
+        """Latents (B, C, H, W) in the form of the pipeline's argument `latents`."""
         return latents
 
     def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
-        """Latents (B, C, height, width) from what the pipeline calls latents."""
+        """Latents (B, C, height, width) from the pipeline's form."""
         return packed
 
     def time(self, net: nn.Module, given: float) -> float:
-        """The scheduler's timestep where the pipeline tells its network the number `given`."""
+        """The scheduler's timestep for the number `given` that the pipeline passes to its network."""
         return given
 
     def guidance(self, scale: float) -> dict[str, Any]:
@@ -238,14 +238,14 @@ class Family(ABC):
 
     @abstractmethod
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
-        """How many tokens of a prompt each tokenizer passes on, by its name among the components."""
+        """The maximum number of tokens of each tokenizer, by component name."""
 
     @abstractmethod
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         """Embeddings of prompts, one row each."""
 
     def unconditional(self, pipe: DiffusionPipeline) -> Condition:
-        """The one row that guidance departs from where the pipeline is given no negative prompt."""
+        """The unconditional embedding, one row, that the pipeline uses without a negative prompt."""
         return self.condition(pipe, [""])
 
     @abstractmethod

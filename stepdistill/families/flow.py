@@ -1,4 +1,4 @@
-"""What families on a rectified flow share: straight paths, and their stock schedulers."""
+"""Base of the rectified-flow families, and their stock schedulers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Flow(Family):
             raise ConfigError(
                 problem(
                     f"eta {sampler.eta} for a flow student",
-                    "0 (Euler) or 1 (noise again from clean data)",
-                    "Diffusers has no flow scheduler that goes only part of the way back",
+                    "0 (Euler) or 1 (renoise from clean data)",
+                    "Diffusers has no flow scheduler for values in between",
                     "set method.eta to 0 or 1",
                 )
             )

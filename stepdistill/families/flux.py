@@ -1,4 +1,4 @@
-"""Flux: a transformer on a rectified flow that takes 2 x 2 places as one token; dev also takes a guidance scale."""
+"""Flux: a flow-matching transformer with 2 x 2 latent patches; dev also takes a guidance scale as an input."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ TARGETS = (
 class Flux(Flow):
     """Flux.1 pipelines, dev and schnell.
 
-    dev takes a guidance scale as an input, as it takes the time. That is no classifier-free guidance, and
+    dev takes a guidance scale as an input beside the timestep. This is not classifier-free guidance: the
     `guidance_scale` of methods is another setting.
 
     Args:
-        guidance_embedding: the value of that input, for teacher and student alike.
-        max_sequence_length: tokens of T5's part of the prompt; 512 for dev, 256 for schnell.
-        shift: of the teacher's own grid; none takes the scheduler's, and where that depends on the size of the image
-            its `max_shift`, which is that of 1024 x 1024 pixels (3.16 for dev; at 512 x 512 it is 1.88).
+        guidance_embedding: guidance scale that dev takes as an input, for teacher and student alike.
+        max_sequence_length: maximum number of T5 tokens of a prompt; 512 for dev, 256 for schnell.
+        shift: timestep shift of the teacher; none takes the scheduler's. If that depends on the image size, none takes
+            its `max_shift`, the shift at 1024 x 1024 pixels (3.16 for dev; 1.88 at 512 x 512).
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline

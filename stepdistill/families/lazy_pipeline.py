@@ -1,4 +1,4 @@
-"""The pipeline of a run, whose text encoders and autoencoder are loaded when something needs them."""
+"""A pipeline whose text encoders and autoencoder are loaded on first use."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PARTS: frozenset[Part] = frozenset({"text", "vae", "denoiser"})
 
 
 class LazyPipeline:
-    """A pipeline and its parts on a device. What `family.load` left out is put in once it is asked for.
+    """A pipeline and its parts on a device. Parts that `family.load` left out are loaded on first use.
 
     Args:
-        pipe: of `family`. It stays one object; parts are set on it.
-        device: where every part goes, but for those named in `stay`.
+        pipe: pipeline of `family`; parts are set on it in place.
+        device: device of all parts, except for those named in `stay`.
     """
 
     def __init__(self, family: Family, pipe: DiffusionPipeline, device: torch.device, stay: Sequence[str] = ()) -> None:
@@ -35,11 +35,11 @@ class LazyPipeline:
                 part.to(device)
 
     def text(self, why: str) -> DiffusionPipeline:
-        """The pipeline with its text encoders; `why` they are needed is said where they must be loaded."""
+        """The pipeline with its text encoders; `why` is logged if they must be loaded."""
         return self._with("text", why)
 
     def vae(self, why: str) -> DiffusionPipeline:
-        """The pipeline with its autoencoder; `why` it is needed is said where it must be loaded."""
+        """The pipeline with its autoencoder; `why` is logged if it must be loaded."""
         return self._with("vae", why)
 
     def _with(self, part: Part, why: str) -> DiffusionPipeline:

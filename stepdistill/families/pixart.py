@@ -1,4 +1,5 @@
-"""PixArt-alpha and PixArt-Sigma: a transformer on a variance-preserving table, with T5 alone."""
+"""Base of PixArt-alpha and PixArt-Sigma: a transformer with a variance-preserving noise schedule and a T5 text
+encoder."""
 
 from __future__ import annotations
 
@@ -24,11 +25,11 @@ TARGETS = (
 
 @dataclass(frozen=True, kw_only=True)
 class PixArt(VariancePreserving):
-    """A pipeline around a `PixArtTransformer2DModel`, which predicts a variance, too; that is left out.
+    """A pipeline with a `PixArtTransformer2DModel`. The variance that it predicts is not used.
 
-    Images are drawn at exactly the size that is asked for, not at the nearest of the pipeline's list of sizes, and
-    captions are taken as they are. Diffusers has no LoRA loader for these pipelines: `stepdistill.load_student` loads
-    the student, and `stepdistill convert --to fused` makes a network of it that plain Diffusers loads.
+    Images have exactly the requested size (`use_resolution_binning=False`), and captions are not cleaned
+    (`clean_caption=False`). Diffusers has no LoRA loader for these pipelines. `stepdistill.load_student` loads the
+    student, and `stepdistill convert --to fused` writes a fused network that plain Diffusers loads.
     """
 
     network_name: ClassVar[str] = "transformer"

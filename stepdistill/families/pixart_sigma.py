@@ -15,7 +15,7 @@ class PixArtSigma(PixArt):
     """PixArt-Sigma pipelines.
 
     Args:
-        max_sequence_length: tokens of a prompt.
+        max_sequence_length: maximum number of tokens of a prompt.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = PixArtSigmaPipeline

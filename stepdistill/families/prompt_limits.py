@@ -1,4 +1,4 @@
-"""What a tokenizer cuts off a prompt, said before it is drawn or trained on."""
+"""Warnings about prompts that are longer than a tokenizer's limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def lost(tokenizer: Any, limit: int, prompt: str) -> str:  # noqa: ANN401
-    """The end of a prompt that is beyond `limit` tokens, those that begin and end a text included."""
+    """The part of a prompt beyond `limit` tokens, special tokens included."""
     whole = tokenizer(prompt).input_ids
     if len(whole) <= limit:
         return ""
@@ -23,14 +23,14 @@ def lost(tokenizer: Any, limit: int, prompt: str) -> str:  # noqa: ANN401
 
 
 def warn_of_cut(family: Family, pipe: DiffusionPipeline, prompts: Sequence[str]) -> bool:
-    """One warning for each tokenizer that leaves out the end of any of the prompts; whether there was any."""
+    """Warn once for each tokenizer that truncates any of the prompts. Returns whether one does."""
     texts, warned = list(dict.fromkeys(prompts)), False
     for name, limit in family.limits(pipe).items():
         cut = [(text, end) for text in texts if (end := lost(pipe.components[name], limit, text))]
         if cut:
             logger.warning(
-                "%d of %d prompts are longer than the %d tokens of %s, which leaves out their end: of %r it leaves "
-                "out %r; the images will not show it",
+                "%d of %d prompts are longer than the %d tokens of %s and are truncated: %r loses %r. The images will "
+                "not show what is truncated",
                 *(len(cut), len(texts), limit, name, cut[0][0][:60], cut[0][1][:200]),
             )
             warned = True

@@ -1,4 +1,4 @@
-"""SANA: a transformer of linear attention on a rectified flow, with Gemma's states and a 32-fold autoencoder."""
+"""SANA: a flow-matching transformer with linear attention, a Gemma text encoder and an autoencoder with factor 32."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human
 
 @dataclass(frozen=True, kw_only=True)
 class Sana(Flow):
-    """SANA and SANA 1.5 pipelines, and the base that SANA-Sprint is distilled from: time in [0, 1], normalised queries
-    and keys (Chen et al. 2025, https://arxiv.org/abs/2503.09641, section 3.2).
+    """SANA and SANA 1.5 pipelines, and the base of SANA-Sprint, with timesteps in [0, 1] and normalised queries and
+    keys (Chen et al. 2025, https://arxiv.org/abs/2503.09641, section 3.2).
 
-    Images are drawn at exactly the size that is asked for, not at the nearest of the pipeline's list of sizes.
+    Images have exactly the requested size (`use_resolution_binning=False`).
 
     Args:
-        max_sequence_length: tokens of a prompt.
-        human_instruction: whether the pipeline's own instruction to Gemma stands before every prompt, as in training.
+        max_sequence_length: maximum number of tokens of a prompt.
+        human_instruction: whether the pipeline's `complex_human_instruction` precedes every prompt, as in training.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = SanaPipeline
@@ -53,9 +53,9 @@ class Sana(Flow):
 
     def kind(self, pipe: DiffusionPipeline) -> Kind:
         if pipe.transformer.config["guidance_embeds"]:
-            got, why = "a network with a guidance embedding", "its pipeline gives it none"
-            todo = "give the base that it was distilled from"
-            raise ConfigError(problem(got, f"one that a {self.pipeline_class.__name__} calls", why, todo))
+            got, why = "a network with a guidance embedding", "this pipeline does not pass one"
+            todo = "use the base model that it was distilled from"
+            raise ConfigError(problem(got, f"a network for {self.pipeline_class.__name__}", why, todo))
         return "flow"
 
     def time(self, net: nn.Module, given: float) -> float:
@@ -82,7 +82,7 @@ class Sana(Flow):
 
     @torch.no_grad()
     def unconditional(self, pipe: DiffusionPipeline) -> Condition:
-        """The empty prompt, which no instruction stands before."""
+        """The embedding of the empty prompt, without the instruction."""
         return self._encoded(pipe, [""])[1]
 
     def _encoded(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> tuple[Condition, Condition]:

@@ -1,4 +1,4 @@
-"""Schedulers that Diffusers lacks. A contract names one of these only where no stock scheduler samples the same."""
+"""Schedulers that Diffusers lacks. A contract names one only if no stock scheduler samples in the same way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class FirstNoiseDDIMScheduler(DDIMScheduler):
-    """DDIM, but for the noise of each step: that with which the first input was `alpha x0 + sigma eps`."""
+    """DDIM that renoises with the noise of the first input, `alpha x0 + sigma eps`, not with the predicted noise."""
 
     def step(
         self,
@@ -42,7 +42,8 @@ class FirstNoiseDDIMScheduler(DDIMScheduler):
 
 
 class FirstNoiseEulerScheduler(FlowMatchEulerDiscreteScheduler):
-    """Euler on a flow, but for the noise of each step: that with which the first input was `(1 - s) x0 + s eps`."""
+    """Flow Euler that renoises with the noise of the first input, `(1 - s) x0 + s eps`, not with the predicted
+    noise."""
 
     def step(
         self,

@@ -35,8 +35,8 @@ class StableDiffusion3(Flow):
     """Stable Diffusion 3 and 3.5 pipelines, with or without the T5 text encoder.
 
     Args:
-        max_sequence_length: tokens of T5's part of the prompt, zeros where the pipeline goes without T5; the
-            pipeline's own default is 256, the bundled `tiny-sd3` was trained with 16.
+        max_sequence_length: maximum number of T5 tokens of a prompt; without T5 their embeddings are zeros. The
+            pipeline's default is 256, and the bundled `tiny-sd3` was trained with 16.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline

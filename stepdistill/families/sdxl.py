@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, a pooled embedding, and the image's size among the conditions."""
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and size conditions."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from stepdistill.families.unet import UNet
 class StableDiffusionXL(UNet):
     """Stable Diffusion XL base pipelines; not the refiner.
 
-    The size conditions are those of an uncropped image of the size that is trained, as the pipeline's call has them
-    when nothing is said. Podell et al. 2023, https://arxiv.org/abs/2307.01952, section 2.2.
+    The size conditions are those of an uncropped image at the training resolution, the defaults of the pipeline's call.
+    Podell et al. 2023, https://arxiv.org/abs/2307.01952, section 2.2.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline

@@ -1,4 +1,4 @@
-"""What UNet pipelines share: epsilon or v prediction on a variance-preserving table, and one shape of network."""
+"""Base of the UNet families: epsilon or v prediction with a variance-preserving noise schedule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TARGETS = (
 
 @dataclass(frozen=True, kw_only=True)
 class UNet(VariancePreserving):
-    """A pipeline around a `UNet2DConditionModel`."""
+    """A pipeline with a `UNet2DConditionModel`."""
 
     network_name: ClassVar[str] = "unet"
 
@@ -33,7 +33,7 @@ class UNet(VariancePreserving):
         return named(net, TARGETS, (nn.Linear, nn.Conv2d))
 
     def tap(self, net: nn.Module) -> Tap:
-        """The bottleneck, as DMD2 has it."""
+        """The bottleneck, as in DMD2."""
         config: Any = net.config
         widths = config["block_out_channels"]
         patch = 2 ** (len(widths) - 1)

@@ -1,4 +1,4 @@
-"""What families on a variance-preserving table share: the table, and its stock schedulers."""
+"""Base of the families with a variance-preserving noise schedule, and their stock schedulers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class VariancePreserving(Family):
         ddim.set_timesteps(len(times))
         if sampler.first_noise:
             if ddim.timesteps.tolist() != times:
-                got, why = f"steps at {times} with the first noise", "the scheduler that has them is made from DDIM"
+                got, why = f"timesteps {times} with first_noise", "its scheduler extends DDIM with trailing timesteps"
                 todo = "choose a number of steps that divides 1,000, or set method.first_noise to false"
                 raise ConfigError(problem(got, f"{ddim.timesteps.tolist()}", why, todo))
             first = FirstNoiseDDIMScheduler(**table, **ends, timestep_spacing="trailing")
