@@ -206,8 +206,9 @@ def test_half_precision_and_a_pipeline_that_is_moved_later(families, tmp_path):
 def test_the_card_s_snippet_runs_as_pasted(families, written, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     card = ModelCard.load(str(written[name] / "README.md"))
-    assert "lora" not in card.data.tags and "Guidance adapters" in card.text and "stepdistill loads it" in card.text
-    assert "| scale of the adapters | 1 to 8; 7.5 if none is set |" in card.text
+    assert "lora" not in card.data.tags
+    assert "Guidance adapters" in card.text and "Load it with stepdistill." in card.text
+    assert "| scale of the adapters | 1 to 8 (default: 7.5) |" in card.text
     code = card.text.partition("```python\n")[2].partition("```")[0]
     assert code.startswith("import stepdistill\n") and "call.guidance_scale = 7.5" in code
     names: dict = {}

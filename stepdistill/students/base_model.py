@@ -1,4 +1,4 @@
-"""What a student folder says of its base: hashes of the weights, parts that it lacks, places of its files."""
+"""What a student folder records of its base model: hashes of the weights, missing components, absolute paths."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from stepdistill.networks.quantize import dense
 from stepdistill.students.card import licence_of
 from stepdistill.students.proof import TOLERANCE
 
-SAMPLED = 1024  # values of each tensor that the base's hash sees
+SAMPLED = 1024  # values of each tensor that go into the base's hash
 
 
 @dataclass(frozen=True)
 class Base:
-    """What a contract says of the base, read before a run rounds or changes it.
+    """What a contract records of the base model, read before a run rounds or changes the weights.
 
     Args:
         hashes: `base_hash` by precision.
-        without: parts that it lacks though its pipeline asks for them.
+        without: components that the pipeline requires and the base model lacks.
         licence: None where it is not known.
     """
 
@@ -34,13 +34,13 @@ class Base:
 
 
 def base_of(pipe: DiffusionPipeline, family: Family, licence: str | None = None) -> Base:
-    """The facts of a float32 pipeline; `licence` None reads the base's model card."""
+    """What to record of a float32 pipeline; `licence` None reads the model card of the base model."""
     hashes = {name_of(dtype): base_hash(pipe, family, dtype) for dtype in TOLERANCE}
     return Base(hashes, missing(pipe), licence or licence_of(family))
 
 
 def missing(pipe: DiffusionPipeline) -> tuple[str, ...]:
-    """Parts that the pipeline's class demands and this one lacks, such as SD3's largest text encoder."""
+    """Components that the pipeline's class requires and this one lacks, such as SD3's largest text encoder."""
     optional = pipe._optional_components
     return tuple(name for name, part in pipe.components.items() if part is None and name not in optional)
 
@@ -60,16 +60,16 @@ def absolute(family: Family) -> Family:
 
 
 def base_hash(pipe: DiffusionPipeline, family: Family, dtype: torch.dtype = torch.float32) -> str:
-    """sha256 of the base's denoiser in `dtype`: names, shapes and some 1,024 spread values of every tensor.
+    """sha256 of the base model's denoiser in `dtype`: names, shapes and about 1,024 values of each tensor.
 
-    Adapters on it do not count. A sample tells checkpoints apart and takes no time. Precision counts: weights
-    that were loaded in another one are compared by the hash of that one.
+    Adapters are left out. A sample of the values is fast and enough to tell checkpoints apart. The hash depends on the
+    precision, so weights in another precision are compared with the hash for that precision.
     """
     return _hash(family.network(pipe), dtype)
 
 
 def pipeline_hash(pipe: DiffusionPipeline) -> str:
-    """sha256 of every network of the pipeline, as `base_hash` has it: embeddings and latents depend on them."""
+    """sha256 of every network of the pipeline, computed as in `base_hash`: embeddings and latents depend on them."""
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     return sha256("".join(f"{name} {_hash(part, torch.float32)}" for name, part in parts.items()).encode()).hexdigest()
 
@@ -86,5 +86,5 @@ def _hash(net: nn.Module, dtype: torch.dtype) -> str:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Such as `float32`."""
+    """The name of a dtype, such as `float32`."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The model card of a student folder: a snippet that runs as pasted, the sampling contract, the licence."""
+"""The model card of a student folder: code that runs as pasted, the sampling contract, and the licence."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ TEMPLATE = """\
 
 # {{ name }} in {{ steps }}
 
-{{ what }} with which {{ base }} draws an image in {{ steps }}. Distilled with stepdistill by the method
-`{{ method }}`; {{ loader }} loads it.
+{{ what }} distilled from {{ base }} with stepdistill, by the method `{{ method }}`. The student generates an image in
+{{ steps }}. Load it with {{ loader }}.
 {% if grid %}
-![Images of teacher and student by the same prompts and seeds](samples/grid.png)
+![Images of the teacher and of the student from the same prompts and seeds](samples/grid.png)
 {% endif %}
 ## How to use
 
@@ -42,18 +42,18 @@ TEMPLATE = """\
 
 ## Sampling contract
 
-The student was trained for these values; with another sampler or other timesteps it draws worse. They are in
-`distill_config.json`, too, for programs.
+The student was trained for these values. Its images are worse with another sampler or with other timesteps.
+`distill_config.json` holds the same values for programs.
 
 | | |
 | --- | --- |
 {% for key, value in rows %}| {{ key }} | {{ value }} |
 {% endfor %}
 {% if difference is not none %}
-This folder, loaded into a plain pipeline, was compared with the student that was trained: the largest
-difference is {{ "%.1e" | format(difference) }} of the teacher's largest value.
+The output of this folder in a plain Diffusers pipeline was compared with the output of the trained student. The largest
+difference is {{ "%.1e" | format(difference) }}, relative to the teacher's largest value.
 {% else %}
-**This folder has not been compared with the student that was trained.**
+**This folder has not been compared with the trained student.**
 {% endif %}
 {{ terms }}
 
@@ -69,10 +69,11 @@ MULTI = """\
 {{ card_data }}
 ---
 
-# {{ name }} by {{ students }} students
+# {{ name }} with {{ students }} students
 
-{{ students }} few-step LoRAs with which {{ base }} draws, each for its part of all prompts, and the router that picks
-one by the prompt. Distilled with stepdistill after [Song et al. 2024](https://arxiv.org/abs/2410.23274).
+{{ students }} few-step students distilled from {{ base }} with stepdistill, after
+[Song et al. 2024](https://arxiv.org/abs/2410.23274). Each student was trained on a part of the prompts. A router picks
+the student of a prompt.
 
 ## How to use
 
@@ -80,15 +81,15 @@ one by the prompt. Distilled with stepdistill after [Song et al. 2024](https://a
 {{ snippet }}
 ```
 
-stepdistill reads `router.json` and switches between the LoRAs; each student draws its prompts as one batch, under its
-own sampling contract. For one student alone plain Diffusers is enough, see its card:
+stepdistill reads `router.json` and switches between the students. Each student generates its prompts as one batch, with
+its own sampling contract. The card of a student shows how to load it alone:
 
 | student | steps | difference |
 | --- | --- | --- |
 {% for k, steps, difference in rows %}| [{{ k }}](students/{{ k }}/README.md) | {{ steps }} | {{ difference }} |
 {% endfor %}
-The difference is the largest of a student's folder in a plain pipeline from the student that was trained, over the
-teacher's largest value.
+The difference is the largest one between the output of the student's folder in a plain Diffusers pipeline and that of
+the trained student, relative to the teacher's largest value.
 
 {{ terms }}
 """
@@ -99,19 +100,20 @@ TERMS = """\
 ## Base model and licence
 
 The base model is {{ base }}. {% if licence -%}
-Its licence is `{{ licence }}`. This student is derived from it, and the licence applies here as well.
+Its licence is `{{ licence }}`. The weights in this folder are derived from the base model, so its licence applies to
+them, too.
 {%- else -%}
-Its licence is not known to the program that wrote this card. This student is derived from it: look the
-licence up, for it applies here as well.
+Its licence was not known when this card was written. The weights in this folder are derived from the base model, so
+its licence applies to them, too. Check it before you use or share them.
 {%- endif %}
 """
 
 
 def write_card(folder: Path, contract: Contract, address: str | None = None) -> None:
-    """Write `README.md` into a student folder; shows `samples/grid.png` where the folder has it.
+    """Write `README.md` into a student folder. It shows `samples/grid.png` if the folder has one.
 
     Args:
-        address: what the snippet loads the student from, such as a hub id; None is the folder itself.
+        address: where the code loads the student from, such as a hub id; None is the folder itself.
     """
     n = len(contract.timesteps)
     card = ModelCard.from_template(
@@ -150,12 +152,12 @@ def _is_hub_id(base: str) -> bool:
 
 
 def _front_matter(contract: Contract | MultiContract) -> ModelCardData:
-    """What the hub reads."""
+    """The metadata that the hub reads."""
     base, licence = contract.base_model, contract.licence
     known = licence is not None and HUB_LICENCES.fullmatch(licence)
     lora = ["lora", "template:sd-lora"] if contract.kind in ("lora", "multi") else []
     return ModelCardData(
-        base_model=base if _is_hub_id(base) else None,  # the hub takes nothing but its own ids
+        base_model=base if _is_hub_id(base) else None,  # the hub accepts only its own ids
         library_name="diffusers",
         license=licence if known or licence is None else "other",
         license_name=None if known else licence,
@@ -165,7 +167,7 @@ def _front_matter(contract: Contract | MultiContract) -> ModelCardData:
 
 
 def _base(contract: Contract | MultiContract) -> dict[str, str]:
-    """What a card says about the base: its name, where it is, its terms."""
+    """What a card says about the base model: its name, a link to it, and its licence."""
     name, licence = contract.base_model, contract.licence
     base = f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else f"`{name}`"
     terms = Template(TERMS).render(base=base, licence=licence)
@@ -173,7 +175,7 @@ def _base(contract: Contract | MultiContract) -> dict[str, str]:
 
 
 def _rows(contract: Contract) -> list[tuple[str, str]]:
-    """The contract's table."""
+    """The rows of the table of the sampling contract."""
     height, width = contract.resolution
     scale = contract.guidance_scale
     return [
@@ -181,37 +183,37 @@ def _rows(contract: Contract) -> list[tuple[str, str]]:
         ("timesteps", ", ".join(f"{t:g}" for t in contract.timesteps)),
         ("noise levels (sigma)", ", ".join(f"{sigma:.4g}" for sigma in contract.sigmas)),
         ("prediction type", contract.prediction_type),
-        ("eta (share noised again)", f"{contract.eta:g}"),
-        ("guidance_scale", f"{scale:g}" + (" (none: guidance is in the weights)" if scale == 1 else "")),
+        ("eta (share of each step that is noised again)", f"{contract.eta:g}"),
+        ("guidance_scale", f"{scale:g}" + (" (no guidance is needed: it is in the weights)" if scale == 1 else "")),
         *_range(contract),
-        ("negative prompts", "work" if contract.negative_prompt else "have no effect"),
+        ("negative prompts", "supported" if contract.negative_prompt else "no effect"),
         _weights(contract),
         ("resolution", f"{width} x {height} pixels"),
-        ("precision in training", contract.dtype),
+        ("training precision", contract.dtype),
     ]
 
 
 def _range(contract: Contract) -> list[tuple[str, str]]:
-    """The row of what adapters may be told."""
+    """The row of the scales that guidance adapters support."""
     if contract.adapters is None or contract.guidance_range is None:
         return []
     low, high = contract.guidance_range
-    return [("scale of the adapters", f"{low:g} to {high:g}; {contract.adapters.guidance_scale:g} if none is set")]
+    return [("scale of the adapters", f"{low:g} to {high:g} (default: {contract.adapters.guidance_scale:g})")]
 
 
 def _weights(contract: Contract) -> tuple[str, str]:
-    """The row of what was trained."""
+    """The row of the trained weights."""
     if lora := contract.lora:
         return "LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, strength {lora.strength:g}"
     net = contract.network
     if adapters := contract.adapters:
         size = f"{adapters.parameters / 1e6:.2f} million parameters"
         return "guidance adapters", f"{adapters.arch}, width {adapters.width}, {size}"
-    return "network", f"`{net.class_name}` of {net.parameters / 1e6:.2f} million parameters" if net else ""
+    return "network", f"`{net.class_name}`, {net.parameters / 1e6:.2f} million parameters" if net else ""
 
 
 def licence_of(family: Family) -> str | None:
-    """The licence that the teacher's own model card names; None where there is no card, or none in it."""
+    """The licence in the teacher's model card; None if there is no card or no licence in it."""
     where = family.location()
     readme = Path(where) / "README.md"
     if Path(where).exists() and not readme.exists():
@@ -227,18 +229,18 @@ def licence_of(family: Family) -> str | None:
 
 
 def is_non_commercial(licence: str) -> bool:
-    """Whether the identifier or name of a licence excludes commercial use, or allows nothing but research."""
+    """Whether the identifier or name of a licence excludes commercial use, or allows research only."""
     words = re.sub(r"[\s_]+", "-", licence.lower())
     return re.search(r"(^|[^a-z])nc($|[^a-z])|non-?commercial|research|academic", words) is not None
 
 
 def warn_of_licence(family: Family) -> None:
-    """Warn where the teacher, and with it every student, is not for commercial use."""
+    """Warn if the licence of the teacher, which applies to its students, excludes commercial use."""
     licence = licence_of(family)
     if licence is not None and is_non_commercial(licence):
         logger.warning(
-            "the licence of the teacher %s is %s, which excludes commercial use: students are derived from "
-            "their teacher, and fall under the same terms",
+            "the licence of the teacher %s is %s, which excludes commercial use: a student is derived from its "
+            "teacher, so that licence applies to it",
             family.pretrained_teacher_model,
             licence,
         )

@@ -1,7 +1,7 @@
 """The sampling contract of a student, `distill_config.json`.
 
-It holds what a pipeline must be told so that it visits exactly the noise levels that the student was trained
-on, and where the student comes from.
+It holds the settings with which a pipeline visits exactly the noise levels that the student was trained at, and the
+origin of the student.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class LoraWeights:
-    """The LoRA in the folder. `strength` is the adapter weight to load it with; alpha is in its metadata."""
+    """The LoRA in the folder. `strength` is the adapter weight to load it with; alpha is in its metadata, too."""
 
     rank: int
     alpha: float
@@ -39,9 +39,9 @@ class LoraWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """The whole network in the folder, in place of the base's: its class in Diffusers, and its size.
+    """A whole network in the folder, which replaces the base's network: its class in Diffusers, and its size.
 
-    `fused` says that it is the base's own with a LoRA fused in.
+    `fused` is true for the base's network with a LoRA fused into it.
     """
 
     class_name: str
@@ -51,13 +51,13 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceAdapters:
-    """The guidance adapters in the folder, in place of weights that plain Diffusers knows: their manifest.
+    """The manifest of the guidance adapters in the folder, which plain Diffusers cannot load.
 
     Args:
-        arch, width: as `stepdistill.networks.roles.Adapters` has them.
-        sites: dotted names of the attention layers that they are for, in the order of the file.
-        parameters: how many numbers they have in all.
-        guidance_scale: w where none is set.
+        arch, width: those of `stepdistill.networks.roles.Adapters`.
+        sites: dotted names of their attention layers, in the order of the file.
+        parameters: number of parameters in all.
+        guidance_scale: the default w.
     """
 
     arch: AdapterArch
@@ -73,9 +73,9 @@ class Proof:
 
     Args:
         difference: largest difference of the final latents, over the largest absolute value of the teacher's.
-        tolerance: what it may be in `dtype`.
-        dtype: precision of the network in both; all other arithmetic is float32.
-        timesteps: what the plain pipeline passed to the network.
+        tolerance: the largest difference that is accepted in `dtype`.
+        dtype: precision of both networks; all other arithmetic is float32.
+        timesteps: those that the plain pipeline passed to the network.
         seed: of the starting noise.
     """
 
@@ -91,14 +91,14 @@ class Contract:
     """`distill_config.json`: how a student is sampled, and where it comes from.
 
     Args:
-        schema_version: of this format; another one is refused.
-        kind: what the folder holds: a LoRA, a whole network in a subfolder named as the pipeline's, or guidance
+        schema_version: of this format; a folder with another version is refused.
+        kind: what the folder holds: a LoRA, a whole network in a subfolder with the component's name, or guidance
             adapters.
         method: class and hyper-parameters.
         base_model: hub id, absolute path, or name of a bundled teacher.
-        base_hash: `base_hash` of the base in each precision that it may be loaded in, by name.
-        base_without: parts that this base lacks though its pipeline asks for them; they are passed as None.
-        family: class and arguments; `teacher` builds it.
+        base_hash: `base_hash` of the base for each precision that it may be loaded in.
+        base_without: components that the pipeline requires and this base lacks; None is passed for each.
+        family: class and arguments, from which `teacher` builds it.
         prediction_type: of the network.
         timesteps, sigmas: where each step starts, as trained, in the scheduler's time and as `sigma_t` of
             `x_t = alpha_t x0 + sigma_t eps`.
@@ -106,17 +106,17 @@ class Contract:
         scheduler: class (`_class_name`) and config.
         call: keyword arguments of the pipeline's call.
         guidance_scale: of `uncond + w (cond - uncond)`; 1 is none.
-        guidance_embedding: what a network with a guidance input is told; None where it has none.
-        guidance_range: the scales that an adapter takes; None where it takes none.
+        guidance_embedding: the value of the network's guidance input; None if it has no such input.
+        guidance_range: the scales that guidance adapters support; None without adapters.
         eta: share of each step that is noised again.
-        first_noise: whether the steps go with the noise that sampling began with.
+        first_noise: whether every step uses the noise that sampling started from.
         negative_prompt: whether negative prompts have an effect.
         lora, network, adapters: one of the three, by `kind`.
         resolution: height and width in pixels.
         dtype: precision of the base in training.
-        licence: of the base; None is unknown.
+        licence: of the base; None if it is unknown.
         versions: of the libraries that wrote the folder.
-        proof: None where the folder was never compared with the trained student.
+        proof: None if the folder was never compared with the trained student.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -150,7 +150,7 @@ class Contract:
     proof: Proof | None = None
 
     def sampler(self) -> Sampler:
-        """The mathematical part."""
+        """The sampler that the contract describes."""
         return Sampler(
             self.timesteps,
             self.eta,
@@ -164,9 +164,9 @@ class Contract:
 
 @dataclass(frozen=True, kw_only=True)
 class MultiContract:
-    """`distill_config.json` of a folder of several students, each in `students/<k>/` with a contract of its own.
+    """`distill_config.json` of a folder of several students, each in `students/<k>/` with its own contract.
 
-    `router.json` says which student draws a prompt. The fields that the students share are those of `Contract`.
+    `router.json` assigns a student to each prompt. The fields that the students share are those of `Contract`.
 
     Args:
         students: how many there are.
@@ -192,35 +192,35 @@ T = TypeVar("T")
 
 
 def read_contract(folder: Path | str) -> Contract:
-    """The contract of a student folder. Raises StudentError where it is missing, broken or too new."""
+    """The contract of a student folder. Raises StudentError if it is missing, invalid or of another version."""
     return _read(folder, FORMAT)
 
 
 def read_multi(folder: Path | str) -> MultiContract:
-    """The same of a folder of several students."""
+    """The contract of a folder of several students. Raises as `read_contract` does."""
     return _read(folder, MULTI)
 
 
 def read_contracts(folder: Path) -> tuple[Contract, ...]:
-    """The contract of each student of a folder, which holds one or several."""
+    """The contract of each student in a folder, which holds one or several."""
     if not is_multi(folder):
         return (read_contract(folder),)
     return tuple(read_contract(folder / STUDENTS / str(k)) for k in range(read_multi(folder).students))
 
 
 def is_multi(folder: Path | str) -> bool:
-    """Whether a folder holds several students. Raises StudentError where it has no contract."""
+    """Whether a folder holds several students. Raises StudentError if it has no contract."""
     return _parse(folder)[0].get("kind") == "multi"
 
 
 def _parse(folder: Path | str) -> tuple[dict[str, Any], str]:
     path = Path(folder) / CONTRACT
-    todo = "give the output_dir of a finished run"
+    todo = "pass the output_dir of a finished run"
     try:
         text = path.read_text()
         return dict(json.loads(text)), text
     except (OSError, ValueError, TypeError) as error:
-        why = f"it says how the student is sampled ({error})"
+        why = f"it defines how to sample the student ({error})"
         raise StudentError(problem(f"no readable {path}", "a sampling contract", why, todo)) from error
 
 
@@ -228,14 +228,14 @@ def _read(folder: Path | str, form: TypeAdapter[T]) -> T:
     fields, text = _parse(folder)
     path, version = Path(folder) / CONTRACT, fields.get("schema_version")
     if version != SCHEMA:
-        why, todo = "its fields may mean other things", "install the stepdistill that wrote it"
+        why, todo = "the meaning of its fields may have changed", "install the version of stepdistill that wrote it"
         raise StudentError(problem(f"schema version {version} in {path}", str(SCHEMA), why, todo))
     try:
         return form.validate_json(text, strict=True)
     except ValidationError as error:
         why = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        todo = "give the output_dir of a finished run"
-        raise StudentError(problem(f"odd contents of {path}", "a sampling contract", why, todo)) from error
+        todo = "pass the output_dir of a finished run"
+        raise StudentError(problem(f"invalid contents of {path}", "a sampling contract", why, todo)) from error
 
 
 def write_contract(folder: Path, contract: Contract | MultiContract) -> None:
@@ -245,13 +245,13 @@ def write_contract(folder: Path, contract: Contract | MultiContract) -> None:
 
 
 def teacher(contract: Contract | MultiContract) -> Family:
-    """The family that a contract names, with its arguments. Raises ConfigError where there is none such."""
+    """The family that a contract names, with its arguments. Raises ConfigError if there is no such family."""
     node = dict(contract.family)
     family: type[Family] = pick([Family], node.pop("type", None))
     return TypeAdapter(family).validate_python(node)
 
 
 def scheduler_class(contract: Contract) -> Any:  # noqa: ANN401
-    """The class of a contract's scheduler: one of Diffusers, or of `stepdistill.families.schedulers`."""
+    """The class of a contract's scheduler, from Diffusers or from `stepdistill.families.schedulers`."""
     package = "stepdistill.families.schedulers" if contract.first_noise else "diffusers"
     return locate(f"{package}.{contract.scheduler['_class_name']}")

@@ -1,4 +1,4 @@
-"""Loading a student folder, of one student or several: into a plain pipeline of its base, and to train on from it."""
+"""Load a folder of one or several students into a plain pipeline of its base, or as the start of training."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from stepdistill.students.lora.files import network_state
 from stepdistill.students.several import load_several
 from stepdistill.students.single import load_adapters, load_network, load_one, load_state
 
-# what loading needs of a hub folder
+# the files of a hub folder that loading needs
 PATTERNS = [CONTRACT, WEIGHTS, ADAPTERS, "scheduler/*", "unet/*", "transformer/*", ROUTER, f"{STUDENTS}/*"]
 
 
 def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_name: str = "student") -> Any:  # noqa: ANN401
     """Load a student's LoRA, or guidance adapters, and its scheduler into a plain pipeline of its base.
 
-    Adapters that are active there, such as a style, stay so, at the strength that they have. A student that is a
-    network of its own takes the place of the pipeline's, with whatever was on that.
+    Adapters that are active in the pipeline, such as a style, stay active at the same strength. A student that is a
+    whole network replaces the pipeline's network, and the adapters on it.
 
     Returns:
-        Keyword arguments of the pipeline's call: `pipe(prompt, **load_student(pipe, folder))`. Of guidance adapters
-        they are a `networks.guidance_adapters.GuidedCall`, on which the scale is set. For a folder of several students
-        `stepdistill.students.several.Students`, which draw instead: `load_student(pipe, folder)(prompts)`.
+        Keyword arguments of the pipeline's call: `pipe(prompt, **load_student(pipe, folder))`. For guidance adapters
+        they are a `networks.guidance_adapters.GuidedCall`, whose `guidance_scale` can be set. For a folder of several
+        students the result is a `stepdistill.students.several.Students`: `load_student(pipe, folder)(prompts)`.
 
     Raises:
         StudentError: there is no student, or it does not fit the pipeline.
@@ -45,22 +45,22 @@ def folder_of(place: str | Path) -> Path:
     """A local student folder; a hub id is downloaded first."""
     if Path(place).is_dir():
         return Path(place)
-    expected, todo = "a student folder or a hub id", "check the path or id, and the network"
+    expected, todo = "a student folder or a hub id", "check the path or the id, and the network connection"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
-        raise StudentError(problem(f"{place}, which does not exist", expected, "there is no student", todo))
+        raise StudentError(problem(f"{place}, which does not exist", expected, "there is no student to load", todo))
     try:
         return Path(snapshot_download(str(place), allow_patterns=PATTERNS))
     except OSError as error:
-        raise StudentError(problem(f"{place}, which is neither", expected, str(error), todo)) from error
+        raise StudentError(problem(f"{place}, which is neither of them", expected, str(error), todo)) from error
 
 
 def start_from(backbone: Backbone, source: str, family: Family, role: str = "student") -> None:
     """Load the LoRA of a student folder, hub id or file into `role` and its averages, at the same strength.
 
-    A role that is a network of its own takes the folder's whole network, one of adapters the folder's adapters.
+    A role that is a whole network takes the folder's network. A role of guidance adapters takes the folder's adapters.
 
     Raises:
-        StudentError: it cannot be read, or its rank, layers or width are not the config's.
+        StudentError: it cannot be read, or its rank, layers or width differ from the config's.
     """
     name = ADAPTERS if isinstance(backbone.kind(role), Adapters) else WEIGHTS
     path = Path(source) if source.endswith(".safetensors") else folder_of(source) / name

@@ -1,4 +1,4 @@
-"""The proof of a student folder: a plain pipeline with the folder draws what the student in memory draws."""
+"""The proof of a student folder: in a plain pipeline it generates the same output as the student in memory."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def prove(
     role: str,
     seed: int,
 ) -> Proof:
-    """Sample the student in memory and the one in `plain` from the same noises; compare the final latents.
+    """Sample the student in memory and the one in `plain` from the same noise, and compare the final latents.
 
-    In half precision the networks run in it, and all other arithmetic is float32 on both sides.
+    In half precision only the networks run in it. All other arithmetic is float32 on both sides.
 
     Args:
-        plain: a pipeline of float32 weights that has loaded the student folder. It is spoilt for other use.
+        plain: a pipeline of float32 weights that has loaded the student folder. Do not use it afterwards.
         pipe: the pipeline that `backbone` belongs to.
         seed: of the starting noise and of the fresh noise between steps.
 
@@ -91,7 +91,7 @@ def prove(
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """The global generator at `seed`, inside only.
+    """Seed the global generator with `seed` inside the context only.
 
     Both samplers draw their fresh noise from it, in the same order: not every pipeline hands a generator on
     to its scheduler (Stable Diffusion 3's does not).
@@ -102,7 +102,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _watch(family: Family, net: nn.Module) -> list[float]:
-    """A list that will hold the timestep of every step of `net`, whose output is float32 from now on."""
+    """A list that collects the timesteps at which `net` is called; from now on its output is float32."""
     visited: list[float] = []
     signature = inspect.signature(net.forward)
 
@@ -126,8 +126,8 @@ def _compare(visited: Sequence[float], trained: Sequence[float]) -> None:
         raise StudentError(
             problem(
                 f"timesteps {list(visited)} in a plain pipeline",
-                f"{list(trained)}, those of training",
-                "the student is good at the noise levels that it was trained on, and at no others",
-                "correct `call` in distill_config.json and the scheduler, or the family that wrote them",
+                f"{list(trained)}, as in training",
+                "the student works only at the noise levels that it was trained at",
+                "correct `call` in distill_config.json and the scheduler's config, or the family that wrote them",
             )
         )

@@ -1,8 +1,8 @@
-"""A folder of K students of one teacher: join them, load them into one plain pipeline, send each prompt to its own.
+"""A folder of K students of one teacher: join them, load them into one plain pipeline, route prompts to them.
 
-Multi-student distillation, Song et al. 2024, https://arxiv.org/abs/2410.23274: one student a prompt, so that K students
-cost no more time than one, and as LoRAs on one base little more memory. The paper's smaller students are networks of
-their own, and each takes its memory.
+Multi-student distillation, Song et al. 2024, https://arxiv.org/abs/2410.23274: one student generates the images of a
+prompt, so K students take no more time than one. As LoRAs on one base they take little more memory. The paper's smaller
+students are whole networks, and each takes its own memory.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from stepdistill.students.contract import (
 )
 from stepdistill.students.single import load_one
 
-EACH = ("generator", "latents", "negative_prompt")  # arguments of a call that may have one entry a prompt
+EACH = ("generator", "latents", "negative_prompt")  # arguments of a call that may have one entry for each prompt
 LEFT_OUT = ("checkpoint-*", "runs")  # parts of a training run that its student does not need
 
 
 @dataclass(frozen=True)
 class Students:
-    """K students in one plain pipeline, and the router between them; `students(prompts)` draws.
+    """K students in one plain pipeline, and the router between them; `students(prompts)` generates images.
 
     Args:
         pipe: the pipeline.
         family: of the base.
         router: from a prompt to the number of its student.
-        adapters: for each student the adapters to draw with: its own, after those that were active before; none
-            where the students are networks of their own.
-        nets: the denoiser of each student, one and the same where they are adapters.
-        calls, schedulers: keyword arguments of the call and scheduler of each student.
+        adapters: for each student the adapters to activate: its own, after those that were active before; none
+            if the students are whole networks.
+        nets: the denoiser of each student; the same one for all if they are adapters.
+        calls, schedulers: each student's keyword arguments of the call, and its scheduler.
     """
 
     pipe: Any
@@ -64,7 +64,7 @@ class Students:
     schedulers: tuple[Any, ...]
 
     def route(self, prompts: Sequence[str]) -> dict[int, list[int]]:
-        """The places of each student's prompts in the list, in their order; only students that have any."""
+        """The indices of each student's prompts, in order, without the students that have none."""
         places: dict[int, list[int]] = {}
         for place, prompt in enumerate(prompts):
             places.setdefault(self.router.route(prompt), []).append(place)
@@ -72,7 +72,7 @@ class Students:
 
     @contextmanager
     def use(self, k: int) -> Iterator[None]:
-        """The pipeline draws with student k inside, and as before afterwards."""
+        """Let the pipeline use student k inside the context, and restore it afterwards."""
         net, scheduler = self.pipe.components[self.family.network_name], self.pipe.scheduler
         active = adapters_on(net) if self.adapters[k] else []
         try:
@@ -84,7 +84,7 @@ class Students:
                 switch_on(net, active)
 
     def choose(self, k: int) -> None:
-        """The pipeline draws with student k from now on."""
+        """Let the pipeline use student k from now on."""
         self.pipe.register_modules(**{self.family.network_name: self.nets[k], "scheduler": self.schedulers[k]})
         if self.adapters[k]:
             switch_on(self.nets[k], self.adapters[k])
@@ -92,31 +92,31 @@ class Students:
     def __call__(self, prompts: Sequence[str] | str, **call: Any) -> Any:  # noqa: ANN401
         """Images in the order of the prompts: a list, or one tensor or array by the pipeline's `output_type`.
 
-        One call of the pipeline for each student with prompts: adapters cannot change within a batch.
+        The pipeline is called once for each student that has prompts, because adapters cannot change within a batch.
 
         Args:
             prompts: N of them.
-            call: further arguments of the pipeline's call, which win over the contract's. A list of N generators
-                or negative prompts, or (N, C, h, w) latents, are shared out with the prompts. With one generator
-                an image depends on the other prompts; with one each it does not.
+            call: further arguments of the pipeline's call, which override the contract's. A list of N generators or
+                negative prompts, or (N, C, h, w) latents, is divided among the students like the prompts. With a
+                single generator an image depends on the other prompts; with one for each prompt it does not.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         each = {name: call.pop(name) for name in EACH if isinstance(call.get(name), list | tuple | Tensor)}
         odd = [f"{len(values)} {name}" for name, values in each.items() if len(values) != len(prompts)]
         if odd or not prompts:
-            why = "they are shared out among the students with the prompts"
-            raise ValueError(
-                problem(odd or "no prompts", f"one for each of {len(prompts)} prompts", why, "give as many")
-            )
+            got = ", ".join(odd) or "no prompts"
+            expected = f"one for each of {len(prompts)} prompts" if odd else "at least one prompt"
+            why, todo = "each image has one prompt", "pass a list of prompts, and one value for each of them"
+            raise ValueError(problem(got, expected, why, todo))
         rows: dict[int, Any] = {}
         for k, places in self.route(prompts).items():
             shares = {name: _at(values, places) for name, values in each.items()}
             with self.use(k):
                 images = self.pipe([prompts[i] for i in places], **{**self.calls[k], **call, **shares}).images
             if len(images) != len(places):
-                why = "they are put in the prompts' order"
-                todo = "write a prompt several times instead of asking for several images of it"
-                raise ValueError(problem(f"{len(images)} images of {len(places)} prompts", "one each", why, todo))
+                got, why = f"{len(images)} images of {len(places)} prompts", "images are returned in the prompts' order"
+                todo = "repeat a prompt instead of setting num_images_per_prompt"
+                raise ValueError(problem(got, "one image for each prompt", why, todo))
             rows |= dict(zip(places, images, strict=True))
         ordered = [rows[i] for i in range(len(prompts))]
         if isinstance(ordered[0], Tensor):
@@ -129,30 +129,31 @@ def _at(values: Any, places: list[int]) -> Any:  # noqa: ANN401
 
 
 def load_several(pipe: DiffusionPipeline, folder: Path, adapter_name: str = "student") -> Students:
-    """Load all students of a folder into a plain pipeline of their base, as adapters `student-0` and so on.
+    """Load all students of a folder into a plain pipeline of their base, as adapters `student-0`, `student-1`, ...
 
-    Networks of their own are placed where the pipeline's is now, so move it before. Until something else is chosen
-    the pipeline itself draws with student 0.
+    Whole networks are placed on the current device of the pipeline, so move the pipeline first. The pipeline itself
+    uses student 0 until another one is chosen.
 
     Raises:
-        StudentError: the folder is not whole, or does not fit the pipeline.
+        StudentError: the folder is incomplete, or does not fit the pipeline.
     """
     contract, routing = read_multi(folder), read_routing(folder)
     if routing.router.students != contract.students:
         got = f"a router of {routing.router.students} and a contract of {contract.students} students in {folder}"
-        raise StudentError(problem(got, "as many", "prompts would go to no one", "join the students again"))
+        why, todo = "some prompts would have no student", "join the students again"
+        raise StudentError(problem(got, "the same number in both", why, todo))
     family, places = teacher(contract), [folder / STUDENTS / str(k) for k in range(contract.students)]
     part, names = family.network_name, [f"{adapter_name}-{k}" for k in range(contract.students)]
     base, nets, calls, schedulers = pipe.components.get(part), [], [], []
     for k, place in enumerate(places):
-        if k:  # a whole network has taken its place
+        if k:  # a whole network has replaced it
             pipe.register_modules(**{part: base})
         calls.append(load_one(pipe, place, names[k]))
         nets.append(family.network(pipe))
         schedulers.append(pipe.scheduler)
     adapters = [()] * len(names)
     if read_contract(places[0]).kind == "lora":
-        styles = [name for name in adapters_on(nets[0]) if name not in names]  # a load leaves on what is on
+        styles = [name for name in adapters_on(nets[0]) if name not in names]  # loading keeps active adapters active
         adapters = [(*styles, name) for name in names]
     students = Students(pipe, family, routing.router, tuple(adapters), tuple(nets), tuple(calls), tuple(schedulers))
     students.choose(0)
@@ -160,7 +161,7 @@ def load_several(pipe: DiffusionPipeline, folder: Path, adapter_name: str = "stu
 
 
 def join_students(out: Path, folders: Sequence[Path], move: bool = False) -> Path:
-    """Join the folders of K students into one, `out`, each with its own proof.
+    """Join the folders of K students into one folder, `out`. Each student keeps its own proof.
 
     Args:
         out: a new folder.
@@ -168,11 +169,11 @@ def join_students(out: Path, folders: Sequence[Path], move: bool = False) -> Pat
         move: move the folders whole instead of copying what the students need.
 
     Raises:
-        StudentError: a student is missing, there twice, unproven, or of another teacher or partition.
+        StudentError: a student is missing, given twice or unproven, or is of another teacher or partition.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        why = "what is there would be mixed with the students"
-        raise StudentError(problem(f"{out}, which is not empty", "a new folder", why, "name another"))
+        why, todo = "its files would be mixed with those of the students", "name another folder"
+        raise StudentError(problem(f"{out}, which is not empty", "a new folder", why, todo))
     order = _ordered(folders)
     for k, folder in enumerate(order):
         to = out / STUDENTS / str(k)
@@ -181,7 +182,7 @@ def join_students(out: Path, folders: Sequence[Path], move: bool = False) -> Pat
             shutil.move(folder, to)
         else:
             shutil.copytree(folder, to, ignore=shutil.ignore_patterns(*LEFT_OUT))
-        write_card(to, read_contract(to))  # its snippet names the folder
+        write_card(to, read_contract(to))  # the code in the card names the folder
     first = read_contract(out / STUDENTS / "0")
     shared = {name: vars(first)[name] for name in vars(first).keys() & MultiContract.__dataclass_fields__.keys()}
     contract = MultiContract(**{**shared, "kind": "multi", "students": len(order)})
@@ -193,44 +194,49 @@ def join_students(out: Path, folders: Sequence[Path], move: bool = False) -> Pat
 
 
 def _ordered(folders: Sequence[Path]) -> list[Path]:
-    """The folders by number of their student, after every check."""
+    """The folders in the order of their students' numbers, after all checks."""
     if not folders:
-        raise StudentError(problem("no folder", "those of all students", "there is nothing to join", "name them"))
+        why, todo = "there is nothing to join", "name the folders"
+        raise StudentError(problem("no folder", "the folders of all students", why, todo))
     numbered: dict[int, Path] = {}
     first: tuple[dict[str, object], Path] | None = None
     for folder in folders:
         if is_multi(folder):
-            why, todo = "its students are joined already", f"name the folders in its {STUDENTS}/"
+            why, todo = "its students have been joined already", f"name the folders in its {STUDENTS}/"
             raise StudentError(problem(f"{folder}, a folder of several students", "one student", why, todo))
         contract = read_contract(folder)
         if contract.adapters is not None:
-            got, why = f"{folder}, which holds guidance adapters", "a network takes one set of them at a time"
-            raise StudentError(problem(got, "LoRAs or networks", why, "train LoRAs"))
+            got, why = f"{folder}, which holds guidance adapters", "a network can have only one set of them at a time"
+            raise StudentError(problem(got, "a LoRA or a whole network", why, "train LoRAs instead"))
         routing = read_routing(folder)
         if contract.proof is None:
-            why = f"{folder / CONTRACT} says that it was not compared, or was found different"
-            raise StudentError(problem(f"no proof of {folder}", "one", why, "train it again"))
+            expected = "a folder that was compared with the trained student"
+            why, todo = f"{folder / CONTRACT} records no comparison that passed", "train the student again"
+            raise StudentError(problem(f"no proof of {folder}", expected, why, todo))
         facts = _facts(contract, routing)
         odd = [name for name in facts if first and facts[name] != first[0][name]]
         if first and odd:
             got = f"{folder} and {first[1]}, which differ in {', '.join(odd)}"
-            why = "the students answer for one teacher, each for its part of one partition"
-            raise StudentError(problem(got, "students of one teacher and one partition", why, "train them alike"))
+            why = "together the students replace one teacher, each on its part of one partition"
+            todo = "train all students with the same settings"
+            raise StudentError(problem(got, "students of one teacher and one partition", why, todo))
         first = first or (facts, folder)
         if routing.student is None or routing.student in numbered:
             got = f"student {routing.student} both in {numbered.get(routing.student or 0)} and in {folder}"
-            raise StudentError(problem(got, "each once", "a part has one student", "name the folder of another"))
+            why, todo = "each part of the prompts has one student", "name the folder of another student"
+            raise StudentError(problem(got, "each student once", why, todo))
         numbered[routing.student] = folder
     count = read_routing(folders[0]).router.students
     missing = [k for k in range(count) if k not in numbered]
     if missing:
         got = f"{len(folders)} of {count} students, without {missing}"
-        raise StudentError(problem(got, "all", "their prompts would go to no one", "train and name them, too"))
+        why, todo = "their prompts would have no student", "train the missing students, and name their folders"
+        raise StudentError(problem(got, "all students", why, todo))
     return [numbered[k] for k in range(count)]
 
 
 def _facts(contract: Contract, routing: Routing) -> dict[str, object]:
-    """What all students of a folder have in common, by what to call it."""
+    """What all students of a folder must have in common, by a name for error messages."""
     return {
         "kind": contract.kind,
         "the family of the base": contract.family["type"],

@@ -1,4 +1,4 @@
-"""The one student of a folder: into a plain pipeline of its base, and into a backbone as training has it."""
+"""Load the student of a folder into a plain pipeline of its base, or into a backbone as in training."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 
 def in_memory(folder: Path, contract: Contract, family: Family) -> tuple[DiffusionPipeline, Backbone]:
-    """A student folder as training has it: the base's pipeline, and a backbone in it with the role `student`.
+    """Load a student folder as in training: the base's pipeline, and a backbone in it with the role `student`.
 
-    A LoRA's scale comes from the contract. Raises StudentError where the weights are not the contract's.
+    A LoRA's scale comes from the contract. Raises StudentError if the weights do not match the contract.
     """
     lora, adapters, pipe = contract.lora, contract.adapters, family.load()
     net = family.network(pipe)
@@ -56,7 +56,7 @@ def in_memory(folder: Path, contract: Contract, family: Family) -> tuple[Diffusi
 
 
 def load_one(pipe: DiffusionPipeline, folder: Path, adapter_name: str) -> Any:  # noqa: ANN401
-    """Load the one student of a local folder; what it returns is `stepdistill.load_student`'s."""
+    """Load the student of a local folder; returns the same as `stepdistill.load_student`."""
     contract = read_contract(folder)
     family = teacher(contract)
     name = family.network_name
@@ -64,18 +64,18 @@ def load_one(pipe: DiffusionPipeline, folder: Path, adapter_name: str) -> Any:  
         raise StudentError(
             problem(
                 f"a {type(pipe).__name__}, which has no {name}",
-                f"a {family.pipeline_class.__name__} or a relative of it",
-                f"the student in {folder} belongs to the {name} of {contract.base_model}",
-                "load that base",
+                f"a {family.pipeline_class.__name__} or another pipeline with this component",
+                f"the student in {folder} was trained for the {name} of {contract.base_model}",
+                "load the student into a pipeline of that base model",
             )
         )
     if contract.proof is None:
-        logger.warning("%s was never compared with the trained student: try `stepdistill verify`", folder)
+        logger.warning("%s was never compared with the trained student: run `stepdistill verify` to check it", folder)
     dtype = next(family.network(pipe).parameters()).dtype
     if contract.base_hash.get(name_of(dtype)) != base_hash(pipe, family, dtype):
         logger.warning(
-            "the student was distilled from %s, and this pipeline's %s has other weights: with another "
-            "checkpoint of the same base it may work a little less well, with another base not at all",
+            "the student was distilled from %s, but this pipeline's %s has other weights: the images may be slightly "
+            "worse with a fine-tuned checkpoint of the same base model, and are unusable with another base model",
             contract.base_model,
             name,
         )
@@ -89,10 +89,10 @@ def load_one(pipe: DiffusionPipeline, folder: Path, adapter_name: str) -> Any:  
 def into_pipeline(
     pipe: DiffusionPipeline, folder: Path, contract: Contract, family: Family, adapter_name: str
 ) -> Attachment | None:
-    """A student's weights and scheduler into a plain pipeline; LoRAs that are active stay so.
+    """Load a student's weights and scheduler into a plain pipeline; active LoRAs stay active.
 
     Returns:
-        The guidance adapters, where the folder holds such.
+        The guidance adapters, if the folder holds any.
     """
     net: Any = family.network(pipe)
     active = adapters_on(net)
@@ -103,7 +103,7 @@ def into_pipeline(
         elif contract.lora is not None and family.loads_lora:
             loader: Any = pipe  # LoRA loading is a mixin of the pipeline's class
             loader.load_lora_weights(folder, weight_name=WEIGHTS, adapter_name=adapter_name)
-            # a file of another network is only warned of, and leaves the pipeline as it was
+            # for a file of another network Diffusers only warns, and leaves the pipeline unchanged
             same_keys(keys_of(net, adapter_name), network_state(folder / WEIGHTS, family).keys())
         elif contract.lora is not None:
             rank, alpha = contract.lora.rank, contract.lora.alpha
@@ -114,10 +114,10 @@ def into_pipeline(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise StudentError(
             problem(
-                f"{folder} and a {type(pipe).__name__}, which do not go together",
-                f"a whole student folder and a pipeline of {contract.base_model}",
+                f"a {type(pipe).__name__} that cannot load {folder}",
+                f"a complete student folder and a pipeline of {contract.base_model}",
                 str(error),
-                "check both; where the adapter's name is in use, pass another adapter_name",
+                "check the folder and the pipeline; if the adapter name is in use, pass another adapter_name",
             )
         ) from error
     if active and contract.kind == "lora":  # loading has switched them off
@@ -131,23 +131,23 @@ def load_network(folder: Path, family: Family, like: nn.Module) -> nn.Module:
     try:
         net = kind.from_pretrained(folder, subfolder=family.network_name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        expected, todo = "a network as Diffusers saves it", "give the folder of a student of its own network"
+        expected, todo = "a network saved by Diffusers", "pass the folder of a student that is a whole network"
         raise StudentError(problem(f"unreadable {folder / family.network_name}", expected, str(error), todo)) from error
     parameter = next(like.parameters())
-    return nn.Module.to(net, parameter.device, parameter.dtype)  # the net's own warns of what it would keep in float32
+    return nn.Module.to(net, parameter.device, parameter.dtype)  # the network's own `to` warns of layers in float32
 
 
 def load_adapters(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder's guidance adapters."""
+    """The tensors of the guidance adapters in a folder."""
     try:
         return load_file(folder / ADAPTERS)
     except (OSError, SafetensorError) as error:
-        expected, todo = "guidance adapters as a run saves them", "give the folder of such a student"
+        expected, todo = "guidance adapters saved by a run", "pass the folder of a student with guidance adapters"
         raise StudentError(problem(f"unreadable {folder / ADAPTERS}", expected, str(error), todo)) from error
 
 
 def attached(net: nn.Module, folder: Path, manifest: GuidanceAdapters, family: Family) -> Attachment:
-    """A folder's guidance adapters in a network, on from now on; StudentError where they do not fit it."""
+    """Attach the guidance adapters of a folder to a network, enabled. Raises StudentError if they do not fit it."""
     sites, parameter = family.sites(net), next(net.parameters())
     names = tuple(site.name for site in sites.places)
     modules = build(Adapters(manifest.arch, manifest.width), sites)
@@ -156,15 +156,15 @@ def attached(net: nn.Module, folder: Path, manifest: GuidanceAdapters, family: F
             raise ValueError(f"they are for {len(manifest.sites)} attention layers, and the network has {len(names)}")
         modules.load_state_dict(load_adapters(folder))
     except (ValueError, RuntimeError) as error:
-        got, expected = f"{folder} and a network, which do not go together", "a network of the same shape as the base's"
-        todo = "load the base, or one fine-tuned from it"
+        got = f"a {type(net).__name__} that cannot load {folder}"
+        expected, todo = "a network of the same shape as the base's", "load the base model, or one fine-tuned from it"
         raise StudentError(problem(got, expected, _brief(error), todo)) from error
     modules.requires_grad_(False).eval().to(parameter.device, parameter.dtype)
     return Attachment(net, sites, modules, manifest.guidance_scale)
 
 
 def load_state(backbone: Backbone, role: str, state: dict[str, Tensor], source: Path) -> None:
-    """Tensors into a role; StudentError names where they come from."""
+    """Load tensors into a role. Raises a StudentError that names their source."""
     try:
         backbone.load_state(role, state)
     except (ValueError, RuntimeError) as error:
@@ -172,5 +172,5 @@ def load_state(backbone: Backbone, role: str, state: dict[str, Tensor], source: 
 
 
 def _brief(error: Exception) -> str:
-    """The head of a message: torch lists every tensor of a network that does not fit."""
+    """The first two lines of a message: torch lists every tensor that does not fit."""
     return " ".join(str(error).split("\n")[:2])

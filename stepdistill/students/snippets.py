@@ -1,4 +1,4 @@
-"""Python that draws with a student folder, as its card shows it."""
+"""The Python code in a student's card."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from stepdistill.students.contract import Contract, GuidanceAdapters, MultiContr
 
 
 def snippet(contract: Contract, address: Path | str) -> str:
-    """Python that draws an image, by Diffusers alone where it can; `address` is the student's folder or hub id."""
+    """Code that generates an image, with Diffusers alone if possible; `address` is the student's folder or hub id."""
     if contract.adapters is not None:
         return _adapter_snippet(contract, contract.adapters, address)
     if contract.lora is not None and not teacher(contract).loads_lora:
@@ -32,12 +32,12 @@ def snippet(contract: Contract, address: Path | str) -> str:
 
 def _adapter_snippet(contract: Contract, adapters: GuidanceAdapters, address: Path | str) -> str:
     low, high = contract.guidance_range or (adapters.guidance_scale,) * 2
-    setting = f"call.guidance_scale = {adapters.guidance_scale:g}"
-    return _loaded_snippet(contract, address, f"{setting}  # from {low:g} to {high:g}; the pipeline's own stays 1")
+    setting = f"call.guidance_scale = {adapters.guidance_scale:g}  # from {low:g} to {high:g}"
+    return _loaded_snippet(contract, address, f"{setting}; the pipeline's own guidance scale stays 1")
 
 
 def _loaded_snippet(contract: Contract, address: Path | str, *settings: str) -> str:
-    """For what plain Diffusers cannot load."""
+    """Code for a student that plain Diffusers cannot load."""
     lines = [
         "import stepdistill",
         *_loading(contract, address),
@@ -51,7 +51,7 @@ def _loaded_snippet(contract: Contract, address: Path | str, *settings: str) -> 
 
 
 def multi_snippet(contract: MultiContract, address: Path | str) -> str:
-    """Python that draws two images, each by the student of its prompt."""
+    """Code that generates two images, each with the student of its prompt."""
     lines = [
         "import stepdistill",
         *_loading(contract, address),
@@ -66,7 +66,7 @@ def multi_snippet(contract: MultiContract, address: Path | str) -> str:
 
 
 def _loading(contract: Contract | MultiContract, address: Path | str, *imported: str) -> list[str]:
-    """Lines that import, name the student, and load its base."""
+    """The lines that import, name the student, and load its base model."""
     family = teacher(contract)
     where, pipeline = family.location(), family.pipeline_class.__name__
     names = ("revision", "variant") if not where.endswith(".safetensors") else ()

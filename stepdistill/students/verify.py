@@ -1,4 +1,4 @@
-"""The other formats of a finished student folder, and the comparison of each with the student's own sampler."""
+"""Write a finished student in other formats, and compare every format with the library's own sampler."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ KOHYA_IN_DIFFUSERS = ("sd", "sdxl")  # its reader of Flux expects the full size,
 
 
 def export_formats(folder: Path, formats: Sequence[Format]) -> None:
-    """Write the LoRA of a student folder in these formats, too; for ComfyUI with a workflow beside it."""
+    """Write the LoRA of a student folder in these formats, too; for ComfyUI also a workflow file."""
     for to in formats:
         convert_lora(folder, folder / FILES[to], to)
     if "comfyui" in formats:
         try:
             write_workflow(folder, read_contract(folder), FILES["comfyui"])
         except ConfigError as error:
-            logger.warning("no %s: %s", WORKFLOW, error)
+            logger.warning("%s was not written: %s", WORKFLOW, error)
 
 
 def remove_formats(folder: Path) -> None:
-    """Remove the other formats of an earlier run in a folder."""
+    """Remove the files that an earlier run wrote in other formats."""
     for name in (*FILES.values(), WORKFLOW):
         (folder / name).unlink(missing_ok=True)
 
 
 def verify_student(folder: Path) -> float:
-    """Compare a student folder in a plain pipeline with our own sampler, from the files alone, in float32.
+    """Compare a student folder in a plain pipeline with the library's own sampler, from the files alone, in float32.
 
-    On one side a LoRA's scale comes from the contract, on the other from the file's metadata.
+    The library takes a LoRA's scale from the contract. The plain pipeline takes it from the file's metadata.
 
     Returns:
         The largest difference of final latents, relative to the teacher's largest value.
 
     Raises:
-        StudentError: the folder is no whole student folder, or other noise levels are visited.
+        StudentError: the folder is not a complete student folder, or the pipeline visits other noise levels.
     """
     if is_multi(folder):
         return max(verify_student(place) for place in sorted(folder.glob(f"{STUDENTS}/*")))
@@ -65,13 +65,13 @@ def verify_student(folder: Path) -> float:
 
 
 def verify_formats(folder: Path) -> dict[str, float]:
-    """The largest difference by format, as `verify_student` measures it, for each that the folder has.
+    """The largest difference of each format in the folder, as `verify_student` measures it.
 
-    A file of another format is read by Diffusers where Diffusers reads it for the family, else converted back; and a
-    workflow must hold the contract's noise levels.
+    Diffusers loads a file of another format if it can for this family; otherwise the file is converted back first. A
+    workflow file must hold the contract's noise levels.
 
     Raises:
-        StudentError: the folder is no whole student folder, or one of its files is not.
+        StudentError: the folder is not a complete student folder, or one of its files cannot be read.
     """
     if is_multi(folder):
         each = [verify_formats(place) for place in sorted(folder.glob(f"{STUDENTS}/*"))]
@@ -99,8 +99,8 @@ def _loaded(folder: Path, file: Path, to: Format, contract: Contract, family: Fa
         try:
             plain.load_lora_weights(folder, weight_name=file.name, adapter_name="student")
         except (OSError, ValueError, RuntimeError) as error:
-            got, todo = f"{file} that Diffusers refuses", "convert it again"
-            raise StudentError(problem(got, "a LoRA of the base", str(error), todo)) from error
+            got, todo = f"{file}, which Diffusers cannot load", "convert the student again"
+            raise StudentError(problem(got, "a LoRA of the base model", str(error), todo)) from error
         plain.scheduler = scheduler_class(contract).from_pretrained(folder, subfolder="scheduler")
         return plain
     with TemporaryDirectory() as place:

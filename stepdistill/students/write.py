@@ -1,4 +1,4 @@
-"""Writing a student folder: its weights, scheduler, contract and card, and the proof of them."""
+"""Write a student folder: its weights, scheduler, contract and card, and its proof."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write_student(
     steps: int | None = None,
     licence: str | None = None,
 ) -> float:
-    """Write a student folder, load it into a fresh plain pipeline, and compare with the student in memory.
+    """Write a student folder, load it into a new plain pipeline, and compare that with the student in memory.
 
     Args:
         pipe: the pipeline that `backbone` trains in; its scheduler is the teacher's.
@@ -70,8 +70,8 @@ def write_student(
         The largest difference of final latents, relative to the teacher's largest value.
 
     Raises:
-        StudentError: the difference is above 1e-4 (more in half precision), or other noise levels are
-            visited. The folder stays, with a contract that says that it was not proven.
+        StudentError: the difference is above 1e-4 (more in half precision), or the pipeline visits other noise levels.
+            The folder is kept, and its contract has no proof.
     """
     plain = family.load()
     contract = write_unproven(
@@ -94,14 +94,14 @@ def write_student(
 
 
 def keep_proof(folder: Path, contract: Contract, proof: Proof) -> float:
-    """Keep a proof in the contract and card; returns its difference. Raises StudentError where that is too large."""
+    """Write a proof to contract and card, and return its difference. Raises StudentError if it is too large."""
     if not proof.difference <= proof.tolerance:
         raise StudentError(
             problem(
-                f"a difference of {proof.difference:.3g} between {folder} in plain Diffusers and the student",
+                f"a difference of {proof.difference:.3g} between {folder} in plain Diffusers and the trained student",
                 f"at most {proof.tolerance:g} of the teacher's largest value, in {proof.dtype}",
-                "the folder draws other images than training did",
-                "do not share it; compare its weights and scheduler with distill_config.json",
+                "the folder does not generate the images of the trained student",
+                "do not share the folder; compare its weights and scheduler with distill_config.json",
             )
         )
     contract = replace(contract, proof=proof)
@@ -122,10 +122,11 @@ def write_unproven(
     base: Base,
     steps: int | None = None,
 ) -> Contract:
-    """Write a student folder as `write_student` does, without the pipeline and the time that its proof takes."""
+    """Write a student folder as `write_student` does, but without a proof, which needs time and a second pipeline."""
     if isinstance(backbone.declared[role], Module):
-        why, todo = "it draws nothing", "name the student's role in the method's `student_role`"
-        raise StudentError(problem(f"role {role!r}, which is no denoiser", "a LoRA, a copy or an average", why, todo))
+        got, expected = f"role {role!r}, which is not a denoiser", "a LoRA, a copy or an average"
+        why, todo = "only a denoiser generates images", "name the student's role in the method's `student_role`"
+        raise StudentError(problem(got, expected, why, todo))
     folder.mkdir(parents=True, exist_ok=True)
     sampler = method.sampler(family.schedule(pipe.scheduler), steps)
     weights = save_weights(folder, family, backbone, role, sampler.adapter_scale)
@@ -185,10 +186,10 @@ def _contract(
 def save_weights(
     folder: Path, family: Family, backbone: Backbone, role: str, guidance_scale: float | None = None
 ) -> LoraWeights | Network | GuidanceAdapters:
-    """Write a role's weights, as Diffusers reads them where it can, and say what they are.
+    """Write the weights of a role, in the format of Diffusers if it has one, and return their description.
 
     Args:
-        guidance_scale: of guidance adapters, where the user sets none.
+        guidance_scale: the default scale of guidance adapters.
     """
     kind = backbone.kind(role)
     if isinstance(kind, Adapters):
