@@ -146,7 +146,7 @@ def test_a_scale_that_was_not_trained_is_warned_of(families, written, caplog):
     assert not [record for record in caplog.records if record.name.startswith("stepdistill")]
     for w in (0.5, 12.0):
         call.guidance_scale = w
-        assert f"guidance_scale {w:g} is outside of what the adapters were trained for, 1 to 8" in caplog.text
+        assert f"guidance_scale {w:g} is outside the range that the adapters were trained on, 1 to 8" in caplog.text
     assert call.guidance_scale == 12.0
 
 

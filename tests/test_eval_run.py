@@ -679,7 +679,7 @@ def test_clip_scores_are_of_their_prompts(scored, tmp_path):
     state = load_file(model / "model.safetensors")
     save_file({key: value for key, value in state.items() if "vision" not in key}, model / "model.safetensors")
     clip.cache_clear()
-    with pytest.raises(StepdistillError, match="random ones in their place"):
+    with pytest.raises(StepdistillError, match="random tensors in their place"):
         score_images([a], own, tmp_path / "one.txt")
 
 

@@ -305,7 +305,7 @@ def test_a_folder_of_another_model_is_refused(dino, clip):
 def test_a_cut_folder_is_refused(dino, tmp_path):
     for place in dino.iterdir():
         (tmp_path / place.name).write_bytes(place.read_bytes()[: 5000 if place.suffix == ".safetensors" else None])
-    with pytest.raises(WrongWeights, match="expected whole files"):
+    with pytest.raises(WrongWeights, match="expected complete files"):
         dinov2(str(tmp_path))
 
 

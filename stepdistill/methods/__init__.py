@@ -1,1 +1,1 @@
-"""One paper family a file: hyper-parameters, roles, and the updates in the paper's order."""
+"""One module per family of papers: hyper-parameters, roles, and the updates in the paper's order."""

@@ -1,4 +1,4 @@
-"""Adapter guidance distillation (AGD): guidance of any scale in one pass instead of two.
+"""Adapter guidance distillation (AGD): classifier-free guidance at any scale in one forward pass instead of two.
 
 As in `guided_lora`, the student learns the guided teacher, `uncond + w (cond - uncond)`, in the network's own output.
 Guidance is affine in the output, so the target is the same in epsilon, v, x0 and flow, up to the weight of a time in
@@ -21,11 +21,11 @@ from stepdistill.networks.roles import AdapterArch, Adapters, Role
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterGuidance(Method):
-    """Adapter guidance distillation (AGD): adapters on the frozen base give guidance of any scale in one pass.
+    """Adapter guidance distillation (AGD): adapters on the frozen base give guidance at any scale in one pass.
 
     Minimises `|y(x_t, t, c, w) - y_w(x_t, t, c)|^2` over states of guided trajectories, where y_w is the guided output;
-    the trajectories are made before, so training takes one pass and no teacher. The student takes as many steps as the
-    teacher; negative prompts have no effect.
+    the trajectories are generated before training, which then needs one pass and no teacher. The student takes as many
+    steps as the teacher; negative prompts have no effect.
 
     Equation:
         y_w(x_t, t, c) = y(x_t, t) + w (y(x_t, t, c) - y(x_t, t)), the teacher's output under guidance
@@ -33,19 +33,20 @@ class AdapterGuidance(Method):
 
     References:
         Efficient distillation of classifier-free guidance using adapters, Jensen & Sadat 2025,
-        https://arxiv.org/abs/2503.07274. Other than there: what an adapter adds is multiplied by w - 1, frequencies of
-        w are fixed and slow, g(w) has two layers and not four, tokens have no positions of their own, since the
-        prompt's have theirs already, and `mixed` is new.
+        https://arxiv.org/abs/2503.07274. Differences: the adapter's output is multiplied by w - 1, the frequencies of w
+        are fixed and low, g(w) has two layers instead of four, tokens get no position embedding, since the prompt's
+        have one, and `mixed` is new.
 
     Args:
-        arch: `cross_attention` from the image's tokens to those of w, time and prompt; `mixed`, the same with the
-            image's tokens put to it and a nonlinearity, which fits better at the same size; or `offset`, one vector
-            for all of the image.
-        width: inner dimension of the adapters. 320 is 2.7 % more parameters for Stable Diffusion 1.5; SDXL has 4
-            times as many attention layers, so 128 is.
-        guidance_range: the scales of the trajectories; written into the contract, which warns of others.
-        sampling_guidance_scale: w of images where none is set, within the range.
-        num_inference_steps: steps that the contract names.
+        arch: `cross_attention` attends from the image tokens to tokens of w, timestep and prompt. `mixed` also takes
+            the image tokens as an input and adds a nonlinearity, which fits better at the same size. `offset` adds one
+            vector to all image tokens.
+        width: inner dimension of the adapters. 320 adds 2.7 % parameters to Stable Diffusion 1.5. SDXL has 4 times as
+            many attention layers, so 128 is enough.
+        guidance_range: guidance scales of the trajectories, stored in the contract. Sampling at other scales logs a
+            warning.
+        sampling_guidance_scale: default guidance scale of sampling, within guidance_range.
+        num_inference_steps: default number of sampling steps, stored in the contract.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"trajectories"})

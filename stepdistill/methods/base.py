@@ -1,4 +1,4 @@
-"""What a method is: hyper-parameters, the roles it declares, and a generator of updates in the paper's order."""
+"""Base class of the methods: hyper-parameters, roles, and a generator of updates in the paper's order."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from stepdistill.networks.roles import Ema, Lora, Role
 
 
 class Update:
-    """One optimizer step of one role or several on a loss.
+    """One optimizer step on a loss, of one or several roles.
 
     Args:
-        roles: what the step trains.
+        roles: the roles that the step trains.
         loss: a scalar with a graph.
         logs: further scalars to log. The loss is logged by itself, as `loss` for the student and as `loss_ROLE` for
             another first role, unless `logs` has that name.
@@ -60,7 +60,7 @@ class Batch:
     def x0(self) -> Tensor:
         """`latents`, for a method that needs "latents"."""
         if self.latents is None:
-            raise ValueError("this method needs latents, and the batch has none: its source must provide them")
+            raise ValueError("this method needs latents, and the batch has none: use a data source that provides them")
         return self.latents
 
     @property
@@ -74,7 +74,7 @@ class Batch:
     def guided_state(self) -> GuidedState:
         """`state`, for a method that needs "trajectories"."""
         if self.state is None:
-            raise ValueError("this method needs guided trajectories, and the batch has none: see data.Trajectories")
+            raise ValueError("this method needs guided trajectories, and the batch has none: use data.Trajectories")
         return self.state
 
 
@@ -122,9 +122,10 @@ class Method(ABC):
     (`updates`); the rest has defaults.
 
     Args:
-        guidance_scale: of the teacher in training: one scale, or the range that it is drawn from. A method that guides
-            its teacher declares it as a hyper-parameter; for any other it is None.
-        sampling_guidance_scale: of the student where it is guided itself; None for a method without the choice.
+        guidance_scale: guidance scale of the teacher in training: one scale, or the range that it is drawn from. A
+            method that guides its teacher declares it as a hyper-parameter; for any other it is None.
+        sampling_guidance_scale: default guidance scale of the student, stored in the contract; None for a method
+            without this choice.
     """
 
     guidance_scale: float | tuple[float, float] | None = field(init=False, default=None)
@@ -171,7 +172,8 @@ class Averaged(Method):
     """A method whose student may be an exponential moving average, the role `ema`.
 
     Args:
-        ema_decay: decay of the average of the student that is exported; none exports the student itself.
+        ema_decay: decay of the exponential moving average of the student, which is exported; none exports the student
+            itself.
     """
 
     ema_decay: float | None = 0.99
@@ -194,4 +196,4 @@ def check_range(t_range: tuple[float, float]) -> None:
     """Raise ValueError for a `t_range` that does not ascend."""
     low, high = t_range
     if not 0 <= low < high:
-        raise ValueError(f"t_range is {list(t_range)}: expected two ascending timesteps, as [20, 980]")
+        raise ValueError(f"t_range is {list(t_range)}: expected two ascending timesteps, such as [20, 980]")

@@ -1,4 +1,4 @@
-"""Consistency distillation along the teacher's solver: LCM, TCD, TSCD and PCM are one recursion.
+"""Consistency distillation along the teacher's solver: LCM, TCD, TSCD and PCM in one class.
 
 The teacher makes one guided solver step `x_t -> x_u` on a grid of N times. Where the student jumps from `x_t` to an
 end time s, it must land where it lands from `x_u`. The four methods differ only in s:
@@ -53,18 +53,21 @@ class Consistency(Averaged):
         `end: edge, segments: [4], num_ddim_timesteps: 40`.
 
     Args:
-        end: where the student's jump ends: `clean` (LCM), `any` (TCD, TSCD) or `edge` (PCM).
-        segments: numbers of segments of the time axis, one after the other as stages; each divides the grid.
-        stage_steps: steps that each stage takes; the last goes on to the end. Needed where there are several.
-        num_ddim_timesteps: N, steps of the teacher's solver grid.
-        guidance_scale: w of `uncond + w (cond - uncond)` in the teacher's step; a pair draws it per sample; 1 leaves
-            guidance to sampling time (then train with dropped captions). The student never sees w.
-        sampling_guidance_scale: written into the contract; 1 unless the solver's is 1.
+        end: where the student's jump ends: `clean` data (LCM), `any` time of the segment (TCD, TSCD), or its `edge`
+            (PCM).
+        segments: number of segments of the time axis in each stage; each must divide num_ddim_timesteps.
+        stage_steps: training steps of each stage; the last stage runs to the end. Required with several stages.
+        num_ddim_timesteps: N, number of steps of the teacher's solver.
+        guidance_scale: w of `uncond + w (cond - uncond)` in the teacher's step; a pair is a range that each sample
+            draws from. 1 leaves guidance to sampling; then train with dropped captions. The student does not take w as
+            an input.
+        sampling_guidance_scale: default guidance scale of sampling, stored in the contract; keep 1 unless
+            guidance_scale is 1.
         loss_type: `huber` or `l2`.
-        huber_c: the Huber constant, in latent units.
-        target: whose output is the target: the `student`'s own, or the average's (`ema`).
-        eta: share of each sampling step that is noised again, with `end: any` (TCD's gamma).
-        num_inference_steps: steps that the contract names.
+        huber_c: constant c of the pseudo-Huber loss, in latent units.
+        target: network that gives the target: the `student` itself, or its average (`ema`).
+        eta: share of each sampling step that is renoised, with `end: any` (TCD's gamma).
+        num_inference_steps: default number of sampling steps, stored in the contract.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"latents"})
@@ -87,22 +90,22 @@ class Consistency(Averaged):
         odd = [k for k in self.segments if k < 1 or n % k]
         if odd or not self.segments:
             raise ValueError(
-                f"segments {list(self.segments)} do not divide num_ddim_timesteps {n}: a segment's edge would lie "
-                f"between two grid times. Choose a grid that {odd or 'at least one segment'} divides, as 40 or 200"
+                f"segments {list(self.segments)} do not divide num_ddim_timesteps {n}: the edge of a segment would lie "
+                f"between two timesteps. Choose a grid that {odd or 'at least one segment'} divides, such as 40 or 200"
             )
         if self.end == "clean" and self.segments != (1,):
-            raise ValueError(f"end 'clean' has one segment, got {list(self.segments)}; use end 'any' or 'edge'")
+            raise ValueError(f"end 'clean' takes one segment, got {list(self.segments)}; use end 'any' or 'edge'")
         if len(self.segments) > 1 and not self.stage_steps:
-            raise ValueError(f"segments {list(self.segments)} are {len(self.segments)} stages: give stage_steps")
+            raise ValueError(f"segments {list(self.segments)} are {len(self.segments)} stages: set stage_steps")
         if self.target == "ema" and self.ema_decay is None:
-            raise ValueError("target 'ema' needs an average: give ema_decay, such as 0.95")
+            raise ValueError("target 'ema' needs an average: set ema_decay, such as 0.95")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}: expected a share in [0, 1]")
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         steps = steps or self.num_inference_steps
         if steps > self.num_ddim_timesteps:
-            raise ValueError(f"{steps} sampling steps on a grid of {self.num_ddim_timesteps}: times would come twice")
+            raise ValueError(f"{steps} sampling steps on a grid of {self.num_ddim_timesteps}: timesteps would repeat")
         starts = schedule.starts(self.num_ddim_timesteps)
         # the grid's own times, as LCMScheduler and TCDScheduler choose them; DDIM's trailing ones where steps divide N
         chosen = np.floor(np.linspace(0, len(starts), steps, endpoint=False)).astype(int)

@@ -1,4 +1,4 @@
-"""DisBack: first record how the teacher degrades into the initial student, then distil along that path, backwards.
+"""Distribution backtracking (DisBack): record the path from the teacher to the initial student, then distil backwards.
 
 A score far from the student's distribution is a poor guide. So the fake score is first trained from the teacher to the
 *initial* student, and copies of it on the way are kept as waypoints. Then distribution matching takes these as its
@@ -20,7 +20,7 @@ from stepdistill.networks.roles import TEACHER, Ema, Role
 
 @dataclass(frozen=True, kw_only=True)
 class DisBack(Method):
-    """DisBack around a method of distribution matching.
+    """Distribution backtracking (DisBack), applied to a distribution matching method.
 
     Equation:
         recording:    loss = E |fake(x_t, t).eps - eps|^2 on samples of the initial student; waypoints 1 ... N: copies
@@ -31,10 +31,11 @@ class DisBack(Method):
         https://arxiv.org/abs/2408.15991, algorithms 1 and 2.
 
     Args:
-        matching: the method that matches; its warm-up is the recording.
-        waypoints: N, copies of the fake score on the way; the last one is where the fake score then starts.
-        recording_steps: i_1, steps from one waypoint to the next, of the fake score alone.
-        backtracking_steps: i_2, steps with each of the targets N - 1, ..., 1 before the teacher itself.
+        matching: the distribution matching method; the recording stage replaces its warm-up.
+        waypoints: N, number of copies of the fake score on the path; the last one is its start in the second stage.
+        recording_steps: i_1, training steps of the fake score between two waypoints.
+        backtracking_steps: i_2, training steps with each of the waypoints N - 1, ..., 1 as the real score, before the
+            teacher.
     """
 
     matching: DMD2 | VSD = field(default_factory=DMD2)
@@ -48,7 +49,7 @@ class DisBack(Method):
                 raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
         if self.matching.warmup_steps:
             raise ValueError(
-                f"matching.warmup_steps is {self.matching.warmup_steps}: the recording is the warm-up; use 0"
+                f"matching.warmup_steps is {self.matching.warmup_steps}: the recording replaces the warm-up; use 0"
             )
 
     @property

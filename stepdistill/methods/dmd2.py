@@ -1,8 +1,8 @@
-"""Distribution matching with a learned fake score: DMD2.
+"""Distribution matching distillation with a learned fake score (DMD2).
 
-The student's distribution is pulled to the teacher's along the gradient of KL(student || teacher), the difference of
-two scores at a noised sample of the student. The teacher gives one of them. The other comes from the fake score, which
-is trained all the time on the student's current samples. These are simulated from prompts as sampling makes them, so no
+The student's distribution moves to the teacher's along the gradient of KL(student || teacher), the difference of two
+scores at a noised sample of the student. The teacher gives one of them. The other comes from the fake score, which is
+trained continually on the student's current samples. These are simulated from prompts as sampling makes them, so no
 data are needed, unless a discriminator is asked for.
 """
 
@@ -42,14 +42,16 @@ class Gan:
         Adversarial post-training, Lin et al. 2025, https://arxiv.org/abs/2501.08316, for the approximate R1.
 
     Args:
-        generator_weight: lambda_g, of the student's term.
-        discriminator_weight: lambda_d, of the head's.
-        features: whose: those of the `fake` score, which then learns to tell, too (the paper); or the `teacher`'s,
-            which stay as they are.
+        generator_weight: lambda_g, weight of the student's adversarial loss.
+        discriminator_weight: lambda_d, weight of the discriminator's loss.
+        features: network whose features the discriminator reads: the `fake` score, which then trains on the
+            discriminator's loss, too (as in the paper), or the frozen `teacher`.
         loss_type: `softplus` (the paper) or `hinge`.
-        r1_weight: of `(D(x + r1_sigma z) - D(x))^2` at noised real data; 0 is none.
-        r1_sigma: size of that perturbation.
-        divergence: which f-divergence the score term follows, weighted by the discriminator's ratio; needs softplus.
+        r1_weight: weight of the approximate R1 penalty `(D(x + r1_sigma z) - D(x))^2` on noised real data; 0 disables
+            it.
+        r1_sigma: standard deviation of that perturbation.
+        divergence: f-divergence of the score term, weighted by the discriminator's density ratio; all but `reverse_kl`
+            need loss_type softplus.
     """
 
     generator_weight: float = 1e-3
@@ -83,15 +85,16 @@ class DMD2(Averaged):
 
     Args:
         num_inference_steps: steps of the student, evenly spaced from the noisiest time.
-        timesteps: other starts of the steps, descending, such as [399] for SDXL in one step. At the noisiest time an
-            epsilon network's error is many times larger in x0 (14.6 times for Stable Diffusion), so an earlier start
-            is easier to learn; sampling begins with pure noise all the same.
-        eta: share of each step that is noised again: 1 as published, 0 for a deterministic sampler.
+        timesteps: timesteps at which the student's steps start, descending, such as [399] for SDXL in one step; none
+            spaces them evenly. At the noisiest timestep the x0 error of an epsilon network is many times larger (14.6
+            times for Stable Diffusion), so a lower start is easier to learn. Sampling begins with pure noise in any
+            case.
+        eta: share of each step that is renoised: 1 as published, 0 for a deterministic sampler.
         guidance_scale: w of the teacher's `uncond + w (cond - uncond)`; the fake score is never guided.
-        critic_steps: K, updates of the fake score for each of the student, which comes first.
-        warmup_steps: steps of the fake score alone, before the student's first.
+        critic_steps: K, updates of the fake score for each update of the student.
+        warmup_steps: training steps of the fake score alone, before the student's first update.
         t_range: lowest and highest timestep at which the scores are compared.
-        gan: the adversarial term, which needs images; none trains on prompts alone.
+        gan: adversarial term, which needs images; none trains on prompts alone.
     """
 
     num_inference_steps: int = 4
@@ -109,7 +112,7 @@ class DMD2(Averaged):
         check_range(self.t_range)
         check_starts(self.timesteps)
         if self.eta not in (0, 1):
-            raise ValueError(f"eta is {self.eta}: expected 1 (noise again) or 0 (deterministic)")
+            raise ValueError(f"eta is {self.eta}: expected 1 (renoise) or 0 (deterministic)")
 
     @property
     def needs(self) -> frozenset[str]:

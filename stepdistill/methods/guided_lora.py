@@ -1,4 +1,4 @@
-"""Guided distillation at one scale: a LoRA that does in one pass what guidance does in two."""
+"""Guidance distillation at one scale, with a LoRA student."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stepdistill.networks.roles import TEACHER
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedLora(Method):
-    """A LoRA that is the guided teacher at one scale, in one pass: `|y(x_t, t, c) - y_w(x_t, t, c)|^2`.
+    """Guidance distillation at one scale: a LoRA learns the teacher's guided output, so one pass replaces two.
 
     Equation:
         y_w(x_t, t, c) = y(x_t, t) + w (y(x_t, t, c) - y(x_t, t)), the teacher's output under guidance
@@ -26,14 +26,16 @@ class GuidedLora(Method):
 
     References:
         On distillation of guided diffusion models, Meng et al. 2023, https://arxiv.org/abs/2210.03142, stage 1, at a
-        fixed w and unweighted in the network's output. As a LoRA on the teacher itself, with the teacher that LoRA
-        switched off: DeepSpeed's `train_sd_distill_lora.py` in microsoft/DeepSpeedExamples, at w = 7.5.
+        fixed w and unweighted in the network's output. As a LoRA on the teacher itself, where the teacher is the
+        network with that LoRA disabled: DeepSpeed's `train_sd_distill_lora.py` in microsoft/DeepSpeedExamples, at w =
+        7.5.
 
     Args:
-        guidance_scale: w of `uncond + w (cond - uncond)`, what the student is at guidance_scale 1.
-        states: `noised` latents, as the released code has it, or states of guided `trajectories`, which are what the
-            student will see; of these only the states count, the output is computed at this scale.
-        num_inference_steps: steps that the contract names.
+        guidance_scale: w of `uncond + w (cond - uncond)` in the teacher; the student is sampled with guidance_scale 1.
+        states: `noised` latents, as in the released code, or states of guided `trajectories`, which are what the
+            student sees in sampling. Of the trajectories only x_t and t are used; the teacher's output is computed at
+            guidance_scale.
+        num_inference_steps: default number of sampling steps, stored in the contract.
     """
 
     guidance_scale: float = 7.5

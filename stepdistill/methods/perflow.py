@@ -1,4 +1,4 @@
-"""PeRFlow: straight paths within windows of time, as `reflow` makes them over the whole way."""
+"""PeRFlow: piecewise rectified flow, which straightens the paths within each of several time windows."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from stepdistill.networks.roles import TEACHER
 class PeRFlow(Averaged):
     """Piecewise rectified flow: a straight line in each of K windows of time.
 
-    The teacher is run inside the window only, from noised data, so no pairs need be made. Two things differ from the
+    The teacher is run inside the window only, from noised data, so no pairs are needed. Two things differ from the
     publication. The line is straight in flow coordinates and not in x, so that DDIM and Euler follow it and no
-    scheduler of its own is needed. And the noisiest window begins at pure noise, as sampling does: a table that is
-    not pure noise at its end would otherwise be trained at starts that sampling never sees.
+    scheduler of its own is needed. And the noisiest window begins at pure noise, as sampling does: a table that is not
+    pure noise at its end would otherwise be trained at starts that sampling never sees.
 
     Equation:
         x_end = the guided teacher's solver from x_t, at a window's noisy edge, to its clean edge
@@ -35,14 +35,15 @@ class PeRFlow(Averaged):
         PeRFlow, Yan et al. 2024, https://arxiv.org/abs/2405.07510, section 3.
 
     Args:
-        windows: K, evenly spaced in the scheduler's time.
-        solver_steps: the teacher's steps in a window.
+        windows: K, number of time windows, evenly spaced in the scheduler's timesteps.
+        solver_steps: solver steps of the teacher in each window.
         guidance_scale: w of `uncond + w (cond - uncond)` in the teacher. 1, with captions dropped in the data, leaves
-            guidance to sampling time (CFG-sync); a larger one goes into the student (CFG-fixed).
-        sampling_guidance_scale: written into the contract; 1 where the teacher was guided.
-        density: of the share of noise within a window, `uniform` or `u_shaped`.
-        loss_type: of velocities: `l2`, or rf++'s `huber` of a whole sample.
-        num_inference_steps: steps that the contract names; none is one a window.
+            guidance to sampling (CFG-sync); a larger scale is distilled into the student (CFG-fixed).
+        sampling_guidance_scale: default guidance scale of sampling, stored in the contract; keep 1 if the teacher is
+            guided.
+        density: density of the noise share within a window: `uniform` or `u_shaped`.
+        loss_type: loss on velocities: `l2`, or rf++'s pseudo-Huber loss per sample, `huber`.
+        num_inference_steps: default number of sampling steps, stored in the contract; none takes one per window.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"latents"})
@@ -62,7 +63,7 @@ class PeRFlow(Averaged):
         if self.num_inference_steps and self.num_inference_steps % self.windows:
             raise ValueError(
                 f"num_inference_steps is {self.num_inference_steps}: expected a multiple of the "
-                f"{self.windows} windows, else a step would leap over an edge, where the path has a corner"
+                f"{self.windows} windows, so that no step crosses the edge of a window"
             )
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:

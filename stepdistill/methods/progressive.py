@@ -1,4 +1,4 @@
-"""Progressive distillation: half the steps, again and again."""
+"""Progressive distillation: each stage halves the number of sampling steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from stepdistill.networks.roles import Ema, Lora, Role
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveHalving(Method):
-    """Progressive distillation: each stage's student makes one step of two of the stage before, then takes its place.
+    """Progressive distillation: each stage's student learns two steps of its teacher in one, then becomes the next
+    teacher.
 
     One LoRA is carried on through all stages; a stage's teacher is a frozen copy of it as the stage began. With
     `lora.init_from` it starts as that student, such as a `GuidedLora`; without, as the base without guidance.
@@ -34,8 +35,9 @@ class ProgressiveHalving(Method):
         https://arxiv.org/abs/2210.03142, stage 2. Weight: the truncated signal-to-noise ratio, max(1, alpha^2/sigma^2).
 
     Args:
-        steps: of each stage's student, each half of the one before; the first teacher takes twice the first.
-        stage_steps: training steps of a stage; the last goes on to the end.
+        steps: sampling steps of each stage's student, each half of the one before; the first teacher takes twice the
+            first number.
+        stage_steps: training steps of each stage; the last stage runs to the end.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"latents"})
@@ -46,7 +48,7 @@ class ProgressiveHalving(Method):
     def __post_init__(self) -> None:
         if not self.steps or min(self.steps) < 1 or any(n != 2 * half for n, half in pairwise(self.steps)):
             raise ValueError(
-                f"steps are {list(self.steps)}: expected each to be half of the one before, as [20, 10, 5]"
+                f"steps are {list(self.steps)}: expected each to be half of the one before, such as [20, 10, 5]"
             )
         if self.stage_steps < 1:
             raise ValueError(f"stage_steps is {self.stage_steps}: expected at least 1")

@@ -1,4 +1,4 @@
-"""Reflow: straight paths instead of curved ones; with it rf++, and the first stage of SlimFlow.
+"""Reflow (rectified flow), rf++, and the first stage of SlimFlow: straight sampling paths.
 
 The teacher's ODE carries a state from one time to a later, cleaner one along a curve. The student learns to get there
 along a straight line, which one solver step follows without error. What "straight" means on any schedule is in
@@ -44,7 +44,7 @@ class Lpips:
         LPIPS, Zhang et al. 2018, https://arxiv.org/abs/1801.03924.
 
     Args:
-        weight: of the term.
+        weight: weight of the term.
         net: `vgg`, `alex` or `squeeze`.
         samples: how many of a micro-batch's samples are decoded; none takes all.
         divide: divide the term by s (the paper's configuration F).
@@ -76,18 +76,21 @@ class Reflow(Averaged):
         `annealing_steps: 300000, random_flip: true, width: 0.5`.
 
     Args:
-        density: of the share of noise along the line: `uniform`, or rf++'s `u_shaped`, more at both ends.
-        loss_type: of velocities: `l2`, or rf++'s `huber` of a whole sample. The latter, and LPIPS, keep the minimum
-            only because the end of a pair is a function of its noise.
-        lpips: the perceptual term; none decodes no image.
-        annealing_steps: steps until the noise is the pair's own; 0 begins with it.
-        random_flip: mirror a pair's noise and latents together, every other time.
+        density: density of the noise share along the line: `uniform`, or rf++'s `u_shaped`, which is higher at both
+            ends.
+        loss_type: loss on velocities: `l2`, or rf++'s pseudo-Huber loss per sample, `huber`. The latter and LPIPS keep
+            the minimum only because the end of a pair is a function of its noise.
+        lpips: perceptual term; without it no image is decoded.
+        annealing_steps: training steps over which beta falls from 1 to 0; 0 uses the pair's own noise from the start.
+        random_flip: flip a pair's noise and latents together horizontally, with probability 0.5.
         width: below 1 the student is a smaller network of about this share of the channels, with fresh weights.
-        sampling_guidance_scale: written into the contract; 1 where the pairs were made with guidance.
-        num_inference_steps: steps that the contract names.
-        first_noise: sample by rf++'s rule, which keeps the noise that sampling began with. It is right on straight
-            paths only: it is dropped at the end where straightness over transport cost is not below 0.01, which takes
-            32 steps from 256 noises to measure. Diffusers alone does not have it; `stepdistill.load_student` does.
+        sampling_guidance_scale: default guidance scale of sampling, stored in the contract; keep 1 if the pairs were
+            made with guidance.
+        num_inference_steps: default number of sampling steps, stored in the contract.
+        first_noise: sample by rf++'s rule, which renoises each step with the initial noise. The rule is correct on
+            straight paths only, so straightness over transport cost is measured after training (32 steps from 256
+            noises), and the rule is dropped unless it is below 0.01. Diffusers has no scheduler for it;
+            `stepdistill.load_student` sets one.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
@@ -117,8 +120,8 @@ class Reflow(Averaged):
         if not self.first_noise or (measured := straightness()) < STRAIGHT:
             return self
         logger.warning(
-            "first_noise: straightness over transport cost is %.3g, expected below %g: on paths that bend, the first "
-            "noise leads away from the flow, so the student is sampled by plain steps; train it longer, or set "
+            "first_noise: straightness over transport cost is %.3g, expected below %g. On curved paths the initial "
+            "noise gives wrong samples, so the student is sampled with ordinary steps. Train it longer, or set "
             "method.first_noise to false",
             *(measured, STRAIGHT),
         )

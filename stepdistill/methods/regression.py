@@ -1,4 +1,4 @@
-"""Direct regression to the teacher's own samples: the cheap baseline.
+"""Direct regression to the teacher's samples, a cheap baseline.
 
 The teacher has turned noise into `latents` once, in N guided deterministic steps. The student starts from the same
 noise and, at each of its few steps, predicts that end point; its inputs are those of its own rollout, so that what
@@ -33,9 +33,10 @@ class Regression(Averaged):
 
     Args:
         num_inference_steps: steps of the student, evenly spaced.
-        timesteps: other starts of the steps, descending; see `DMD2.timesteps`, whose warm start this may be.
+        timesteps: timesteps at which the student's steps start, descending; none spaces them evenly. See
+            `DMD2.timesteps`, for which this student can be the warm start.
         loss_type: `l2` or `huber`.
-        huber_c: the Huber constant, in latent units.
+        huber_c: constant c of the pseudo-Huber loss, in latent units.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"pairs"})

@@ -18,12 +18,12 @@ from stepdistill.networks.roles import TEACHER, Copy, Role
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherScoreMatching(Averaged):
-    """The first stage of a smaller student: `E_t lambda_t |mu(x_t, t) - mu_teacher(x_t, t)|^2`.
+    """Teacher score matching for a smaller student: `E_t lambda_t |mu(x_t, t) - mu_teacher(x_t, t)|^2`.
 
     `x_t` is real latents with noise, `mu` the estimate of x0. The loss is the squared distance in x0 and in eps, so
     `lambda_t = 1 + alpha_t^2 / sigma_t^2`; no weight is given in what was read of the paper. It is bounded for every
     prediction type, and for a table's eps network it is `1 / alpha_t^2`, at most 214, times the distance of outputs.
-    Unlike the denoising loss on the data its least value is 0.
+    Unlike the denoising loss on data, its minimum is 0.
 
     The student is a smaller teacher, and needs as many steps; it is exported as a whole network. The paper then
     distils it against the large teacher, for which no method here takes a copy as its student yet. A pipeline saved
@@ -39,8 +39,9 @@ class TeacherScoreMatching(Averaged):
     Args:
         width: the student's share of the teacher's channels, in (0, 1); rounded to what the network allows.
         guidance_scale: w of `uncond + w (cond - uncond)` in the teacher; 1 matches it without guidance.
-        sampling_guidance_scale: written into the contract; 1 where the teacher was matched with guidance.
-        num_inference_steps: steps that the contract names.
+        sampling_guidance_scale: default guidance scale of sampling, stored in the contract; set 1 if the teacher is
+            guided.
+        num_inference_steps: default number of sampling steps, stored in the contract.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"latents"})

@@ -1,4 +1,4 @@
-"""SlimFlow's second stage: a straight flow becomes a one-step student, which the flow itself leads.
+"""SlimFlow's second stage: flow-guided distillation of a straight flow into a one-step student.
 
 The first stage is `reflow.Reflow` with `annealing_steps`, `random_flip` and `width`.
 """
@@ -22,11 +22,11 @@ from stepdistill.networks.roles import Ema, Role
 
 @dataclass(frozen=True, kw_only=True)
 class FlowGuided(Averaged):
-    """SlimFlow's second stage: one step, led by the straight flow that the student begins as.
+    """SlimFlow's second stage, flow-guided distillation: a straight flow is distilled into one step.
 
-    On pairs the student's one step is drawn to the teacher's sample. On fresh noise it is drawn to where two steps end:
-    its own first, part of the way, then one of the flow, which is a frozen copy of the student before the first step
-    (`lora.init_from` names it). Only the one step from pure noise has a graph.
+    On pairs, the student's one step is regressed to the teacher's sample. On fresh noise, it is regressed to the result
+    of two steps: its own first, part of the way, then one of the flow, a frozen copy of the student before training
+    (`lora.init_from` names it). Only the one step from pure noise has gradients.
 
     Equation:
         pairs: loss = E d( student(z, T).x0, x0 )
@@ -38,11 +38,11 @@ class FlowGuided(Averaged):
         as in the released code.
 
     Args:
-        flow_weight: of the term on fresh noise; 0 is distillation on pairs alone.
+        flow_weight: weight of the term on fresh noise; 0 distils on pairs alone.
         turn_range: shares of the way from noise to data at which the flow takes over, drawn uniformly.
-        loss_type: of the ends, in latents: `l2`, or rf++'s `huber` of a whole sample.
-        lpips: a perceptual term beside it; none decodes no image.
-        width: below 1 the student is a smaller network, as that of `Reflow`.
+        loss_type: loss on the latents after the step: `l2`, or rf++'s pseudo-Huber loss per sample, `huber`.
+        lpips: additional perceptual term; without it no image is decoded.
+        width: below 1 the student is a smaller network, as in `Reflow`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"pairs"})

@@ -1,8 +1,8 @@
 """Variational score distillation into one step: SwiftBrush, and SNOOPI's PG-SB.
 
 As in `dmd2`, a fake score follows the student's samples, and the student moves along the difference of two scores. Here
-both are guided by the same w, so that the fixed point is the teacher's unguided distribution whatever w is; w shapes
-the way there. PG-SB draws w anew in every step, the same for both sides. Prompts are all that is needed.
+both are guided by the same w, so that the fixed point is the teacher's unguided distribution whatever w is; w only
+changes the path to it. PG-SB draws w in every step, the same for both scores. Training needs prompts only.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class ClipTerm:
 
     Args:
         pretrained_clip_model: a folder or hub id.
-        threshold: cosine from which on an image fits well enough (0.35 published; 0.37 in SNOOPI).
+        threshold: cosine similarity above which the term is 0 (0.35 published; 0.37 in SNOOPI).
         weight: at the student's first step.
-        decay_steps: steps in which the weight falls to 0 along a line; none keeps it.
+        decay_steps: training steps over which the weight decays linearly to 0; none keeps it constant.
     """
 
     pretrained_clip_model: str = "openai/clip-vit-base-patch32"
@@ -62,13 +62,13 @@ class VSD(Averaged):
         `guidance_scale: [0.5, 4.0]`.
 
     Args:
-        guidance_scale: w of `uncond + w (cond - uncond)`, for teacher and fake score; a pair draws it in every step
-            (PG-SB; [0.5, 4] for Stable Diffusion).
-        timestep: where the one step starts; none is the noisiest time, as published. See `DMD2.timesteps`.
-        warmup_steps: steps of the fake score alone, before the student's first.
+        guidance_scale: w of `uncond + w (cond - uncond)`, for teacher and fake score; a pair is a range that each step
+            draws from (PG-SB; [0.5, 4] for Stable Diffusion).
+        timestep: timestep at which the one step starts; none is the noisiest one, as published. See `DMD2.timesteps`.
+        warmup_steps: training steps of the fake score alone, before the student's first update.
         t_range: lowest and highest timestep at which the scores are compared.
-        proportion_empty_prompts: share of steps in which the fake score learns the unconditional distribution.
-        clip: the clamped CLIP term; none decodes no image.
+        proportion_empty_prompts: share of steps in which the fake score trains on the empty prompt.
+        clip: clamped CLIP term; without it no image is decoded.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"prompts"})

@@ -1,1 +1,1 @@
-"""All that is done to a network: roles on one frozen backbone, adapters, taps, quantisation, sharding."""
+"""Networks: roles on one frozen backbone, adapters, feature taps, quantization, sharding."""

@@ -1,10 +1,10 @@
-"""One frozen network and its roles: the only file that knows PEFT.
+"""One frozen network and its roles, which are PEFT adapters.
 
 A role is what a distillation method switches between (teacher, student, fake score, average). Normally it is a named
-LoRA on the frozen base, and the teacher is the base with every adapter off. The hazards of that are met here, once:
+LoRA on the frozen base, and the teacher is the base with every adapter off. This module handles the hazards of that:
 
-- PEFT's own switches (`set_adapter`, `disable_adapters`) flip `requires_grad`, which drops the gradients of a graph
-  that is still alive, without a word. Roles are switched by the layers' active names instead, and no flag moves.
+- PEFT's own switches (`set_adapter`, `disable_adapters`) flip `requires_grad`, which silently drops the gradients of a
+graph that is still alive. Roles are switched by the layers' active names instead, and no flag moves.
 - Gradient checkpointing computes a block again during backward, under whichever role is active then. The
   checkpoint function installed here remembers the role of the forward pass, and the inputs of its adapters.
 """
@@ -137,18 +137,18 @@ class Backbone(nn.Module):
         self._active[:] = [] if name == TEACHER or name in self.others else [name]
 
     def kind(self, name: str) -> Role:
-        """What a role is, or what it is an average of."""
+        """The kind of a role, or of the role that it averages."""
         role = self.declared[name]
         return self.kind(role.of) if isinstance(role, Ema) else role
 
     def _context(self, name: str, scale: Tensor | None) -> Context:
-        """What the hooks work by while the role is active."""
+        """What the hooks use while the role is active."""
         if name == TEACHER or not isinstance(self.kind(name), Adapters):
             return OFF
         if scale is None:
             raise ValueError(
                 f"role {name!r} is called without a guidance scale, expected `guidance_scale` among the conditions: "
-                "its adapters must know it; add a tensor of B numbers, or call it through `core.denoise.with_scale`"
+                "its adapters take it as an input; add a tensor of B numbers, or use `core.denoise.with_scale`"
             )
         modules = self.others[name]
         assert isinstance(modules, nn.ModuleList)
@@ -186,7 +186,7 @@ class Backbone(nn.Module):
         return self
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """A role's own parameters by name, trainable or averaged. The teacher's are never given: it has none."""
+        """A role's own parameters by name, trainable or averaged; the teacher has none."""
         if name == TEACHER:
             return {}
         if name not in self._own:
@@ -197,7 +197,7 @@ class Backbone(nn.Module):
         return dict(self._own[name])
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """A role's tensors under names that do not hold the role's name."""
+        """A role's tensors, under names without the role's name."""
         if name in self.others:
             return dict(self.others[name].state_dict())
         return get_peft_model_state_dict(self.net, adapter_name=name)
@@ -248,7 +248,7 @@ class Backbone(nn.Module):
 
 
 def peft_config(spec: LoraSpec, targets: Sequence[str]) -> LoraConfig:
-    """PEFT's word for a spec; `targets` where it names none."""
+    """The PEFT config of a spec; `targets` if the spec names none."""
     return LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha or spec.rank,  # pyright: ignore[reportArgumentType]

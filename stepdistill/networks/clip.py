@@ -1,4 +1,4 @@
-"""How well images fit their prompts, by CLIP; differentiable in the images."""
+"""CLIP similarity of images and prompts, differentiable in the images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pretrained(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
         loaded: Any = kind.from_pretrained(name, output_loading_info=True)
     except SafetensorError as error:
         raise WrongWeights(
-            problem(f"{name} ({error})", "whole files", "a copy that was cut short has no weights", "copy it again")
+            problem(f"{name} ({error})", "complete files", "an incomplete copy cannot be loaded", "copy it again")
         ) from error
     net, info = loaded
     missing = sorted(info["missing_keys"])
@@ -32,7 +32,7 @@ def pretrained(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
             problem(
                 f"{name} without {len(missing)} of its tensors, such as {missing[0]}",
                 f"all tensors of a {kind.__name__}",
-                "random ones in their place would give features of no meaning",
+                "random tensors in their place would give meaningless features",
                 "pass the folder of a model of this kind",
             )
         )

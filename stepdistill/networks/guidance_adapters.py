@@ -1,12 +1,13 @@
 """Guidance adapters: small modules beside the attention layers of a frozen network, attached by hooks.
 
-An adapter turns the guidance scale w, the time and the prompt into something to add to its attention's output. Hooks
-and not other modules, so that names, attention processors and LoRAs stay as they are. What comes in with a hook is the
-image's tokens and the prompt's; the time's embedding is the network's own, and w is set from outside. Jensen & Sadat
-2025, https://arxiv.org/abs/2503.07274.
+An adapter computes from the guidance scale w, the timestep and the prompt what is added to its attention's output.
+Hooks and not other modules, so that names, attention processors and LoRAs stay as they are. What comes in with a hook
+is the image's tokens and the prompt's; the time's embedding is the network's own, and w is set from outside. Jensen &
+Sadat 2025, https://arxiv.org/abs/2503.07274.
 
-Other than there what an adapter adds is multiplied by w - 1, as the guided output's distance from the unguided one is.
-So w = 1 is the base exactly. Without it the squared loss, most of which large scales make, serves small ones badly.
+Unlike in the paper, the adapter's output is multiplied by w - 1, as the guided output's distance from the unguided one
+is, so w = 1 is the base exactly. Without this factor small scales fit badly, since large ones dominate the squared
+loss.
 """
 
 from __future__ import annotations
@@ -205,8 +206,8 @@ class Attachment:
 class GuidedCall(dict):
     """Keyword arguments of a pipeline's call, with guidance adapters attached to its network.
 
-    The pipeline's own `guidance_scale` among them stays 1, which makes one pass; the scale that the adapters are told
-    is set by the attribute: `call.guidance_scale = 5`.
+    The pipeline's own `guidance_scale` among them stays 1, which makes one pass; the scale of the adapters is set by
+    the attribute: `call.guidance_scale = 5`.
 
     Args:
         arguments: of the call.
@@ -228,12 +229,12 @@ class GuidedCall(dict):
         low, high = self.trained
         if not low <= value <= high:
             logger.warning(
-                "guidance_scale %g is outside of what the adapters were trained for, %g to %g: there they can only "
-                "guess; choose one inside, or train them on a wider range",
+                "guidance_scale %g is outside the range that the adapters were trained on, %g to %g. Outside it they "
+                "extrapolate. Choose a scale inside, or train the adapters on a wider range",
                 *(value, low, high),
             )
         self.attachment.scale = value
 
     def remove(self) -> None:
-        """Take the adapters off; the pipeline draws as it did, at whatever guidance its calls ask for."""
+        """Remove the adapters; the pipeline then samples as before, with the guidance of its own calls."""
         self.attachment.remove()

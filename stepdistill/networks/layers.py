@@ -31,7 +31,7 @@ def named(net: nn.Module, endings: Sequence[str], kinds: tuple[type[nn.Module], 
             problem(
                 f"no layer of {type(net).__name__} matching {list(endings)}",
                 "at least one",
-                "the LoRA needs a place",
+                "the LoRA is added to these layers",
                 "name layers of this network in lora.target_modules",
             )
         )

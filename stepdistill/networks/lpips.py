@@ -20,8 +20,8 @@ SIDE = 224  # of the images that the networks were trained on
 def lpips(net: Net, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Distances (B,) of images (B, 3, H, W) in about [-1, 1], resized to 224; one network in this process.
 
-    Zhang et al. 2018, https://arxiv.org/abs/1801.03924, in torchmetrics' form. Raises ConfigError where that, or the
-    weights of its network, cannot be had.
+    Zhang et al. 2018, https://arxiv.org/abs/1801.03924, as implemented in torchmetrics. Raises ConfigError if
+    torchmetrics or the network's weights are missing.
     """
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -33,7 +33,7 @@ def lpips(net: Net, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
                 f"an LPIPS term without its network ({error})",
                 "torchmetrics, torchvision, and the weights that torchvision downloads",
                 "the term compares features of that network",
-                "pip install 'stepdistill[lpips]', fetch the weights into torch's hub folder, or leave the term out",
+                "pip install 'stepdistill[lpips]', download the weights into torch's hub folder, or leave the term out",
             )
         ) from error
 

@@ -1,4 +1,4 @@
-"""Networks that have a config and no weights: what stands in a pipeline for a part that was left out."""
+"""Networks without weights, on the meta device: placeholders for parts of a pipeline that are not loaded."""
 
 from __future__ import annotations
 

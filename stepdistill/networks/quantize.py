@@ -1,4 +1,4 @@
-"""A frozen network in fewer bits, under roles that stay float32."""
+"""Quantization of the frozen network; roles stay float32."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_quantization(factory: Factory | None, single_file: bool, loras: bool) 
     why, todo = "the weights are quantised as they are read", "save the pipeline as a folder, LoRAs fused in, first"
     if factory is not None and (single_file or loras):
         got = f"family.quantization of {'a single file' if single_file else 'a teacher with teacher_loras'}"
-        raise ConfigError(problem(got, "of a pipeline folder or hub id", why, todo))
+        raise ConfigError(problem(got, "a pipeline folder or hub id", why, todo))
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The roles a method may declare. `stepdistill.networks.backbone` makes them real."""
+"""The roles that a method may declare. `stepdistill.networks.backbone` builds them."""
 
 from __future__ import annotations
 
@@ -122,11 +122,11 @@ class LoraSpec:
     """The `lora` section of a config.
 
     Args:
-        rank: inner dimension, at least 1.
-        alpha: the update is scaled by `alpha / rank`; None means `rank`, a scale of 1.
-        target_modules: names of layers, as PEFT matches them; None takes the family's list.
-        init_from: a student folder or LoRA file to start the student from.
-        roles: other ranks and alphas for single roles, by role name.
+        rank: rank of the LoRA, at least 1.
+        alpha: the update is scaled by `alpha / rank`; none takes `rank`, a scale of 1.
+        target_modules: names of layers, matched as in PEFT; none takes the family's list.
+        init_from: student folder or LoRA file that the student starts from.
+        roles: rank and alpha of single roles, by role name.
     """
 
     rank: int = 64

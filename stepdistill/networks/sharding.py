@@ -1,4 +1,5 @@
-"""A base that outgrows a device: each process keeps a share of it, and blocks are gathered one at a time for use.
+"""Sharding of a base that does not fit on one device: each process keeps a shard, and blocks are gathered one at a
+time.
 
 By torch's `fully_shard` (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html). Only the frozen base
 is sharded. Roles are whole and plain tensors on every process, as without: `core.distributed` averages their
@@ -85,8 +86,8 @@ def check_processes(count: int) -> None:
             problem(
                 "train.shard_base with one process",
                 "two or more",
-                "a share of the base would be all of it",
-                "use configs/accelerate/multi_gpu_sharded.yaml, or switch train.shard_base off",
+                "one process would hold the whole base",
+                "use configs/accelerate/multi_gpu_sharded.yaml, or set train.shard_base to false",
             )
         )
 
@@ -107,8 +108,8 @@ def shard(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Shard
             problem(
                 f"train.shard_base with {type(net).__name__}, which names no blocks in `_no_split_modules`",
                 "blocks to gather one at a time",
-                "all of it would be gathered at once",
-                "switch train.shard_base off",
+                "the whole network would be gathered at once",
+                "set train.shard_base to false",
             )
         )
     for module in [*reversed(blocks), net]:  # inner ones first

@@ -1,4 +1,4 @@
-"""What an adversarial term needs: features read inside a denoiser, and a head that judges them."""
+"""Features inside a denoiser, and the discriminator head of adversarial losses."""
 
 from __future__ import annotations
 
