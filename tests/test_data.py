@@ -175,7 +175,7 @@ def test_a_bad_sample_is_replaced_within_its_bucket_and_named_once(caplog: pytes
     for before, after in zip(good, mended, strict=True):
         assert [0 if s.item == 4 else s.item for s in before] == [s.item for s in after]
     assert [record.getMessage() for record in caplog.records] == [
-        "skipped item 4: broken; the next good sample stands in (1 skipped so far)"
+        "skipped item 4: broken; the next usable sample takes its place (1 skipped so far)"
     ]
 
 
@@ -202,7 +202,7 @@ def test_a_broken_image_does_not_stop_a_run(tmp_path: Path, caplog: pytest.LogCa
     report = check_source(source)
     assert report.startswith("ImageFolder: 5 samples, 3 usable\n")
     assert "unusable: 2" in report and "1.png: UnidentifiedImageError" in report and "3.png" in report
-    with pytest.raises(DataError, match=r"2 of 5 samples unusable, first .*1\.png"):
+    with pytest.raises(DataError, match=r"2 of 5 samples unusable, the first .*1\.png"):
         check_source(source, strict=True)
 
 

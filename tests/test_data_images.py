@@ -181,7 +181,7 @@ def test_captions_from_a_table_or_beside_the_images(tmp_path: Path, caplog: pyte
     [
         (None, "", r"a\.png without a caption \(1 of 2 images\)"),
         ("metadata.csv", "file_name,caption\na.png,x\n", r"columns \['file_name', 'caption'\]"),
-        ("metadata.csv", "image,text\na.png,x\n", r"expected \['file_name'\] among them"),
+        ("metadata.csv", "image,text\na.png,x\n", r"expected the columns \['file_name'\]"),
         ("metadata.csv", "file_name,text\nz.png,x\n", "row 1 with file_name 'z.png'"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": null}\n', r"row 1 \(a.png\) with text None"),
         ("metadata.jsonl", "\n", "no row in"),
@@ -205,7 +205,7 @@ def test_missing_empty_and_wholly_broken_folders(tmp_path: Path) -> None:
         len(source)
     folder(tmp_path / "data", a=noise(8, 8))
     (tmp_path / "data" / "a.png").write_text("broken")
-    with pytest.raises(DataError, match=r"1 of 1 samples unusable, first .*a\.png: Unidentified"):
+    with pytest.raises(DataError, match=r"1 of 1 samples unusable, the first .*a\.png: Unidentified"):
         check_source(source)
 
 

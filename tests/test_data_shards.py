@@ -60,7 +60,7 @@ def test_random_access_equals_webdataset(tmp_path: Path, caplog: pytest.LogCaptu
         decoded = Image.open(io.BytesIO(streamed[i][kind])).convert("RGB")
         assert source.image(i).tobytes() == decoded.tobytes()
         assert source.size(i) == (9, 8 + i % 3)
-    assert "2 samples have no image and are left out, first stray of" in caplog.text
+    assert "2 samples have no image and are left out, the first is stray of" in caplog.text
     by_glob = Shards(train_shards_path_or_url=str(tmp_path / "s-*.tar"), resolution=8, max_train_samples=4)
     assert [by_glob.name(i) for i in range(len(by_glob))] == [source.name(i) for i in range(4)]
     assert check_source(source, strict=True, workers=1).startswith("Shards: 6 samples, 6 usable")
@@ -104,12 +104,12 @@ def test_shards_that_cannot_be_used(tmp_path: Path) -> None:
 
     fails("expected local tar files", "https://host/{00..10}.tar")
     fails("expected local tar files", "pipe:cat a.tar")
-    fails(r"b-1\.tar, where there is no file", tmp_path / "b-{1..2}.tar")
-    fails("where there is no file", tmp_path / "*.tar")
+    fails(r"b-1\.tar, which does not exist", tmp_path / "b-{1..2}.tar")
+    fails("which does not exist", tmp_path / "*.tar")
     fails("'y' of .* without a caption", shard(tmp_path / "a.tar", x__png=png, x__txt=b"", y__png=png))
     fails("none with an image", shard(tmp_path / "b.tar", x__txt=b"one"))
     columns = shard(tmp_path / "c.tar", x__png=png, x__json=b'{"caption": "x"}')
-    fails(r"columns \['caption'\], expected \['text'\]", columns)
+    fails(r"columns \['caption'\], expected the columns \['text'\]", columns)
     fails("x.png twice", shard(tmp_path / "d.tar", x__png=png, **{"x.png": png}))
     whole = shard(tmp_path / "e.tar", x__txt=b"one", x__png=encoded(noise(64, 64)))
     whole.write_bytes(whole.read_bytes()[:4000])
@@ -164,12 +164,12 @@ def test_data_sets_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.Monke
     table(broken=True).save_to_disk(tmp_path / "saved")
     source = HubDataset(dataset_name=str(tmp_path / "saved"), resolution=8)
     assert "row 1: UnidentifiedImageError" in check_source(source)
-    with pytest.raises(DataError, match=r"columns \['image', 'text', 'number'\], expected \['label'\]"):
+    with pytest.raises(DataError, match=r"columns \['image', 'text', 'number'\], expected the columns \['label'\]"):
         len(replace(source, caption_column="label"))
     with pytest.raises(DataError, match="does not hold images"):
         len(replace(source, image_column="number"))
     datasets.DatasetDict({"train": table()}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(DataError, match="a data set with split 'test'"):
+    with pytest.raises(DataError, match="a data set with a split 'test'"):
         len(replace(source, dataset_name=str(tmp_path / "splits"), split="test"))
     shutil.rmtree(tmp_path / "saved")
     (tmp_path / "saved").mkdir()

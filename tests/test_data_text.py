@@ -37,7 +37,7 @@ def test_prompts_from_every_kind_of_file(tmp_path: Path) -> None:
         ("p.txt", "\n \n", "no prompt in"),
         ("p.txt", None, "No such file"),
         ("p.txt", b"a caf\xe9", "byte 0xe9 at offset 5"),
-        ("p.csv", "id,caption\n1,x\n", r"columns \['id', 'caption'\], expected \['text'\]"),
+        ("p.csv", "id,caption\n1,x\n", r"columns \['id', 'caption'\], expected the columns \['text'\]"),
         ("p.csv", "text\na cat, sitting\n", "line 2 with more cells"),
         ("p.jsonl", '{"text": "a"}\n{"text"\n', "line 2"),
         ("p.jsonl", '"a"\n', "one JSON object"),
@@ -91,5 +91,5 @@ def test_latents_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     assert "latent 1: the latent holds NaN" in check_source(Latents(folder=str(tmp_path)))
     (tmp_path / "latents.safetensors").write_bytes(b"cut")
-    with pytest.raises(DataError, match="cut short"):
+    with pytest.raises(DataError, match="incomplete"):
         len(Latents(folder=str(tmp_path)))

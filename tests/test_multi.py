@@ -211,7 +211,7 @@ def test_clusters_part_prompts_without_a_common_word():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"students": 0}, "students 0, expected at least 1"),
+        ({"students": 0}, "0 students, expected at least 1"),
         ({"students": 2, "student": 2}, "student 2 of 2, expected 0 to 1"),
         ({"students": 2, "student": -1}, "student -1 of 2"),
         ({"students": 2, "by": "file"}, "by 'file' with 0 files"),
@@ -232,7 +232,7 @@ def test_a_config_that_cannot_be_is_refused(tmp_path, fields, said):
 @pytest.mark.parametrize(
     ("texts", "fields", "said"),
     [
-        ([], {"students": 6}, "5 different prompts for 6 students, expected at least 6.* without prompts"),
+        ([], {"students": 6}, "5 different prompts for 6 students, expected at least 6.* no prompts"),
         ([], {"students": 6, "by": "class"}, "5 different prompts for 6"),
         ([], {"by": "class", "classes": ("a", "A ")}, "1 different classes for 2"),
         ([], {"by": "class", "classes": ("apple", "tiger", "owl", "pear")}, "'cat face' in prompt 2 .* not in"),

@@ -1,4 +1,4 @@
-"""Where prompts, images and latents come from: sources, the order of a run, and their check."""
+"""Data sources of prompts, images and latents, the order of samples in a run, and a check of sources."""
 
 from stepdistill.data.base import BadSample, FixedCrops, GuidedState, PromptsOf, Sample, Source, inside
 from stepdistill.data.check import check_source

@@ -1,4 +1,4 @@
-"""A source: a list of samples that can be read in any order, so that a run can start at any of them."""
+"""Base class of data sources: samples by index, so that a run can start at any of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BadSample(DataError):
 
 
 class GuidedState(NamedTuple):
-    """States of guided trajectories, and what the guided teacher says there.
+    """States of guided trajectories, and the guided teacher's output there.
 
     Args:
         x_t: (..., C, h, w), the network's input.
@@ -47,7 +47,7 @@ class GuidedState(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """What one position of a batch is made from.
+    """One sample of a batch.
 
     Args:
         prompt: the caption; empty where it was dropped.
@@ -55,7 +55,7 @@ class Sample:
         latents: (C, h, w), already in the network's scale.
         noise: (C, h, w), what the teacher made the latents from.
         state: of a guided trajectory.
-        item: index in the source of what was read: not the one asked for where that was bad.
+        item: index of the item that was read; it differs from the requested one if that was unusable.
     """
 
     prompt: str
@@ -68,7 +68,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
-    """Samples by index. Nothing is read before the first use of `len`, `buckets` or `sample`.
+    """A data source: samples by index. Nothing is read before the first use of `len`, `buckets` or `sample`.
 
     Args:
         proportion_empty_prompts: share of samples, in [0, 1], whose caption is dropped.
@@ -142,10 +142,10 @@ def inside(source: Source) -> Iterator[Source]:
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper(Source):
-    """A source around another one, whose items it changes or chooses from.
+    """A source that wraps another one and changes or selects its items.
 
     Args:
-        source: the other one; the shares of empty prompts of both apply.
+        source: the wrapped source; the shares of empty prompts of both apply.
     """
 
     source: Source

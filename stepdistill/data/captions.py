@@ -23,7 +23,7 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         got = f"{path} with byte {error.object[error.start]:#04x} at offset {error.start}"
-        raise DataError(problem(got, "UTF-8 text", "captions go to a tokenizer", "save it as UTF-8")) from None
+        raise DataError(problem(got, "UTF-8 text", "captions are read as UTF-8", "save it as UTF-8")) from None
     except OSError as error:
         why = error.strerror or str(error)
         raise DataError(problem(path, "a readable file", why, "check the path")) from None
@@ -46,7 +46,7 @@ def _csv(path: Path, text: str) -> list[Row]:
         if "" in row and "" not in (reader.fieldnames or ()):
             got = f"{path} line {reader.line_num} with more cells than the header"
             todo = "put double quotes around cells that hold commas"
-            raise DataError(problem(got, "one cell a column", "a caption would lose its end", todo))
+            raise DataError(problem(got, "one cell per column", "the caption would be truncated", todo))
         rows.append(dict(row))
     return rows
 
@@ -63,7 +63,7 @@ def _jsonl(path: Path, text: str) -> list[Row]:
             row = f"{error.msg} at column {error.colno}"
         if not isinstance(row, dict):
             got = f"{path} line {number}: {str(row)[:80]}"
-            raise DataError(problem(got, "one JSON object", "each line is a sample", "correct that line"))
+            raise DataError(problem(got, "one JSON object per line", "each line is a sample", "correct that line"))
         rows.append(row)
     return rows
 
@@ -75,7 +75,7 @@ def require_columns(columns: Iterable[str], wanted: Iterable[str], where: object
     if missing:
         got = f"{where} with columns {have}"
         todo = "name the right ones in the config (caption_column, image_column) or rename them in the data"
-        raise DataError(problem(got, f"{missing} among them", "samples are read from these columns", todo))
+        raise DataError(problem(got, f"the columns {missing}", "samples are read from these columns", todo))
 
 
 def as_captions(value: object) -> tuple[str, ...]:

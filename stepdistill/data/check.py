@@ -1,4 +1,4 @@
-"""Read every sample of a source once and say what is there, before a GPU is touched."""
+"""A check of a data source: reads every sample once and reports what it contains."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class _Tally:
         spread, empty = _spread(self.words), self.words.count(0)
         yield f"  captions: {len(self.words)} for {usable} samples, {spread} words, {empty} empty"
         if self.bad:
-            yield f"  unusable: {len(self.bad)}, in training the next good sample stands in"
+            yield f"  unusable: {len(self.bad)}; training takes the next usable sample instead"
             yield from (f"    {error}" for error in self.bad[:NAMED])
             if len(self.bad) > NAMED:
                 yield f"    ... and {len(self.bad) - NAMED} more"
@@ -113,8 +113,8 @@ def check_source(source: Source, strict: bool = False, workers: int = 0) -> str:
             raise facts.error
         tally.add(facts)
     if tally.bad and (strict or len(tally.bad) == total):
-        got = f"{len(tally.bad)} of {total} samples unusable, first {tally.bad[0]}"
+        got = f"{len(tally.bad)} of {total} samples unusable, the first {tally.bad[0]}"
         expected = "every sample usable (strict)" if strict else "usable samples"
-        raise DataError(problem(got, expected, "they cannot be trained on", "mend or remove them"))
+        raise DataError(problem(got, expected, "they cannot be used in training", "repair or remove them"))
     head = f"{type(source).__name__}: {total} samples, {total - len(tally.bad)} usable"
     return "\n".join([head, *tally.lines()])

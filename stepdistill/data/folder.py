@@ -1,4 +1,4 @@
-"""A folder of images, captioned by a table or by a text file beside each."""
+"""A folder of images, with captions in a table or in one text file per image."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ImageFolder(ImageSource):
     """The jpg, jpeg, png and webp files below a folder.
 
     Args:
-        train_data_dir: the folder. With `metadata.jsonl` or `metadata.csv` at its top, the rows' `file_name`
-            (relative to the folder) and `caption_column` say what is used; without, `cat.txt` is the caption
-            of `cat.jpg`.
+        train_data_dir: the folder. If it contains `metadata.jsonl` or `metadata.csv`, its rows name the images
+            (`file_name`, relative to the folder) and their captions (`caption_column`). Otherwise `cat.txt` is the
+            caption of `cat.jpg`.
     """
 
     train_data_dir: str
@@ -44,7 +44,7 @@ class ImageFolder(ImageSource):
         tables = [folder / name for name in TABLES if (folder / name).exists()]
         if len(tables) > 1:
             got = f"both {TABLES[0]} and {TABLES[1]} in {folder}"
-            raise DataError(problem(got, "one of them", "they may disagree", "remove the one that is out of date"))
+            raise DataError(problem(got, "one of them", "they may disagree", "remove the outdated one"))
         captions = _by_table(tables[0], names, self.caption_column) if tables else _by_text_files(folder, names)
         return list(captions.items())[: self.max_train_samples]
 
@@ -91,10 +91,10 @@ def _by_table(table: Path, names: list[str], caption_column: str) -> Captioned:
             raise DataError(problem(got, "a text or a list of texts", "every image needs a caption", "write one"))
         captioned[name] = captioned.get(name, ()) + captions
     if not captioned:
-        raise DataError(problem(f"no row in {table}", "one an image", "there is nothing to train on", "fill it"))
+        raise DataError(problem(f"no row in {table}", "one per image", "there is nothing to train on", "add rows"))
     if len(captioned) < len(names):
         left = [name for name in names if name not in captioned]
-        logger.warning("%d images have no row in %s and are left out, first %s", len(left), table, left[0])
+        logger.warning("%d images have no row in %s and are left out, the first is %s", len(left), table, left[0])
     return captioned
 
 
@@ -103,6 +103,6 @@ def _by_text_files(folder: Path, names: list[str]) -> Captioned:
     lacking = [name for name, text in texts.items() if not text.exists()]
     if lacking:
         got = f"{folder / lacking[0]} without a caption ({len(lacking)} of {len(names)} images)"
-        todo = f"write that file, or {TABLES[0]} with file_name and a caption column at the top of the folder"
-        raise DataError(problem(got, f"{texts[lacking[0]].name} beside it", "training needs a caption", todo))
+        todo = f"write that file, or {TABLES[0]} with file_name and a caption column into the folder"
+        raise DataError(problem(got, f"{texts[lacking[0]].name} beside it", "every image needs a caption", todo))
     return {name: (read_text(text).strip(),) for name, text in texts.items()}

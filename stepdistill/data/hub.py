@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 class HubDataset(ImageSource):
     """A captioned image set that `datasets` can read (`pip install 'stepdistill[data]'`).
 
-    It is downloaded or mapped whole, not streamed: a run must be able to start at any sample.
+    The data set is downloaded or memory-mapped, not streamed, so that a run can start at any sample.
 
     Args:
         dataset_name: id on the Hub, a folder written by `save_to_disk`, any other folder that `load_dataset`
             reads (parquet, imagefolder), or one parquet file.
-        dataset_config_name: the configuration, where there are several.
+        dataset_config_name: the configuration, if there are several.
         split: the split.
         image_column: column of the images: a `datasets.Image`, or encoded bytes.
     """
@@ -43,12 +43,14 @@ class HubDataset(ImageSource):
             import datasets
         except ImportError:
             todo = "pip install 'stepdistill[data]'"
-            raise DataError(problem("no package datasets", "it installed", "it reads this source", todo)) from None
+            raise DataError(
+                problem("no package `datasets`", "the package installed", "it reads this source", todo)
+            ) from None
         try:
             table = _load(self.dataset_name, self.dataset_config_name, self.split)
         except Exception as error:  # datasets raises anything from ValueError to its builders' own errors
             got = f"{type(error).__name__} from datasets for {self.dataset_name!r}: {error}"
-            expected = f"a data set with split {self.split!r}"
+            expected = f"a data set with a split {self.split!r}"
             todo = "check data.dataset_name, data.dataset_config_name and data.split"
             raise DataError(problem(got, expected, "it cannot be opened", todo)) from error
         require_columns(table.column_names, [self.image_column, self.caption_column], self.dataset_name)

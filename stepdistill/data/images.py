@@ -1,4 +1,4 @@
-"""Images to pixels: decode, orient, flatten, resize, crop, flip; and the buckets of equal shape."""
+"""Image preprocessing: decode, orient, flatten, resize, crop, flip; and aspect-ratio buckets."""
 
 from __future__ import annotations
 
@@ -93,21 +93,21 @@ def nearest_shape(shapes: Sequence[tuple[int, int]], size: tuple[int, int]) -> i
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource(Source):
-    """Images with captions, whatever they are stored in.
+    """Images with captions, in any storage format.
 
-    An image is turned upright, flattened on white, resized until its shorter side is `resolution` (until it
-    covers its bucket), cropped, perhaps mirrored.
+    An image is rotated by its EXIF orientation, composited over white, resized until its shorter side is `resolution`
+    (or until it covers its bucket), cropped and optionally flipped.
 
     Args:
-        resolution: side of the square crop in pixels; with buckets, the side of a square of the same area.
-        caption_column: column of the captions where they come in a table.
-        center_crop: take the middle instead of a random window.
-        random_flip: mirror half of the samples.
-        interpolation: resampling filter.
+        resolution: side of the square crop in pixels; with buckets, the side of a square with the same area.
+        caption_column: column of the captions, for sources with a table.
+        center_crop: crop the centre instead of a random window.
+        random_flip: flip half of the samples horizontally.
+        interpolation: resampling filter of the resize.
         aspect_buckets: crop to the nearest of several aspect ratios instead of a square; reads every header
             at start.
         bucket_step: multiple of every bucket's sides in pixels; divides `resolution`.
-        max_train_samples: use the first so many only.
+        max_train_samples: number of samples to use, from the first on; none uses all.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "images"})

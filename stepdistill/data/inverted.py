@@ -1,4 +1,4 @@
-"""Real images and the noise that they came from: pairs without the error of a teacher's samples."""
+"""Pairs of real images and the noise that the teacher's inverted ODE gives for them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class InvertedImages(TeacherMade):
-    """Pairs of noise and a real image: the teacher's ODE is followed from the image up to noise, once only.
+    """Pairs of noise and a real image. The teacher's ODE is inverted from the image to noise once, before training.
 
     An image's latents begin at the schedule's lowest time, with the little noise that belongs there. Lee et al. 2024
-    (rf++, https://arxiv.org/abs/2405.20320, section 4.3) train a reflow student on such pairs at the end. Guidance
-    above 1 has no inverse that a solver follows well, so the student should be one without.
+    (rf++, https://arxiv.org/abs/2405.20320, section 4.3) train a reflow student on such pairs at the end. A guided ODE
+    is hard to invert accurately, so the student should be trained without guidance.
 
     Args:
-        source: images with captions. An image's crop and flip are drawn once.
-        folder: where the pairs are kept.
-        count: number of pairs; more may be added later.
-        num_inference_steps: deterministic solver steps upwards (DDIM; Euler for a flow).
-        seed: of crops, and of the noise at the lowest time.
+        source: images with captions. Each image gets one random crop and flip.
+        folder: folder in which the pairs are stored.
+        count: number of pairs; it may be raised later.
+        num_inference_steps: deterministic solver steps of the inversion (DDIM; Euler for a flow).
+        seed: seed of the crops and of the noise at the lowest timestep.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "latents", "noise"})
@@ -49,7 +49,7 @@ class InvertedImages(TeacherMade):
 
     def __post_init__(self) -> None:
         if self.source.aspect_buckets:
-            got, why = "aspect_buckets in data.source", "images are inverted many at a time, and kept as one size"
+            got, why = "aspect_buckets in data.source", "all images are inverted and stored at one size"
             raise ConfigError(problem(got, "images of one size", why, "set data.source.aspect_buckets to false"))
 
     def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:
@@ -78,8 +78,8 @@ class InvertedImages(TeacherMade):
             try:
                 return replace(self.source.sample(item, sample_rng(self.seed, i)), item=item)
             except BadSample as bad:
-                logger.warning("%s: the next good image takes its place", bad)
-        got, why = f"no readable image in {type(self.source).__name__}", "images are what is inverted"
+                logger.warning("%s: the next usable image takes its place", bad)
+        got, why = f"no readable image in {type(self.source).__name__}", "the pairs are made from images"
         raise DataError(problem(got, "at least one", why, "see `stepdistill data check`"))
 
     def _prompt(self, i: int, item: int) -> str:

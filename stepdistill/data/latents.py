@@ -1,4 +1,4 @@
-"""Latents that were computed before, memory-mapped."""
+"""Precomputed latents, memory-mapped."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Latents(Source):
                 shape = tuple(file.get_slice(KEY).get_shape()) if KEY in keys else ()
         except SafetensorError as error:
             raise DataError(
-                problem(f"{path}: {error}", "a safetensors file", "it is cut short or not one", todo)
+                problem(f"{path}: {error}", "a safetensors file", "it is incomplete or another format", todo)
             ) from None
         if len(shape) != 4 or not shape[0]:
             got = f"{path} with keys {keys}, {KEY} of shape {list(shape)}"
-            raise DataError(problem(got, f"{KEY} of shape (N, C, h, w), N > 0", "a sample is one (C, h, w)", todo))
+            raise DataError(problem(got, f"{KEY} of shape (N, C, h, w), N > 0", "a sample has shape (C, h, w)", todo))
         return shape
 
     @cached_property
@@ -68,7 +68,7 @@ class Latents(Source):
             empty = [n for n, texts in enumerate(captions) if not texts]
             got = f"{len(captions)} captions for {count} latents in {self.folder}, without a text: {empty[:5]}"
             why = "caption n belongs to latent n"
-            raise DataError(problem(got, "one a latent", why, "write prompts.txt or captions.json again"))
+            raise DataError(problem(got, "one per latent", why, "write prompts.txt or captions.json again"))
         return captions
 
     def __len__(self) -> int:

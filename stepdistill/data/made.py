@@ -1,4 +1,4 @@
-"""Files that a teacher fills before training: each whole or not there, whatever happens on the way."""
+"""Base of the sources that the teacher generates before training, stored in files."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ class TeacherCalls(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherMade(Source):
-    """What the teacher makes from a source's items, before training starts and once only.
+    """Samples that the teacher generates from a source's items, once, before training.
 
-    It is kept in files of `chunk` each. What lies there is used where teacher and settings are the same, and refused
-    where they are not. Making that was cut goes on where it was.
+    They are stored in files of `chunk` samples. Stored files are reused with the same teacher and settings, and refused
+    otherwise. An interrupted generation resumes.
 
     Args:
-        source: of the items that it is made from, in turn.
-        folder: where it is kept.
-        count: how many are made; may grow and shrink later.
+        source: items from which the samples are generated, in turn.
+        folder: folder in which they are stored.
+        count: number of samples; it may change later.
     """
 
     chunk: ClassVar[int]

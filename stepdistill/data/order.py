@@ -1,4 +1,4 @@
-"""Which items make which batch, and the worker processes that read them."""
+"""The order of items in batches, and the worker processes that read them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Stream:
 
     def __init__(self, source: Source, global_batch: int, seed: int) -> None:
         if global_batch < 1:
-            raise DataError(problem(global_batch, "a global batch of at least 1", "a step needs samples", "raise it"))
+            raise DataError(
+                problem(f"a global batch of {global_batch}", "at least 1", "a step needs samples", "raise it")
+            )
         self.source = source
         self.global_batch = global_batch
         self.seed = seed
@@ -95,7 +97,7 @@ class _Reader(Dataset[_Loaded]):
         except DataError as error:
             return _Loaded(error, bad)
         got = f"{len(bad)} unusable samples in a row, from {bad[0]}"
-        why = "no good one of the same shape is left to stand in, or the disk or the format is at fault"
+        why = "no usable sample of the same shape is left, or the disk or the format is faulty"
         return _Loaded(DataError(problem(got, "usable ones", why, "run `stepdistill data check`")), bad)
 
 
@@ -185,4 +187,4 @@ def loader(
 def _warn(bad: BadSample, named: set[str]) -> None:
     if str(bad) not in named:
         named.add(str(bad))
-        logger.warning("skipped %s; the next good sample stands in (%d skipped so far)", bad, len(named))
+        logger.warning("skipped %s; the next usable sample takes its place (%d skipped so far)", bad, len(named))

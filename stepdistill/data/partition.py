@@ -1,4 +1,4 @@
-"""One of K students' share of the prompts, for multi-student distillation."""
+"""The prompts of one of K students, for multi-student distillation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Partition(Wrapper):
-    """The prompts of student k of K, and what belongs to them; K runs with `student` 0 to K - 1 have them all.
+    """The items whose prompts belong to student k of K; K runs with `student` 0 to K - 1 cover all of them.
 
     Multi-student distillation (Song et al. 2024, https://arxiv.org/abs/2410.23274). Each run writes `router.json`
     beside its student; `stepdistill multi` joins the K folders. Prompts that differ in case or white space only
@@ -36,16 +36,16 @@ class Partition(Wrapper):
     `TeacherSamples` without a partition, and start all K from that student by `lora.init_from`.
 
     Args:
-        source: the same for all K runs, with all prompts. By file it may also be the student's own file. Captions
-            that are to be dropped are dropped here, so that every student sees the empty prompt.
-        students: K, at least 1.
-        student: k, from 0 to K - 1.
-        by: `class` gives each student consecutive prompts of the list; `cluster` gives it prompts with words in
-            common; `file` reads what is whose.
-        classes: the list in its order, by class; none takes the source's prompts, in order of first appearance.
-            A prompt that is no class itself goes with the class whose words it shares.
-        files: by file, one file of prompts for each student in order, or one `.json` of `{prompt: k}`. Sizes are
-            as given, and every prompt of the source must be there.
+        source: the same for all K runs, with all prompts. With `by: file` it may also be the student's own prompts. Set
+            `proportion_empty_prompts` here, so that every student sees the empty prompt.
+        students: K, number of students, at least 1.
+        student: k, number of this run's student, from 0 to K - 1.
+        by: `class` gives each student consecutive prompts of the list; `cluster` gives it prompts with words in common;
+            `file` reads the assignment from files.
+        classes: with `by: class`, the ordered list of classes; none takes the source's prompts, in order of first
+            appearance. A prompt that is not a class itself goes to the class whose words it shares.
+        files: with `by: file`, one file of prompts per student, in order, or one `.json` of `{prompt: k}`. They must
+            list every prompt of the source.
     """
 
     students: int
@@ -57,18 +57,22 @@ class Partition(Wrapper):
     def __post_init__(self) -> None:
         count, k, files = self.students, self.student, len(self.files)
         if count < 1:
-            raise ConfigError(problem(f"students {count}", "at least 1", "someone must draw", "set data.students"))
+            raise ConfigError(
+                problem(f"{count} students", "at least 1", "each prompt needs a student", "set data.students")
+            )
         if not 0 <= k < count:
             why, todo = "students are counted from 0", "set data.student"
             raise ConfigError(problem(f"student {k} of {count}", f"0 to {count - 1}", why, todo))
         if (self.by == "file") != bool(files) or (self.classes and self.by != "class"):
             got = f"by {self.by!r} with {files} files and {len(self.classes)} classes"
-            expected = "files where it is by 'file', classes at most where it is by 'class'"
-            raise ConfigError(problem(got, expected, "they would not be read, or are missing", "set data.by"))
+            expected = "files only with by: file, and classes only with by: class"
+            raise ConfigError(problem(got, expected, "they would be ignored, or are missing", "set data.by"))
         if files and files != count and not self._mapped:
             got = f"{files} files for {count} students"
             todo = "change data.files or data.students"
-            raise ConfigError(problem(got, "one file each, or one .json of all", "file k is of student k", todo))
+            raise ConfigError(
+                problem(got, "one file per student, or one .json", "file k lists the prompts of student k", todo)
+            )
 
     @property
     def _mapped(self) -> bool:
@@ -84,7 +88,9 @@ class Partition(Wrapper):
             except BadSample as error:
                 bad.append(error)
         if bad:
-            logger.warning("%d items are nobody's, since they have no caption; first %s", len(bad), bad[0])
+            logger.warning(
+                "%d items belong to no student, since they have no caption; the first is %s", len(bad), bad[0]
+            )
         return kept
 
     @cached_property
@@ -96,7 +102,7 @@ class Partition(Wrapper):
         count = len(set(map(normal, listed)))
         if count < self.students:
             got = f"{count} different {'classes' if self.classes else 'prompts'} for {self.students} students"
-            why = "a student would be left without prompts (case and white space make none different)"
+            why = "a student would have no prompts (case and white space are ignored)"
             todo = "add prompts, or lower data.students"
             raise DataError(problem(got, f"at least {self.students}", why, todo))
         return (consecutive if self.by == "class" else cluster)(listed, self.students)
@@ -109,14 +115,14 @@ class Partition(Wrapper):
             prompt = normal(prompt)
             if owner.setdefault(prompt, k) != k:
                 got = f"the prompt {prompt[:60]!r} for the students {owner[prompt]} and {k} in {list(self.files)}"
-                why = "it could be sent to one of them only (case and white space make no difference)"
-                raise DataError(problem(got, "every prompt once", why, "leave it to one of them"))
+                why = "a prompt can belong to one student only (case and white space are ignored)"
+                raise DataError(problem(got, "every prompt once", why, "list it for one of them"))
             parts[k][prompt] = None
         empty = [k for k, part in enumerate(parts) if not part]
         if empty:
             got = f"no prompt for student {empty[0]} in {list(self.files)}"
             why = "a student without prompts cannot be trained"
-            raise DataError(problem(got, "at least one each", why, "add some, or lower data.students"))
+            raise DataError(problem(got, "at least one per student", why, "add some, or lower data.students"))
         return Table(tuple(map(tuple, parts)))
 
     def _lines(self) -> Iterator[tuple[str, int]]:
@@ -137,7 +143,7 @@ class Partition(Wrapper):
             if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < self.students:
                 got = f"{str(k)[:60]!r} for {prompt[:60]!r} in {path}"
                 expected = f"an object of prompts, each with a student from 0 to {self.students - 1}"
-                raise DataError(problem(got, expected, "it says whose the prompt is", "correct it"))
+                raise DataError(problem(got, expected, "the file assigns prompts to students", "correct it"))
             yield prompt, k
 
     def _stray(self, caption: str) -> bool:
@@ -152,9 +158,9 @@ class Partition(Wrapper):
         items = []
         for i, captions in self._captions:
             for caption in filter(self._stray, captions):
-                got = f"{caption[:60]!r} in {self.source.name(i)}, and not in {list(self.files or self.classes)}"
-                why = "they divide the prompts, and this one is nobody's"
-                raise DataError(problem(got, "every prompt of the source there", why, "add it, or leave it out"))
+                got = f"{caption[:60]!r} in {self.source.name(i)}, but not in {list(self.files or self.classes)}"
+                why = "this prompt belongs to no student"
+                raise DataError(problem(got, "every prompt of the source there", why, "add it, or remove it"))
             mine = tuple(caption for caption in captions if self.router.route(caption) == self.student)
             if mine:
                 items.append((i, mine))

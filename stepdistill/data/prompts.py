@@ -1,4 +1,4 @@
-"""Prompts alone: all that a method needs whose samples the teacher simulates."""
+"""Prompts without images, for methods that need no data."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Prompts(Source):
     """Prompts from a file or from the config.
 
     Args:
-        prompts_file: `.txt` with one prompt a line, or `.csv` / `.jsonl` with a caption column; blanks are
-            left out.
-        prompts: the prompts themselves, instead of a file.
+        prompts_file: `.txt` with one prompt per line, or `.csv` / `.jsonl` with a caption column; empty prompts are
+            skipped.
+        prompts: list of prompts, instead of a file.
         caption_column: column of a csv or jsonl file; a list of texts in jsonl counts as alternatives.
     """
 
@@ -40,7 +40,7 @@ class Prompts(Source):
         kept = [captions for captions in kept if captions]
         if not kept:
             got = f"no prompt in {self.prompts_file or 'prompts'}"
-            raise DataError(problem(got, "at least one", "there is nothing to train on", "write one prompt a line"))
+            raise DataError(problem(got, "at least one", "there is nothing to train on", "write one prompt per line"))
         return kept
 
     def _read(self, path: Path) -> list[tuple[str, ...]]:
@@ -49,7 +49,7 @@ class Prompts(Source):
             return [(line,) for line in read_text(path).split("\n")]
         if suffix not in (".csv", ".jsonl"):
             todo = "rename or convert the file"
-            raise DataError(problem(path, "a .txt, .csv or .jsonl file", "the suffix tells the format", todo))
+            raise DataError(problem(path, "a .txt, .csv or .jsonl file", "the suffix determines the format", todo))
         rows = read_table(path)
         for number, row in enumerate(rows, start=1):
             require_columns(row, [self.caption_column], f"{path} row {number}")

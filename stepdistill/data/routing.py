@@ -1,4 +1,4 @@
-"""Which of K students draws a prompt: a pure function of the prompt's words, saved beside the student.
+"""Routers that assign each prompt to one of K students, a function of the prompt's words, saved with the student.
 
 Multi-student distillation (Song et al. 2024, https://arxiv.org/abs/2410.23274) divides the prompts among students, in
 equal and preferably semantic parts. The same function must divide them in training and pick the student afterwards, so
@@ -33,7 +33,7 @@ Vector = Mapping[str, float]
 
 
 def normal(prompt: str) -> str:
-    """A prompt without its accidents: letter case, kind and amount of white space, Unicode form."""
+    """A prompt with normalised letter case, white space and Unicode form."""
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
@@ -258,9 +258,9 @@ FORMAT = TypeAdapter(Routing)
 def read_routing(folder: Path) -> Routing:
     """What `Routing.save` wrote. Raises StudentError where there is none, or it is broken."""
     path = folder / ROUTER
-    todo = "give a student that was trained on stepdistill.data.Partition"
+    todo = "use a student that was trained on stepdistill.data.Partition"
     try:
         return FORMAT.validate_json(path.read_bytes(), strict=True)
     except (OSError, ValidationError) as error:
-        why = f"it says which prompts are whose ({' '.join(str(error).split())[:200]})"
+        why = f"it assigns prompts to students ({' '.join(str(error).split())[:200]})"
         raise StudentError(problem(f"no readable {path}", "a router", why, todo)) from error

@@ -1,4 +1,4 @@
-"""Tar shards in the webdataset layout, read at random through an index."""
+"""Tar shards in the webdataset layout, with random access through an index."""
 
 from __future__ import annotations
 
@@ -57,13 +57,15 @@ class Shards(ImageSource):
             why = "there is nothing to train on"
             raise DataError(problem(got, f"members named .{', .'.join(IMAGE_SUFFIXES)}", why, "check the shards"))
         if strays:
-            logger.warning("%d samples have no image and are left out, first %s of %s", len(strays), *strays[0][::-1])
+            logger.warning(
+                "%d samples have no image and are left out, the first is %s of %s", len(strays), *strays[0][::-1]
+            )
         for path, index in shards:
             lacking = np.flatnonzero(index.kinds == -1)
             if len(lacking):
                 got = f"sample {index.keys[lacking[0]]!r} of {path} without a caption ({len(lacking)} there)"
                 todo = "write the missing captions into the shards"
-                raise DataError(problem(got, f"a member of {CAPTION_SUFFIXES}", "training needs captions", todo))
+                raise DataError(problem(got, f"a member of {CAPTION_SUFFIXES}", "every image needs a caption", todo))
         return shards
 
     @cached_property
@@ -124,13 +126,13 @@ def _read(path: Path, span: np.ndarray) -> bytes:
 
 def _find(pattern: str) -> list[Path]:
     if "://" in pattern or pattern.startswith("pipe:"):
-        why = "samples are read at random, so that a run can start at any of them, and each would be a request"
+        why = "samples are read in random order, so each one would be a separate request"
         raise DataError(problem(pattern, "local tar files", why, "download the shards first"))
     paths: list[Path] = []
     for one in expand_braces(pattern):
         files = sorted(glob.glob(one)) if any(sign in one for sign in "*?[") else [one]
         if not files or not Path(files[0]).is_file():
-            got = f"{one}, where there is no file"
+            got = f"{one}, which does not exist"
             todo = "check data.train_shards_path_or_url, such as 'shards/{00000..00012}.tar' or 'shards/*.tar'"
             raise DataError(problem(got, "tar shards", "a missing shard would change the data set", todo))
         paths += map(Path, files)

@@ -1,4 +1,4 @@
-"""The index of one tar shard: made once from its headers, so that samples are read by offset."""
+"""The index of one tar shard, built once from its headers, so that samples are read by offset."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def shard_index(shard: Path) -> ShardIndex:
     kept = next((content for place in places if (content := _read(place, stamp))), None)
     content = kept or _scan(shard, stamp)
     if not kept and not any(_write(place, content) for place in places):
-        logger.warning("cannot write the index of %s to %s: it is made again in every run", shard, places)
+        logger.warning("cannot write the index of %s to %s: every run will build it again", shard, places)
     return ShardIndex(
         stamp=stamp,
         strays=content["strays"],
@@ -162,6 +162,6 @@ def _members(shard: Path) -> Iterator[_Member]:
                 size = header_size(file) if file else None
                 yield _Member(match[1], suffix, (info.offset_data, info.size), size)
     except tarfile.TarError as error:
-        got, why = f"{shard}: {error}", "it is read by offset"
-        todo = "decompress it, or fetch it again"
+        got, why = f"{shard}: {error}", "samples are read by their offset in the file"
+        todo = "decompress it, or download it again"
         raise DataError(problem(got, "an uncompressed tar file", why, todo)) from None

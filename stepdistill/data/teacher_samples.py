@@ -1,4 +1,4 @@
-"""Training from prompts alone: the teacher's own samples, kept as pairs of noise and latents."""
+"""Pairs of noise and the teacher's samples, for training from prompts alone."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from stepdistill.data.made import TeacherCalls, TeacherMade
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSamples(TeacherMade):
-    """Latents that the teacher makes from a source's prompts, before training starts and once only.
+    """Latents that the teacher generates from a source's prompts, once, before training.
 
-    What lies in the folder is used where teacher, prompts and settings are the same, and refused where they are not. A
-    run that was cut goes on where it was.
+    Stored samples are reused with the same teacher, prompts and settings, and refused otherwise. An interrupted run
+    resumes.
 
     Args:
         source: the prompts.
-        folder: where the samples are kept; `tiny-sd-samples` is bundled.
-        count: number of samples; more may be added later.
+        folder: folder in which the samples are stored; `tiny-sd-samples` is bundled.
+        count: number of samples; it may be raised later.
         num_inference_steps: deterministic solver steps of the teacher (DDIM; Euler for a flow).
-        guidance_scale: of the teacher.
-        seed: of the noises.
+        guidance_scale: guidance scale of the teacher.
+        seed: seed of the initial noise.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "latents", "noise"})
