@@ -9,21 +9,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+IMAGES = 1_000_003  # numbers that a seed has before the next seed's begin
+
 
 def noise_of(seed: int, i: int, shape: Sequence[int]) -> Tensor:
-    """The starting noise of sample i: a function of (seed, i) alone, so that it need not be stored."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
+    """The starting noise of sample i: a function of (seed, i) alone, so that it need not be stored.
+
+    Raises ValueError for i outside of [0, 1,000,003): it would be a noise of the next seed.
+    """
+    if not 0 <= i < IMAGES:
+        raise ValueError(f"sample {i}: expected a number in [0, {IMAGES:,}), those of one seed; use another seed")
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed * IMAGES + i))
 
 
 def fresh_noise(seed: int, i: int) -> torch.Generator:
-    """The generator of the noise that a stochastic sampler adds to sample i; see `noise_of`."""
-    return torch.Generator().manual_seed(7_919 * seed + i)
+    """The generator of the noise that a stochastic sampler adds to sample i on its way; no `noise_of` draws from it."""
+    return _generator("fresh noise", seed, i)
 
 
 def step_generator(seed: int, step: int, index: int | str, purpose: str) -> torch.Generator:
     """The generator of one draw in training, for a sample's position in the data (or a word) and a purpose."""
-    key = hashlib.blake2b(f"{seed}/{step}/{index}/{purpose}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key, "big"))
+    return _generator(seed, step, index, purpose)
+
+
+def _generator(*key: object) -> torch.Generator:
+    # 56 bits: two keys have one seed about as often as two random draws of that many agree
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def sample_rng(seed: int, position: int) -> random.Random:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepdistill.core.denoise import guided, with_scale
 from stepdistill.core.pixels import to_uint8
-from stepdistill.core.random import noise_of
+from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.core.solvers import few_step
 from stepdistill.evaluation.metrics.straightness import paths
 from stepdistill.students.draw.sheet import image_grid
@@ -33,8 +33,11 @@ def sample_student(session: Session, prompts: list[str], ids: Sequence[int]) -> 
     denoise = guided(session.denoiser(method.student_role()), context.null, sampler.guidance_scale)
     denoise = with_scale(denoise, sampler.adapter_scale)
 
-    def fresh(i: int) -> Tensor:
-        return start_noise(session, seed + i + 1, ids)
+    generators = [fresh_noise(seed, i) for i in ids]
+
+    def fresh(_: int) -> Tensor:
+        rows = [torch.randn(session.batches.shape, generator=generator) for generator in generators]
+        return torch.stack(rows).to(session.accelerator.device)
 
     condition = session.batches.condition(prompts)
     return few_step(denoise, context.schedule, sampler, start_noise(session, seed, ids), condition, fresh)

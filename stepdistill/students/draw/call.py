@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,32 @@ def scheduled(pipe: DiffusionPipeline, scheduler: Any) -> Iterator[None]:  # noq
         yield
     finally:
         pipe.scheduler = before
+
+
+@contextmanager
+def stepped_by(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:  # noqa: ANN401
+    """The scheduler steps by `step` inside, and as before afterwards."""
+    before = vars(scheduler).get("step")  # by another block around this one
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
+        if before is not None:
+            scheduler.step = before
+
+
+@contextmanager
+def seeded_steps(family: Family, scheduler: Any, generators: Sequence[torch.Generator]) -> Iterator[None]:  # noqa: ANN401
+    """Inside, a stochastic scheduler draws its fresh noise from these generators, one an image.
+
+    Some pipelines, Stable Diffusion 3's and Flux's, do not hand the generators of their call on to the scheduler.
+    """
+    if family.seeds_steps or not scheduler.config.get("stochastic_sampling", False):
+        yield
+    else:
+        with stepped_by(scheduler, partial(scheduler.step, generator=list(generators))):
+            yield
 
 
 def teacher_call(family: Family, pipe: DiffusionPipeline, steps: int, guidance_scale: float, name: str) -> PipelineCall:
@@ -111,15 +138,17 @@ def generate(
     with count_calls(family.network(drawer)) as cost, torch.no_grad(), scheduled(drawer, call.scheduler):
         for start in tqdm(range(0, len(prompts), batch), desc=call.name, disable=not progress, leave=False):
             ids = numbers[start : start + batch]
-            images = drawer(  # pyright: ignore[reportCallIssue]
-                list(prompts[start : start + batch]),
-                latents=family.pack(torch.stack([noise_of(seed, i, shape) for i in ids]).to(drawer.device)),
-                generator=[fresh_noise(seed, i) for i in ids],
-                height=height,
-                width=width,
-                output_type="pt",
-                **each(arguments, len(ids)),
-            ).images
+            fresh = [fresh_noise(seed, i) for i in ids]
+            with seeded_steps(family, call.scheduler, fresh):
+                images = drawer(  # pyright: ignore[reportCallIssue]
+                    list(prompts[start : start + batch]),
+                    latents=family.pack(torch.stack([noise_of(seed, i, shape) for i in ids]).to(drawer.device)),
+                    generator=fresh,
+                    height=height,
+                    width=width,
+                    output_type="pt",
+                    **each(arguments, len(ids)),
+                ).images
             batches.append(to_uint8(images.float().cpu().clamp(0, 1)))
             cost.batches += 1
     return torch.cat(batches), cost

@@ -24,7 +24,7 @@ from stepdistill.core.prediction import estimate
 from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.families.base import Family, each
 from stepdistill.students.contract import read_contracts, teacher
-from stepdistill.students.draw.call import PipelineCall, scheduled, teacher_call
+from stepdistill.students.draw.call import PipelineCall, scheduled, seeded_steps, stepped_by, teacher_call
 from stepdistill.students.draw.sheet import SheetRow, image_sheet
 from stepdistill.students.load import folder_of, load_student
 from stepdistill.students.several import Students
@@ -102,11 +102,8 @@ def _stepped(scheduler: Any, scaled: bool) -> Iterator[list[tuple[Tensor, Tensor
         steps.append((model_output, x_t, torch.as_tensor(timestep)))
         return step(model_output, timestep, sample, *args, **kwargs)
 
-    scheduler.step = seen
-    try:
+    with stepped_by(scheduler, seen):
         yield steps
-    finally:
-        del scheduler.step
 
 
 def picked(count: int, columns: int) -> list[int]:
@@ -172,8 +169,8 @@ def _strip(pipe: Any, call: PipelineCall, wanted: View, i: int, clean: bool) -> 
     """The line of prompt i in one way to draw it."""
     family, (height, width) = call.family, (call.arguments[name] for name in ("height", "width"))
     noise = noise_of(wanted.seed, i, family.latent_shape(pipe, height, width))[None].to(pipe.device)
-    with scheduled(pipe, call.scheduler):
-        fresh = [fresh_noise(wanted.seed, i)]
+    fresh = [fresh_noise(wanted.seed, i)]
+    with scheduled(pipe, call.scheduler), seeded_steps(family, call.scheduler, fresh):
         seen = predictions_of_steps(pipe, family, [wanted.prompts[i]], noise, call.arguments, fresh, clean)
     chosen = picked(len(seen.timesteps), wanted.columns)
     latents = [*(seen.predicted[k] for k in chosen[:-1]), seen.final]

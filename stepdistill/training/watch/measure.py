@@ -31,7 +31,7 @@ from stepdistill.training.watch.rules import LEVELS, PREFIX, SCORE, Yardstick
 
 logger = logging.getLogger(__name__)
 SETS = 4  # independent sets of the teacher's images, each of the student's size
-FIXED = 1000  # the gap's noises have seeds from here on, clear of the noises between the student's steps
+FIXED = 500_000  # the gap's noises have numbers from here on, clear of the noises that images start from
 
 
 def drift_statistics(drawn: Tensor) -> dict[str, Tensor]:
@@ -173,7 +173,8 @@ class Watch:
         top = context.schedule.grid(1)[-1].item()
         errors = {}
         for number, (name, level) in enumerate(zip(rules.GAPS, LEVELS, strict=True)):
-            eps = start_noise(self.session, self.spec.validation_seed + FIXED + number, ids)
+            noises = (FIXED + len(LEVELS) * i + number for i in ids)
+            eps = start_noise(self.session, self.spec.validation_seed, noises)
             t = torch.full((len(x0),), level * top, device=x0.device)
             est = context.denoiser(TEACHER)(context.schedule.add_noise(x0, eps, t), t, cond)
             errors[name] = (est.eps - eps).square().mean((1, 2, 3)).cpu()
