@@ -271,7 +271,7 @@ def test_verify_fails_above_the_tolerance_and_for_nan(library, capsys) -> None:
     assert ended("verify", "nan") == 1
     capsys.readouterr()
     assert ended("verify", "1e-6+2e-4") == 1  # one format is enough
-    assert capsys.readouterr().out.splitlines()[1] == "the same of the kohya file: 0.0002"
+    assert capsys.readouterr().out.splitlines()[1] == "largest difference with the kohya file: 0.0002"
     assert ended("verify", "1e-6+nan") == 1
 
 

@@ -104,8 +104,8 @@ def edited(file: Path, change, keep_metadata: bool = True) -> Path:
 def test_every_format_draws_what_was_trained(folders, name, capsys):
     main(["verify", str(folders[name])])
     first, *others = (line.rpartition(": ") for line in capsys.readouterr().out.splitlines())
-    assert first[0] == "largest difference between plain Diffusers and the student's own sampler"
-    assert [line[0] for line in others] == [f"the same of the {to} file" for to in FORMATS[name]]
+    assert first[0] == "largest difference of plain Diffusers from the library's sampler"
+    assert [line[0] for line in others] == [f"largest difference with the {to} file" for to in FORMATS[name]]
     assert max(float(line[2]) for line in (first, *others)) < 1e-5
     assert (folders[name] / WORKFLOW).exists() == ("comfyui" in FORMATS[name])
 
@@ -427,7 +427,7 @@ def test_the_command(folders, tmp_path, capsys):
     main(["convert", str(folders["sd"]), str(out), "--to", "kohya"])
     assert "0 unmatched" in capsys.readouterr().out and out.exists()
     main(["convert", str(folders["sd"]), str(tmp_path / "fused"), "--to", "fused"])
-    assert "plain Diffusers differs by" in capsys.readouterr().out
+    assert "its largest difference from" in capsys.readouterr().out
     assert UNet2DConditionModel.from_pretrained(tmp_path / "fused", subfolder="unet")
     with pytest.raises(SystemExit) as error:
         main(["convert", str(out), str(tmp_path / "y.safetensors"), "--to", "diffusers", "--family", "flux"])

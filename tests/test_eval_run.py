@@ -734,7 +734,7 @@ def test_compare_keeps_unlike_rows_apart(scored, tmp_path, capsys):
             str(tmp_path / "c.csv"),
         ]
     )
-    assert "columns of their own" in capsys.readouterr().out
+    assert "in separate columns, because the rows differ in" in capsys.readouterr().out
     assert "pixels@" in page.read_text() and "efficientnet-lite0@" in page.read_text()
     assert len((tmp_path / "c.csv").read_text().splitlines()) == 3
 

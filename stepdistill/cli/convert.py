@@ -12,7 +12,7 @@ from stepdistill.students.lora.names import NETWORKS
 VERIFY = """\
 Loads the folder into a plain Diffusers pipeline and compares its output with the library's own sampler. Every other
 format in the folder is compared in the same way. Prints the largest difference of each format, relative to the
-teacher's largest value. The exit status is 1 if one is above the tolerance.
+teacher's largest value. The exit status is 1 if a difference is above the tolerance.
 
 example:
   stepdistill verify runs/mine
@@ -20,9 +20,9 @@ example:
 
 CONVERT = """\
 IN is a student folder, or a LoRA file in the format of Diffusers, kohya (sd-scripts) or ComfyUI. OUT is a file. Each
-layer keeps its alpha, so strength 1.0 is the same LoRA in every format. A key without a name in the other format is an
-error, and nothing is written. `--to fused` writes a student folder with the whole network, which plain Diffusers loads
-without a LoRA loader.
+layer keeps its alpha, so a strength of 1.0 has the same effect in every format. A key that has no name in the other
+format is an error, and nothing is written. `--to fused` writes a student folder with the whole network, which plain
+Diffusers loads without a LoRA loader. These formats are supported:
 
   sd, sdxl       diffusers, kohya, comfyui
   sd3, flux      diffusers, kohya, comfyui
@@ -36,9 +36,9 @@ examples:
 """
 
 MULTI = """\
-Joins the students of K runs that differ in `data.student` of a stepdistill.data.Partition, in any order. OUT receives
-`students/<k>/`, `router.json` and a card. `stepdistill.load_student(pipe, OUT)(prompts)` generates each image with the
-student of its prompt.
+Joins the students of K runs whose configs differ in `data.student` of a stepdistill.data.Partition, in any order.
+Writes `students/<k>/`, `router.json` and a card to OUT. `stepdistill.load_student(pipe, OUT)(prompts)` generates each
+image with the student of its prompt.
 
 example:
   stepdistill multi runs/all runs/part-0 runs/part-1
@@ -49,28 +49,28 @@ def add_folder_commands(commands: Any) -> None:  # noqa: ANN401
     """Declare the commands in a group of subparsers."""
     command = add_command(commands, "verify", _verify, "check that plain Diffusers loads a student", VERIFY)
     command.add_argument("folder", metavar="FOLDER", type=Path, help="the output_dir of a run")
-    command.add_argument("--tolerance", type=float, default=1e-4, help="largest difference (default: 1e-4)")
+    command.add_argument("--tolerance", type=float, default=1e-4, help="largest accepted difference (default: 1e-4)")
 
     command = add_command(commands, "convert", _convert, "write a LoRA in another format, or fuse it", CONVERT)
     command.add_argument("source", metavar="IN", type=Path, help="student folder or .safetensors file")
     command.add_argument("target", metavar="OUT", type=Path, help="a .safetensors file; for `fused`, a new folder")
-    command.add_argument("--to", required=True, choices=["kohya", "comfyui", "diffusers", "fused"])
-    command.add_argument("--family", choices=list(NETWORKS), help="of a file's layers (default: by their names)")
+    command.add_argument("--to", required=True, choices=["kohya", "comfyui", "diffusers", "fused"], help="format")
+    command.add_argument("--family", choices=list(NETWORKS), help="family of a LoRA file (default: by its layer names)")
 
     command = add_command(commands, "multi", _multi, "join the students of a partition in one folder", MULTI)
     command.add_argument("folder", metavar="OUT", type=Path, help="a new folder")
-    command.add_argument("students", metavar="STUDENT", type=Path, nargs="+", help="the output_dir of one run each")
-    command.add_argument("--move", action="store_true", help="move the folders instead of copying what is needed")
+    command.add_argument("students", metavar="STUDENT", type=Path, nargs="+", help="the output_dir of each run")
+    command.add_argument("--move", action="store_true", help="move the folders instead of copying them")
 
 
 def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.students.verify import verify_formats
 
     differences = verify_formats(args.folder)
-    print(f"largest difference between plain Diffusers and the student's own sampler: {differences['diffusers']:.3g}")
+    print(f"largest difference of plain Diffusers from the library's sampler: {differences['diffusers']:.3g}")
     for name, difference in differences.items():
         if name != "diffusers":
-            print(f"the same of the {name} file: {difference:.3g}")
+            print(f"largest difference with the {name} file: {difference:.3g}")
     if not all(difference <= args.tolerance for difference in differences.values()):
         raise SystemExit(1)
 
@@ -81,7 +81,7 @@ def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
 
     if args.to == "fused":
         difference = fuse_student(args.source, args.target)
-        print(f"fused {args.source} into {args.target}: plain Diffusers differs by {difference:.3g}")
+        print(f"wrote {args.target}: its largest difference from {args.source} is {difference:.3g}")
     else:
         print(convert_lora(args.source, args.target, args.to, args.family))
         print(f"wrote {args.target}")

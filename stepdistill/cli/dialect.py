@@ -1,4 +1,4 @@
-"""What all commands share: their declaration, the spelling of flags, and which warnings of libraries are muted."""
+"""What all commands share: their declaration, the spelling of flags, and the library warnings that are muted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RENAMED = {  # earlier spellings
     "--guidance": "--guidance-scale",
     "--teacher-guidance": "--teacher-guidance-scale",
 }
-VERBOSE = "STEPDISTILL_VERBOSE"  # in the environment, it keeps the libraries' warnings
+VERBOSE = "STEPDISTILL_VERBOSE"  # an environment variable that keeps the libraries' warnings
 LIBRARIES = ("torch", "torchao", "transformers", "diffusers", "peft", "accelerate", "huggingface_hub")
 
 
@@ -28,7 +28,7 @@ def add_command(group: Any, name: str, run: Run, summary: str, epilog: str) -> a
     Args:
         run: called with the arguments, and with the overrides of a config where the command takes them.
         summary: one line, in lower case; the description is the same as a sentence.
-        epilog: what `--help` says below the flags.
+        epilog: the text of `--help` below the flags.
     """
     command = group.add_parser(
         name,
@@ -43,7 +43,7 @@ def add_command(group: Any, name: str, run: Run, summary: str, epilog: str) -> a
 
 
 def spelled(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """Arguments with `-` for `_` in the names of flags, and what is wrong where a flag has an earlier spelling."""
+    """The arguments with `-` for `_` in the names of flags, and an error message if a flag has an earlier spelling."""
     words, wrong, command = list[str](), None, next(iter(argv), None)
     for word in argv:
         name, equals, value = word.partition("=")

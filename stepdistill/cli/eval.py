@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 RUN = """\
 Generates images with TEACHER at full steps and in few steps, and with every STUDENT, all from the same prompts and
-noises. Measures them against a second set of the teacher's images (--ref teacher) or against a data set. Writes
+noise. Measures them against a second set of the teacher's images (--ref teacher) or against a data set. Writes
 eval.json, rows.csv, report.html, grids/, stats/ and per_sample.jsonl to OUT. Every difference from the teacher has its
 own interval. An interrupted command continues where it stopped, and the processes of a launcher share the images.
 
@@ -25,7 +25,7 @@ examples:
 """
 
 SCORE = """\
-Measures existing images. Each folder, zip file or array is a row.
+Measures existing images. Each folder, zip file or array is one row of the report.
 
 example:
   stepdistill eval score samples/ --ref reference.npz -o runs/eval
@@ -40,15 +40,15 @@ example:
 """
 
 COMPARE = """\
-Merges evaluations on one page. Distances of other features, of another number of images or to another reference get
-columns of their own, and the differences are printed.
+Merges evaluations on one page. Distances with other features, another number of images or another reference are shown
+in separate columns, and the command prints how they differ.
 
 example:
   stepdistill eval compare runs/eval-a runs/eval-b -o comparison.html --csv comparison.csv
 """
 
 DOCTOR = """\
-Lists which features are available without a download, and where the weights of the others are looked for.
+Lists the features that are available without a download, and where the weights of the others are searched for.
 
 example:
   stepdistill eval doctor
@@ -74,16 +74,16 @@ def add_eval_commands(commands: Any) -> None:  # noqa: ANN401
         dest="num",
         metavar="N",
         type=int,
-        help="of a row, prompts in turn (default: one each)",
+        help="images of each row, with the prompts in turn (default: one for each prompt)",
     )
-    command.add_argument("--steps", type=_whole, default=(), metavar="N,...", help="of the students (default: theirs)")
+    command.add_argument("--steps", type=_whole, default=(), metavar="N,...", help="students' steps (default: theirs)")
     command.add_argument(
         "--guidance-scale",
         dest="guidance",
         type=_real,
         default=(),
         metavar="W,...",
-        help="of the students (default: theirs)",
+        help="guidance scales of the students (default: their own)",
     )
     command.add_argument("--teacher-steps", type=int, default=50, metavar="N", help="full steps (default: 50)")
     command.add_argument(
@@ -94,26 +94,26 @@ def add_eval_commands(commands: Any) -> None:  # noqa: ANN401
         metavar="W",
         help="(default: 7.5)",
     )
-    command.add_argument("--seed", type=int, default=2, help="of the starting noise of every row (default: 2)")
-    command.add_argument("--reference-seed", type=int, default=1, help="of the teacher as a reference (default: 1)")
-    command.add_argument("--family", metavar="NAME", help="of the teacher (default: as its students, or its pipeline)")
+    command.add_argument("--seed", type=int, default=2, help="seed of the noise of every row (default: 2)")
+    command.add_argument("--reference-seed", type=int, default=1, help="seed of the reference images (default: 1)")
+    command.add_argument("--family", metavar="NAME", help="teacher's family (default: its students' or pipeline's)")
     command.add_argument(
         "--batch",
         type=int,
         default=8,
         metavar="B",
-        help="images in one call, at most --feature-batch (default: 8)",
+        help="batch size, at most --feature-batch (default: 8)",
     )
     command.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: fp32)")
-    command.add_argument("--save-images", action="store_true", help="keep every image as PNG in OUT/images")
-    command.add_argument("--columns", type=int, default=8, metavar="N", help="of the sheets (default: 8)")
+    command.add_argument("--save-images", action="store_true", help="save every image as PNG in OUT/images")
+    command.add_argument("--columns", type=int, default=8, metavar="N", help="columns of the grids (default: 8)")
     command.add_argument("--latency", type=int, default=0, metavar="N", help="time N images one by one (default: 0)")
-    command.add_argument("--export", choices=("geneval", "t2i-compbench"), help="folders that these benchmarks score")
+    command.add_argument("--export", choices=("geneval", "t2i-compbench"), help="save images for this benchmark")
     _measures(command, "teacher", "teacher, an .npz of statistics, or images (default: teacher)")
 
     command = add_command(parts, "score", _score, "measure existing images", SCORE)
     command.add_argument("images", metavar="IMAGES", nargs="+", type=Path, help="folder, .zip, .npz or .npy")
-    command.add_argument("--prompts-file", dest="prompts", metavar="FILE", type=Path, help="of the images, for --clip")
+    command.add_argument("--prompts-file", dest="prompts", metavar="FILE", type=Path, help="prompts for --clip")
     _measures(command, None, "an .npz of statistics, or images")
 
     command = add_command(parts, "ref", _ref, "compute statistics of images", REF)
@@ -137,10 +137,10 @@ def _measures(command: argparse.ArgumentParser, default: str | None, reference: 
         "--metrics",
         type=_words,
         metavar="NAME,...",
-        help="beside the distance: kid, paired, prdc, vendi, diversity, cmmd, pixels, lpips (default: kid,paired)",
+        help="besides the distance: kid, paired, prdc, vendi, diversity, cmmd, pixels, lpips (default: kid,paired)",
     )
     command.add_argument("--clip", metavar="MODEL", help="folder or hub id for the CLIP score (default: no score)")
-    command.add_argument("--strict", action="store_true", help="exit with 4 where a row is not comparable")
+    command.add_argument("--strict", action="store_true", help="exit with status 4 if a row is not comparable")
     _features(command)
 
 
@@ -149,8 +149,7 @@ def _features(command: argparse.ArgumentParser) -> None:
         "--protocol",
         default="none",
         metavar="NAME",
-        help="coco30k-dmd2, coco10k-sdxl, "
-        "imagenet64-edm, quick: what published figures were measured under (default: none)",
+        help="coco30k-dmd2, coco10k-sdxl, imagenet64-edm, quick: the settings of published figures (default: none)",
     )
     command.add_argument(
         "--features",
@@ -161,20 +160,20 @@ def _features(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--resize",
         choices=("clean", "torchmetrics", "pytorch-fid", "tf1"),
-        help="of Inception (default: the protocol's)",
+        help="resizing for Inception (default: the protocol's)",
     )
-    command.add_argument("--eval-res", type=int, metavar="PX", help="crop and resize all images to this side first")
+    command.add_argument("--eval-res", type=int, metavar="PX", help="crop and resize all images to this size first")
     command.add_argument("--feature-batch", type=int, default=64, metavar="B", help="(default: 64)")
     command.add_argument("--feature-dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: fp32)")
     command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the first accelerator, or the CPU)")
-    command.add_argument("--allow-unknown-weights", action="store_true", help="Inception of another hash, as `fd`")
+    command.add_argument("--allow-unknown-weights", action="store_true", help="accept other Inception weights, as `fd`")
     _weights(command)
 
 
 def _weights(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--inception-weights", metavar="PATH", help="the TF-ported Inception's file")
-    command.add_argument("--clip-weights", metavar="PATH", help="folder of the CLIP that `clip-...` features come from")
-    command.add_argument("--dinov2-weights", metavar="PATH", help="folder of the DINOv2 that features come from")
+    command.add_argument("--inception-weights", metavar="PATH", help="Inception file, ported from TensorFlow")
+    command.add_argument("--clip-weights", metavar="PATH", help="CLIP folder for `clip-...` features")
+    command.add_argument("--dinov2-weights", metavar="PATH", help="DINOv2 folder for `dinov2-...` features")
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -184,7 +183,7 @@ def _words(text: str) -> tuple[str, ...]:
 def _whole(text: str) -> tuple[int, ...]:
     counts = tuple(int(part) for part in _words(text))
     if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected different numbers of steps, as 1,2,4")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected different numbers of steps, such as 1,2,4")
     return counts
 
 
@@ -193,7 +192,7 @@ def _real(text: str) -> tuple[float, ...]:
 
 
 def _chosen(args: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments say of features and measures, by field of `EvalSpec`."""
+    """The arguments of features and measures, by field of `EvalSpec`."""
     names = ("protocol", "features", "resize", "eval_res", "feature_batch", "feature_dtype", "device")
     given = {name: getattr(args, name) for name in (*names, "allow_unknown_weights")}
     return given | {"weights": _given(args)}
@@ -229,11 +228,11 @@ def _score(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _print_rows(results: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print the rows; with --strict exit with 4 where one is not comparable."""
+    """Print the rows; with --strict exit with status 4 if one is not comparable."""
     from accelerate import PartialState
 
     PartialState().destroy_process_group()  # leaving gloo's threads running aborts some exits
-    if not results:  # of the first process alone
+    if not results:  # only the first process has results
         return
     from stepdistill.evaluation.results import summary_lines
 
@@ -255,7 +254,7 @@ def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.evaluation.run import compare_evaluations
 
     for line in compare_evaluations(args.folders, args.output, args.csv):
-        print(f"in columns of their own, since they differ in {line}")
+        print(f"in separate columns, because the rows differ in {line}")
     print(args.output)
 
 

@@ -12,11 +12,11 @@ from typing import Any
 from stepdistill.cli.dialect import add_command
 
 GENERATE = """\
-Loads the base into a plain Diffusers pipeline and the student into it, and generates images with the student's
+Loads the base model into a plain Diffusers pipeline, then the student, and generates images with the student's
 scheduler, noise levels and guidance. Image n has the seed SEED + n. It is the image that the card's code generates
-with `torch.manual_seed(SEED + n)`, whatever the batch. OUT receives 00000.png and so on, and images.jsonl with the
-prompt and seed of each. A setting other than the student's own is warned of. A negative prompt acts by guidance if
-there is any, otherwise by attention (NASA or NAG).
+with `torch.manual_seed(SEED + n)`, for any --batch. Writes 00000.png and so on to OUT, and images.jsonl with the prompt
+and the seed of each image. Prints a warning for steps that the student was not trained for. A negative prompt is
+applied by guidance if the student uses guidance, otherwise inside attention (NASA or NAG).
 
 examples:
   stepdistill generate runs/quickstart "cat face" rose --grid sheet.png
@@ -29,39 +29,39 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
     """Declare the command in a group of subparsers."""
     command = add_command(commands, "generate", _generate, "generate images with a student", GENERATE)
     command.add_argument("student", metavar="STUDENT", help="student folder or hub id")
-    command.add_argument("prompts", metavar="PROMPT", nargs="*")
-    command.add_argument("--prompts-file", metavar="FILE", type=Path, help=".txt, .jsonl or .csv")
+    command.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to generate")
+    command.add_argument("--prompts-file", metavar="FILE", type=Path, help="further prompts: .txt, .jsonl or .csv")
     command.add_argument("-o", "--output", metavar="OUT", type=Path, default=Path("images"), help="(default: images)")
     command.add_argument("--grid", metavar="FILE", type=Path, help="all images on one sheet, a column for each prompt")
-    command.add_argument("--seed", type=int, default=0, help="of the first image (default: 0)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the first image (default: 0)")
     command.add_argument("--num-images-per-prompt", type=int, default=1, metavar="N", help="(default: 1)")
-    command.add_argument("--batch", type=int, default=4, metavar="N", help="images in one call (default: 4)")
+    command.add_argument("--batch", type=int, default=4, metavar="N", help="batch size (default: 4)")
     steps = command.add_mutually_exclusive_group()
     steps.add_argument("--steps", type=int, metavar="N", help="number of sampling steps")
-    steps.add_argument("--timesteps", type=_numbers, metavar="T,...", help="start of each step, descending")
-    steps.add_argument("--sigmas", type=_numbers, metavar="S,...", help="the same as noise levels")
+    steps.add_argument("--timesteps", type=_numbers, metavar="T,...", help="timestep of each step, descending")
+    steps.add_argument("--sigmas", type=_numbers, metavar="S,...", help="noise level of each step, descending")
     command.add_argument(
-        "--guidance-scale", type=float, metavar="W", help="uncond + W (cond - uncond); 1 is no guidance"
+        "--guidance-scale", type=float, metavar="W", help="uncond + W (cond - uncond); 1 disables guidance"
     )
     command.add_argument("--negative-prompt", metavar="TEXT", help="what images should not show")
-    command.add_argument("--negative-scale", type=float, metavar="A", help="its strength where there is no guidance")
+    command.add_argument("--negative-scale", type=float, metavar="A", help="negative prompt strength without guidance")
     command.add_argument("--negative-mode", choices=("nasa", "nag"), default="nasa", help="(default: nasa)")
     command.add_argument("--eta", type=float, help="share of each step that is noised again, in [0, 1]")
-    command.add_argument("--height", type=int, metavar="PIXELS")
-    command.add_argument("--width", type=int, metavar="PIXELS")
-    command.add_argument("--base-steps", type=int, metavar="N", help="first steps taken by the base, for diversity")
+    command.add_argument("--height", type=int, metavar="PIXELS", help="(default: the student's)")
+    command.add_argument("--width", type=int, metavar="PIXELS", help="(default: the student's)")
+    command.add_argument("--base-steps", type=int, metavar="N", help="first steps by the base model, for diversity")
     command.add_argument("--base", metavar="PLACE", help="another checkpoint of the base (default: the contract's)")
-    command.add_argument("--strength", type=float, help="of the student's LoRA (default: the contract's)")
+    command.add_argument("--strength", type=float, help="strength of the student's LoRA (default: the contract's)")
     command.add_argument(
         "--lora",
         metavar="PLACE[:STRENGTH]",
         type=_weighed,
         action="append",
         default=[],
-        help="a style or another student; may be repeated",
+        help="another LoRA, such as a style; may be repeated",
     )
-    command.add_argument("--fuse", action="store_true", help="merge the LoRAs into the network, which is faster")
-    command.add_argument("--device", help="(default: cuda where there is one)")
+    command.add_argument("--fuse", action="store_true", help="fuse the LoRAs into the network for faster sampling")
+    command.add_argument("--device", help="(default: cuda if available, else cpu)")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 without cuda)")
 
 
@@ -70,7 +70,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _weighed(text: str) -> tuple[str, float]:
-    """A place and a strength, 1 where none is said."""
+    """A place and a strength, by default 1."""
     place, colon, strength = text.rpartition(":")
     try:
         return (place, float(strength)) if colon else (text, 1.0)
@@ -89,8 +89,8 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.prompts_file:
         prompts += [prompt_of(record) for record in read_records(args.prompts_file)]
     if not prompts:
-        todo = "write prompts behind the student, or give --prompts-file"
-        raise ConfigError(problem("no prompt", "at least one", "there is nothing to draw", todo))
+        todo = "write prompts after STUDENT, or pass --prompts-file"
+        raise ConfigError(problem("no prompt", "at least one", "there is nothing to generate", todo))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     student = StudentPipeline.load(args.student, args.base, device, args.strength, args.lora, args.fuse)
     usual = "float32" if device == "cpu" or student.contract is None else student.contract.dtype

@@ -18,8 +18,8 @@ from stepdistill.core.errors import MissingWeights, StepdistillError
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command.
 
-    An error that the user can correct is printed without a traceback. The exit status is then 2, or 3 where weights
-    are missing that no others can replace.
+    An error that the user can correct is printed without a traceback. The exit status is then 2, or 3 if weights are
+    missing that no others can replace.
     """
     parser, (words, wrong) = _parser(), spelled(sys.argv[1:] if argv is None else argv)
     if wrong:

@@ -14,7 +14,7 @@ from stepdistill import families, methods
 from stepdistill.cli.dialect import Run, add_command
 from stepdistill.core.errors import ConfigError, problem
 
-# modules without a class that a config names
+# modules without a class for a config
 SHARED = ("base", "unet", "vp", "flow", "pixart", "schedulers", "prompt_limits", "lazy_pipeline")
 
 TRAIN = """\
@@ -33,16 +33,16 @@ examples:
 INIT = """\
 methods: {methods}
 families: {families}
-A name is a module. module.Class picks one of several classes. my_package.mine.Mine is a class of your own.
+A name is a module. module.Class selects one of several classes. my_package.mine.Mine is your own class.
 DATA is a module of stepdistill.data, such as prompts or folder. By default the teacher generates the data: samples, or
-trajectories where the method needs them.
+trajectories if the method needs them.
 
 example:
   stepdistill init {example} > mine.yaml && stepdistill train mine.yaml --dry-run
 """
 
 CHECK = """\
-Reads the data source of a config as training does, and reports the first bad sample. Overrides are those of
+Reads the data source of a config as training does, and reports the first invalid sample. Overrides are those of
 `stepdistill train`.
 
 example:
@@ -50,10 +50,10 @@ example:
 """
 
 MAKE = """\
-Generates what training would otherwise generate before its first step: pairs of noise and image
+Generates the data that training would otherwise generate before its first step: pairs of noise and image
 (stepdistill.data.TeacherSamples; InvertedImages for real images), or guided trajectories
 (stepdistill.data.Trajectories). An interrupted command continues where it stopped. The processes of a launcher share
-the work; their number does not change the files. Files of another teacher or of other settings are refused.
+the work; their number does not change the files. Files of another teacher or of other settings are an error.
 
 example:
   accelerate launch -m stepdistill data make configs/recipes/sd21_reflow.yaml
@@ -63,8 +63,8 @@ PRECOMPUTE = """\
 Reads the whole data source of a config. Writes the embeddings of all its prompts, of the empty prompt and of
 train.validation_prompts to train.cache_dir, and with train.cache_latents the latents of its images. Training with the
 same train.cache_dir then loads no text encoder, and loads the autoencoder only to decode images. An interrupted command
-continues where it stopped, and the processes of a launcher share the work. Entries are found by the content of the
-model's files and of the data, so a change of either computes them again. Overrides are those of `stepdistill train`.
+continues where it stopped, and the processes of a launcher share the work. Entries are keyed by the content of the
+model's files and of the data, so they are computed again if either changes. Overrides are those of `stepdistill train`.
 
 examples:
   stepdistill precompute mine.yaml --cache-dir caches/mine
@@ -72,9 +72,9 @@ examples:
 """
 
 DOCTOR = """\
-Reports what rises or falls and should not: losses, gradient norms, and the drift statistics of the validation images
-(see train.validation_steps). The run is compared with the reference curve of its recipe, one of
-configs/**/curves/*.json, or with FILE. The run may still be going on. The exit status is 0 if nothing is wrong, else 1.
+Reports unexpected trends of losses, gradient norms, and the drift statistics of the validation images (see
+train.validation_steps). The run is compared with the reference curve of its recipe, one of configs/**/curves/*.json, or
+with FILE. The run may still be in progress. The exit status is 0 if nothing is wrong, else 1.
 
 examples:
   stepdistill doctor runs/mine
@@ -87,27 +87,27 @@ def add_run_commands(commands: Any) -> None:  # noqa: ANN401
     """Declare the commands in a group of subparsers."""
     command = _with_config(commands, "train", _train, "train a few-step student from a config", TRAIN)
     command.usage = f"{command.usage} [--dry-run]"
-    command.add_argument("--dry-run", action="store_true", help="stop at the config and the memory that it needs")
+    command.add_argument("--dry-run", action="store_true", help="print the config and its memory needs, and stop")
 
     names = {"methods": module_names(methods), "families": module_names(families)}
     example = " ".join(values[0] for values in names.values())
     epilog = INIT.format(example=example, **{key: ", ".join(values) for key, values in names.items()})
     command = add_command(commands, "init", _init, "print a commented config", epilog)
     command.usage = f"{command.prog} [METHOD FAMILY [DATA]]"
-    command.add_argument("method", metavar="METHOD", nargs="?", help="without it, a list of methods and families")
-    command.add_argument("family", metavar="FAMILY", nargs="?")
-    command.add_argument("data", metavar="DATA", nargs="?", help="default: samples of the teacher")
+    command.add_argument("method", metavar="METHOD", nargs="?", help="without it, methods and families are listed")
+    command.add_argument("family", metavar="FAMILY", nargs="?", help="family of the teacher")
+    command.add_argument("data", metavar="DATA", nargs="?", help="data source (default: samples of the teacher)")
 
-    data = commands.add_parser("data", help="check a data source, or make it", description="Check or make data.")
+    data = commands.add_parser("data", help="check or generate data", description="Check or generate data.")
     parts = data.add_subparsers(metavar="COMMAND", required=True)
-    _with_config(parts, "check", _check, "read all of a data source before training", CHECK)
-    _with_config(parts, "make", _make, "let the teacher make what a config trains on", MAKE)
+    _with_config(parts, "check", _check, "read a whole data source before training", CHECK)
+    _with_config(parts, "make", _make, "generate training data with the teacher", MAKE)
 
     _with_config(commands, "precompute", _precompute, "encode prompts and images before training", PRECOMPUTE)
 
-    command = add_command(commands, "doctor", _doctor, "report what is wrong with a run", DOCTOR)
+    command = add_command(commands, "doctor", _doctor, "report problems of a training run", DOCTOR)
     command.add_argument("folder", metavar="RUN", type=Path, help="the output_dir of a run")
-    command.add_argument("--reference", metavar="FILE", type=Path, help="curve to compare with (default: by recipe)")
+    command.add_argument("--reference", metavar="FILE", type=Path, help="curve to compare with (default: the recipe's)")
     command.add_argument("--save-curve", metavar="FILE", type=Path, help="write the run's curve instead of a report")
 
 
@@ -119,7 +119,7 @@ def _with_config(group: Any, name: str, run: Run, summary: str, epilog: str) -> 
 
 
 def module_names(package: ModuleType) -> list[str]:
-    """The names that `init` takes: the modules of a package that hold one finished class."""
+    """The names that `init` accepts: the modules of a package that hold classes for a config."""
     return [module.name for module in pkgutil.iter_modules(package.__path__) if module.name not in SHARED]
 
 
@@ -150,7 +150,7 @@ def _init(args: argparse.Namespace, overrides: list[str]) -> None:
         return
     if args.family is None:
         raise ConfigError(
-            problem("no family", "METHOD and FAMILY", "both decide the keys", "`stepdistill init` lists both")
+            problem("no family", "METHOD and FAMILY", "the keys depend on both", "`stepdistill init` lists them")
         )
     chosen = {key: find(bases[key], name) for key, name in (("family", args.family), ("method", args.method))}
     chosen["data"] = find(bases["data"], args.data or _made_for(chosen["method"]))
@@ -159,7 +159,7 @@ def _init(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _made_for(method: type) -> str:
-    """The source that the teacher makes for a method."""
+    """The source that generates a method's data with the teacher."""
     required = [f for f in dataclasses.fields(method) if f.default is f.default_factory is dataclasses.MISSING]
     return "trajectories" if not required and "trajectories" in method().needs else "teacher_samples"
 
@@ -185,7 +185,7 @@ def _make(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _first_process() -> bool:
-    """Whether this is the first, or the only one, of the processes that a launcher started."""
+    """Whether this is the first, or the only, process of a launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 

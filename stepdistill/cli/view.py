@@ -10,8 +10,8 @@ from stepdistill.cli.dialect import add_command
 
 VIEW = """\
 Writes a row of frames for the teacher at full steps, for the teacher at the student's steps, and for the student. A
-frame is the final image as the step estimates it, with the noise level of the step above it. The last frame of a row is
-the image itself. A student usually decides in its first step what the teacher decides in many.
+frame is the final image as a step estimates it, with the timestep of that step above it. The last frame of a row is
+the generated image. A student usually settles in its first step what the teacher settles in many.
 
 example:
   stepdistill view runs/quickstart "cat face" "red apple" --teacher-steps 25 -o view.png
@@ -22,9 +22,9 @@ def add_view_command(commands: Any) -> None:  # noqa: ANN401
     """Declare the command in a group of subparsers."""
     command = add_command(commands, "view", _view, "show the final image as each step estimates it", VIEW)
     command.add_argument("folder", metavar="FOLDER", help="student folder or hub id")
-    command.add_argument("prompts", metavar="PROMPT", nargs="+")
+    command.add_argument("prompts", metavar="PROMPT", nargs="+", help="three rows each")
     command.add_argument("-o", "--output", metavar="FILE.png", type=Path, required=True, help="file to write")
-    command.add_argument("--seed", type=int, default=0, help="of the starting noise (default: 0)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the starting noise (default: 0)")
     command.add_argument("--teacher-steps", type=int, default=50, metavar="N", help="full steps (default: 50)")
     command.add_argument("--teacher-guidance-scale", type=float, default=7.5, metavar="W", help="(default: 7.5)")
     command.add_argument("--columns", type=int, default=8, metavar="N", help="most frames in a row (default: 8)")
