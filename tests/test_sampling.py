@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FlowMatchLCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from oracles import close, stock
 from oracles.context import Flow, Tabular, column, stable_diffusion, sweep
 from oracles.gaussian import GaussianTeacher, levels, marginal_std, ode_map
 from oracles.mixture import Mixture
+from tiny import FAMILIES, pipeline
 from torch import Tensor
 
 from stepdistill.core.denoise import Denoise
+from stepdistill.core.errors import ConfigError
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler, few_step, follow
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
+from stepdistill.families.vp import VariancePreserving
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
+from stepdistill.students.proof import check_sampling
 
 SD, STD = stable_diffusion(), 0.6
 STEPS = (1, 2, 4, 8)
@@ -139,6 +152,56 @@ def test_the_scheduler_of_a_flow_student_samples_as_few_step(name):
         theirs = stock.loop(scheduler, Mixture(schedule), "flow", schedule, x, generator=draw)
         fresh = noises(x.float(), n)  # that scheduler works in float32
         close(few_step(Mixture(schedule), schedule, sampler, x, {}, fresh), theirs, 5e-6)
+
+
+TABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+ZERO = TABLE | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+TEACHERS = {
+    "ddim": DDIMScheduler(**TABLE),
+    "ddim zero": DDIMScheduler(**ZERO),
+    "euler zero": EulerDiscreteScheduler(**ZERO),
+    "ancestral zero": EulerAncestralDiscreteScheduler(**ZERO),
+    "unipc zero": UniPCMultistepScheduler(**ZERO),
+    "pndm": PNDMScheduler(**TABLE, skip_prk_steps=True),
+    "sigmoid": DDPMScheduler(beta_schedule="sigmoid"),  # no other class knows that one
+    "cosine": DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample"),
+    "its own": DDIMScheduler(trained_betas=torch.linspace(1e-4, 0.03, 500).tolist()),
+}
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_a_student_has_the_table_of_its_teacher_whatever_scheduler_that_is(teacher):
+    pipe, family = SimpleNamespace(scheduler=TEACHERS[teacher]), StableDiffusion(pretrained_teacher_model="tiny-sd")
+    own = pipe.scheduler.alphas_cumprod
+    for name, method in EXPORTED.items():
+        if name == "regression" or len(own) == 1000:
+            sampler = method.sampler(family.schedule(pipe.scheduler), 4)
+            scheduler, _ = family.scheduler(pipe, sampler)
+            again = type(scheduler).from_config(json.loads(scheduler.to_json_string()))
+            torch.testing.assert_close(again.alphas_cumprod, own, rtol=2e-6, atol=1e-12)
+            check_sampling(family, pipe, sampler)
+    # a table that every class makes of the same arguments stays these arguments
+    assert (scheduler.config["trained_betas"] is None) == (teacher in ("ddim", "ddim zero", "pndm", "cosine"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_no_scheduler_samples_is_refused_before_training(name):
+    """Euler's states are 4,096 times the latents where the signal is almost gone, too much for float32; the head of
+    LCM's scheduler keeps a part of its input near time 0."""
+    family, pipe = FAMILIES[name], pipeline(name)
+    top = family.schedule(pipe.scheduler).span[1]
+    for sampler in (Sampler((top, 499.0, 99.0)), Sampler((top, 499.0, 99.0), eta=1.0)):
+        check_sampling(family, pipe, sampler)
+    if not isinstance(family, VariancePreserving):
+        with pytest.raises(ConfigError, match="eta 0.5 for a flow"):
+            check_sampling(family, pipe, Sampler((top, 499.0), eta=0.5))
+        return
+    with pytest.raises(ConfigError, match=r"LCMScheduler .*timesteps \[999.0, 1.0\].* choose other timesteps"):
+        check_sampling(family, pipe, Sampler((top, 1.0), eta=1.0))
+    pipe.scheduler = EulerDiscreteScheduler(**ZERO)
+    check_sampling(family, pipe, Sampler((top, 749.0, 499.0, 249.0)))
+    with pytest.raises(ConfigError, match=r"EulerDiscreteScheduler .*at most 0.0001"):
+        check_sampling(family, pipe, Sampler((top, 499.0, 99.0)))
 
 
 def test_follow_is_the_solver_at_full_steps():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import EulerDiscreteScheduler
 from huggingface_hub import ModelCard
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -30,7 +31,7 @@ from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Ema, Lora, Module
 from stepdistill.students import load
 from stepdistill.students.card import is_non_commercial, licence_of, warn_of_licence, write_card
-from stepdistill.students.contract import CONTRACT, FORMAT, WEIGHTS, read_contract
+from stepdistill.students.contract import CONTRACT, FORMAT, WEIGHTS, read_contract, scheduler_class
 from stepdistill.students.load import load_student, start_from
 from stepdistill.students.proof import prove
 from stepdistill.students.verify import verify_student
@@ -124,6 +125,34 @@ def test_a_fresh_plain_pipeline_draws_what_was_trained(families, tmp_path, name,
     times = method.sampler(family.schedule(family.load().scheduler)).timesteps
     assert len(times) == 4 and contract.timesteps == times
     assert contract.proof.timesteps == (pytest.approx(times, rel=1e-6, abs=0) if name == "sd3" else times)
+
+
+# as NoobAI ships: the table of Euler's class ends just above 0, where those of other classes end at 0
+NOOB = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def noob(request, tmp_path_factory) -> tuple[str, Family]:
+    pipe, folder = tiny.pipeline(request.param), tmp_path_factory.mktemp(f"noob-{request.param}")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, **NOOB)
+    pipe.save_pretrained(folder)
+    return request.param, replace(tiny.FAMILIES[request.param], pretrained_teacher_model=str(folder))
+
+
+@pytest.mark.parametrize("method", [LCM, Regression(ema_decay=None)])
+def test_the_table_of_a_student_is_its_teacher_s_own(noob, tmp_path, method):
+    name, family = noob
+    pipe = family.load()
+    bone = tiny.backbone(name, pipe, RANK, ALPHA)
+    bone.add("student", Lora())
+    tiny.awake(bone, "student")
+    options = {"role": "student", "method": method, "resolution": SIZE, "seed": 3}
+    assert write_student(tmp_path, family=family, pipe=pipe, backbone=bone, **options) < 1e-5
+    own = pipe.scheduler.alphas_cumprod
+    assert 0 < own[-1] < 1e-7
+    theirs = scheduler_class(read_contract(tmp_path)).from_pretrained(tmp_path, subfolder="scheduler")
+    torch.testing.assert_close(theirs.alphas_cumprod, own, rtol=2e-6, atol=0)
+    assert verify_student(tmp_path) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3"])

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,6 +244,17 @@ def test_a_student_that_does_not_move_is_an_error(teacher, samples, tmp_path):
     frozen = Factory("torch.optim.SGD", {"lr": 1e-30})
     with pytest.raises(StepdistillError, match="did not move"):
         distill(make(teacher, samples, tmp_path / "out", optimizer=frozen))
+
+
+def test_a_student_that_no_scheduler_samples_is_refused_before_training(teacher, samples, tmp_path):
+    """In bfloat16, too, whose own rounding would hide it in the proof."""
+    folder = shutil.copytree(teacher, tmp_path / "zero")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
+    run = make(folder, samples, tmp_path / "out", Regression(timesteps=(999, 499, 99)), mixed_precision="bf16")
+    with pytest.raises(ConfigError, match=r"EulerDiscreteScheduler .*choose other timesteps"):
+        distill(run)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_folder_of_another_run_is_refused(teacher, samples, whole):

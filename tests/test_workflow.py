@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import EulerDiscreteScheduler
 
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, StudentError
@@ -148,6 +149,14 @@ def test_zero_terminal_snr_has_comfyui_s_last_level():
     nodes = workflow(zero, "x")
     assert nodes["prediction"]["inputs"] == {"model": ["lora", 0], "sampling": "v_prediction", "zsnr": True}
     assert numbers(zero)[0] == pytest.approx(4518.76, rel=1e-4) and np.isfinite(numbers(zero)).all()
+
+
+def test_a_table_of_its_own_that_ends_near_zero_is_told_to_comfyui():
+    betas = EulerDiscreteScheduler(**VP, rescale_betas_zero_snr=True).betas.tolist()
+    scheduler = {"_class_name": "DDIMScheduler", "trained_betas": betas, "prediction_type": "v_prediction"}
+    own = replace(CONTRACTS["v"], scheduler=scheduler, timesteps=(999.0, 749.0))
+    assert workflow(own, "x")["prediction"]["inputs"]["zsnr"]
+    assert numbers(own)[0] > 4000
 
 
 def test_what_the_contract_says_is_in_the_nodes():

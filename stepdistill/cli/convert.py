@@ -49,7 +49,7 @@ def add_folder_commands(commands: Any) -> None:  # noqa: ANN401
     """Declare the commands in a group of subparsers."""
     command = add_command(commands, "verify", _verify, "check that plain Diffusers loads a student", VERIFY)
     command.add_argument("folder", metavar="FOLDER", type=Path, help="the output_dir of a run")
-    command.add_argument("--tolerance", type=float, default=1e-4, help="largest accepted difference (default: 1e-4)")
+    command.add_argument("--tolerance", type=float, help="largest accepted difference (default: as in training, 1e-4)")
 
     command = add_command(commands, "convert", _convert, "write a LoRA in another format, or fuse it", CONVERT)
     command.add_argument("source", metavar="IN", type=Path, help="student folder or .safetensors file")
@@ -64,14 +64,16 @@ def add_folder_commands(commands: Any) -> None:  # noqa: ANN401
 
 
 def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.students.proof import FLOAT32
     from stepdistill.students.verify import verify_formats
 
+    limit = FLOAT32 if args.tolerance is None else args.tolerance
     differences = verify_formats(args.folder)
     print(f"largest difference of plain Diffusers from the library's sampler: {differences['diffusers']:.3g}")
     for name, difference in differences.items():
         if name != "diffusers":
             print(f"largest difference with the {name} file: {difference:.3g}")
-    if not all(difference <= args.tolerance for difference in differences.values()):
+    if not all(difference <= limit for difference in differences.values()):
         raise SystemExit(1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -28,12 +29,7 @@ class VariancePreserving(Family):
 
     def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
         times = [round(t) for t in sampler.timesteps]
-        table: dict[str, Any] = {
-            key: pipe.scheduler.config[key]
-            for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-        }
-        table |= {"prediction_type": self.kind(pipe)}
-        table |= {"rescale_betas_zero_snr": pipe.scheduler.config.get("rescale_betas_zero_snr", False)}
+        table: dict[str, Any] = _table(pipe.scheduler) | {"prediction_type": self.kind(pipe)}
         ends: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": sampler.clean}
         call: dict[str, Any] = {"timesteps": times, "num_inference_steps": len(times)}
         if sampler.eta == 1 and sampler.clean:
@@ -55,3 +51,24 @@ class VariancePreserving(Family):
         if sampler.clean:  # TCD ends at time 0, which is noisy; leading: the first input is the noise as it is drawn
             return EulerDiscreteScheduler(**table, timestep_spacing="leading"), call
         return TCDScheduler(**table, **ends), call | {"eta": 0.0}
+
+
+def _table(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Arguments with which a stock scheduler has the very table of this one.
+
+    The same arguments do not give the same table in every class: with `rescale_betas_zero_snr` it ends at 0 in DDIM's,
+    and just above 0 in Euler's.
+    """
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    table: dict[str, Any] = {key: scheduler.config[key] for key in names}
+    table |= {"rescale_betas_zero_snr": scheduler.config.get("rescale_betas_zero_snr", False)}
+    own = scheduler.alphas_cumprod.float()
+    try:
+        same = torch.equal(DDIMScheduler(**table).alphas_cumprod, own)
+    except NotImplementedError:  # a `beta_schedule` that it does not know
+        same = False
+    if same:
+        return table
+    kept = own.double()
+    betas = 1 - torch.cat([kept[:1], kept[1:] / kept[:-1]])
+    return {"num_train_timesteps": len(own), "trained_betas": betas.float().tolist()}

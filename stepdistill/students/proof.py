@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor, nn
 
-from stepdistill.core.denoise import guided, with_scale
-from stepdistill.core.errors import StudentError, problem
-from stepdistill.core.solvers import few_step
+from stepdistill.core.denoise import Condition, guided, with_scale
+from stepdistill.core.errors import ConfigError, StudentError, problem
+from stepdistill.core.prediction import Estimate, estimate, output
+from stepdistill.core.schedule import expand
+from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.families.base import Family, each
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
@@ -24,7 +27,8 @@ from stepdistill.students.contract import Contract, Proof
 
 PROMPTS = ("red apple", "")
 # half precision turns rounding in the seventh digit into rounding in the third, and the steps carry it on
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+FLOAT32 = 1e-4
+TOLERANCE = {torch.float32: FLOAT32, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @torch.no_grad()
@@ -131,3 +135,50 @@ def _compare(visited: Sequence[float], trained: Sequence[float]) -> None:
                 "correct `call` in distill_config.json and the scheduler's config, or the family that wrote them",
             )
         )
+
+
+@torch.no_grad()
+def check_sampling(family: Family, pipe: DiffusionPipeline, sampler: Sampler) -> None:
+    """Raise ConfigError where the scheduler of a student folder samples otherwise than `few_step`, beyond rounding.
+
+    Both sample with a network that is known in closed form, in float32: that of independent normal numbers of several
+    spreads. So it is known before training what `prove` would find afterwards of the scheduler.
+
+    Args:
+        pipe: of `family`, with the teacher's scheduler.
+    """
+    schedule, kind = family.schedule(pipe.scheduler), family.kind(pipe)
+    stock, call = family.scheduler(pipe, sampler)
+    scheduler: Any = stock
+    spread = torch.logspace(-1, 1, 64)
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        alpha_t, sigma_t = (expand(v, x_t) for v in schedule(t))
+        power = (alpha_t * spread) ** 2 + sigma_t**2
+        return output(kind, Estimate(alpha_t * spread**2 * x_t / power, sigma_t * x_t / power), t, schedule)
+
+    def denoise(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        return estimate(kind, network(x_t, t), x_t, t, schedule)
+
+    cpu, scaled = (
+        torch.device("cpu"),
+        not schedule.straight,
+    )  # a flow's scheduler keeps its state as the network sees it
+    noise = torch.randn(1, len(spread), generator=torch.Generator().manual_seed(0))
+    with _seeded(0, cpu):
+        ours = few_step(denoise, schedule, sampler, noise, {})
+    given: dict[str, Any] = {name: value for name, value in call.items() if name != "eta"}
+    times: Any = retrieve_timesteps(scheduler, **given)[0]
+    eta = {name: value for name, value in call.items() if name == "eta"}
+    theirs = noise * scheduler.init_noise_sigma if scaled else noise
+    with _seeded(0, cpu):
+        for t in times:
+            x_t = scheduler.scale_model_input(theirs, t) if scaled else theirs
+            theirs = scheduler.step(network(x_t, t.float()[None]), t, theirs, **eta, return_dict=False)[0]
+    difference = ((theirs - ours).abs() / spread).max().item()
+    if not difference <= FLOAT32:
+        got = f"a difference of {difference:.2g} between {type(scheduler).__name__} and training's own sampler"
+        got += f" at timesteps {[round(t, 3) for t in sampler.timesteps]} of a {kind} network"
+        why = "no scheduler of Diffusers takes the steps that the student is trained for"
+        todo = "choose other timesteps or another number of steps, or correct the teacher's scheduler"
+        raise ConfigError(problem(got, f"at most {FLOAT32:g}", why, todo))

@@ -16,6 +16,7 @@ from stepdistill.methods.base import Method
 from stepdistill.networks.roles import Copy, Ema, Lora
 from stepdistill.students.lora.files import layout_of
 from stepdistill.students.lora.tensors import FAMILIES
+from stepdistill.students.proof import check_sampling
 from stepdistill.training.checkpoint import checkpoints
 from stepdistill.training.finish import load_reference, reference_file
 from stepdistill.training.recipe import Run
@@ -35,7 +36,7 @@ def check_loaded(session: Session) -> None:
     run, schedule = session.run, session.run.family.schedule(session.pipe.scheduler)
     check_noise_process(run.method, schedule)
     sampler = run.method.sampler(schedule)
-    run.family.scheduler(session.pipe, sampler)  # the student must have one
+    check_sampling(run.family, session.pipe, sampler)
     check_guidance_range(run.data, sampler)
     if run.train.eval_samples:
         load_reference(run, session.digest)

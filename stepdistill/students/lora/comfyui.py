@@ -24,6 +24,7 @@ from stepdistill.students.lora.names import PIPELINES
 WORKFLOW = "comfyui_workflow.json"
 SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
 LAST = 4.8973451890853435e-08  # what ComfyUI puts for abar = 0, as in a table with zero terminal SNR
+ZERO = 1e-6  # below it a table's last abar means zero terminal SNR: that of Stable Diffusion is 4.7e-3
 TRAINED = ("lora", "prediction", "guider", "sampler", "sigmas")  # the nodes that are part of the contract
 Node = dict[str, Any]
 
@@ -32,11 +33,14 @@ def sigmas(contract: Contract) -> list[float]:
     """The noise levels in ComfyUI's measure, from the first step's start to the last one's end."""
     if contract.prediction_type == "flow":
         return [t / 1000 for t in contract.timesteps] + [0.0]
-    scheduler = scheduler_class(contract).from_config(contract.scheduler)
-    table: torch.Tensor = scheduler.alphas_cumprod.double()
     times = [round(t) for t in contract.timesteps] + ([] if contract.clean else [0])
-    abar = table[times].clamp(min=LAST)
+    abar = _table(contract)[times].clamp(min=LAST)
     return ((1 - abar) / abar).sqrt().tolist() + ([0.0] if contract.clean else [])
+
+
+def _table(contract: Contract) -> torch.Tensor:
+    """The abar (T,) of a student on a table, whatever its scheduler computes it from."""
+    return scheduler_class(contract).from_config(contract.scheduler).alphas_cumprod.double()
 
 
 def workflow(contract: Contract, lora: str) -> dict[str, Node]:
@@ -54,7 +58,7 @@ def workflow(contract: Contract, lora: str) -> dict[str, Node]:
     nodes = _loaders(contract, layout)
     nodes["lora"] = _node("LoraLoaderModelOnly", "student", model=["model", 0], lora_name=lora, strength_model=1.0)
     model = ["lora", 0]
-    zero_snr = bool(contract.scheduler.get("rescale_betas_zero_snr"))
+    zero_snr = contract.prediction_type != "flow" and _table(contract)[-1].item() < ZERO
     if contract.prediction_type != "flow" and (contract.prediction_type != "epsilon" or zero_snr):
         kind = SAMPLING[contract.prediction_type]
         nodes["prediction"] = _node("ModelSamplingDiscrete", kind, model=model, sampling=kind, zsnr=zero_snr)
