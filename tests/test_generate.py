@@ -170,7 +170,7 @@ def test_other_steps_times_and_guidance_are_those_asked_for_and_warned_of(folder
     assert own == ([999, 499], 1)
     assert not [record for record in caplog.records if record.name.startswith("stepdistill")]
     assert visited(drawer, DrawOptions(steps=4)) == ([999, 749, 499, 249], 1)
-    assert "drawing at timesteps [999.0, 749.0, 499.0, 249.0]" in caplog.text
+    assert "sampling at timesteps [999.0, 749.0, 499.0, 249.0]" in caplog.text
     assert visited(drawer, DrawOptions(timesteps=(999, 300, 20))) == ([999, 300, 20], 1)
     noise = drawer.family.schedule(drawer.native)(torch.tensor([999.0, 300.0]))[1].tolist()
     assert visited(drawer, DrawOptions(sigmas=tuple(noise)))[0] == [999, 300]
@@ -201,8 +201,8 @@ def test_another_size_is_drawn(quiet):
     ("options", "said"),
     [
         (DrawOptions(timesteps=(20, 999)), "expected descending timesteps"),
-        (DrawOptions(sigmas=(1.5,)), "expected shares of noise above 0, at most 1"),
-        (DrawOptions(guidance_scale=0.5), "guidance_scale is 0.5: expected 1, which is none, or more"),
+        (DrawOptions(sigmas=(1.5,)), "expected noise levels above 0 and at most 1"),
+        (DrawOptions(guidance_scale=0.5), r"guidance_scale is 0.5: expected 1 \(no guidance\) or more"),
         (DrawOptions(timesteps=(2000,)), "2000"),
     ],
 )
@@ -322,7 +322,7 @@ def test_a_negative_prompt_goes_by_attention_or_where_there_is_guidance_by_it(qu
     with drawer.against("red apple", guided) as told:
         assert told == guided.plus(negative_prompt="red apple")
         list(drawer.draw(["rose", "octopus"], [0, 1], told))
-    departs = pytest.raises(StudentError, match="guidance departs from the negative prompt")
+    departs = pytest.raises(StudentError, match="guidance applies the negative prompt itself")
     with departs, drawer.against("a", guided, 0.5):
         pass
 

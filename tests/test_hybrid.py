@@ -247,10 +247,10 @@ def test_a_student_at_zero_is_the_base_for_any_number_of_steps(tmp_path):
 
 
 def test_what_has_no_base_beside_it_is_refused(tmp_path):
-    with pytest.raises(StudentError, match="no base beside it"), base_first(tiny.pipeline("sd")):
+    with pytest.raises(StudentError, match="has replaced the base in the pipeline"), base_first(tiny.pipeline("sd")):
         pass
     pipe = loaded("sd", tmp_path)
-    with pytest.raises(StudentError, match=r"expected \['other'\], loaded"), base_first(pipe, 1, ["other"]):
+    with pytest.raises(StudentError, match=r"expected the LoRA other, loaded"), base_first(pipe, 1, ["other"]):
         pass
     pipe.fuse_lora()
     with pytest.raises(StudentError, match="not fused"), base_first(pipe):

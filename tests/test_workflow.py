@@ -175,7 +175,7 @@ def test_what_the_contract_says_is_in_the_nodes():
 
 @pytest.mark.parametrize("odd", [{"eta": 0.5}, {"eta": 1.0, "clean": False}, {"first_noise": True, "eta": 0.0}])
 def test_what_comfyui_has_no_sampler_for_is_refused(odd):
-    with pytest.raises(ConfigError, match="ComfyUI has no sampler that steps so"):
+    with pytest.raises(ConfigError, match="ComfyUI has no sampler for such steps"):
         workflow(contract(**odd), "x")
 
 

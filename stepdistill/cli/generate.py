@@ -46,7 +46,7 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
     command.add_argument("--negative-prompt", metavar="TEXT", help="what images should not show")
     command.add_argument("--negative-scale", type=float, metavar="A", help="negative prompt strength without guidance")
     command.add_argument("--negative-mode", choices=("nasa", "nag"), default="nasa", help="(default: nasa)")
-    command.add_argument("--eta", type=float, help="share of each step that is noised again, in [0, 1]")
+    command.add_argument("--eta", type=float, help="fresh noise in each step, from 0 to 1")
     command.add_argument("--height", type=int, metavar="PIXELS", help="(default: the student's)")
     command.add_argument("--width", type=int, metavar="PIXELS", help="(default: the student's)")
     command.add_argument("--base-steps", type=int, metavar="N", help="first steps by the base model, for diversity")

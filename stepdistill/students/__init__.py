@@ -1,1 +1,1 @@
-"""The student folder: its contract, files, proof and card, and drawing with it."""
+"""The student folder: its contract, files, proof and card, and image generation with it."""

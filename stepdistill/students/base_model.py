@@ -25,7 +25,7 @@ class Base:
     Args:
         hashes: `base_hash` by precision.
         without: components that the pipeline requires and the base model lacks.
-        licence: None where it is not known.
+        licence: None if it is not known.
     """
 
     hashes: dict[str, str]

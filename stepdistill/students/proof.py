@@ -97,7 +97,7 @@ def prove(
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global generator with `seed` inside the context only.
 
-    Both samplers draw their fresh noise from it, in the same order: not every pipeline hands a generator on
+    Both samplers draw their fresh noise from it, in the same order: not every pipeline passes a generator
     to its scheduler (Stable Diffusion 3's does not).
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

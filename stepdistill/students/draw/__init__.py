@@ -1,1 +1,1 @@
-"""Images by teacher and student pipelines."""
+"""Images from teacher and student pipelines."""

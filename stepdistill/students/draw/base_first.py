@@ -1,8 +1,8 @@
-"""Diversity distillation: the base draws the first step or steps of an image, its student the rest.
+"""Diversity distillation: the base takes the first step or steps of an image, and its student the rest.
 
 A student settles the structure of an image in its first step, and its images of one prompt vary less than the
-base's; a first step of the base brings the variety back at no further cost. Gandikota & Bau 2025,
-https://arxiv.org/abs/2503.10637. `stepdistill.core.solvers.relay` is the same between any two denoisers.
+base's. A first step by the base restores the variety at no further cost. Gandikota & Bau 2025,
+https://arxiv.org/abs/2503.10637. `stepdistill.core.solvers.relay` does the same with any two denoisers.
 """
 
 from __future__ import annotations
@@ -25,43 +25,43 @@ def base_first(
     base_steps: int = 1,
     adapters: Collection[str] = ("student",),
 ) -> Iterator[None]:
-    """In every call of the pipeline inside, the base takes the first `base_steps` steps, and the student the rest.
+    """In every pipeline call inside the context, the base takes the first `base_steps` steps, and the student the rest.
 
         call = stepdistill.load_student(pipe, folder)
         with stepdistill.base_first(pipe):
             image = pipe("red apple", **call).images[0]
 
-    The noise levels and the scheduler are those of the call, so a step of the base replaces one of the student's; for
-    one more, ask for one more. The base's steps are guided as the call is: with a student's usual `guidance_scale` of 1
-    not at all, as the paper found best. Styles keep their strength in both parts.
+    The noise levels and the scheduler are those of the call, so a step of the base replaces one of the student's. To
+    add a step, increase the number of steps. The base's steps use the guidance of the call. A student's usual
+    `guidance_scale` of 1 disables guidance, which the paper found best. Styles keep their strength in both parts.
 
     Args:
-        pipe: a pipeline with a student's LoRA, `adapters`, loaded and not fused. Students that are networks of their
-            own have no base beside them in a pipeline.
-        base_steps: 0 is the student alone; as many as the call has, or more, the base alone.
+        pipe: a pipeline with a student's LoRA, `adapters`, loaded and not fused. A student that is a whole network has
+            replaced the base in the pipeline.
+        base_steps: 0 is the student alone; the number of steps of the call, or more, is the base alone.
 
     Raises:
-        StudentError: there is no such LoRA in the pipeline.
+        StudentError: the pipeline has no such LoRA.
     """
     if base_steps < 0:
-        why, todo = "they are the first steps of each image", "give 1, as the paper does, or 0 for the student alone"
+        why, todo = "it is the number of first steps by the base", "use 1, as in the paper, or 0 for the student alone"
         raise ConfigError(problem(f"base_steps {base_steps}", "0 or more", why, todo))
     net = pipe.components["unet"] if "unet" in pipe.components else pipe.components["transformer"]
     signature = inspect.signature(net.forward)
     originals = [(scales, name, scales[name]) for scales, name in strengths(net, adapters)]
     if not originals:
-        expected = f"{sorted(adapters)}, loaded and not fused"
-        why = "only a LoRA can be left out of some steps; a network of its own has no base beside it in a pipeline"
-        todo = "load the student with `stepdistill.load_student`, and say its adapter_name if that is another"
-        raise StudentError(problem("a pipeline without such a LoRA", expected, why, todo))
+        expected = f"the LoRA {' or '.join(sorted(adapters))}, loaded and not fused"
+        why = "only a LoRA can be switched off for some steps; a whole network has replaced the base in the pipeline"
+        todo = "load the student with `stepdistill.load_student`, and pass its adapter_name in `adapters`"
+        raise StudentError(problem("a pipeline without the student's LoRA", expected, why, todo))
     grid, time, taken = None, None, 0
 
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         nonlocal grid, time, taken
         now = torch.as_tensor(signature.bind(*args, **kwargs).arguments["timestep"]).flatten()[0].item()
-        if pipe.scheduler.timesteps is not grid:  # each call of a pipeline has them made anew
+        if pipe.scheduler.timesteps is not grid:  # each call of a pipeline sets new timesteps
             grid, time, taken = pipe.scheduler.timesteps, now, 0
-        elif now != time:  # some pipelines call the network twice a step
+        elif now != time:  # some pipelines call the network twice in a step
             time, taken = now, taken + 1
         for scales, name, strength in originals:
             scales[name] = 0.0 if taken < base_steps else strength

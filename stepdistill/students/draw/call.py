@@ -1,4 +1,4 @@
-"""One call of a plain Diffusers pipeline, by its scheduler and arguments, and the images of many prompts by it."""
+"""A call of a plain Diffusers pipeline with its scheduler and arguments, and images of many prompts by such calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stepdistill.families.base import Family, each
 from stepdistill.methods.base import Method
 from stepdistill.students.several import Students
 
-SEED_A, SEED_B = 1, 2  # the reference's noises, and those of every row
+SEED_A, SEED_B = 1, 2  # seeds of the reference's noise, and of the noise of every row
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PipelineCall:
 
 @contextmanager
 def scheduled(pipe: DiffusionPipeline, scheduler: Any) -> Iterator[None]:  # noqa: ANN401
-    """The pipeline has this scheduler inside, and its own again afterwards: others read the noise process from it."""
+    """Give the pipeline this scheduler inside the context, and restore its own afterwards, which others read."""
     before, pipe.scheduler = pipe.scheduler, scheduler
     try:
         yield
@@ -50,8 +50,8 @@ def scheduled(pipe: DiffusionPipeline, scheduler: Any) -> Iterator[None]:  # noq
 
 @contextmanager
 def stepped_by(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:  # noqa: ANN401
-    """The scheduler steps by `step` inside, and as before afterwards."""
-    before = vars(scheduler).get("step")  # by another block around this one
+    """Replace the `step` of the scheduler inside the context, and restore it afterwards."""
+    before = vars(scheduler).get("step")  # of an outer context
     scheduler.step = step
     try:
         yield
@@ -63,9 +63,9 @@ def stepped_by(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:  # n
 
 @contextmanager
 def seeded_steps(family: Family, scheduler: Any, generators: Sequence[torch.Generator]) -> Iterator[None]:  # noqa: ANN401
-    """Inside, a stochastic scheduler draws its fresh noise from these generators, one an image.
+    """Let a stochastic scheduler draw its fresh noise from these generators inside the context, one for each image.
 
-    Some pipelines, Stable Diffusion 3's and Flux's, do not hand the generators of their call on to the scheduler.
+    The pipelines of Stable Diffusion 3 and Flux do not pass the generators of their call to the scheduler.
     """
     if family.seeds_steps or not scheduler.config.get("stochastic_sampling", False):
         yield
@@ -75,7 +75,7 @@ def seeded_steps(family: Family, scheduler: Any, generators: Sequence[torch.Gene
 
 
 def teacher_call(family: Family, pipe: DiffusionPipeline, steps: int, guidance_scale: float, name: str) -> PipelineCall:
-    """The teacher by a plain solver on even steps: DDIM with trailing spacing, or Euler."""
+    """The teacher with a plain solver on even steps: DDIM with trailing spacing, or Euler."""
     call = {"num_inference_steps": steps} | family.guidance(guidance_scale) | family.arguments()
     schedule = family.schedule(pipe.scheduler)
     if not isinstance(schedule, Rectified):
@@ -83,13 +83,13 @@ def teacher_call(family: Family, pipe: DiffusionPipeline, steps: int, guidance_s
             pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
         )
         return PipelineCall(name, scheduler, call, family)
-    # the list of sigmas as given is warped by the shift: pass the even ones
+    # the scheduler applies its shift to the sigmas that it is given: pass the even ones
     call["sigmas"] = [1 - i / steps for i in range(steps)]
     return PipelineCall(name, FlowMatchEulerDiscreteScheduler(shift=schedule.shift), call, family)
 
 
 def student_call(family: Family, method: Method, pipe: DiffusionPipeline, steps: int) -> PipelineCall:
-    """The student in `steps` steps, by a stock scheduler; `pipe` has the teacher's, which knows the noise process."""
+    """The student in `steps` steps with a stock scheduler; `pipe` has the teacher's, which sets the noise process."""
     sampler = method.sampler(family.schedule(pipe.scheduler), steps)
     scheduler, call = family.scheduler(pipe, sampler)
     call |= family.guidance(sampler.guidance_scale) | family.arguments()
@@ -108,14 +108,14 @@ def generate(
 ) -> tuple[Tensor, Cost]:
     """Images (N, 3, H, W) uint8 of the prompts, and what they cost.
 
-    Image i starts from `noise_of(seed, i)` and draws fresh noise from a generator of its own, so it depends on
-    neither the batch size nor the other prompts. Of several students each draws its own prompts, in full batches.
+    Image i starts from `noise_of(seed, i)` and has its own generator of fresh noise, so it depends on neither the batch
+    size nor the other prompts. Each of several students generates its own prompts, in full batches.
 
     Args:
         drawer: a pipeline, or several students in one.
-        call: how to sample; of several students one for all, or one for each.
+        call: how to sample; for several students one call for all, or one for each.
         numbers: i for each image; None counts them from 0.
-        size: height and width in pixels; None is what the call says, else what the network was trained at.
+        size: height and width in pixels; None takes the call's, else the size that the network was trained at.
     """
     numbers = numbers or range(len(prompts))
     if isinstance(drawer, Students):

@@ -1,23 +1,23 @@
-"""Negative prompts for students, which are sampled without guidance: taken off inside attention, in the same pass.
+"""Negative prompts for students that are sampled without guidance: subtracted inside attention, in the same pass.
 
     call = stepdistill.load_student(pipe, folder)
     with stepdistill.negative_prompt(pipe, "flowers", scale=0.2):
         pipe("a garden", **call)
 
-Guidance compares two outputs of the network, and one-step students blend both images. NASA instead subtracts what
-the image's tokens read of the negative prompt from what they read of the prompt, before attention's last layer:
-`Z = Z+ - scale Z-` with `Z+- = softmax(Q K+-^T / sqrt(d)) V+-` of the same queries and weights. Nguyen et al. 2024,
+Guidance combines two outputs of the network, and one-step students blend both images. NASA instead subtracts the
+attention output of the negative prompt from that of the prompt, before the last layer of attention:
+`Z = Z+ - scale Z-` with `Z+- = softmax(Q K+-^T / sqrt(d)) V+-`, from the same queries and weights. Nguyen et al. 2024,
 https://arxiv.org/abs/2412.02687. NAG extrapolates and stays near Z+. Chen et al. 2025, https://arxiv.org/abs/2505.21179.
 
-Where the prompt has attention of its own (UNets, PixArt, SANA) every such layer is asked a second time, with the
-negative's tokens and their mask. Where text and image attend to one another in one joint attention (SD3, Flux),
-NASA's authors give no code, and what is done is our reading of them: each block is asked a second time, with the
-negative's tokens in place of the prompt's. Its images' tokens are those of the sample as it is being changed, and
-so is the embedding of time and pooled prompt that modulates it. From that come Z-, which is what the image's queries
-find among [image; negative], and the negative's tokens for the next block. Z is Z+ - scale Z- on the image's
-queries alone; the prompt's own tokens are as they were. So each such block costs about twice.
+In networks with cross-attention (UNets, PixArt, SANA) every cross-attention layer is called a second time, with the
+tokens of the negative prompt and their mask. For networks with joint attention of text and image (SD3, Flux) NASA's
+authors give no code, so this is our interpretation. Each block is called a second time, with the tokens of the negative
+prompt in place of the prompt's. The tokens of the image, and the embedding of time and pooled prompt, are the same in
+both calls. The second call gives Z-, the attention of the image's queries to [image; negative], and the negative tokens
+for the next block. Z is Z+ - scale Z- for the image's queries only, and the prompt's tokens do not change. So each such
+block costs about twice as much.
 
-All is done by hooks: names, weights, LoRAs and attention processors stay as they are.
+Everything is done by hooks: names, weights, LoRAs and attention processors do not change.
 """
 
 from __future__ import annotations
@@ -59,26 +59,26 @@ def negative_prompt(
     blend: float = 0.25,
     family: Family | None = None,
 ) -> Iterator[None]:
-    """What `pipe` draws inside of the `with` avoids the negative prompt; afterwards the network is as it was.
+    """Images that `pipe` generates inside the context avoid the negative prompt; afterwards the network is as before.
 
-    A student is loaded before, its LoRA active or fused. A guided call, which it needs not, has the negative in both of
-    its halves. Two of these cannot be nested: put both concepts into one prompt.
+    Load the student first; its LoRA may be active or fused. In a call with guidance, which a student does not need, the
+    negative prompt acts on both halves of the batch. Contexts cannot be nested: put both concepts into one prompt.
 
     Args:
         prompt: one for all images, or one for each image of a call, in their order; with
             `num_images_per_prompt=2` that is two for each prompt.
-        scale: of NASA: 0 changes nothing. Published: 0.04 to 0.3 for UNets of one step, 0.45 to 0.8 for PixArt; too
-            much of it ruins the image. Of NAG: phi, 0 changes nothing; its authors take 4 to 11.
+        scale: 0 has no effect. Published for NASA: 0.04 to 0.3 for one-step UNets, 0.45 to 0.8 for PixArt; a scale
+            that is too large ruins the image. For NAG it is phi; its authors use 4 to 11.
         mode: `nasa`, or `nag`: `Z~ = Z+ + scale (Z+ - Z-)`, made smaller where its 1-norm over a token's channels is
-            more than `limit` times that of Z+, and `blend Z~ + (1 - blend) Z+` in the end.
-        limit: of NAG, at least 1.
-        blend: of NAG, in [0, 1].
-        family: for pipelines other than those of `stepdistill.families`, or to say its settings, such as the
-            `max_sequence_length` of SD3; None is the one with the pipeline's class.
+            more than `limit` times that of Z+, and finally `blend Z~ + (1 - blend) Z+`.
+        limit: for NAG, at least 1.
+        blend: for NAG, in [0, 1].
+        family: for pipelines other than those of `stepdistill.families`, or to change its settings, such as the
+            `max_sequence_length` of SD3; None selects the family with the pipeline's class.
 
     Raises:
-        ConfigError: a value out of its range, an unknown pipeline, IP-adapters, a negative inside of another; inside
-            of the `with` a number of prompts that does not fit the images, or gradient checkpointing.
+        ConfigError: a value out of its range, an unknown pipeline, IP-Adapters, or a negative prompt inside another;
+            inside the context, a number of prompts that does not match the images, or gradient checkpointing.
     """
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     combine = _combine(texts, scale, mode, limit, blend)
@@ -88,8 +88,9 @@ def negative_prompt(
     places = [m for m in net.modules() if isinstance(m, JOINT)]
     places = places or [m for m in net.modules() if isinstance(m, Attention) and m.is_cross_attention]
     if not places:
-        got, expected = f"a {type(net).__name__}", "attention to the prompt, of its own or joint"
-        raise ConfigError(problem(got, expected, "a negative prompt is taken off there", "sample without one"))
+        got, expected = f"a {type(net).__name__}", "a network with cross-attention or joint attention"
+        why, todo = "the negative prompt is subtracted inside these layers", "sample without a negative prompt"
+        raise ConfigError(problem(got, expected, why, todo))
     warn_of_cut(family, pipe, texts)
     subtraction = _Subtraction(*_embedded(family, pipe, places[0], texts), combine)
     _busy.add(net)
@@ -102,12 +103,12 @@ def negative_prompt(
 
 
 def nasa(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """`Z+ - scale Z-` of what a layer's image tokens found (B, N, D) of the prompt and of the negative."""
+    """`Z+ - scale Z-` of a layer's attention outputs (B, N, D) for the prompt and for the negative prompt."""
     return positive - scale * negative
 
 
 def nag(positive: Tensor, negative: Tensor, scale: float, limit: float, blend: float) -> Tensor:
-    """The same, extrapolated, held within `limit` times the 1-norm of Z+ for each token, and blended with Z+."""
+    """Extrapolate from Z- through Z+, limit each token to `limit` times the 1-norm of Z+, and blend with Z+."""
     z, away = positive.float(), positive.float() - negative.float()
     far = z + scale * away
     size, most = far.abs().sum(-1, keepdim=True), limit * z.abs().sum(-1, keepdim=True)
@@ -125,7 +126,7 @@ def _combine(texts: Sequence[str], scale: float, mode: str, limit: float, blend:
     ]
     for is_so, got, expected in wrong:
         if is_so:
-            raise ConfigError(problem(got, expected, "there is no such negative prompt", "change it"))
+            raise ConfigError(problem(got, expected, "the negative prompt cannot be applied", "change the value"))
     return partial(nasa, scale=scale) if mode == "nasa" else partial(nag, scale=scale, limit=limit, blend=blend)
 
 
@@ -133,28 +134,28 @@ def _family(pipe: DiffusionPipeline) -> Family:
     families = {cls.pipeline_class: cls for cls in every(Family)}
     if type(pipe) not in families:
         expected = f"one of {sorted(kind.__name__ for kind in families)}"
-        why, todo = "a family says how the prompt is embedded", "pass `family=`, that of the pipeline's network"
+        why, todo = "a family defines how prompts are embedded", "pass the family of the pipeline's network as `family`"
         raise ConfigError(problem(f"a {type(pipe).__name__}", expected, why, todo))
     return families[type(pipe)](pretrained_teacher_model=pipe.name_or_path)
 
 
 def _check(net: Any) -> None:  # noqa: ANN401
     if net in _busy:
-        why, todo = "they would take off each other's", "put both concepts into one prompt, or pass one an image"
-        raise ConfigError(problem("a negative prompt inside of another", "one at a time", why, todo))
+        why, todo = "the two would interfere", "put both concepts into one prompt, or pass one prompt for each image"
+        raise ConfigError(problem("a negative prompt inside another one", "one at a time", why, todo))
     adapters = sorted({type(p).__name__ for p in net.attn_processors.values() if "IPAdapter" in type(p).__name__})
     if adapters:
-        why = "a layer that looks at images, too, would lose these by the negative prompt"
-        raise ConfigError(problem(f"IP-adapters ({', '.join(adapters)})", "none", why, "unload_ip_adapter() first"))
+        why, todo = "the negative prompt would remove the image prompt", "call pipe.unload_ip_adapter() first"
+        raise ConfigError(problem(f"IP-Adapters ({', '.join(adapters)})", "none", why, todo))
 
 
 @torch.no_grad()
 def _embedded(
     family: Family, pipe: DiffusionPipeline, place: nn.Module, texts: Sequence[str]
 ) -> tuple[Tensor, Tensor | None]:
-    """What the layer or block `place` is given of prompts: tokens (P, L, D), and their mask or None.
+    """The text inputs of the layer or block `place` for prompts: tokens (P, L, D), and their mask or None.
 
-    The network itself projects and norms them and makes a mask of what the tokenizer said: it is run up to `place`.
+    The network itself projects and normalizes the tokens and converts the tokenizer's mask: it is run up to `place`.
     """
     net: Any = family.network(pipe)
     side = family.native_side(pipe)
@@ -168,43 +169,43 @@ def _embedded(
 
 
 class _Subtraction:
-    """Hooks that ask layers or blocks a second time, and combine what the image's tokens found.
+    """Hooks that call layers or blocks a second time, and combine the attention outputs of the image's tokens.
 
     Args:
-        states: tokens of the negative prompts (P, L, D), as the first layer or block is given them.
-        mask: theirs, (P, 1, L), added to logits; None where there is none.
+        states: tokens of the negative prompts (P, L, D), as inputs of the first layer or block.
+        mask: their mask (P, 1, L), which is added to the logits; None without a mask.
         combine: Z of Z+ and Z-, (B, N, D) each.
     """
 
     def __init__(self, states: Tensor, mask: Tensor | None, combine: Combine) -> None:
         self.states, self.mask, self.combine = states, mask, combine
-        self.stream = states  # of joint blocks: the negative's tokens before the next of them
-        self.asking = False  # the second time, which comes first
-        self.negative: Tensor | None = None  # Z- of the layer at hand
-        self.length = 0  # of the text before the image's tokens, where a block has both in one sequence
+        self.stream = states  # with joint blocks: the negative tokens that enter the next block
+        self.asking = False  # whether this is the call for Z-, which comes first
+        self.negative: Tensor | None = None  # Z- of the current layer
+        self.length = 0  # of the text before the image's tokens, if a block has both in one sequence
         self.handles: list[Any] = []
 
     def attach(self, net: nn.Module, places: Sequence[nn.Module]) -> None:
-        """Into a network whose prompt is seen at `places`, all layers of attention or all joint blocks."""
+        """Hook into a network that sees the prompt at `places`, all cross-attention layers or all joint blocks."""
         self.handles.append(net.register_forward_pre_hook(self._start))
         for place in places:
             attn: Any = place if isinstance(place, Attention) else place.attn
             ask = self._ask_layer if isinstance(place, Attention) else self._ask_block
             self.handles.append(place.register_forward_pre_hook(ask, with_kwargs=True))
-            if isinstance(place, FluxSingleTransformerBlock):  # its attention has no last layer of its own
+            if isinstance(place, FluxSingleTransformerBlock):  # its attention has no output layer
                 self.handles.append(attn.register_forward_hook(self._end_single))
             else:
                 self.handles.append(attn.to_out[0].register_forward_pre_hook(self._end))
 
     def remove(self) -> None:
-        """Leave the network as it was."""
+        """Restore the network."""
         for handle in self.handles:
             handle.remove()
 
     def _start(self, net: Any, args: tuple) -> None:  # noqa: ANN401
         if torch.is_grad_enabled() and net.is_gradient_checkpointing:
-            got, todo = "gradient checkpointing", "call net.disable_gradient_checkpointing(), or sample without grad"
-            raise ConfigError(problem(got, "none", "a block that runs again would be asked out of turn", todo))
+            got, todo = "gradient checkpointing", "call net.disable_gradient_checkpointing(), or use torch.no_grad()"
+            raise ConfigError(problem(got, "none", "recomputed blocks would use the wrong tokens", todo))
         self.stream = self.states
 
     def _ask_layer(self, attn: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -221,7 +222,7 @@ class _Subtraction:
             self._rows(self.stream, given.arguments["hidden_states"]),
         )
         given.arguments["encoder_hidden_states"] = stream
-        if given.arguments.get("image_rotary_emb") is not None:  # text stands at one place, whatever its length
+        if given.arguments.get("image_rotary_emb") is not None:  # all text tokens have the same position
             parts = given.arguments["image_rotary_emb"]
             moved = [torch.cat([p[:1].expand(stream.shape[1], -1), p[text.shape[1] :]]) for p in parts]
             given.arguments["image_rotary_emb"] = tuple(moved)
@@ -231,7 +232,7 @@ class _Subtraction:
 
     def _ask(self, module: nn.Module, given: inspect.BoundArguments) -> Any:  # noqa: ANN401
         self.asking = True
-        output = module.forward(*given.args, **given.kwargs)  # not the call, which would come here again
+        output = module.forward(*given.args, **given.kwargs)  # not __call__, which would run this hook again
         self.asking = False
         return output
 
@@ -244,7 +245,7 @@ class _Subtraction:
         return None if mixed is None else torch.cat([output[:, : self.length], mixed], dim=1)
 
     def _met(self, attended: Tensor) -> Tensor | None:
-        """Z, or None where the layer is being asked for Z-."""
+        """Z, or None while the layer computes Z-."""
         if self.asking:
             self.negative = attended
             return None
@@ -253,12 +254,10 @@ class _Subtraction:
         return self.combine(attended, negative)
 
     def _rows(self, value: Tensor, x: Tensor) -> Tensor:
-        """One row for each of x."""
+        """The value with one row for each row of x."""
         if len(value) not in (1, len(x)):
             got, expected = f"{len(value)} negative prompts", f"1, or {len(x)}, one for each image"
-            why, todo = (
-                "each image has one",
-                "repeat them as the prompts are; without guidance, which doubles the rows",
-            )
+            why = "each image has one negative prompt"
+            todo = "repeat them like the prompts, and disable guidance, which doubles the rows"
             raise ConfigError(problem(got, expected, why, todo))
         return value.to(x).expand(len(x), *value.shape[1:])

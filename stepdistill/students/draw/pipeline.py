@@ -1,4 +1,4 @@
-"""Drawing with a student folder: under its contract, or away from it where that is asked for."""
+"""Generate images with a student folder, with its sampling contract or with other options."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ STUDENT = "student"  # the adapter's name
 
 @dataclass(frozen=True, kw_only=True)
 class DrawOptions:
-    """What to change of what the contract says; None is no change.
+    """Changes to the sampling contract; None keeps the contract's value.
 
     Args:
-        steps: as the method samples in so many.
+        steps: number of steps; the method defines where they start.
         timesteps: where steps start, descending, in the scheduler's time.
         sigmas: the same as `sigma_t` of `x_t = alpha_t x0 + sigma_t eps`.
-        guidance_scale: of `uncond + w (cond - uncond)`, at least 1; of guidance adapters what they are told.
+        guidance_scale: w of `uncond + w (cond - uncond)`, at least 1; for guidance adapters, their scale.
         eta: share of each step that is noised again.
         height, width: in pixels.
     """
@@ -60,12 +60,12 @@ class DrawOptions:
 
 @dataclass(frozen=True)
 class StudentPipeline:
-    """A plain pipeline that draws with its student, or with several; without any, as the teacher.
+    """A plain pipeline that generates images with one or several students, or as the teacher without any.
 
     Args:
-        native: the teacher's scheduler, which knows the noise process.
-        loaded: what `stepdistill.load_student` gave; None of the teacher.
-        contracts: of each student.
+        native: the teacher's scheduler, which defines the noise process.
+        loaded: the result of `stepdistill.load_student`; None for the teacher.
+        contracts: one for each student.
     """
 
     family: Family
@@ -81,7 +81,7 @@ class StudentPipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> StudentPipeline:
-        """A fresh pipeline of a family with the student of a folder or hub id in it; None is the teacher.
+        """A new pipeline of a family with the student of a folder or hub id loaded; None is the teacher alone.
 
         Raises:
             StudentError: there is no student, or it does not fit the family.
@@ -90,7 +90,7 @@ class StudentPipeline:
         contracts = () if folder is None else read_contracts(folder)
         pipe = family.load()
         pipe.to(device)
-        if dtype != torch.float32:  # which it is; Diffusers warns of any cast
+        if dtype != torch.float32:  # it is float32 already, and Diffusers warns of any cast
             pipe.to(dtype)
         pipe.set_progress_bar_config(disable=True)
         native, loaded = pipe.scheduler, None if folder is None else load_student(pipe, folder, STUDENT)
@@ -105,16 +105,16 @@ class StudentPipeline:
         loras: Sequence[tuple[str, float]] = (),
         fuse: bool = False,
     ) -> StudentPipeline:
-        """The student of a folder or hub id in a fresh pipeline of its base, in float32.
+        """The student of a folder or hub id in a new pipeline of its base, in float32.
 
         Args:
             base: another checkpoint of the base: pipeline folder, hub id or single file.
-            strength: of the student's LoRA; None is what the contract says.
-            loras: further LoRAs, styles or students, as folder, hub id or file, and strength.
+            strength: of the student's LoRA; None takes the contract's.
+            loras: further LoRAs, such as styles: a folder, hub id or file, and a strength.
             fuse: fuse all LoRAs into the network.
 
         Raises:
-            StudentError: there is no student, it does not fit the base, or has no LoRA to weigh or fuse.
+            StudentError: there is no student, it does not fit the base, or it has no LoRA to scale or fuse.
         """
         folder = folder_of(place)
         family = absolute(teacher(read_contracts(folder)[0]))
@@ -124,7 +124,7 @@ class StudentPipeline:
         lora = student.contract.lora if student.contract else None
         if lora is None and (strength is not None or loras or fuse):
             got, todo = f"a strength, further LoRAs or fusing for {place}", "leave these options out"
-            raise StudentError(problem(got, "a student that is one LoRA", "it is none", todo))
+            raise StudentError(problem(got, "a student that is one LoRA", "these options apply to a LoRA only", todo))
         if lora is not None:
             weights = {STUDENT: lora.strength if strength is None else strength}
             for i, (source, weight) in enumerate(loras):
@@ -136,19 +136,19 @@ class StudentPipeline:
 
     @property
     def contract(self) -> Contract | None:
-        """The student's; None of several students, each of which has its own."""
+        """The student's contract; None for several students, which have one each, and for the teacher."""
         return self.contracts[0] if len(self.contracts) == 1 else None
 
     @property
     def drawer(self) -> Any:  # noqa: ANN401
-        """What is called to draw: the pipeline, or its several students."""
+        """The callable that generates images: the pipeline, or its several students."""
         return self.loaded if isinstance(self.loaded, Students) else self.pipe
 
     def calls(self, options: DrawOptions = DrawOptions(), name: str = STUDENT) -> tuple[PipelineCall, ...]:
-        """How each student draws; the scale of guidance adapters is set at once.
+        """The pipeline call of each student; the scale of guidance adapters takes effect at once.
 
         Raises:
-            StudentError: a student cannot be drawn so.
+            StudentError: a student cannot be sampled with these options.
         """
         if not self.contracts:
             assert options.steps is not None and options.guidance_scale is not None
@@ -171,7 +171,7 @@ class StudentPipeline:
         """A call with the scheduler and arguments of another sampler than the contract's."""
         try:
             sampler = changed_sampler(contract, self.family.schedule(self.native), options)
-            with scheduled(self.pipe, self.native):  # from which families read the noise process
+            with scheduled(self.pipe, self.native):  # families read the noise process from it
                 scheduler, steps = self.family.scheduler(self.pipe, sampler)
         except ValueError as error:
             raise StudentError(f"{error}") from error
@@ -181,22 +181,22 @@ class StudentPipeline:
         return replace(call, scheduler=scheduler, arguments=arguments)
 
     def call(self, options: DrawOptions = DrawOptions()) -> PipelineCall:
-        """How `draw` draws; other steps than those of training are warned of.
+        """The call of `draw`; a warning is logged for steps that the student was not trained for.
 
         Raises:
-            StudentError: the student cannot be drawn so.
+            StudentError: the student cannot be sampled with these options.
         """
         contract = self.contract
         if contract is None:
             if options != DrawOptions():
-                got, todo = "another way to draw for several students", "draw with one of the folders in students/"
-                raise StudentError(problem(got, "none", "each has a contract of its own", todo))
+                got, todo = "sampling options for several students", "use one of the folders in students/"
+                raise StudentError(problem(got, "none", "each student has its own sampling contract", todo))
             return PipelineCall(STUDENT, self.pipe.scheduler, {}, self.family)
         (call,) = self.calls(options)
         sampler = changed_sampler(contract, self.family.schedule(self.native), replace(options, guidance_scale=None))
         if sampler.timesteps != contract.timesteps or sampler.eta != contract.eta:
             logger.warning(
-                "drawing at timesteps %s with eta %g; the student was trained for %s with eta %g",
+                "sampling at timesteps %s with eta %g, but the student was trained for %s with eta %g",
                 *([round(t, 2) for t in sampler.timesteps], sampler.eta),
                 *([round(t, 2) for t in contract.timesteps], contract.eta),
             )
@@ -206,14 +206,14 @@ class StudentPipeline:
     def against(
         self, text: str | None, call: PipelineCall, scale: float | None = None, mode: Mode = "nasa"
     ) -> Iterator[PipelineCall]:
-        """The call with a negative prompt, by guidance where it guides, else by `stepdistill.negative_prompt`.
+        """The call with a negative prompt: by guidance if the call uses it, else by `stepdistill.negative_prompt`.
 
         Args:
-            text: None is none.
-            scale: of the negative prompt without guidance; None is the default there.
+            text: the negative prompt; None for no negative prompt.
+            scale: of the negative prompt without guidance; None is the default of `stepdistill.negative_prompt`.
 
         Raises:
-            StudentError: there is a scale, or another mode, for a call that guides.
+            StudentError: a scale or another mode is set, and the call uses guidance.
         """
         if text is None:
             yield call
@@ -221,8 +221,8 @@ class StudentPipeline:
         ((name, guidance),) = [(key, call.arguments.get(key, 1.0)) for key in self.family.guidance(1.0)]
         if guidance > 1:
             if scale is not None or mode != "nasa":
-                got, todo = f"a scale or mode for a negative prompt beside {name} {guidance:g}", "leave these out"
-                raise StudentError(problem(got, "none", "guidance departs from the negative prompt", todo))
+                got, todo = f"a scale or mode of the negative prompt with {name} {guidance:g}", "leave both out"
+                raise StudentError(problem(got, "none", "guidance applies the negative prompt itself", todo))
             yield call.plus(negative_prompt=text)
             return
         given = {} if scale is None else {"scale": scale}
@@ -233,10 +233,10 @@ class StudentPipeline:
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], call: PipelineCall, batch: int = 4
     ) -> Iterator[Image.Image]:
-        """An image of each prompt.
+        """Generate an image of each prompt.
 
-        Image n is what the pipeline draws of the one prompt with `generator=torch.manual_seed(seeds[n])`, whatever
-        else is drawn with it, but for rounding.
+        Image n is the one that the pipeline generates from this prompt alone with
+        `generator=torch.manual_seed(seeds[n])`, except for rounding. The other prompts have no effect on it.
         """
         warn_of_cut(self.family, self.pipe, prompts)
         alone = not self.family.seeds_steps and call.scheduler.config.get("stochastic_sampling", False)
@@ -261,12 +261,12 @@ class StudentPipeline:
         numbers: Sequence[int] | None = None,
         size: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Cost]:
-        """Images (N, 3, H, W) uint8 and their cost, by numbered noises: see `students.draw.call.generate`."""
+        """Images (N, 3, H, W) uint8 from numbered noise, and their cost: see `students.draw.call.generate`."""
         return generate(self.drawer, calls, prompts, seed, batch, numbers=numbers, size=size)
 
 
 def changed_sampler(contract: Contract, schedule: NoiseSchedule, options: DrawOptions) -> Sampler:
-    """The contract's sampler with these options. Raises ValueError or ConfigError where that is no sampler."""
+    """The contract's sampler with these options. Raises ValueError or ConfigError if they are invalid."""
     sampler = contract.sampler()
     if options.steps is not None:
         method = read_node(Method, contract.method, "the method of the student")
@@ -274,7 +274,7 @@ def changed_sampler(contract: Contract, schedule: NoiseSchedule, options: DrawOp
     times = options.timesteps
     if options.sigmas is not None:
         if not all(0 < sigma <= 1 for sigma in options.sigmas):
-            raise ValueError(f"sigmas are {list(options.sigmas)}: expected shares of noise above 0, at most 1")
+            raise ValueError(f"sigmas are {list(options.sigmas)}: expected noise levels above 0 and at most 1")
         times = tuple(schedule.time_of_sigma(sigma) for sigma in options.sigmas)
     if times is not None:
         check_starts(times)
@@ -282,6 +282,6 @@ def changed_sampler(contract: Contract, schedule: NoiseSchedule, options: DrawOp
         sampler = replace(sampler, timesteps=times)
     if options.guidance_scale is not None:
         if options.guidance_scale < 1:
-            raise ValueError(f"guidance_scale is {options.guidance_scale:g}: expected 1, which is none, or more")
+            raise ValueError(f"guidance_scale is {options.guidance_scale:g}: expected 1 (no guidance) or more")
         sampler = replace(sampler, guidance_scale=options.guidance_scale)
     return sampler if options.eta is None else replace(sampler, eta=options.eta)

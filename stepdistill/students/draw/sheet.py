@@ -14,12 +14,12 @@ LETTERS, LETTER = 16, 6  # of a caption's line, and the width of one
 
 @dataclass(frozen=True)
 class SheetRow:
-    """A row of images (n, 3, H, W) uint8, and what is written beside it.
+    """A row of images (n, 3, H, W) uint8, and its text.
 
     Args:
-        label: on the left.
-        captions: above each image.
-        title: above the row.
+        label: text on the left.
+        captions: text above each image.
+        title: text above the row.
     """
 
     label: str
@@ -29,10 +29,10 @@ class SheetRow:
 
 
 def image_sheet(rows: Sequence[SheetRow], scale: int = 1) -> Image.Image:
-    """The rows below one another; the last images of all stand in one column.
+    """Draw the rows below one another, with the last images of all rows in one column.
 
     Args:
-        scale: how many times larger the images are drawn.
+        scale: factor by which the images are enlarged.
     """
     height, width = (scale * side for side in rows[0].images.shape[-2:])
     captions = [["\n".join(_wrapped(caption, LETTERS)[:2]) for caption in row.captions] for row in rows]
@@ -61,11 +61,11 @@ def image_sheet(rows: Sequence[SheetRow], scale: int = 1) -> Image.Image:
 
 
 def image_grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], scale: int = 1) -> Image.Image:
-    """A labelled row of images for each way to draw, the same prompt and seed below each caption.
+    """A labelled row of images for each way to sample, with the same prompt and seed below each caption.
 
     Args:
         rows: label and images (columns, 3, H, W) uint8.
-        scale: how many times larger the images are drawn.
+        scale: factor by which the images are enlarged.
     """
     above = [captions, *[()] * (len(rows) - 1)]
     return image_sheet([SheetRow(*row, text) for row, text in zip(rows, above, strict=True)], scale)

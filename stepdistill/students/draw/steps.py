@@ -1,8 +1,8 @@
-"""What a pipeline would give as its final image, judged by each step of one call: teacher and student as one sheet.
+"""The final image as each step of a pipeline call estimates it, for teacher and student on one sheet.
 
-The x0 that a step estimates, decoded, is the image that sampling would end at if no later step changed its mind. A
-teacher decides on an image's structure over many steps, a student in its first one (DT-Visualization: Gandikota & Bau
-2025, https://arxiv.org/abs/2503.10637). The last frame is the image itself.
+A step estimates x0, the image that sampling would end at if no later step changed it. A teacher settles the structure
+of an image over many steps, a student in its first one (DT-Visualization: Gandikota & Bau 2025,
+https://arxiv.org/abs/2503.10637). The last frame is the image itself.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from stepdistill.students.several import Students
 
 @dataclass(frozen=True)
 class StepPredictions:
-    """What the final latents would be, judged by each of the n steps of one call of a pipeline.
+    """The final latents as each of the n steps of a pipeline call estimates them.
 
     Args:
-        timesteps: where the steps start, in the scheduler's time.
-        predicted: (n, B, C, h, w), from the network's output alone, guided as the call is.
-        final: (B, C, h, w), the latents that the pipeline itself ends at.
+        timesteps: the start of each step, in the scheduler's time.
+        predicted: (n, B, C, h, w), from the network's output with the guidance of the call.
+        final: (B, C, h, w), the latents that the pipeline returns.
     """
 
     timesteps: tuple[float, ...]
@@ -64,14 +64,14 @@ def predictions_of_steps(
     generator: Sequence[torch.Generator] | None = None,
     clean: bool = True,
 ) -> StepPredictions:
-    """Draw prompts once, and keep what each step estimates.
+    """Sample the prompts once, and keep the estimate of each step.
 
     Args:
-        latents: (B, C, h, w) to begin from, in the network's scale.
+        latents: (B, C, h, w) to start from, in the network's scale.
         call: further keyword arguments of the pipeline's call.
-        generator: of the fresh noise, one a prompt.
-        clean: whether sampling ends at x0; else at time 0 of the table, which leaves some noise in the image and
-            hence in every frame.
+        generator: of the fresh noise, one for each prompt.
+        clean: whether sampling ends at x0; else it ends at time 0 of the table, which leaves some noise in every
+            frame.
     """
     schedule, kind, frames, times = family.schedule(pipe.scheduler), family.kind(pipe), [], []
     # a table's scheduler may keep its state in another scale than the network's; a flow's has one
@@ -90,13 +90,13 @@ def predictions_of_steps(
 
 @contextmanager
 def _stepped(scheduler: Any, scaled: bool) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:  # noqa: ANN401
-    """The scheduler's steps inside: the network's output as guided, the network's input, and the time ().
+    """Collect the scheduler's steps inside the context: the output with guidance, the network's input, and the time ().
 
-    Of all that pipelines call it is `step` alone that is given these three in one form by every pipeline.
+    `step` is the only method that every pipeline calls with these three in the same form.
     """
     step, steps = scheduler.step, []
 
-    @wraps(step)  # pipelines look at its signature
+    @wraps(step)  # pipelines inspect its signature
     def seen(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         x_t = scheduler.scale_model_input(sample, timestep) if scaled else sample
         steps.append((model_output, x_t, torch.as_tensor(timestep)))
@@ -107,10 +107,10 @@ def _stepped(scheduler: Any, scaled: bool) -> Iterator[list[tuple[Tensor, Tensor
 
 
 def picked(count: int, columns: int) -> list[int]:
-    """At most `columns` of `count` steps, evenly, with the first and the last."""
+    """At most `columns` of `count` steps, evenly spaced, with the first and the last."""
     if columns < 2:
-        todo = "ask for at least 2"
-        raise ConfigError(problem(f"{columns} columns", "2 or more", "the first and the last step are shown", todo))
+        why, todo = "the first and the last step are always shown", "use at least 2 columns"
+        raise ConfigError(problem(f"{columns} columns", "2 or more", why, todo))
     if count <= columns:
         return list(range(count))
     return [round(i * (count - 1) / (columns - 1)) for i in range(columns)]
@@ -121,10 +121,10 @@ class View:
     """What a sheet shows.
 
     Args:
-        prompts: a block of lines each.
-        seed: image i starts from `noise_of(seed, i)`, as `stepdistill.students.draw.call.generate` has it.
-        teacher_steps, teacher_guidance: of the teacher at its best.
-        columns: frames of a line at most; the first and the last are always there.
+        prompts: each has a block of three lines.
+        seed: image i starts from `noise_of(seed, i)`, as in `stepdistill.students.draw.call.generate`.
+        teacher_steps, teacher_guidance: of the teacher at full steps.
+        columns: largest number of frames in a line; the first and the last are always shown.
     """
 
     prompts: Sequence[str]
@@ -138,7 +138,7 @@ def view(pipe: Any, folder_or_hub_id: str | Path, wanted: View) -> list[list[Str
     """For each prompt three lines: the teacher at full steps, the teacher at the student's steps, the student.
 
     Args:
-        pipe: a plain pipeline of the student's base; the student is loaded into it on the way.
+        pipe: a plain pipeline of the student's base; the student is loaded into it.
 
     Raises:
         StudentError: there is no student, or it does not fit the pipeline.
@@ -166,7 +166,7 @@ def view(pipe: Any, folder_or_hub_id: str | Path, wanted: View) -> list[list[Str
 
 
 def _strip(pipe: Any, call: PipelineCall, wanted: View, i: int, clean: bool) -> Strip:  # noqa: ANN401
-    """The line of prompt i in one way to draw it."""
+    """The line of prompt i for one pipeline call."""
     family, (height, width) = call.family, (call.arguments[name] for name in ("height", "width"))
     noise = noise_of(wanted.seed, i, family.latent_shape(pipe, height, width))[None].to(pipe.device)
     fresh = [fresh_noise(wanted.seed, i)]
@@ -184,10 +184,10 @@ def _steps(count: int) -> str:
 
 
 def view_sheet(blocks: Sequence[Sequence[Strip]], prompts: Sequence[str], scale: int = 1) -> Image.Image:
-    """One image: for each prompt its lines, labelled, the timestep above each frame and the last one on the right.
+    """One image of all lines, labelled by prompt, with the timestep above each frame and the last frame on the right.
 
     Args:
-        scale: how many times larger the frames are drawn.
+        scale: factor by which the frames are enlarged.
     """
     rows = [
         SheetRow(strip.label, strip.frames, [f"{time:.0f}" for time in strip.timesteps], "" if line else prompt)

@@ -1,11 +1,11 @@
-"""A workflow file for ComfyUI that draws with a student under its own sampling contract.
+"""A workflow file for ComfyUI that generates images with a student under its sampling contract.
 
 The file is in ComfyUI's API form: nodes by id, each with its class and inputs, where `[id, n]` is output n of another
-node. All are ComfyUI's own nodes. `ManualSigmas` takes the noise levels as text, so that no schedule of ComfyUI's and
-no shift bends them.
+node. All nodes are built into ComfyUI. `ManualSigmas` takes the noise levels as text, so no schedule or shift of
+ComfyUI changes them.
 
-ComfyUI measures a variance-preserving process by `sigma = sqrt((1 - abar) / abar)`, and a flow by its time in [0, 1].
-With that Euler is DDIM, and `lcm` is multi-step consistency sampling (`x0 + sigma noise`, of a flow
+ComfyUI's noise level is `sigma = sqrt((1 - abar) / abar)` for a variance-preserving process, and the time in [0, 1] for
+a flow. With it, Euler is DDIM, and `lcm` is multi-step consistency sampling (`x0 + sigma noise`, or for a flow
 `(1 - sigma) x0 + sigma noise`).
 """
 
@@ -23,14 +23,14 @@ from stepdistill.students.lora.names import PIPELINES
 
 WORKFLOW = "comfyui_workflow.json"
 SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
-LAST = 4.8973451890853435e-08  # what ComfyUI puts for abar = 0, as in a table with zero terminal SNR
-ZERO = 1e-6  # below it a table's last abar means zero terminal SNR: that of Stable Diffusion is 4.7e-3
+LAST = 4.8973451890853435e-08  # ComfyUI's value for abar = 0, as in a table with zero terminal SNR
+ZERO = 1e-6  # a last abar below it means zero terminal SNR: that of Stable Diffusion is 4.7e-3
 TRAINED = ("lora", "prediction", "guider", "sampler", "sigmas")  # the nodes that are part of the contract
 Node = dict[str, Any]
 
 
 def sigmas(contract: Contract) -> list[float]:
-    """The noise levels in ComfyUI's measure, from the first step's start to the last one's end."""
+    """ComfyUI's noise levels, from the start of the first step to the end of the last one."""
     if contract.prediction_type == "flow":
         return [t / 1000 for t in contract.timesteps] + [0.0]
     times = [round(t) for t in contract.timesteps] + ([] if contract.clean else [0])
@@ -44,13 +44,13 @@ def _table(contract: Contract) -> torch.Tensor:
 
 
 def workflow(contract: Contract, lora: str) -> dict[str, Node]:
-    """The nodes.
+    """The nodes of a student's workflow.
 
     Args:
-        lora: file name of the LoRA, as it lies in ComfyUI's `models/loras`.
+        lora: file name of the LoRA in ComfyUI's `models/loras`.
 
     Raises:
-        ConfigError: none of ComfyUI's samplers does what the student was trained for.
+        ConfigError: ComfyUI has no sampler for the student.
     """
     _refuse(contract)
     layout = PIPELINES[teacher(contract).pipeline_class.__name__]
@@ -100,28 +100,28 @@ def write_workflow(folder: Path, contract: Contract, lora: str) -> None:
 
 
 def verify_workflow(folder: Path, contract: Contract, lora: str) -> None:
-    """Raise StudentError where the workflow file in a folder would not draw as the contract says."""
+    """Raise StudentError if the workflow file in a folder does not follow the contract."""
     file = folder / WORKFLOW
-    expected, todo = "what the contract says", "export it again"
+    expected, todo = "the values of the contract", "export the workflow again"
     try:
         nodes = json.loads(file.read_text())
         odd = [name for name, node in workflow(contract, lora).items() if name in TRAINED and nodes.get(name) != node]
     except (OSError, ValueError, AttributeError) as error:
         raise StudentError(problem(f"unreadable {file}", "a workflow", str(error), todo)) from error
     if odd:
-        why = "ComfyUI would draw otherwise than the student was trained"
+        why = "ComfyUI would not sample the student as it was trained"
         raise StudentError(problem(f"{file} with other {', '.join(odd)}", expected, why, todo))
 
 
 def _refuse(contract: Contract) -> None:
     got = expected = None
     if contract.first_noise:
-        got, expected = "steps with the first noise", "with fresh noise or none"
+        got, expected = "steps that reuse the first noise", "steps with fresh noise or without noise"
     elif contract.eta not in (0, 1) or (contract.eta == 1 and not contract.clean):
         end = "clean data" if contract.clean else "time 0"
-        got, expected = f"eta {contract.eta:g} that ends at {end}", "0; or 1, at clean data"
+        got, expected = f"eta {contract.eta:g} with an end at {end}", "eta 0, or eta 1 with an end at clean data"
     if got:
-        why, todo = "ComfyUI has no sampler that steps so", "draw with Diffusers"
+        why, todo = "ComfyUI has no sampler for such steps", "generate the images with Diffusers"
         raise ConfigError(problem(got, expected, why, todo))
 
 
@@ -130,7 +130,7 @@ def _node(kind: str, title: str, **inputs: Any) -> Node:  # noqa: ANN401
 
 
 def _loaders(contract: Contract, layout: str) -> dict[str, Node]:
-    """The base's parts: one checkpoint, or for Flux and PixArt, whose files come in parts, each part."""
+    """The nodes that load the base: one checkpoint, or separate files for Flux and PixArt."""
     name = Path(contract.base_model).stem + ".safetensors"
     title = f"base: {contract.base_model}"
     if layout == "flux":
@@ -155,7 +155,7 @@ def _vae(layout: str) -> list:
 
 def _text(contract: Contract, layout: str, prompt: str) -> Node:
     clip = ["clip", 0] if layout in ("flux", "pixart") else ["model", 1]
-    if contract.family["type"].endswith("PixArtAlpha"):  # it is told the size, too
+    if contract.family["type"].endswith("PixArtAlpha"):  # its text encoding includes the size
         height, width = contract.resolution
         return _node("CLIPTextEncodePixArtAlpha", "prompt", width=width, height=height, text=prompt, clip=clip)
     return _node("CLIPTextEncode", "prompt" if prompt else "negative prompt", text=prompt, clip=clip)

@@ -1,4 +1,4 @@
-"""LoRA files from one format to another, with nothing lost: files in and out, and what is said about them."""
+"""Convert LoRA files from one format to another without loss: reading, writing, and the report."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Layout:
-    """Whose layers a LoRA is on: a key of `students.lora.names.NETWORKS`, and `layers_per_block` of its UNet.
+    """The network of a LoRA: a key of `students.lora.names.NETWORKS`, and `layers_per_block` of its UNet.
 
-    Without a family any layer will do that is named as Diffusers names it.
+    Without a family, any layer with a name of Diffusers is accepted.
     """
 
     family: str | None
@@ -52,7 +52,7 @@ class LoraFile:
     """A LoRA file.
 
     Args:
-        mute: how many layers had no alpha, which then is their rank.
+        mute: number of layers without an alpha, for which it is the rank.
     """
 
     lora: Lora
@@ -64,7 +64,7 @@ class LoraFile:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did; every key was matched, or it would have failed."""
+    """The report of a conversion, which matched every key."""
 
     source: LoraFile
     to: Format
@@ -79,31 +79,31 @@ class Conversion:
             f"alpha / rank: {low:g}" + (f" to {high:g}" if high > low else ""),
         ]
         if self.source.mute:
-            lines.append(f"{self.source.mute} layers came without an alpha: taken as their rank, as every reader does")
+            lines.append(f"{self.source.mute} layers have no alpha: it is set to their rank, as in every reader")
         return "\n".join(lines)
 
 
 def convert_lora(source: Path, target: Path, to: Format, family: str | None = None) -> Conversion:
     """Write the LoRA of a student folder or file in another format.
 
-    What was written is read again before it is put in place, and compared.
+    The result is read again and compared before the file is put in place.
 
     Args:
         target: a `.safetensors` file.
-        family: whose layers they are; None finds out from the folder's contract or the names.
+        family: family of the layers; None reads it from the folder's contract or from the names.
 
     Raises:
-        ConfigError: there is no such conversion.
-        StudentError: the source cannot be read whole. Nothing is written then.
+        ConfigError: the conversion is not supported.
+        StudentError: the source cannot be read completely. Nothing is written then.
     """
     if target.suffix != ".safetensors":
-        why, todo = "pickles run whatever code they hold when they are opened", "name a file that ends in .safetensors"
+        why, todo = "a pickle runs any code in it when it is opened", "name a file that ends in .safetensors"
         raise ConfigError(problem(f"the target {target}", "a .safetensors file", why, todo))
     if source.is_dir():
         contract = read_contract(source)
         if contract.lora is None:
-            got, why = f"{source}, which holds {contract.kind} weights", "other weights have no LoRA format"
-            raise StudentError(problem(got, "a student that is a LoRA", why, "give such a folder"))
+            got, why = f"{source}, which holds {contract.kind} weights", "only a LoRA can be converted"
+            raise StudentError(problem(got, "a student that is a LoRA", why, "pass the folder of a LoRA student"))
         lora_file = read_lora(source / WEIGHTS, layout_of(teacher(contract)))
     else:
         lora_file = read_lora(source, Layout(family) if family else None)
@@ -111,11 +111,12 @@ def convert_lora(source: Path, target: Path, to: Format, family: str | None = No
 
 
 def layout_of(family: Family) -> Layout:
-    """The names of a family's layers. Raises ConfigError for one whose names are not known."""
+    """The layout of a family. Raises ConfigError if the other formats' names of its layers are not known."""
     name = PIPELINES.get(family.pipeline_class.__name__)
     if name is None:
         got, expected = f"the family of {family.pipeline_class.__name__}", f"one of {', '.join(PIPELINES)}"
-        raise ConfigError(problem(got, expected, "other names of its layers are not known", "stay with Diffusers"))
+        why = "the names of its layers in other formats are not known"
+        raise ConfigError(problem(got, expected, why, "use the format of Diffusers"))
     where = family.location()
     if name != "sdxl" or where.endswith(".safetensors"):
         return Layout(name)
@@ -124,9 +125,9 @@ def layout_of(family: Family) -> Layout:
 
 
 def network_state(file: Path, family: Family, scale: float | None = None) -> dict[str, Tensor]:
-    """The tensors of a LoRA file of any format as PEFT has them in a family's network, see `peft_state`.
+    """The tensors of a LoRA file of any format under PEFT's names in a family's network, see `peft_state`.
 
-    What is not the whole LoRA of a layer stays among them under its name, so that no network takes the file.
+    A tensor that is not part of a layer's complete LoRA keeps its name, so that no network loads the file.
     """
     state, metadata = tensors_of(file)
     if format_of(state) == "kohya":
@@ -138,7 +139,7 @@ def network_state(file: Path, family: Family, scale: float | None = None) -> dic
 
 
 def read_lora(file: Path, layout: Layout | None = None) -> LoraFile:
-    """The LoRA in a file of any format. Raises StudentError where some of it is not understood."""
+    """The LoRA in a file of any format. Raises StudentError if a part of it is not recognized."""
     return _lora_file(file, *tensors_of(file), layout)
 
 
@@ -146,17 +147,17 @@ def _lora_file(file: Path, state: dict[str, Tensor], metadata: dict[str, str], l
     format = format_of(state)
     if format is None:
         got = f"{file} with {len(state)} tensors such as {', '.join(sorted(state)[:3]) or 'none'}"
-        expected = "lora_A and lora_B, or lora_down and lora_up, of each layer"
-        todo = "give a LoRA; LoHa, LoKr and whole networks are not converted"
-        raise StudentError(problem(got, expected, "there is nothing to convert", todo))
+        expected = "lora_A and lora_B, or lora_down and lora_up, for each layer"
+        todo = "pass a LoRA file; LoHa, LoKr and whole networks are not supported"
+        raise StudentError(problem(got, expected, "the file holds no LoRA", todo))
     layout = layout or guess(state, file)
     parsed = _parsed(file, state, metadata, layout)
     if parsed.unknown:
         raise StudentError(_unmatched(file, state, parsed, layout, format))
     if parsed.mute and format == "kohya" and len(parsed.mute) < sum(key.endswith(".alpha") for key in state):
         got = f"{file} with {len(parsed.mute)} layers without an alpha, the first {parsed.mute[0]}"
-        todo = "get the whole file; or remove every alpha, if they are all the rank"
-        raise StudentError(problem(got, "an alpha of each layer, or of none", "their strength is not known", todo))
+        todo = "get the complete file, or remove every alpha if each equals the rank"
+        raise StudentError(problem(got, "an alpha for every layer, or for none", "their strength is unknown", todo))
     return LoraFile(parsed.lora, format, layout, len(state), len(parsed.mute))
 
 
@@ -164,56 +165,55 @@ def _parsed(file: Path, state: dict[str, Tensor], metadata: dict[str, str], layo
     try:
         return parse_lora(state, metadata, layout.family, layout.per_block)
     except ValueError as error:
-        expected, todo = "the two matrices of each layer, of one rank", "check where the file comes from"
-        raise StudentError(problem(f"odd shapes in {file}", expected, str(error), todo)) from error
+        expected, todo = "two matrices of the same rank for each layer", "check the origin of the file"
+        raise StudentError(problem(f"mismatched shapes in {file}", expected, str(error), todo)) from error
 
 
 def write_lora(lora_file: LoraFile, target: Path, to: Format) -> Conversion:
-    """Write a LoRA. Raises ConfigError for a format without names for it, StudentError where it reads as another."""
+    """Write a LoRA. Raises ConfigError if the format does not support it, StudentError if reading it back differs."""
     layout = lora_file.layout
     if layout.family not in FAMILIES[to]:
-        why = {"kohya": "sd-scripts do not train it", "comfyui": "ComfyUI's own nodes do not draw with it"}[to]
-        todo = "stay with Diffusers, or fuse it: --to fused"
+        why = {"kohya": "sd-scripts do not support it", "comfyui": "ComfyUI's built-in nodes do not support it"}[to]
+        todo = "use the format of Diffusers, or fuse the LoRA with --to fused"
         raise ConfigError(problem(f"{to} for {layout.family}", f"one of {', '.join(FAMILIES[to])}", why, todo))
     try:
         state, metadata = lora_tensors(lora_file.lora, to, layout.family, layout.per_block)
     except ValueError as error:
-        todo = "check where the file comes from"
-        raise StudentError(
-            problem("a LoRA that cannot be fused", "one as wide as its layers", str(error), todo)
-        ) from error
+        got, expected = "a LoRA whose layers cannot be joined", "matrices in the shapes of the layers"
+        raise StudentError(problem(got, expected, str(error), "check the origin of the file")) from error
     lora, again = lora_file.lora, parse_lora(state, metadata, layout.family, layout.per_block)
     odd = [*again.unknown, *sorted(lora.keys() ^ again.lora.keys())]
     odd += [name for name in lora.keys() & again.lora.keys() if not _same(lora[name], again.lora[name])]
     if odd:
-        todo = "keep the source, and report it"
-        raise StudentError(problem(f"{odd[:SHOWN]} after conversion", "what was read", "it would draw otherwise", todo))
+        got, todo = f"a changed LoRA of {odd[:SHOWN]} after conversion", "keep the source, and report this as a bug"
+        raise StudentError(problem(got, "the LoRA of the source", "the images would change", todo))
     with written_whole(target) as part:
         save_tensors(state, part, metadata)
     return Conversion(lora_file, to, len(state))
 
 
 def tensors_of(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a file. Raises StudentError for a pickle, and for what is cut short or corrupted."""
-    expected = "a whole .safetensors file"
+    """The tensors and metadata of a file. Raises StudentError for a pickle, and for an incomplete or invalid file."""
+    expected = "a complete .safetensors file"
     if file.suffix in PICKLES:
-        why, todo = "a pickle runs whatever code it holds when it is opened", "ask for the same file as safetensors"
+        why, todo = "a pickle runs any code in it when it is opened", "get the same file as safetensors"
         raise StudentError(problem(f"the pickle {file}", expected, why, todo))
     try:
         with safe_open(file, "pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        todo = "check the path, or get the file again"
+        todo = "check the path, or download the file again"
         raise StudentError(problem(f"unreadable {file}", expected, str(error), todo)) from error
 
 
 def guess(state: Mapping[str, Tensor], file: Path) -> Layout:
-    """The family whose layers have these names, or most of them. Raises ConfigError where several have all."""
+    """The family whose layers have these names, or most of them. Raises ConfigError if several families have all."""
     fits = _fits(state)
     if len(fits) == 1 or _foreign(state, fits[0]):
         return Layout(fits[0])
-    got, why = f"{file}, whose names are those of {' and of '.join(fits)}", "the names do not tell which"
-    raise ConfigError(problem(got, "the names of one family", why, f"say --family {fits[0]}, or another of these"))
+    got, why = f"{file}, whose layer names fit {' and '.join(fits)}", "the family is ambiguous"
+    todo = f"pass --family {fits[0]}, or another one of these"
+    raise ConfigError(problem(got, "the layer names of one family", why, todo))
 
 
 def _fits(state: Mapping[str, Tensor]) -> list[str]:
@@ -222,7 +222,7 @@ def _fits(state: Mapping[str, Tensor]) -> list[str]:
     fits = [name for name, count in foreign.items() if count == min(foreign.values())]
     ends = ("attn2.to_k.lora_A.weight", "attn2_to_k.lora_down.weight")
     widths = {value.shape[1] for key, value in state.items() if key.endswith(ends)}
-    if fits == ["sd", "sdxl"] and widths:  # told apart by the width of the prompt's embeddings
+    if fits == ["sd", "sdxl"] and widths:  # the width of the prompt's embeddings distinguishes them
         return ["sdxl"] if widths == {2048} else ["sd"]
     return fits
 
@@ -238,7 +238,7 @@ def _foreign(state: Mapping[str, Tensor], family: str) -> set[str]:
 
 
 def _unmatched(file: Path, state: Mapping[str, Tensor], parsed: ParsedLora, layout: Layout, format: Format) -> str:
-    """What is said of keys that nothing stands for: the first ten, each with the nearest name that there is."""
+    """The error of unmatched keys: the first ten, each with the nearest layer name."""
     known = list(_names(layout, format))
     lines = []
     for key in parsed.unknown[:SHOWN]:
@@ -247,9 +247,9 @@ def _unmatched(file: Path, state: Mapping[str, Tensor], parsed: ParsedLora, layo
     count = f"{len(parsed.unknown)} of {len(state)} keys unmatched"
     expected, why = (
         f"keys of a {layout.family} LoRA in the {format} format",
-        "a conversion without them draws otherwise",
+        "the images would change without them",
     )
-    todo = "check the family; a layer needs both its matrices, and DoRA, LoHa, LoKr and T5 are not converted"
+    todo = "check the family; each layer needs both matrices, and DoRA, LoHa, LoKr and T5 are not supported"
     more = [f"  and {len(parsed.unknown) - SHOWN} more"] if len(parsed.unknown) > SHOWN else []
     fits = _fits(state)
     also = [] if layout.family in fits else [f"they look like {' or '.join(fits)}"]
@@ -257,7 +257,7 @@ def _unmatched(file: Path, state: Mapping[str, Tensor], parsed: ParsedLora, layo
 
 
 def _same(one: LayerLora, other: LayerLora) -> bool:
-    """Whether two LoRAs of a layer add the same: bit for bit, or to rounding where a ratio was taken in."""
+    """Whether two LoRAs of a layer add the same: exactly, or up to rounding if a matrix was scaled."""
     if torch.equal(one.down, other.down) and torch.equal(one.up, other.up):
         return math.isclose(one.scale, other.scale, rel_tol=1e-6)
     first, second = one.product(), other.product()

@@ -1,9 +1,9 @@
-"""The names of layers in LoRA files: Diffusers' own, and those that kohya's sd-scripts give them.
+"""The names of layers in LoRA files: those of Diffusers, and those of kohya's sd-scripts.
 
-A `Layer` is one layer of the original implementation. It holds one layer of Diffusers' network, or, where the original
-fuses projections, several of them below one another.
+A `Layer` is one layer of the original implementation. It holds one layer of Diffusers' network, or several stacked ones
+where the original fuses projections.
 
-What was checked against: kohya-ss/sd-scripts (`networks/lora.py`, `lora_sd3.py`, `lora_flux.py`,
+The names were checked against kohya-ss/sd-scripts (`networks/lora.py`, `lora_sd3.py`, `lora_flux.py`,
 `convert_flux_lora.py`), ComfyUI (`comfy/lora.py`, `comfy/utils.py`) and Diffusers' loaders.
 """
 
@@ -106,9 +106,9 @@ class Layer:
     """One layer of the original network.
 
     Args:
-        name: what sd-scripts call it; None where they do not know the network.
-        parts: the layers of Diffusers' pipeline that it holds, with the component before: `transformer.proj_out`.
-        rows: of several parts, how many outputs each has, in units of the layer's inputs.
+        name: the name in sd-scripts; None if they do not support the network.
+        parts: its layers in Diffusers' pipeline, with the component first: `transformer.proj_out`.
+        rows: for several parts, the number of outputs of each, in units of the layer's inputs.
         swap: the original gives (shift, scale) where Diffusers gives (scale, shift), if the outputs are twice as many
             as the inputs: the modulation of an output, and of the text stream in SD3's last block.
     """
@@ -152,13 +152,13 @@ def layers(family: str, per_block: int = 2) -> tuple[Layer, ...]:
 
 @cache
 def by_part(family: str, per_block: int = 2) -> dict[str, Layer]:
-    """The layers by the names that Diffusers has for their parts."""
+    """The layers by Diffusers' names of their parts."""
     return {part: layer for layer in layers(family, per_block) for part in layer.parts}
 
 
 @cache
 def by_name(family: str, per_block: int = 2) -> dict[str, Layer]:
-    """The layers by sd-scripts' names; SDXL's also by Diffusers' names in that spelling, which other trainers write."""
+    """The layers by sd-scripts' names; for SDXL also by Diffusers' names in that spelling, which other trainers use."""
     known = {layer.name: layer for layer in layers(family, per_block) if layer.name}
     if family != "sdxl":
         return known
@@ -174,7 +174,7 @@ def _encoders(family: str) -> Iterator[Layer]:
 
 
 def _unet(blocks: int, depth: int, per_block: int) -> Iterator[str]:
-    """The layers of a UNet of so many blocks on each side, with transformers of at most `depth`."""
+    """The layers of a UNet with `blocks` blocks on each side, and transformers of at most `depth` layers."""
     inner = [f"attn{k}.{name}" for k in (1, 2) for name in ATTENTION] + ["ff.net.0.proj", "ff.net.2"]
     attention = ["proj_in", "proj_out", *(f"transformer_blocks.{t}.{name}" for t in range(depth) for name in inner)]
     yield from UNET_ENDS
@@ -184,7 +184,7 @@ def _unet(blocks: int, depth: int, per_block: int) -> Iterator[str]:
         for way, count, end in (("down", per_block, 0), ("up", per_block + 1, blocks - 1)):
             ours = f"{way}_blocks.{b}"
             yield from (f"{ours}.resnets.{i}.{name}" for i, name in product(range(count), RESNET))
-            # SDXL's outermost level has no attention, which tells its files from those of other UNets
+            # SDXL's outermost level has no attention, which distinguishes its files from those of other UNets
             if depth == 1 or b != end:
                 yield from (f"{ours}.attentions.{i}.{name}" for i, name in product(range(count), attention))
             yield f"{ours}.{way}samplers.0.conv"

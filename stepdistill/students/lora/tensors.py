@@ -1,4 +1,4 @@
-"""A LoRA as its file formats have it: tensors under names, to and from one form of it.
+"""LoRAs in the three file formats: convert their tensors to and from one common form.
 
 Three formats hold the same numbers:
 
@@ -54,7 +54,7 @@ class LayerLora:
         return self.alpha / len(self.down)
 
     def product(self) -> Tensor:
-        """What is added to the layer's weight, as (outputs, inputs), in float32."""
+        """The matrix (outputs, inputs) that is added to the layer's weight, in float32."""
         return self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
 
 
@@ -63,11 +63,11 @@ Lora = dict[str, LayerLora]  # by the layer's name in Diffusers' pipeline, such 
 
 @dataclass(frozen=True)
 class ParsedLora:
-    """What a file's tensors are.
+    """The parsed tensors of a file.
 
     Args:
-        unknown: keys that no layer of the family has, or whose layer lacks another one of its tensors.
-        mute: layers without an alpha of their own, for which alpha is the rank.
+        unknown: keys that no layer of the family has, or whose layer is incomplete.
+        mute: layers without an alpha, for which it is the rank.
     """
 
     lora: Lora
@@ -76,7 +76,7 @@ class ParsedLora:
 
 
 def format_of(state: Mapping[str, Tensor]) -> Format | None:
-    """The format that keys are in; None where they are in none of the three."""
+    """The format of a file's keys; None if it is none of the three."""
     if any(key.startswith("lora_") and key.endswith((DOWN, UP)) for key in state):
         return "kohya"
     if not any(key.endswith((A, B)) for key in state):
@@ -87,10 +87,10 @@ def format_of(state: Mapping[str, Tensor]) -> Format | None:
 def parse_lora(
     state: Mapping[str, Tensor], metadata: Mapping[str, str], family: str | None, per_block: int = 2
 ) -> ParsedLora:
-    """The LoRA in a file's tensors. ValueError for tensors whose shapes do not go together.
+    """The LoRA in a file's tensors. Raises ValueError if their shapes do not match.
 
     Args:
-        family: whose layers they are; None takes any layer that is named as Diffusers names it.
+        family: family of the layers; None accepts any layer with a name of Diffusers.
     """
     if family is not None and format_of(state) == "kohya":
         return _read_kohya(state, by_name(family, per_block))
@@ -99,7 +99,7 @@ def parse_lora(
 
 
 def lora_tensors(lora: Lora, to: Format, family: str, per_block: int = 2) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a file. ValueError for a format that does not know the family."""
+    """The tensors and metadata of a file. Raises ValueError if the format does not support the family."""
     if family not in FAMILIES[to]:
         raise ValueError(f"{to} has no names for the layers of {family}")
     if to == "diffusers":
@@ -114,11 +114,11 @@ def lora_tensors(lora: Lora, to: Format, family: str, per_block: int = 2) -> tup
 
 
 def peft_state(lora: Lora, scale: float | None = None) -> dict[str, Tensor]:
-    """The tensors as PEFT has them in a network.
+    """The tensors under PEFT's names in a network.
 
     Args:
-        scale: the alpha / rank that the network has for every layer; `up` takes in where a layer's own differs. None
-            leaves the tensors as they are.
+        scale: the network's alpha / rank for every layer; `up` is scaled in layers where it differs. None leaves the
+            tensors unchanged.
     """
     state = {}
     for name, layer in lora.items():
@@ -128,10 +128,10 @@ def peft_state(lora: Lora, scale: float | None = None) -> dict[str, Tensor]:
 
 
 def join_layers(parts: Sequence[LayerLora | None], layer: Layer) -> LayerLora:
-    """The LoRA of an original layer from those of its parts, None where a part has none.
+    """The LoRA of an original layer from those of its parts, None for a part without one.
 
-    Different `down` go below one another and the `up` on a diagonal of blocks, so that the rank is the sum of theirs;
-    one `down` that all share stays one. Exact where the parts have one alpha / rank; else `up` takes the ratio in.
+    Different `down` are stacked, and the `up` form a block diagonal, so the rank is the sum of the parts' ranks. If all
+    share one `down`, it is kept. Exact if the parts have the same alpha / rank; otherwise `up` is scaled by the ratio.
     """
     known = [part for part in parts if part is not None]
     first = known[0]
@@ -158,9 +158,9 @@ def join_layers(parts: Sequence[LayerLora | None], layer: Layer) -> LayerLora:
 
 
 def split_layer(part: LayerLora, layer: Layer) -> list[LayerLora | None]:
-    """The LoRAs of an original layer's parts: what `join_layers` joined, where `up` is a diagonal of blocks.
+    """The LoRAs of an original layer's parts: the inverse of `join_layers`, if `up` is block diagonal.
 
-    Else each part has all of `down`, and its own rows of `up`.
+    Otherwise each part has all of `down`, and its own rows of `up`.
     """
     if len(layer.parts) == 1:
         return [replace(part, up=_swapped(part.up, part.down, layer))]
@@ -181,9 +181,9 @@ def split_layer(part: LayerLora, layer: Layer) -> list[LayerLora | None]:
 
 
 def _ranks(used: Sequence[Tensor]) -> list[int] | None:
-    """How many columns of a diagonal of blocks belong to each part, by those that are not zero in its rows.
+    """The number of columns of each part in a block diagonal, from the nonzero columns of its rows.
 
-    Equal ranks are tried first, of all parts and then of fewer; None where there are no such blocks.
+    Equal ranks are tried first, for all parts and then for fewer; None if it is not block diagonal.
     """
     total, parts = len(used[0]), range(len(used))
     for count in range(len(used), 0, -1):
@@ -219,7 +219,7 @@ def _layer(tensors: Mapping[str, Tensor], down: str, up: str, alpha: float | Non
 
 
 def _grouped(state: Mapping[str, Tensor], ends: Sequence[str]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Tensors by layer and by what they are, and the keys that are nothing of the kind."""
+    """Tensors by layer and by key ending, and the keys with other endings."""
     groups, odd = defaultdict(dict), []
     for key, value in state.items():
         end = next((end for end in ends if key.endswith("." + end)), None)
@@ -257,20 +257,20 @@ def _read_named(state: Mapping[str, Tensor], facts: Mapping[str, Any], known: Ma
 
 
 def _alpha(facts: Mapping[str, Any], name: str, rank: int) -> float | None:
-    """A layer's alpha by PEFT's config in the metadata; None without one."""
+    """A layer's alpha from PEFT's config in the metadata; None without a config."""
     component, _, inner = name.partition(".")
     alpha = facts.get(f"{component}.lora_alpha")
     if alpha is None:
         return None
     for pattern, other in (facts.get(f"{component}.alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", inner):  # as PEFT has it
+        if re.match(rf"(.*\.)?({pattern})$", inner):  # as in PEFT
             alpha = other
             break
     return float(alpha) * (math.sqrt(rank) if facts.get(f"{component}.use_rslora") else 1)
 
 
 def _facts(lora: Lora) -> dict[str, Any]:
-    """PEFT's config of each component, as Diffusers stores it."""
+    """PEFT's config of each component, in the form that Diffusers stores."""
     facts: dict[str, Any] = {}
     for component in sorted({name.partition(".")[0] for name in lora}):
         parts = {n.partition(".")[2]: p for n, p in lora.items() if n.startswith(component + ".")}
@@ -295,5 +295,5 @@ def _with_alpha(lora: Mapping[str, LayerLora], down: str, up: str) -> dict[str, 
 
 
 def _sorted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # a copy of its own of each: safetensors refuses tensors that share memory
+    # copies: safetensors refuses tensors that share memory
     return {key: state[key].detach().clone().contiguous() for key in sorted(state)}
