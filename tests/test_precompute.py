@@ -209,7 +209,7 @@ def test_what_is_missing_is_loaded_for_once_and_said(place, tmp_path, caplog, lo
     told = "\n".join(record.message for record in caplog.records)
     assert told.count("loading text_encoder: ") == told.count("loading vae: ") == 1
     assert "loading vae: images are drawn" in told
-    assert f"2 prompts were not in {kept}, and had to be encoded" in told
+    assert f"2 prompts were not in {kept} and had to be encoded" in told
     # now they are
     loads.clear()
     batches(replace(run, train=replace(run.train, resume_from_checkpoint="latest")))
@@ -535,7 +535,7 @@ def test_a_image_that_does_not_read_is_left_out(place, tmp_path, caplog, loads):
     (tmp_path / "images" / "3.png").write_bytes(b"no image")
     run = run_of(place, tmp_path / "out", images(tmp_path), tmp_path / "kept", cache_latents=True)
     filled = precompute(run)
-    assert filled.lacking == 1 and "1 of these are not there: images that do not read" in str(filled)
+    assert filled.lacking == 1 and "1 of these are missing: images that cannot be read" in str(filled)
     assert "3.png" in caplog.text
     loads.clear()
     batches(run)
@@ -570,7 +570,7 @@ def test_places_that_can_be_no_cache(place, tmp_path, monkeypatch, capsys):
             with pytest.raises(ConfigError, match=f"where {file} is a file.*name another"):
                 start(run)
     monkeypatch.setattr(cache, "save_file", lambda *given: (_ for _ in ()).throw(OSError("no room")))
-    with pytest.raises(DataError, match="cannot be written.*goes on from there"):
+    with pytest.raises(DataError, match="cannot be written.*the work resumes"):
         precompute(run_of(place, tmp_path / "out", PROMPTS, tmp_path / "kept"))
     with pytest.raises(SystemExit):
         cli.main(["precompute", "--help"])

@@ -229,7 +229,7 @@ def test_odd_settings_and_files_are_refused(tmp_path, whole):
             source(tmp_path, **fields)
     with pytest.raises(DataError, match="no readable"):
         source(tmp_path / "nothing").sample(0, random.Random(0))
-    with pytest.raises(ConfigError, match="set data.guidance_range and method.guidance_range alike"):
+    with pytest.raises(ConfigError, match="set data.guidance_range and method.guidance_range to the same range"):
         check_guidance_range(source(whole), Sampler((999.0,), adapter_scale=2.0, adapter_range=(1.0, 12.0)))
     check_guidance_range(source(whole), Sampler((999.0,)))  # a LoRA promises no range
     assert "Prompts: 3 samples" in check_source(source(whole))  # the rest is made when training starts
@@ -244,7 +244,7 @@ def test_methods_train_on_them(place, whole, tmp_path):
         run = stage_of(place, data, method=method).run
         spec = replace(run.train, output_dir=str(tmp_path / str(n)), dataloader_num_workers=n)
         assert (distill(replace(run, train=spec)) / "distill_config.json").exists()
-    with pytest.raises(ConfigError, match=r"one that gives \['latents'\]"):
+    with pytest.raises(ConfigError, match=r"one that provides \['latents'\]"):
         distill(replace(run, method=Consistency()))
     with pytest.raises(ConfigError, match="stepdistill.data.Trajectories around your prompts"):
         distill(replace(run, data=PROMPTS))

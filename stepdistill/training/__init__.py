@@ -1,1 +1,1 @@
-"""A run: its recipe, checks, set-up, loop and end."""
+"""Training runs: recipe, checks, setup, loop and final export."""

@@ -1,4 +1,4 @@
-"""From samples to micro-batches: prompts become embeddings and images latents, each once where asked."""
+"""Micro-batches from samples: prompts are encoded to embeddings, and images to latents."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Batches:
     """Micro-batches for one process, and the embeddings and latents that they are made of.
 
     Args:
-        parts: the pipeline; its text encoders and autoencoder are asked for only where a cache has no row.
-        keys: of the caches.
-        device: where batches go.
+        parts: the pipeline; its text encoders and autoencoder are loaded only if a cache lacks a row.
+        keys: keys of the caches.
+        device: device of the batches.
     """
 
     def __init__(self, parts: LazyPipeline, spec: TrainSpec, keys: Keys, device: torch.device) -> None:
@@ -84,7 +84,7 @@ class Batches:
             if cache is not None:
                 cache.save()
         if self.folder and self.encoded:
-            logger.warning("%d prompts were not in %s, and had to be encoded", self.encoded, self.folder)
+            logger.warning("%d prompts were not in %s and had to be encoded", self.encoded, self.folder)
 
     def fixed(self, source: Source) -> Source:
         """The source as it is read. Where latents are cached, each image has one crop, and the cache is opened."""

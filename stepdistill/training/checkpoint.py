@@ -1,4 +1,4 @@
-"""Checkpoints: written aside and renamed, listed with their hashes, rotated; a broken one is passed over."""
+"""Checkpoints: atomic writes with file hashes, rotation, and resume from the last complete one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def save_checkpoint(
             listed = {file.name: file_digest(file) for file in sorted(part.iterdir())}
             (part / MANIFEST).write_text(json.dumps(listed, indent=1))
     except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
-        logger.error("cannot write %s (%s): the last good checkpoint stays", folder, error)
+        logger.error("cannot write %s (%s): the last complete checkpoint is kept", folder, error)
         return False
     return True
 
@@ -70,7 +70,7 @@ def broken(folder: Path) -> str | None:
         if not file.is_file():
             return f"{name} is missing"
         if file_digest(file) != sha256:
-            return f"{name} is not as it was written"
+            return f"{name} has changed since it was written"
     return None
 
 
@@ -82,7 +82,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Any, di
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
-    """The checkpoint to go on from: a path, or `latest`, which passes over broken ones and says so.
+    """The checkpoint to resume from: a path, or `latest`, which skips broken ones with a warning.
 
     None where `latest` finds no checkpoint at all: the run then starts from the beginning.
     """
@@ -92,19 +92,19 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         if reason:
             have = ", ".join(f.name for f in checkpoints(output_dir)) or "none"
             got = f"checkpoint {wanted!r}: {reason}"
-            why = "a run can only go on from what was written completely"
-            todo = f"use `latest` or one of those in {output_dir}: {have}"
-            raise CheckpointError(problem(got, "a whole checkpoint folder", why, todo))
+            why = "a run can resume only from a complete checkpoint"
+            todo = f"use `latest` or one of the checkpoints in {output_dir}: {have}"
+            raise CheckpointError(problem(got, "a complete checkpoint folder", why, todo))
         return folder
     folders = checkpoints(output_dir)
     for folder in reversed(folders):
         reason = broken(folder)
         if reason is None:
             return folder
-        logger.warning("passing over %s: %s; trying the one before it", folder, reason)
+        logger.warning("skipping checkpoint %s: %s; trying the one before it", folder, reason)
     if folders:
-        got = f"{len(folders)} checkpoints in {output_dir}, none of them whole"
-        why = "there is nothing to go on from"
+        got = f"{len(folders)} checkpoints in {output_dir}, none of them complete"
+        why = "there is nothing to resume from"
         todo = "start again with another train.output_dir"
         raise CheckpointError(problem(got, "at least one", why, todo))
     return None
@@ -136,7 +136,7 @@ def save_session(session: Session, optimizers: Optimizers, step: int, source: Pa
 
 
 def resume(session: Session, optimizers: Optimizers) -> tuple[int, Path | None]:
-    """Take up the checkpoint of `train.resume_from_checkpoint`; its step and folder, or 0 and None without one."""
+    """Load the checkpoint of `train.resume_from_checkpoint`. Returns its step and folder, or 0 and None without one."""
     spec = session.run.train
     wanted = spec.resume_from_checkpoint
     folder = find_checkpoint(Path(spec.output_dir), wanted) if wanted else None
@@ -145,9 +145,9 @@ def resume(session: Session, optimizers: Optimizers) -> tuple[int, Path | None]:
     roles, states, facts = load_checkpoint(folder)
     if facts["global_batch"] != session.global_batch:
         got = f"a global batch of {session.global_batch} (batch x accumulation x processes)"
-        why = "a step would see other data than the run it goes on from"
+        why = "the steps would see other data than those of the earlier run"
         todo = "change train_batch_size or gradient_accumulation_steps to match"
         raise ConfigError(problem(got, f"{facts['global_batch']}, as in {folder}", why, todo))
     optimizers.restore(roles, states, facts["scaler"])
-    logger.warning("going on from %s", folder)
+    logger.warning("resuming from %s", folder)
     return facts["step"], folder

@@ -1,4 +1,4 @@
-"""What can be known wrong of a run: a list of checks before anything is loaded, and one when the teacher is there."""
+"""Checks of a run: some before anything is loaded, one after the teacher is loaded."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 def check_run(run: Run) -> None:
-    """Raise ConfigError for the first thing that can be known wrong before anything is loaded."""
+    """Raise ConfigError for the first problem that can be detected before anything is loaded."""
     for check in CHECKS:
         check(run)
 
 
 def check_loaded(session: Session) -> None:
-    """Raise ConfigError for what the teacher's pipeline shows to be wrong, before anything is made or trained."""
+    """Raise ConfigError for problems that need the teacher's pipeline, before anything is generated or trained."""
     run, schedule = session.run, session.run.family.schedule(session.pipe.scheduler)
     check_noise_process(run.method, schedule)
     sampler = run.method.sampler(schedule)
@@ -47,8 +47,8 @@ def check_cache_dir(run: Run) -> None:
     folder = Path(run.train.cache_dir or ".")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        got, why = f"train.cache_dir {folder}, where {there} is a file", "embeddings and latents are kept in it"
-        raise ConfigError(problem(got, "a folder, or a new name", why, "name another, or move the file"))
+        got, why = f"train.cache_dir {folder}, where {there} is a file", "embeddings and latents are stored in it"
+        raise ConfigError(problem(got, "a folder or a new path", why, "set another path, or move the file"))
 
 
 def check_scheduler(run: Run) -> None:
@@ -71,17 +71,17 @@ def check_sharding(run: Run) -> None:
     if not run.train.shard_base:
         return
     if run.family.quantization is not None:
-        why = "a quantised tensor is no array that could be cut and gathered, and the two were never tried together"
+        why = "quantized tensors cannot be split and gathered, and the combination is untested"
         got = "train.shard_base with family.quantization"
-        raise ConfigError(problem(got, "one of the two", why, "switch one off"))
+        raise ConfigError(problem(got, "one of the two", why, "disable one of them"))
     for name, role in run.method.roles().items():
         if isinstance(role, Copy):
-            got = f"train.shard_base with role {name!r}, a network of its own"
+            got = f"train.shard_base with role {name!r}, a whole network"
             why = (
-                "every process would hold it whole, in float32, with gradients and an optimizer's states: many "
-                "times what sharding saves"
+                "every process would hold it whole, in float32, with gradients and optimizer states, many times "
+                "the memory that sharding saves"
             )
-            todo = "switch train.shard_base off, or choose a method whose student is a LoRA"
+            todo = "set train.shard_base to false, or choose a method whose student is a LoRA"
             raise ConfigError(problem(got, "roles that are LoRAs, adapters or heads on the base", why, todo))
 
 
@@ -96,14 +96,14 @@ def check_needs(source: Source, method: Method) -> None:
     """The source provides what the method needs."""
     missing = method.needs - provided(source)
     if missing:
-        got = f"a {type(source).__name__} source, which gives {sorted(provided(source))}"
-        why = f"{type(method).__name__} trains on it"
+        got = f"a {type(source).__name__} source, which provides {sorted(provided(source))}"
+        why = f"{type(method).__name__} trains on them"
         todo = (
             "use stepdistill.data.Trajectories around your prompts"
             if "trajectories" in missing
             else "use an image source, or stepdistill.data.TeacherSamples around your prompts"
         )
-        raise ConfigError(problem(got, f"one that gives {sorted(missing)}", why, todo))
+        raise ConfigError(problem(got, f"one that provides {sorted(missing)}", why, todo))
 
 
 def check_data(run: Run) -> None:
@@ -132,8 +132,8 @@ def check_export_formats(run: Run) -> None:
     missing = [to for to in formats if layout.family not in FAMILIES[to]]
     if missing or not isinstance(role, Lora):
         got = f"train.export_formats {list(formats)}"
-        why = f"{missing[0]} has no names for {layout.family}" if missing else "only a LoRA has other formats"
-        raise ConfigError(problem(got, "formats that the student can be written in", why, "leave them out"))
+        why = f"{missing[0]} does not support {layout.family}" if missing else "only a LoRA has other formats"
+        raise ConfigError(problem(got, "formats that the student can be written in", why, "remove them"))
 
 
 def check_output_dir(run: Run) -> None:
@@ -143,7 +143,7 @@ def check_output_dir(run: Run) -> None:
     if used and not spec.resume_from_checkpoint and not spec.overwrite_output_dir:
         got = f"train.output_dir {out}, which holds another run"
         why = "its student and checkpoints would be overwritten"
-        todo = "go on with --resume_from_checkpoint latest, start anew with --overwrite_output_dir, or name another"
+        todo = "resume with --resume_from_checkpoint latest, restart with --overwrite_output_dir, or set another"
         raise ConfigError(problem(got, "an empty or new folder", why, todo))
 
 
@@ -152,16 +152,16 @@ def check_quantized_roles(run: Run) -> None:
     copies = [name for name, role in run.method.roles().items() if isinstance(role, Copy)]
     if run.family.quantization is not None and copies:
         got = f"family.quantization with {type(run.method).__name__}"
-        why = f"it trains {copies[0]!r} as a whole network, which few bits cannot learn"
-        todo = "leave family.quantization out, or take a method whose roles are LoRAs"
+        why = f"it trains {copies[0]!r} as a whole network, and quantized weights cannot be trained"
+        todo = "remove family.quantization, or choose a method whose roles are LoRAs"
         raise ConfigError(problem(got, "roles that are LoRAs or adapters", why, todo))
 
 
 def check_attention(run: Run) -> None:
     """xformers has kernels for CUDA only."""
     if run.train.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
-        got, why = "xformers attention without CUDA", "xformers has no kernel here"
-        raise ConfigError(problem(got, "a CUDA device", why, "switch it off"))
+        got, why = "xformers attention without CUDA", "xformers has CUDA kernels only"
+        raise ConfigError(problem(got, "a CUDA device", why, "disable it"))
 
 
 def check_guidance_scale(run: Run) -> None:
@@ -169,9 +169,9 @@ def check_guidance_scale(run: Run) -> None:
     given, followed = run.train.teacher_guidance_scale, run.followed_guidance_scale
     if None not in (given, followed) and given != followed:
         logger.warning(
-            "train.teacher_guidance_scale is %g, but the student learns from its teacher at guidance_scale %g: "
-            "validation and eval.json compare it with another teacher; leave train.teacher_guidance_scale out if that "
-            "is not wanted",
+            "train.teacher_guidance_scale is %g, but the student learns from its teacher at guidance_scale %g, so "
+            "validation and eval.json compare it with another teacher. Remove train.teacher_guidance_scale if this is "
+            "not intended",
             given,
             followed,
         )
@@ -183,8 +183,8 @@ def check_guidance_range(data: Source, sampler: Sampler) -> None:
         promised = sampler.adapter_range
         if isinstance(source, Trajectories) and promised not in (None, source.guidance_range):
             got = f"data.guidance_range {list(source.guidance_range)}"
-            why = "the contract names the scales that the adapters were trained for"
-            todo = "set data.guidance_range and method.guidance_range alike"
+            why = "the contract stores the range that the adapters were trained on"
+            todo = "set data.guidance_range and method.guidance_range to the same range"
             raise ConfigError(problem(got, f"that of the method, {list(promised)}", why, todo))
 
 

@@ -22,7 +22,7 @@ from stepdistill.training.teacher import TeacherSampler
 
 
 def distill(run: Run) -> Path:
-    """Train, write the student folder, prove that plain Diffusers loads it, and report. Returns the folder."""
+    """Train, write the student folder, verify that plain Diffusers loads it, and report. Returns the folder."""
     check_run(run)
     session = prepare(run.resolved())
     check_loaded(session)
@@ -58,7 +58,7 @@ def open_folder(session: Session) -> None:
 
 
 def make_data(session: Session) -> None:
-    """Let the teacher make what the data sources lack of its samples.
+    """Generate the teacher samples that the data sources lack.
 
     All processes share the work, but for a sharded teacher, whose every call takes all of them.
     """

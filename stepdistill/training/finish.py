@@ -1,4 +1,4 @@
-"""After training: the student folder, its proof, the image, the figures and the summary."""
+"""The end of a run: student folder, verification, sample grid, `eval.json` and summary."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def reference_file(spec: TrainSpec) -> Path:
     if not file.is_file():
         got = f"train.eval_reference {spec.eval_reference!r} with train.eval_samples {spec.eval_samples}"
         why = "the student's images are compared with them"
-        todo = "name a file of `eval/tables.py`, or set train.eval_samples to 0"
+        todo = "set a file written by `eval/tables.py`, or set train.eval_samples to 0"
         raise ConfigError(problem(got, "a file of the teacher's features", why, todo))
     return file
 
@@ -130,7 +130,7 @@ def load_reference(run: Run, digest: str) -> StoredFeatures:
     odd = [key for key, value in wanted.items() if stored.facts.get(key) != value]
     if odd:
         got = f"train.eval_reference with other {', '.join(odd)}: {[stored.facts.get(key) for key in odd]}"
-        why = "the floor and the excess would be another teacher's"
+        why = "the student would be compared with another teacher"
         todo = "measure the features again, or set train.eval_samples to 0"
         raise ConfigError(problem(got, f"{[wanted[key] for key in odd]}", why, todo))
     return stored
@@ -194,5 +194,5 @@ def _print(out: Path, summary: Mapping[str, Any]) -> None:
             f"  {row['name']:<20} calls {cost['calls']:4.0f}  nfe {cost['nfe']:5.0f}  "
             f"{1000 * cost['seconds_per_image']:7.2f} ms an image{excess}"
         )
-    print("\nDraw with it:\n\n" + snippet(contract, out.resolve()))
+    print("\nSample with it:\n\n" + snippet(contract, out.resolve()))
     print(f"\nMeasure it:\n\nstepdistill eval run {contract.base_model} {out} --prompts-file FILE -o {out}-eval")

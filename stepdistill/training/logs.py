@@ -1,4 +1,4 @@
-"""What a run reports: a banner at its start, `metrics.jsonl` always, and accelerate's trackers."""
+"""Logging of a run: a banner at the start, `metrics.jsonl`, and Accelerate's trackers."""
 
 from __future__ import annotations
 

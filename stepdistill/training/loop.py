@@ -1,4 +1,4 @@
-"""The one training loop: it pulls a method's updates and does, for each, backward, sync, clip, step, zero."""
+"""The training loop: for each update of the method, backward, sync, clip, step and zero."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def train_step(
         if not torch.isfinite(total):
             term = f"update {number} (roles {', '.join(roles)}), samples {micro_batches[0].index[0]} and on"
             got = f"a loss of {total.item()} at step {context.step + 1} in {term}"
-            why = "going on would destroy the weights; those before this step are saved"
-            todo = "look at non_finite.pt; lower train.learning_rate, or use bf16 instead of fp16"
-            raise NonFiniteLoss(problem(got, "a finite one", why, todo))
+            why = "the update would destroy the weights; those before this step are saved"
+            todo = "inspect non_finite.pt; lower train.learning_rate, or use bf16 instead of fp16"
+            raise NonFiniteLoss(problem(got, "a finite loss", why, todo))
         values |= optimizers.apply(roles, context.step)
         values |= {key: value.item() for key, value in logs.items()}
     optimizers.advance_schedules()
@@ -145,7 +145,7 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        logger.warning("stopping after this step, then saving; once more to leave at once")
+        logger.warning("stopping after this step, then saving; press Ctrl-C again to exit immediately")
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:

@@ -73,10 +73,10 @@ class Optimizers:
             params, optimizer = self.params(role), self.by_role[role]
             missing = [key for key, p in params.items() if p.grad is None]
             if missing:
-                got = f"no gradient for {len(missing)} of {len(params)} tensors of role {role!r}, as {missing[0]}"
-                why = "the loss does not reach them, so they would never learn"
-                todo = "exclude layers whose output is not used, or look for a no_grad around the role's call"
-                raise StepdistillError(problem(got, "one for each", why, todo))
+                got = f"no gradient for {len(missing)} of {len(params)} tensors of role {role!r}, such as {missing[0]}"
+                why = "the loss does not depend on them, so they would never learn"
+                todo = "exclude layers whose output is not used, or remove a no_grad around the role's call"
+                raise StepdistillError(problem(got, "a gradient for each", why, todo))
             distributed.average([p.grad for p in params.values() if p.grad is not None])
             self.scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(list(params.values()), self.spec.max_grad_norm or float("inf"))
@@ -124,12 +124,12 @@ class Optimizers:
         leaked = [k for k in now if k.startswith("base/") and not bool(now[k] == before[k])]
         if (still and learning and all_should) or leaked:
             got = (
-                f"{len(still)} trainable tensors that did not move and {len(leaked)} frozen ones that did, "
-                f"as {(still + leaked)[0]}"
+                f"{len(still)} trainable tensors that did not change and {len(leaked)} frozen ones that did, "
+                f"such as {(still + leaked)[0]}"
             )
-            why = "a run that learns nothing, or changes its teacher, would otherwise look healthy"
+            why = "the run learns nothing, or changes its teacher"
             todo = "check the learning rate, and that the loss is not zero"
-            raise StepdistillError(problem(got, "every trainable tensor moved and no other", why, todo))
+            raise StepdistillError(problem(got, "changes in all trainable tensors and no others", why, todo))
 
     def state(self) -> dict[str, dict]:
         """What the optimizers and schedules need to go on."""

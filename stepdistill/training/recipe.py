@@ -1,4 +1,4 @@
-"""What a config describes: a whole run, and its `train` section."""
+"""The run that a config describes, and its `train` section."""
 
 from __future__ import annotations
 
@@ -16,55 +16,57 @@ GUIDANCE = 7.5  # of a teacher whose method follows it at no one scale; the defa
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
-    """How to train; the names are those of diffusers' training scripts.
+    """Training settings, named as in Diffusers' training scripts.
 
     Args:
         output_dir: the student folder to write.
-        seed: keys every random draw of the run.
-        max_train_steps: number of steps; a step is one call of the method.
-        train_batch_size: samples of one micro-batch on one process.
-        gradient_accumulation_steps: micro-batches of a step.
-        learning_rate: of every role whose optimizer names no other.
+        seed: seed of every random draw of the run.
+        max_train_steps: number of training steps; a step is one call of the method.
+        train_batch_size: samples per micro-batch and process.
+        gradient_accumulation_steps: micro-batches per step.
+        learning_rate: learning rate of every role whose optimizer sets no other.
         lr_scheduler: constant, constant_with_warmup, linear, cosine, cosine_with_restarts or polynomial.
-        lr_warmup_steps: steps until the full rate.
-        optimizer: any optimizer by dotted path, with its arguments beside `type`.
-        optimizers: another one for single roles, by role name.
-        max_grad_norm: gradients are clipped to this norm, per role; none for no clipping.
-        mixed_precision: no, bf16 or fp16, of the frozen base and of arithmetic; none takes accelerate's. What is
-            trained is float32.
-        gradient_checkpointing: less memory, about a third more time.
-        shard_base: each process keeps a share of the frozen base and gathers it block by block, for a base that
-            outgrows a device; needs several processes and takes more time. The teacher's samples are then made by one
-            process for all.
-        torch_compile: compile the network; not yet run on a GPU.
-        allow_tf32: TF32 matrix products on CUDA.
-        enable_xformers_memory_efficient_attention: CUDA only; the default is torch's own attention.
-        resolution: side in pixels where the data has no images; none takes the network's own.
-        cache_latents: encode each image once, with its first crop and flip.
-        cache_dir: keeps embeddings and latents, so that text encoders and autoencoder are loaded only where something
-            is not there; `stepdistill precompute` fills it. None for memory only.
-        dataloader_num_workers: processes that read images.
-        checkpointing_steps: steps between checkpoints; none writes only the last.
-        checkpoints_total_limit: older checkpoints beyond this many are removed.
-        resume_from_checkpoint: a checkpoint folder, or `latest`.
-        overwrite_output_dir: start anew in the folder of an earlier run.
+        lr_warmup_steps: steps until the full learning rate.
+        optimizer: optimizer by dotted path, with its arguments beside `type`.
+        optimizers: optimizers of single roles, by role name.
+        max_grad_norm: norm to which the gradients of each role are clipped; none disables clipping.
+        mixed_precision: no, bf16 or fp16, for the frozen base and the computation; none takes Accelerate's setting.
+            Trained weights are float32.
+        gradient_checkpointing: recompute activations in backward, for less memory and about a third more time.
+        shard_base: shard the frozen base over all processes and gather it block by block, for a base that does not fit
+            on one device. It needs several processes and takes more time. One process then generates the teacher's
+            samples for all.
+        torch_compile: compile the network; untested on GPUs.
+        allow_tf32: allow TF32 matrix multiplications on CUDA.
+        enable_xformers_memory_efficient_attention: use xformers attention, on CUDA only; the default is PyTorch's
+            attention.
+        resolution: image size in pixels if the data has no images; none takes the network's native size.
+        cache_latents: encode each image once, with a fixed crop and flip.
+        cache_dir: folder of cached embeddings and latents; text encoders and autoencoder are loaded only if one is
+            missing. `stepdistill precompute` fills it. None caches in memory only.
+        dataloader_num_workers: number of processes that read images.
+        checkpointing_steps: steps between checkpoints; none writes only the last one.
+        checkpoints_total_limit: maximum number of checkpoints; older ones are removed.
+        resume_from_checkpoint: checkpoint folder to resume from, or `latest`.
+        overwrite_output_dir: start a new run in the folder of an earlier one.
         report_to: tensorboard, wandb, trackio or none, or a list; metrics.jsonl is always written.
-        tracker_project_name: project at the tracker.
-        validation_prompts: drawn at fixed seeds, under the student's own contract.
-        validation_steps: steps between validations; none draws only the final ones.
-        validation_seed: of the validation images.
-        teacher_steps: steps of the teacher's row in the images.
-        teacher_guidance_scale: of the teacher in validation images, the collapse monitor and eval.json; none takes the
-            scale of the method or its data.
-        watch_samples: seeds of each validation prompt with which the collapse monitor compares student and teacher at
-            every validation; the teacher's are drawn at the start, four times as many. 0 switches it off.
+        tracker_project_name: project name for the trackers.
+        validation_prompts: prompts of the validation images, which are sampled at fixed seeds as the student's contract
+            says.
+        validation_steps: steps between validations; none validates only at the end.
+        validation_seed: seed of the validation images.
+        teacher_steps: sampling steps of the teacher in the validation images.
+        teacher_guidance_scale: guidance scale of the teacher in validation images, the collapse monitor and eval.json;
+            none takes the scale of the method or its data.
+        watch_samples: images per validation prompt with which the collapse monitor compares student and teacher at
+            every validation; four times as many of the teacher are sampled at the start. 0 disables the monitor.
         watch_stop: end the run, after a checkpoint, when the collapse monitor warns.
-        eval_samples: images for eval.json after training, at least 40; 0 for none.
-        eval_reference: the teacher's reference features, as `eval/tables.py` makes them for the bundled teachers.
-        export_formats: other formats that a LoRA student is written in, too: kohya, comfyui. The second comes with
+        eval_samples: number of images for eval.json after training, at least 40; 0 disables it.
+        eval_reference: file of the teacher's reference features, as `eval/tables.py` writes for the bundled teachers.
+        export_formats: further formats for a LoRA student: kohya, comfyui. The second comes with
             `comfyui_workflow.json`.
-        push_to_hub: upload the student folder when it is finished, with the token of `hf auth login` or HF_TOKEN.
-        hub_model_id: repository to upload to; none makes one from the folder's name.
+        push_to_hub: upload the finished student folder to the Hub, with the token of `hf auth login` or HF_TOKEN.
+        hub_model_id: Hub repository to upload to; none takes the folder's name.
     """
 
     output_dir: str
@@ -120,7 +122,7 @@ class TrainSpec:
         if 0 < self.eval_samples < 40:
             raise ValueError(f"eval_samples is {self.eval_samples}: expected 40 or more, for 20 blocks of two; or 0")
         if self.shard_base and self.torch_compile:
-            raise ValueError("shard_base with torch_compile: the two were never tried together; switch one off")
+            raise ValueError("shard_base with torch_compile: the combination is untested; disable one of them")
         if self.watch_samples < 0 or self.watch_samples == 1:
             raise ValueError(
                 f"watch_samples is {self.watch_samples}: expected 2 or more, since diversity needs pairs; or 0"
@@ -140,10 +142,10 @@ class Run:
 
     Args:
         family: the teacher's pipeline.
-        method: how it is distilled.
-        data: what it is distilled on.
-        lora: the size and place of the adapters.
-        train: everything else.
+        method: the distillation method.
+        data: the training data.
+        lora: rank and target modules of the LoRAs.
+        train: training settings.
     """
 
     family: Family

@@ -1,4 +1,4 @@
-"""Images and paths of the student during and after training, and the teacher's beside them."""
+"""Sampling of student and teacher during and after training."""
 
 from __future__ import annotations
 

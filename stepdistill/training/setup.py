@@ -1,4 +1,4 @@
-"""The parts of a run on one process, built before training."""
+"""Setup of a run on one process, before training."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def begin(run: Run) -> Accelerator:
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
-        got = f"{started} processes that do not know of each other"
-        why = "each would train alone and write the same folder"
+        got = f"{started} processes that are not connected"
+        why = "each would train on its own and write to the same folder"
         todo = "without a GPU set ACCELERATE_USE_CPU=true; see configs/accelerate"
         raise ConfigError(problem(got, "one process group", why, todo))
     if not accelerator.is_main_process:

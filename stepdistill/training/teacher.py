@@ -1,4 +1,4 @@
-"""What a run's teacher makes: samples, inverted images, and states of guided trajectories."""
+"""The teacher of a run as a sampler: samples, inverted images, and states of guided trajectories."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class TeacherSampler:
         session, context = self.session, self.session.context(0)
         latents = session.run.family.encode(session.batches.parts.vae("images are inverted"), pixels.to(context.device))
         if latents.shape != noise.shape:
-            got, why = f"images of {pixels.shape[-1]} pixels", "they are kept at the student's size"
-            todo = "set train.resolution and data.source.resolution alike"
+            got, why = f"images of {pixels.shape[-1]} pixels", "they are inverted at the student's size"
+            todo = "set train.resolution and data.source.resolution to the same value"
             raise ConfigError(problem(got, f"{session.batches.side}", why, todo))
         times = context.schedule.grid(steps).tolist()
         lowest = per_sample(times[0], latents)

@@ -1,1 +1,1 @@
-"""Embeddings and latents that are kept on disk."""
+"""Caches of prompt embeddings and image latents, in memory and on disk."""

@@ -1,4 +1,4 @@
-"""Keys of the caches, from the files of a pipeline: nothing is loaded to know whether what is kept still holds."""
+"""Cache keys, computed from the files of a pipeline without loading it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fill the caches of a run before it starts: every embedding, and every latent that is kept."""
+"""Precomputation of a run's embeddings and latents."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class Filled:
     def __str__(self) -> str:
         lines = [f"{self.folder}: embeddings of {self.prompts} prompts, latents of {self.images} images"]
         if self.lacking:
-            lines.append(f"{self.lacking} of these are not there: images that do not read, whose places others take")
+            lines.append(
+                f"{self.lacking} of these are missing: images that cannot be read, which training replaces by others"
+            )
         return "\n".join(lines)
 
 
@@ -59,7 +61,7 @@ def precompute(run: Run) -> Filled:
         DataError: the disk refuses.
     """
     if not run.train.cache_dir:
-        why, todo = "what is computed must be kept somewhere", "set train.cache_dir"
+        why, todo = "the results are stored in this folder", "set train.cache_dir"
         raise ConfigError(problem("no train.cache_dir", "a folder", why, todo))
     check_cache_dir(run)
     wanted = prompts_of(run)
@@ -73,7 +75,7 @@ def precompute(run: Run) -> Filled:
     if batches.latents:
         _encode(batches, source, rank, processes)
     elif "images" in source.provides and rank == 0:
-        logger.warning("train.cache_latents is off: training will read and encode the images at every step")
+        logger.warning("train.cache_latents is false: training will read and encode the images at every step")
     distributed.barrier()
     lacking = len(_lacking(batches.prompts.store, [NULL, *wanted]))
     if batches.latents:
@@ -164,6 +166,6 @@ def _lacking(store: RowStore, ids: Sequence[str]) -> list[str]:
 def _check(store: RowStore, batches: Batches) -> None:
     """Raise where the store has given up its folder: it has warned of the reason."""
     if store.folder is None:
-        got, why = f"a cache that cannot be written to {batches.folder}", "its rows would be lost when this ends"
-        todo = "make room, or name another train.cache_dir, and start again: it goes on from there"
-        raise DataError(problem(got, "room for it", why, todo))
+        got, why = f"a cache that cannot be written to {batches.folder}", "its rows would be lost at the end"
+        todo = "free disk space or set another train.cache_dir, then start again; the work resumes"
+        raise DataError(problem(got, "disk space for it", why, todo))

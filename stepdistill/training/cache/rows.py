@@ -1,4 +1,4 @@
-"""Encode once: prompt embeddings and image latents, kept in memory and, where wanted, on disk."""
+"""Caches that encode each prompt and image once, in memory and optionally on disk."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class RowStore:
         files = sorted(folder.glob("*.safetensors")) if folder else []
         others = sum(not self._open(path) for path in files)
         if others:
-            logger.warning("ignoring %d cache files in %s: another model or data set made them", others, folder)
+            logger.warning("ignoring %d cache files in %s: they belong to another model or data set", others, folder)
 
     def _open(self, path: Path) -> bool:
         """Take up a file's rows; False where its key is another."""
         try:
             file = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
-            logger.warning("cannot read cache file %s (%s): encoding again what it held", path, error)
+            logger.warning("cannot read cache file %s (%s): its rows are encoded again", path, error)
             return True
         metadata = file.metadata() or {}
         if metadata.get("key") != self.key:
@@ -78,7 +78,9 @@ class RowStore:
         for name, column in columns.items():
             if len(column) != len(ids):
                 got = f"{len(column)} rows of {name!r} for {len(ids)} inputs"
-                raise ValueError(problem(got, "one row an input", "rows are kept one by one", "correct the encoder"))
+                raise ValueError(
+                    problem(got, "one row per input", "each row is stored on its own", "correct the encoder")
+                )
         for n, row in enumerate(ids):
             # a clone, since a slice would keep the whole batch alive
             tensors = {name: column[n].detach().cpu().clone() for name, column in columns.items()}
@@ -128,7 +130,7 @@ class RowStore:
                 if row in self._stored:
                     self._bytes -= _size(self._rows.pop(row))
         except (OSError, SafetensorError) as error:
-            logger.warning("cannot write the cache to %s (%s): keeping it in memory only", self.folder, error)
+            logger.warning("cannot write the cache to %s (%s): it stays in memory only", self.folder, error)
             self.folder = None
         self._new = []
 

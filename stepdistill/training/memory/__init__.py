@@ -1,1 +1,1 @@
-"""What a run needs of memory, by role, before anything of it is loaded."""
+"""Memory prediction of a run, by role, before anything is loaded."""

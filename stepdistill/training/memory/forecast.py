@@ -27,8 +27,8 @@ LONGEST = 100  # steps in which every role has to step
 FEW = 3  # micro-batches of a step that are run
 BASE = "base"
 UNCOUNTED = (
-    "the allocator's slack, the CUDA context and workspaces of kernels; samples kept in memory, and embeddings and "
-    "latents cached beyond the first; validation images and the collapse monitor; what the teacher makes before "
+    "the allocator's slack, the CUDA context and kernel workspaces; samples in memory, and embeddings and latents "
+    "cached beyond the first; validation images and the collapse monitor; what the teacher generates before "
     "training"
 )
 
@@ -122,9 +122,11 @@ def prime(optimizers: Optimizers) -> None:
         try:
             optimizer.step()
         except RuntimeError as error:
-            kind, why = type(optimizer).__name__, "its states are counted by letting it step on tensors without content"
-            todo = "predict with an optimizer of torch.optim, and mind that the states of this one may be smaller"
-            raise ConfigError(problem(f"{kind}, which cannot ({error})", "one that can", why, todo)) from error
+            kind, why = type(optimizer).__name__, "its states are counted in one step on fake tensors"
+            todo = "predict with an optimizer of torch.optim; the states of this one may be smaller"
+            raise ConfigError(
+                problem(f"{kind}, which cannot step ({error})", "an optimizer that can", why, todo)
+            ) from error
     optimizers.zero()
 
 

@@ -1,4 +1,4 @@
-"""A teacher's pipeline from its configs alone: its networks have shapes, and no weights are read."""
+"""A teacher's pipeline on the meta device, built from its configs without reading weights."""
 
 from __future__ import annotations
 

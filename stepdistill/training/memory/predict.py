@@ -1,4 +1,4 @@
-"""The memory that a config's run will need."""
+"""Memory prediction for a config."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def predict(run: Run) -> Prediction:
 def _remarks(run: Run) -> Iterator[str]:
     """What the outline of a pipeline does not show."""
     if run.family.quantization is not None:
-        yield f"{BASE} counts as if family.quantization were left out: it will take less, by the bits that it keeps"
+        yield f"{BASE} is counted without family.quantization: it will take less memory"
     if run.train.shard_base:
-        yield f"{BASE} counts whole: with train.shard_base each process keeps its share, and a gathered block"
+        yield f"{BASE} is counted whole: with train.shard_base each process keeps a shard and one gathered block"
     if run.train.cache_dir:
-        yield "text encoders and autoencoder count: where train.cache_dir holds all that is asked for, they stay away"
+        yield "text encoders and autoencoder are counted: if train.cache_dir has everything, they are not loaded"
 
 
 def rehearse(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Rehearsal:

@@ -1,4 +1,4 @@
-"""Live memory, counted where operators are dispatched."""
+"""A counter of live tensor memory, by a dispatch mode."""
 
 from __future__ import annotations
 
