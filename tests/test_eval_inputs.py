@@ -167,7 +167,7 @@ def test_an_unreadable_image_is_named_and_too_many_are_refused(tmp_path, caplog)
             assert [record.getMessage()[:20] for record in caplog.records] == ["1 of 100 images in " + str(source)[0]]
             assert "007.png: OSError" in caplog.text
     (place / "050.png").write_bytes(b"")
-    with pytest.raises(DataError, match="2 unreadable of 100 .* such as 050.png .*expected 1% at most"):
+    with pytest.raises(DataError, match="2 unreadable of 100 .* such as 050.png .*expected at most 1%"):
         read(Images(place))
 
 
@@ -189,7 +189,7 @@ def test_jpeg_is_warned_of_once(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     list(Images(folder(tmp_path, FIVE)).batches())
     assert [record.getMessage() for record in caplog.records] == [
-        f"1 of 5 images in {tmp_path} are JPEG: what it loses moves FID"
+        f"1 of 5 images in {tmp_path} are JPEG: its compression changes FID"
     ]
 
 
@@ -206,16 +206,24 @@ def cut(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [
-        ("gone", lambda file: None, "gone, which is not there, expected a folder"),
+        ("gone", lambda file: None, "gone, which does not exist, expected a folder"),
         ("x.tar", lambda file: file.write_bytes(b""), "x.tar, expected a folder, .zip, .npz or .npy"),
         ("empty", lambda file: file.mkdir(), "got 0 images .*expected two or more"),
         ("one", lambda file: folder(file, {"a.png": noise(4, 4)}), "got 1 images .*no covariance"),
         ("one.npy", lambda file: np.save(file, X[:1]), "got 1 images"),
         ("x.zip", lambda file: file.write_bytes(b"no archive"), "BadZipFile"),
-        ("x.npy", lambda file: file.write_bytes(b"no array"), "a whole, readable file"),
-        ("short.npy", lambda file: (np.save(file, X), file.write_bytes(file.read_bytes()[:-5])), "a whole, readable"),
+        ("x.npy", lambda file: file.write_bytes(b"no array"), "a complete, readable file"),
+        (
+            "short.npy",
+            lambda file: (np.save(file, X), file.write_bytes(file.read_bytes()[:-5])),
+            "a complete, readable",
+        ),
         ("short.npz", cut, "EOFError: arr_0.npy ends in image 2 of 3"),
-        ("junk.npz", lambda file: zipfile.ZipFile(file, "w").writestr("arr_0.npy", b"junk"), "a whole, readable file"),
+        (
+            "junk.npz",
+            lambda file: zipfile.ZipFile(file, "w").writestr("arr_0.npy", b"junk"),
+            "a complete, readable file",
+        ),
         ("none.npz", lambda file: zipfile.ZipFile(file, "w").close(), "with no array"),
         (
             "stats.npz",
@@ -364,7 +372,7 @@ def test_an_export_that_is_cut_short_leaves_no_file_beside_the_images(tmp_path, 
         (lambda to: T2ICompBench(to, 10).add(100_000, 0, GOOD, RGB), ValueError, "six digits"),
         (lambda to: T2ICompBench(to, 2).add(0, -1, GOOD, RGB), ValueError, "sample -1"),
         (lambda to: T2ICompBench(to, 2).add(0, 0, {"tag": "x"}, RGB), DataError, "a record with \\['tag'\\]"),
-        (lambda to: T2ICompBench(to, 2).add(0, 0, {"prompt": "/_?"}, RGB), DataError, "file name can hold"),
+        (lambda to: T2ICompBench(to, 2).add(0, 0, {"prompt": "/_?"}, RGB), DataError, "valid in a file name"),
         (lambda to: T2ICompBench(to, 2).add(0, 0, GOOD, RGB[None]), ValueError, "expected \\(3, H, W\\)"),
     ],
 )

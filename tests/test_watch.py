@@ -238,7 +238,7 @@ def test_quiet_on_other_sets_of_the_teacher_too(scene, watch):
 def test_fires_on_a_broken_student(watch, student, word):
     made, said = watch("teacher", student, student, student)
     (sentence,) = [text for text in said if f"the {word} is" in text]  # said once, not at every look
-    assert sentence.startswith("step 2, twice running") and "times the teacher's, allowed are" in sentence
+    assert sentence.startswith("step 2, twice running") and "times the teacher's, expected" in sentence
 
 
 def test_once_is_no_alarm(watch):

@@ -1,1 +1,1 @@
-"""Evaluations: what is drawn or read, measured, kept and shown; `stepdistill eval`."""
+"""Evaluation: sample or read images, measure them, store the results, and report; `stepdistill eval`."""

@@ -1,4 +1,4 @@
-"""Drawing: each plan's images, unit by unit, into stores."""
+"""Sampling: the images of each plan, unit by unit, into stores."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ class RowDrawer:
             except ValueError as error:
                 if "non-finite" not in str(error):
                     raise
-                got, todo = f"images {numbers[0]} to {numbers[-1]} of {plan.name}: {error}", "draw with --dtype fp32"
-                raise EvaluationError(problem(got, "numbers", "what is kept stays whole", todo)) from error
+                got, todo = f"images {numbers[0]} to {numbers[-1]} of {plan.name}: {error}", "sample with --dtype fp32"
+                raise EvaluationError(problem(got, "finite images", "the stored images stay complete", todo)) from error
             facts = {"calls": cost.calls, "batches": cost.batches, "rows": cost.rows}
             facts |= {"seconds": perf_counter() - start, "peak_mem_mib": peak(), "size": list(images.shape[2:])}
             self._keep(plan, numbers, images)

@@ -1,4 +1,4 @@
-"""Images in the folders that GenEval and T2I-CompBench score, whose own environments this one need not hold.
+"""Exports of images in the folder layouts of GenEval and T2I-CompBench.
 
 Every file is written beside its place and then moved there, so that a run that was cut short leaves no broken image,
 and one that is done again writes the same names.
@@ -37,7 +37,7 @@ class GenEval:
         Raises TypeError, ValueError; DataError for a record that GenEval would not score.
         """
         if "tag" not in record or "prompt" not in record:
-            got, why = f"a record with {list(record)}", "GenEval scores what a record says to count and to place"
+            got, why = f"a record with {list(record)}", "GenEval scores images by these fields"
             todo = "read the prompts from GenEval's evaluation_metadata.jsonl"
             raise DataError(problem(got, "one with `prompt` and `tag`", why, todo))
         _check_numbers(prompt_number, sample_number)
@@ -59,7 +59,9 @@ class T2ICompBench:
 
     def __init__(self, folder: Path, per_prompt: int) -> None:
         if per_prompt < 1:
-            raise ValueError(f"T2ICompBench got per_prompt={per_prompt}, expected 1 or more: numbers go by it; use 10")
+            raise ValueError(
+                f"T2ICompBench got per_prompt={per_prompt}, expected 1 or more: files are numbered by it; use 10"
+            )
         self.folder = folder
         self.per_prompt = per_prompt
 
@@ -70,7 +72,7 @@ class T2ICompBench:
         if sample_number >= self.per_prompt or number > 999_999:
             raise ValueError(
                 f"T2ICompBench got image {sample_number} of prompt {prompt_number}, expected 0 to "
-                f"{self.per_prompt - 1} and six digits at most: no two images may have one number; pass a larger "
+                f"{self.per_prompt - 1} and six digits at most: each image needs its own number; pass a larger "
                 "per_prompt or export in parts"
             )
         name = f"{_file_name(prompt_of(record))}_{number:06}.png"
@@ -92,7 +94,9 @@ def _file_name(prompt: str) -> str:
     if not plain:
         got = f"prompt {prompt!r}"
         raise DataError(
-            problem(got, "some character that a file name can hold", "files are named by it", "leave it out")
+            problem(
+                got, "at least one character that is valid in a file name", "files are named by the prompt", "remove it"
+            )
         )
     return plain
 

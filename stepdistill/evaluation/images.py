@@ -1,4 +1,4 @@
-"""Images that are already there: a folder, a zip or an array, read lazily in one order, as uint8."""
+"""Existing images in a folder, a zip or an array, read lazily in a fixed order, as uint8."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ class Images:
         self._names = self._stored.names
         if len(self) < 2:
             got = f"{len(self)} images in {source}"
-            todo = f"check the path and the suffixes ({', '.join(SUFFIXES)}), or draw more"
+            todo = f"check the path and the suffixes ({', '.join(SUFFIXES)}), or sample more"
             raise DataError(problem(got, "two or more", "one image has no covariance", todo))
         lossy = sum(name.lower().endswith((".jpg", ".jpeg")) for name in self._names)
         if lossy:
-            logger.warning("%d of %d images in %s are JPEG: what it loses moves FID", lossy, len(self), source)
+            logger.warning("%d of %d images in %s are JPEG: its compression changes FID", lossy, len(self), source)
 
     def __len__(self) -> int:
         """How many there are, readable or not."""
@@ -120,14 +120,14 @@ class Images:
         self.skipped.append((name, f"{type(image).__name__}: {image}"))
         if len(self.skipped) > SKIPPED * len(self):
             got = f"{len(self.skipped)} unreadable of {len(self)} images in {self.source}, such as {name} ({image})"
-            why, todo = "the set is no longer the same", "make those again, or take them out"
-            raise DataError(problem(got, f"{SKIPPED:.0%} at most", why, todo))
+            why, todo = "the set of images would change", "regenerate or remove these images"
+            raise DataError(problem(got, f"at most {SKIPPED:.0%}", why, todo))
         return None
 
     def _unequal(self, first: str, one: Sequence[int], second: str, other: Sequence[int]) -> str:
         got = f"{first} with {one[2]} x {one[1]} pixels and {second} with {other[2]} x {other[1]} in {self.source}"
         todo = "choose an eval_res, such as 256: the middle of each is cut out and resized to it"
-        return problem(got, "one size", "the way they are resized changes the distance", todo)
+        return problem(got, "one size", "the resizing affects the distance", todo)
 
 
 def fitted(image: Image.Image, side: int | None) -> Image.Image:
@@ -224,7 +224,7 @@ def _stored(source: Path) -> _Files | _Array:
         return _Files(source, _images(names))
     suffix = source.suffix.lower()
     if suffix not in (".zip", ".npz", ".npy") or not source.is_file():
-        got = f"{source}{'' if source.exists() else ', which is not there'}"
+        got = f"{source}{'' if source.exists() else ', which does not exist'}"
         raise DataError(problem(got, "a folder, .zip, .npz or .npy", "images are read from it", "check the path"))
     try:
         if suffix == ".npy":
@@ -273,8 +273,8 @@ def _checked(source: Path, headers: dict[str, _Header]) -> tuple[str, tuple[int,
 
 
 def _broken(source: Path, error: Exception) -> DataError:
-    why, todo = f"{type(error).__name__}: {error}", "make or fetch it again"
-    return DataError(problem(source, "a whole, readable file", why, todo))
+    why, todo = f"{type(error).__name__}: {error}", "create or download it again"
+    return DataError(problem(source, "a complete, readable file", why, todo))
 
 
 def _batch(k: int, held: list[tuple[int, str, Tensor]]) -> ReadImages:

@@ -1,4 +1,4 @@
-"""From features and scores of images to the figures of a report: one code for runs, tables and commands.
+"""Metrics of a report, from features and scores of images, for training runs, tables and commands.
 
 The teacher and its students are drawn from the same prompts and noises, so that the interval of a difference does not
 hold what they share.

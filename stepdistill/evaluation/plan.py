@@ -1,4 +1,4 @@
-"""What is drawn: a teacher and its students, each in some numbers of steps and at some guidance scales."""
+"""Sampling plans: a teacher and its students, at several numbers of steps and guidance scales."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def size_of(students: Sequence[str]) -> tuple[int, int] | None:
     """
     sizes = {place: contract_of(place).resolution for place in students}
     if len(set(sizes.values())) > 1:
-        why = "noises depend on the size, and distances of images from different noises are not comparable"
-        raise EvaluationError(problem(f"students of sizes {sizes}", "one size", why, "evaluate them apart"))
+        why = "the initial noise depends on the size, and distances under different noise are not comparable"
+        raise EvaluationError(problem(f"students of sizes {sizes}", "one size", why, "evaluate them separately"))
     return next(iter(sizes.values()), None)
 
 
@@ -129,8 +129,8 @@ def family_of(place: str, kind: str | None, contracts: Sequence[Contract]) -> Fa
     where = (chosen or next(iter(known.values()))(pretrained_teacher_model=place)).location()
     if where.endswith(".safetensors"):
         if chosen is None:
-            todo = f"say --family, one of {sorted(cls.__module__.rpartition('.')[2] for cls in known.values())}"
-            raise ConfigError(problem(f"the single file {place}", "its family", "the file does not name one", todo))
+            todo = f"pass --family, one of {sorted(cls.__module__.rpartition('.')[2] for cls in known.values())}"
+            raise ConfigError(problem(f"the single file {place}", "its family", "the file does not state it", todo))
         return chosen
     try:
         index: Any = DiffusionPipeline.load_config(where)
@@ -140,6 +140,8 @@ def family_of(place: str, kind: str | None, contracts: Sequence[Contract]) -> Fa
     name = index["_class_name"]
     if name not in known or chosen is not None and known[name] is not type(chosen):
         expected = chosen.pipeline_class.__name__ if chosen else f"one of {sorted(known)}"
-        todo = "name the teacher of the students" if contracts else "name its family by --family, or write one"
-        raise ConfigError(problem(f"a {name} in {place}", expected, "a family says how its network is called", todo))
+        todo = "pass the teacher of the students" if contracts else "pass its family with --family, or write one"
+        raise ConfigError(
+            problem(f"a {name} in {place}", expected, "the family defines how its network is called", todo)
+        )
     return chosen or known[name](pretrained_teacher_model=place)

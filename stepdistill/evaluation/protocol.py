@@ -1,4 +1,4 @@
-"""What published figures were measured under, and how far an evaluation is from it."""
+"""Protocols of published figures, and how an evaluation deviates from them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Protocol:
             clip: of the CLIP score, where there is one.
         """
         if self.guide:
-            return [f"protocol {self.name} is of no paper"]
+            return [f"protocol {self.name} belongs to no paper"]
         drawn, size = reference["kind"] == "teacher", reference.get("n")
         deviations = {
             f"n={n} (protocol {self.n})": n != self.n,

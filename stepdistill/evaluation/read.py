@@ -1,4 +1,4 @@
-"""From images, drawn or already there, to a store of features and scores, unit by unit, shared out among processes."""
+"""Features and scores of images, measured unit by unit on all processes, into a store."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def _check(store: Store, images: Images) -> None:
     sizes = {tuple(unit["size"]) for unit in units if unit["size"]}
     if len(sizes) > 1:
         got, todo = f"images of {sorted(sizes)} in {images.source}", "choose an --eval-res, such as 256"
-        raise EvaluationError(problem(got, "one size", "the way they are resized changes the distance", todo))
+        raise EvaluationError(problem(got, "one size", "the resizing affects the distance", todo))
     skipped = sum(len(unit["skipped"]) for unit in units)
     if skipped > SKIPPED * store.n:
-        got, todo = f"{skipped} unreadable of {store.n} images in {images.source}", "make those again"
-        raise EvaluationError(problem(got, f"{SKIPPED:.0%} at most", "the set is no longer the same", todo))
+        got, todo = f"{skipped} unreadable of {store.n} images in {images.source}", "regenerate these images"
+        raise EvaluationError(problem(got, f"at most {SKIPPED:.0%}", "the set of images would change", todo))

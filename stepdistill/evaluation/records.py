@@ -27,7 +27,7 @@ def read_records(file: Path) -> list[dict[str, object]]:
         records = read_table(file)
     else:
         todo = "rename or convert the file"
-        raise DataError(problem(file, "a .txt, .jsonl or .csv file", "the suffix tells the format", todo))
+        raise DataError(problem(file, "a .txt, .jsonl or .csv file", "the suffix determines the format", todo))
     for number, record in enumerate(records, start=1):
         try:
             prompt_of(record)
@@ -35,7 +35,7 @@ def read_records(file: Path) -> list[dict[str, object]]:
             raise DataError(f"{file} row {number}: {error}") from None
     if not records:
         got = f"no prompt in {file}"
-        raise DataError(problem(got, "at least one", "there is nothing to draw", "write one prompt a line"))
+        raise DataError(problem(got, "at least one", "there is nothing to sample", "write one prompt per line"))
     return records
 
 
@@ -46,7 +46,7 @@ def prompt_of(record: Mapping[str, object]) -> str:
     if not isinstance(value, str) or not value.strip():
         got = f"a record with {list(record)}" if key is None else f"a record with {key} {value!r}"
         expected = f"a text that is not blank under one of {', '.join(KEYS)}"
-        raise DataError(problem(got, expected, "an image is drawn from it", "correct or remove that record"))
+        raise DataError(problem(got, expected, "each image needs a prompt", "correct or remove that record"))
     return value.strip()
 
 

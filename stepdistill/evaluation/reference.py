@@ -1,4 +1,4 @@
-"""What rows are compared with: the teacher's own images, statistics in a file, or images."""
+"""The reference of an evaluation: the teacher's images, statistics in a file, or existing images."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ReferenceBuilder:
         if not place.exists():
             expected = f"`{TEACHER}`, statistics (.npz), or images (a folder, .zip, .npz or .npy)"
             why, todo = "rows are compared with it", "check the path"
-            raise EvaluationError(problem(f"reference {place}, which is not there", expected, why, todo))
+            raise EvaluationError(problem(f"reference {place}, which does not exist", expected, why, todo))
         if is_stats(place):
             return self._of_stats(place)
         images = Images(place, self.spec.side)
@@ -86,14 +86,14 @@ class ReferenceBuilder:
         identity, unlike = self.extractor.identity, "features of different extractors have no distance"
         if stats.mean.numel() != identity.dim:
             got = f"{place} with {stats.mean.numel()} features, and {identity.id}"
-            raise EvaluationError(problem(got, f"{identity.dim}", unlike, "name the one that made the file"))
+            raise EvaluationError(problem(got, f"{identity.dim}", unlike, "choose the extractor that made the file"))
         features_id, eval_res = meta.get("features_id", UNKNOWN_FEATURES), meta.get("eval_res")
         if features_id not in (UNKNOWN_FEATURES, identity.id):
             got = f"{place}, made with {features_id}"
-            raise EvaluationError(problem(got, identity.id, unlike, "make it again with this one"))
+            raise EvaluationError(problem(got, identity.id, unlike, "make it again with this extractor"))
         if features_id != UNKNOWN_FEATURES and eval_res != self.spec.side:
-            got, why = f"{place}, of images at eval_res {eval_res}", "both sides are resized alike"
-            raise EvaluationError(problem(got, f"eval_res {self.spec.side}", why, "set --eval-res alike"))
+            got, why = f"{place}, of images at eval_res {eval_res}", "both sides must be resized equally"
+            raise EvaluationError(problem(got, f"eval_res {self.spec.side}", why, "set --eval-res to the same value"))
         facts = {"kind": "npz", "path": str(place), "sha256": file_digest(place)}
         facts |= {"n": stats.n or None, "features_id": features_id, "eval_res": eval_res}
         return Reference(stats=stats, features=None, paired=False, facts=facts)

@@ -1,4 +1,4 @@
-"""From stores to an evaluation's folder: `eval.json`, tables, page, scores of single images, sheets and statistics."""
+"""The files of an evaluation folder: `eval.json`, tables, page, per-image scores, image grids and statistics."""
 
 from __future__ import annotations
 

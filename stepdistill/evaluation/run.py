@@ -1,4 +1,4 @@
-"""The commands: draw and measure, measure what is there, make statistics, merge."""
+"""The evaluation commands: sample and measure, measure existing images, write statistics, merge."""
 
 from __future__ import annotations
 
@@ -106,14 +106,14 @@ def score_images(places: Sequence[Path], spec: EvalSpec, prompts: Path | None = 
     """
     state, device = joined(spec)
     if spec.reference == TEACHER:
-        why, todo = "existing images are not compared with a teacher", "name statistics or images by --ref"
+        why, todo = "existing images are not compared with a teacher", "pass statistics or images with --ref"
         raise EvaluationError(problem("no reference", "--ref", why, todo))
     if (spec.clip is None) != (prompts is None):
         why, todo = (
             "the CLIP score compares each image with its prompt",
-            "name both, --clip and --prompts-file, or none",
+            "pass both --clip and --prompts-file, or neither",
         )
-        raise EvaluationError(problem(f"CLIP {spec.clip} and prompts {prompts}", "both or none", why, todo))
+        raise EvaluationError(problem(f"CLIP {spec.clip} and prompts {prompts}", "both or neither", why, todo))
     names = labels([str(place) for place in places])
     sources = {name: Images(place, spec.side) for name, place in zip(names, places, strict=True)}
     for images in sources.values():
@@ -183,8 +183,8 @@ def compare_evaluations(folders: Sequence[Path], out: Path, csv: Path | None) ->
 def enough(n: int, where: str) -> None:
     """Raise EvaluationError for too few images."""
     if n < LEAST:
-        why = "the intervals leave out each of 20 blocks of two images or more"
-        raise EvaluationError(problem(f"{n} images {where}", f"{LEAST} or more", why, "draw more"))
+        why = "the intervals need 20 blocks of at least two images"
+        raise EvaluationError(problem(f"{n} images {where}", f"{LEAST} or more", why, "use more images"))
 
 
 def joined(spec: EvalSpec) -> tuple[PartialState, torch.device]:
@@ -197,7 +197,7 @@ def joined(spec: EvalSpec) -> tuple[PartialState, torch.device]:
         device = torch.device(spec.device or state.device or "cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        why, todo = str(error).splitlines()[0], "name another, or leave it out"
+        why, todo = str(error).splitlines()[0], "choose another, or remove the option"
         raise EvaluationError(problem(f"device {spec.device}", "an available device", why, todo)) from error
     return state, device
 
@@ -207,7 +207,7 @@ def extractor_of(spec: EvalSpec, device: torch.device, vae: AutoencoderKL | None
     name = spec.features or spec.under.features
     if spec.resize and not name.removeprefix("random-").startswith("inception"):
         got, why = f"resize {spec.resize} with features {name}", "other extractors have a fixed size"
-        raise EvaluationError(problem(got, "features inception", why, "leave --resize out"))
+        raise EvaluationError(problem(got, "features inception", why, "remove --resize"))
     return extractor_named(
         name,
         resize=spec.resize or spec.under.resize,
@@ -233,7 +233,7 @@ def possible(
     left_out: dict[str, str] = {}
     if reference is not None and reference.features is None:
         for name in ("kid", "prdc", "cmmd"):
-            left_out[name] = "the reference has statistics and no images"
+            left_out[name] = "the reference has statistics but no images"
     if not identity.arch.startswith("clip-"):
         left_out["cmmd"] = f"it is defined on CLIP's embeddings, not on {identity.id}"
     if not several:
@@ -253,7 +253,7 @@ def clip_score_of(spec: EvalSpec, images: Images, prompts: Path | None, device: 
     records = read_records(prompts)
     if len(records) > len(images):
         got, why = f"{len(records)} prompts for {len(images)} images", "each image has one prompt"
-        raise EvaluationError(problem(got, "as many at most", why, "name the prompts of these images"))
+        raise EvaluationError(problem(got, "at most one per image", why, "pass the prompts of these images"))
     each = [prompt_of(records[i % len(records)]) for i in range(len(images))]
     return ClipScore.load(spec.clip, each, spec.under.prefix, device)
 
@@ -262,11 +262,11 @@ def records_of(spec: EvalRun) -> list[dict[str, object]]:
     """The prompts, with whatever else their file says of them. Raises EvaluationError, DataError."""
     records = read_records(spec.prompts) if spec.prompts else []
     if spec.export == "geneval" and not (records and all("tag" in record for record in records)):
-        why, todo = "GenEval scores each image by the metadata of its prompt", "pass it by --prompts-file"
+        why, todo = "GenEval scores each image by the metadata of its prompt", "pass it with --prompts-file"
         raise EvaluationError(problem(f"prompts {spec.prompts}", "GenEval's evaluation_metadata.jsonl", why, todo))
     if records:
         return records
     if spec.teacher not in BUNDLED_NAMES:
-        why, todo = f"{spec.teacher} has no prompts of its own", "name a .txt, .jsonl or .csv file by --prompts-file"
-        raise EvaluationError(problem("no prompts", "a file of them", why, todo))
+        why, todo = f"{spec.teacher} has no prompts of its own", "pass a .txt, .jsonl or .csv file with --prompts-file"
+        raise EvaluationError(problem("no prompts", "a prompts file", why, todo))
     return [{"prompt": prompt} for prompt in emoji.prompts()]

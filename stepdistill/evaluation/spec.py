@@ -1,4 +1,4 @@
-"""What is to be evaluated, as the commands say it."""
+"""Settings of an evaluation."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class EvalSpec:
     def __post_init__(self) -> None:
         odd = [name for name in self.metrics if name not in METRICS]
         if odd:
-            todo = "leave them out; the CLIP score comes with --clip"
+            todo = "remove them; the CLIP score comes with --clip"
             raise ConfigError(problem(f"metrics {odd}", f"some of {list(METRICS)}", "no other metric is known", todo))
         if self.protocol not in PROTOCOLS:
             got, why = f"protocol {self.protocol!r}", "a protocol is the set of settings behind published figures"
-            raise ConfigError(problem(got, f"one of {list(PROTOCOLS)}", why, "name one, or leave it out"))
+            raise ConfigError(problem(got, f"one of {list(PROTOCOLS)}", why, "choose one, or remove the option"))
         _whole(self, 1, "feature_batch", "eval_res")
 
     @property
@@ -124,11 +124,15 @@ class EvalRun(EvalSpec):
             raise ConfigError(problem(got, "different finite scales", "each becomes a row", "correct them"))
         if self.reference == "teacher" and self.seed == self.reference_seed:
             why = "the teacher would be compared with its own images"
-            raise ConfigError(problem(f"seed {self.seed} for rows and reference", "two seeds", why, "choose another"))
+            raise ConfigError(
+                problem(f"seed {self.seed} for rows and reference", "two seeds", why, "choose another seed")
+            )
 
 
 def _whole(spec: EvalSpec, least: int, *names: str) -> None:
     for name in names:
         value = vars(spec)[name]
         if value is not None and value < least:
-            raise ConfigError(problem(f"{name}={value}", f"{least} or more", "it cannot be smaller", "correct it"))
+            raise ConfigError(
+                problem(f"{name}={value}", f"{least} or more", "smaller values are not possible", "correct it")
+            )

@@ -1,4 +1,4 @@
-"""Features of encoders that were trained for other ends, and of none: DINOv2, CLIP, the pipeline's own VAE, pixels.
+"""Features of encoders other than Inception: DINOv2, CLIP, the pipeline's VAE, and pixels.
 
 Networks from transformers and the VAE are named by the hash of their tensors in float32 (`hash_of`): it is the same
 for a folder, a hub id, and either file format.

@@ -1,4 +1,4 @@
-"""Feature extractors by name, and where their weights are looked for: never others in their place."""
+"""Feature extractors by name, and the search for their weights."""
 
 from __future__ import annotations
 
@@ -151,7 +151,9 @@ def _check(name: str, dtype: str, batch: int, vae: AutoencoderKL | None) -> None
         raise ConfigError(problem(f"batch={batch}", "1 or more", "images go through the network in batches", "use 64"))
     if name == "vae" and vae is None:
         todo = "name a teacher, or use pixels"
-        raise ConfigError(problem("features 'vae' without a pipeline", "one", "its VAE encodes the images", todo))
+        raise ConfigError(
+            problem("features 'vae' without a pipeline", "one", "the features are those of its VAE", todo)
+        )
 
 
 def _look_for_inception(weights: Weights) -> tuple[Path | None, list[str]]:
@@ -164,7 +166,7 @@ def _look_for_inception(weights: Weights) -> tuple[Path | None, list[str]]:
             continue
         if Path(named).expanduser().is_file():
             return Path(named).expanduser(), looked
-        why, todo = "a file that was named is never replaced by another", "correct the path, or leave it out"
+        why, todo = "an explicit path is never replaced by another file", "correct the path, or remove it"
         raise MissingWeights(problem(f"{label} {named}, which is no file", f"the file weights-{FILE}", why, todo))
     for place in _inception_places():
         if place.is_file():
@@ -203,11 +205,11 @@ def _from_module(place: str) -> Extractor:
     try:
         theirs = getattr(import_module(module), factory)()
     except (ImportError, AttributeError, ValueError) as error:
-        got, why = f"features 'module:{place}' ({error})", "the extractor is what that function of that module returns"
+        got, why = f"features 'module:{place}' ({error})", "the extractor is the return value of that function"
         todo = "correct the name, and run where the module can be imported"
         raise ConfigError(problem(got, "module:pkg.mod:factory", why, todo)) from error
     if not isinstance(getattr(theirs, "identity", None), Identity):
-        got, why = f"features 'module:{place}' of {type(theirs)}", "results name what they were computed on"
+        got, why = f"features 'module:{place}' of {type(theirs)}", "results state the features they were computed on"
         todo = "see stepdistill.evaluation.metrics.features.Extractor"
         raise ConfigError(problem(got, "an object with `identity`, an `Identity`", why, todo))
     # the name says that it is the user's: whatever it calls itself, its distances are `fd`

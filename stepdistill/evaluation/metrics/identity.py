@@ -1,4 +1,4 @@
-"""What features are: network, weights, resampling and precision, and so which name a distance on them may bear."""
+"""The identity of features: network, weights, resampling and precision. It decides the name of a distance on them."""
 
 from __future__ import annotations
 

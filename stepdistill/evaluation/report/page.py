@@ -1,4 +1,4 @@
-"""`report.html`: evaluations on one page that holds all it shows, for a browser, a phone and paper."""
+"""`report.html`: evaluations on one self-contained page."""
 
 from __future__ import annotations
 

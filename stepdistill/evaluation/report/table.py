@@ -1,4 +1,4 @@
-"""Evaluation folders as flat rows, `rows.csv`, and the tables of a report: which distances may share a column."""
+"""Evaluation folders as flat rows, `rows.csv`, and the tables of a report, with comparable distances in one column."""
 
 from __future__ import annotations
 

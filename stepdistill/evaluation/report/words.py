@@ -1,4 +1,4 @@
-"""What a report says in words: what was measured, the best student, and what the numbers do not say."""
+"""The text of a report: what was measured, the best student, and notes on reading the numbers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Statistics of student and teacher during training, and what they warn of."""
+"""The collapse monitor: statistics of student and teacher during training, its warnings, and `stepdistill doctor`."""

@@ -1,4 +1,4 @@
-"""Reference curves: what a recipe's training looks like when it goes well, in a small JSON beside the recipe."""
+"""Reference curves: metrics of a good training run of a recipe, in a small JSON file beside the recipe."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class Curve:
             return cls(**json.loads(file.read_text()))
         except (OSError, ValueError, TypeError) as error:
             got = f"no readable curve in {file} ({error})"
-            expected = "a file that `stepdistill doctor RUN --save-curve FILE` wrote"
+            expected = "a file written by `stepdistill doctor RUN --save-curve FILE`"
             why = "there is nothing to compare with"
-            todo = "write it again from a good run, or leave --reference out"
+            todo = "write it again from a good run, or remove --reference"
             raise CheckpointError(problem(got, expected, why, todo)) from error
 
 

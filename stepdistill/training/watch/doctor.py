@@ -1,4 +1,4 @@
-"""What is off with a run, in words: from its own files, and against the reference curve of its recipe.
+"""Diagnosis of a run from its files, and by comparison with the reference curve of its recipe.
 
 Reads `metrics.jsonl`, `config.yaml`, `watch.json` and `distill_config.json`; loads no network.
 """
@@ -27,7 +27,7 @@ LOSS, NORM = "loss", "grad_norm/"
 
 @dataclass
 class Findings:
-    """What is off, and what is only worth knowing; each a sentence or two."""
+    """Problems (`off`) and notes, each in one or two sentences."""
 
     off: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -48,8 +48,8 @@ class Remains:
         rows, file = rules.read_metrics(folder / "metrics.jsonl"), folder / "config.yaml"
         if not rows or not file.is_file():
             got = f"{folder}, which lacks config.yaml or a metrics.jsonl with a row"
-            why = "they hold the run's settings and its curves"
-            todo = "give the folder that train.output_dir named, after the first step"
+            why = "they contain the run's settings and metrics"
+            todo = "pass the folder of train.output_dir, after the first step"
             raise CheckpointError(problem(got, "the output_dir of a run", why, todo))
         return cls(folder, rows, yaml.safe_load(file.read_text()), Yardstick.read(folder / "watch.json"))
 
@@ -92,14 +92,14 @@ def _reference(run: Remains, given: Path | None, findings: Findings) -> tuple[Cu
         curve = Curve.read(given)
         odd = differences(settings_of(run.config), curve.course)
         if odd:
-            findings.notes.append(f"the run is not quite that of the reference: {'; '.join(odd)}")
+            findings.notes.append(f"the run differs slightly from the reference: {'; '.join(odd)}")
         return curve, given
     file, odd = matching(settings_of(run.config), Path("configs"))
     if file and not odd:
         return Curve.read(file), file
-    hint = "name one by --reference"
+    hint = "pass one with --reference"
     if file:
-        hint = f"the nearest is {file}, where {'; '.join(odd)}: name it by --reference"
+        hint = f"the closest is {file}, where {'; '.join(odd)}: pass it with --reference"
     findings.notes.append(f"no reference curve of this recipe under configs/; {hint}")
     return None, None
 
@@ -110,10 +110,10 @@ def _ending(run: Remains, findings: Findings) -> None:
     contract = run.folder / "distill_config.json"
     if not contract.exists():
         findings.notes.append(
-            "no student is written yet: the run goes on, or was stopped; resume_from_checkpoint: latest"
+            "no student is written yet: the run is still going, or was stopped; resume_from_checkpoint: latest"
         )
     elif json.loads(contract.read_text()).get("proof") is None:
-        findings.off.append("the student was never proven in plain Diffusers: run `stepdistill verify` on the folder")
+        findings.off.append("the student was not verified in plain Diffusers: run `stepdistill verify` on the folder")
 
 
 def _series(rows: Rows, head: str) -> Iterator[tuple[str, list[float]]]:
@@ -145,7 +145,9 @@ def _losses(rows: Rows, curve: Curve | None, findings: Findings) -> None:
             if last > 10 * first:
                 findings.off.append(f"{sentence}: lower train.learning_rate")
             else:
-                findings.notes.append(f"{sentence}: usual where the method goes on to harder stages, else a bad sign")
+                findings.notes.append(
+                    f"{sentence}: normal if the method moves on to harder stages, otherwise a bad sign"
+                )
 
 
 def _gradients(rows: Rows, findings: Findings) -> None:
@@ -162,12 +164,12 @@ def _gradients(rows: Rows, findings: Findings) -> None:
         spikes = sum(value > 10 * usual for value, usual in zip(values[10:], before, strict=True))
         if last < 1e-10:
             findings.off.append(
-                f"gradients of {role} have vanished ({last:.2g}): it no longer learns; its loss is flat"
+                f"gradients of {role} have vanished ({last:.2g}): the role no longer learns, and its loss is flat"
             )
         elif last > 10 * first:
             findings.off.append(
-                f"gradients of {role} grow: {first:.3g} in the first quarter, {last:.3g} in the last (medians). It "
-                "diverges: lower train.learning_rate"
+                f"gradients of {role} grow: {first:.3g} in the first quarter, {last:.3g} in the last (medians). The "
+                "training diverges: lower train.learning_rate"
             )
         if spikes > max(2, 0.02 * len(values)):
             findings.off.append(
@@ -187,20 +189,21 @@ def _watch(run: Remains, findings: Findings) -> None:
     for name in [name for name in past if name not in alarms]:
         ever = [row["step"] for i, row in enumerate(looks) if rules.alarmed(past[name][: i + 1])]
         if ever:
-            findings.notes.append(f"the {rules.title(name)} was off at step {ever[-1]:.0f}, and has come back")
+            findings.notes.append(f"the {rules.title(name)} was off at step {ever[-1]:.0f}, and has recovered")
         ratio = looks[-1][PREFIX + name]
         if rules.outside(past[name])[-1]:
-            findings.notes.append(f"the {rules.title(name)} is {ratio:.3g} times the teacher's: once more would be off")
+            findings.notes.append(
+                f"the {rules.title(name)} is {ratio:.3g} times the teacher's: a second time in a row is off"
+            )
         elif abs(past[name][-1]) > rules.BAND:
             findings.notes.append(
-                f"the {rules.title(name)} is {ratio:.3g} times the teacher's: not there yet, but no farther off than "
-                "it was"
+                f"the {rules.title(name)} is {ratio:.3g} times the teacher's: still far, but no farther than before"
             )
     best = min(looks[1:] or looks, key=lambda row: row[SCORE])
     if looks[-1][SCORE] > best[SCORE] + 1:
         findings.notes.append(
             f"best/, of step {best['step']:.0f}, is {best[SCORE]:.2g} spreads from the teacher on average, the last "
-            f"student {looks[-1][SCORE]:.2g}: take best/"
+            f"student {looks[-1][SCORE]:.2g}: use best/"
         )
 
 
@@ -224,7 +227,7 @@ def _compare(run: Remains, curve: Curve, where: Path | None, findings: Findings)
     facts = run.yardstick.facts if run.yardstick else {}
     keys = ("teacher_sha256", "prompts", "samples", "steps", "guidance_scale")
     if not run.yardstick or any(facts.get(key) != curve.facts.get(key) for key in keys):
-        findings.notes.append("images are not compared with the reference's, whose prompts or teacher are others")
+        findings.notes.append("images are not compared with the reference's, since prompts or teacher differ")
         return
     theirs = {row["step"]: row for row in curve.watch}
     common = [row for row in run.rows if SCORE in row and row["step"] in theirs]

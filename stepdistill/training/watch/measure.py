@@ -1,9 +1,9 @@
-"""A watch against collapse, for every method: at each validation the student's images beside the teacher's.
+"""The collapse monitor: compares the student's images with the teacher's at each validation, for every method.
 
 On fixed prompts and seeds, never fitted to: the ratios student / teacher of saturation, luminance, contrast,
 high-frequency energy and pairwise diversity, and of the teacher's own denoising error on the samples at a few noise
-levels, the score gap: 1 where the teacher takes the student's samples for its own. `training.watch.rules` says when
-that is too far.
+levels, the score gap: 1 if the teacher denoises the student's samples as well as its own. `training.watch.rules`
+decides when a ratio is too far off.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def ratios(statistics: Mapping[str, Tensor], teacher: Yardstick) -> dict[str, fl
 
 
 class Watch:
-    """The watch of one run; on the main process only.
+    """The collapse monitor of one run; on the main process only.
 
     What it knows is in the run's folder: the teacher's statistics in `watch.json`, the history in `metrics.jsonl`,
     the best student so far in `best/`. So a resumed run goes on as if it had never stopped.
@@ -146,7 +146,7 @@ class Watch:
         stored = Yardstick.read(self.out / "watch.json")
         if stored and stored.facts == facts:
             return stored
-        print("collapse monitor: drawing the teacher's images, to know how much seeds matter", flush=True)
+        print("collapse monitor: sampling the teacher's images, to measure the spread over seeds", flush=True)
         drawn = yardstick([self._measure(sample_teacher, k) for k in range(1, SETS + 1)], facts)
         drawn.save(self.out / "watch.json")
         return drawn

@@ -1,4 +1,4 @@
-"""The watch as an image: how far each statistic is from the teacher's over the run, and the gradients' norms."""
+"""A plot of the collapse monitor: the distance of each statistic from the teacher's, and the gradient norms."""
 
 from __future__ import annotations
 

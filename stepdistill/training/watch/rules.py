@@ -1,7 +1,7 @@
-"""The rules of the watch: how far a student's statistics lie from its teacher's, when that is too far, and in words.
+"""The rules of the collapse monitor: how far a student's statistics may be from its teacher's, and the warnings.
 
 A ratio student / teacher is read on a logarithmic scale in units of the teacher's own seed-to-seed spread, so that
-half and double are equally far: `z = log(ratio) / spread`. Plain Python; nothing here needs the network.
+half and double are equally far: `z = log(ratio) / spread`. This module needs no network.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ STATISTICS = (*IMAGE, *GAPS)
 # statistic: what too low usually means and what to do, and the same for too high
 MEANING = {
     "saturation": (
-        "colours wash out: the student averages several answers; train longer, or on targets that are less random",
-        "colours burn: guidance is too strong or counted twice, or the critic lags behind the student; lower "
+        "colours are washed out: the student averages over several targets; train longer, or on less random targets",
+        "colours are oversaturated: guidance is too strong or applied twice, or the critic lags behind; lower "
         "guidance_scale, train the critic more often, or lower the learning rate",
     ),
     "luminance": (
@@ -34,25 +34,25 @@ MEANING = {
         "images brighten: the student drifts uncorrected; lower the learning rate, train the critic more often",
     ),
     "contrast": (
-        "images turn flat: the student averages several answers; train longer, or on targets that are less random",
-        "shadows and lights burn out: guidance is too strong, or the learning rate too high; lower them",
+        "images lose contrast: the student averages over several targets; train longer, or on less random targets",
+        "shadows and highlights clip: guidance is too strong, or the learning rate too high; lower them",
     ),
     "high_frequency": (
-        "images blur: the student averages several answers, or has learned too little yet; train longer, with more "
+        "images blur: the student averages over several targets, or is undertrained; train longer, with more "
         "steps, or with an adversarial term",
-        "noise or hard edges: the learning rate is too high, guidance too strong, or the last step does not end clean; "
+        "noise or hard edges: the learning rate is too high, guidance too strong, or the last step leaves noise; "
         "lower them, or compare the sampler with the contract",
     ),
     "diversity": (
-        "all seeds give nearly one image, which is collapse: the critic lags or is off, or guidance is too strong; "
+        "all seeds give nearly the same image (collapse): the critic lags or is off, or guidance is too strong; "
         "train the critic more often, lower guidance_scale, and go back to best/",
-        "images of one prompt have less in common than the teacher's: the prompt is heeded too little, or the "
+        "images of one prompt have less in common than the teacher's: the prompt has too little effect, or the "
         "learning rate is too high; lower it, or raise guidance_scale",
     ),
     "gap": (
         "the teacher finds the student's images easier than its own: they are smoother and more alike, as before a "
         "collapse; train the critic more often, lower guidance_scale",
-        "the teacher does not take the student's images for its own at this noise level (high: layout, low: "
+        "the teacher denoises the student's images worse than its own at this noise level (high: layout, low: "
         "texture); lower the learning rate or guidance_scale, or train longer",
     ),
 }
@@ -162,6 +162,6 @@ def sentence(name: str, deviations: Sequence[float], spread: float) -> str:
     z = deviations[-1]
     low, high = (math.exp(limit * spread) for limit in band(deviations[:-1]))
     return (
-        f"the {title(name)} is {math.exp(z * spread):.3g} times the teacher's, allowed are {low:.3g} to {high:.3g}: "
+        f"the {title(name)} is {math.exp(z * spread):.3g} times the teacher's, expected {low:.3g} to {high:.3g}: "
         f"{meaning(name, not z < 0)}"
     )
