@@ -401,7 +401,7 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(asked, teachers, tmp_pat
     for change, words in [
         ({"reference": str(tmp_path / "dim.npz")}, "5 features.*no distance"),
         ({"reference": str(tmp_path / "broken.npz")}, "npz"),
-        ({"reference": "nowhere"}, "not there"),
+        ({"reference": "nowhere"}, "does not exist"),
         ({"students": (asked.students[0], str(other))}, "one size"),
         ({"students": (asked.students[0], asked.students[0] + "/.")}, "each once"),
         ({"students": (flow,)}, "pass the teacher of the students"),
@@ -613,7 +613,7 @@ def test_statistics_of_other_features_are_refused(scored, tmp_path):
     stats.save(tmp_path / "own.npz", facts | {"features_id": "pixels@other/area8"})
     with pytest.raises(EvaluationError, match="made with pixels@other.*no distance"):
         score_images([a], replace(scored, reference=str(tmp_path / "own.npz")))
-    with pytest.raises(EvaluationError, match="not there"):
+    with pytest.raises(EvaluationError, match="does not exist"):
         score_images([a], replace(scored, reference=str(tmp_path / "none.npz")))
     (tmp_path / "text.npz").write_text("text")
     with pytest.raises(EvaluationError, match="mu.*sigma"):
