@@ -139,10 +139,10 @@ def _compare(visited: Sequence[float], trained: Sequence[float]) -> None:
 
 @torch.no_grad()
 def check_sampling(family: Family, pipe: DiffusionPipeline, sampler: Sampler) -> None:
-    """Raise ConfigError where the scheduler of a student folder samples otherwise than `few_step`, beyond rounding.
+    """Raise ConfigError if the scheduler of a student folder differs from `few_step` by more than rounding.
 
-    Both sample with a network that is known in closed form, in float32: that of independent normal numbers of several
-    spreads. So it is known before training what `prove` would find afterwards of the scheduler.
+    Both sample in float32 with a network in closed form, that of independent normal numbers of several spreads. So an
+    error of the scheduler is known before training, and not only from `prove` afterwards.
 
     Args:
         pipe: of `family`, with the teacher's scheduler.
@@ -179,6 +179,6 @@ def check_sampling(family: Family, pipe: DiffusionPipeline, sampler: Sampler) ->
     if not difference <= FLOAT32:
         got = f"a difference of {difference:.2g} between {type(scheduler).__name__} and training's own sampler"
         got += f" at timesteps {[round(t, 3) for t in sampler.timesteps]} of a {kind} network"
-        why = "no scheduler of Diffusers takes the steps that the student is trained for"
+        why = "no scheduler of Diffusers samples with the steps that the student is trained for"
         todo = "choose other timesteps or another number of steps, or correct the teacher's scheduler"
         raise ConfigError(problem(got, f"at most {FLOAT32:g}", why, todo))
