@@ -26,6 +26,7 @@ from stepdistill.methods.regression import Regression
 from stepdistill.networks.pipeline_loras import fuse_loras
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students.contract import CONTRACT, WEIGHTS
+from stepdistill.students.draw.call import PipelineCall
 from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline, changed_sampler
 from stepdistill.students.write import write_student
 from stepdistill.training.distill import distill
@@ -84,7 +85,7 @@ def draw(
 ) -> np.ndarray:
     """Images (N, H, W, 3) in [0, 1], not rounded to grey levels."""
     call = drawer.call(options or DrawOptions()).plus(output_type="np")
-    return np.stack(list(drawer.draw(prompts, seeds, call, batch)))
+    return np.stack([drawn.image for drawn in drawer.draw(prompts, seeds, call, batch)])
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:
@@ -310,14 +311,18 @@ def test_what_is_lost_is_all_that_is_beyond_the_limit():
 def test_a_negative_prompt_goes_by_attention_or_where_there_is_guidance_by_it(quiet):
     drawer = StudentPipeline.load(quiet)
     call = drawer.call(DrawOptions()).plus(output_type="np")
-    plain = np.stack(list(drawer.draw(["rose"], [0], call)))
+
+    def drawn(call: PipelineCall) -> np.ndarray:
+        return np.stack([image for image, _ in drawer.draw(["rose"], [0], call)])
+
+    plain = drawn(call)
     with drawer.against("red apple", call, 0.5) as told:
         assert told == call
-        other = np.stack(list(drawer.draw(["rose"], [0], told)))
+        other = drawn(told)
     assert apart(plain, other) > 1e-4
-    assert apart(np.stack(list(drawer.draw(["rose"], [0], call))), plain) == 0
+    assert apart(drawn(call), plain) == 0
     with drawer.against("red apple", call, 0.0) as told:
-        assert apart(np.stack(list(drawer.draw(["rose"], [0], told))), plain) == 0
+        assert apart(drawn(told), plain) == 0
     guided = drawer.call(DrawOptions(guidance_scale=3.0))
     with drawer.against("red apple", guided) as told:
         assert told == guided.plus(negative_prompt="red apple")

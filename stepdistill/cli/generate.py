@@ -15,8 +15,9 @@ GENERATE = """\
 Loads the base model into a plain Diffusers pipeline, then the student, and generates images with the student's
 scheduler, noise levels and guidance. Image n has the seed SEED + n. It is the image that the card's code generates
 with `torch.manual_seed(SEED + n)`, for any --batch. Writes 00000.png and so on to OUT, and images.jsonl with the prompt
-and the seed of each image. Prints a warning for steps that the student was not trained for. A negative prompt is
-applied by guidance if the student uses guidance, otherwise inside attention (NASA or NAG).
+and the seed of each image. Names the images that the base model's safety checker flagged, which are black. Prints a
+warning for steps that the student was not trained for. A negative prompt is applied by guidance if the student uses
+guidance, otherwise inside attention (NASA or NAG).
 
 examples:
   stepdistill generate runs/quickstart "cat face" rose --grid sheet.png
@@ -114,15 +115,19 @@ def _draw(student: Any, prompts: list[str], args: argparse.Namespace, call: Any)
     mixed = nullcontext() if args.base_steps is None else base_first(student.pipe, args.base_steps)
     with count_calls(student.family.network(student.pipe)) as cost, against as call, mixed:
         images = tqdm(student.draw(prompts, seeds, call, args.batch), total=len(prompts), desc="Images")
-        for n, image in enumerate(images):
+        for n, (image, flagged) in enumerate(images):
             image.save(args.output / f"{n:05d}.png")
-            lines.append({"file": f"{n:05d}.png", "prompt": prompts[n], "seed": seeds[n]})
+            line = {"file": f"{n:05d}.png", "prompt": prompts[n], "seed": seeds[n]}
+            lines.append(line | {"flagged": True} if flagged else line)
             images_of_grid += [image] if args.grid else []
     (args.output / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if args.grid:
         _sheet(images_of_grid, prompts, args.num_images_per_prompt).save(args.grid)
     seconds = time.perf_counter() - began
     print(f"{args.output}: {len(prompts)} images, {cost.calls} calls of the network, {seconds:.1f} s")
+    if flagged := [line["file"] for line in lines if "flagged" in line]:
+        names = ", ".join(flagged)
+        print(f"{len(flagged)} of them were flagged by the base's safety checker and are black: {names}")
 
 
 def _sheet(images: list[Any], prompts: list[str], each: int) -> Any:  # noqa: ANN401

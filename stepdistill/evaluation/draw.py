@@ -28,6 +28,7 @@ from stepdistill.evaluation.spec import EvalRun
 from stepdistill.evaluation.store import Store
 from stepdistill.families.base import Family
 from stepdistill.students.base_model import pipeline_hash
+from stepdistill.students.draw.filters import unfiltered
 from stepdistill.students.draw.pipeline import StudentPipeline
 from stepdistill.students.load import PATTERNS, folder_of
 
@@ -190,7 +191,9 @@ class RowDrawer:
 
 def teacher_of(pipeline: StudentPipeline) -> str:
     """sha256 of all that the teacher draws with: networks, fused LoRAs, scheduler, and what its calls are given."""
-    parts = [pipeline_hash(pipeline.pipe), pipeline.native.to_json_string(), repr(pipeline.family.arguments())]
+    with unfiltered(pipeline.pipe, pipeline.family):
+        networks = pipeline_hash(pipeline.pipe)
+    parts = [networks, pipeline.native.to_json_string(), repr(pipeline.family.arguments())]
     return sha256("\n".join(parts).encode()).hexdigest()
 
 

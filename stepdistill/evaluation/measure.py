@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.evaluation.metrics.frechet import feature_diversity, paired
 from stepdistill.evaluation.metrics.jackknife import (
     Interval,
@@ -26,7 +27,7 @@ from stepdistill.evaluation.metrics.jackknife import (
 )
 from stepdistill.evaluation.metrics.kernel import cmmd, kid
 from stepdistill.evaluation.metrics.neighbours import prdc
-from stepdistill.evaluation.metrics.stats import Stats
+from stepdistill.evaluation.metrics.stats import Stats, all_alike
 from stepdistill.evaluation.metrics.vendi import vendi
 
 BLOCKS = 20
@@ -76,6 +77,19 @@ class Reference:
     paired: bool
     facts: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        """Raises EvaluationError for a reference that varies in nothing."""
+        alike = self.stats.is_point if self.features is None else all_alike(self.features)
+        check_images_differ(alike, f"reference {self.facts.get('path', '')}".strip())
+
+
+def check_images_differ(alike: bool, place: str) -> None:
+    """Raise EvaluationError for a reference, named by `place`, whose images are all alike."""
+    if alike:
+        why = "every set of that one image would be perfect"
+        todo = "look at the images: half precision or a safety checker may have made them black"
+        raise EvaluationError(problem(f"{place}, whose images are all alike", "images that differ", why, todo))
+
 
 def measured(
     rows: Sequence[Sampled],
@@ -90,6 +104,9 @@ def measured(
         key: `fid` or `fd`, as the features' identity says.
         metrics: of `METRICS`; the distance is always there.
         prompt_index: (N,) which prompt an image is of, for `diversity`.
+
+    Raises:
+        EvaluationError: the images of the teacher at its best are all alike.
     """
     sizes = block_sizes(len(rows[0].features), BLOCKS)
     if reference.paired:
@@ -102,6 +119,8 @@ def measured(
         floor = noise_floor(reference.stats, len(rows[0].features))
     else:  # what the teacher has by chance
         floor = None if first is None else distances[first, 0].item()
+    if first is not None:
+        check_images_differ(all_alike(rows[first].features), f"teacher {rows[first].name!r}")
     values = []
     for i, row in enumerate(rows):
         n, dim = row.features.shape
@@ -124,9 +143,10 @@ def measured(
         cost = dict(row.cost)
         if first is not None and cost.get("seconds_per_image"):
             cost["speedup_vs_teacher"] = rows[first].cost["seconds_per_image"] / cost["seconds_per_image"]
+        reasons = [*row.reasons, *([f"all {n} images are alike"] if all_alike(row.features) else [])]
         values.append(
             {"name": row.name, "role": row.role, **row.facts, "n": n, "metrics": figures, "cost": cost}
-            | {"comparable": not row.reasons, "comparable_reasons": list(row.reasons)}
+            | {"comparable": not reasons, "comparable_reasons": reasons}
         )
     return _finite(values)
 
@@ -149,7 +169,7 @@ def _of_features(
     if reference.features is not None and "cmmd" in metrics:
         figures["cmmd"] = cmmd(row.features, reference.features)
     if "vendi" in metrics:
-        figures["vendi"] = vendi(row.features)
+        figures["vendi"] = 1.0 if all_alike(row.features) else vendi(row.features)  # black pixels have no direction
     if prompt_index is not None and "diversity" in metrics:
         figures["diversity"] = feature_diversity(row.features, prompt_index)
     return figures
@@ -171,7 +191,7 @@ def _beside(row: Sampled, teacher: Sampled, metrics: Collection[str], prompt_ind
     figures: dict[str, Any] = {"paired": pairs} if pairs else {}
     if prompt_index is not None and "diversity" in metrics:
         spread = feature_diversity(row.features, prompt_index), feature_diversity(teacher.features, prompt_index)
-        figures["diversity_vs_teacher"] = spread[0] / spread[1]
+        figures["diversity_vs_teacher"] = spread[0] / spread[1] if spread[1] else math.nan
     return figures
 
 

@@ -18,11 +18,12 @@ from stepdistill.core.files import write_text
 from stepdistill.data.bundled import emoji
 from stepdistill.evaluation.draw import RowDrawer
 from stepdistill.evaluation.images import Images
-from stepdistill.evaluation.measure import Reference, Sampled, measured
+from stepdistill.evaluation.measure import Reference, Sampled, check_images_differ, measured
 from stepdistill.evaluation.metrics.extractors import extractor_named
 from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.metrics.image_scores import ClipScore
+from stepdistill.evaluation.metrics.stats import all_alike
 from stepdistill.evaluation.plan import contract_of, family_of, labels, sampling_plans, slug
 from stepdistill.evaluation.read import read_into
 from stepdistill.evaluation.records import prompt_of, prompts_digest, read_records
@@ -161,6 +162,7 @@ def write_statistics(place: Path, spec: EvalSpec, out: Path) -> None:
     images = Images(place, spec.side)
     extractor = extractor_of(spec, device)
     store = read_into(spec.output_dir, images, spec, extractor, state)
+    check_images_differ(all_alike(store.features()), str(place))
     if state.is_main_process:
         facts = {"features_id": extractor.identity.id, "source": str(place), "eval_res": spec.side}
         store.stats().save(out, facts | {"sha256": (store.noted(FACTS) or {})["images"]})

@@ -54,6 +54,7 @@ class Family(ABC):
     shifts_latents: ClassVar[bool] = False  # whether the pipeline subtracts its autoencoder's `shift_factor`
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     seeds_steps: ClassVar[bool] = True  # whether the pipeline hands its generator on to the scheduler
+    filters: ClassVar[tuple[str, ...]] = ()  # parts of the pipeline that change a finished image
 
     pretrained_teacher_model: str
     revision: str | None = None

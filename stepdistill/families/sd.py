@@ -19,6 +19,7 @@ class StableDiffusion(UNet):
     """Stable Diffusion 1.x and 2.x pipelines."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
+    filters: ClassVar[tuple[str, ...]] = ("safety_checker",)
 
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
         return {"tokenizer": pipe.tokenizer.model_max_length}

@@ -23,6 +23,7 @@ class StableDiffusionXL(UNet):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
+    filters: ClassVar[tuple[str, ...]] = ("watermark",)
 
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
         return {name: pipe.components[name].model_max_length for name in ("tokenizer", "tokenizer_2")}

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from stepdistill.evaluation.metrics.stats import PART, TOLERANCE, Stats, roots, rows_of
+from stepdistill.evaluation.metrics.stats import PART, TOLERANCE, Stats, check_varied, roots, rows_of
 
 
 def frechet(a: Stats, b: Stats) -> float:
@@ -21,14 +21,16 @@ def frechet(a: Stats, b: Stats) -> float:
 def frechet_terms(a: Stats, b: Stats) -> tuple[float, float]:
     """What the means, and what the covariances add to the distance, each >= 0, in squared feature units.
 
-    Raises ValueError for different dimensions or a covariance with a negative eigenvalue, ArithmeticError for
-    a term below zero by more than rounding.
+    Raises ValueError for different dimensions, two Gaussians of one image, or a covariance with a negative
+    eigenvalue, ArithmeticError for a term below zero by more than rounding.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
             f"frechet got {a.mean.numel()} and {b.mean.numel()} dimensions, expected equal ones: features of "
             "different extractors have no distance; compute both with one extractor"
         )
+    if a.is_point and b.is_point:
+        check_varied("frechet", a.mean[None], b.mean[None])
     traces = (a.cov.trace() + b.cov.trace()).item()
     shift = (a.mean - b.mean).square().sum().item()
     spread = traces - 2 * _trace_of_root(a, b)
@@ -41,13 +43,17 @@ def frechet_terms(a: Stats, b: Stats) -> tuple[float, float]:
 
 
 def paired(a: Tensor, b: Tensor) -> float:
-    """Mean Euclidean distance between rows of equal index (equal prompt and seed), (N, D) with N >= 2."""
+    """Mean Euclidean distance between rows of equal index (equal prompt and seed), (N, D) with N >= 2.
+
+    Raises TypeError, ValueError; also where all rows of both are alike.
+    """
     rows_of(a[:2])  # type and shape
     if a.shape != b.shape:
         raise ValueError(
             f"paired got {tuple(a.shape)} and {tuple(b.shape)}, expected equal shapes: row i of both "
             "must come from one prompt and seed; draw both over the same list"
         )
+    check_varied("paired", a, b)
     starts = range(0, len(a), PART)
     apart = [(rows_of(a[i : i + PART], 1, i) - rows_of(b[i : i + PART], 1, i)).norm(dim=1) for i in starts]
     return torch.cat(apart).mean().item()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stepdistill.evaluation.metrics.stats import rows_of
+from stepdistill.evaluation.metrics.stats import check_varied, rows_of
 
 BLOCK = 1024  # rows of a kernel matrix that are held at once
 Kernel = Callable[[Tensor, Tensor], Tensor]
@@ -90,3 +90,4 @@ def _check(name: str, a: Tensor, b: Tensor) -> None:
             f"{name} got {a.shape[1]} and {b.shape[1]} features a row, expected equal numbers: those of different "
             "extractors have no distance; compute both with one extractor"
         )
+    check_varied(name, a, b)

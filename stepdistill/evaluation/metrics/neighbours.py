@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stepdistill.evaluation.metrics.stats import rows_of
+from stepdistill.evaluation.metrics.stats import all_alike, rows_of
 
 BLOCK = 1024  # rows of a distance matrix that are held at once
 
 
 class Neighbours(NamedTuple):
-    """Shares in [0, 1], but for density, which may be above.
+    """Shares in [0, 1], but for density, which may be above. Of samples that are all alike the first and third are nan.
 
     Args:
         precision: of samples inside the real manifold, the union of balls around real rows up to their k-th neighbour.
@@ -57,7 +58,10 @@ def prdc(real: Tensor, samples: Tensor, k: int = 5) -> Neighbours:
         inside += held.sum(0)
         near[rows] = held.any(1)
         recalled[rows] = (away < reach_of_samples).any(1)
-    shares = (inside > 0, recalled, inside.double() / k, near)
+    precision, density = (inside > 0).double(), inside.double() / k
+    if all_alike(samples):  # one image would be as precise as any set
+        precision, density = precision * math.nan, density * math.nan
+    shares = (precision, recalled, density, near)
     return Neighbours(*(each.double().mean().item() for each in shares))
 
 

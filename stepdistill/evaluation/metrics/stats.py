@@ -16,6 +16,7 @@ from stepdistill.core.files import written_whole
 
 TOLERANCE = 1e-6  # relative; rounding of a rank-deficient root stays below 1e-7
 PART = 1024  # rows of features that are in memory at once where a file holds more
+ALIKE = 1e-5  # features of one image in batches of other sizes differ by less than this share of the largest
 UNKNOWN = 0  # samples of statistics that another tool wrote
 
 
@@ -58,6 +59,11 @@ class Stats:
         mean = x.mean(0)
         x = x - mean
         return Stats(mean, x.T @ x / (len(x) - 1), len(x), x if len(x) < x.shape[1] else None)
+
+    @property
+    def is_point(self) -> bool:
+        """Whether nothing varies but rounding: the Gaussian of one image many times."""
+        return self.cov.trace().item() <= (0.05 * ALIKE) ** 2 * self.mean.square().sum().item()
 
     @cached_property
     def root(self) -> Tensor:
@@ -147,6 +153,22 @@ def rows_of(features: Tensor, least: int = 2, start: int = 0) -> Tensor:
             "one such row makes every distance NaN; find and regenerate those images"
         )
     return x
+
+
+def all_alike(*sets: Tensor) -> bool:
+    """Whether all rows of features (N, D) are one and the same but for rounding, as those of equal images are."""
+    ends = torch.cat([torch.stack(features.aminmax(dim=0)) for features in sets])
+    low, high = ends.aminmax(dim=0)
+    return bool((high - low).max() <= ALIKE * ends.abs().max())
+
+
+def check_varied(who: str, a: Tensor, b: Tensor) -> None:
+    """Raise ValueError where all rows of both, (N, D) and (M, D), are alike; `who` is named in it."""
+    if all_alike(a, b):
+        raise ValueError(
+            f"{who} got two sets of {len(a)} and {len(b)} equal rows, expected rows that differ: two sets of one "
+            "image, such as a black one, are no good result; look at the images"
+        )
 
 
 def roots(eigenvalues: Tensor) -> Tensor:

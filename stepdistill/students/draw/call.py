@@ -19,6 +19,7 @@ from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.core.schedule import Rectified
 from stepdistill.families.base import Family, each
 from stepdistill.methods.base import Method
+from stepdistill.students.draw.filters import unfiltered
 from stepdistill.students.several import Students
 
 SEED_A, SEED_B = 1, 2  # seeds of the reference's noise, and of the noise of every row
@@ -109,7 +110,8 @@ def generate(
     """Images (N, 3, H, W) uint8 of the prompts, and what they cost.
 
     Image i starts from `noise_of(seed, i)` and has its own generator of fresh noise, so it depends on neither the batch
-    size nor the other prompts. Each of several students generates its own prompts, in full batches.
+    size nor the other prompts. Each of several students generates its own prompts, in full batches. The pipeline's
+    safety checker and watermarker are left out.
 
     Args:
         drawer: a pipeline, or several students in one.
@@ -135,7 +137,8 @@ def generate(
     height, width = size or (height, width)
     shape = family.latent_shape(drawer, height, width)
     drawer.set_progress_bar_config(disable=True)
-    with count_calls(family.network(drawer)) as cost, torch.no_grad(), scheduled(drawer, call.scheduler):
+    plain = unfiltered(drawer, family), scheduled(drawer, call.scheduler)
+    with count_calls(family.network(drawer)) as cost, torch.no_grad(), plain[0], plain[1]:
         for start in tqdm(range(0, len(prompts), batch), desc=call.name, disable=not progress, leave=False):
             ids = numbers[start : start + batch]
             fresh = [fresh_noise(seed, i) for i in ids]

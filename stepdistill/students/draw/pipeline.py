@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
 from stepdistill.config.load import read_node
@@ -27,6 +26,7 @@ from stepdistill.networks.pipeline_loras import fuse_loras
 from stepdistill.students.base_model import absolute
 from stepdistill.students.contract import Contract, read_contracts, teacher
 from stepdistill.students.draw.call import PipelineCall, generate, scheduled, teacher_call
+from stepdistill.students.draw.filters import DrawnImage, safety_flags
 from stepdistill.students.draw.loras import load_style, weigh_loras
 from stepdistill.students.draw.negative_prompt import Mode, negative_prompt
 from stepdistill.students.load import folder_of, load_student
@@ -232,8 +232,8 @@ class StudentPipeline:
     @torch.no_grad()
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], call: PipelineCall, batch: int = 4
-    ) -> Iterator[Image.Image]:
-        """Generate an image of each prompt.
+    ) -> Iterator[DrawnImage]:
+        """Generate an image of each prompt. The pipeline's safety checker and watermarker stay in.
 
         Image n is the one that the pipeline generates from this prompt alone with
         `generator=torch.manual_seed(seeds[n])`, except for rounding. The other prompts have no effect on it.
@@ -244,13 +244,18 @@ class StudentPipeline:
         cuda = [self.pipe.device] if self.pipe.device.type == "cuda" else []
         for start in range(0, len(prompts), size):
             some, batch_seeds = list(prompts[start : start + size]), seeds[start : start + size]
-            with torch.random.fork_rng(cuda), scheduled(self.pipe, call.scheduler):
+            with torch.random.fork_rng(cuda), scheduled(self.pipe, call.scheduler), safety_flags(self.pipe) as flags:
                 if alone:
                     generators = [torch.manual_seed(batch_seeds[0])]
                 else:
                     generators = [torch.Generator().manual_seed(seed) for seed in batch_seeds]
-                images = self.drawer(some, generator=generators, **each(call.arguments, len(some)))
-            yield from images if isinstance(images, list) else images.images
+                drawn = self.drawer(some, generator=generators, **each(call.arguments, len(some)))
+            several, order = isinstance(self.loaded, Students), range(len(some))
+            if several:  # each draws its share at once
+                order = [i for places in self.loaded.route(some).values() for i in places]
+            flagged = dict(zip(order, flags, strict=False))  # none without a checker
+            for i, image in enumerate(drawn if several else drawn.images):
+                yield DrawnImage(image, flagged.get(i, False))
 
     def generate(
         self,
