@@ -6,10 +6,9 @@ import pytest
 import test_distribution as closed_forms
 import test_distribution_updates as plumbing
 from oracles.context import stable_diffusion
-from oracles.planted import planted
+from oracles.planted import Bug, oracles_of, planted
 from test_distribution import FLOW, ONE, SD
 from test_distribution_updates import DMD
-from test_mutants import Bug
 
 from stepdistill.core import losses
 from stepdistill.core.schedule import DiscreteVP, Rectified
@@ -238,6 +237,11 @@ def heads() -> None:
         good, bad = (losses.discriminator_loss(kind, torch.tensor([[-s]]), torch.tensor([[s]])) for s in (0.5, -0.5))
         assert good < bad
         assert losses.generator_loss(kind, torch.tensor([[1.0]])) < losses.generator_loss(kind, torch.tensor([[0.0]]))
+
+
+@pytest.mark.parametrize("name", oracles_of(BUGS))
+def test_without_a_bug_the_oracle_passes(name):
+    BUGS[name].test()
 
 
 @pytest.mark.parametrize("name", BUGS)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import pytest
 import test_adapters as roles
 import test_guidance_distillation as methods
 from oracles.context import Flow, stable_diffusion
-from oracles.planted import planted
+from oracles.planted import Bug, oracles_of, planted
 
 from stepdistill.core.solvers import teacher_sampler
 from stepdistill.methods.agd import AdapterGuidance
@@ -18,16 +15,6 @@ from stepdistill.methods.progressive import ProgressiveHalving, two_steps
 from stepdistill.networks import guidance_adapters as adapters
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.guidance_adapters import CrossAttentionAdapter, Hooks
-
-
-@dataclass(frozen=True)
-class Bug:
-    """`new` in the place of `old` in a function, and the test that must fail."""
-
-    function: Callable
-    old: str
-    new: str
-    test: Callable[[], object]
 
 
 def recompute() -> None:
@@ -144,6 +131,11 @@ BUGS = {
         methods.test_stages_and_their_teachers,
     ),
 }
+
+
+@pytest.mark.parametrize("name", oracles_of(BUGS))
+def test_without_a_bug_the_oracle_passes(name):
+    BUGS[name].test()
 
 
 @pytest.mark.parametrize("name", BUGS)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import pytest
 import test_consistency as fixed
 import test_consistency_updates as single
@@ -15,7 +12,7 @@ import test_sampling
 import test_schedule
 from oracles import close
 from oracles.context import stable_diffusion
-from oracles.planted import planted
+from oracles.planted import Bug, oracles_of, planted
 from torch import nn
 
 from stepdistill.core import denoise, losses, prediction, random
@@ -39,16 +36,6 @@ def averages() -> None:
     close(bone.parameters_of("ema")["weight"], before, 0)
     bone.average(["student"], 0)
     close(bone.parameters_of("ema")["weight"], before + 0.1, 1e-6)
-
-
-@dataclass(frozen=True)
-class Bug:
-    """An edit of one function, and the test that must fail under it."""
-
-    function: Callable
-    old: str
-    new: str
-    test: Callable[[], None]
 
 
 GUIDED = single.test_the_guided_mean
@@ -272,6 +259,11 @@ BUGS = {
         lambda: test_regression.test_it_converges_to_the_pairing(2),
     ),
 }
+
+
+@pytest.mark.parametrize("name", oracles_of(BUGS))
+def test_without_a_bug_the_oracle_passes(name):
+    BUGS[name].test()
 
 
 @pytest.mark.parametrize("name", BUGS)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import test_reflow as closed_forms
-from oracles.planted import planted
-from test_mutants import Bug
+from oracles.planted import Bug, oracles_of, planted
 from test_reflow import SD
 
 from stepdistill.core import losses
@@ -93,6 +92,11 @@ BUGS = {
         lambda: closed_forms.test_reflow_s_fixed_point_is_straight(SD),
     ),
 }
+
+
+@pytest.mark.parametrize("name", oracles_of(BUGS))
+def test_without_a_bug_the_oracle_passes(name):
+    BUGS[name].test()
 
 
 @pytest.mark.parametrize("name", BUGS)

@@ -4,9 +4,32 @@ from __future__ import annotations
 import __future__
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from textwrap import dedent
+
+
+@dataclass(frozen=True)
+class Bug:
+    """An edit of one function, and the test that must fail under it."""
+
+    function: Callable
+    old: str
+    new: str
+    test: Callable[[], object]
+
+
+def oracles_of(bugs: Mapping[str, Bug]) -> dict[str, Callable[[], object]]:
+    """The distinct tests of bugs, by the first bug that each is to notice.
+
+    A test that fails whatever the code is notices every bug: each runs on the code without a bug as well.
+    """
+    kinds: dict[object, str] = {}
+    for name, bug in bugs.items():
+        code = bug.test.__code__
+        kinds.setdefault((code.co_code, code.co_consts, code.co_names, code.co_filename), name)
+    return {name: bugs[name].test for name in kinds.values()}
 
 
 @contextmanager
