@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,15 +26,17 @@ from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
+from stepdistill.networks.pipeline_loras import adapters_on
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students.contract import CONTRACT, WEIGHTS, read_contract, teacher
 from stepdistill.students.load import load_student
 from stepdistill.students.lora.comfyui import WORKFLOW
-from stepdistill.students.lora.files import convert_lora, layout_of, read_lora
+from stepdistill.students.lora.files import Layout, convert_lora, layout_of, read_lora, write_lora
 from stepdistill.students.lora.fuse import fuse_student
-from stepdistill.students.verify import FILES, export_formats, verify_formats
+from stepdistill.students.proof import prove_workflow
+from stepdistill.students.verify import export_formats, format_files, verify_formats
 from stepdistill.students.write import write_student
-from stepdistill.training.checks import check_run
+from stepdistill.training.checks import check_export_formats, check_run
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run, TrainSpec
 
@@ -105,7 +108,8 @@ def test_every_format_draws_what_was_trained(folders, name, capsys):
     main(["verify", str(folders[name])])
     first, *others = (line.rpartition(": ") for line in capsys.readouterr().out.splitlines())
     assert first[0] == "largest difference of plain Diffusers from the library's sampler"
-    assert [line[0] for line in others] == [f"largest difference with the {to} file" for to in FORMATS[name]]
+    files = [f"{to} file" for to in FORMATS[name]] + ["ComfyUI workflow"] * ("comfyui" in FORMATS[name])
+    assert [line[0] for line in others] == [f"largest difference with the {what}" for what in files]
     assert max(float(line[2]) for line in (first, *others)) < 1e-5
     assert (folders[name] / WORKFLOW).exists() == ("comfyui" in FORMATS[name])
 
@@ -115,7 +119,7 @@ def test_diffusers_own_reader_of_kohya_files_draws_the_same(folders, name):
     """It finds the layers and the alphas by itself."""
     family = family_of(folders[name])
     nets = []
-    for file in (WEIGHTS, FILES["kohya"]):
+    for file in (WEIGHTS, format_files(folders[name])["kohya"].name):
         pipe = family.load()
         pipe.load_lora_weights(folders[name], weight_name=file)
         pipe.fuse_lora()
@@ -159,7 +163,7 @@ def test_a_reader_as_comfyui_s_draws_the_same(folders, name):
     plain, merged, bare = family.load(), family.load(), family.load()
     call = load_student(plain, folders[name])
     read = comfy_unet if name in UNETS else comfy_transformer
-    assert read(family.network(merged), load_file(folders[name] / FILES["comfyui"])) == set()
+    assert read(family.network(merged), load_file(format_files(folders[name])["comfyui"])) == set()
     for pipe in (merged, bare):
         pipe.scheduler = type(plain.scheduler).from_config(plain.scheduler.config)
     taught = drawn(family, plain, call)
@@ -186,7 +190,7 @@ def test_a_folder_there_and_back_is_the_identity(folders, tmp_path, name, to):
 
 def test_trap_t1_a_converted_file_brings_its_alpha_into_a_plain_pipeline(folders, tmp_path):
     file = tmp_path / "back.safetensors"
-    convert_lora(folders["sd"] / FILES["kohya"], file, "diffusers")
+    convert_lora(format_files(folders["sd"])["kohya"], file, "diffusers")
     pipe = StableDiffusionPipeline.from_pretrained(read_contract(folders["sd"]).base_model)
     pipe.load_lora_weights(tmp_path, weight_name=file.name, adapter_name="x")
     scales = {layer.scaling["x"] for layer in pipe.unet.modules() if "x" in vars(layer).get("scaling", {})}
@@ -195,12 +199,13 @@ def test_trap_t1_a_converted_file_brings_its_alpha_into_a_plain_pipeline(folders
 
 def test_a_lost_alpha_shows_in_verify(copied, capsys):
     folder = copied("sd")
-    (folder / FILES["comfyui"]).unlink()
+    format_files(folder)["comfyui"].unlink()
+    (folder / WORKFLOW).unlink()
 
     def rank_for_alpha(state):
         state |= {key: torch.tensor(float(RANK)) for key in state if key.endswith("alpha")}
 
-    edited(folder / FILES["kohya"], rank_for_alpha)
+    edited(format_files(folder)["kohya"], rank_for_alpha)
     with pytest.raises(SystemExit) as error:
         main(["verify", str(folder)])
     assert error.value.code == 1
@@ -210,14 +215,96 @@ def test_a_lost_alpha_shows_in_verify(copied, capsys):
 
 def test_another_matrix_shows_in_verify(copied):
     folder = copied("sd3")
-    (folder / FILES["kohya"]).unlink()
+    format_files(folder)["kohya"].unlink()
 
     def other_matrix(state):
         state["transformer.proj_out.lora_B.weight"] += 0.5
 
-    edited(folder / FILES["comfyui"], other_matrix)
+    edited(format_files(folder)["comfyui"], other_matrix)
     found = verify_formats(folder)
     assert found["diffusers"] < 1e-5 and found["comfyui"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    "method", [Regression(timesteps=(399,), ema_decay=None), Consistency(ema_decay=None, end="edge", eta=0.0)]
+)
+def test_verify_samples_by_the_workflow_file(folders, tmp_path, method):
+    """A student that starts below the highest noise, and one that ends at time 0, which is still noisy."""
+    family = family_of(folders["sd"])
+    pipe = family.load()
+    bone = tiny.backbone("sd", pipe, RANK, ALPHA)
+    bone.add("student", Lora())
+    tiny.awake(bone, "student")
+    options = {"role": "student", "method": method, "resolution": (32, 32)}
+    write_student(tmp_path, family=family, pipe=pipe, backbone=bone, **options)
+    export_formats(tmp_path, ("comfyui",))
+    assert verify_formats(tmp_path)["workflow"] < 1e-5
+    contract = read_contract(tmp_path)
+    nodes = json.loads((tmp_path / WORKFLOW).read_text())
+    assert nodes.keys() & {"start", "scale"}
+    without = nodes | {"decode": nodes["decode"] | {"inputs": {"samples": ["sample", 0]}}}
+    without["sample"]["inputs"]["latent_image"] = ["latent", 0]
+    assert prove_workflow(contract, family, pipe, bone, without) > 3e-4
+
+
+def test_every_student_has_files_of_its_own_names(copied):
+    """They lie in one folder with those of other students."""
+    folder = copied("sd")
+    first = format_files(folder)
+    steps = len(read_contract(folder).timesteps)
+    base = Path(read_contract(folder).base_model).name
+    assert all(re.fullmatch(rf"{base}_{steps}-steps_[0-9a-f]{{8}}_{to}.safetensors", f.name) for to, f in first.items())
+    nodes = json.loads((folder / WORKFLOW).read_text())
+    assert nodes["lora"]["inputs"]["lora_name"] == first["comfyui"].name
+
+    def other(state):
+        state[next(iter(state))] += 0.01
+
+    edited(folder / WEIGHTS, other)
+    mine = Path(shutil.copy(first["kohya"], folder / "my_kohya.safetensors"))
+    export_formats(folder, ("kohya", "comfyui"))
+    assert not {f.name for f in first.values()} & {f.name for f in format_files(folder).values()}
+    assert mine.exists() and not any(f.exists() for f in first.values())
+
+
+def test_sd3_s_other_files_are_not_for_diffusers(folders):
+    """As the guide says: of a kohya file it loads nothing, and a ComfyUI file is an error."""
+    folder = folders["sd3"]
+    pipe = family_of(folder).load()
+    pipe.load_lora_weights(folder, weight_name=format_files(folder)["kohya"].name, adapter_name="x")
+    assert not adapters_on(pipe.transformer)
+    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+        pipe.load_lora_weights(folder, weight_name=format_files(folder)["comfyui"].name, adapter_name="x")
+
+
+# what sd-scripts load of a file in their format
+
+
+@pytest.mark.parametrize(("family", "ignored"), [("sd", 4), ("sdxl", 6), ("sd3", 0), ("flux", 2)])
+def test_layers_that_sd_scripts_ignore_are_counted_and_named(tmp_path, capsys, caplog, family, ignored):
+    save_file(loras.state(family), tmp_path / "x.safetensors", loras.metadata(family))
+    if family == "sdxl":  # the small one has fewer layers in a block
+        layout = Layout("sdxl", 1)
+        report = write_lora(read_lora(tmp_path / "x.safetensors", layout), tmp_path / "y.safetensors", "kohya")
+    else:
+        report = convert_lora(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "kohya", family)
+    count = len(report.source.lora)
+    assert f"sd-scripts load {count - ignored} of {count} layers" in str(report)
+    assert (f"sd-scripts ignore {ignored} layers" in caplog.text) == (ignored > 0)
+    caplog.clear()
+    if family != "sdxl":
+        report = convert_lora(tmp_path / "x.safetensors", tmp_path / "z.safetensors", "comfyui", family)
+        assert "sd-scripts" not in str(report) + caplog.text  # ComfyUI loads them all
+
+
+def test_they_are_named_before_training_too(folders, tmp_path, caplog):
+    base = read_contract(folders["sd"]).base_model
+    plain = run(base, tmp_path, export_formats=("kohya",))
+    check_export_formats(plain)
+    assert "sd-scripts" not in caplog.text
+    lora = replace(plain.lora, target_modules=("to_q", "conv_in", "linear_1", "proj_out"))
+    check_export_formats(replace(plain, lora=lora))
+    assert "sd-scripts ignore 3 layers" in caplog.text and "conv_in, time_embedding.linear_1" in caplog.text
 
 
 # fused
@@ -296,7 +383,7 @@ def test_a_pickle_is_refused(tmp_path):
 
 
 def test_a_file_that_is_cut_short_or_corrupted_is_refused(folders, tmp_path):
-    whole = (folders["sd"] / FILES["kohya"]).read_bytes()
+    whole = format_files(folders["sd"])["kohya"].read_bytes()
     file = tmp_path / "cut.safetensors"
     for content in (whole[: len(whole) // 2], whole[:4], b"", whole[:8] + b"x" * 100 + whole[108:]):
         file.write_bytes(content)
@@ -333,14 +420,14 @@ def test_unmatched_keys_are_listed_with_the_nearest_names(folders, tmp_path):
 
 @pytest.mark.parametrize("end", ["dora_scale", "hada_w1_a", "lora_mid.weight", "diff"])
 def test_what_is_no_plain_lora_is_refused(folders, tmp_path, end):
-    file = Path(shutil.copy(folders["sd"] / FILES["kohya"], tmp_path / "odd.safetensors"))
+    file = Path(shutil.copy(format_files(folders["sd"])["kohya"], tmp_path / "odd.safetensors"))
     name = next(iter(load_file(file))).split(".")[0]
     edited(file, lambda state: state.update({f"{name}.{end}": torch.ones(1)}))
     assert f"{name}.{end}" in refused(file, tmp_path, "1 of .* keys unmatched", "diffusers", "sd")
 
 
 def test_a_layer_without_one_of_its_matrices_is_refused(folders, tmp_path):
-    file = Path(shutil.copy(folders["sd3"] / FILES["kohya"], tmp_path / "odd.safetensors"))
+    file = Path(shutil.copy(format_files(folders["sd3"])["kohya"], tmp_path / "odd.safetensors"))
     gone = next(key for key in load_file(file) if "lora_up" in key)
     edited(file, lambda state: state.pop(gone))
     assert gone.replace("lora_up", "lora_down") in refused(file, tmp_path, "2 of .* unmatched", "diffusers", "sd3")
@@ -354,7 +441,7 @@ def test_text_encoders_without_a_name_are_refused(tmp_path):
 
 
 def test_a_missing_alpha_is_the_rank_of_all_or_an_error(folders, tmp_path):
-    file = Path(shutil.copy(folders["sd"] / FILES["kohya"], tmp_path / "mute.safetensors"))
+    file = Path(shutil.copy(format_files(folders["sd"])["kohya"], tmp_path / "mute.safetensors"))
     alphas = [key for key in load_file(file) if key.endswith(".alpha")]
     edited(file, lambda state: state.pop(alphas[0]))
     refused(file, tmp_path, "1 layers without an alpha, the first " + alphas[0].split(".")[0], "diffusers")
@@ -370,7 +457,7 @@ def test_a_missing_alpha_is_the_rank_of_all_or_an_error(folders, tmp_path):
 
 
 def test_odd_shapes_are_refused(folders, tmp_path):
-    file = Path(shutil.copy(folders["sd3"] / FILES["kohya"], tmp_path / "odd.safetensors"))
+    file = Path(shutil.copy(format_files(folders["sd3"])["kohya"], tmp_path / "odd.safetensors"))
     fused = next(key for key in load_file(file) if "x_block_attn_qkv.lora_up" in key)
     edited(file, lambda state: state.update({fused: state[fused][:-1].clone()}))
     refused(file, tmp_path, "mismatched shapes in .* rows, expected", "diffusers", "sd3")
@@ -470,11 +557,11 @@ def test_a_run_exports_what_it_is_told_to_and_nothing_of_an_earlier_run_stays(fo
     base = read_contract(folders["sd"]).base_model
     old = tmp_path / "run"
     old.mkdir()
-    for name in (WORKFLOW, FILES["comfyui"]):
-        shutil.copy(folders["sd"] / name, old)
+    for file in (folders["sd"] / WORKFLOW, format_files(folders["sd"])["comfyui"]):
+        shutil.copy(file, old)
     out = distill(run(base, tmp_path, export_formats=("kohya",)))
-    assert not (out / WORKFLOW).exists() and not (out / FILES["comfyui"]).exists()
-    with safe_open(out / FILES["kohya"], "pt") as file:
+    assert not (out / WORKFLOW).exists() and list(format_files(out)) == ["kohya"]
+    with safe_open(format_files(out)["kohya"], "pt") as file:
         assert {file.get_tensor(key).item() for key in file.keys() if key.endswith("alpha")} == {8.0}  # noqa: SIM118
 
 

@@ -8,16 +8,26 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers import EulerDiscreteScheduler
+from oracles.comfyui import Comfy
+from oracles.context import Table
 
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, StudentError
-from stepdistill.core.prediction import Estimate
-from stepdistill.core.solvers import Sampler, few_step
-from stepdistill.students.contract import Contract, LoraWeights
-from stepdistill.students.lora.comfyui import WORKFLOW, sigmas, verify_workflow, workflow, write_workflow
+from stepdistill.core.prediction import Estimate, estimate
+from stepdistill.core.solvers import few_step
+from stepdistill.students.contract import Contract, LoraWeights, scheduler_class, teacher
+from stepdistill.students.lora.comfyui import (
+    SIGMA_FOR_ALPHA,
+    WORKFLOW,
+    comfy_levels,
+    read_workflow,
+    sigmas,
+    workflow,
+    write_workflow,
+)
+from stepdistill.students.lora.comfyui_draw import ComfyRun
 
 # inputs and outputs of ComfyUI's own nodes, from their definitions in nodes.py and comfy_extras
 NODES = {
@@ -26,10 +36,12 @@ NODES = {
     "CLIPLoader": ({"clip_name", "type"}, ("CLIP",)),
     "DualCLIPLoader": ({"clip_name1", "clip_name2", "type"}, ("CLIP",)),
     "VAELoader": ({"vae_name"}, ("VAE",)),
+    "LoraLoader": ({"model", "clip", "lora_name", "strength_model", "strength_clip"}, ("MODEL", "CLIP")),
     "LoraLoaderModelOnly": ({"model", "lora_name", "strength_model"}, ("MODEL",)),
     "ModelSamplingDiscrete": ({"model", "sampling", "zsnr"}, ("MODEL",)),
     "CLIPTextEncode": ({"text", "clip"}, ("CONDITIONING",)),
     "CLIPTextEncodePixArtAlpha": ({"width", "height", "text", "clip"}, ("CONDITIONING",)),
+    "ConditioningZeroOut": ({"conditioning"}, ("CONDITIONING",)),
     "FluxGuidance": ({"conditioning", "guidance"}, ("CONDITIONING",)),
     "CFGGuider": ({"model", "positive", "negative", "cfg"}, ("GUIDER",)),
     "RandomNoise": ({"noise_seed"}, ("NOISE",)),
@@ -38,6 +50,8 @@ NODES = {
     "EmptyLatentImage": ({"width", "height", "batch_size"}, ("LATENT",)),
     "EmptySD3LatentImage": ({"width", "height", "batch_size"}, ("LATENT",)),
     "SamplerCustomAdvanced": ({"noise", "guider", "sampler", "sigmas", "latent_image"}, ("LATENT", "LATENT")),
+    "AddNoise": ({"model", "noise", "sigmas", "latent_image"}, ("LATENT",)),
+    "LatentMultiply": ({"samples", "multiplier"}, ("LATENT",)),
     "VAEDecode": ({"samples", "vae"}, ("IMAGE",)),
     "SaveImage": ({"images", "filename_prefix"}, ()),
 }
@@ -61,7 +75,7 @@ VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
 
 def contract(**changes) -> Contract:
     family = {"type": "stepdistill.families.sd.StableDiffusion", "pretrained_teacher_model": "owner/base"}
-    plain = Contract(
+    fields: dict = dict(
         method={"type": "x"},
         base_model="owner/base",
         base_hash={},
@@ -82,7 +96,7 @@ def contract(**changes) -> Contract:
         licence=None,
         versions={},
     )
-    return replace(plain, **changes)
+    return Contract(**fields | changes)
 
 
 FLOW = {
@@ -98,6 +112,9 @@ CONTRACTS = {
     "edge": contract(eta=0.0, clean=False),
     "flow": contract(**FLOW),
     "embedding": contract(**FLOW, guidance_embedding=3.5),
+    "below": contract(timesteps=(399.0,)),
+    "flow below": contract(**FLOW | {"timesteps": (900.0, 500.0)}),
+    "loras": contract(family=contract().family | {"teacher_loras": ["owner/style"]}),
 }
 
 
@@ -179,56 +196,169 @@ def test_what_comfyui_has_no_sampler_for_is_refused(odd):
         workflow(contract(**odd), "x")
 
 
-def toy(x_t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """An estimate of x0 that is no linear function of its input."""
-    return torch.tanh(alpha * x_t) - 0.3 * sigma
+# what ComfyUI draws with the nodes
+
+STARTS = {"highest": (999.0, 759.0, 499.0, 259.0), "below": (749.0, 399.0), "one": (399.0,)}
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["vp", "flow"])
-def test_comfyui_s_samplers_along_these_levels_are_the_contract_s(kind, eta):
-    """Its `euler` and `lcm`, written out in its own measure, against our sampler in ours."""
-    told = contract(eta=eta) if kind == "vp" else contract(**FLOW | {"eta": eta})
-    family = tiny.FAMILIES["sd" if kind == "vp" else "sd3"]
-    scheduler = tiny.pipeline("sd" if kind == "vp" else "sd3").scheduler
-    if kind == "vp":
-        scheduler = type(scheduler).from_config(dict(scheduler.config) | VP)
-    schedule = family.schedule(scheduler)
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    fresh = [torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(1, 4)]
+def toy(x: torch.Tensor, t: float, prompt: str | None) -> torch.Tensor:
+    """A network that is no linear function of its input, and heeds the prompt."""
+    return torch.tanh((1 + t / 1000) * x) - {"red apple": 0.3, "": 0.1, None: -0.4}[prompt]
+
+
+def by_contract(told: Contract, noise: torch.Tensor, fresh, null: str | None = "") -> torch.Tensor:
+    """The library's own sampler."""
+    family = teacher(told)
+    vp = told.prediction_type != "flow"
+    scheduler = scheduler_class(told).from_config(told.scheduler)
+    schedule = Table(scheduler.alphas_cumprod.double()) if vp else family.schedule(scheduler)
 
     def denoise(x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> Estimate:
-        alpha, sigma = schedule(t[0])
-        x0 = toy(x_t, alpha, sigma)
-        return Estimate(x0, (x_t - alpha * x0) / sigma)
+        one, other = (toy(x_t, t[0].item(), prompt) for prompt in ("red apple", null))
+        return estimate(told.prediction_type, other + told.guidance_scale * (one - other), x_t, t, schedule)
 
-    ours = few_step(denoise, schedule, Sampler(told.timesteps, eta), noise, {}, lambda i: fresh[i])
-    levels = torch.tensor(numbers(told))
-    # x = x0 + sigma noise for one, (1 - sigma) x0 + sigma noise for the other; the first is at its largest level
-    x = noise * (1 + levels[0] ** 2).sqrt() if kind == "vp" else noise
-    for i, (now, then) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
-        alpha = 1 / (1 + now**2).sqrt() if kind == "vp" else 1 - now
-        x0 = toy(x * alpha if kind == "vp" else x, alpha, now * alpha if kind == "vp" else now)
-        if eta == 0:
-            x = x + (x - x0) / now * (then - now)
-        elif then > 0:
-            x = x0 + then * fresh[i] if kind == "vp" else (1 - then) * x0 + then * fresh[i]
-        else:
-            x = x0
-    torch.testing.assert_close(x, ours, rtol=1e-4, atol=1e-4)
+    return few_step(denoise, schedule, told.sampler(), noise, {}, lambda i: fresh[i])
+
+
+def made(**changes) -> Contract:
+    told = contract(**changes)
+    kind = {"prediction_type": told.prediction_type} if told.prediction_type != "flow" else {}
+    return replace(told, scheduler=told.scheduler | kind)
+
+
+CASES = {
+    f"{kind} {start} eta {eta:g} {'clean' if clean else 'edge'}": made(
+        prediction_type=kind, timesteps=STARTS[start], eta=eta, clean=clean, guidance_scale=scale
+    )
+    for kind, scale in (("epsilon", 3.0), ("v_prediction", 1.0), ("sample", 1.0))
+    for start in STARTS
+    for eta, clean in ((0.0, True), (0.0, False), (1.0, True))
+} | {
+    f"flow {times[0]:g} eta {eta:g}": made(**FLOW | {"timesteps": times, "eta": eta})
+    for times in ((1000.0, 750.0), (900.0, 500.0))
+    for eta in (0.0, 1.0)
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_comfyui_draws_what_the_contract_says(name):
+    """Wherever the first step starts, and whatever the last one ends at; its arithmetic is an oracle's."""
+    told = CASES[name]
+    noise, *fresh = torch.randn(5, 2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = by_contract(told, noise, fresh)
+    flow = told.prediction_type == "flow"
+    comfy = Comfy("flow" if flow else "sd", toy, noise, lambda i: fresh[i])
+    nodes = json.loads(json.dumps(workflow(told, "x")))
+    got = comfy.decoded(nodes) * comfy.scale
+    assert (got - expected).abs().max() < 2e-6 * expected.abs().max()
+
+    def raw(x, t, cfg):
+        one, other = (toy(x, t, prompt) for prompt in ("red apple", ""))
+        return other + cfg * (one - other)
+
+    levels = None if flow else comfy_levels(told)
+    ours = ComfyRun(nodes, levels, raw, noise, lambda i: fresh[i]).latents()  # what `verify` samples with
+    assert (ours - got).abs().max() < 2e-6 * expected.abs().max()
+
+
+def test_the_seed_reaches_the_noise_of_the_lcm_sampler_wherever_it_starts():
+    """ComfyUI seeds it by the noise node of the sampler, and a node without noise has seed 0."""
+    for told in CASES.values():
+        nodes = workflow(told, "x")
+        assert nodes["sample"]["inputs"]["noise"] == ["noise", 0] and nodes["noise"]["class_type"] == "RandomNoise"
+
+
+def test_another_table_than_comfyui_s_gets_no_workflow():
+    """It would tell the network other timesteps."""
+    other = contract(scheduler=contract().scheduler | {"beta_schedule": "linear"})
+    with pytest.raises(ConfigError, match="another noise schedule"):
+        workflow(other, "x")
+
+
+# the base
+
+
+def base_folder(place, **files) -> str:
+    for name, content in files.items():
+        file = place / name.replace("__", "/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".json").write_text(json.dumps(content))
+    return str(place)
+
+
+def of_base(module: str, place: str, **changes) -> Contract:
+    return contract(family={"type": f"stepdistill.families.{module}", "pretrained_teacher_model": place}, **changes)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_sdxl_with_guidance_departs_from_zeros_where_diffusers_does(tmp_path, zeros):
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": zeros}
+    told = of_base("sdxl.StableDiffusionXL", base_folder(tmp_path, model_index=index), guidance_scale=3.0)
+    told = replace(told, eta=0.0)
+    noise = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    comfy = Comfy("sdxl", toy, noise, lambda i: noise)
+    expected = by_contract(told, noise, [], None if zeros else "")
+    got = comfy.decoded(workflow(told, "x")) * comfy.scale
+    assert (got - expected).abs().max() < 2e-6 * expected.abs().max()
+    assert "zero" not in workflow(replace(told, guidance_scale=1.0), "x")
+
+
+@pytest.mark.parametrize(("side", "kind"), [(64, "pixart_sigma"), (128, "pixart_alpha")])
+def test_pixart_alpha_that_comfyui_takes_for_sigma_is_decoded_in_its_own_scale(tmp_path, caplog, side, kind):
+    """Latents 1.40 times too large are a broken image."""
+    place = base_folder(tmp_path, model_index={}, transformer__config={"sample_size": side})
+    table = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "epsilon"}
+    told = of_base("pixart_alpha.PixArtAlpha", place, scheduler={"_class_name": "LCMScheduler", **table})
+    noise, *fresh = torch.randn(4, 2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    comfy = Comfy(kind, toy, noise, lambda i: fresh[i])
+    expected = by_contract(told, noise, fresh)
+    write_workflow(tmp_path, told, "x")
+    got = comfy.decoded(json.loads((tmp_path / WORKFLOW).read_text())) * 0.18215
+    assert (got - expected).abs().max() < 2e-6 * expected.abs().max()
+    assert ("for PixArt-Sigma" in caplog.text) == (side == 64) and pytest.approx(1 / 1.4, abs=2e-3) == SIGMA_FOR_ALPHA
+
+
+@pytest.mark.parametrize(
+    ("base", "file"),
+    [
+        ("black-forest-labs/FLUX.1-dev", "FLUX.1-dev.safetensors"),
+        ("stabilityai/stable-diffusion-3.5-medium", "stable-diffusion-3.5-medium.safetensors"),
+        ("/models/v1-5.pruned.safetensors", "v1-5.pruned.safetensors"),
+        ("owner/base", "base.safetensors"),
+    ],
+)
+def test_the_name_of_the_base_is_whole(base, file):
+    flux = {"type": "stepdistill.families.flux.Flux", "pretrained_teacher_model": base}
+    for told in (contract(base_model=base), contract(**FLOW | {"family": flux}, base_model=base)):
+        assert file in workflow(told, "x")["model"]["inputs"].values()
+
+
+def test_loras_of_the_base_are_loaded_before_the_student_s():
+    family = CONTRACTS["sd"].family | {"teacher_loras": ["owner/style.v2", "/loras/look.safetensors"]}
+    nodes = workflow(contract(family=family), "x")
+    first, second = nodes["teacher_lora_0"]["inputs"], nodes["teacher_lora_1"]["inputs"]
+    assert (first["model"], first["clip"], first["lora_name"]) == (["model", 0], ["model", 1], "style.v2.safetensors")
+    assert (second["model"], second["clip"]) == (["teacher_lora_0", 0], ["teacher_lora_0", 1])
+    assert second["lora_name"] == "look.safetensors" and first["strength_model"] == first["strength_clip"] == 1
+    assert nodes["lora"]["inputs"]["model"] == ["teacher_lora_1", 0]
+    assert nodes["positive"]["inputs"]["clip"] == nodes["negative"]["inputs"]["clip"] == ["teacher_lora_1", 1]
 
 
 def test_a_changed_workflow_is_noticed(tmp_path):
     write_workflow(tmp_path, CONTRACTS["sd"], "x")
-    verify_workflow(tmp_path, CONTRACTS["sd"], "x")
+    read_workflow(tmp_path, CONTRACTS["sd"])
     found = json.loads((tmp_path / WORKFLOW).read_text())
     found["positive"]["inputs"]["text"] = "a cat"
     (tmp_path / WORKFLOW).write_text(json.dumps(found))
-    verify_workflow(tmp_path, CONTRACTS["sd"], "x")  # the prompt is the user's
+    read_workflow(tmp_path, CONTRACTS["sd"])  # the prompt is the user's
+    found["lora"]["inputs"]["lora_name"] = "mine.safetensors"
+    found["model"]["inputs"]["ckpt_name"] = "folder/mine.safetensors"
+    (tmp_path / WORKFLOW).write_text(json.dumps(found))
+    read_workflow(tmp_path, CONTRACTS["sd"])  # and so are the names of files
     found["sigmas"]["inputs"]["sigmas"] = "14.6, 7, 3, 1, 0"
     (tmp_path / WORKFLOW).write_text(json.dumps(found))
     with pytest.raises(StudentError, match="with other sigmas"):
-        verify_workflow(tmp_path, CONTRACTS["sd"], "x")
+        read_workflow(tmp_path, CONTRACTS["sd"])
     (tmp_path / WORKFLOW).write_text("{")
     with pytest.raises(StudentError, match="unreadable"):
-        verify_workflow(tmp_path, CONTRACTS["sd"], "x")
+        read_workflow(tmp_path, CONTRACTS["sd"])

@@ -72,7 +72,8 @@ def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
     print(f"largest difference of plain Diffusers from the library's sampler: {differences['diffusers']:.3g}")
     for name, difference in differences.items():
         if name != "diffusers":
-            print(f"largest difference with the {name} file: {difference:.3g}")
+            what = "ComfyUI workflow" if name == "workflow" else f"{name} file"
+            print(f"largest difference with the {what}: {difference:.3g}")
     if not all(difference <= limit for difference in differences.values()):
         raise SystemExit(1)
 

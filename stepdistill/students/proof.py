@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,8 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER
 from stepdistill.networks.sharding import is_sharded, stream
 from stepdistill.students.contract import Contract, Proof
+from stepdistill.students.lora.comfyui import SIGMA_FOR_ALPHA, comfy_levels, read_as_sigma
+from stepdistill.students.lora.comfyui_draw import ComfyRun
 
 PROMPTS = ("red apple", "")
 # half precision turns rounding in the seventh digit into rounding in the third, and the steps carry it on
@@ -60,29 +62,14 @@ def prove(
     else:
         plain.to(device)
     plain.set_progress_bar_config(disable=True)
-    shape = family.latent_shape(plain, *contract.resolution)
-    noise = torch.randn(len(PROMPTS), *shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    half = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with half:
-        cond, null = family.condition(plain, PROMPTS), family.unconditional(plain)
-    sampler = contract.sampler()
-    schedule, kind = family.schedule(pipe.scheduler), family.kind(pipe)
-
-    def fresh(i: int) -> Tensor:
-        return family.unpack(torch.randn_like(family.pack(noise)), *shape[1:])  # in the order of the pipeline's draws
-
-    def sample(name: str) -> Tensor:
-        denoiser = Denoiser(backbone, name, schedule, kind, family.call, dtype, grad=False)
-        with _seeded(seed, device):
-            denoise = with_scale(guided(denoiser, null, sampler.guidance_scale), sampler.adapter_scale)
-            return few_step(denoise, schedule, sampler, noise, cond, fresh)
-
-    ours, taught = sample(role), sample(TEACHER)
+    subject = _Subject(contract, family, plain, pipe, backbone, seed)
+    ours, taught = subject.sample(role), subject.sample(TEACHER)
     visited = _watch(family, family.network(plain))
-    packed, call = family.pack(noise), each(contract.call, len(PROMPTS))
+    packed, call = family.pack(subject.noise), each(contract.call, len(PROMPTS))
+    half = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with half, _seeded(seed, device):
         drawn: Any = plain(list(PROMPTS), latents=packed, output_type="latent", **call)  # pyright: ignore[reportCallIssue]
-    theirs = family.unpack(drawn.images, *shape[1:])
+    theirs = family.unpack(drawn.images, *subject.noise.shape[2:])
     _compare(visited, contract.timesteps)
     return Proof(
         difference=((theirs - ours).abs().max() / taught.abs().max()).item(),
@@ -91,6 +78,71 @@ def prove(
         timesteps=tuple(visited),
         seed=seed,
     )
+
+
+@torch.no_grad()
+def prove_workflow(
+    contract: Contract, family: Family, pipe: DiffusionPipeline, backbone: Backbone, nodes: Mapping[str, Any]
+) -> float:
+    """Compare the student in memory with what ComfyUI computes with it by the nodes of a workflow.
+
+    Returns:
+        The largest difference of the latents that are decoded, relative to the teacher's largest value.
+    """
+    subject = _Subject(contract, family, pipe, pipe, backbone, 0)
+    ours, taught = subject.sample("student"), subject.sample(TEACHER)
+    denoiser = subject.denoiser("student")
+
+    def raw(x: Tensor, t: float, cfg: float) -> Tensor:
+        time = torch.full((len(x),), t, device=x.device)
+        return denoiser.native(guided(denoiser, subject.null, cfg)(x, time, subject.cond), time)
+
+    flow = contract.prediction_type == "flow"
+    levels = None if flow else comfy_levels(contract)
+    with _seeded(0, subject.noise.device):
+        theirs = ComfyRun(nodes, levels, raw, subject.noise, subject.fresh).latents()
+    if read_as_sigma(contract):
+        theirs = theirs / SIGMA_FOR_ALPHA
+    return ((theirs - ours).abs().max() / taught.abs().max()).item()
+
+
+class _Subject:
+    """A student in memory with the prompts and the noise of a proof."""
+
+    def __init__(
+        self,
+        contract: Contract,
+        family: Family,
+        plain: DiffusionPipeline,
+        pipe: DiffusionPipeline,
+        backbone: Backbone,
+        seed: int,
+    ) -> None:
+        parameter = next(backbone.net.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.family, self.backbone, self.seed = family, backbone, seed
+        shape = family.latent_shape(plain, *contract.resolution)
+        noise = torch.randn(len(PROMPTS), *shape, generator=torch.Generator().manual_seed(seed))
+        self.noise = noise.to(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            self.cond, self.null = family.condition(plain, PROMPTS), family.unconditional(plain)
+        self.sampler = contract.sampler()
+        self.schedule, self.kind = family.schedule(pipe.scheduler), family.kind(pipe)
+
+    def denoiser(self, role: str) -> Denoiser:
+        return Denoiser(self.backbone, role, self.schedule, self.kind, self.family.call, self.dtype, grad=False)
+
+    def fresh(self, i: int) -> Tensor:
+        """The noise after step i, in the order of the pipeline's draws."""
+        packed = torch.randn_like(self.family.pack(self.noise))
+        return self.family.unpack(packed, *self.noise.shape[2:])
+
+    def sample(self, role: str) -> Tensor:
+        """The final latents (B, C, H, W) of a role by the library's own sampler."""
+        sampler = self.sampler
+        with _seeded(self.seed, self.device):
+            denoise = with_scale(guided(self.denoiser(role), self.null, sampler.guidance_scale), sampler.adapter_scale)
+            return few_step(denoise, self.schedule, sampler, self.noise, self.cond, self.fresh)
 
 
 @contextmanager

@@ -5,42 +5,58 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from stepdistill.core.errors import ConfigError, StudentError, problem
+from stepdistill.core.files import file_digest
 from stepdistill.families.base import Family
 from stepdistill.students.contract import STUDENTS, WEIGHTS, Contract, is_multi, read_contract, scheduler_class, teacher
-from stepdistill.students.lora.comfyui import WORKFLOW, verify_workflow, write_workflow
+from stepdistill.students.lora.comfyui import WORKFLOW, read_workflow, write_workflow
 from stepdistill.students.lora.files import convert_lora, layout_of, read_lora, write_lora
 from stepdistill.students.lora.tensors import Format
-from stepdistill.students.proof import prove
+from stepdistill.students.proof import prove, prove_workflow
 from stepdistill.students.single import in_memory, into_pipeline
 
 logger = logging.getLogger(__name__)
 
-FILES: dict[Format, str] = {"kohya": "lora_kohya.safetensors", "comfyui": "lora_comfyui.safetensors"}
+OTHERS: tuple[Format, ...] = ("kohya", "comfyui")
 KOHYA_IN_DIFFUSERS = ("sd", "sdxl")  # its reader of Flux expects the full size, and knows no other family
 
 
 def export_formats(folder: Path, formats: Sequence[Format]) -> None:
-    """Write the LoRA of a student folder in these formats, too; for ComfyUI also a workflow file."""
+    """Write the LoRA of a student folder in these formats, too; for ComfyUI also a workflow file.
+
+    The files are copied to a folder with those of other students, so each has a name of its own: the base model, the
+    number of steps and the start of the weights' sha256.
+    """
+    if not formats:
+        return
+    remove_formats(folder)
+    contract = read_contract(folder)
+    base = PurePath(contract.base_model).name.removesuffix(".safetensors")
+    stem = f"{base}_{len(contract.timesteps)}-steps_{file_digest(folder / WEIGHTS)[:8]}"
     for to in formats:
-        convert_lora(folder, folder / FILES[to], to)
+        convert_lora(folder, folder / f"{stem}_{to}.safetensors", to)
     if "comfyui" in formats:
         try:
-            write_workflow(folder, read_contract(folder), FILES["comfyui"])
+            write_workflow(folder, contract, f"{stem}_comfyui.safetensors")
         except ConfigError as error:
             logger.warning("%s was not written: %s", WORKFLOW, error)
 
 
+def format_files(folder: Path) -> dict[Format, Path]:
+    """The files of a student folder in other formats."""
+    return {to: file for to in OTHERS for file in folder.glob(f"*_{'[0-9a-f]' * 8}_{to}.safetensors")}
+
+
 def remove_formats(folder: Path) -> None:
     """Remove the files that an earlier run wrote in other formats."""
-    for name in (*FILES.values(), WORKFLOW):
-        (folder / name).unlink(missing_ok=True)
+    for file in (*format_files(folder).values(), folder / WORKFLOW):
+        file.unlink(missing_ok=True)
 
 
 def verify_student(folder: Path) -> float:
@@ -68,7 +84,7 @@ def verify_formats(folder: Path) -> dict[str, float]:
     """The largest difference of each format in the folder, as `verify_student` measures it.
 
     Diffusers loads a file of another format if it can for this family; otherwise the file is converted back first. A
-    workflow file must hold the contract's noise levels.
+    workflow is sampled by the rules of ComfyUI's nodes (key `workflow`).
 
     Raises:
         StudentError: the folder is not a complete student folder, or one of its files cannot be read.
@@ -78,15 +94,15 @@ def verify_formats(folder: Path) -> dict[str, float]:
         names = dict.fromkeys(name for one in each for name in one)
         return {name: max(one[name] for one in each if name in one) for name in names}
     differences, contract = {"diffusers": verify_student(folder)}, read_contract(folder)
-    there: list[Format] = [to for to, name in FILES.items() if (folder / name).exists()]
-    if there:
-        family = teacher(contract)
+    files, family = format_files(folder), teacher(contract)
+    if files or (folder / WORKFLOW).exists():
         pipe, backbone = in_memory(folder, contract, family)
-        for to in there:
-            plain = _loaded(folder, folder / FILES[to], to, contract, family)
+        for to, file in files.items():
+            plain = _loaded(folder, file, to, contract, family)
             differences[to] = prove(contract, family, plain, pipe, backbone, "student", 0).difference
-    if (folder / WORKFLOW).exists():
-        verify_workflow(folder, contract, FILES["comfyui"])
+        if (folder / WORKFLOW).exists():
+            nodes = read_workflow(folder, contract)
+            differences["workflow"] = prove_workflow(contract, family, pipe, backbone, nodes)
     return differences
 
 

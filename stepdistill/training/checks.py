@@ -14,7 +14,8 @@ from stepdistill.core.solvers import Sampler
 from stepdistill.data import Source, Stream, Trajectories, inside
 from stepdistill.methods.base import Method
 from stepdistill.networks.roles import Copy, Ema, Lora
-from stepdistill.students.lora.files import layout_of
+from stepdistill.students.lora.files import layout_of, warn_of_ignored
+from stepdistill.students.lora.names import OUTSIDE
 from stepdistill.students.lora.tensors import FAMILIES
 from stepdistill.students.proof import check_sampling
 from stepdistill.training.checkpoint import checkpoints
@@ -134,6 +135,10 @@ def check_export_formats(run: Run) -> None:
         got = f"train.export_formats {list(formats)}"
         why = f"{missing[0]} does not support {layout.family}" if missing else "only a LoRA has other formats"
         raise ConfigError(problem(got, "formats that the student can be written in", why, "remove them"))
+    if "kohya" in formats:
+        targets = run.lora.target_modules or ()
+        outside = OUTSIDE.get(layout.family or "", ())
+        warn_of_ignored([name for name in outside if any(f".{name}".endswith(f".{end}") for end in targets)])
 
 
 def check_output_dir(run: Run) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.core.files import save_tensors, written_whole
 from stepdistill.families.base import Family
 from stepdistill.students.contract import WEIGHTS, read_contract, teacher
-from stepdistill.students.lora.names import NETWORKS, PIPELINES, Layer, by_name, by_part
+from stepdistill.students.lora.names import NETWORKS, OUTSIDE, PIPELINES, Layer, by_name, by_part
 from stepdistill.students.lora.tensors import (
     FAMILIES,
     Format,
@@ -31,6 +32,8 @@ from stepdistill.students.lora.tensors import (
     parse_lora,
     peft_state,
 )
+
+logger = logging.getLogger(__name__)
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHOWN = 10
@@ -70,6 +73,14 @@ class Conversion:
     to: Format
     tensors: int
 
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """The layers that sd-scripts leave out of a file in their format. Other programs load them."""
+        family = self.source.layout.family
+        if self.to != "kohya" or family is None:
+            return ()
+        return tuple(sorted(name for name in self.source.lora if name.partition(".")[2] in OUTSIDE.get(family, ())))
+
     def __str__(self) -> str:
         lora, scales = self.source.lora, {part.scale for part in self.source.lora.values()}
         low, high = min(scales), max(scales)
@@ -78,6 +89,8 @@ class Conversion:
             f"{self.tensors} written, {len(lora)} layers matched, 0 unmatched",
             f"alpha / rank: {low:g}" + (f" to {high:g}" if high > low else ""),
         ]
+        if self.to == "kohya":
+            lines.append(f"sd-scripts load {len(lora) - len(self.ignored)} of {len(lora)} layers")
         if self.source.mute:
             lines.append(f"{self.source.mute} layers have no alpha: it is set to their rank, as in every reader")
         return "\n".join(lines)
@@ -189,7 +202,21 @@ def write_lora(lora_file: LoraFile, target: Path, to: Format) -> Conversion:
         raise StudentError(problem(got, "the LoRA of the source", "the images would change", todo))
     with written_whole(target) as part:
         save_tensors(state, part, metadata)
-    return Conversion(lora_file, to, len(state))
+    conversion = Conversion(lora_file, to, len(state))
+    warn_of_ignored(conversion.ignored)
+    return conversion
+
+
+def warn_of_ignored(layers: Sequence[str]) -> None:
+    """Warn of layers that sd-scripts leave out of a file in their format without an error."""
+    if layers:
+        logger.warning(
+            "sd-scripts ignore %d layers of the kohya file (%s), so with sd-scripts the student generates other images. "
+            "Programs that load every layer, such as ComfyUI, are not affected. To avoid this, train without these layers "
+            "in lora.target_modules",
+            len(layers),
+            ", ".join(layers),
+        )
 
 
 def tensors_of(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

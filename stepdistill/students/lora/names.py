@@ -100,6 +100,13 @@ FLUX_ENDS = {
     "proj_out": "final_layer.linear",
 }
 
+# layers that sd-scripts have no LoRA for: they leave them out of a file without an error
+OUTSIDE: dict[str, tuple[str, ...]] = {
+    "sd": tuple(UNET_ENDS),
+    "sdxl": tuple(UNET_ENDS),
+    "flux": ("norm_out.linear", "proj_out"),
+}
+
 
 @dataclass(frozen=True)
 class Layer:
