@@ -271,7 +271,7 @@ def test_the_seed_reaches_the_noise_of_the_lcm_sampler_wherever_it_starts():
 def test_another_table_than_comfyui_s_gets_no_workflow():
     """It would tell the network other timesteps."""
     other = contract(scheduler=contract().scheduler | {"beta_schedule": "linear"})
-    with pytest.raises(ConfigError, match="another noise schedule"):
+    with pytest.raises(ConfigError, match="a noise schedule that ComfyUI does not have"):
         workflow(other, "x")
 
 

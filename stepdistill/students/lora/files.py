@@ -211,9 +211,9 @@ def warn_of_ignored(layers: Sequence[str]) -> None:
     """Warn of layers that sd-scripts leave out of a file in their format without an error."""
     if layers:
         logger.warning(
-            "sd-scripts ignore %d layers of the kohya file (%s), so with sd-scripts the student generates other images. "
-            "Programs that load every layer, such as ComfyUI, are not affected. To avoid this, train without these layers "
-            "in lora.target_modules",
+            "sd-scripts ignore %d layers of the kohya file (%s), so the student generates other images there. Programs "
+            "that load every layer, such as ComfyUI, are not affected. To avoid this, train without these layers in "
+            "lora.target_modules",
             len(layers),
             ", ".join(layers),
         )
