@@ -127,7 +127,8 @@ class _Subject:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             self.cond, self.null = family.condition(plain, PROMPTS), family.unconditional(plain)
         self.sampler = contract.sampler()
-        self.schedule, self.kind = family.schedule(pipe.scheduler), family.kind(pipe)
+        self.schedule = family.schedule(pipe.scheduler)
+        self.kind: Kind = family.kind(pipe)
 
     def denoiser(self, role: str) -> Denoiser:
         return Denoiser(self.backbone, role, self.schedule, self.kind, self.family.call, self.dtype, grad=False)
