@@ -171,7 +171,6 @@ def trained(run: Run) -> tuple[Session, dict[str, torch.Tensor]]:
     """A run up to its end, without the student folder and its proof, which load a whole plain pipeline."""
     check_run(run)
     session = prepare(run)
-    Path(run.train.output_dir).mkdir(parents=True, exist_ok=True)
     make_data(session)
     assert training_loop(session, Optimizers(session.backbone, run.train).declare(run.method).build())
     session.batches.save()

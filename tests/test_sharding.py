@@ -314,7 +314,7 @@ def test_a_run_that_is_stopped_and_goes_on_is_as_one_process_makes_it(teacher, t
     two(_run, make(teacher, out, Interrupted(**SHORT), **sharded))
     assert [f.name for f in sorted(out.glob("checkpoint-*"))] == ["checkpoint-1"]
     assert not (out / "distill_config.json").exists()
-    two(_run, make(teacher, out, DMD2(**SHORT), resume_from_checkpoint="latest", **sharded))
+    two(_run, make(teacher, out, Interrupted(**SHORT), resume_from_checkpoint="latest", **sharded))
     distill(make(teacher, whole, DMD2(**SHORT), gradient_accumulation_steps=2))
 
     assert read_contract(out).proof.difference < 1e-4

@@ -39,10 +39,10 @@ from stepdistill.data.bundled.build import vp_scheduler
 from stepdistill.methods.base import Batch, StepContext
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.training.launcher import DTYPES
 from stepdistill.training.memory.forecast import Rehearsal, forecast, prime
 from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run
-from stepdistill.training.setup import DTYPES
 from tables.recipes import CONFIGS
 
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

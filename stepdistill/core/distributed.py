@@ -5,18 +5,37 @@ No network is wrapped: DDP around a network that switches roles leaves a role's 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stepdistill.core.errors import ConfigError, problem
+
+PLUGINS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
 BUCKET = 32 * 1024 * 1024  # elements reduced in one call
 
 
 def world() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) where no process group is up."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def check_plugins() -> None:
+    """Raise ConfigError where accelerate's launcher asks for a plugin that changes how a network is kept or trained."""
+    for variable, name in PLUGINS.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+            got = f"{name}, which the launcher asks for ({variable})"
+            why = "the launcher only starts processes here, and its plugins would be ignored"
+            todo = "use a file of configs/accelerate; train.shard_base spreads a base that outgrows a device"
+            raise ConfigError(problem(got, "a launcher without plugins", why, todo))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL
 
+from stepdistill.core.distributed import check_plugins
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.core.files import write_text
 from stepdistill.data.bundled import emoji
@@ -192,8 +193,10 @@ def enough(n: int, where: str) -> None:
 def joined(spec: EvalSpec) -> tuple[PartialState, torch.device]:
     """This process among those that a launcher started, and where it computes.
 
-    One process may have more to draw than another: they wait long. Raises EvaluationError.
+    One process may have more to draw than another: they wait long. Raises EvaluationError, and ConfigError for a
+    launcher's plugins.
     """
+    check_plugins()
     state = PartialState(cpu=spec.device == "cpu", timeout=timedelta(days=1))
     try:
         device = torch.device(spec.device or state.device or "cpu")

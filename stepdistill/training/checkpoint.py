@@ -13,12 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.config.dump import config_digest
-from stepdistill.core import distributed
-from stepdistill.core.errors import CheckpointError, ConfigError, problem
+from stepdistill.core.errors import CheckpointError, problem
 from stepdistill.core.files import file_digest, written_whole
-from stepdistill.training.optimizers import Optimizers
-from stepdistill.training.setup import Session
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -78,7 +74,17 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Any, di
     """(roles, optimizers, state) of a whole checkpoint, on the cpu."""
     roles = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
     optimizers = torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
-    return roles, optimizers, json.loads((folder / "state.json").read_text())
+    return roles, optimizers, read_facts(folder)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The plain facts of a whole checkpoint."""
+    return json.loads((folder / "state.json").read_text())
+
+
+def named_checkpoint(output_dir: Path, name: str) -> Path:
+    """The folder that `resume_from_checkpoint` names: a path, or a name in the run's folder."""
+    return Path(name) if Path(name).is_dir() else output_dir / name
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
@@ -87,7 +93,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     None where `latest` finds no checkpoint at all: the run then starts from the beginning.
     """
     if wanted != "latest":
-        folder = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
+        folder = named_checkpoint(output_dir, wanted)
         reason = broken(folder) if folder.is_dir() else "there is no such folder"
         if reason:
             have = ", ".join(f.name for f in checkpoints(output_dir)) or "none"
@@ -119,35 +125,9 @@ def rotate(output_dir: Path, limit: int | None, keep: Path | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save_session(session: Session, optimizers: Optimizers, step: int, source: Path | None) -> None:
-    """Write `checkpoint-<step>` and rotate; rank 0 writes, all wait.
-
-    Args:
-        source: the checkpoint that the run went on from.
-    """
-    if session.accelerator.is_main_process:
-        spec, backbone = session.run.train, session.backbone
-        out, roles = Path(spec.output_dir), {name: backbone.state(name) for name in backbone.declared}
-        facts = {"config": config_digest(session.run), "global_batch": session.global_batch, "seed": spec.seed}
-        facts |= {"step": step, "scaler": optimizers.scaler.state_dict()}
-        if save_checkpoint(out / f"checkpoint-{step}", roles, optimizers.state(), facts):
-            rotate(out, spec.checkpoints_total_limit, source)
-    distributed.barrier()
-
-
-def resume(session: Session, optimizers: Optimizers) -> tuple[int, Path | None]:
-    """Load the checkpoint of `train.resume_from_checkpoint`. Returns its step and folder, or 0 and None without one."""
-    spec = session.run.train
-    wanted = spec.resume_from_checkpoint
-    folder = find_checkpoint(Path(spec.output_dir), wanted) if wanted else None
-    if folder is None:
-        return 0, None
-    roles, states, facts = load_checkpoint(folder)
-    if facts["global_batch"] != session.global_batch:
-        got = f"a global batch of {session.global_batch} (batch x accumulation x processes)"
-        why = "the steps would see other data than those of the earlier run"
-        todo = "change train_batch_size or gradient_accumulation_steps to match"
-        raise ConfigError(problem(got, f"{facts['global_batch']}, as in {folder}", why, todo))
-    optimizers.restore(roles, states, facts["scaler"])
-    logger.warning("resuming from %s", folder)
-    return facts["step"], folder
+def put_aside(folder: Path) -> None:
+    """Rename a checkpoint, so that `latest` does not find it."""
+    aside = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    logger.warning("%s is of later steps, which are trained again: renamed to %s", folder, aside.name)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from stepdistill.config.dump import config_to_yaml
 from stepdistill.core import distributed
 from stepdistill.data import inside
 from stepdistill.data.made import TeacherMade
 from stepdistill.students.load import start_from
-from stepdistill.training.checkpoint import checkpoints
 from stepdistill.training.checks import check_loaded, check_run
 from stepdistill.training.finish import finish_run
 from stepdistill.training.loop import training_loop
 from stepdistill.training.memory.predict import predict
 from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run
+from stepdistill.training.resume import check_source, find_source
 from stepdistill.training.setup import Session, prepare
 from stepdistill.training.teacher import TeacherSampler
 
@@ -24,14 +22,15 @@ from stepdistill.training.teacher import TeacherSampler
 def distill(run: Run) -> Path:
     """Train, write the student folder, verify that plain Diffusers loads it, and report. Returns the folder."""
     check_run(run)
+    source = find_source(run)
     session = prepare(run.resolved())
     check_loaded(session)
-    open_folder(session)
+    check_source(session, source)
     make_data(session)
     optimizers = Optimizers(session.backbone, run.train, session.scaler).declare(run.method).build()
-    if run.lora.init_from:
+    if run.lora.init_from and source is None:
         start_from(session.backbone, run.lora.init_from, run.family)
-    finished = training_loop(session, optimizers)
+    finished = training_loop(session, optimizers, source)
     session.batches.save()
 
     if session.shards is None:
@@ -43,18 +42,6 @@ def distill(run: Run) -> Path:
     if session.shards is not None:
         session.accelerator.end_training()
     return Path(run.train.output_dir)
-
-
-def open_folder(session: Session) -> None:
-    """Write the config into the run's folder, from which an overwritten run's checkpoints go."""
-    out = Path(session.run.train.output_dir)
-    if session.accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        if not session.run.train.resume_from_checkpoint:  # `check_output_dir` let only an overwritten folder pass
-            for old in checkpoints(out):
-                shutil.rmtree(old)
-        (out / "config.yaml").write_text(config_to_yaml(session.run))
-    distributed.barrier()
 
 
 def make_data(session: Session) -> None:
@@ -77,4 +64,5 @@ def make_data(session: Session) -> None:
 def dry_run(run: Run) -> str:
     """Predicted memory by role."""
     check_run(run)
+    find_source(run)
     return str(predict(run))

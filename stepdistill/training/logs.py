@@ -10,6 +10,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
+from stepdistill.core.files import written_whole
 from stepdistill.networks.backbone import Backbone
 from stepdistill.training.recipe import Run
 
@@ -27,7 +28,8 @@ class Logs:
         if accelerator.is_main_process:
             rows = self.file.read_text().splitlines() if self.file.exists() and start else []
             kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= start]
-            self.file.write_text("".join(row + "\n" for row in kept))
+            with written_whole(self.file) as part:
+                part.write_text("".join(row + "\n" for row in kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One row of scalars for a finished step."""

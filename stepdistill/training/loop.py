@@ -19,9 +19,9 @@ from stepdistill.core import distributed
 from stepdistill.core.errors import NonFiniteLoss, problem
 from stepdistill.core.progress import progress
 from stepdistill.methods.base import Batch, Method, StepContext
-from stepdistill.training.checkpoint import resume, save_session
 from stepdistill.training.logs import Logs, banner
 from stepdistill.training.optimizers import Optimizers
+from stepdistill.training.resume import open_folder, restore, save_session
 from stepdistill.training.sampling import draw_validation
 from stepdistill.training.setup import Session
 from stepdistill.training.watch.measure import Watch
@@ -67,14 +67,19 @@ def train_step(
     return values
 
 
-def training_loop(session: Session, optimizers: Optimizers) -> bool:
-    """Train to `max_train_steps`; False where a signal or the watch ended it before, after a checkpoint."""
+def training_loop(session: Session, optimizers: Optimizers, source: Path | None = None) -> bool:
+    """Train to `max_train_steps`; False where a signal or the watch ended it before, after a checkpoint.
+
+    Args:
+        source: the checkpoint to go on from.
+    """
     run, spec, accelerator = session.run, session.run.train, session.accelerator
-    start, source = resume(session, optimizers)
+    start = restore(session, optimizers, source)
     if spec.gradient_checkpointing:
         session.backbone.enable_checkpointing()
     if spec.torch_compile:
         session.backbone.net.compile()
+    open_folder(session, source)
     logs = Logs(accelerator, Path(spec.output_dir), start)
     accelerator.init_trackers(spec.tracker_project_name, config=None)
     if accelerator.is_main_process:

@@ -20,6 +20,8 @@ from stepdistill.networks.quantize import dense
 from stepdistill.networks.roles import Ema
 from stepdistill.training.recipe import TrainSpec
 
+OPTIONS = ("lr", "betas", "eps", "weight_decay")  # of an optimizer, that may change when a run goes on
+
 
 @dataclass
 class Optimizers:
@@ -132,17 +134,21 @@ class Optimizers:
             raise StepdistillError(problem(got, "changes in all trainable tensors and no others", why, todo))
 
     def state(self) -> dict[str, dict]:
-        """What the optimizers and schedules need to go on."""
-        return {
-            name: {"optimizer": optimizer.state_dict(), "scheduler": self.schedulers[name].state_dict()}
-            for name, optimizer in self.by_role.items()
-        }
+        """What the optimizers need to go on; schedules are functions of the step."""
+        return {name: optimizer.state_dict() for name, optimizer in self.by_role.items()}
 
-    def restore(self, roles: dict[str, dict[str, Tensor]], optimizers: dict[str, dict], scaler: dict) -> None:
-        """Take up a checkpoint."""
+    def restore(self, roles: dict[str, dict[str, Tensor]], states: dict[str, dict], scaler: dict, step: int) -> None:
+        """Take up a checkpoint of `step` steps. From there on `OPTIONS` and schedules are those of the config."""
         for name in self.backbone.declared:
             self.backbone.load_state(name, roles[name])
         for name, optimizer in self.by_role.items():
-            optimizer.load_state_dict(optimizers[name]["optimizer"])
-            self.schedulers[name].load_state_dict(optimizers[name]["scheduler"])
-        self.scaler.load_state_dict(scaler)
+            saved, fresh = states[name], optimizer.state_dict()["param_groups"]
+            groups = [
+                old | {key: new[key] for key in ("initial_lr", *OPTIONS) if key in new}
+                for old, new in zip(saved["param_groups"], fresh, strict=True)
+            ]
+            optimizer.load_state_dict(saved | {"param_groups": groups})
+            self.schedulers[name].last_epoch = step - 1
+        self.advance_schedules()
+        if scaler:  # none where losses were not scaled
+            self.scaler.load_state_dict(scaler)

@@ -27,9 +27,8 @@ from stepdistill.students.base_model import Base, base_of
 from stepdistill.students.card import warn_of_licence
 from stepdistill.training.batches import Batches
 from stepdistill.training.cache.keys import Keys, family_keys
+from stepdistill.training.launcher import DTYPES, check_launcher
 from stepdistill.training.recipe import Run
-
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -92,6 +91,7 @@ class Session:
 def begin(run: Run) -> Accelerator:
     """The process's place among the others, and its settings."""
     spec = run.train
+    check_launcher(spec)
     trackers = [spec.report_to] if isinstance(spec.report_to, str) else list(spec.report_to)
     accelerator = Accelerator(
         mixed_precision=spec.mixed_precision,

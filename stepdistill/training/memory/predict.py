@@ -16,16 +16,18 @@ from stepdistill.data.made import TeacherMade
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.students.base_model import Base
 from stepdistill.training.cache.keys import Keys
+from stepdistill.training.launcher import DTYPES, check_launcher
 from stepdistill.training.memory.forecast import BASE, FEW, Prediction, Rehearsal, forecast
 from stepdistill.training.memory.outline import networks_of, outline
 from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run
-from stepdistill.training.setup import DTYPES, session_of
+from stepdistill.training.setup import session_of
 
 
 def predict(run: Run) -> Prediction:
     """Predict a run's memory on this process's device. Weights are not read, but for those of networks that a method's
     own terms load, as CLIP and LPIPS."""
+    check_launcher(run.train)
     accelerator = Accelerator(mixed_precision=run.train.mixed_precision)
     with run.family.reached():
         pipe = outline(run.family)

@@ -72,14 +72,15 @@ class Watch:
     the best student so far in `best/`. So a resumed run goes on as if it had never stopped.
 
     Args:
-        start: the step that the run begins at. 0 drops what an earlier run left, and measures the untrained student.
+        start: the step that the run begins at. What an earlier run left of later steps is dropped; 0 measures the
+            untrained student.
     """
 
     def __init__(self, session: Session, logs: Logs, start: int) -> None:
         self.session, self.logs = session, logs
         self.spec = session.run.train
         self.out = Path(self.spec.output_dir)
-        if start == 0:
+        if start == 0 or self._best().get("step", 0) > start:
             shutil.rmtree(self.out / "best", ignore_errors=True)
         self.prompts = list(self.spec.validation_prompts)
         self.teacher = self._yardstick()
@@ -111,12 +112,10 @@ class Watch:
 
     def _keep(self, step: int, score: float) -> None:
         """Write the exported role to `best/` where no student of this run had a lower score."""
-        best = self.out / "best"
-        stored = best / "watch.json"
-        if stored.exists() and not score < json.loads(stored.read_text())["score"]:
+        if not score < self._best().get("score", math.inf):
             return
         session = self.session
-        with written_whole(best) as part:
+        with written_whole(self.out / "best") as part:
             write_unproven(
                 part,
                 family=session.run.family,
@@ -128,6 +127,11 @@ class Watch:
                 base=session.base,
             )
             (part / "watch.json").write_text(json.dumps({"step": step, "score": score}) + "\n")
+
+    def _best(self) -> dict[str, float]:
+        """Step and score of the best student so far; nothing before the first."""
+        stored = self.out / "best" / "watch.json"
+        return json.loads(stored.read_text()) if stored.exists() else {}
 
     def _yardstick(self) -> Yardstick:
         """The teacher's statistics: those in the folder where they are of the same teacher and settings."""

@@ -1,0 +1,192 @@
+"""Going on from a checkpoint: which values of the config may have changed since, and which must be as they were."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from stepdistill.config.dump import config_to_yaml, to_node
+from stepdistill.core import distributed
+from stepdistill.core.errors import CheckpointError, ConfigError, problem
+from stepdistill.core.files import write_text
+from stepdistill.data import BadSample, Source
+from stepdistill.methods.base import Method
+from stepdistill.networks.roles import Ema
+from stepdistill.training.checkpoint import (
+    checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    named_checkpoint,
+    put_aside,
+    read_facts,
+    rotate,
+    save_checkpoint,
+    step_of,
+)
+from stepdistill.training.optimizers import OPTIONS, Optimizers
+from stepdistill.training.recipe import Run
+from stepdistill.training.setup import Session
+
+logger = logging.getLogger(__name__)
+KEPT = ("family", "method", "data", "lora", "train.seed", "train.resolution", "train.cache_latents", "train.optimizers")
+SAME = {
+    "global_batch": ("a global batch of {} (batch x accumulation x processes)", "a step would see other data"),
+    "teacher": ("a teacher whose network has the digest {}", "the student follows one teacher to the end"),
+    "samples": ("a data source of {}", "the order of the samples depends on their number"),
+}
+SAMPLED = 1000  # captions that tell one data source from another
+UNSAID = ("train.resume_from_checkpoint", "train.overwrite_output_dir")
+Changes = dict[str, tuple[object, object]]
+
+
+def goes_on(run: Run) -> bool:
+    """Whether the run continues the one in its own `train.output_dir`."""
+    wanted, out = run.train.resume_from_checkpoint, Path(run.train.output_dir)
+    return wanted == "latest" or bool(wanted) and named_checkpoint(out, wanted).resolve().parent == out.resolve()
+
+
+def find_source(run: Run) -> Path | None:
+    """The checkpoint that the run goes on from; None where it starts at the beginning.
+
+    Raises:
+        CheckpointError: it is not whole, or an earlier version wrote it.
+        ConfigError: it is of a run with other values of `KEPT`, or has more steps than the run is to have.
+    """
+    spec = run.train
+    if not spec.resume_from_checkpoint:
+        return None
+    folder = find_checkpoint(Path(spec.output_dir), spec.resume_from_checkpoint)
+    if folder is None:
+        return None
+    facts = read_facts(folder)
+    if not isinstance(facts["config"], Mapping):
+        got, why = f"{folder} without its config", "an earlier version of stepdistill wrote it"
+        todo = "start a new run in another train.output_dir"
+        raise CheckpointError(problem(got, "a checkpoint with the config that it was made by", why, todo))
+    changed = {path: both for path, both in changes(run, facts["config"]).items() if is_kept(path)}
+    if changed:
+        got, before = (", ".join(f"{path}={_shown(both[k])}" for path, both in changed.items()) for k in (1, 0))
+        why = "a run keeps its method, teacher, data, LoRAs, optimizers and seed to the end"
+        todo = "set them back, or start a new run in another train.output_dir"
+        raise ConfigError(problem(got, f"{before}, as in {folder}", why, todo))
+    if facts["step"] > spec.max_train_steps:
+        got, why = f"train.max_train_steps={spec.max_train_steps}", "its student has more steps than that already"
+        todo = "raise train.max_train_steps, or go on from an earlier checkpoint"
+        raise ConfigError(problem(got, f"{facts['step']} or more, the steps of {folder}", why, todo))
+    return folder
+
+
+def check_source(session: Session, source: Path | None) -> None:
+    """Raise ConfigError where what was loaded does not fit the checkpoint."""
+    if source is None:
+        return
+    before, now = read_facts(source), session_facts(session)
+    for key, (words, why) in SAME.items():
+        if before[key] != now[key]:
+            todo = "set it back, or start a new run in another train.output_dir"
+            raise ConfigError(problem(words.format(now[key]), f"{before[key]}, as in {source}", why, todo))
+
+
+def session_facts(session: Session) -> dict[str, object]:
+    """What a run is known by when it goes on."""
+    return {
+        "config": to_node(session.run, Run),
+        "global_batch": session.global_batch,
+        "samples": described(session.run.data),
+        "teacher": session.digest,
+    }
+
+
+def described(data: Source) -> str:
+    """The number of samples, and a digest of some of their captions, wherever they lie."""
+    content = sha256()
+    for i in range(0, len(data), max(1, len(data) // SAMPLED)):
+        with suppress(BadSample):
+            content.update("\0".join(data.captions(i)).encode())
+    return f"{len(data)} samples, captions {content.hexdigest()[:12]}"
+
+
+def restore(session: Session, optimizers: Optimizers, source: Path | None) -> int:
+    """Take up a checkpoint, and say what of the config has changed since. Returns its step, or 0 without one."""
+    if source is None:
+        return 0
+    roles, states, facts = load_checkpoint(source)
+    optimizers.restore(roles, states, facts["scaler"], facts["step"])
+    changed = {path: both for path, both in changes(session.run, facts["config"]).items() if path not in UNSAID}
+    lines = [f"{path}: {_shown(before)} -> {_shown(now)}" for path, (before, now) in changed.items()]
+    logger.warning("going on from %s", "\n  ".join([str(source), *lines]))
+    return facts["step"]
+
+
+def save_session(session: Session, optimizers: Optimizers, step: int, source: Path | None) -> None:
+    """Write `checkpoint-<step>` and rotate; rank 0 writes, all wait.
+
+    Args:
+        source: the checkpoint that the run went on from.
+    """
+    if session.accelerator.is_main_process:
+        spec, backbone = session.run.train, session.backbone
+        out, roles = Path(spec.output_dir), {name: backbone.state(name) for name in backbone.declared}
+        facts = session_facts(session) | {"step": step, "scaler": optimizers.scaler.state_dict()}
+        if save_checkpoint(out / f"checkpoint-{step}", roles, optimizers.state(), facts):
+            rotate(out, spec.checkpoints_total_limit, source)
+    distributed.barrier()
+
+
+def open_folder(session: Session, source: Path | None) -> None:
+    """Write the config into the run's folder, now that the run can go on.
+
+    Checkpoints of an overwritten run are removed, and those later than `source` renamed: else `latest` would find them.
+    """
+    out = Path(session.run.train.output_dir)
+    if session.accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        for old in checkpoints(out):
+            if source is None or source.resolve().parent != out.resolve():
+                shutil.rmtree(old)  # `check_output_dir` let only an overwritten folder pass
+            elif step_of(old) > step_of(source):
+                put_aside(old)
+        write_text(out / "config.yaml", config_to_yaml(session.run).rstrip("\n"))
+    distributed.barrier()
+
+
+def changes(run: Run, stored: Mapping[str, Any]) -> Changes:
+    """(stored, present) of every value that differs by path, None for what is not there; below another `type` only
+    that."""
+    before, now = (settings(config, run.method) for config in (stored, to_node(run.resolved(), Run)))
+    changed = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
+    other = tuple(key.removesuffix("type") for key in changed if key.endswith(".type"))
+    return {key: both for key, both in changed.items() if key.endswith(".type") or not key.startswith(other)}
+
+
+def settings(config: Mapping[str, Any], method: Method) -> dict[str, object]:
+    """The values of a config by path, with the optimizer that each role is trained by."""
+    train = dict(config["train"])
+    default, own = train.pop("optimizer"), train.pop("optimizers") or {}
+    trained = [name for name, role in method.roles().items() if not isinstance(role, Ema)]
+    return dict(_flat({**config, "train": train | {"optimizers": {name: own.get(name, default) for name in trained}}}))
+
+
+def is_kept(path: str) -> bool:
+    """Whether a value must stay what it was."""
+    parent, _, name = path.rpartition(".")
+    if parent.startswith("train.optimizers.") and name in OPTIONS:
+        return False
+    return path.startswith(tuple(f"{key}." for key in KEPT)) or path in KEPT
+
+
+def _flat(node: object, path: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _flat(value, f"{path}.{key}" if path else key)
+    else:
+        yield path, node
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)
