@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what may change of a config does, what may not is refused, and nothing is lost."""
+"""Resume: what may change of a config does, what may not is refused, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_the_rate_of_the_config_wins_and_every_change_is_said(copied, teacher, s
     distill(make(teacher, samples, copied, REGRESSION, **LATEST, **train))
     assert rows(copied, "lr") == [1e-3, 1e-3, 0.0, 0.0]
     assert torch.equal(weights(copied, 4), weights(copied, 2))
-    said = next(text for text in caplog.messages if "going on from" in text)
+    said = next(text for text in caplog.messages if "resuming from" in text)
     for line in ("learning_rate: 0.001 -> 0.0", "max_grad_norm: 1.0 -> 0.5", "max_train_steps: 2 -> 4"):
         assert f"train.{line}" in said
     assert not any(part in said for part in ("data", "lora", "resume_from"))
@@ -213,7 +213,7 @@ def test_checkpoints_of_another_branch_are_not_gone_on_from(copied, teacher, sam
     distill(changed(run, "train.learning_rate", 1e-5))
     assert find_checkpoint(copied, "latest") == copied / "checkpoint-1"
     assert files(copied / "checkpoint-2.old") == kept
-    assert "checkpoint-2 is of steps that are trained anew" in caplog.text
+    assert "checkpoint-2 is of later steps, which are trained again" in caplog.text
 
 
 def test_a_run_goes_on_in_another_folder_that_holds_no_run(two, copied, teacher, samples, tmp_path):

@@ -355,6 +355,8 @@ def test_resume_goes_on_as_if_it_had_never_stopped(whole, tmp_path, monkeypatch)
     kept = [line for line in file.read_text().splitlines() if not ('"step": 2' in line and SCORE in line)]
     file.write_text("".join(line + "\n" for line in kept))
     monkeypatch.delattr(watching, "sample_teacher")  # the yardstick is in the folder
+    later = {"step": 4, "score": -1.0}  # of another branch, and better than any
+    (out / "best" / "watch.json").write_text(json.dumps(later))
     distill(make(out, resume_from_checkpoint="checkpoint-2"))
     assert looks(out) == looks(whole)
     ours, theirs = (json.loads((folder / "best" / "watch.json").read_text()) for folder in (out, whole))

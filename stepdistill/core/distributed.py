@@ -29,12 +29,12 @@ def world() -> tuple[int, int]:
 
 
 def check_plugins() -> None:
-    """Raise ConfigError where accelerate's launcher asks for a plugin that changes how a network is kept or trained."""
+    """Raise ConfigError where a plugin is set in Accelerate's launcher."""
     for variable, name in PLUGINS.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
-            got = f"{name}, which the launcher asks for ({variable})"
-            why = "the launcher only starts processes here, and its plugins would be ignored"
-            todo = "use a file of configs/accelerate; train.shard_base spreads a base that outgrows a device"
+            got = f"{name}, which is set in the launcher ({variable})"
+            why = "the launcher only starts the processes, and its plugins would be ignored"
+            todo = "use a file of configs/accelerate, with train.shard_base for a base that is too large for one device"
             raise ConfigError(problem(got, "a launcher without plugins", why, todo))
 
 

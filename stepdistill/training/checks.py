@@ -21,7 +21,7 @@ from stepdistill.students.proof import check_sampling
 from stepdistill.training.checkpoint import checkpoints
 from stepdistill.training.finish import load_reference, reference_file
 from stepdistill.training.recipe import Run
-from stepdistill.training.resume import goes_on
+from stepdistill.training.resume import is_resumed
 from stepdistill.training.setup import Session
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def check_output_dir(run: Run) -> None:
     """The folder holds no other run, unless that is gone on with or overwritten."""
     out, spec = Path(run.train.output_dir), run.train
     used = out.exists() and ((out / "metrics.jsonl").exists() or checkpoints(out))
-    if used and not goes_on(run) and not spec.overwrite_output_dir:
+    if used and not is_resumed(run) and not spec.overwrite_output_dir:
         got = f"train.output_dir {out}, which holds another run"
         why = "its student and checkpoints would be overwritten"
         todo = "resume with --resume_from_checkpoint latest, restart with --overwrite_output_dir, or set another"

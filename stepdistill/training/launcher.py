@@ -1,4 +1,4 @@
-"""What accelerate's launcher asks for, against the config: honoured, refused or said, but never ignored."""
+"""Settings of Accelerate's launcher: each is used, refused or reported."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 
 
 def check_launcher(spec: TrainSpec) -> None:
-    """Raise ConfigError for what the launcher asks for and the run would not do, before accelerate reads it."""
+    """Raise ConfigError for settings of the launcher that the run would ignore."""
     check_plugins()
-    why = "a run takes this from its config, and would ignore the launcher"
+    why = "this setting is read from the config only"
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(spec.gradient_accumulation_steps))
     if steps != str(spec.gradient_accumulation_steps):
         got = f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} in the launcher"
@@ -35,13 +35,13 @@ def check_launcher(spec: TrainSpec) -> None:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if spec.mixed_precision is None and precision not in DTYPES:
         got, todo = f"mixed precision {precision} in the launcher", "choose one of them, or set train.mixed_precision"
-        raise ConfigError(problem(got, ", ".join(DTYPES), "the others were never tried", todo))
+        raise ConfigError(problem(got, ", ".join(DTYPES), "no other precision was tested", todo))
     if spec.mixed_precision not in (None, precision) and precision != "no":
         logger.warning(
-            "train.mixed_precision is %s, and the launcher's %s is not used", spec.mixed_precision, precision
+            "train.mixed_precision is %s; the launcher's %s is not used", spec.mixed_precision, precision
         )
     if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys() and not any(size in os.environ for size in SIZES):
         logger.warning(
-            "the launcher was asked for several processes and started one: MULTI_CPU needs mpirun and a hostfile; "
+            "the launcher was configured for several processes but started one: MULTI_CPU needs mpirun and a hostfile; "
             "see configs/accelerate/two_processes_cpu.yaml"
         )

@@ -71,7 +71,7 @@ def training_loop(session: Session, optimizers: Optimizers, source: Path | None 
     """Train to `max_train_steps`; False where a signal or the watch ended it before, after a checkpoint.
 
     Args:
-        source: the checkpoint to go on from.
+        source: the checkpoint to resume from.
     """
     run, spec, accelerator = session.run, session.run.train, session.accelerator
     start = restore(session, optimizers, source)

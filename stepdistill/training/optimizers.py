@@ -20,7 +20,7 @@ from stepdistill.networks.quantize import dense
 from stepdistill.networks.roles import Ema
 from stepdistill.training.recipe import TrainSpec
 
-OPTIONS = ("lr", "betas", "eps", "weight_decay")  # of an optimizer, that may change when a run goes on
+OPTIONS = ("lr", "betas", "eps", "weight_decay")  # of an optimizer; a resumed run may change them
 
 
 @dataclass
@@ -134,11 +134,11 @@ class Optimizers:
             raise StepdistillError(problem(got, "changes in all trainable tensors and no others", why, todo))
 
     def state(self) -> dict[str, dict]:
-        """What the optimizers need to go on; schedules are functions of the step."""
+        """The states of the optimizers. Schedules need none: they are functions of the step."""
         return {name: optimizer.state_dict() for name, optimizer in self.by_role.items()}
 
     def restore(self, roles: dict[str, dict[str, Tensor]], states: dict[str, dict], scaler: dict, step: int) -> None:
-        """Take up a checkpoint of `step` steps. From there on `OPTIONS` and schedules are those of the config."""
+        """Load a checkpoint of `step` steps. `OPTIONS` and schedules stay those of the config."""
         for name in self.backbone.declared:
             self.backbone.load_state(name, roles[name])
         for name, optimizer in self.by_role.items():

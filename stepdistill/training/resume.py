@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which values of the config may have changed since, and which must be as they were."""
+"""Resuming from a checkpoint: which values of the config may differ from the stored ones, and which may not."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ from stepdistill.training.setup import Session
 logger = logging.getLogger(__name__)
 KEPT = ("family", "method", "data", "lora", "train.seed", "train.resolution", "train.cache_latents", "train.optimizers")
 SAME = {
-    "global_batch": ("a global batch of {} (batch x accumulation x processes)", "a step would see other data"),
-    "teacher": ("a teacher whose network has the digest {}", "the student follows one teacher to the end"),
-    "samples": ("a data source of {}", "the order of the samples depends on their number"),
+    "global_batch": ("a global batch of {} (batch x accumulation x processes)", "the steps would see other data than those of the earlier run"),
+    "teacher": ("a teacher whose network has the digest {}", "a student has one teacher"),
+    "samples": ("a data source of {}", "the earlier steps saw other samples"),
 }
-SAMPLED = 1000  # captions that tell one data source from another
+SAMPLED = 1000
 UNSAID = ("train.resume_from_checkpoint", "train.overwrite_output_dir")
 Changes = dict[str, tuple[object, object]]
 
 
-def goes_on(run: Run) -> bool:
-    """Whether the run continues the one in its own `train.output_dir`."""
+def is_resumed(run: Run) -> bool:
+    """Whether the run resumes the one in its own `train.output_dir`."""
     wanted, out = run.train.resume_from_checkpoint, Path(run.train.output_dir)
     return wanted == "latest" or bool(wanted) and named_checkpoint(out, wanted).resolve().parent == out.resolve()
 
 
 def find_source(run: Run) -> Path | None:
-    """The checkpoint that the run goes on from; None where it starts at the beginning.
+    """The checkpoint that the run resumes from; None where it starts at the beginning.
 
     Raises:
-        CheckpointError: it is not whole, or an earlier version wrote it.
-        ConfigError: it is of a run with other values of `KEPT`, or has more steps than the run is to have.
+        CheckpointError: it is incomplete, or an earlier version wrote it.
+        ConfigError: values of `KEPT` differ, or it has more steps than the run.
     """
     spec = run.train
     if not spec.resume_from_checkpoint:
@@ -65,24 +65,24 @@ def find_source(run: Run) -> Path | None:
         return None
     facts = read_facts(folder)
     if not isinstance(facts["config"], Mapping):
-        got, why = f"{folder} without its config", "an earlier version of stepdistill wrote it"
+        got, why = f"{folder}, which holds no config", "an earlier version of stepdistill wrote it"
         todo = "start a new run in another train.output_dir"
-        raise CheckpointError(problem(got, "a checkpoint with the config that it was made by", why, todo))
+        raise CheckpointError(problem(got, "a checkpoint with its config", why, todo))
     changed = {path: both for path, both in changes(run, facts["config"]).items() if is_kept(path)}
     if changed:
         got, before = (", ".join(f"{path}={_shown(both[k])}" for path, both in changed.items()) for k in (1, 0))
-        why = "a run keeps its method, teacher, data, LoRAs, optimizers and seed to the end"
+        why = "a resumed run keeps its method, teacher, data, LoRAs, optimizers and seed"
         todo = "set them back, or start a new run in another train.output_dir"
         raise ConfigError(problem(got, f"{before}, as in {folder}", why, todo))
     if facts["step"] > spec.max_train_steps:
-        got, why = f"train.max_train_steps={spec.max_train_steps}", "its student has more steps than that already"
-        todo = "raise train.max_train_steps, or go on from an earlier checkpoint"
+        got, why = f"train.max_train_steps={spec.max_train_steps}", "the checkpoint has more steps than that"
+        todo = "raise train.max_train_steps, or resume from an earlier checkpoint"
         raise ConfigError(problem(got, f"{facts['step']} or more, the steps of {folder}", why, todo))
     return folder
 
 
 def check_source(session: Session, source: Path | None) -> None:
-    """Raise ConfigError where what was loaded does not fit the checkpoint."""
+    """Raise ConfigError where the loaded teacher, the data or the global batch is another than the checkpoint's."""
     if source is None:
         return
     before, now = read_facts(source), session_facts(session)
@@ -93,7 +93,7 @@ def check_source(session: Session, source: Path | None) -> None:
 
 
 def session_facts(session: Session) -> dict[str, object]:
-    """What a run is known by when it goes on."""
+    """What a checkpoint stores to compare a resumed run with."""
     return {
         "config": to_node(session.run, Run),
         "global_batch": session.global_batch,
@@ -103,7 +103,7 @@ def session_facts(session: Session) -> dict[str, object]:
 
 
 def described(data: Source) -> str:
-    """The number of samples, and a digest of some of their captions, wherever they lie."""
+    """The number of samples, and a digest of the captions of `SAMPLED` of them."""
     content = sha256()
     for i in range(0, len(data), max(1, len(data) // SAMPLED)):
         with suppress(BadSample):
@@ -112,14 +112,14 @@ def described(data: Source) -> str:
 
 
 def restore(session: Session, optimizers: Optimizers, source: Path | None) -> int:
-    """Take up a checkpoint, and say what of the config has changed since. Returns its step, or 0 without one."""
+    """Load a checkpoint, and report the values of the config that differ. Returns its step, or 0 without one."""
     if source is None:
         return 0
     roles, states, facts = load_checkpoint(source)
     optimizers.restore(roles, states, facts["scaler"], facts["step"])
     changed = {path: both for path, both in changes(session.run, facts["config"]).items() if path not in UNSAID}
     lines = [f"{path}: {_shown(before)} -> {_shown(now)}" for path, (before, now) in changed.items()]
-    logger.warning("going on from %s", "\n  ".join([str(source), *lines]))
+    logger.warning("resuming from %s", "\n  ".join([str(source), *lines]))
     return facts["step"]
 
 
@@ -127,7 +127,7 @@ def save_session(session: Session, optimizers: Optimizers, step: int, source: Pa
     """Write `checkpoint-<step>` and rotate; rank 0 writes, all wait.
 
     Args:
-        source: the checkpoint that the run went on from.
+        source: the checkpoint that the run resumed from.
     """
     if session.accelerator.is_main_process:
         spec, backbone = session.run.train, session.backbone
@@ -139,9 +139,9 @@ def save_session(session: Session, optimizers: Optimizers, step: int, source: Pa
 
 
 def open_folder(session: Session, source: Path | None) -> None:
-    """Write the config into the run's folder, now that the run can go on.
+    """Write the config into the run's folder, now that the checkpoint is loaded.
 
-    Checkpoints of an overwritten run are removed, and those later than `source` renamed: else `latest` would find them.
+    Checkpoints of an overwritten run are removed, and those later than `source` are renamed.
     """
     out = Path(session.run.train.output_dir)
     if session.accelerator.is_main_process:
@@ -156,8 +156,8 @@ def open_folder(session: Session, source: Path | None) -> None:
 
 
 def changes(run: Run, stored: Mapping[str, Any]) -> Changes:
-    """(stored, present) of every value that differs by path, None for what is not there; below another `type` only
-    that."""
+    """(stored, new) of every value that differs, by path; None stands for a missing one. Of an instance of another
+    class only its `type` is listed."""
     before, now = (settings(config, run.method) for config in (stored, to_node(run.resolved(), Run)))
     changed = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
     other = tuple(key.removesuffix("type") for key in changed if key.endswith(".type"))
@@ -165,7 +165,7 @@ def changes(run: Run, stored: Mapping[str, Any]) -> Changes:
 
 
 def settings(config: Mapping[str, Any], method: Method) -> dict[str, object]:
-    """The values of a config by path, with the optimizer that each role is trained by."""
+    """The values of a config by path, with an optimizer for each trained role."""
     train = dict(config["train"])
     default, own = train.pop("optimizer"), train.pop("optimizers") or {}
     trained = [name for name, role in method.roles().items() if not isinstance(role, Ema)]
@@ -173,7 +173,7 @@ def settings(config: Mapping[str, Any], method: Method) -> dict[str, object]:
 
 
 def is_kept(path: str) -> bool:
-    """Whether a value must stay what it was."""
+    """Whether a resumed run must have the stored value."""
     parent, _, name = path.rpartition(".")
     if parent.startswith("train.optimizers.") and name in OPTIONS:
         return False
