@@ -11,6 +11,7 @@ from tiny import pipeline
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.data.bundled import build
 from stepdistill.families.sd import StableDiffusion
+from stepdistill.methods.base import Method
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import LoraSpec
@@ -30,7 +31,7 @@ def saved_teacher(folder: Path) -> Path:
     return folder
 
 
-def make(teacher: Path, samples: Path, out: Path, method=LCM, **train) -> Run:
+def make(teacher: Path, samples: Path, out: Path, method: Method = LCM, **train) -> Run:
     given = {
         "output_dir": str(out),
         "max_train_steps": 4,

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def rows(out: Path, key: str) -> list[float]:
     return [json.loads(line)[key] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def changed(part: object, path: str, value: object) -> object:
+def changed(part: Any, path: str, value: object) -> Any:
     """A run, or a part of it, with the value at a path changed."""
     first, _, rest = path.partition(".")
     return replace(part, **{first: changed(getattr(part, first), rest, value) if rest else value})

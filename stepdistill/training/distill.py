@@ -14,7 +14,7 @@ from stepdistill.training.loop import training_loop
 from stepdistill.training.memory.predict import predict
 from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run
-from stepdistill.training.resume import check_source, find_source
+from stepdistill.training.resume import check_same, find_source
 from stepdistill.training.setup import Session, prepare
 from stepdistill.training.teacher import TeacherSampler
 
@@ -25,7 +25,7 @@ def distill(run: Run) -> Path:
     source = find_source(run)
     session = prepare(run.resolved())
     check_loaded(session)
-    check_source(session, source)
+    check_same(session, source)
     make_data(session)
     optimizers = Optimizers(session.backbone, run.train, session.scaler).declare(run.method).build()
     if run.lora.init_from and source is None:

@@ -37,9 +37,7 @@ def check_launcher(spec: TrainSpec) -> None:
         got, todo = f"mixed precision {precision} in the launcher", "choose one of them, or set train.mixed_precision"
         raise ConfigError(problem(got, ", ".join(DTYPES), "no other precision was tested", todo))
     if spec.mixed_precision not in (None, precision) and precision != "no":
-        logger.warning(
-            "train.mixed_precision is %s; the launcher's %s is not used", spec.mixed_precision, precision
-        )
+        logger.warning("train.mixed_precision is %s; the launcher's %s is not used", spec.mixed_precision, precision)
     if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys() and not any(size in os.environ for size in SIZES):
         logger.warning(
             "the launcher was configured for several processes but started one: MULTI_CPU needs mpirun and a hostfile; "

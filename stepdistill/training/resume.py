@@ -35,7 +35,10 @@ from stepdistill.training.setup import Session
 logger = logging.getLogger(__name__)
 KEPT = ("family", "method", "data", "lora", "train.seed", "train.resolution", "train.cache_latents", "train.optimizers")
 SAME = {
-    "global_batch": ("a global batch of {} (batch x accumulation x processes)", "the steps would see other data than those of the earlier run"),
+    "global_batch": (
+        "a global batch of {} (batch x accumulation x processes)",
+        "the steps would see other data than before",
+    ),
     "teacher": ("a teacher whose network has the digest {}", "a student has one teacher"),
     "samples": ("a data source of {}", "the earlier steps saw other samples"),
 }
@@ -81,7 +84,7 @@ def find_source(run: Run) -> Path | None:
     return folder
 
 
-def check_source(session: Session, source: Path | None) -> None:
+def check_same(session: Session, source: Path | None) -> None:
     """Raise ConfigError where the loaded teacher, the data or the global batch is another than the checkpoint's."""
     if source is None:
         return
