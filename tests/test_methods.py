@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from tables import matrix
 from tiny import FAMILIES, SIDE, pipeline
 
@@ -17,8 +18,10 @@ from stepdistill import families, methods
 from stepdistill.data import Prompts, Source, TeacherSamples, Trajectories
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
-from stepdistill.networks.roles import LoraSpec
+from stepdistill.methods.disback import DisBack
+from stepdistill.networks.roles import Ema, LoraSpec
 from stepdistill.students.draw.call import generate
+from stepdistill.students.write import write_student
 from stepdistill.training import finish as report
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run, TrainSpec
@@ -47,17 +50,20 @@ def data(method: Method, folder: Path) -> Source:
 
 
 def quick(kind: type[Method]) -> Method:
-    """The method as it comes, but for the number of steps where a student takes as many as its teacher."""
-    made = kind()
+    """The method as it comes, but for the number of steps where a student takes as many as its teacher, and for a
+    recording stage of one step, after which the student is trained."""
+    method = kind()
+    if isinstance(method, DisBack):
+        return replace(method, waypoints=1, recording_steps=1)
     steps = {f.name: f.default for f in fields(kind)}.get("num_inference_steps")
-    return replace(made, num_inference_steps=5) if isinstance(steps, int) and steps > 8 else made
+    return replace(method, num_inference_steps=5) if isinstance(steps, int) and steps > 8 else method
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("method", concrete(methods, Method), ids=lambda cls: cls.__name__)
 def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch, record_property):
     record_property("cell", f"{method.__name__}/{name}")
-    drawn = {}
+    drawn, exported = {}, {}
 
     def recorded(pipe, row, prompts, seed, size):
         own = pipe.scheduler
@@ -66,7 +72,12 @@ def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch, record_pro
         drawn[row.name] = row.arguments
         return made
 
+    def written(folder, **options):
+        exported.update(options)
+        return write_student(folder, **options)
+
     monkeypatch.setattr(report, "generate", recorded)
+    monkeypatch.setattr(report, "write_student", written)
     pipeline(name).save_pretrained(tmp_path / "teacher")
     out = distill(
         Run(
@@ -89,6 +100,11 @@ def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch, record_pro
     contract = json.loads((out / "distill_config.json").read_text())
     assert contract["proof"] is not None
     record_property("proof", contract["proof"]["difference"])
+    role, bone = exported["role"], exported["backbone"]
+    averages = {key for key, other in bone.declared.items() if isinstance(other, Ema) and other.decay}
+    assert {role} == (averages or {"student"})  # where there is an average, it is exported
+    if averages:
+        assert any(not torch.equal(bone.state(role)[key], value) for key, value in bone.state("student").items())
     steps = len(contract["timesteps"])
     if steps in (1, 2, report.FEW):  # else the student is no few-step one yet
         assert contract["call"] | drawn[f"student, {steps} step{'s' * (steps > 1)}"] == contract["call"]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stepdistill.core.errors import StudentError
+from stepdistill.core.solvers import few_step
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
@@ -29,11 +31,10 @@ from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Ema, Lora, Module
-from stepdistill.students import load
+from stepdistill.students import load, proof
 from stepdistill.students.card import is_non_commercial, licence_of, warn_of_licence, write_card
 from stepdistill.students.contract import CONTRACT, FORMAT, WEIGHTS, read_contract, scheduler_class
 from stepdistill.students.load import load_student, start_from
-from stepdistill.students.proof import prove
 from stepdistill.students.verify import verify_student
 from stepdistill.students.write import write_student
 
@@ -203,6 +204,44 @@ def edited(folder: Path, file: str, **changes) -> Path:
     path = folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return folder
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_a_proof_adds_other_noise_than_it_starts_from(families, tmp_path, monkeypatch, name):
+    """Else a scheduler that adds the starting noise again, as rf++'s does, would pass for a stochastic one."""
+    drawn = []
+
+    def recorded(denoise, schedule, sampler, x_t, cond, noise):
+        def fresh(i):
+            drawn.append(noise(i))
+            return drawn[-1]
+
+        drawn.append(x_t)
+        return few_step(denoise, schedule, sampler, x_t, cond, fresh)
+
+    monkeypatch.setattr(proof, "few_step", recorded)
+    write(tmp_path, families[name])
+    ours, taught = drawn[:4], drawn[4:]  # the start, and the noise after each step but the last
+    assert len(drawn) == 8 and all(torch.equal(a, b) for a, b in zip(ours, taught, strict=True))
+    values = [noise.flatten()[:8] for noise in ours]
+    assert not any(torch.allclose(a, b) for a, b in combinations(values, 2))
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_a_lora_that_is_not_loaded_fails_the_proof(tmp_path, monkeypatch, name):
+    """The LoRAs of these tests are far above the tolerance of a proof: one that is lost cannot pass."""
+    pipe = tiny.pipeline(name)
+    pipe.save_pretrained(tmp_path / "teacher")
+    family = replace(tiny.FAMILIES[name], pretrained_teacher_model=str(tmp_path / "teacher"))
+    bone = tiny.backbone(name, pipe, RANK, ALPHA)
+    bone.add("student", Lora())
+    tiny.awake(bone, "student")
+    options = {"family": family, "pipe": pipe, "backbone": bone, "role": "student", "method": LCM, "resolution": SIZE}
+    assert write_student(tmp_path / "student", **options) < 1e-5
+    contract, plain = read_contract(tmp_path / "student"), family.load()
+    plain.scheduler = scheduler_class(contract).from_pretrained(tmp_path / "student", subfolder="scheduler")
+    found = proof.prove(contract, family, plain, pipe, bone, "student", 0)
+    assert found.difference > 20 * found.tolerance
 
 
 def test_other_noise_levels_fail_the_proof(written, tmp_path):
@@ -457,7 +496,7 @@ def test_training_goes_on_from_a_student_at_the_same_strength(families, written)
     for role in ("student", "ema"):
         plain = family.load()
         load_student(plain, written["sd3"])
-        assert prove(contract, family, plain, pipe, bone, role, 0).difference < 1e-5
+        assert proof.prove(contract, family, plain, pipe, bone, role, 0).difference < 1e-5
 
     wide = tiny.backbone("sd3", family.load(), 2 * RANK)
     wide.add("student", Lora())

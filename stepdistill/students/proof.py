@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stepdistill.core.denoise import Condition, guided, with_scale
 from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.core.prediction import Estimate, estimate, output
+from stepdistill.core.random import fresh_noise
 from stepdistill.core.schedule import expand
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.families.base import Family, each
@@ -148,13 +149,13 @@ class _Subject:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global generator with `seed` inside the context only.
+    """Seed the global generator inside the context only, for the fresh noise that belongs to `seed`.
 
     Both samplers draw their fresh noise from it, in the same order: not every pipeline passes a generator
-    to its scheduler (Stable Diffusion 3's does not).
+    to its scheduler (Stable Diffusion 3's does not). Seeded with `seed`, it would begin with the starting noise.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(fresh_noise(seed, 0).initial_seed())
         yield
 
 
