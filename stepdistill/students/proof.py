@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition, guided, with_scale
 from stepdistill.core.errors import ConfigError, StudentError, problem
-from stepdistill.core.prediction import Estimate, estimate, output
+from stepdistill.core.prediction import Estimate, Kind, estimate, output
 from stepdistill.core.random import fresh_noise
 from stepdistill.core.schedule import expand
 from stepdistill.core.solvers import Sampler, few_step
