@@ -201,7 +201,7 @@ def test_missing_empty_and_wholly_broken_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         len(source)
     (tmp_path / "data").mkdir()
-    with pytest.raises(DataError, match="no jpg, jpeg, png, webp file below"):
+    with pytest.raises(DataError, match="no jpg, jpeg, png, webp, bmp, gif, tif, tiff, avif file below"):
         len(source)
     folder(tmp_path / "data", a=noise(8, 8))
     (tmp_path / "data" / "a.png").write_text("broken")

@@ -109,6 +109,10 @@ class Source(ABC):
         """For each item the id of its (H, W) bucket. A batch is of one bucket."""
         return bytes(len(self))  # a sequence of zeros, one byte each
 
+    def left_out(self) -> dict[str, str]:
+        """Why each file that lies there is no part of the samples, by its name."""
+        return {}
+
     def size(self, i: int) -> tuple[int, int] | None:
         """(H, W) of item i's image as stored, in pixels; None for a source without images."""
         return None
@@ -161,6 +165,9 @@ class Wrapper(Source):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def left_out(self) -> dict[str, str]:
+        return self.source.left_out()
 
     def captions(self, i: int) -> Sequence[str]:
         return self.source.captions(self.inner(i))

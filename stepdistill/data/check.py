@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample, PromptsOf, Source, inside, only
+from stepdistill.data.image_files import NAMED, left_out_lines
 from stepdistill.data.made import TeacherMade
-
-NAMED = 5  # bad samples that the report lists
 
 
 class _Facts(NamedTuple):
@@ -116,5 +115,7 @@ def check_source(source: Source, strict: bool = False, workers: int = 0) -> str:
         got = f"{len(tally.bad)} of {total} samples unusable, the first {tally.bad[0]}"
         expected = "every sample usable (strict)" if strict else "usable samples"
         raise DataError(problem(got, expected, "they cannot be used in training", "repair or remove them"))
+    left_out = source.left_out()
+    lines = [f"  left out: {len(left_out)} files", *(f"    {line}" for line in left_out_lines(left_out).values())]
     head = f"{type(source).__name__}: {total} samples, {total - len(tally.bad)} usable"
-    return "\n".join([head, *tally.lines()])
+    return "\n".join([head, *tally.lines(), *(lines if left_out else [])])

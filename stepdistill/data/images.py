@@ -6,7 +6,8 @@ import random
 from abc import abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import log
@@ -24,12 +25,14 @@ from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample, Sample, Source
 
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+LARGEST = 2**22  # pixels of a resized image that is made to be cropped
 ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap the sides
 
 
 def flatten(image: Image.Image) -> Image.Image:
     """The image in 8-bit RGB: transparency over white, 16-bit grey scaled (a convert would clip it)."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, whose range is not known; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -42,26 +45,39 @@ def header_size(file: IO[bytes]) -> tuple[int, int] | None:
     """(H, W) of an encoded image, upright, from its header alone; None where it does not read."""
     try:
         with Image.open(file) as image:
-            # a PNG may keep its EXIF behind the pixels, and reading it would decode them
-            turned = image.format != "PNG" and image.getexif().get(ORIENTATION, 1) >= 5
+            # a PNG may keep its EXIF behind the pixels, and reading it would decode them; TIFF's is applied already
+            turned = image.format not in ("PNG", "TIFF") and image.getexif().get(ORIENTATION, 1) >= 5
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception:  # as many kinds as there are decoders
         return None
 
 
-def cover(image: Image.Image, size: tuple[int, int], interpolation: Interpolation) -> Image.Image:
-    """Resize, keeping the aspect, to the smallest image that holds `size` (H, W)."""
+def window(
+    image: Image.Image, size: tuple[int, int], down: float, across: float, interpolation: Interpolation
+) -> Image.Image:
+    """The (H, W) window of the image resized, keeping the aspect, to the smallest that holds it; it lies at shares
+    `down` and `across`, in [0, 1), of the offsets that there are."""
     height, width = size
     scale = max(height / image.height, width / image.width)
-    new = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    return image if new == image.size else image.resize(new, Image.Resampling[interpolation.upper()])
+    whole = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    left, top = int(across * (whole[0] - width + 1)), int(down * (whole[1] - height + 1))
+    part = (left, top, left + width, top + height)
+    return resized_part(image, whole, part, Image.Resampling[interpolation.upper()])
 
 
-def crop(image: Image.Image, size: tuple[int, int], down: float, across: float) -> Image.Image:
-    """The (H, W) window at shares `down` and `across`, in [0, 1), of the offsets that there are."""
-    top = int(down * (image.height - size[0] + 1))
-    left = int(across * (image.width - size[1] + 1))
-    return image.crop((left, top, left + size[1], top + size[0]))
+def resized_part(
+    image: Image.Image, whole: tuple[int, int], part: tuple[int, int, int, int], resampling: Image.Resampling
+) -> Image.Image:
+    """`image.resize(whole, resampling).crop(part)`. Where the whole is large, as of a strip, the part alone is made,
+    and may differ in what PIL rounds between its two passes."""
+    if whole == image.size:
+        return image.crop(part)
+    if whole[0] * whole[1] <= LARGEST:
+        return image.resize(whole, resampling).crop(part)
+    x, y = image.width / whole[0], image.height / whole[1]
+    left, top, right, bottom = part
+    box = left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)
+    return image.resize((right - left, bottom - top), resampling, box)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -130,9 +146,15 @@ class ImageSource(Source):
         Raises:
             BadSample: it does not decode.
         """
+        with self._guarded(i), self.open(i) as file, Image.open(file) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return flatten(image)
+
+    @contextmanager
+    def _guarded(self, i: int) -> Iterator[None]:
+        """Whatever fails inside is a fault of item i alone, such as an image that is larger than memory."""
         try:
-            with self.open(i) as file, Image.open(file) as image:
-                return flatten(ImageOps.exif_transpose(image))
+            yield
         except BadSample:
             raise
         except Exception as error:  # decoders fail in many ways: OSError, SyntaxError, struct.error, EOFError
@@ -177,7 +199,7 @@ class ImageSource(Source):
         size = self.shapes[self._bucket_of[i]]
         if self.center_crop:
             down = across = 0.5
-        image = crop(cover(self.image(i), size, self.interpolation), size, down, across)
-        if self.random_flip and mirrored:
-            image = ImageOps.mirror(image)
-        return Sample(prompt=prompt, pixels=to_tensor(image), item=i)
+        with self._guarded(i):
+            image = window(self.image(i), size, down, across, self.interpolation)
+            pixels = to_tensor(ImageOps.mirror(image) if self.random_flip and mirrored else image)
+        return Sample(prompt=prompt, pixels=pixels, item=i)

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample
 from stepdistill.data.captions import as_captions, require_columns
-from stepdistill.data.images import IMAGE_SUFFIXES, ImageSource
+from stepdistill.data.image_files import IMAGE_SUFFIXES
+from stepdistill.data.images import ImageSource
 from stepdistill.data.tarindex import CAPTION_SUFFIXES, ShardIndex, expand_braces, shard_index
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,9 @@ class Shards(ImageSource):
                 todo = "write the missing captions into the shards"
                 raise DataError(problem(got, f"a member of {CAPTION_SUFFIXES}", "every image needs a caption", todo))
         return shards
+
+    def left_out(self) -> dict[str, str]:
+        return {f"{path.name} {key}": "a sample without image" for path, index in self._shards for key in index.strays}
 
     @cached_property
     def _ends(self) -> list[int]:

@@ -17,11 +17,12 @@ import numpy as np
 
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.files import write_text
-from stepdistill.data.images import IMAGE_SUFFIXES, header_size
+from stepdistill.data.image_files import IMAGE_SUFFIXES
+from stepdistill.data.images import header_size
 
 logger = logging.getLogger(__name__)
 CAPTION_SUFFIXES = ("txt", "caption", "json")
-VERSION = 1
+VERSION = 2  # of what is indexed: another one, and IMAGE_SUFFIXES, make new indices
 
 
 class _Member(NamedTuple):

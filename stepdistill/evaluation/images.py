@@ -22,10 +22,10 @@ from torch import Tensor
 
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.files import file_digest
+from stepdistill.data.image_files import IMAGE_SUFFIXES, ImageFiles, images_among, images_below, say_left_out
 from stepdistill.data.images import flatten
 
 logger = logging.getLogger(__name__)
-SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
 NAMED = 10  # skipped images that the warning names
 SKIPPED = 0.01  # largest share of images that may be unreadable
 Wanted = Callable[[int], bool]  # of an image's number
@@ -50,11 +50,13 @@ class ReadImages(NamedTuple):
 class Images:
     """The images of a source, sorted by name; memory does not grow with their number.
 
-    Grey becomes RGB, transparency lies over white; EXIF orientation is ignored, as other tools do. Raises DataError.
+    Grey becomes RGB, transparency lies over white; EXIF orientation is ignored, as other tools do (but for TIFF, where
+    PIL applies it). Raises DataError.
 
     Args:
-        source: a folder, with all below it, or a `.zip` of png, jpg, jpeg, webp and bmp files; a `.npz` (ADM's and
-            EDM's samples) whose first uint8 array (N, H, W, 3) is taken; or such an array as `.npy`.
+        source: a folder, with all below it and the folders linked there, or a `.zip`, of images in the formats that
+            training reads, of an animation the first frame; a `.npz` (ADM's and EDM's samples) whose first uint8 array
+            (N, H, W, 3) is taken; or such an array as `.npy`.
         eval_res: side in pixels; the middle is cut out and resized to it by PIL's Lanczos filter, as in DMD2's COCO
             protocol.
 
@@ -71,7 +73,7 @@ class Images:
         self._names = self._stored.names
         if len(self) < 2:
             got = f"{len(self)} images in {source}"
-            todo = f"check the path and the suffixes ({', '.join(SUFFIXES)}), or sample more"
+            todo = f"check the path and the suffixes ({', '.join(IMAGE_SUFFIXES)}), or sample more"
             raise DataError(problem(got, "two or more", "one image has no covariance", todo))
         lossy = sum(name.lower().endswith((".jpg", ".jpeg")) for name in self._names)
         if lossy:
@@ -116,7 +118,10 @@ class Images:
     def _pixels(self, name: str, image: Image.Image | Exception) -> Tensor | None:
         """(3, H, W); None where it was skipped."""
         if isinstance(image, Image.Image):
-            return torch.from_numpy(np.array(fitted(image, self.eval_res))).permute(2, 0, 1).contiguous()
+            try:
+                return torch.from_numpy(np.array(fitted(image, self.eval_res))).permute(2, 0, 1).contiguous()
+            except MemoryError as error:
+                image = error
         self.skipped.append((name, f"{type(image).__name__}: {image}"))
         if len(self.skipped) > SKIPPED * len(self):
             got = f"{len(self.skipped)} unreadable of {len(self)} images in {self.source}, such as {name} ({image})"
@@ -220,8 +225,7 @@ class _Array:
 
 def _stored(source: Path) -> _Files | _Array:
     if source.is_dir():
-        names = (file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file())
-        return _Files(source, _images(names))
+        return _files(source, images_below(source))
     suffix = source.suffix.lower()
     if suffix not in (".zip", ".npz", ".npy") or not source.is_file():
         got = f"{source}{'' if source.exists() else ', which does not exist'}"
@@ -232,16 +236,15 @@ def _stored(source: Path) -> _Files | _Array:
                 return _Array(source, None, _checked(source, {source.name: _header(file)})[1])
         with zipfile.ZipFile(source) as archive:
             if suffix == ".zip":
-                return _Files(source, _images(name for name in archive.namelist() if not name.endswith("/")))
+                return _files(source, images_among(name for name in archive.namelist() if not name.endswith("/")))
             return _Array(source, *_checked(source, _headers(archive)))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _broken(source, error) from error
 
 
-def _images(names: Iterator[str]) -> list[str]:
-    """Those of images, sorted, without what file managers hide or add."""
-    shown = (name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
-    return sorted(name for name in shown if name.lower().rpartition(".")[2] in SUFFIXES)
+def _files(source: Path, files: ImageFiles) -> _Files:
+    say_left_out(files.left_out, source)
+    return _Files(source, files.images)
 
 
 _Header = tuple[tuple[int, ...], bool, np.dtype]

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.errors import EvaluationError, MissingWeights, problem
+from stepdistill.data.images import resized_part
 from stepdistill.evaluation.metrics.features import check_images
 from stepdistill.evaluation.metrics.identity import hash_of
 from stepdistill.networks.clip import Clip, clip
@@ -127,7 +128,8 @@ def clip_scores(clip: Clip, images: Tensor, prompts: Sequence[str], prefix: str 
 def _square(image: Tensor, side: int) -> Tensor:
     """uint8 (3, side, side), as CLIP's processor makes it by PIL, so that `clip` has nothing left to resize."""
     pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    size = [side * length // min(pil.size) for length in pil.size]
-    left, top = ((length - side) // 2 for length in size)
-    pil = pil.resize((size[0], size[1]), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    width, height = (side * length // min(pil.size) for length in pil.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    part = (left, top, left + side, top + side)
+    pil = resized_part(pil, (width, height), part, Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(pil)).permute(2, 0, 1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stepdistill.config.schema import dotted
 from stepdistill.core.files import file_digest, write_text
+from stepdistill.data.image_files import files_below
 from stepdistill.families.base import Family
 
 logger = logging.getLogger(__name__)
@@ -84,13 +85,17 @@ def _beside(family: Family, digests: _Digests) -> list[str]:
     given = family.single_file_config
     if given is None or not Path(given).is_dir():
         return [str(given)]
-    files = sorted(path for path in Path(given).rglob("*") if path.is_file() and path.suffix in SETTINGS)
+    files = sorted(path for path in _files_below(Path(given)) if path.suffix in SETTINGS)
     return [f"{path.relative_to(given)} {digests(path)}" for path in files]
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    return (folder / name for name, unusable in files_below(folder) if not unusable)
 
 
 def _listed(root: Path, name: str, family: Family, digests: _Digests) -> list[str]:
     """Name and digest of each file that loading a component reads."""
-    present = sorted(path for path in (root / name).rglob("*") if path.is_file())
+    present = sorted(_files_below(root / name))
     settings = [path for path in present if path.suffix in SETTINGS and ".index." not in path.name]
     files = settings + _weights([path for path in present if path.suffix in WEIGHTS], family.variant)
     return [f"{path.relative_to(root)} {digests(path)}" for path in files]

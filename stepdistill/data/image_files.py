@@ -1,0 +1,106 @@
+"""Which files of a folder or an archive are images, and which are left out and why: training and evaluation alike."""
+
+from __future__ import annotations
+
+import logging
+import mimetypes
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
+HIDDEN, OTHER, UNREAD = "hidden", "not an image", "an image format that is not read"
+HARMLESS = (HIDDEN, OTHER)  # reasons that nobody has to be told of before asking
+NAMED = 5  # files of each reason that a report names
+
+
+class ImageFiles(NamedTuple):
+    """The files of a folder or an archive, by their names relative to it.
+
+    Args:
+        images: sorted, so that item numbers are the same on every machine.
+        left_out: why each other file is none of them, by name.
+    """
+
+    images: list[str]
+    left_out: dict[str, str]
+
+
+def images_below(folder: Path) -> ImageFiles:
+    """The images below a folder, linked folders included; a link back to a folder above itself is left out."""
+    return _sorted_out(files_below(folder))
+
+
+def images_among(names: Iterable[str]) -> ImageFiles:
+    """The images among the members of an archive, without what file managers hide or add."""
+    return _sorted_out((name, HIDDEN if any(map(_is_hidden, name.split("/"))) else "") for name in sorted(names))
+
+
+def files_below(folder: Path) -> Iterator[tuple[str, str]]:
+    """Every file below a folder by its relative name, and why it cannot be used, else an empty text.
+
+    Links are followed, also those to folders, as `find -L` does.
+    """
+    return _below(folder, "", ())
+
+
+def say_left_out(left_out: dict[str, str], place: Path) -> None:
+    """Warn of files that one would expect to be used, by reason."""
+    lines = [line for reason, line in left_out_lines(left_out).items() if reason not in HARMLESS]
+    if lines:
+        logger.warning("files in %s are left out: %s", place, "; ".join(lines))
+
+
+def left_out_lines(left_out: dict[str, str]) -> dict[str, str]:
+    """For each reason a line: how many files, and the names of the first."""
+    names = {reason: [name for name, why in left_out.items() if why == reason] for reason in left_out.values()}
+    more = {reason: ", ..." * (len(some) > NAMED) for reason, some in names.items()}
+    return {reason: f"{len(some)} {reason} ({', '.join(some[:NAMED])}{more[reason]})" for reason, some in names.items()}
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX"))
+
+
+def _below(folder: str | Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, str]]:
+    """The files of `folder`, named with `prefix`; `above` are device and inode of the folders that it lies in."""
+    try:
+        status, entries = os.stat(folder), sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        yield prefix.rstrip("/"), f"unreadable: {error.strerror}"
+        return
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        yield prefix.rstrip("/"), "a link to a folder above it"
+        return
+    for entry in entries:
+        name = prefix + entry.name
+        if _is_hidden(entry.name):
+            yield name, HIDDEN
+        elif (kind := _kind(entry)) == "folder":
+            yield from _below(entry.path, f"{name}/", (*above, here))
+        else:
+            yield name, "" if kind == "file" else "a link to nothing"
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Of what is there, or what a link leads to; empty where that is neither a folder nor a file."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else ""
+    except OSError:  # a link to itself
+        return ""
+
+
+def _sorted_out(files: Iterable[tuple[str, str]]) -> ImageFiles:
+    images, left_out = [], {}
+    for name, reason in files:
+        if reason:
+            left_out[name] = reason
+        elif name.lower().rpartition(".")[2] in IMAGE_SUFFIXES:
+            images.append(name)
+        else:
+            kind = mimetypes.guess_type(name)[0] or ""
+            left_out[name] = UNREAD if kind.startswith("image/") else OTHER
+    return ImageFiles(sorted(images), dict(sorted(left_out.items())))
