@@ -46,8 +46,8 @@ class Lpips:
     Args:
         weight: weight of the term.
         net: `vgg`, `alex` or `squeeze`.
-        samples: how many of a micro-batch's samples are decoded; none takes all.
-        divide: divide the term by s (the paper's configuration F).
+        samples: how many of a micro-batch's samples are decoded, over which the term is averaged; none takes all.
+        divide: divide the term by s (the paper's configuration F). `Reflow` only.
     """
 
     weight: float = 1.0
@@ -143,12 +143,14 @@ class Reflow(Averaged):
         line = chord(context.schedule, z, top, x0, bottom)
         est, share = on_the_line(context, batch, line, top, bottom, self.density)
         losses = sample_distances(self.loss_type, est.velocity, line.velocity)
-        if self.lpips:
+        if self.lpips is None:
+            loss = losses.mean()
+        else:
             ends = (context.schedule.add_noise(*each, bottom) for each in (est, line))
             term = perceptual_distances(self.lpips, context, *ends)
-            losses = (1 - share) * losses
-            losses[: len(term)] += term / share[: len(term)] if self.lpips.divide else term
-        yield Update("student", losses.mean())
+            term = term / share[: len(term)] if self.lpips.divide else term
+            loss = ((1 - share) * losses).mean() + term.mean()
+        yield Update("student", loss)
 
 
 def on_the_line(

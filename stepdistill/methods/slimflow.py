@@ -57,6 +57,8 @@ class FlowGuided(Averaged):
         low, high = self.turn_range
         if not 0 < low < high < 1:
             raise ValueError(f"turn_range is {list(self.turn_range)}: expected two ascending shares in (0, 1)")
+        if self.lpips is not None and self.lpips.divide:
+            raise ValueError("lpips.divide is true: expected false, since the student's one step starts at s = 1")
         sized_student(self.width)
 
     def roles(self) -> dict[str, Role]:

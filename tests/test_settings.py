@@ -1,0 +1,322 @@
+"""Every field of every method does something, and to what it is said to; and a batch's loss is its samples' mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from oracles import close
+from oracles.context import Flow, stable_diffusion
+from oracles.fakes import Stage, batch, perceptual, similarity, updates
+from torch import Tensor
+
+from stepdistill.config.registry import every, offered
+from stepdistill.config.schema import fields, structures
+from stepdistill.methods import reflow, vsd
+from stepdistill.methods.agd import AdapterGuidance
+from stepdistill.methods.base import Method
+from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.disback import DisBack
+from stepdistill.methods.dmd2 import DMD2, Gan
+from stepdistill.methods.guided_lora import GuidedLora
+from stepdistill.methods.perflow import PeRFlow
+from stepdistill.methods.progressive import ProgressiveHalving
+from stepdistill.methods.reflow import Lpips, Reflow
+from stepdistill.methods.regression import Regression
+from stepdistill.methods.score_matching import TeacherScoreMatching
+from stepdistill.methods.slimflow import FlowGuided
+from stepdistill.methods.vsd import VSD, ClipTerm
+
+SCHEDULES = {"table": stable_diffusion(), "flow": Flow(3.0)}
+STEPS = range(6)
+INDEX = (3, 7, 8, 5)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A method, another value of one of its fields (dotted inside of a term), and all that this changes."""
+
+    method: Method
+    path: str
+    value: Any
+    changes: str
+
+    @property
+    def changed(self) -> Method:
+        name, _, inner = self.path.partition(".")
+        if not inner:
+            return replace(self.method, **{name: self.value})
+        return replace(self.method, **{name: replace(vars(self.method)[name], **{inner: self.value})})
+
+    def __str__(self) -> str:
+        return f"{type(self.method).__name__}.{self.path}"
+
+
+def changes(method: Method, **values: tuple[Any, str] | tuple[Any, str, dict[str, Any]]) -> list[Change]:
+    """By field: its other value, what that changes, and what else the method has before and after."""
+    rows = [(name, value, what, *more) for name, (value, what, *more) in values.items()]
+    return [
+        Change(replace(method, **(more[0] if more else {})), name.replace("__", "."), value, what)
+        for name, value, what, *more in rows
+    ]
+
+
+EMA = {"ema_decay": (0.5, "roles")}
+GUIDED = {"sampling_guidance_scale": (3.0, "sampler guidance")}
+CHANGES = [
+    *changes(
+        Consistency(),
+        end=("any", "sampler loss"),
+        segments=((5,), "loss", {"end": "edge"}),
+        stage_steps=(3, "loss", {"end": "any", "segments": (10, 1), "stage_steps": 1}),
+        num_ddim_timesteps=(20, "sampler loss"),
+        guidance_scale=((2.0, 9.0), "guidance loss"),
+        loss_type=("l2", "loss"),
+        huber_c=(0.5, "loss"),
+        target=("ema", "loss"),
+        eta=(0.7, "sampler", {"end": "any"}),
+        num_inference_steps=(2, "sampler"),
+        **EMA,
+        **GUIDED,
+    ),
+    *changes(
+        DMD2(critic_steps=2),
+        num_inference_steps=(2, "sampler loss"),
+        timesteps=((749.0, 399.0), "sampler loss"),
+        eta=(0.0, "sampler loss"),
+        guidance_scale=(3.0, "guidance loss"),
+        critic_steps=(3, "turns"),
+        warmup_steps=(1, "turns"),
+        t_range=((200.0, 600.0), "loss"),
+        gan=(Gan(), "roles needs turns loss"),
+        **EMA,
+    ),
+    *changes(
+        DMD2(critic_steps=1, gan=Gan(generator_weight=0.3, discriminator_weight=0.4)),
+        gan__generator_weight=(0.7, "loss"),
+        gan__discriminator_weight=(0.7, "loss"),
+        gan__features=("teacher", "loss"),
+        gan__loss_type=("hinge", "loss"),
+        gan__r1_weight=(2.0, "loss"),
+        gan__r1_sigma=(0.5, "loss", {"gan": Gan(r1_weight=2.0)}),
+        gan__divergence=("jensen_shannon", "loss"),
+    ),
+    *changes(
+        VSD(),
+        guidance_scale=((0.5, 4.0), "guidance loss"),
+        timestep=(499.0, "sampler loss"),
+        warmup_steps=(2, "turns"),
+        t_range=((200.0, 600.0), "loss"),
+        proportion_empty_prompts=(0.9, "loss"),
+        clip=(ClipTerm(), "loss models"),
+        **EMA,
+    ),
+    *changes(
+        VSD(clip=ClipTerm()),
+        clip__pretrained_clip_model=("other/clip", "models"),
+        clip__threshold=(0.5, "loss"),
+        clip__weight=(0.5, "loss"),
+        clip__decay_steps=(3, "loss"),
+    ),
+    *changes(
+        DisBack(matching=DMD2(critic_steps=1), waypoints=2, recording_steps=1, backtracking_steps=1),
+        matching=(VSD(), "sampler guidance loss"),
+        waypoints=(3, "roles turns loss"),
+        recording_steps=(2, "roles turns loss"),
+        backtracking_steps=(2, "loss"),
+    ),
+    *changes(
+        GuidedLora(),
+        guidance_scale=(3.0, "guidance loss"),
+        states=("trajectories", "needs loss"),
+        num_inference_steps=(10, "sampler"),
+    ),
+    *changes(
+        AdapterGuidance(),
+        arch=("mixed", "roles"),
+        width=(64, "roles"),
+        guidance_range=((1.0, 9.0), "sampler"),
+        num_inference_steps=(25, "sampler"),
+        **GUIDED,
+    ),
+    *changes(
+        PeRFlow(),
+        windows=(2, "sampler loss"),
+        solver_steps=(3, "loss"),
+        guidance_scale=(3.0, "guidance loss"),
+        density=("u_shaped", "loss"),
+        loss_type=("huber", "loss"),
+        num_inference_steps=(8, "sampler"),
+        **EMA,
+        **GUIDED,
+    ),
+    *changes(ProgressiveHalving(stage_steps=1), steps=((20, 10), "sampler roles loss"), stage_steps=(2, "roles loss")),
+    *changes(
+        Reflow(),
+        density=("u_shaped", "loss"),
+        loss_type=("huber", "loss"),
+        lpips=(Lpips(), "loss models"),
+        annealing_steps=(4, "loss"),
+        random_flip=(True, "loss"),
+        width=(0.5, "roles"),
+        num_inference_steps=(2, "sampler"),
+        first_noise=(True, "sampler finalized"),
+        **EMA,
+        **GUIDED,
+    ),
+    *changes(
+        Reflow(lpips=Lpips()),
+        lpips__weight=(2.0, "loss"),
+        lpips__net=("alex", "models"),
+        lpips__samples=(2, "loss"),
+        lpips__divide=(True, "loss"),
+    ),
+    *changes(
+        Regression(),
+        num_inference_steps=(2, "sampler loss"),
+        timesteps=((749.0, 399.0), "sampler loss"),
+        loss_type=("huber", "loss"),
+        huber_c=(0.5, "loss", {"loss_type": "huber"}),
+        **EMA,
+    ),
+    *changes(
+        TeacherScoreMatching(),
+        width=(0.25, "roles"),
+        guidance_scale=(3.0, "guidance loss"),
+        num_inference_steps=(10, "sampler"),
+        **EMA,
+        **GUIDED,
+    ),
+    *changes(
+        FlowGuided(),
+        flow_weight=(0.5, "loss"),
+        turn_range=((0.4, 0.5), "loss"),
+        loss_type=("huber", "loss"),
+        lpips=(Lpips(), "loss models"),
+        width=(0.5, "roles"),
+        **EMA,
+    ),
+    *changes(
+        FlowGuided(lpips=Lpips()),
+        lpips__weight=(2.0, "loss"),
+        lpips__net=("alex", "models"),
+        lpips__samples=(2, "loss"),
+    ),
+]
+ELSEWHERE = {"FlowGuided.lpips.divide": "refused: its one step starts at the share of noise 1"}
+
+
+def paths(cls: type[Method]) -> Iterator[str]:
+    """Every field of a method and of its terms; a method inside of a method has its own entries."""
+    for name, hint in fields(cls).items():
+        yield f"{cls.__name__}.{name}"
+        for term in structures(hint):
+            if not issubclass(term, Method):
+                yield from (f"{cls.__name__}.{name}.{inner}" for inner in fields(term))
+
+
+def test_every_field_of_every_method_is_here():
+    every(Method)
+    known = [path for cls in offered(Method) for path in paths(cls)]
+    assert sorted(known) == sorted([*map(str, CHANGES), *ELSEWHERE])
+
+
+@pytest.fixture(autouse=True)
+def models(monkeypatch) -> list[str]:
+    """The names of the CLIPs and LPIPS networks that were asked for."""
+    asked: list[str] = []
+    monkeypatch.setattr(reflow, "lpips", lambda net, device: asked.append(net) or perceptual)
+    monkeypatch.setattr(vsd, "clip", lambda name, device: asked.append(name) or similarity)
+    return asked
+
+
+def effects(method: Method, models: list[str]) -> dict[str, Any]:
+    """All that a method says and does, by name."""
+    schedule, part = SCHEDULES["table"], batch(*INDEX)
+    stage, finalized = Stage(schedule, {}), method.finalize(lambda: 1.0)
+    models.clear()
+    seen = {(step, u.roles): u.numbers.tolist() for step in STEPS for u in updates(method, stage, part, step)}
+    return {
+        "roles": (method.roles(), method.student_role()),
+        "needs": method.needs,
+        "sampler": [method.sampler(schedule, steps) for steps in (None, 1, 2, 5)],
+        "guidance": (method.guidance_scale, method.sampling_guidance_scale),
+        "finalized": finalized.sampler(schedule) == method.sampler(schedule),
+        "turns": list(seen),
+        "models": sorted(set(models)),
+        "loss": seen,
+    }
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    """The names of what differs; losses are compared where both have an update."""
+    common = before["loss"].keys() & after["loss"].keys()
+    assert common
+    loss = {"loss"} if any(before["loss"][key] != after["loss"][key] for key in common) else set()
+    return {key for key in before.keys() - {"loss"} if before[key] != after[key]} | loss
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_a_field_changes_what_it_is_said_to(change, models):
+    before, after = effects(change.method, models), effects(change.changed, models)
+    assert differences(before, after) == set(change.changes.split())
+
+
+MATCHING = [c for c in CHANGES if isinstance(c.method, DMD2 | VSD) and c.path != "warmup_steps"]
+
+
+@pytest.mark.parametrize("change", MATCHING, ids=str)
+def test_a_method_inside_of_another_has_its_own_fields(change, models):
+    before, after = (
+        effects(DisBack(matching=m, waypoints=2, recording_steps=1, backtracking_steps=1), models)
+        for m in (change.method, change.changed)
+    )
+    assert differences(before, after) == set(change.changes.split())
+
+
+# --- the mean over a batch -------------------------------------------------------------------------------------------
+
+NOT_A_MEAN = {
+    "DMD2.gan.divergence": "the weights of f-distill are normalised over the batch, as published",
+    "Reflow.lpips.samples": "the term's mean is that of the samples that are decoded, as tested below",
+    "FlowGuided.lpips.samples": "the same",
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_a_batch_s_loss_is_the_mean_of_its_samples_losses(change, name):
+    """Values, gradients and logs. So neither micro-batches nor processes change what is learned."""
+    for method in (change.method, change.changed):
+        if method is not change.method and str(change) in NOT_A_MEAN:
+            continue
+        stage = Stage(SCHEDULES[name], {})
+        for step in (0, 3):
+            whole = updates(method, stage, batch(*INDEX), step)
+            alone = [updates(method, stage, batch(i), step) for i in INDEX]
+            for update, *single in zip(whole, *alone, strict=True):
+                values = torch.stack([each.numbers for each in single])
+                close(update.numbers, values.mean(0), 1e-9 * values.abs().max().item() + 1e-12)
+
+
+@pytest.mark.parametrize("method", [Reflow(loss_type="huber"), FlowGuided()], ids=lambda method: type(method).__name__)
+def test_a_perceptual_term_on_some_samples_has_its_whole_weight(method):
+    """Decoding fewer samples saves memory: the term's mean over those is added to the mean of the rest of the loss."""
+
+    def numbers(term: Lpips, *index: int) -> Tensor:
+        (update,) = updates(replace(method, lpips=term), Stage(SCHEDULES["table"], {}), batch(*index), 0)
+        return torch.stack([update.loss, update.pull["student"]])
+
+    rest = [numbers(Lpips(weight=0.0), i) for i in INDEX]
+    terms = [numbers(Lpips(weight=2.0), i) - r for i, r in zip(INDEX, rest, strict=True)]
+    expected = torch.stack(rest).mean(0) + torch.stack(terms[:3]).mean(0)
+    close(numbers(Lpips(weight=2.0, samples=3), *INDEX), expected, 1e-9)
+    close(numbers(Lpips(weight=2.0, samples=9), *INDEX), torch.stack(rest).mean(0) + torch.stack(terms).mean(0), 1e-9)
+
+
+def test_a_step_from_pure_noise_has_no_share_to_divide_by():
+    with pytest.raises(ValueError, match="divide.*expected false"):
+        FlowGuided(lpips=Lpips(divide=True))
