@@ -26,12 +26,13 @@ from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
+from stepdistill.networks.lora.read import Layout, read_lora
 from stepdistill.networks.pipeline_loras import adapters_on
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students.contract import CONTRACT, WEIGHTS, read_contract, teacher
 from stepdistill.students.load import load_student
 from stepdistill.students.lora.comfyui import WORKFLOW
-from stepdistill.students.lora.files import Layout, convert_lora, layout_of, read_lora, write_lora
+from stepdistill.students.lora.files import convert_lora, write_lora
 from stepdistill.students.lora.fuse import fuse_student
 from stepdistill.students.proof import prove_workflow
 from stepdistill.students.verify import export_formats, format_files, verify_formats
@@ -348,7 +349,7 @@ def test_a_fused_network_is_the_base_with_the_lora(folders, tmp_path, name):
     fuse_student(folders[name], tmp_path / "fused")
     family = family_of(folders[name])
     expected = dict(family.network(family.load()).state_dict())
-    for layer, part in read_lora(folders[name] / WEIGHTS, layout_of(family)).lora.items():
+    for layer, part in read_lora(folders[name] / WEIGHTS, family.lora_layout()).lora.items():
         key = f"{layer.removeprefix(f'{family.network_name}.')}.weight"
         expected[key] = expected[key] + part.product().reshape(expected[key].shape)
     files = sorted((tmp_path / "fused" / family.network_name).glob("*.safetensors"))

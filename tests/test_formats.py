@@ -12,8 +12,8 @@ from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from diffusers.utils import convert_state_dict_to_kohya
 
-from stepdistill.students.lora.names import NETWORKS, Layer, by_name, by_part, layers
-from stepdistill.students.lora.tensors import (
+from stepdistill.networks.lora.names import NETWORKS, Layer, by_name, by_part, layers
+from stepdistill.networks.lora.tensors import (
     FAMILIES,
     LayerLora,
     format_of,

@@ -22,7 +22,7 @@ from stepdistill.networks.pipeline_loras import adapters_on, attach, strengths, 
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students.contract import WEIGHTS
 from stepdistill.students.draw.base_first import base_first
-from stepdistill.students.lora.files import network_state
+from stepdistill.students.single import network_state
 
 SD = stable_diffusion()
 TIMES = (999.0, 749.0, 499.0, 249.0)

@@ -330,7 +330,7 @@ def test_what_does_not_fit_is_refused(families, written, tmp_path):
         load_student(families["sd"].load(), "nowhere")
     broken = copied(written, "sd", tmp_path)
     (broken / WEIGHTS).unlink()
-    with pytest.raises(StudentError, match="that cannot load"):
+    with pytest.raises(StudentError, match="unreadable"):
         load_student(families["sd"].load(), broken)
     with pytest.raises(StudentError, match="unreadable"):
         verify_student(broken)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.cli.dialect import add_command
-from stepdistill.students.lora.names import NETWORKS
+from stepdistill.networks.lora.names import NETWORKS
 
 VERIFY = """\
 Loads the folder into a plain Diffusers pipeline and compares its output with the library's own sampler. Every other

@@ -42,7 +42,7 @@ from stepdistill.evaluation.results import (
 )
 from stepdistill.evaluation.spec import EvalRun, EvalSpec
 from stepdistill.evaluation.store import FACTS
-from stepdistill.families.base import BUNDLED_NAMES
+from stepdistill.families.location import BUNDLED_NAMES
 from stepdistill.networks.lpips import lpips
 
 LEAST = 40  # images: 20 blocks of two

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,12 +24,15 @@ from stepdistill.core.files import save_tensors
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
-from stepdistill.data.bundled import bundled
+from stepdistill.families.location import teacher_location
 from stepdistill.networks import quantize
+from stepdistill.networks.lora.names import PIPELINES
+from stepdistill.networks.lora.read import Layout, layout_of, lora_path, read_pipeline_lora
+from stepdistill.networks.lora.tensors import Lora
 from stepdistill.networks.meta import shell
+from stepdistill.networks.pipeline_loras import fuse_loras, load_lora
 from stepdistill.networks.roles import Sites, Tap
 
-BUNDLED_NAMES = ("tiny-sd", "tiny-sd3")
 Part = Literal["text", "vae", "denoiser"]
 
 
@@ -64,29 +66,8 @@ class Family(ABC):
     quantization: Factory | None = None
 
     def location(self) -> str:
-        """The path or hub id of the teacher. Raises ConfigError if it can be neither."""
-        name = self.pretrained_teacher_model
-        path = bundled(name)
-        if path.is_dir() and not (path / "model_index.json").exists():
-            raise ConfigError(
-                problem(
-                    f"the folder {path} without a model_index.json",
-                    "a pipeline folder, as `pipe.save_pretrained(folder)` writes it",
-                    "the teacher is a whole Diffusers pipeline, with its text encoders, autoencoder and scheduler",
-                    "point family.pretrained_teacher_model at the folder that holds model_index.json",
-                )
-            )
-        hub_like = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and path.suffix != ".safetensors"
-        if not path.exists() and not hub_like:
-            raise ConfigError(
-                problem(
-                    f"family.pretrained_teacher_model {name!r}, which does not exist",
-                    f"a pipeline folder, a .safetensors file, a hub id such as owner/name, or one of {BUNDLED_NAMES}",
-                    "there is nothing to distil without the teacher",
-                    "check the path: it is read relative to the working directory",
-                )
-            )
-        return str(path) if path.exists() else name
+        """Where the teacher lies: a path or a hub id. Raises ConfigError for what can be neither."""
+        return teacher_location(self.pretrained_teacher_model)
 
     def part_of(self, component: str) -> Part | None:
         """What a component of the pipeline belongs to; None for tokenizers, schedulers and whatever is no network."""
@@ -105,10 +86,7 @@ class Family(ABC):
         quantize.check_quantization(
             self.quantization, self.location().endswith(".safetensors"), bool(self.teacher_loras)
         )
-        if self.teacher_loras and not self.loads_lora:
-            got, expected = f"family.teacher_loras for a {self.pipeline_class.__name__}", "none"
-            todo = "fuse them with `stepdistill convert --to fused`, and use the fused network as the teacher"
-            raise ConfigError(problem(got, expected, "Diffusers has no LoRA loader for it", todo))
+        loras = self.read_teacher_loras()
         with self.reached():
             pipe = self._read(without)
         for name, part in pipe.components.items():
@@ -116,14 +94,32 @@ class Family(ABC):
                 part.requires_grad_(False)
                 if name != self.network_name or self.quantization is None:
                     part.float()  # transformers loads a file of halves in half
-        for lora in self.teacher_loras:
-            pipe.load_lora_weights(lora)
-            pipe.fuse_lora()
+        for source, lora in loras.items():
+            load_lora(pipe, lora, "teacher", source)
+            fuse_loras(pipe)
             pipe.unload_lora_weights()
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module) and self.part_of(name) in without:
                 part.to("meta")
         return pipe
+
+    def read_teacher_loras(self) -> dict[str, Lora]:
+        """The teacher's LoRAs by where they come from. Raises ConfigError for a pipeline that takes none."""
+        if self.teacher_loras and not self.loads_lora:
+            got, expected = f"family.teacher_loras for a {self.pipeline_class.__name__}", "none"
+            todo = "fuse them with `stepdistill convert --to fused`, and use the fused network as the teacher"
+            raise ConfigError(problem(got, expected, "Diffusers has no LoRA loader for it", todo))
+        return {source: self.read_lora(source) for source in self.teacher_loras}
+
+    def read_lora(self, source: str | Path) -> Lora:
+        """The LoRA of a file, folder or hub id. Raises StudentError where a part of it is not of this family."""
+        known = self.pipeline_class.__name__ in PIPELINES
+        layout = self.lora_layout() if known else Layout(None)
+        return read_pipeline_lora(lora_path(source), self.pipeline_class, self.network_name, layout)
+
+    def lora_layout(self) -> Layout:
+        """The names of its layers in LoRA files. Raises ConfigError where they are not known."""
+        return layout_of(self.pipeline_class, self.location(), self.revision)
 
     def _read(self, without: Collection[Part]) -> DiffusionPipeline:
         where = self.location()

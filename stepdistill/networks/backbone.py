@@ -211,8 +211,9 @@ class Backbone(nn.Module):
         if held.keys() != state.keys():
             odd = sorted(held.keys() ^ state.keys())
             raise ValueError(
-                f"role {name!r} holds {len(held)} tensors, the given state {len(state)}; {len(odd)} names differ, the "
-                f"first {odd[0]!r}. Was it trained with another lora.rank or lora.target_modules?"
+                f"role {name!r} holds {len(held)} tensors, the given state {len(state)}: "
+                f"{len(held.keys() & state.keys())} names match, {len(odd)} do not, the first {odd[0]!r}. Was it "
+                "trained with another lora.rank or lora.target_modules?"
             )
         set_peft_model_state_dict(self.net, state, adapter_name=name)
 

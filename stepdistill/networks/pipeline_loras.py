@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from peft import inject_adapter_in_model, set_peft_model_state_dict
@@ -10,7 +12,12 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from stepdistill.core.errors import StudentError
 from stepdistill.networks.backbone import peft_config
+from stepdistill.networks.lora.layer import LayerLora
+from stepdistill.networks.lora.names import with_text_model
+from stepdistill.networks.lora.read import unmatched
+from stepdistill.networks.lora.tensors import Lora, lora_facts, peft_state
 from stepdistill.networks.roles import LoraSpec
 
 
@@ -29,19 +36,75 @@ def attach(net: nn.Module, spec: LoraSpec, state: dict[str, Tensor], name: str) 
     switch_on(net, [*on, name])
 
 
+def load_lora(pipe: DiffusionPipeline, lora: Lora, name: str, source: str | Path) -> None:
+    """A LoRA into the networks of a pipeline, each layer at its own rank and alpha; on from now on, and no other.
+
+    Raises:
+        StudentError: some of its layers are not in the pipeline, or have other shapes. It is as it was then.
+    """
+    loader: Any = pipe
+    networks = {part: pipe.components[part] for part in loader._lora_loadable_modules}
+    layers = {
+        with_text_model(f"{part}.{inner}"): layer
+        for part, net in networks.items()
+        if net is not None
+        for inner, layer in net.named_modules()
+    }
+    odd = [layer for layer, tensors in lora.items() if layer not in layers or not _fits(layers[layer], tensors)]
+    if odd:
+        shapes = {layer: f"{tuple(lora[layer].up.shape)} x {tuple(lora[layer].down.shape)}" for layer in odd}
+        expected = f"layers of this {type(pipe).__name__}, of the same shapes"
+        why, todo = "the images would change without them", "check the network that it was trained on"
+        keys = [f"{layer}.lora_{end}.weight, of {shapes[layer]}" for layer in odd for end in "AB"]
+        raise StudentError(unmatched(source, keys, 2 * len(lora), expected, why, todo))
+    state, facts = peft_state(lora), lora_facts(lora)
+    for part in networks.keys() & {layer.partition(".")[0] for layer in lora}:
+        given: dict[str, Any] = {"prefix": part, "adapter_name": name, "metadata": facts, "_pipeline": pipe}
+        given["low_cpu_mem_usage"] = True  # as the pipeline's own loader has it
+        if part.startswith("text_encoder"):
+            loader.load_lora_into_text_encoder(state, None, networks[part], **given)
+        else:
+            networks[part].load_lora_adapter(state, **given)
+
+
+def _fits(layer: nn.Module, lora: LayerLora) -> bool:
+    """Whether a LoRA is as wide as a layer."""
+    if isinstance(layer, BaseTunerLayer):
+        layer = layer.get_base_layer()
+    match layer:
+        case nn.Linear():  # by these, as a quantised weight has another shape
+            shape = (layer.out_features, layer.in_features)
+        case nn.Conv2d():
+            shape = (layer.out_channels, layer.in_channels, *layer.kernel_size)
+        case _:
+            return False
+    return (len(lora.up), *lora.down.shape[1:]) == shape and lora.up[0, 0].numel() == 1
+
+
 def keys_of(net: nn.Module, name: str) -> set[str]:
     """The names of a LoRA's tensors in a pipeline's network, as a student folder has them; none where it has none."""
     layers = {key: layer for key, layer in net.named_modules() if isinstance(layer, LoraLayer) and name in layer.r}
-    return {f"{key}.lora_{part}.weight" for key in layers for part in "AB"}
+    return _tensor_names(layers)
 
 
-def same_keys(loaded: Collection[str], given: Collection[str]) -> None:
-    """Raise ValueError where a file's LoRA and the one that was made of it in a network have other tensors."""
-    odd = sorted(set(loaded) ^ set(given))
+def target_keys(net: nn.Module, targets: Collection[str]) -> set[str]:
+    """The names of the tensors that a LoRA on these targets has, which are whole names of layers or their ends."""
+    ends = tuple(f".{target}" for target in targets)
+    return _tensor_names([name for name, _ in net.named_modules() if f".{name}".endswith(ends)])
+
+
+def _tensor_names(layers: Iterable[str]) -> set[str]:
+    return {f"{layer}.lora_{part}.weight" for layer in layers for part in "AB"}
+
+
+def same_keys(expected: Collection[str], given: Collection[str]) -> None:
+    """Raise ValueError where a file's LoRA has other tensors than a network's layers ask for."""
+    odd = sorted(set(expected) ^ set(given))
     if odd:
+        missing = len(set(expected) - set(given))
         raise ValueError(
-            f"{len(given)} LoRA tensors in the file and {len(loaded)} in the network's layers; {len(odd)} names "
-            f"differ, the first {odd[0]!r}: it was trained on another network"
+            f"of {len(given)} LoRA tensors in the file {len(given) + missing - len(odd)} match the network's layers "
+            f"and {len(odd) - missing} do not, {missing} are missing; the first is {odd[0]!r}"
         )
 
 

@@ -10,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from stepdistill.families.base import BUNDLED_NAMES, Family
+from stepdistill.families.base import Family
+from stepdistill.families.location import BUNDLED_NAMES
 from stepdistill.networks.quantize import dense
 from stepdistill.students.card import licence_of
 from stepdistill.students.proof import TOLERANCE

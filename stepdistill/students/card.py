@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 from yaml import YAMLError, safe_dump
 
-from stepdistill.families.base import BUNDLED_NAMES, Family
+from stepdistill.families.base import Family
+from stepdistill.families.location import BUNDLED_NAMES
 from stepdistill.students.contract import STUDENTS, Contract, MultiContract, read_contract
 from stepdistill.students.snippets import multi_snippet, snippet
 

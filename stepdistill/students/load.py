@@ -15,9 +15,8 @@ from stepdistill.families.base import Family
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import Adapters, Ema
 from stepdistill.students.contract import ADAPTERS, CONTRACT, STUDENTS, WEIGHTS, is_multi
-from stepdistill.students.lora.files import network_state
 from stepdistill.students.several import load_several
-from stepdistill.students.single import load_adapters, load_network, load_one, load_state
+from stepdistill.students.single import load_adapters, load_network, load_one, load_state, network_state
 
 # the files of a hub folder that loading needs
 PATTERNS = [CONTRACT, WEIGHTS, ADAPTERS, "scheduler/*", "unet/*", "transformer/*", ROUTER, f"{STUDENTS}/*"]
@@ -62,15 +61,13 @@ def start_from(backbone: Backbone, source: str, family: Family, role: str = "stu
     Raises:
         StudentError: it cannot be read, or its rank, layers or width differ from the config's.
     """
-    name = ADAPTERS if isinstance(backbone.kind(role), Adapters) else WEIGHTS
-    path = Path(source) if source.endswith(".safetensors") else folder_of(source) / name
-    if name == ADAPTERS:
-        state = load_adapters(path.parent)
+    if isinstance(backbone.kind(role), Adapters):
+        state = load_adapters(folder_of(source))
     elif role in backbone.others:
-        state = dict(load_network(path.parent, family, backbone.others[role]).state_dict())
+        state = dict(load_network(folder_of(source), family, backbone.others[role]).state_dict())
     else:
         config = backbone.lora_config(role)
-        state = network_state(path, family, config["lora_alpha"] / config["r"])
+        state = network_state(source, family, config["lora_alpha"] / config["r"])
     averages = [key for key, other in backbone.declared.items() if isinstance(other, Ema) and other.of == role]
     for name in [role, *averages]:
-        load_state(backbone, name, state, path)
+        load_state(backbone, name, state, source)

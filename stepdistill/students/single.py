@@ -16,7 +16,8 @@ from stepdistill.core.errors import StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.guidance_adapters import Attachment, GuidedCall, build
-from stepdistill.networks.pipeline_loras import adapters_on, attach, keys_of, same_keys, switch_on
+from stepdistill.networks.lora.tensors import peft_state
+from stepdistill.networks.pipeline_loras import adapters_on, attach, same_keys, switch_on, target_keys
 from stepdistill.networks.roles import Adapters, Copy, Lora, LoraSpec
 from stepdistill.students.base_model import base_hash, name_of
 from stepdistill.students.contract import (
@@ -28,7 +29,6 @@ from stepdistill.students.contract import (
     scheduler_class,
     teacher,
 )
-from stepdistill.students.lora.files import network_state
 
 logger = logging.getLogger(__name__)
 
@@ -100,15 +100,16 @@ def into_pipeline(
     try:
         if contract.kind == "full":
             pipe.register_modules(**{family.network_name: load_network(folder, family, net)})
-        elif contract.lora is not None and family.loads_lora:
-            loader: Any = pipe  # LoRA loading is a mixin of the pipeline's class
-            loader.load_lora_weights(folder, weight_name=WEIGHTS, adapter_name=adapter_name)
-            # for a file of another network Diffusers only warns, and leaves the pipeline unchanged
-            same_keys(keys_of(net, adapter_name), network_state(folder / WEIGHTS, family).keys())
         elif contract.lora is not None:
-            rank, alpha = contract.lora.rank, contract.lora.alpha
-            spec = LoraSpec(rank=rank, alpha=alpha, target_modules=contract.lora.target_modules)
-            attach(net, spec, network_state(folder / WEIGHTS, family, alpha / rank), adapter_name)
+            # what Diffusers only warns of, or takes: a file of another network, or one that lacks layers
+            same_keys(target_keys(net, contract.lora.target_modules), network_state(folder / WEIGHTS, family).keys())
+            if family.loads_lora:
+                loader: Any = pipe  # LoRA loading is a mixin of the pipeline's class
+                loader.load_lora_weights(folder, weight_name=WEIGHTS, adapter_name=adapter_name)
+            else:
+                rank, alpha = contract.lora.rank, contract.lora.alpha
+                spec = LoraSpec(rank=rank, alpha=alpha, target_modules=contract.lora.target_modules)
+                attach(net, spec, network_state(folder / WEIGHTS, family, alpha / rank), adapter_name)
         scheduler = scheduler_class(contract)
         pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -163,7 +164,16 @@ def attached(net: nn.Module, folder: Path, manifest: GuidanceAdapters, family: F
     return Attachment(net, sites, modules, manifest.guidance_scale)
 
 
-def load_state(backbone: Backbone, role: str, state: dict[str, Tensor], source: Path) -> None:
+def network_state(source: Path | str, family: Family, scale: float | None = None) -> dict[str, Tensor]:
+    """The tensors of a LoRA (file, folder or hub id) as PEFT has them in a family's network, see `peft_state`.
+
+    Those of other networks stay among them under their names, so that no network takes the file.
+    """
+    tensors = peft_state(family.read_lora(source), scale)
+    return {key.removeprefix(f"{family.network_name}."): value for key, value in tensors.items()}
+
+
+def load_state(backbone: Backbone, role: str, state: dict[str, Tensor], source: Path | str) -> None:
     """Load tensors into a role. Raises a StudentError that names their source."""
     try:
         backbone.load_state(role, state)

@@ -14,10 +14,11 @@ from diffusers import DiffusionPipeline
 from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.core.files import file_digest
 from stepdistill.families.base import Family
+from stepdistill.networks.lora.read import read_lora
+from stepdistill.networks.lora.tensors import Format
 from stepdistill.students.contract import STUDENTS, WEIGHTS, Contract, is_multi, read_contract, scheduler_class, teacher
 from stepdistill.students.lora.comfyui import WORKFLOW, read_workflow, write_workflow
-from stepdistill.students.lora.files import convert_lora, layout_of, read_lora, write_lora
-from stepdistill.students.lora.tensors import Format
+from stepdistill.students.lora.files import convert_lora, write_lora
 from stepdistill.students.proof import prove, prove_workflow
 from stepdistill.students.single import in_memory, into_pipeline
 
@@ -108,7 +109,7 @@ def verify_formats(folder: Path) -> dict[str, float]:
 
 def _loaded(folder: Path, file: Path, to: Format, contract: Contract, family: Family) -> DiffusionPipeline:
     """A plain pipeline with the LoRA of a file and the folder's scheduler."""
-    layout = layout_of(family)
+    layout = family.lora_layout()
     lora = read_lora(file, layout)
     plain: Any = family.load()
     if to == "kohya" and layout.family in KOHYA_IN_DIFFUSERS:

@@ -13,10 +13,10 @@ from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.data import Source, Stream, Trajectories, inside
 from stepdistill.methods.base import Method
+from stepdistill.networks.lora.names import OUTSIDE
+from stepdistill.networks.lora.tensors import FAMILIES
 from stepdistill.networks.roles import Copy, Ema, Lora
-from stepdistill.students.lora.files import layout_of, warn_of_ignored
-from stepdistill.students.lora.names import OUTSIDE
-from stepdistill.students.lora.tensors import FAMILIES
+from stepdistill.students.lora.files import warn_of_ignored
 from stepdistill.students.proof import check_sampling
 from stepdistill.training.checkpoint import checkpoints
 from stepdistill.training.finish import load_reference, reference_file
@@ -130,7 +130,7 @@ def check_export_formats(run: Run) -> None:
     roles, name = run.method.roles(), run.method.student_role()
     while isinstance(role := roles[name], Ema):
         name = role.of
-    layout = layout_of(run.family)
+    layout = run.family.lora_layout()
     missing = [to for to in formats if layout.family not in FAMILIES[to]]
     if missing or not isinstance(role, Lora):
         got = f"train.export_formats {list(formats)}"
@@ -140,6 +140,14 @@ def check_export_formats(run: Run) -> None:
         targets = run.lora.target_modules or ()
         outside = OUTSIDE.get(layout.family or "", ())
         warn_of_ignored([name for name in outside if any(f".{name}".endswith(f".{end}") for end in targets)])
+
+
+def check_loras(run: Run) -> None:
+    """The LoRAs that the run starts from are whole files of this family."""
+    run.family.read_teacher_loras()
+    starts = run.lora.init_from and not run.train.resume_from_checkpoint
+    if starts and isinstance(run.method.roles().get("student"), Lora):
+        run.family.read_lora(str(run.lora.init_from))
 
 
 def check_output_dir(run: Run) -> None:
@@ -196,5 +204,6 @@ def check_guidance_range(data: Source, sampler: Sampler) -> None:
 
 CHECKS: tuple[Callable[[Run], None], ...] = (
     *(check_cache_dir, check_scheduler, check_sharding, check_data, check_reference_file, check_export_formats),
+    check_loras,
     *(check_output_dir, check_quantized_roles, check_attention, check_guidance_scale),
 )

@@ -26,10 +26,10 @@ def distill(run: Run) -> Path:
     session = prepare(run.resolved())
     check_loaded(session)
     check_same(session, source)
-    make_data(session)
     optimizers = Optimizers(session.backbone, run.train, session.scaler).declare(run.method).build()
-    if run.lora.init_from and source is None:
+    if run.lora.init_from and source is None:  # it may not fit: before the teacher works for hours
         start_from(session.backbone, run.lora.init_from, run.family)
+    make_data(session)
     finished = training_loop(session, optimizers, source)
     session.batches.save()
 

@@ -22,8 +22,8 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from stepdistill.core.errors import ConfigError, StudentError, problem
+from stepdistill.networks.lora.names import PIPELINES
 from stepdistill.students.contract import Contract, scheduler_class, teacher
-from stepdistill.students.lora.names import PIPELINES
 
 logger = logging.getLogger(__name__)
 

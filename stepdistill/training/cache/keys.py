@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
@@ -117,22 +117,17 @@ def _weights(files: Sequence[Path], variant: str | None) -> list[Path]:
 
 def _text_loras(family: Family) -> Iterator[str]:
     """A digest of what each of the teacher's LoRAs changes in the text encoders; none where it is nothing."""
-    pipeline: Any = family.pipeline_class
-    for lora in family.teacher_loras:
-        tables = pipeline.lora_state_dict(lora, return_lora_metadata=True)
-        digest, touched = sha256(), False
-        for table in tables:  # weights, alphas and metadata, under Diffusers' names whatever the file's were
-            for key, value in sorted(table.items() if isinstance(table, Mapping) else ()):
-                if family.part_of(key.split(".")[0]) == "text":
-                    touched = True
-                    digest.update(f"{key} ".encode() + _bytes(value))
-        if touched:
+    for source in family.teacher_loras:
+        lora = family.read_lora(source)
+        text = {name: layer for name, layer in lora.items() if family.part_of(name.partition(".")[0]) == "text"}
+        digest = sha256()
+        for name, layer in sorted(text.items()):
+            digest.update(f"{name} {layer.alpha} ".encode() + _bytes(layer.down) + _bytes(layer.up))
+        if text:
             yield digest.hexdigest()
 
 
-def _bytes(value: object) -> bytes:
-    if not isinstance(value, Tensor):
-        return repr(value).encode()
+def _bytes(value: Tensor) -> bytes:
     flat = value.detach().cpu().contiguous().reshape(-1)
     return f"{value.dtype} {tuple(value.shape)} ".encode() + flat.view(torch.uint8).numpy().tobytes()
 

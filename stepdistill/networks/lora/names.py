@@ -9,6 +9,7 @@ The names were checked against kohya-ss/sd-scripts (`networks/lora.py`, `lora_sd
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -124,6 +125,16 @@ class Layer:
     parts: tuple[str, ...]
     rows: tuple[int, ...] = (1,)
     swap: bool = False
+
+
+def with_text_model(name: str) -> str:
+    """A layer's name with the `text_model` that CLIP has in files; transformers 5 leaves it out of some encoders."""
+    return re.sub(r"^(text_encoder(_2)?)\.encoder\.layers\.", r"\1.text_model.encoder.layers.", name)
+
+
+def without_text_model(name: str) -> str:
+    """The end of a CLIP layer's name, by which PEFT finds the layer whether or not it is below a `text_model`."""
+    return name.removeprefix("text_model.")
 
 
 @cache

@@ -16,14 +16,14 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from stepdistill.students.lora.names import NETWORKS, Layer, by_name, by_part
+from stepdistill.networks.lora.layer import LayerLora, join_layers, split_layer
+from stepdistill.networks.lora.names import NETWORKS, Layer, by_name, by_part, with_text_model, without_text_model
 
 Format = Literal["diffusers", "kohya", "comfyui"]
 FAMILIES: dict[Format, tuple[str, ...]] = {
@@ -34,28 +34,6 @@ FAMILIES: dict[Format, tuple[str, ...]] = {
 METADATA = "lora_adapter_metadata"
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 A, B = "lora_A.weight", "lora_B.weight"
-
-
-@dataclass(frozen=True)
-class LayerLora:
-    """The LoRA of one layer: `W + alpha / rank * up @ down`.
-
-    Args:
-        down: (rank, inputs), of a convolution (rank, channels, height, width).
-        up: (outputs, rank), of a convolution (outputs, rank, 1, 1).
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / len(self.down)
-
-    def product(self) -> Tensor:
-        """The matrix (outputs, inputs) that is added to the layer's weight, in float32."""
-        return self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
 
 
 Lora = dict[str, LayerLora]  # by the layer's name in Diffusers' pipeline, such as `unet.conv_in`
@@ -103,7 +81,7 @@ def lora_tensors(lora: Lora, to: Format, family: str, per_block: int = 2) -> tup
     if family not in FAMILIES[to]:
         raise ValueError(f"{to} has no names for the layers of {family}")
     if to == "diffusers":
-        return _sorted(peft_state(lora)), {"format": "pt", METADATA: json.dumps(_facts(lora), sort_keys=True)}
+        return _sorted(peft_state(lora)), {"format": "pt", METADATA: json.dumps(lora_facts(lora), sort_keys=True)}
     if to == "comfyui" and NETWORKS[family] == "transformer":
         return _with_alpha(lora, A, B), {"format": "pt"}
     known, gathered = by_part(family, per_block), defaultdict(dict)
@@ -125,90 +103,6 @@ def peft_state(lora: Lora, scale: float | None = None) -> dict[str, Tensor]:
         ratio = 1.0 if scale is None else layer.scale / scale
         state |= {f"{name}.{A}": layer.down, f"{name}.{B}": layer.up if ratio == 1 else layer.up * ratio}
     return state
-
-
-def join_layers(parts: Sequence[LayerLora | None], layer: Layer) -> LayerLora:
-    """The LoRA of an original layer from those of its parts, None for a part without one.
-
-    Different `down` are stacked, and the `up` form a block diagonal, so the rank is the sum of the parts' ranks. If all
-    share one `down`, it is kept. Exact if the parts have the same alpha / rank; otherwise `up` is scaled by the ratio.
-    """
-    known = [part for part in parts if part is not None]
-    first = known[0]
-    if len(parts) == 1:
-        return replace(first, up=_swapped(first.up, first.down, layer))
-    width = first.down.shape[1]
-    sizes = [rows * width for rows in layer.rows]
-    for part, size in zip(parts, sizes, strict=True):
-        if part is not None and (len(part.up) != size or part.down.shape[1] != width):
-            raise ValueError(f"{layer.parts}: shapes {[tuple(p.up.shape) for p in known]}, expected {sizes} rows")
-    shared = all(torch.equal(part.down, first.down) and part.alpha == first.alpha for part in known)
-    if shared and len(known) == len(parts):
-        return LayerLora(first.down, torch.cat([part.up for part in known]), first.alpha)
-    down = torch.cat([part.down for part in known])
-    up = first.up.new_zeros(sum(sizes), len(down))
-    row = column = 0
-    for part, size in zip(parts, sizes, strict=True):
-        if part is not None:
-            block = part.up if part.scale == first.scale else part.up * (part.scale / first.scale)
-            up[row : row + size, column : column + len(part.down)] = block
-            column += len(part.down)
-        row += size
-    return LayerLora(down, up, first.alpha * len(down) / len(first.down))
-
-
-def split_layer(part: LayerLora, layer: Layer) -> list[LayerLora | None]:
-    """The LoRAs of an original layer's parts: the inverse of `join_layers`, if `up` is block diagonal.
-
-    Otherwise each part has all of `down`, and its own rows of `up`.
-    """
-    if len(layer.parts) == 1:
-        return [replace(part, up=_swapped(part.up, part.down, layer))]
-    sizes = [rows * part.down.shape[1] for rows in layer.rows]
-    if sum(sizes) != len(part.up):
-        raise ValueError(f"{layer.name}: up has {len(part.up)} rows, expected {sum(sizes)} for {layer.parts}")
-    rows = part.up.split(sizes)
-    ranks = _ranks([(block != 0).any(0) for block in rows])
-    if ranks is None:
-        return [LayerLora(part.down, block.contiguous(), part.alpha) for block in rows]
-    loras: list[LayerLora | None] = []
-    start = 0
-    for block, rank in zip(rows, ranks, strict=True):
-        columns, start = slice(start, start + rank), start + rank
-        alpha = part.alpha * rank / len(part.down)
-        loras.append(LayerLora(part.down[columns].clone(), block[:, columns].contiguous(), alpha) if rank else None)
-    return loras
-
-
-def _ranks(used: Sequence[Tensor]) -> list[int] | None:
-    """The number of columns of each part in a block diagonal, from the nonzero columns of its rows.
-
-    Equal ranks are tried first, for all parts and then for fewer; None if it is not block diagonal.
-    """
-    total, parts = len(used[0]), range(len(used))
-    for count in range(len(used), 0, -1):
-        for chosen in combinations(parts, count) if total % count == 0 else ():
-            ranks = [total // count if i in chosen else 0 for i in parts]
-            starts = [sum(ranks[:i]) for i in parts]
-            outside = (torch.cat([u[:s], u[s + r :]]) for u, s, r in zip(used, starts, ranks, strict=True))
-            if not any(bool(rest.any()) for rest in outside):
-                return ranks
-    ends = [int(u.nonzero().max()) + 1 if u.any() else 0 for u in used]
-    begins = [int(u.nonzero().min()) if u.any() else 0 for u in used]
-    ranks, start = [], 0
-    for begin, end in zip(begins, ends, strict=True):
-        if end and begin < start:
-            return None
-        ranks.append(max(end - start, 0))
-        start = max(end, start)
-    last = max(i for i in parts if ranks[i])
-    ranks[last] += total - start  # columns that are zero everywhere
-    return ranks
-
-
-def _swapped(up: Tensor, down: Tensor, layer: Layer) -> Tensor:
-    swap = layer.swap and len(up) == 2 * down.shape[1]
-    return torch.cat([up[len(up) // 2 :], up[: len(up) // 2]]) if swap else up
 
 
 def _layer(tensors: Mapping[str, Tensor], down: str, up: str, alpha: float | None, name: str) -> LayerLora:
@@ -246,11 +140,12 @@ def _read_kohya(state: Mapping[str, Tensor], known: Mapping[str, Layer]) -> Pars
 
 def _read_named(state: Mapping[str, Tensor], facts: Mapping[str, Any], known: Mapping[str, Layer] | None) -> ParsedLora:
     (groups, odd), lora, mute = _grouped(state, (A, B, ALPHA)), {}, []
-    for name, tensors in groups.items():
+    for written, tensors in groups.items():
+        name = with_text_model(written)
         if known is not None and name not in known or not {A, B} <= tensors.keys():
-            odd += [f"{name}.{end}" for end in tensors]
+            odd += [f"{written}.{end}" for end in tensors]
             continue
-        alpha = tensors[ALPHA].item() if ALPHA in tensors else _alpha(facts, name, len(tensors[A]))
+        alpha = tensors[ALPHA].item() if ALPHA in tensors else _alpha(facts, written, len(tensors[A]))
         mute += [name] if alpha is None else []
         lora[name] = _layer(tensors, A, B, alpha, name)
     return ParsedLora(lora, tuple(sorted(odd)), tuple(mute))
@@ -269,20 +164,22 @@ def _alpha(facts: Mapping[str, Any], name: str, rank: int) -> float | None:
     return float(alpha) * (math.sqrt(rank) if facts.get(f"{component}.use_rslora") else 1)
 
 
-def _facts(lora: Lora) -> dict[str, Any]:
+def lora_facts(lora: Lora) -> dict[str, Any]:
     """PEFT's config of each component, in the form that Diffusers stores."""
     facts: dict[str, Any] = {}
     for component in sorted({name.partition(".")[0] for name in lora}):
+        # `^`: else `proj_out` would be the last layer of every block, too. A text encoder's names are ends.
+        start = "" if component.startswith("text_encoder") else "^"
         parts = {n.partition(".")[2]: p for n, p in lora.items() if n.startswith(component + ".")}
+        parts = {without_text_model(n): p for n, p in parts.items()}
         rank = Counter(len(p.down) for p in parts.values()).most_common(1)[0][0]
         alpha = Counter(p.alpha for p in parts.values()).most_common(1)[0][0]
         facts |= {
             f"{component}.r": rank,
             f"{component}.lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
             f"{component}.target_modules": sorted(parts),
-            # `^`: else `proj_out` would be the last layer of every block, too
-            f"{component}.rank_pattern": {f"^{n}": len(p.down) for n, p in parts.items() if len(p.down) != rank},
-            f"{component}.alpha_pattern": {f"^{n}": p.alpha for n, p in parts.items() if p.alpha != alpha},
+            f"{component}.rank_pattern": {f"{start}{n}": len(p.down) for n, p in parts.items() if len(p.down) != rank},
+            f"{component}.alpha_pattern": {f"{start}{n}": p.alpha for n, p in parts.items() if p.alpha != alpha},
         }
     return facts
 

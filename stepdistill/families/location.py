@@ -1,0 +1,35 @@
+"""Where a teacher lies."""
+
+from __future__ import annotations
+
+import re
+
+from stepdistill.core.errors import ConfigError, problem
+from stepdistill.data.bundled import bundled
+
+BUNDLED_NAMES = ("tiny-sd", "tiny-sd3")
+
+
+def teacher_location(name: str) -> str:
+    """The path or hub id of the teacher. Raises ConfigError if it can be neither."""
+    path = bundled(name)
+    if path.is_dir() and not (path / "model_index.json").exists():
+        raise ConfigError(
+            problem(
+                f"the folder {path} without a model_index.json",
+                "a pipeline folder, as `pipe.save_pretrained(folder)` writes it",
+                "the teacher is a whole Diffusers pipeline, with its text encoders, autoencoder and scheduler",
+                "point family.pretrained_teacher_model at the folder that holds model_index.json",
+            )
+        )
+    hub_like = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and path.suffix != ".safetensors"
+    if not path.exists() and not hub_like:
+        raise ConfigError(
+            problem(
+                f"family.pretrained_teacher_model {name!r}, which does not exist",
+                f"a pipeline folder, a .safetensors file, a hub id such as owner/name, or one of {BUNDLED_NAMES}",
+                "there is nothing to distil without the teacher",
+                "check the path: it is read relative to the working directory",
+            )
+        )
+    return str(path) if path.exists() else name
