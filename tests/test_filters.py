@@ -27,6 +27,7 @@ from stepdistill.evaluation.metrics.frechet import frechet, paired
 from stepdistill.evaluation.metrics.kernel import cmmd, kid
 from stepdistill.evaluation.metrics.neighbours import prdc
 from stepdistill.evaluation.metrics.stats import FeatureStats, Stats, all_alike
+from stepdistill.evaluation.metrics.straightness import Paths
 from stepdistill.evaluation.run import evaluate, score_images, write_statistics
 from stepdistill.evaluation.spec import EvalRun, EvalSpec
 from stepdistill.families.sd import StableDiffusion
@@ -283,3 +284,7 @@ def test_equal_images_have_features_that_are_alike():
     assert all_alike(extractor(images)) and Stats.of(extractor(images)).is_point
     images[3, 0, 0, 0] += 1  # one grey level of one value
     assert not all_alike(extractor(images))
+
+
+def test_a_student_that_moves_nothing_has_no_straightness():
+    assert math.isnan(Paths(torch.ones(4), torch.zeros(4), 0.0).relative)

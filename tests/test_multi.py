@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import runpy
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ from stepdistill.methods.base import Batch
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora, LoraSpec
+from stepdistill.students import verify
 from stepdistill.students.contract import CONTRACT, WEIGHTS, is_multi, read_contract, read_multi
 from stepdistill.students.draw.call import PipelineCall, generate
 from stepdistill.students.draw.pipeline import StudentPipeline
@@ -568,3 +571,12 @@ def test_a_bias_learns_the_mean_of_its_part_and_more_students_leave_less(tmp_pat
         assert served == pytest.approx(np.mean([residual for _, residual in biases]), abs=1e-6)
         left.append(served)
     assert all(more < less for less, more in zip(left[:-1], left[1:], strict=True)) and left[-1] < 1e-12
+
+
+def test_a_student_that_draws_nothing_is_not_passed_over(joined, tmp_path, monkeypatch):
+    """`max` of 0.1 and nan is 0.1."""
+    differences = iter([1e-6, math.nan])
+    monkeypatch.setattr(verify, "prove", lambda *_: SimpleNamespace(difference=next(differences)))
+    assert math.isnan(verify_student(joined))
+    differences = iter([1e-6, math.nan])
+    assert math.isnan(verify.verify_formats(joined)["diffusers"])

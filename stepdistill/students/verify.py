@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 from diffusers import DiffusionPipeline
 
 from stepdistill.core.errors import ConfigError, StudentError, problem
@@ -72,13 +73,18 @@ def verify_student(folder: Path) -> float:
         StudentError: the folder is not a complete student folder, or the pipeline visits other noise levels.
     """
     if is_multi(folder):
-        return max(verify_student(place) for place in sorted(folder.glob(f"{STUDENTS}/*")))
+        return _worst(verify_student(place) for place in sorted(folder.glob(f"{STUDENTS}/*")))
     contract = read_contract(folder)
     family = teacher(contract)
     pipe, backbone = in_memory(folder, contract, family)
     plain = family.load()
     into_pipeline(plain, folder, contract, family, "student")
     return prove(contract, family, plain, pipe, backbone, "student", 0).difference
+
+
+def _worst(differences: Iterable[float]) -> float:
+    """The largest; nan if one is, which `max` would pass over."""
+    return float(np.max([*differences]))
 
 
 def verify_formats(folder: Path) -> dict[str, float]:
@@ -93,7 +99,7 @@ def verify_formats(folder: Path) -> dict[str, float]:
     if is_multi(folder):
         each = [verify_formats(place) for place in sorted(folder.glob(f"{STUDENTS}/*"))]
         names = dict.fromkeys(name for one in each for name in one)
-        return {name: max(one[name] for one in each if name in one) for name in names}
+        return {name: _worst(one[name] for one in each if name in one) for name in names}
     differences, contract = {"diffusers": verify_student(folder)}, read_contract(folder)
     files, family = format_files(folder), teacher(contract)
     if files or (folder / WORKFLOW).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def relative_straightness(session: Session, count: int = 256) -> float:
         cond = session.batches.condition([run.data.captions(i % len(run.data))[0] for i in ids])
         followed = paths(denoise, context.schedule, start_noise(session, -1, ids), cond)
         straightness, cost = straightness + followed.straightness * len(ids), cost + followed.cost * len(ids)
-    return straightness / cost
+    return straightness / cost if cost else math.nan
 
 
 @torch.no_grad()

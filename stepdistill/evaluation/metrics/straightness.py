@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,8 @@ class Paths(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """S over the transport cost."""
-        return self.straightness / self.cost
+        """S over the transport cost; nan where nothing is transported."""
+        return self.straightness / self.cost if self.cost else math.nan
 
 
 @torch.no_grad()
