@@ -264,6 +264,23 @@ def test_evaluations_take_the_memory_of_the_window(tmp_path):
         assert _square(clip, 224).shape == (3, 224, 224)
 
 
+@pytest.mark.parametrize(("mode", "megabytes"), [("RGB", 60), ("RGBA", 100)])
+def test_a_large_image_is_copied_no_more_than_it_must(tmp_path, mode, megabytes):
+    """3000 x 3000 pixels take 36 MB, and as much again where transparency is laid over white."""
+    captioned(tmp_path, a_png=Image.new(mode, (3000, 3000), (255, 0, 0)))
+    source = ImageFolder(train_data_dir=str(tmp_path), resolution=8)
+    assert len(source) == 1
+    with no_more_than(megabytes):
+        assert pixels(source.sample(0, random.Random(0)))[:, 0, 0].tolist() == [1, -1, -1]
+
+
+def test_transparency_lies_over_white():
+    colour, alpha = np.meshgrid(np.arange(256), np.arange(256))
+    image = Image.fromarray(np.stack([colour, 255 - colour, colour, alpha], 2).astype(np.uint8))
+    want = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    assert np.array_equal(np.asarray(flatten(image)), np.asarray(want))
+
+
 @pytest.fixture
 def bombed(tmp_path, monkeypatch) -> Path:
     """Seven good images and one that is larger than Pillow takes."""

@@ -36,9 +36,12 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    image.load()  # whose file may be closed next
+    return image if image.mode == "RGB" else image.convert("RGB")  # a convert would copy it, too
 
 
 def header_size(file: IO[bytes]) -> tuple[int, int] | None:
