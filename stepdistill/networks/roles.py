@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -118,7 +118,28 @@ Role = Lora | Ema | Copy | Module | Adapters
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSpec:
+class RoleLora:
+    """The LoRA of one role, as far as it differs from the `lora` section.
+
+    Args:
+        rank: rank of the LoRA, at least 1; none takes the section's.
+        alpha: the update is scaled by `alpha / rank`; none takes the section's.
+        target_modules: names of layers, matched as in PEFT; none takes the section's.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    target_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"lora.rank is {self.rank}: expected at least 1")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"lora.alpha is {self.alpha}: expected a positive number, or none for alpha = rank")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec(RoleLora):
     """The `lora` section of a config.
 
     Args:
@@ -126,21 +147,14 @@ class LoraSpec:
         alpha: the update is scaled by `alpha / rank`; none takes `rank`, a scale of 1.
         target_modules: names of layers, matched as in PEFT; none takes the family's list.
         init_from: student folder or LoRA file that the student starts from.
-        roles: rank and alpha of single roles, by role name.
+        roles: rank, alpha and targets of single roles, by role name; an average has those of its role.
     """
 
     rank: int = 64
-    alpha: float | None = None
-    target_modules: tuple[str, ...] | None = None
     init_from: str | None = None
-    roles: dict[str, LoraSpec] | None = None
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora.rank is {self.rank}: expected at least 1")
-        if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(f"lora.alpha is {self.alpha}: expected a positive number, or none for alpha = rank")
+    roles: dict[str, RoleLora] | None = None
 
     def of(self, role: str) -> LoraSpec:
         """The spec of one role."""
-        return (self.roles or {}).get(role, self)
+        given = vars((self.roles or {}).get(role, RoleLora()))
+        return replace(self, **{name: value for name, value in given.items() if value is not None})

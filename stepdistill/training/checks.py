@@ -171,6 +171,24 @@ def check_quantized_roles(run: Run) -> None:
         raise ConfigError(problem(got, "roles that are LoRAs or adapters", why, todo))
 
 
+def check_roles(run: Run) -> None:
+    """Settings of single roles are of roles that the method has, and that take them."""
+    roles = run.method.roles()
+    for key, given, taking, what in (
+        ("lora.roles", run.lora.roles, [name for name, role in roles.items() if isinstance(role, Lora)], "a LoRA"),
+        (
+            "train.optimizers",
+            run.train.optimizers,
+            [name for name, role in roles.items() if not isinstance(role, Ema)],
+            "trained",
+        ),
+    ):
+        for name in sorted(set(given or ()) - set(taking)):
+            got = f"{key}.{name} with {type(run.method).__name__}"
+            why = "an average has the settings of its role" if name in roles else "the method has no such role"
+            raise ConfigError(problem(got, f"a role that is {what}: {taking}", why, "rename or remove it"))
+
+
 def check_attention(run: Run) -> None:
     """xformers has kernels for CUDA only."""
     if run.train.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
@@ -204,6 +222,5 @@ def check_guidance_range(data: Source, sampler: Sampler) -> None:
 
 CHECKS: tuple[Callable[[Run], None], ...] = (
     *(check_cache_dir, check_scheduler, check_sharding, check_data, check_reference_file, check_export_formats),
-    check_loras,
-    *(check_output_dir, check_quantized_roles, check_attention, check_guidance_scale),
+    *(check_loras, check_output_dir, check_quantized_roles, check_roles, check_attention, check_guidance_scale),
 )
