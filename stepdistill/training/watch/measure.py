@@ -95,6 +95,8 @@ class Watch:
         ratio = ratios(self._measure(sample_student, 0), self.teacher)
         spread = self.teacher.spread
         score = rules.drift_score({name: rules.deviation(ratio[name], spread[name]) for name in ratio})
+        if step and math.isfinite(score):
+            self._keep(step, score)  # before the row that says the step is measured
         self.logs.write(step, {PREFIX + name: value for name, value in ratio.items()} | {SCORE: score})
         rows = rules.read_metrics(self.logs.file)
         past = rules.history(rows, spread)
@@ -102,8 +104,6 @@ class Watch:
         fresh = [name for name in alarms if not rules.alarmed(past[name][:-1])]  # it is said once, when it begins
         for name in rules.worth_reporting(fresh, past):
             logger.warning("step %d, twice running: %s", step, rules.sentence(name, past[name], spread[name]))
-        if step and math.isfinite(score):
-            self._keep(step, score)
         plot_drift(rows, spread, self.out / "samples" / "watch.png")
         if alarms and self.spec.watch_stop:
             names = ", ".join(rules.title(name) for name in alarms)
