@@ -1,0 +1,124 @@
+"""ComfyUI in this process, on the CPU, with small networks in the place of its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+PLACE = os.environ.get("COMFYUI_PATH", "")
+if not (Path(PLACE) / "comfy" / "lora.py").is_file():
+    pytest.skip("COMFYUI_PATH names no folder of ComfyUI", allow_module_level=True)
+sys.path.insert(0, PLACE)
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True  # before anything else of it is imported
+import comfy.lora  # noqa: E402
+import comfy.model_detection  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.supported_models  # noqa: E402
+import comfy.utils  # noqa: E402
+import comfy_extras.nodes_post_processing  # noqa: E402, F401  (before `nodes_latent`: they import one another)
+import folder_paths  # noqa: E402
+import nodes  # noqa: E402
+from comfy_extras import (  # noqa: E402
+    nodes_custom_sampler,
+    nodes_flux,
+    nodes_latent,
+    nodes_model_advanced,
+    nodes_pixart,
+    nodes_sd3,
+)
+
+from clients.networks import CONTEXT, POOLED  # noqa: E402
+
+UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_res_blocks": [2, 2],
+    "channel_mult": [1, 2],
+    "context_dim": CONTEXT,
+    "use_temporal_attention": False,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "use_checkpoint": False,
+    "num_classes": None,
+    "adm_in_channels": None,
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd": ("SD15", UNET | {
+        "model_channels": 32, "use_linear_in_transformer": False, "transformer_depth": [1, 1, 0, 0],
+        "transformer_depth_output": [1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1,
+    }),
+    "sdxl": ("SDXL", UNET | {
+        "model_channels": 64, "use_linear_in_transformer": True, "transformer_depth": [0, 0, 2, 2],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2], "transformer_depth_middle": 2,
+        "num_classes": "sequential", "adm_in_channels": POOLED + 6 * 256,
+    }),
+    "flux": ("Flux", {
+        "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": POOLED, "context_in_dim": CONTEXT,
+        "hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2,
+        "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
+        "txt_ids_dims": [],
+    }),
+}  # fmt: skip
+KINDS = {"sd3": "SD3", "flux": "Flux", "pixart_alpha": "PixArtAlpha", "pixart_sigma": "PixArtSigma"}
+
+
+def model(family: str, net: nn.Module) -> comfy.model_patcher.ModelPatcher:
+    """ComfyUI's network with the weights of Diffusers' `net`, brought over by its own tables of names."""
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    if family in ("sd", "sdxl"):
+        kind, config = CONFIGS[family]
+        names = comfy.utils.unet_to_diffusers(config)
+        state = {names[key]: value for key, value in state.items()}
+    else:
+        converted = comfy.model_detection.convert_diffusers_mmdit(state)
+        assert converted is not None and not state.keys() - {"pos_embed.pos_embed"}
+        state = converted
+        config = comfy.model_detection.detect_unet_config(state, "")
+        kind, config = CONFIGS.get(family, (KINDS[config.get("image_model", "sd3")], config))
+        if family.startswith("pixart"):
+            config |= {"caption_channels": CONTEXT}
+    settings = getattr(comfy.supported_models, kind)(config)
+    settings.set_inference_dtype(torch.float32, None)
+    made = settings.get_model(state, "", device="cpu")
+    missing, unknown = made.diffusion_model.load_state_dict(state, strict=False)
+    assert set(missing) <= {"y_embedder.y_embedding"} and not unknown
+    return comfy.model_patcher.ModelPatcher(made, torch.device("cpu"), torch.device("cpu"))
+
+
+def with_lora(model: comfy.model_patcher.ModelPatcher, file: Path) -> tuple[comfy.model_patcher.ModelPatcher, int]:
+    """The model with a LoRA file as its own node loads it; and how many keys of the file it leaves out."""
+    lost: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lost.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    try:
+        loaded, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(file)), 1.0, 0.0)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    return loaded, sum("not loaded" in message.lower() for message in lost)
+
+
+def loras_in(place: Path) -> None:
+    """Let ComfyUI look for LoRAs in this folder, too."""
+    folder_paths.add_model_folder_path("loras", str(place), is_default=True)
+    folder_paths.filename_list_cache.clear()
+
+
+def node(kind: str, inputs: dict[str, Any]) -> tuple:
+    """The outputs of a node of ComfyUI's."""
+    rooms = (nodes, nodes_custom_sampler, nodes_flux, nodes_latent, nodes_model_advanced, nodes_pixart, nodes_sd3)
+    found = next(vars(room)[kind] for room in rooms if kind in vars(room))
+    if "FUNCTION" in vars(found) or found in nodes.NODE_CLASS_MAPPINGS.values():
+        return getattr(found(), found.FUNCTION)(**inputs)
+    return found.execute(**inputs).args

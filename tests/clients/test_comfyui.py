@@ -1,0 +1,272 @@
+"""Every export of every family in ComfyUI itself: its network with the file gives what Diffusers' gives.
+
+`COMFYUI_PATH` names a folder of ComfyUI, whose requirements are installed beside this package's. Without it the tests
+are skipped; `tests/test_workflow.py` and `tests/test_formats.py` test the same by ComfyUI's documented rules.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import loras
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from clients import comfy
+from clients.networks import CONTEXT, FAMILIES, POOLED, network
+from stepdistill.core.denoise import Condition, guided
+from stepdistill.core.prediction import Estimate, estimate
+from stepdistill.core.solvers import few_step
+from stepdistill.families.base import Family
+from stepdistill.students.contract import Contract, LoraWeights, scheduler_class
+from stepdistill.students.lora import comfyui
+from stepdistill.students.lora.files import Layout, LoraFile, write_lora
+from stepdistill.students.lora.tensors import FAMILIES as KNOWN
+from stepdistill.students.lora.tensors import Format, parse_lora
+
+RANK, ALPHA = 2, 6.0
+
+
+def cell(name: str, *rest: str) -> Any:
+    """PixArt takes its real width and size here, and half a minute."""
+    return pytest.param(name, *rest, marks=[pytest.mark.slow] * name.startswith("pixart"))
+
+
+CELLS = [cell(name, to) for name in FAMILIES for to in ("kohya", "comfyui") if name.partition("_")[0] in KNOWN[to]]
+
+
+def component(name: str) -> str:
+    return "unet" if name in ("sd", "sdxl") else "transformer"
+
+
+def lora_on(net: nn.Module, name: str, seed: int = 1) -> dict[str, Tensor]:
+    """A LoRA on every layer of a network, in Diffusers' names."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for layer, module in net.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            shape, ones = module.weight.shape, [1] * (module.weight.ndim - 2)
+            key = f"{component(name)}.{layer}"
+            state[f"{key}.lora_A.weight"] = (
+                torch.randn(RANK, *shape[1:], generator=generator) / shape[1:].numel() ** 0.5
+            )
+            state[f"{key}.lora_B.weight"] = 0.3 * torch.randn(shape[0], RANK, *ones, generator=generator)
+    return state
+
+
+def fused(net: nn.Module, name: str, state: dict[str, Tensor]) -> nn.Module:
+    for key, delta in loras.deltas(state, ALPHA).items():
+        weight = net.get_submodule(key.removeprefix(component(name) + ".")).weight
+        weight.data += delta.reshape(weight.shape)
+    return net
+
+
+def inputs(name: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    channels, side = (16 if name in ("sd3", "flux") else 4), {"pixart_alpha": 128}.get(name, 64)
+    side = side if name.startswith("pixart") else 8
+    sizes = {"x": (1, channels, side, side), "context": (1, 12, CONTEXT), "pooled": (1, POOLED)}
+    return {key: torch.randn(*size, generator=generator) for key, size in sizes.items()}
+
+
+T = 749.0
+
+
+def family_of(name: str) -> Family:
+    return tiny.FAMILIES["pixart_alpha" if name == "pixart_512" else name]
+
+
+def condition(context: Tensor, pooled: Tensor) -> Condition:
+    return {
+        "states": context,
+        "pooled": pooled,
+        "mask": torch.ones(context.shape[:2]),
+        "scale": torch.full((1, 1), 8.0),
+    }
+
+
+def by_diffusers(net: nn.Module, name: str, x: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+    """The raw output at the timestep T."""
+    return family_of(name).call(net, x, torch.tensor([T]), condition(context, pooled))
+
+
+def by_comfyui(patcher, name: str, **given: Tensor) -> Tensor:
+    patcher.patch_model(torch.device("cpu"))
+    y = raw(patcher, name, **given)
+    patcher.unpatch_model(torch.device("cpu"))
+    return y
+
+
+def raw(patcher, name: str, x: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+    net, side, t = patcher.model.diffusion_model, 8 * x.shape[-1], torch.tensor([T])
+    match name:
+        case "sd":
+            return net(x, t, context=context)
+        case "sdxl":
+            y = patcher.model.encode_adm(pooled_output=pooled, width=side, height=side, device="cpu")
+            return net(x, t, context=context, y=y)
+        case "sd3":
+            return net(x, t, context=context, y=pooled)
+        case "flux":
+            return net(x, t / 1000, context, pooled, torch.tensor([3.5]))
+    return net(x, t, context, c_size=torch.tensor([[side, side]]).float(), c_ar=torch.ones(1, 1))[:, :4]
+
+
+def exported(file: Path, state: dict[str, Tensor], name: str, to: Format) -> None:
+    layout = Layout(name.partition("_")[0])
+    assert layout.family is not None
+    parsed = parse_lora(state, loras.metadata(layout.family, RANK, ALPHA), layout.family)
+    assert not parsed.unknown
+    write_lora(LoraFile(parsed.lora, "diffusers", layout, len(state), 0), file, to)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "to"), CELLS)
+def test_comfyui_s_network_with_the_file_gives_what_diffusers_gives(tmp_path, name: str, to: Format):
+    plain, state = network(name), lora_on(network(name), name)
+    exported(tmp_path / "x.safetensors", state, name, to)
+    model, given = comfy.model(name, plain), inputs(name)
+    bare = by_diffusers(plain, name, **given)
+    torch.testing.assert_close(by_comfyui(model.clone(), name, **given), bare, rtol=1e-4, atol=1e-4)
+    loaded, lost = comfy.with_lora(model, tmp_path / "x.safetensors")
+    assert lost == 0
+    expected = by_diffusers(fused(plain, name, state), name, **given)
+    assert (expected - bare).abs().max() > 0.05
+    torch.testing.assert_close(by_comfyui(loaded, name, **given), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_of_a_diffusers_file_comfyui_leaves_out_the_attention(tmp_path):
+    """Without an error, as the guide says: 128 of the 282 layers of Stable Diffusion's UNet."""
+    net = network("sd")
+    state = lora_on(net, "sd")
+    save_file(state, tmp_path / "x.safetensors", loras.metadata("sd", RANK, ALPHA))
+    _, lost = comfy.with_lora(comfy.model("sd", net), tmp_path / "x.safetensors")
+    assert lost == sum(".to_" in key for key in state) > 0
+
+
+# workflows
+
+
+def executed(nodes: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """What the node `VAEDecode` is given, by ComfyUI's own nodes one after the other; `given` replaces some classes."""
+    done: dict[str, Any] = {}
+
+    def value(link: Any) -> Any:
+        if not isinstance(link, list):
+            return link
+        name, output = link
+        if name not in done:
+            node = nodes[name]
+            kind, inputs = node["class_type"], {key: value(one) for key, one in node["inputs"].items()}
+            if kind in given:
+                done[name] = given[kind](**inputs)
+            else:
+                done[name] = comfy.node(kind, inputs)
+        return done[name][output]
+
+    return value(next(node for node in nodes.values() if node["class_type"] == "VAEDecode")["inputs"]["samples"])
+
+
+def told(name: str, **changes: Any) -> Contract:
+    kind = "flow" if name in ("sd3", "flux") else "epsilon"
+    table = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    if name.startswith("pixart"):
+        table = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+    scheduler = {"_class_name": "LCMScheduler", **table, "prediction_type": kind}
+    family = family_of(name)
+    fields = {
+        "method": {},
+        "base_model": "owner/base",
+        "base_hash": {},
+        "base_without": (),
+        "family": {
+            "type": f"{type(family).__module__}.{type(family).__name__}",
+            "pretrained_teacher_model": "owner/base",
+        },
+        "prediction_type": kind,
+        "sigmas": (),
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"} if kind == "flow" else scheduler,
+        "call": {},
+        "guidance_embedding": 3.5 if name == "flux" else None,
+        "negative_prompt": False,
+        "lora": LoraWeights(rank=RANK, alpha=ALPHA, target_modules=()),
+        "dtype": "float32",
+        "licence": None,
+        "versions": {},
+    }
+    return Contract(**fields | changes)
+
+
+SAMPLERS = {
+    "highest, Euler": ((999.0, 499.0), 0.0, True),
+    "highest, LCM": ((999.0, 759.0, 259.0), 1.0, True),
+    "below, Euler": ((749.0, 399.0), 0.0, True),
+    "below, LCM": ((749.0, 399.0), 1.0, True),
+    "one step": ((399.0,), 1.0, True),
+    "time 0": ((999.0, 499.0), 0.0, False),
+}
+FLOWS = {
+    "highest, Euler": ((1000.0, 750.0), 0.0, True),
+    "below, LCM": ((900.0, 500.0), 1.0, True),
+}
+DRAWS = [(name, way) for name in FAMILIES for way in (FLOWS if name in ("sd3", "flux") else SAMPLERS)]
+DRAWS = [cell(name, way) for name, way in DRAWS if not name.startswith("pixart") or way == "below, LCM"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "way"), DRAWS)
+def test_comfyui_s_own_nodes_sample_what_the_contract_says(tmp_path, monkeypatch, name, way):
+    """The exported workflow, with the exported LoRA, from the noise that the seed gives."""
+    net, state = network(name), lora_on(network(name), name)
+    exported(tmp_path / "mine.safetensors", state, name, "comfyui")
+    style = lora_on(net, name, 3) if way == "one step" else {}
+    if style:
+        exported(tmp_path / "style.safetensors", style, name, "comfyui")
+    comfy.loras_in(tmp_path)
+    given = inputs(name)
+    side = 8 * given["x"].shape[-1]
+    times, eta, clean = (FLOWS if name in ("sd3", "flux") else SAMPLERS)[way]
+    scale = 1.0 if name == "flux" else 2.0
+    contract = told(name, timesteps=times, eta=eta, clean=clean, guidance_scale=scale, resolution=(side, side))
+    contract = replace(contract, family=contract.family | {"teacher_loras": ["owner/style"] if style else []})
+    monkeypatch.setattr(comfyui, "read_as_sigma", lambda _: name == "pixart_512")
+    monkeypatch.setattr(comfyui, "_zero_negative", lambda *_: name == "sdxl")
+    nodes = json.loads(json.dumps(comfyui.workflow(contract, "mine.safetensors")))
+    nodes["noise"]["inputs"]["noise_seed"] = 7
+    other = {key: -value for key, value in given.items()}
+    model = comfy.model(name, net)
+
+    def encode(text: str, **_: Any) -> tuple:
+        one = given if text else other
+        return ([[one["context"], {"pooled_output": one["pooled"]}]],)
+
+    replaced = {kind: lambda **_: (model, None, None) for kind in ("CheckpointLoaderSimple", "UNETLoader")}
+    replaced |= {kind: lambda **_: (None,) for kind in ("CLIPLoader", "DualCLIPLoader", "VAELoader")}
+    replaced |= {"CLIPTextEncode": encode, "CLIPTextEncodePixArtAlpha": encode}
+    got = executed(nodes, replaced)["samples"]
+
+    taught, family = fused(fused(network(name), name, state), name, style), family_of(name)
+    noise = torch.randn(given["x"].shape, generator=torch.Generator().manual_seed(7))
+    fresh = torch.Generator().manual_seed(8)  # as its samplers on the CPU have it
+    scheduler = scheduler_class(contract).from_config(contract.scheduler)
+    schedule = family.schedule(scheduler)
+
+    def denoiser(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        return estimate(contract.prediction_type, family.call(taught, x_t, t, cond), x_t, t, schedule)
+
+    null = condition(*([0 * other[key] if name == "sdxl" else other[key] for key in ("context", "pooled")]))
+    denoise = guided(denoiser, null, scale)
+    cond = condition(given["context"], given["pooled"])
+    expected = few_step(
+        denoise, schedule, contract.sampler(), noise, cond, lambda i: torch.randn(noise.shape, generator=fresh)
+    )
+    factor = {"sd": 0.18215, "sdxl": 0.13025, "pixart_sigma": 0.13025, "sd3": 1.5305, "flux": 0.3611}.get(name, 0.18215)
+    shift = {"sd3": 0.0609, "flux": 0.1159}.get(name, 0.0)
+    difference = (factor * (got - shift) - expected).abs().max() / expected.abs().max()
+    assert difference < 2e-4  # in float32, through sigma = 14.6
