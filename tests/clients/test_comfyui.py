@@ -25,11 +25,12 @@ from stepdistill.core.denoise import Condition, guided
 from stepdistill.core.prediction import Estimate, estimate
 from stepdistill.core.solvers import few_step
 from stepdistill.families.base import Family
+from stepdistill.networks.lora.read import Layout, LoraFile
+from stepdistill.networks.lora.tensors import FAMILIES as KNOWN
+from stepdistill.networks.lora.tensors import Format, parse_lora
 from stepdistill.students.contract import Contract, LoraWeights, scheduler_class
 from stepdistill.students.lora import comfyui
-from stepdistill.students.lora.files import Layout, LoraFile, write_lora
-from stepdistill.students.lora.tensors import FAMILIES as KNOWN
-from stepdistill.students.lora.tensors import Format, parse_lora
+from stepdistill.students.lora.files import write_lora
 
 RANK, ALPHA = 2, 6.0
 

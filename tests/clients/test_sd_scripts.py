@@ -18,8 +18,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from clients.networks import CONTEXT, POOLED, network
-from stepdistill.students.lora.files import Conversion, Layout, LoraFile
-from stepdistill.students.lora.tensors import lora_tensors, parse_lora
+from stepdistill.networks.lora.read import Layout, LoraFile
+from stepdistill.networks.lora.tensors import lora_tensors, parse_lora
+from stepdistill.students.lora.files import Conversion
 
 PLACE = os.environ.get("SD_SCRIPTS_PATH", "")
 if not (Path(PLACE) / "networks" / "lora_flux.py").is_file():
