@@ -65,9 +65,9 @@ def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch, record_pro
     record_property("cell", f"{method.__name__}/{name}")
     drawn, exported = {}, {}
 
-    def recorded(pipe, row, prompts, seed, size):
+    def recorded(pipe, row, prompts, seed, numbers, size):
         own = pipe.scheduler
-        made = generate(pipe, row, prompts, seed, size=size)
+        made = generate(pipe, row, prompts, seed, numbers=numbers, size=size)
         assert pipe.scheduler is own  # else the next row takes its noise process from this one's scheduler
         drawn[row.name] = row.arguments
         return made

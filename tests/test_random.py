@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from tiny import FAMILIES, pipeline
 
-from stepdistill.core.random import IMAGES, fresh_noise, noise_of, step_generator
+from stepdistill.core.random import IMAGES, VALIDATION, fresh_noise, noise_of, step_generator
 from stepdistill.data import Prompts
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.roles import Lora
@@ -84,26 +85,39 @@ def test_validation_adds_the_noise_that_evaluation_adds(session):
     session.backbone.add("student", Lora())
     latents = sampling.sample_student(session, prompts, [0, 1])
     call = student_call(session.run.family, NOISY, session.pipe, 4)
+    seed, numbers = session.run.train.validation_seed, range(VALIDATION, VALIDATION + 2)
     ours = (sampling.to_images(session, latents) * 255).round()
-    theirs, _ = generate(session.pipe, call, prompts, session.run.train.validation_seed, size=(32, 32))
+    theirs, _ = generate(session.pipe, call, prompts, seed, numbers=numbers, size=(32, 32))
     assert (ours - theirs.float()).abs().max() <= 1
 
 
-def test_the_watch_s_noises_are_no_image_s(session, monkeypatch):
-    """Nor are any two of its own one: of levels, of images, of neighbouring validation seeds."""
-    seen = []
-    start_noise = measure.start_noise
+def test_validation_noise_is_of_no_other_image(session):
+    """Of no sample that a teacher makes by the same seed, no image of an evaluation; of no other level of the watch,
+    and of no neighbouring seed."""
+    rows = []
+    for seed in (0, 1):
+        spec = replace(session.run.train, validation_seed=seed)
+        scene = replace(session, run=replace(session.run, train=spec))
+        rows += [*sampling.validation_noise(scene, range(4))]
+        watch = object.__new__(measure.Watch)
+        watch.session, watch.prompts, watch.spec = scene, ["rose", "red apple"], spec
+        with recorded_noise(measure) as seen:
+            watch._errors(torch.zeros(2, *session.batches.shape), range(2))
+        assert len(seen) == len(measure.LEVELS)
+        rows += [row for batch in seen for row in batch]
+    rows += [noise_of(seed, i, session.batches.shape) for seed in range(3) for i in range(8)]
+    assert len({tuple(row.flatten().tolist()) for row in rows}) == len(rows)
 
-    def recorded(session, seed, ids):
-        seen.append(start_noise(session, seed, ids))
+
+@contextmanager
+def recorded_noise(module):
+    """The noises that a module asks for inside."""
+    seen, noise = [], module.validation_noise
+
+    def recorded(session, ids):
+        seen.append(noise(session, ids))
         return seen[-1]
 
-    monkeypatch.setattr(measure, "start_noise", recorded)
-    watch = object.__new__(measure.Watch)
-    watch.session, watch.prompts = session, ["rose", "red apple"]
-    for seed in (0, 1):
-        watch.spec = replace(session.run.train, validation_seed=seed)
-        watch._errors(torch.zeros(2, *session.batches.shape), range(2))
-    rows = [tuple(row.flatten().tolist()) for batch in seen for row in batch]
-    rows += [tuple(noise_of(seed, i, session.batches.shape).flatten().tolist()) for seed in range(3) for i in range(8)]
-    assert len(seen) == 2 * len(measure.LEVELS) and len(set(rows)) == len(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "validation_noise", recorded)
+        yield seen

@@ -157,7 +157,7 @@ def saturated(scene: session.Session, ids) -> torch.Tensor:
     """The teacher's images with far too much colour, as latents."""
     drawn = sampling.to_images(scene, taught(scene, ids))
     grey = images.luma(drawn)[:, None]
-    return scene.run.family.encode(scene.pipe, ((grey + 5 * (drawn - grey)).clamp(0, 1) * 2 - 1))
+    return scene.run.family.encode(scene.pipe, ((grey + 20 * (drawn - grey)).clamp(0, 1) * 2 - 1))
 
 
 STUDENTS = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 IMAGES = 1_000_003  # numbers that a seed has before the next seed's begin
+VALIDATION = 900_000  # validation images have numbers from here on: what a teacher makes for training has the first
 
 
 def noise_of(seed: int, i: int, shape: Sequence[int]) -> Tensor:

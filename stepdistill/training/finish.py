@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 from stepdistill.core.cost import Cost
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.files import file_digest
+from stepdistill.core.random import VALIDATION
 from stepdistill.data import Partition, inside
 from stepdistill.data.bundled import bundled
 from stepdistill.data.routing import ROUTER, Routing
@@ -94,8 +95,9 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
             sharding.stream(pipe, run.family.network(pipe), session.accelerator.device)
     if spec.validation_prompts:
         prompts, size = list(spec.validation_prompts), (session.batches.side, session.batches.side)
+        seed, numbers = spec.validation_seed, range(VALIDATION, VALIDATION + len(prompts))
         columns = [
-            (row.name.replace(", ", "\n"), generate(pipe, row, prompts, spec.validation_seed, size=size)[0])
+            (row.name.replace(", ", "\n"), generate(pipe, row, prompts, seed, numbers=numbers, size=size)[0])
             for pipe, row in ((teacher, full), (teacher, few), *((plain, row) for row in rows))
         ]
         scale = max(1, 96 // columns[0][1].shape[-1])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stepdistill.core.denoise import guided, with_scale
 from stepdistill.core.pixels import to_uint8
-from stepdistill.core.random import fresh_noise, noise_of
+from stepdistill.core.random import VALIDATION, fresh_noise, noise_of
 from stepdistill.core.solvers import few_step
 from stepdistill.evaluation.metrics.straightness import paths
 from stepdistill.students.draw.sheet import image_grid
@@ -20,8 +20,12 @@ from stepdistill.training.setup import Session
 from stepdistill.training.teacher import TeacherSampler
 
 
-def start_noise(session: Session, seed: int, ids: Iterable[int]) -> Tensor:
-    """Standard normal latents (B, C, h, w); each row depends on `seed` and its own of the B `ids` alone."""
+def validation_noise(session: Session, ids: Iterable[int]) -> Tensor:
+    """Standard normal latents (B, C, h, w) of the validation images `ids`; none is a training sample's noise."""
+    return _noise(session, session.run.train.validation_seed, (VALIDATION + i for i in ids))
+
+
+def _noise(session: Session, seed: int, ids: Iterable[int]) -> Tensor:
     rows = [noise_of(seed, i, session.batches.shape) for i in ids]
     return torch.stack(rows).to(session.accelerator.device)
 
@@ -34,14 +38,14 @@ def sample_student(session: Session, prompts: list[str], ids: Sequence[int]) -> 
     denoise = guided(session.denoiser(method.student_role()), context.null, sampler.guidance_scale)
     denoise = with_scale(denoise, sampler.adapter_scale)
 
-    generators = [fresh_noise(seed, i) for i in ids]
+    generators = [fresh_noise(seed, VALIDATION + i) for i in ids]
 
     def fresh(_: int) -> Tensor:
         rows = [torch.randn(session.batches.shape, generator=generator) for generator in generators]
         return torch.stack(rows).to(session.accelerator.device)
 
     condition = session.batches.condition(prompts)
-    return few_step(denoise, context.schedule, sampler, start_noise(session, seed, ids), condition, fresh)
+    return few_step(denoise, context.schedule, sampler, validation_noise(session, ids), condition, fresh)
 
 
 def sample_teacher(session: Session, prompts: list[str], ids: Sequence[int]) -> Tensor:
@@ -51,7 +55,7 @@ def sample_teacher(session: Session, prompts: list[str], ids: Sequence[int]) -> 
     """
     spec = session.run.train
     steps = max(n for n in range(1, spec.teacher_steps + 1) if 1000 % n == 0)
-    noise = start_noise(session, spec.validation_seed, ids)
+    noise = validation_noise(session, ids)
     return TeacherSampler(session).sample(prompts, noise, steps, session.run.teacher_guidance_scale)
 
 
@@ -64,7 +68,7 @@ def relative_straightness(session: Session, count: int = 256) -> float:
     for part in torch.arange(count).split(run.train.train_batch_size):
         ids = part.tolist()
         cond = session.batches.condition([run.data.captions(i % len(run.data))[0] for i in ids])
-        followed = paths(denoise, context.schedule, start_noise(session, -1, ids), cond)
+        followed = paths(denoise, context.schedule, _noise(session, -1, ids), cond)
         straightness, cost = straightness + followed.straightness * len(ids), cost + followed.cost * len(ids)
     return straightness / cost if cost else math.nan
 

@@ -23,7 +23,7 @@ from stepdistill.core.pixels import contrast, diversity, high_frequency, luminan
 from stepdistill.networks.roles import TEACHER
 from stepdistill.students.write import write_unproven
 from stepdistill.training.logs import Logs
-from stepdistill.training.sampling import sample_student, sample_teacher, start_noise, to_images
+from stepdistill.training.sampling import sample_student, sample_teacher, to_images, validation_noise
 from stepdistill.training.setup import Session
 from stepdistill.training.watch import rules
 from stepdistill.training.watch.plot import plot_drift
@@ -31,7 +31,7 @@ from stepdistill.training.watch.rules import LEVELS, PREFIX, SCORE, Yardstick
 
 logger = logging.getLogger(__name__)
 SETS = 4  # independent sets of the teacher's images, each of the student's size
-FIXED = 500_000  # the gap's noises have numbers from here on, clear of the noises that images start from
+FIXED = 50_000  # the gap's noises have numbers from here on, clear of the noises that images start from
 
 
 def drift_statistics(drawn: Tensor) -> dict[str, Tensor]:
@@ -178,7 +178,7 @@ class Watch:
         errors = {}
         for number, (name, level) in enumerate(zip(rules.GAPS, LEVELS, strict=True)):
             noises = (FIXED + len(LEVELS) * i + number for i in ids)
-            eps = start_noise(self.session, self.spec.validation_seed, noises)
+            eps = validation_noise(self.session, noises)
             t = torch.full((len(x0),), level * top, device=x0.device)
             est = context.denoiser(TEACHER)(context.schedule.add_noise(x0, eps, t), t, cond)
             errors[name] = (est.eps - eps).square().mean((1, 2, 3)).cpu()
