@@ -104,7 +104,7 @@ class Train:
     seed: int = 0
     allow_tf32: bool = False
     optimizer: Factory = Factory("torch.optim.AdamW", {"weight_decay": 0.01})
-    threshold: float = float("inf")
+    threshold: float = 1e300
 
 
 @dataclass(frozen=True, kw_only=True)

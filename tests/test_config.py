@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +12,7 @@ import pytest
 from annotated_types import Ge, Le
 
 from stepdistill.config.dump import config_digest, config_to_yaml
+from stepdistill.config.kinds import Place
 from stepdistill.config.load import load_config
 from stepdistill.config.schema import Factory
 from stepdistill.core.errors import ConfigError, StepdistillError, problem
@@ -93,6 +94,8 @@ class Train:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     revision: str | None = None
     resume: int | str | None = None
+    place: Place | None = None
+    places: tuple[Place, ...] = ()
     validation_prompts: tuple[str, ...] = ()
     report_to: frozenset[str] = frozenset({"tensorboard"})
     spacing: Spacing = Spacing.TRAILING
@@ -207,6 +210,9 @@ def test_values_keep_their_type(write, line: str, name: str, value: object) -> N
         ("allow_tf32: 1", "train.allow_tf32", "got 1 (int), expected bool"),
         ("allow_tf32: 'true'", "train.allow_tf32", "got 'true' (str), expected bool"),
         ("guidance_scale: [2, true]", "train.guidance_scale", "expected float | tuple[float, float]"),
+        ("learning_rate: .nan", "train.learning_rate", "finite number"),
+        ("learning_rate: '-inf'", "train.learning_rate", "finite number"),
+        ("guidance_scale: [.inf, 1]", "train.guidance_scale", "finite number"),
         ("guidance_scale: [1, 2, 3]", "train.guidance_scale", "expected float | tuple[float, float]"),
         ("revision: 0123", "train.revision", "got 83 (int), expected str | null"),
         ("revision: 12", "train.revision", "put text in quotes"),
@@ -364,6 +370,16 @@ def test_overrides_of_text_are_taken_as_they_stand(write) -> None:
     assert prompts == ("a cat", "x=1")
 
 
+def test_a_path_may_begin_with_the_home_folder(write, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/else/me")
+    run = trained(write, "places: [~/a, b~, org/name]", "train.place=~/c", "--output_dir", "~/d")
+    assert run.train.place == "/else/me/c" and run.train.places == ("/else/me/a", "b~", "org/name")
+    assert run.train.output_dir == Path("/else/me/d")
+    assert trained(write, "revision: ~/a", "--place", "null").train == replace(
+        run.train, place=None, places=(), revision="~/a", output_dir=Path("runs/a")
+    )
+
+
 def test_an_ambiguous_leaf_lists_its_paths(write) -> None:
     (line,) = refused(write(GOOD), "--seed", "3")
     assert line == "--seed: several paths end in this name; write one of train.seed=, seed="
@@ -393,7 +409,7 @@ def test_resolved_yaml_loads_to_an_equal_instance(write) -> None:
         train=Train(
             output_dir=Path("runs/ä"),
             learning_rate=1e-5,
-            guidance_scale=(2.0, float("inf")),
+            guidance_scale=(2.0, 1e300),
             revision="1e4",
             resume="007",
             validation_prompts=(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stepdistill.cli.main import main
-from stepdistill.core.errors import ConfigError, StudentError
+from stepdistill.core.errors import ConfigError, OutputError, StudentError
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
@@ -322,7 +322,7 @@ def test_a_fused_student_draws_the_same_without_any_lora(folders, tmp_path, name
     call = load_student(lora, folders[name])
     assert call == load_student(whole, tmp_path / "fused")
     torch.testing.assert_close(drawn(family, whole, call), drawn(family, lora, call), rtol=1e-4, atol=1e-4)
-    with pytest.raises(StudentError, match="which holds a student"):
+    with pytest.raises(OutputError, match="add --overwrite"):
         fuse_student(folders[name], tmp_path / "fused")
     with pytest.raises(StudentError, match="holds full weights"):
         convert_lora(tmp_path / "fused", tmp_path / "x.safetensors", "kohya")

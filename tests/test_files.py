@@ -23,7 +23,7 @@ def test_what_is_written_is_whole_or_not_there(tmp_path, kind):
         write(part, "half")
         raise KeyboardInterrupt
     assert list(path.parent.iterdir()) == []
-    write(path.with_name("it.part"), "left by a process that was killed")
+    write(path.with_name("it.stepdistill.part"), "left by a process that was killed")
     for text in ("one", "two"):
         with written_whole(path) as part:
             write(part, text)

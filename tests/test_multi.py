@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from stepdistill.cli import main as cli
 from stepdistill.config.load import load_config
-from stepdistill.core.errors import ConfigError, DataError, StudentError
+from stepdistill.core.errors import ConfigError, DataError, OutputError, StudentError
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.random import sample_rng
 from stepdistill.data import ImageFolder, Latents, Partition, Prompts, Stream, TeacherSamples, check_source, loader
@@ -490,8 +490,10 @@ def test_what_does_not_belong_together_is_not_joined(runs, joined, tmp_path):
         with pytest.raises(StudentError, match=said):
             join_students(tmp_path / "out", folders)
         assert not (tmp_path / "out").exists()
-    with pytest.raises(StudentError, match="which is not empty"):
+    with pytest.raises(OutputError, match="add --overwrite"):
         join_students(joined, [one, other])
+    with pytest.raises(OutputError, match="which is an input"):
+        join_students(one, [one, other], overwrite=True)
 
 
 def test_the_command_joins(runs, tmp_path, capsys):

@@ -112,7 +112,7 @@ def test_cut_generation_goes_on_and_loses_nothing(place, whole, tmp_path):
     assert len(before) == 4 and load_file(whole / "chunk-00002.safetensors")["x_t"].shape == (8, 2, 4, 8, 8)
     folder = Path(shutil.copytree(whole, tmp_path / "states"))
     (folder / "chunk-00001.safetensors").unlink()
-    (folder / "chunk-00001.safetensors.part").write_bytes(b"half a file")
+    (folder / "chunk-00001.safetensors.stepdistill.part").write_bytes(b"half a file")
     kept = (folder / "chunk-00000.safetensors").stat().st_mtime_ns
     filled(place, folder)
     assert files(folder) == before and (folder / "chunk-00000.safetensors").stat().st_mtime_ns == kept

@@ -231,5 +231,5 @@ def test_the_command_writes_a_sheet(folders, tmp_path, capsys):
     assert str(out) in capsys.readouterr().out
     assert Image.open(out).size == (LEFT + 3 * (96 + 6), 2 * (20 + 3 * (96 + 20)))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["view", str(tmp_path / "nothing"), "red apple", "-o", str(out)])
+        cli.main(["view", str(tmp_path / "nothing"), "red apple", "-o", str(tmp_path / "other.png")])
     assert ended.value.code == 2 and "expected a student folder or a hub id" in capsys.readouterr().err

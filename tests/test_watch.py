@@ -254,7 +254,7 @@ def test_best_is_kept_and_never_the_untrained_one(watch):
     kept = json.loads((made.out / "best" / "watch.json").read_text())
     scores = {row["step"]: row[SCORE] for row in rules.read_metrics(made.logs.file)}
     assert kept == {"step": 2, "score": scores[2]}
-    assert not (made.out / "best.part").exists()
+    assert not (made.out / "best.stepdistill.part").exists()
 
 
 def test_a_student_of_nans_is_off_and_never_the_best(watch):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from stepdistill.cli.dialect import add_command
+from stepdistill.cli.dialect import add_command, add_overwrite, local_path, real
 from stepdistill.networks.lora.names import NETWORKS
 
 VERIFY = """\
@@ -48,19 +47,25 @@ example:
 def add_folder_commands(commands: Any) -> None:  # noqa: ANN401
     """Declare the commands in a group of subparsers."""
     command = add_command(commands, "verify", _verify, "check that plain Diffusers loads a student", VERIFY)
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="the output_dir of a run")
-    command.add_argument("--tolerance", type=float, help="largest accepted difference (default: as in training, 1e-4)")
+    command.add_argument("folder", metavar="FOLDER", type=local_path, help="the output_dir of a run")
+    command.add_argument(
+        "--tolerance", type=real(0), help="largest accepted difference (default: as in training, 1e-4)"
+    )
 
     command = add_command(commands, "convert", _convert, "write a LoRA in another format, or fuse it", CONVERT)
-    command.add_argument("source", metavar="IN", type=Path, help="student folder or .safetensors file")
-    command.add_argument("target", metavar="OUT", type=Path, help="a .safetensors file; for `fused`, a new folder")
+    command.add_argument("source", metavar="IN", type=local_path, help="student folder or .safetensors file")
+    command.add_argument(
+        "target", metavar="OUT", type=local_path, help="a .safetensors file; for `fused`, a new folder"
+    )
     command.add_argument("--to", required=True, choices=["kohya", "comfyui", "diffusers", "fused"], help="format")
     command.add_argument("--family", choices=list(NETWORKS), help="family of a LoRA file (default: by its layer names)")
+    add_overwrite(command)
 
     command = add_command(commands, "multi", _multi, "join the students of a partition in one folder", MULTI)
-    command.add_argument("folder", metavar="OUT", type=Path, help="a new folder")
-    command.add_argument("students", metavar="STUDENT", type=Path, nargs="+", help="the output_dir of each run")
+    command.add_argument("folder", metavar="OUT", type=local_path, help="a new folder")
+    command.add_argument("students", metavar="STUDENT", type=local_path, nargs="+", help="the output_dir of each run")
     command.add_argument("--move", action="store_true", help="move the folders instead of copying them")
+    add_overwrite(command)
 
 
 def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -79,19 +84,21 @@ def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.core.outputs import check_output_file
     from stepdistill.students.lora.files import convert_lora
     from stepdistill.students.lora.fuse import fuse_student
 
     if args.to == "fused":
-        difference = fuse_student(args.source, args.target)
+        difference = fuse_student(args.source, args.target, args.overwrite)
         print(f"wrote {args.target}: its largest difference from {args.source} is {difference:.3g}")
     else:
+        check_output_file(args.target, [args.source], args.overwrite)
         print(convert_lora(args.source, args.target, args.to, args.family))
         print(f"wrote {args.target}")
 
 
 def _multi(args: argparse.Namespace, overrides: list[str]) -> None:
-
     from stepdistill.students.several import join_students
 
-    print(f"joined {len(args.students)} students in {join_students(args.folder, args.students, args.move)}")
+    joined = join_students(args.folder, args.students, args.move, args.overwrite)
+    print(f"joined {len(args.students)} students in {joined}")

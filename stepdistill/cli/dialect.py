@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+from stepdistill.core.outputs import expanded
 
 Run = Callable[[argparse.Namespace, list[str]], None]
 FREE = ("train", "precompute", "data")  # commands whose other flags are keys of the config
@@ -19,6 +23,7 @@ RENAMED = {  # earlier spellings
     "--teacher-guidance": "--teacher-guidance-scale",
 }
 VERBOSE = "STEPDISTILL_VERBOSE"  # an environment variable that keeps the libraries' warnings
+SEEDS = 2**32 - 1  # the largest seed that every library takes
 LIBRARIES = ("torch", "torchao", "transformers", "diffusers", "peft", "accelerate", "huggingface_hub")
 
 
@@ -53,6 +58,72 @@ def spelled(argv: Sequence[str]) -> tuple[list[str], str | None]:
                 wrong = wrong or f"{name} is called {RENAMED[name]}"
         words.append(f"{name}{equals}{value}")
     return words, wrong
+
+
+def local_path(text: str) -> Path:
+    """A path as a command means it: `~` is the home folder."""
+    return Path(expanded(text))
+
+
+def whole(low: int = 1, high: int | None = None) -> Callable[[str], int]:
+    """The type of an argument that is a whole number in a range."""
+
+    def number(text: str) -> int:
+        try:
+            return int(_within(int(text), low, high))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number{_span(low, high)}") from None
+
+    return number
+
+
+def real(low: float | None = None, high: float | None = None) -> Callable[[str], float]:
+    """The type of an argument that is a finite number in a range."""
+
+    def number(text: str) -> float:
+        try:
+            return _within(float(text), low, high)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a finite number{_span(low, high)}") from None
+
+    return number
+
+
+def several(one: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """The type of an argument that is a list of different values, separated by commas."""
+
+    def values(text: str) -> tuple[Any, ...]:
+        found = tuple(one(part.strip()) for part in text.split(",") if part.strip())
+        if not found or len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected different values, such as 1,2,4")
+        return found
+
+    return values
+
+
+seed = whole(0, SEEDS)
+
+
+def add_overwrite(command: argparse.ArgumentParser) -> None:
+    """Declare `--overwrite`; `stepdistill.core.outputs` has its rule."""
+    command.add_argument("--overwrite", action="store_true", help="replace what an earlier command wrote there")
+
+
+def _within(value: float, low: float | None, high: float | None) -> float:
+    if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+        raise ValueError
+    return value
+
+
+def _span(low: float | None, high: float | None) -> str:
+    if low is None:
+        return ""
+    return f" of {low:g} or more" if high is None else f" from {low:g} to {high:g}"
+
+
+def is_first_process() -> bool:
+    """Whether this is the first, or the only one, of the processes that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def quieten() -> None:

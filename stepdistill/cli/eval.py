@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepdistill.cli.dialect import add_command
+from stepdistill.cli.dialect import add_command, add_overwrite, is_first_process, local_path, real, seed, several, whole
+from stepdistill.core.outputs import check_output_file, check_output_tree, expanded
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from stepdistill.evaluation.metrics.extractors import Weights
 
 RUN = """\
@@ -60,86 +63,99 @@ def add_eval_commands(commands: Any) -> None:  # noqa: ANN401
     command = commands.add_parser("eval", help="measure teacher and students", description="Measure images.")
     parts = command.add_subparsers(metavar="COMMAND", required=True)
     command = add_command(parts, "run", _run, "generate and measure images of a teacher and its students", RUN)
-    command.add_argument("teacher", metavar="TEACHER", help="pipeline folder, hub id, or bundled teacher")
-    command.add_argument("students", metavar="STUDENT", nargs="*", help="student folders or hub ids")
+    command.add_argument(
+        "teacher", metavar="TEACHER", type=expanded, help="pipeline folder, hub id, or bundled teacher"
+    )
+    command.add_argument("students", metavar="STUDENT", type=expanded, nargs="*", help="student folders or hub ids")
     command.add_argument(
         "--prompts-file",
         dest="prompts",
         metavar="FILE",
-        type=Path,
+        type=local_path,
         help=".txt, .jsonl or .csv (default: the bundled prompts)",
     )
     command.add_argument(
         "--num-images",
         dest="num",
         metavar="N",
-        type=int,
+        type=whole(),
         help="images of each row, with the prompts in turn (default: one for each prompt)",
     )
-    command.add_argument("--steps", type=_whole, default=(), metavar="N,...", help="students' steps (default: theirs)")
+    command.add_argument(
+        "--steps", type=several(whole()), default=(), metavar="N,...", help="students' steps (default: theirs)"
+    )
     command.add_argument(
         "--guidance-scale",
         dest="guidance",
-        type=_real,
+        type=several(real()),
         default=(),
         metavar="W,...",
         help="guidance scales of the students (default: their own)",
     )
-    command.add_argument("--teacher-steps", type=int, default=50, metavar="N", help="full steps (default: 50)")
+    command.add_argument("--teacher-steps", type=whole(), default=50, metavar="N", help="full steps (default: 50)")
     command.add_argument(
         "--teacher-guidance-scale",
         dest="teacher_guidance",
-        type=float,
+        type=real(1),
         default=7.5,
         metavar="W",
         help="(default: 7.5)",
     )
-    command.add_argument("--seed", type=int, default=2, help="seed of the noise of every row (default: 2)")
-    command.add_argument("--reference-seed", type=int, default=1, help="seed of the reference images (default: 1)")
+    command.add_argument("--seed", type=seed, default=2, help="seed of the noise of every row (default: 2)")
+    command.add_argument("--reference-seed", type=seed, default=1, help="seed of the reference images (default: 1)")
     command.add_argument("--family", metavar="NAME", help="teacher's family (default: its students' or pipeline's)")
     command.add_argument(
         "--batch",
-        type=int,
+        type=whole(),
         default=8,
         metavar="B",
         help="batch size, at most --feature-batch (default: 8)",
     )
     command.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: fp32)")
     command.add_argument("--save-images", action="store_true", help="save every image as PNG in OUT/images")
-    command.add_argument("--columns", type=int, default=8, metavar="N", help="columns of the grids (default: 8)")
-    command.add_argument("--latency", type=int, default=0, metavar="N", help="time N images one by one (default: 0)")
+    command.add_argument("--columns", type=whole(), default=8, metavar="N", help="columns of the grids (default: 8)")
+    command.add_argument(
+        "--latency", type=whole(0), default=0, metavar="N", help="time N images one by one (default: 0)"
+    )
     command.add_argument("--export", choices=("geneval", "t2i-compbench"), help="save images for this benchmark")
     _measures(command, "teacher", "teacher, an .npz of statistics, or images (default: teacher)")
 
     command = add_command(parts, "score", _score, "measure existing images", SCORE)
-    command.add_argument("images", metavar="IMAGES", nargs="+", type=Path, help="folder, .zip, .npz or .npy")
-    command.add_argument("--prompts-file", dest="prompts", metavar="FILE", type=Path, help="prompts for --clip")
+    command.add_argument("images", metavar="IMAGES", nargs="+", type=local_path, help="folder, .zip, .npz or .npy")
+    command.add_argument("--prompts-file", dest="prompts", metavar="FILE", type=local_path, help="prompts for --clip")
     _measures(command, None, "an .npz of statistics, or images")
 
     command = add_command(parts, "ref", _ref, "compute statistics of images", REF)
-    command.add_argument("images", metavar="IMAGES", type=Path, help="folder, .zip, .npz or .npy")
+    command.add_argument("images", metavar="IMAGES", type=local_path, help="folder, .zip, .npz or .npy")
     _features(command)
-    command.add_argument("-o", "--output", metavar="FILE.npz", type=Path, required=True, help="file to write")
+    command.add_argument("-o", "--output", metavar="FILE.npz", type=local_path, required=True, help="file to write")
+    add_overwrite(command)
 
     command = add_command(parts, "compare", _compare, "merge evaluations on one page", COMPARE)
-    command.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="folders of `run` and `score`")
-    command.add_argument("-o", "--output", metavar="FILE.html", type=Path, required=True, help="the page")
-    command.add_argument("--csv", metavar="FILE.csv", type=Path, help="write the rows as CSV, too")
+    command.add_argument("folders", metavar="DIR", nargs="+", type=local_path, help="folders of `run` and `score`")
+    command.add_argument("-o", "--output", metavar="FILE.html", type=local_path, required=True, help="the page")
+    command.add_argument("--csv", metavar="FILE.csv", type=local_path, help="write the rows as CSV, too")
+    add_overwrite(command)
 
     command = add_command(parts, "doctor", _doctor, "list which features are available", DOCTOR)
     _weights(command)
 
 
 def _measures(command: argparse.ArgumentParser, default: str | None, reference: str) -> None:
-    command.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="folder to write")
-    command.add_argument("--ref", default=default, required=default is None, metavar="REF", help=reference)
+    command.add_argument("-o", "--output", metavar="OUT", type=local_path, required=True, help="folder to write")
+    add_overwrite(command)
+    command.add_argument(
+        "--ref", default=default, required=default is None, metavar="REF", type=expanded, help=reference
+    )
     command.add_argument(
         "--metrics",
         type=_words,
         metavar="NAME,...",
         help="besides the distance: kid, paired, prdc, vendi, diversity, cmmd, pixels, lpips (default: kid,paired)",
     )
-    command.add_argument("--clip", metavar="MODEL", help="folder or hub id for the CLIP score (default: no score)")
+    command.add_argument(
+        "--clip", metavar="MODEL", type=expanded, help="folder or hub id for the CLIP score (default: no score)"
+    )
     command.add_argument("--strict", action="store_true", help="exit with status 4 if a row is not comparable")
     _features(command)
 
@@ -162,8 +178,8 @@ def _features(command: argparse.ArgumentParser) -> None:
         choices=("clean", "torchmetrics", "pytorch-fid", "tf1"),
         help="resizing for Inception (default: the protocol's)",
     )
-    command.add_argument("--eval-res", type=int, metavar="PX", help="crop and resize all images to this size first")
-    command.add_argument("--feature-batch", type=int, default=64, metavar="B", help="(default: 64)")
+    command.add_argument("--eval-res", type=whole(), metavar="PX", help="crop and resize all images to this size first")
+    command.add_argument("--feature-batch", type=whole(), default=64, metavar="B", help="(default: 64)")
     command.add_argument("--feature-dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: fp32)")
     command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the first accelerator, or the CPU)")
     command.add_argument("--allow-unknown-weights", action="store_true", help="accept other Inception weights, as `fd`")
@@ -171,24 +187,17 @@ def _features(command: argparse.ArgumentParser) -> None:
 
 
 def _weights(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--inception-weights", metavar="PATH", help="Inception file, ported from TensorFlow")
-    command.add_argument("--clip-weights", metavar="PATH", help="CLIP folder for `clip-...` features")
-    command.add_argument("--dinov2-weights", metavar="PATH", help="DINOv2 folder for `dinov2-...` features")
+    command.add_argument(
+        "--inception-weights", metavar="PATH", type=expanded, help="Inception file, ported from TensorFlow"
+    )
+    command.add_argument("--clip-weights", metavar="PATH", type=expanded, help="CLIP folder for `clip-...` features")
+    command.add_argument(
+        "--dinov2-weights", metavar="PATH", type=expanded, help="DINOv2 folder for `dinov2-...` features"
+    )
 
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _whole(text: str) -> tuple[int, ...]:
-    counts = tuple(int(part) for part in _words(text))
-    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected different numbers of steps, such as 1,2,4")
-    return counts
-
-
-def _real(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in _words(text))
 
 
 def _chosen(args: argparse.Namespace) -> dict[str, Any]:
@@ -214,6 +223,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.evaluation.run import evaluate
     from stepdistill.evaluation.spec import EvalRun
 
+    _open(args, [args.teacher, *args.students])
     names = ("teacher", "family", "prompts", "num", "steps", "guidance", "teacher_steps", "teacher_guidance", "seed")
     more = ("reference_seed", "batch", "dtype", "save_images", "columns", "latency", "export")
     given = {name: getattr(args, name) for name in (*names, *more)}
@@ -224,7 +234,16 @@ def _score(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.evaluation.run import score_images
     from stepdistill.evaluation.spec import EvalSpec
 
+    _open(args, args.images)
     _print_rows(score_images(args.images, EvalSpec(**_measured(args, ("kid",))), args.prompts), args)
+
+
+def _open(args: argparse.Namespace, places: Sequence[Path | str]) -> None:
+    """Check the output folder; the first process removes an earlier evaluation from it, if asked to."""
+    from stepdistill.evaluation.store import open_evaluation
+
+    inputs = [place for place in (*places, args.ref, args.prompts, args.clip) if place is not None]
+    open_evaluation(args.output, inputs, args.overwrite and is_first_process())
 
 
 def _print_rows(results: dict[str, Any], args: argparse.Namespace) -> None:
@@ -243,16 +262,25 @@ def _print_rows(results: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def _ref(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.evaluation.metrics.stats import STATS_MARK
     from stepdistill.evaluation.run import write_statistics
     from stepdistill.evaluation.spec import EvalSpec
+    from stepdistill.evaluation.store import FACTS
 
-    write_statistics(args.images, EvalSpec(output_dir=args.output.with_suffix(".work"), **_chosen(args)), args.output)
+    work = args.output.with_suffix(".work")
+    check_output_file(args.output, [args.images], args.overwrite, STATS_MARK)
+    check_output_tree(work, ["*"], [args.images], (work / FACTS).exists(), overwrite=True)
+    write_statistics(args.images, EvalSpec(output_dir=work, **_chosen(args)), args.output)
     print(args.output)
 
 
 def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.evaluation.report.table import CSV_MARK
     from stepdistill.evaluation.run import compare_evaluations
 
+    check_output_file(args.output, args.folders, args.overwrite)
+    if args.csv:
+        check_output_file(args.csv, args.folders, args.overwrite, CSV_MARK)
     for line in compare_evaluations(args.folders, args.output, args.csv):
         print(f"in separate columns, because the rows differ in {line}")
     print(args.output)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from stepdistill.cli.dialect import add_command
+from stepdistill.cli.dialect import add_command, add_overwrite, local_path, real, seed, several, whole
+from stepdistill.core.errors import ConfigError, OutputError, problem
+from stepdistill.core.outputs import MARK, check_output_file, expanded, is_marked
 
 GENERATE = """\
 Loads the base model into a plain Diffusers pipeline, then the student, and generates images with the student's
 scheduler, noise levels and guidance. Image n has the seed SEED + n. It is the image that the card's code generates
 with `torch.manual_seed(SEED + n)`, for any --batch. Writes 00000.png and so on to OUT, and images.jsonl with the prompt
-and the seed of each image. Names the images that the base model's safety checker flagged, which are black. Prints a
-warning for steps that the student was not trained for. A negative prompt is applied by guidance if the student uses
-guidance, otherwise inside attention (NASA or NAG).
+and the seed of each image. --overwrite replaces all images that an earlier command left in OUT, and nothing else.
+Names the images that the base model's safety checker flagged, which are black. Prints a warning for steps that the
+student was not trained for. A negative prompt is applied by guidance if the student uses guidance, otherwise inside
+attention (NASA or NAG).
 
 examples:
   stepdistill generate runs/quickstart "cat face" rose --grid sheet.png
@@ -29,30 +33,39 @@ examples:
 def add_generate_command(commands: Any) -> None:  # noqa: ANN401
     """Declare the command in a group of subparsers."""
     command = add_command(commands, "generate", _generate, "generate images with a student", GENERATE)
-    command.add_argument("student", metavar="STUDENT", help="student folder or hub id")
+    command.add_argument("student", metavar="STUDENT", type=expanded, help="student folder or hub id")
     command.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to generate")
-    command.add_argument("--prompts-file", metavar="FILE", type=Path, help="further prompts: .txt, .jsonl or .csv")
-    command.add_argument("-o", "--output", metavar="OUT", type=Path, default=Path("images"), help="(default: images)")
-    command.add_argument("--grid", metavar="FILE", type=Path, help="all images on one sheet, a column for each prompt")
-    command.add_argument("--seed", type=int, default=0, help="seed of the first image (default: 0)")
-    command.add_argument("--num-images-per-prompt", type=int, default=1, metavar="N", help="(default: 1)")
-    command.add_argument("--batch", type=int, default=4, metavar="N", help="batch size (default: 4)")
-    steps = command.add_mutually_exclusive_group()
-    steps.add_argument("--steps", type=int, metavar="N", help="number of sampling steps")
-    steps.add_argument("--timesteps", type=_numbers, metavar="T,...", help="timestep of each step, descending")
-    steps.add_argument("--sigmas", type=_numbers, metavar="S,...", help="noise level of each step, descending")
     command.add_argument(
-        "--guidance-scale", type=float, metavar="W", help="uncond + W (cond - uncond); 1 disables guidance"
+        "--prompts-file", metavar="FILE", type=local_path, help="further prompts: .txt, .jsonl or .csv"
+    )
+    command.add_argument("-o", "--output", metavar="OUT", type=local_path, default="images", help="(default: images)")
+    command.add_argument(
+        "--grid", metavar="FILE", type=local_path, help="all images on one sheet, a column for each prompt"
+    )
+    add_overwrite(command)
+    command.add_argument("--seed", type=seed, default=0, help="seed of the first image (default: 0)")
+    command.add_argument("--num-images-per-prompt", type=whole(), default=1, metavar="N", help="(default: 1)")
+    command.add_argument("--batch", type=whole(), default=4, metavar="N", help="batch size (default: 4)")
+    steps = command.add_mutually_exclusive_group()
+    steps.add_argument("--steps", type=whole(), metavar="N", help="number of sampling steps")
+    steps.add_argument("--timesteps", type=several(real(0)), metavar="T,...", help="timestep of each step, descending")
+    steps.add_argument("--sigmas", type=several(real(0)), metavar="S,...", help="noise level of each step, descending")
+    command.add_argument(
+        "--guidance-scale", type=real(), metavar="W", help="uncond + W (cond - uncond); 1 disables guidance"
     )
     command.add_argument("--negative-prompt", metavar="TEXT", help="what images should not show")
-    command.add_argument("--negative-scale", type=float, metavar="A", help="negative prompt strength without guidance")
+    command.add_argument("--negative-scale", type=real(), metavar="A", help="negative prompt strength without guidance")
     command.add_argument("--negative-mode", choices=("nasa", "nag"), default="nasa", help="(default: nasa)")
-    command.add_argument("--eta", type=float, help="fresh noise in each step, from 0 to 1")
-    command.add_argument("--height", type=int, metavar="PIXELS", help="(default: the student's)")
-    command.add_argument("--width", type=int, metavar="PIXELS", help="(default: the student's)")
-    command.add_argument("--base-steps", type=int, metavar="N", help="first steps by the base model, for diversity")
-    command.add_argument("--base", metavar="PLACE", help="another checkpoint of the base (default: the contract's)")
-    command.add_argument("--strength", type=float, help="strength of the student's LoRA (default: the contract's)")
+    command.add_argument("--eta", type=real(0, 1), help="fresh noise in each step, from 0 to 1")
+    command.add_argument("--height", type=whole(), metavar="PIXELS", help="(default: the student's)")
+    command.add_argument("--width", type=whole(), metavar="PIXELS", help="(default: the student's)")
+    command.add_argument(
+        "--base-steps", type=whole(0), metavar="N", help="first steps by the base model, for diversity"
+    )
+    command.add_argument(
+        "--base", metavar="PLACE", type=expanded, help="another checkpoint of the base (default: the contract's)"
+    )
+    command.add_argument("--strength", type=real(), help="strength of the student's LoRA (default: the contract's)")
     command.add_argument(
         "--lora",
         metavar="PLACE[:STRENGTH]",
@@ -66,23 +79,19 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 without cuda)")
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
-
-
 def _weighed(text: str) -> tuple[str, float]:
     """A place and a strength, by default 1."""
     place, colon, strength = text.rpartition(":")
     try:
-        return (place, float(strength)) if colon else (text, 1.0)
-    except ValueError:
-        return text, 1.0
+        return (expanded(place), real()(strength)) if colon else (expanded(text), 1.0)
+    except argparse.ArgumentTypeError:
+        return expanded(text), 1.0
 
 
 def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     import torch
 
-    from stepdistill.core.errors import ConfigError, problem
+    from stepdistill.core.devices import usable_device
     from stepdistill.evaluation.records import prompt_of, read_records
     from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
 
@@ -92,37 +101,61 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     if not prompts:
         todo = "write prompts after STUDENT, or pass --prompts-file"
         raise ConfigError(problem("no prompt", "at least one", "there is nothing to generate", todo))
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    stale = _check_outputs(args, len(prompts) * args.num_images_per_prompt)
+    device = usable_device(args.device)
     student = StudentPipeline.load(args.student, args.base, device, args.strength, args.lora, args.fuse)
-    usual = "float32" if device == "cpu" or student.contract is None else student.contract.dtype
+    usual = "float32" if device.type == "cpu" or student.contract is None else student.contract.dtype
     if (args.dtype or usual) != "float32":
         student.pipe.to(getattr(torch, args.dtype or usual))
     names = ("steps", "timesteps", "sigmas", "guidance_scale", "eta", "height", "width")
     call = student.call(DrawOptions(**{name: getattr(args, name) for name in names}))
     repeated = [prompt for prompt in prompts for _ in range(args.num_images_per_prompt)]
-    _draw(student, repeated, args, call)
+    _draw(student, repeated, args, call, stale)
 
 
-def _draw(student: Any, prompts: list[str], args: argparse.Namespace, call: Any) -> None:  # noqa: ANN401
+def _check_outputs(args: argparse.Namespace, count: int) -> list[Path]:
+    """The images of an earlier command, which go. Raises OutputError where what is there must stay."""
+    from stepdistill.students.draw.sheet import check_image_file
+
+    places = (args.student, args.base, args.prompts_file, *(place for place, _ in args.lora))
+    inputs = [place for place in places if place is not None]
+    written = [args.output / f"{n:05d}.png" for n in range(count)]
+    stale = [
+        file for file in sorted(args.output.glob("*.png")) if re.fullmatch(r"\d{5,}", file.stem) and is_marked(file)
+    ]
+    for file in dict.fromkeys([*written, *stale, args.output / "images.jsonl"]):
+        check_output_file(file, inputs, args.overwrite)
+    if args.grid:
+        check_image_file(args.grid, inputs, args.overwrite)
+        if args.grid.absolute() in [file.absolute() for file in written]:
+            why = "an image has that name"
+            raise OutputError(problem(f"--grid {args.grid}", "another file", why, "name another"))
+    return stale
+
+
+def _draw(student: Any, prompts: list[str], args: argparse.Namespace, call: Any, stale: list[Path]) -> None:  # noqa: ANN401
     from tqdm.auto import tqdm
 
     from stepdistill.core.cost import count_calls
     from stepdistill.students.draw.base_first import base_first
+    from stepdistill.students.draw.sheet import save_image
 
     args.output.mkdir(parents=True, exist_ok=True)
     seeds, images_of_grid, lines, began = [args.seed + n for n in range(len(prompts))], [], [], time.perf_counter()
     against = student.against(args.negative_prompt, call, args.negative_scale, args.negative_mode)
     mixed = nullcontext() if args.base_steps is None else base_first(student.pipe, args.base_steps)
     with count_calls(student.family.network(student.pipe)) as cost, against as call, mixed:
+        for file in stale:
+            file.unlink()
         images = tqdm(student.draw(prompts, seeds, call, args.batch), total=len(prompts), desc="Images")
         for n, (image, flagged) in enumerate(images):
-            image.save(args.output / f"{n:05d}.png")
-            line = {"file": f"{n:05d}.png", "prompt": prompts[n], "seed": seeds[n]}
+            save_image(image, args.output / f"{n:05d}.png")
+            line = {"file": f"{n:05d}.png", "prompt": prompts[n], "seed": seeds[n], "software": MARK.decode()}
             lines.append(line | {"flagged": True} if flagged else line)
             images_of_grid += [image] if args.grid else []
     (args.output / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if args.grid:
-        _sheet(images_of_grid, prompts, args.num_images_per_prompt).save(args.grid)
+        save_image(_sheet(images_of_grid, prompts, args.num_images_per_prompt), args.grid)
     seconds = time.perf_counter() - began
     print(f"{args.output}: {len(prompts)} images, {cost.calls} calls of the network, {seconds:.1f} s")
     if flagged := [line["file"] for line in lines if "flagged" in line]:

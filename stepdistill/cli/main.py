@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -14,12 +15,15 @@ from stepdistill.cli.train import add_run_commands
 from stepdistill.cli.view import add_view_command
 from stepdistill.core.errors import MissingWeights, StepdistillError
 
+# what is wrong with a disk, and not with this program
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command.
 
-    An error that the user can correct is printed without a traceback. The exit status is then 2, or 3 if weights are
-    missing that no others can replace.
+    An error that the user can correct is printed without a traceback, and so is one of the disk. The exit status is
+    then 2, or 3 if weights are missing that no others can replace.
     """
     parser, (words, wrong) = _parser(), spelled(sys.argv[1:] if argv is None else argv)
     if wrong:
@@ -33,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except StepdistillError as error:
         print(f"stepdistill: {error}", file=sys.stderr)
         raise SystemExit(3 if isinstance(error, MissingWeights) else 2) from None
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        print(f"stepdistill: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import pkgutil
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from stepdistill import families, methods
-from stepdistill.cli.dialect import Run, add_command
+from stepdistill.cli.dialect import Run, add_command, add_overwrite, is_first_process, local_path
 from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.outputs import check_output_file, expanded
 
 # modules without a class for a config
-SHARED = ("base", "unet", "vp", "flow", "pixart", "schedulers", "prompt_limits", "lazy_pipeline")
+SHARED = ("base", "unet", "vp", "flow", "pixart", "schedulers", "prompt_limits", "lazy_pipeline", "location")
 
 TRAIN = """\
 Overrides follow CONFIG and replace its values:
@@ -106,15 +105,20 @@ def add_run_commands(commands: Any) -> None:  # noqa: ANN401
     _with_config(commands, "precompute", _precompute, "encode prompts and images before training", PRECOMPUTE)
 
     command = add_command(commands, "doctor", _doctor, "report problems of a training run", DOCTOR)
-    command.add_argument("folder", metavar="RUN", type=Path, help="the output_dir of a run")
-    command.add_argument("--reference", metavar="FILE", type=Path, help="curve to compare with (default: the recipe's)")
-    command.add_argument("--save-curve", metavar="FILE", type=Path, help="write the run's curve instead of a report")
+    command.add_argument("folder", metavar="RUN", type=local_path, help="the output_dir of a run")
+    command.add_argument(
+        "--reference", metavar="FILE", type=local_path, help="curve to compare with (default: the recipe's)"
+    )
+    command.add_argument(
+        "--save-curve", metavar="FILE", type=local_path, help="write the run's curve instead of a report"
+    )
+    add_overwrite(command)
 
 
 def _with_config(group: Any, name: str, run: Run, summary: str, epilog: str) -> argparse.ArgumentParser:  # noqa: ANN401
     command = add_command(group, name, run, summary, epilog)
     command.usage = f"{command.prog} CONFIG [key=value | --key value]..."
-    command.add_argument("config", metavar="CONFIG", help="YAML file; `stepdistill init` writes one")
+    command.add_argument("config", metavar="CONFIG", type=expanded, help="YAML file; `stepdistill init` writes one")
     return command
 
 
@@ -132,7 +136,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     run = load_config(Run, args.config, overrides)
     if not args.dry_run:
         distill(run)
-    elif _first_process():
+    elif is_first_process():
         print(config_to_yaml(run), dry_run(run), sep="\n")
 
 
@@ -184,18 +188,13 @@ def _make(args: argparse.Namespace, overrides: list[str]) -> None:
     session.accelerator.end_training()
 
 
-def _first_process() -> bool:
-    """Whether this is the first, or the only, process of a launcher."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _precompute(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.config.load import load_config
     from stepdistill.training.cache.precompute import precompute
     from stepdistill.training.recipe import Run
 
     summary = precompute(load_config(Run, args.config, overrides))
-    if _first_process():
+    if is_first_process():
         print(summary)
 
 
@@ -203,6 +202,7 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.training.watch.doctor import examine, save_curve
 
     if args.save_curve:
+        check_output_file(args.save_curve, [args.folder], args.overwrite)
         save_curve(args.folder, args.save_curve)
         return
     report, healthy = examine(args.folder, args.reference)

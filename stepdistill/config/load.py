@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 from annotated_types import Ge, Le
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from stepdistill.config.schema import (
@@ -30,12 +30,14 @@ from stepdistill.config.schema import (
     describe,
     fields,
     is_structure,
+    is_text,
     leaves,
     nearest,
     pick,
     structures,
 )
 from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.outputs import expanded
 
 T = TypeVar("T")
 
@@ -83,7 +85,7 @@ def _read(path: Path | str | None) -> DictConfig:
         tree = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(problem(f"config {path}", "a YAML file", str(error), "check the path")) from error
-    except YAMLError as error:
+    except (YAMLError, ValueError, RecursionError) as error:  # a number of thousands of digits, a list in itself
         raise ConfigError(f"{path} is not YAML: {error}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_interpolation(error)}") from error
@@ -154,14 +156,14 @@ def _path(name: str, known: Mapping[str, Hint], problems: list[str]) -> str | No
 def _set(tree: DictConfig, key: str, text: str, hint: Hint, problems: list[str]) -> None:
     """Set one path. Where only text fits, it is taken as it stands; else it is read as YAML."""
     members = arms(hint)
-    words = all(arm in (str, Path, NoneType) or _is_words(arm) for arm in members)
+    words = all(arm in (Path, NoneType) or is_text(arm) or _is_words(arm) for arm in members)
     try:
         if not words or (text == "null" and NoneType in members):
             OmegaConf.update(tree, key, _plain(OmegaConf.from_dotlist([f"value={text}"]))["value"])
         else:
             OmegaConf.update(tree, key, text)
-    except (OmegaConfBaseException, YAMLError) as error:
-        problems.append(f"{key}: got {text!r}, which does not parse: {' '.join(str(error).split())}")
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+        problems.append(f"{key}: got {text[:200]!r}, which does not parse: {' '.join(str(error).split())}")
 
 
 def _is_words(arm: Hint) -> bool:
@@ -225,6 +227,9 @@ def _value(hint: Hint, node: Value, path: str, log: _Log) -> Value:
         # strict as JSON: a list may be a tuple and text a path, but nothing becomes a number by accident
         adapter = TypeAdapter(_readable(Union[tuple(plain)]))  # noqa: UP007
         return adapter.validate_json(json.dumps(node), strict=True)
+    except TypeError:  # bytes and dates of YAML, which no field takes
+        log.problems.append(f"{path}: got {node!r} ({type(node).__name__}), expected {describe(hint)}")
+        return None
     except ValidationError as error:
         log.problems.append(f"{path}: {_mismatch(node, hint, error)}")
         return None
@@ -238,7 +243,7 @@ def _mismatch(node: Value, hint: Hint, error: ValidationError) -> str:
             said.append(f"[{place[-1]}] {message}")
         elif not message.startswith("Input should be a valid"):
             said.append(message)
-    if isinstance(node, int | float) and any(arm is str or _is_words(arm) for arm in arms(hint)):
+    if isinstance(node, int | float) and any(is_text(arm) or _is_words(arm) for arm in arms(hint)):
         said.append("put text in quotes")
     if isinstance(node, str) and any(get_origin(arm) in (list, tuple) for arm in arms(hint)):
         said.append(f"write a list: [{node}]")
@@ -253,9 +258,11 @@ def _readable(hint: Hint) -> Hint:
     """The annotation that also takes numbers as people write them: "1e-4" for a float, 1e5 for an int."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is float:
-        return Annotated[float, BeforeValidator(_real)]
+        return Annotated[float, BeforeValidator(_real), AllowInfNan(False)]
     if hint is int:  # no larger than a length or an index may be
         return Annotated[int, BeforeValidator(_whole), Ge(-sys.maxsize), Le(sys.maxsize)]
+    if hint is Path:
+        return Annotated[Path, AfterValidator(lambda path: Path(expanded(str(path))))]
     if origin is None or origin is Literal or str in args:  # beside str, text stays text
         return hint
     if origin is Annotated:

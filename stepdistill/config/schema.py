@@ -79,6 +79,11 @@ def arms(hint: Hint) -> list[Hint]:
     return [inner] if is_structure(inner) else [hint]
 
 
+def is_text(hint: Hint) -> bool:
+    """Whether an annotation takes any text."""
+    return get_args(hint)[0] is str if get_origin(hint) is Annotated else hint is str
+
+
 def describe(hint: Hint) -> str:
     """An annotation as text for an error message."""
     origin, args = get_origin(hint), get_args(hint)

@@ -11,6 +11,10 @@ class ConfigError(StepdistillError, ValueError):
     """A config that cannot be built; its message lists every problem by path."""
 
 
+class OutputError(StepdistillError):
+    """An output that cannot be written, or that would replace an input or what this tool did not write."""
+
+
 class DataError(StepdistillError):
     """A data source that is missing, empty, broken or not what the method needs."""
 

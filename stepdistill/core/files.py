@@ -13,6 +13,8 @@ from typing import IO
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stepdistill.core.outputs import MARK
+
 BLOCK = 2**20
 
 
@@ -24,19 +26,19 @@ def written_whole(path: Path, part: Path | None = None) -> Iterator[Path]:
 
     Args:
         path: the file or folder; missing parents are created.
-        part: temporary path on the same disk; None takes `path` with the suffix `.part`. Pass another one if several
+        part: temporary path on the same disk; None takes `path` with a suffix of its own. Pass another one if several
             processes write `path` at once.
     """
-    part = part or path.with_name(f"{path.name}.part")
+    part = part or path.with_name(f"{path.name}.stepdistill.part")  # a browser's downloads end in .part
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(part)
+    remove(part)
     try:
         yield part
         if part.is_dir():  # a folder cannot be renamed onto one that holds anything
-            _remove(path)
+            remove(path)
         part.replace(path)
     except BaseException:
-        _remove(part)
+        remove(part)
         raise
 
 
@@ -48,7 +50,7 @@ def write_text(path: Path, text: str, part: Path | None = None) -> None:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file with sorted metadata, so that equal contents give equal bytes."""
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, metadata | {"generator": MARK.decode()})
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -59,7 +61,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         file.write(text.ljust(size))
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a file or folder, if it is there and as far as the disk allows."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)

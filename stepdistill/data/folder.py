@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO
 
+from stepdistill.config.kinds import Place
 from stepdistill.core.errors import DataError, problem
 from stepdistill.data.captions import as_captions, read_table, read_text, require_columns
 from stepdistill.data.image_files import IMAGE_SUFFIXES, ImageFiles, images_below, left_out_lines, say_left_out
@@ -31,7 +32,7 @@ class ImageFolder(ImageSource):
             caption of `cat.jpg`.
     """
 
-    train_data_dir: str
+    train_data_dir: Place
 
     @cached_property
     def _captioned(self) -> list[tuple[str, tuple[str, ...]]]:

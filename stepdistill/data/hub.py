@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from stepdistill.config.kinds import Place
 from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample
 from stepdistill.data.captions import as_captions, require_columns
@@ -32,7 +33,7 @@ class HubDataset(ImageSource):
         image_column: column of the images: a `datasets.Image`, or encoded bytes.
     """
 
-    dataset_name: str
+    dataset_name: Place
     dataset_config_name: str | None = None
     split: str = "train"
     image_column: str = "image"

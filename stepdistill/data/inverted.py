@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stepdistill.config.kinds import Count, Seed
 from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import BadSample, Sample
@@ -43,9 +44,9 @@ class InvertedImages(TeacherMade):
     title: ClassVar[str] = "Inverted images"
     stored: ClassVar[str] = "inverted.json"
     source: ImageSource
-    count: int = 2048
-    num_inference_steps: int = 125
-    seed: int = 0
+    count: Count = 2048
+    num_inference_steps: Count = 125
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.source.aspect_buckets:

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from safetensors import SafetensorError, safe_open
 
+from stepdistill.config.kinds import Place
 from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample, Sample, Source
 from stepdistill.data.captions import as_captions, read_text
@@ -30,7 +31,7 @@ class Latents(Source):
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "latents"})
-    folder: str
+    folder: Place
 
     @cached_property
     def shape(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stepdistill.config.kinds import Count, Place
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.files import written_whole
 from stepdistill.core.progress import progress
@@ -63,8 +64,8 @@ class TeacherMade(Source):
     title: ClassVar[str]
     stored: ClassVar[str]  # the file of the facts
     source: Source
-    folder: str
-    count: int
+    folder: Place
+    count: Count
 
     @abstractmethod
     def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from stepdistill.config.kinds import Place
 from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.data.base import BadSample, Sample, Wrapper
 from stepdistill.data.captions import read_text
@@ -52,7 +53,7 @@ class Partition(Wrapper):
     student: int = 0
     by: Literal["class", "cluster", "file"] = "cluster"
     classes: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
+    files: tuple[Place, ...] = ()
 
     def __post_init__(self) -> None:
         count, k, files = self.students, self.student, len(self.files)

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
+from stepdistill.config.kinds import Place
 from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import Sample, Source
 from stepdistill.data.captions import as_captions, read_table, read_text, require_columns
@@ -26,7 +27,7 @@ class Prompts(Source):
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts"})
-    prompts_file: str | None = None
+    prompts_file: Place | None = None
     prompts: tuple[str, ...] = ()
     caption_column: str = "text"
 

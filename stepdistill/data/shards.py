@@ -17,6 +17,7 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
+from stepdistill.config.kinds import Place
 from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample
 from stepdistill.data.captions import as_captions, require_columns
@@ -46,7 +47,7 @@ class Shards(ImageSource):
         caption_column: key of the caption in a `.json` member.
     """
 
-    train_shards_path_or_url: str
+    train_shards_path_or_url: Place
 
     @cached_property
     def _shards(self) -> list[tuple[Path, ShardIndex]]:

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from stepdistill.config.kinds import Amount, Count, Seed
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import Sample
 from stepdistill.data.made import TeacherCalls, TeacherMade
@@ -38,10 +39,10 @@ class TeacherSamples(TeacherMade):
     chunk: ClassVar[int] = 64
     title: ClassVar[str] = "Teacher samples"
     stored: ClassVar[str] = "samples.json"
-    count: int = 2048
-    num_inference_steps: int = 25
-    guidance_scale: float = 7.5
-    seed: int = 0
+    count: Count = 2048
+    num_inference_steps: Count = 25
+    guidance_scale: Amount = 7.5
+    seed: Seed = 0
 
     def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:
         """What every sample depends on; not their number, which may grow and shrink."""

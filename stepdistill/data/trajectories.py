@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stepdistill.config.kinds import Amount, Count, Seed
 from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import GuidedState, Sample
@@ -42,12 +43,12 @@ class Trajectories(TeacherMade):
     chunk: ClassVar[int] = 16
     title: ClassVar[str] = "Guided trajectories"
     stored: ClassVar[str] = "trajectories.json"
-    count: int = 512
-    num_inference_steps: int = 50
+    count: Count = 512
+    num_inference_steps: Count = 50
     kept_steps: int = 10
-    guidance_range: tuple[float, float] = (1.0, 12.0)
+    guidance_range: tuple[Amount, Amount] = (1.0, 12.0)
     guidance_hole: tuple[float, float] | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         (low, high), hole = self.guidance_range, self.guidance_hole

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL
 
+from stepdistill.core.devices import usable_device
 from stepdistill.core.distributed import check_plugins
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.core.files import write_text
@@ -193,17 +194,11 @@ def enough(n: int, where: str) -> None:
 def joined(spec: EvalSpec) -> tuple[PartialState, torch.device]:
     """This process among those that a launcher started, and where it computes.
 
-    One process may have more to draw than another: they wait long. Raises EvaluationError, and ConfigError for a
-    launcher's plugins.
+    One process may have more to draw than another: they wait long. Raises ConfigError.
     """
     check_plugins()
     state = PartialState(cpu=spec.device == "cpu", timeout=timedelta(days=1))
-    try:
-        device = torch.device(spec.device or state.device or "cpu")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why, todo = str(error).splitlines()[0], "choose another, or remove the option"
-        raise EvaluationError(problem(f"device {spec.device}", "an available device", why, todo)) from error
+    device = usable_device(spec.device, state.device)
     return state, device
 
 

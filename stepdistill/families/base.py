@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
+from stepdistill.config.kinds import Place
 from stepdistill.config.schema import Factory, locate
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
@@ -53,16 +55,17 @@ class Family(ABC):
     """
 
     network_name: ClassVar[str]
+    multiple: ClassVar[int] = 8  # the pipeline asks for sides in pixels that are multiples of it
     shifts_latents: ClassVar[bool] = False  # whether the pipeline subtracts its autoencoder's `shift_factor`
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     seeds_steps: ClassVar[bool] = True  # whether the pipeline hands its generator on to the scheduler
     filters: ClassVar[tuple[str, ...]] = ()  # parts of the pipeline that change a finished image
 
-    pretrained_teacher_model: str
+    pretrained_teacher_model: Place
     revision: str | None = None
     variant: str | None = None
-    single_file_config: str | None = None
-    teacher_loras: tuple[str, ...] = ()
+    single_file_config: Place | None = None
+    teacher_loras: tuple[Place, ...] = ()
     quantization: Factory | None = None
 
     def location(self) -> str:
@@ -167,22 +170,18 @@ class Family(ABC):
         return pipe.components[self.network_name].config["sample_size"] * pipe.vae_scale_factor
 
     def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of an image of `height` x `width` pixels."""
-        scale = pipe.vae_scale_factor
-        self.check_size(height, width, scale)
-        return (pipe.components[self.network_name].config["in_channels"], height // scale, width // scale)
+        """(C, H, W) of the latents of an image of `height` x `width` pixels. Raises ConfigError for other sizes."""
+        scale, config = pipe.vae_scale_factor, pipe.components[self.network_name].config
+        unit = scale * config.get("patch_size", 1)
+        self.check_size(height, width, math.lcm(self.multiple, unit), unit * config.get("pos_embed_max_size", 10**9))
+        return (config["in_channels"], height // scale, width // scale)
 
-    def check_size(self, height: int, width: int, unit: int) -> None:
-        """Raise ConfigError for images, in pixels, whose sides are no multiples of `unit`."""
-        if height % unit or width % unit:
-            raise ConfigError(
-                problem(
-                    f"images of {height} x {width} pixels",
-                    f"sides that are multiples of {unit}",
-                    f"one position of the network's input covers {unit} x {unit} pixels",
-                    f"choose a resolution that is a multiple of {unit}",
-                )
-            )
+    def check_size(self, height: int, width: int, unit: int, most: int) -> None:
+        """Raise ConfigError for images, in pixels, whose sides are no multiples of `unit` or longer than `most`."""
+        if height % unit or width % unit or max(height, width) > most:
+            got, why = f"images of {height} x {width} pixels", "the pipeline or its network refuses other sizes"
+            expected = f"sides that are multiples of {unit}" + (f", at most {most}" if most < 10**9 else "")
+            raise ConfigError(problem(got, expected, why, "choose another size"))
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) in the form of the pipeline's argument `latents`."""

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor, nn
 
+from stepdistill.config.kinds import Amount, Positive, Tokens
 from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import Rectified
 from stepdistill.families.flow import Flow
@@ -42,9 +43,9 @@ class Flux(Flow):
     shifts_latents: ClassVar[bool] = True
     seeds_steps: ClassVar[bool] = False
 
-    guidance_embedding: float = 3.5
-    max_sequence_length: int = 512
-    shift: float | None = None
+    guidance_embedding: Amount = 3.5
+    max_sequence_length: Tokens = 512
+    shift: Positive | None = None
 
     def arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self.max_sequence_length, "guidance_scale": self.guidance_embedding}
@@ -66,7 +67,7 @@ class Flux(Flow):
 
     def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
         scale = pipe.vae_scale_factor
-        self.check_size(height, width, 2 * scale)
+        self.check_size(height, width, 2 * scale, 10**9)
         return (pipe.transformer.config["in_channels"] // 4, height // scale, width // scale)
 
     def pack(self, latents: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from stepdistill.config.kinds import Count
 from stepdistill.core.denoise import Condition
 from stepdistill.families.vp import VariancePreserving
 from stepdistill.networks.layers import attentions, halfway, named, rebuilt
@@ -34,7 +35,7 @@ class PixArt(VariancePreserving):
 
     network_name: ClassVar[str] = "transformer"
 
-    max_sequence_length: int
+    max_sequence_length: Count
 
     @property
     @abstractmethod

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 
+from stepdistill.config.kinds import Count
 from stepdistill.families.pixart import PixArt
 
 
@@ -21,4 +22,4 @@ class PixArtAlpha(PixArt):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = PixArtAlphaPipeline
     takes_size = True  # pyright: ignore[reportAssignmentType]
 
-    max_sequence_length: int = 120
+    max_sequence_length: Count = 120

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from diffusers import DiffusionPipeline, PixArtSigmaPipeline
 
+from stepdistill.config.kinds import Count
 from stepdistill.families.pixart import PixArt
 
 
@@ -21,4 +22,4 @@ class PixArtSigma(PixArt):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = PixArtSigmaPipeline
     takes_size = False  # pyright: ignore[reportAssignmentType]
 
-    max_sequence_length: int = 300
+    max_sequence_length: Count = 300

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, SanaPipeline
 from torch import Tensor, nn
 
+from stepdistill.config.kinds import Count
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.prediction import Kind
@@ -38,9 +39,10 @@ class Sana(Flow):
         human_instruction: whether the pipeline's `complex_human_instruction` precedes every prompt, as in training.
     """
 
+    multiple: ClassVar[int] = 32
     pipeline_class: ClassVar[type[DiffusionPipeline]] = SanaPipeline
 
-    max_sequence_length: int = 300
+    max_sequence_length: Count = 300
     human_instruction: bool = True
 
     def arguments(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
+from stepdistill.config.kinds import Tokens
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.schedule import Rectified
@@ -43,7 +44,7 @@ class StableDiffusion3(Flow):
     shifts_latents: ClassVar[bool] = True
     seeds_steps: ClassVar[bool] = False
 
-    max_sequence_length: int = 256
+    max_sequence_length: Tokens = 256
 
     def arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self.max_sequence_length}

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from stepdistill.config.kinds import Count
 from stepdistill.core.denoise import SCALE
 from stepdistill.core.losses import distance
 from stepdistill.core.schedule import NoiseSchedule
@@ -55,7 +56,7 @@ class AdapterGuidance(Method):
     width: int = 320
     guidance_range: tuple[float, float] = (1.0, 12.0)
     sampling_guidance_scale: float = 7.5
-    num_inference_steps: int = 50
+    num_inference_steps: Count = 50
 
     def __post_init__(self) -> None:
         low, high = self.guidance_range

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from stepdistill.config.kinds import Decay
 from stepdistill.core.denoise import Condition, RoleDenoise
 from stepdistill.core.random import step_generator
 from stepdistill.core.schedule import NoiseSchedule
@@ -176,7 +177,7 @@ class Averaged(Method):
             itself.
     """
 
-    ema_decay: float | None = 0.99
+    ema_decay: Decay | None = 0.99
 
     @property
     def average(self) -> dict[str, Role]:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepdistill.config.kinds import Amount, Count, Decay
 from stepdistill.core.denoise import guided
 from stepdistill.core.losses import Distance, distance
 from stepdistill.core.prediction import Estimate
@@ -74,16 +75,16 @@ class Consistency(Averaged):
 
     end: Literal["clean", "any", "edge"] = "clean"
     segments: tuple[int, ...] = (1,)
-    stage_steps: int | None = None
-    num_ddim_timesteps: int = 50
-    guidance_scale: float | tuple[float, float] = 7.5
-    sampling_guidance_scale: float = 1.0
+    stage_steps: Count | None = None
+    num_ddim_timesteps: Count = 50
+    guidance_scale: Amount | tuple[Amount, Amount] = 7.5
+    sampling_guidance_scale: Amount = 1.0
     loss_type: Distance = "huber"
-    huber_c: float = 1e-3
-    ema_decay: float | None = 0.95
+    huber_c: Amount = 1e-3
+    ema_decay: Decay | None = 0.95
     target: Literal["student", "ema"] = "student"
     eta: float = 0.3
-    num_inference_steps: int = 4
+    num_inference_steps: Count = 4
 
     def __post_init__(self) -> None:
         n = self.num_ddim_timesteps

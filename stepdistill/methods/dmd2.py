@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stepdistill.config.kinds import Amount, Count, Whole
 from stepdistill.core.denoise import RoleDenoise, guided
 from stepdistill.core.losses import (
     Adversarial,
@@ -97,12 +98,12 @@ class DMD2(Averaged):
         gan: adversarial term, which needs images; none trains on prompts alone.
     """
 
-    num_inference_steps: int = 4
-    timesteps: tuple[float, ...] | None = None
+    num_inference_steps: Count = 4
+    timesteps: tuple[Amount, ...] | None = None
     eta: float = 1.0
-    guidance_scale: float = 7.5
+    guidance_scale: Amount = 7.5
     critic_steps: int = 5
-    warmup_steps: int = 0
+    warmup_steps: Whole = 0
     t_range: tuple[float, float] = (20.0, 980.0)
     gan: Gan | None = None
 

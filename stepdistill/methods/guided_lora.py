@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from stepdistill.config.kinds import Amount, Count
 from stepdistill.core.denoise import guided
 from stepdistill.core.losses import distance
 from stepdistill.core.schedule import NoiseSchedule
@@ -38,9 +39,9 @@ class GuidedLora(Method):
         num_inference_steps: default number of sampling steps, stored in the contract.
     """
 
-    guidance_scale: float = 7.5
+    guidance_scale: Amount = 7.5
     states: Literal["noised", "trajectories"] = "noised"
-    num_inference_steps: int = 25
+    num_inference_steps: Count = 25
 
     @property
     def needs(self) -> frozenset[str]:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from stepdistill.config.kinds import Amount, Count
 from stepdistill.core.denoise import guided
 from stepdistill.core.losses import Distance, sample_distances
 from stepdistill.core.schedule import NoiseSchedule, expand
@@ -50,11 +51,11 @@ class PeRFlow(Averaged):
 
     windows: int = 4
     solver_steps: int = 8
-    guidance_scale: float = 7.5
-    sampling_guidance_scale: float = 1.0
+    guidance_scale: Amount = 7.5
+    sampling_guidance_scale: Amount = 1.0
     density: Density = "uniform"
     loss_type: Distance = "l2"
-    num_inference_steps: int | None = None
+    num_inference_steps: Count | None = None
 
     def __post_init__(self) -> None:
         for name in ("windows", "solver_steps"):

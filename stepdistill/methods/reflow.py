@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from stepdistill.config.kinds import Amount, Count
 from stepdistill.core.losses import Distance, sample_distances
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
@@ -101,8 +102,8 @@ class Reflow(Averaged):
     annealing_steps: int = 0
     random_flip: bool = False
     width: float = 1.0
-    sampling_guidance_scale: float = 1.0
-    num_inference_steps: int = 1
+    sampling_guidance_scale: Amount = 1.0
+    num_inference_steps: Count = 1
     first_noise: bool = False
 
     def __post_init__(self) -> None:

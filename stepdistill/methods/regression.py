@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 
+from stepdistill.config.kinds import Amount, Count
 from stepdistill.core.losses import Distance, distance
 from stepdistill.core.schedule import NoiseSchedule, per_sample
 from stepdistill.core.solvers import Sampler, check_starts, follow, student_starts
@@ -41,10 +42,10 @@ class Regression(Averaged):
 
     needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
 
-    num_inference_steps: int = 4
-    timesteps: tuple[float, ...] | None = None
+    num_inference_steps: Count = 4
+    timesteps: tuple[Amount, ...] | None = None
     loss_type: Distance = "l2"
-    huber_c: float = 1e-3
+    huber_c: Amount = 1e-3
 
     def __post_init__(self) -> None:
         check_starts(self.timesteps)

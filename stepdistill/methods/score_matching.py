@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from stepdistill.config.kinds import Amount, Count
 from stepdistill.core.denoise import guided
 from stepdistill.core.losses import distance
 from stepdistill.core.schedule import NoiseSchedule
@@ -47,9 +48,9 @@ class TeacherScoreMatching(Averaged):
     needs: ClassVar[frozenset[str]] = frozenset({"latents"})
 
     width: float = 0.5
-    guidance_scale: float = 1.0
-    sampling_guidance_scale: float = 7.5
-    num_inference_steps: int = 25
+    guidance_scale: Amount = 1.0
+    sampling_guidance_scale: Amount = 7.5
+    num_inference_steps: Count = 25
 
     def __post_init__(self) -> None:
         if not 0 < self.width < 1:

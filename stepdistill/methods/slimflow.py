@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from stepdistill.config.kinds import Amount
 from stepdistill.core.losses import Distance, sample_distances
 from stepdistill.core.schedule import NoiseSchedule, per_sample
 from stepdistill.core.solvers import Sampler, even_sampler, share_of_noise, time_of_share
@@ -47,7 +48,7 @@ class FlowGuided(Averaged):
 
     needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
 
-    flow_weight: float = 1.0
+    flow_weight: Amount = 1.0
     turn_range: tuple[float, float] = (0.2, 0.8)
     loss_type: Distance = "l2"
     lpips: Lpips | None = None

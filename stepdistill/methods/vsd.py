@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from stepdistill.config.kinds import Amount, Share, Whole
 from stepdistill.core.denoise import guided
 from stepdistill.core.losses import distance, surrogate
 from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
@@ -73,11 +74,11 @@ class VSD(Averaged):
 
     needs: ClassVar[frozenset[str]] = frozenset({"prompts"})
 
-    guidance_scale: float | tuple[float, float] = 4.5
-    timestep: float | None = None
-    warmup_steps: int = 0
+    guidance_scale: Amount | tuple[Amount, Amount] = 4.5
+    timestep: Amount | None = None
+    warmup_steps: Whole = 0
     t_range: tuple[float, float] = (20.0, 980.0)
-    proportion_empty_prompts: float = 0.1
+    proportion_empty_prompts: Share = 0.1
     clip: ClipTerm | None = None
 
     def __post_init__(self) -> None:

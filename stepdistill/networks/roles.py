@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import nn
 
+from stepdistill.config.kinds import Place
+
 TEACHER = "teacher"
 AdapterArch = Literal["cross_attention", "mixed", "offset"]
 
@@ -151,7 +153,7 @@ class LoraSpec(RoleLora):
     """
 
     rank: int = 64
-    init_from: str | None = None
+    init_from: Place | None = None
     roles: dict[str, RoleLora] | None = None
 
     def of(self, role: str) -> LoraSpec:

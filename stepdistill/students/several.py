@@ -35,6 +35,7 @@ from stepdistill.students.contract import (
     teacher,
     write_contract,
 )
+from stepdistill.students.room import check_student_room, emptied
 from stepdistill.students.single import load_one
 
 EACH = ("generator", "latents", "negative_prompt")  # arguments of a call that may have one entry for each prompt
@@ -160,21 +161,22 @@ def load_several(pipe: DiffusionPipeline, folder: Path, adapter_name: str = "stu
     return students
 
 
-def join_students(out: Path, folders: Sequence[Path], move: bool = False) -> Path:
+def join_students(out: Path, folders: Sequence[Path], move: bool = False, overwrite: bool = False) -> Path:
     """Join the folders of K students into one folder, `out`. Each student keeps its own proof.
 
     Args:
-        out: a new folder.
+        out: a new or empty folder.
         folders: of the runs over the K parts of one `Partition`, in any order.
         move: move the folders whole instead of copying what the students need.
+        overwrite: whether `out` may hold an earlier student, or several, which are replaced.
 
     Raises:
         StudentError: a student is missing, given twice or unproven, or is of another teacher or partition.
+        OutputError: `out` is in use, or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        why, todo = "its files would be mixed with those of the students", "name another folder"
-        raise StudentError(problem(f"{out}, which is not empty", "a new folder", why, todo))
+    check_student_room(out, folders, overwrite)
     order = _ordered(folders)
+    emptied(out)
     for k, folder in enumerate(order):
         to = out / STUDENTS / str(k)
         if move:

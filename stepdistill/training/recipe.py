@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from stepdistill.config.kinds import Amount, Count, Place, Positive, Seed, Whole
 from stepdistill.config.schema import Factory
 from stepdistill.data import InvertedImages, Source, TeacherSamples, inside
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.networks.roles import LoraSpec
 
+LrSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+Tracker = Literal[  # those of accelerate
+    "tensorboard", "wandb", "trackio", "none", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"
+]
 GUIDANCE = 7.5  # of a teacher whose method follows it at no one scale; the default of Diffusers' pipelines
 
 
@@ -69,42 +74,42 @@ class TrainSpec:
         hub_model_id: Hub repository to upload to; none takes the folder's name.
     """
 
-    output_dir: str
-    seed: int = 0
-    max_train_steps: int = 1000
-    train_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-4
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 0
+    output_dir: Place
+    seed: Seed = 0
+    max_train_steps: Count = 1000
+    train_batch_size: Count = 16
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Amount = 1e-4
+    lr_scheduler: LrSchedule = "constant"
+    lr_warmup_steps: Whole = 0
     optimizer: Factory = Factory("torch.optim.AdamW", {"weight_decay": 0.0})
     optimizers: dict[str, Factory] | None = None
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: Positive | None = 1.0
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     gradient_checkpointing: bool = False
     shard_base: bool = False
     torch_compile: bool = False
     allow_tf32: bool = False
     enable_xformers_memory_efficient_attention: bool = False
-    resolution: int | None = None
+    resolution: Count | None = None
     cache_latents: bool = False
-    cache_dir: str | None = None
-    dataloader_num_workers: int = 0
-    checkpointing_steps: int | None = 500
-    checkpoints_total_limit: int | None = None
-    resume_from_checkpoint: str | None = None
+    cache_dir: Place | None = None
+    dataloader_num_workers: Whole = 0
+    checkpointing_steps: Count | None = 500
+    checkpoints_total_limit: Count | None = None
+    resume_from_checkpoint: Place | None = None
     overwrite_output_dir: bool = False
-    report_to: str | tuple[str, ...] = "tensorboard"
+    report_to: Tracker | tuple[Tracker, ...] = "tensorboard"
     tracker_project_name: str = "stepdistill"
     validation_prompts: tuple[str, ...] = ()
-    validation_steps: int | None = None
-    validation_seed: int = 0
-    teacher_steps: int = 50
-    teacher_guidance_scale: float | None = None
-    watch_samples: int = 4
+    validation_steps: Count | None = None
+    validation_seed: Seed = 0
+    teacher_steps: Count = 50
+    teacher_guidance_scale: Amount | None = None
+    watch_samples: Whole = 4
     watch_stop: bool = False
-    eval_samples: int = 0
-    eval_reference: str | None = None
+    eval_samples: Whole = 0
+    eval_reference: Place | None = None
     export_formats: tuple[Literal["kohya", "comfyui"], ...] = ()
     push_to_hub: bool = False
     hub_model_id: str | None = None

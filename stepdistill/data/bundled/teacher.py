@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from stepdistill.config.kinds import Place, Seed
 from stepdistill.core.files import written_whole
 from stepdistill.data.bundled import build, emoji
 
@@ -46,9 +47,9 @@ class TeacherSpec:
     """
 
     pipeline: str
-    output_dir: str
+    output_dir: Place
     vae_dir: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     threads: int = 2
     vae_steps: int = 800
     vae_learning_rate: float = 2e-3

@@ -17,6 +17,7 @@ from stepdistill.core.files import written_whole
 TOLERANCE = 1e-6  # relative; rounding of a rank-deficient root stays below 1e-7
 PART = 1024  # rows of features that are in memory at once where a file holds more
 ALIKE = 1e-5  # features of one image in batches of other sizes differ by less than this share of the largest
+STATS_MARK = b"meta.npy"  # by which a file of `Stats.save` is known; no other tool writes that array
 UNKNOWN = 0  # samples of statistics that another tool wrote
 
 

@@ -125,6 +125,7 @@ MEASURED = {
     "comparable": "comparable",
 }
 FIELDS = ("evaluation", *SETTING, *ComparisonKey._fields, *MEASURED, "comparable_reasons")
+CSV_MARK = ",".join(FIELDS[:6]).encode()  # by which a file of `write_csv` is known
 
 
 def flat_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, object]]:

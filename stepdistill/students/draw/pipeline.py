@@ -149,6 +149,7 @@ class StudentPipeline:
 
         Raises:
             StudentError: a student cannot be sampled with these options.
+            ConfigError: the pipeline refuses the size.
         """
         if not self.contracts:
             assert options.steps is not None and options.guidance_scale is not None
@@ -159,7 +160,10 @@ class StudentPipeline:
         else:
             calls = [PipelineCall(name, self.pipe.scheduler, dict(self.loaded), self.family)]
         sizes = {"height": options.height, "width": options.width}
-        calls = [call.plus(**{key: value for key, value in sizes.items() if value is not None}) for call in calls]
+        given = {key: value for key, value in sizes.items() if value is not None}
+        calls = [call.plus(**given) for call in calls]
+        for call in calls if given else ():
+            self.family.latent_shape(self.pipe, call.arguments["height"], call.arguments["width"])
         if isinstance(self.loaded, GuidedCall) and options.guidance_scale is not None:
             self.loaded.guidance_scale = options.guidance_scale
             options = replace(options, guidance_scale=None)

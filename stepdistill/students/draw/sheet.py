@@ -1,15 +1,20 @@
-"""Rows of images on one sheet."""
+"""Rows of images on one sheet, and image files that say who wrote them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw
 from torch import Tensor
+
+from stepdistill.core.errors import OutputError, problem
+from stepdistill.core.outputs import MARK, check_output_file
 
 LEFT, LINE, GAP = 150, 14, 6  # pixels: of the labels, of a line of text, between images
 LETTERS, LETTER = 16, 6  # of a caption's line, and the width of one
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # formats that hold who wrote them
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,22 @@ def image_grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], scal
     """
     above = [captions, *[()] * (len(rows) - 1)]
     return image_sheet([SheetRow(*row, text) for row, text in zip(rows, above, strict=True)], scale)
+
+
+def check_image_file(file: Path, inputs: Iterable[Path | str] = (), overwrite: bool = False) -> None:
+    """`stepdistill.core.outputs.check_output_file` of an image. Raises OutputError."""
+    if file.suffix.lower() not in SUFFIXES:
+        why, todo = "the suffix names the format", f"name it {file.with_suffix('.png').name}"
+        raise OutputError(problem(f"output {file}", f"a name that ends in {', '.join(SUFFIXES)}", why, todo))
+    check_output_file(file, inputs, overwrite)
+
+
+def save_image(image: Image.Image, file: Path) -> None:
+    """Write an image with the mark by which a later command knows it. The parents of `file` are made."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = MARK.decode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file, exif=exif)
 
 
 def _wrapped(text: str, width: int) -> list[str]:

@@ -1,0 +1,173 @@
+"""Numbers out of range, devices that are not there, sizes that a pipeline refuses, places that cannot be written to:
+each is one line, before any work."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import re
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
+
+import pytest
+import yaml
+from tiny import FAMILIES, pipeline
+
+from stepdistill.cli import main as cli
+from stepdistill.cli.main import DISK, _parser
+from stepdistill.config.load import read_node
+from stepdistill.config.registry import every
+from stepdistill.config.schema import arms, dotted, fields
+from stepdistill.config.template import template
+from stepdistill.core.devices import usable_device
+from stepdistill.core.errors import ConfigError
+from stepdistill.data import Prompts
+from stepdistill.data.base import Source
+from stepdistill.families.base import Family
+from stepdistill.families.sd import StableDiffusion
+from stepdistill.methods.base import Method
+from stepdistill.methods.regression import Regression
+from stepdistill.networks.roles import LoraSpec
+from stepdistill.training.checks import check_loaded
+from stepdistill.training.recipe import Run, TrainSpec
+from stepdistill.training.setup import prepare
+
+
+def numbers(hint: object) -> Iterator[object]:
+    """Values that no number of this annotation may have: one each, in the shape that it has."""
+    for arm in arms(hint):
+        inner = [part for part in get_args(arm) if part is not ...]
+        if get_origin(arm) is tuple:
+            yield from ([bad] * len(inner) for bad in numbers(inner[0]))
+        elif arm is float or (inner and inner[0] is float):
+            yield from (-1.0, float("nan"), float("inf"), float("-inf"))
+        elif arm is int or (inner and inner[0] is int):
+            yield from (-1, 10**30, 1.5)
+
+
+CLASSES = [(base, cls) for base in (Family, Method, Source) for cls in every(base)]
+
+
+@pytest.mark.parametrize(("base", "cls"), [*CLASSES, (LoraSpec, LoraSpec), (TrainSpec, TrainSpec)])
+def test_every_number_of_a_config_has_a_range(base, cls) -> None:
+    node = yaml.safe_load(template(cls, {})) if fields(cls) else {}
+    node |= {} if base is cls else {"type": dotted(cls)}
+    for name, hint in fields(cls).items():
+        for bad in numbers(hint):
+            with pytest.raises(ConfigError, match=rf"\b{name}\b|expected"):
+                read_node(base, node | {name: bad}, "config")
+                pytest.fail(f"{cls.__name__}.{name} takes {bad}")
+
+
+def arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from arguments(command)
+        elif callable(action.type):
+            yield action
+
+
+def test_every_number_of_a_command_has_a_range() -> None:
+    count = 0
+    for action in arguments(_parser()):
+        for bad in ("x", "nan", "inf", "-1e999", "", "1,nan", "1,1"):
+            try:
+                value = action.type(bad)  # pyright: ignore[reportCallIssue, reportOptionalCall]
+            except argparse.ArgumentTypeError as error:
+                assert re.fullmatch(r"got '.*', expected .*", str(error))
+                count += 1
+            else:
+                assert not isinstance(value, int | float), action.dest
+    assert count > 100
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["generate", "folder", "rose", *more] for more in (["--batch", "0"], ["--seed", "-1"], ["--eta", "2"])),
+        *(["generate", "folder", "rose", *more] for more in (["--num-images-per-prompt", "0"], ["--width", "-8"])),
+        ["generate", "folder", "rose", "--timesteps", "999,999"],
+        *(["view", "folder", "rose", "-o", "a.png", *more] for more in (["--columns", "1"], ["--teacher-steps", "0"])),
+        *(["eval", "run", "tiny-sd", "-o", "a", *more] for more in (["--num-images", "0"], ["--seed", str(2**32)])),
+        ["verify", "folder", "--tolerance", "nan"],
+    ],
+)
+def test_a_number_out_of_range_is_one_line(words, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and re.search(r"error: argument .*: got '.*', expected", last)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "tpu", "meta", "cpu:x"])
+def test_a_device_that_is_not_there_is_one_line(name, tmp_path, capsys) -> None:
+    assert usable_device("cpu").type == "cpu" == usable_device(None, "cpu").type
+    with pytest.raises(ConfigError, match=f"got device {name}, expected a device that is there"):
+        usable_device(name)
+    for words in (
+        ["generate", "nowhere", "rose", "-o", str(tmp_path / "a")],
+        ["view", "nowhere", "rose", "-o", str(tmp_path / "a.png")],
+        ["eval", "score", str(tmp_path / "b"), "--ref", "c", "-o", str(tmp_path / "a")],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([*words, "--device", name])
+        said = capsys.readouterr().err
+        assert caught.value.code == 2 and said.startswith(f"stepdistill: got device {name}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sizes_that_the_pipeline_refuses_are_told_before(name) -> None:
+    """Diffusers' own check of each pipeline is the oracle: whatever it refuses we refuse."""
+    pipe: Any = pipeline(name)
+    family = FAMILIES[name]
+    taken = 0
+    for height, width in [(32, 32), (64, 32), (36, 32), (32, 40), (30, 32), (32, 1), (48, 48), (96, 64)]:
+        try:
+            family.latent_shape(pipe, height, width)
+        except ConfigError as error:
+            assert "sides that are multiples of" in str(error)
+        else:
+            taken += 1
+            pipe(
+                "rose",
+                height=height,
+                width=width,
+                num_inference_steps=2,
+                output_type="latent",
+                **family.arguments(),
+                **family.guidance(1.0),
+            )
+    assert taken >= 1
+
+
+def test_the_size_of_a_run_and_of_images_is_checked(tmp_path) -> None:
+    run = Run(
+        family=StableDiffusion(pretrained_teacher_model="tiny-sd"),
+        method=Regression(num_inference_steps=1),
+        data=Prompts(prompts=("rose",)),
+        train=TrainSpec(output_dir=str(tmp_path / "out"), report_to="none", resolution=36),
+    )
+    with pytest.raises(ConfigError, match="images of 36 x 36 pixels, expected sides that are multiples of 8"):
+        check_loaded(prepare(run))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "out/00000.png")
+
+    def defect(*_: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
+
+    assert errno.ENOENT not in DISK
+    monkeypatch.setattr("stepdistill.students.verify.verify_formats", full)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["verify", "folder"])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said == "stepdistill: [Errno 28] No space left on device: 'out/00000.png'\n"
+    monkeypatch.setattr("stepdistill.students.verify.verify_formats", defect)
+    with pytest.raises(FileNotFoundError):
+        cli.main(["verify", "folder"])

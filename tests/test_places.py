@@ -1,0 +1,74 @@
+"""`~` is the home folder in every path of a config and of a command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from stepdistill.cli.dialect import local_path
+from stepdistill.cli.main import _parser
+from stepdistill.config.kinds import Place
+from stepdistill.config.registry import every
+from stepdistill.config.schema import arms, fields
+from stepdistill.core.outputs import expanded
+from stepdistill.data.base import Source
+from stepdistill.families.base import Family
+from stepdistill.methods.base import Method
+from stepdistill.networks.roles import LoraSpec
+from stepdistill.training.recipe import TrainSpec
+
+OTHER_TEXT = {  # every field with text that is no path
+    *("revision", "variant", "classes", "caption_column", "dataset_config_name", "split", "image_column", "prompts"),
+    *("target_modules", "tracker_project_name", "validation_prompts", "hub_model_id"),
+    *("roles", "optimizers"),
+}
+
+
+def test_every_path_of_a_config_is_a_place() -> None:
+    classes = [*every(Family), *every(Method), *every(Source), LoraSpec, TrainSpec]
+    places, texts = set(), set()
+    for cls in classes:
+        for name, hint in fields(cls).items():
+            for arm in arms(hint):
+                kinds = [arm, *(part for part in get_args(arm) if arm != Place)]
+                places |= {name} if Place in kinds else set()
+                texts |= {name} if str in kinds else set()
+    assert texts == OTHER_TEXT
+    assert len(places) == 14 and not places & texts
+
+
+OTHER_WORDS = {  # every argument of text that is no path
+    *("prompts", "negative_prompt", "method", "family", "data", "device", "protocol", "features", "metrics"),
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from arguments(command)
+        elif action.nargs != 0:
+            yield action
+
+
+def test_every_path_of_a_command_is_expanded(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/else/me")
+    words, places = set(), set()
+    for action in arguments(_parser()):
+        try:
+            value = str(action.type("~/x") if callable(action.type) else "~/x")
+        except argparse.ArgumentTypeError:
+            continue  # a number
+        if action.choices is None:
+            (words if "~" in value else places).add(action.dest)
+            assert "~" in value or "/else/me/x" in value
+    assert words == OTHER_WORDS and len(places) > 15
+
+
+@pytest.mark.parametrize("text", ["org/name", "a~", "~nobody-of-this-name/x", ""])
+def test_other_words_stay(text) -> None:
+    assert expanded(text) == text and local_path(text) == Path(text)
