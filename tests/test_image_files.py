@@ -23,7 +23,7 @@ from PIL import Image
 from stepdistill.core.errors import DataError
 from stepdistill.core.random import sample_rng
 from stepdistill.data import BadSample, FixedCrops, ImageFolder, Sample, Shards, Stream, check_source, loader
-from stepdistill.data.image_files import IMAGE_SUFFIXES
+from stepdistill.data.image_files import IMAGE_SUFFIXES, left_out_lines
 from stepdistill.data.images import flatten, header_size, resized_part
 from stepdistill.evaluation import images as evaluated
 from stepdistill.evaluation.images import Images
@@ -138,17 +138,17 @@ def test_links_are_followed_without_loops_and_the_rest_is_named(linked, caplog):
     with caplog.at_level(logging.WARNING):
         assert names(source) == ["a.png", "b.gif", "more/c.png"]
     assert source.left_out() == LEFT_OUT and FixedCrops(source=source).left_out() == LEFT_OUT
-    assert "1 an image format that is not read (x.heic)" in caplog.text and "README" not in caplog.text
-    assert "2 a link to nothing (gone.png, knot)" in caplog.text and "hidden" not in caplog.text
+    assert "an image format that is not read: 1 (x.heic)" in caplog.text and "README" not in caplog.text
+    assert "a link to nothing: 2 (gone.png, knot)" in caplog.text and "hidden" not in caplog.text
     report = check_source(FixedCrops(source=source)).splitlines()
     assert report[0] == "FixedCrops: 3 samples, 3 usable"
     assert report[-6:] == [
-        "  left out: 8 files",
-        "    1 hidden (.cache)",
-        "    2 not an image (README.md, orphan.txt)",
-        "    2 a link to nothing (gone.png, knot)",
-        "    2 a link to a folder above it (itself, more/deep/back)",
-        "    1 an image format that is not read (x.heic)",
+        "  left out: 8",
+        "    hidden: 1 (.cache)",
+        "    not an image: 2 (README.md, orphan.txt)",
+        "    a link to nothing: 2 (gone.png, knot)",
+        "    a link to a folder above it: 2 (itself, more/deep/back)",
+        "    an image format that is not read: 1 (x.heic)",
     ]
     assert source.digest()  # which looks at every file
 
@@ -156,13 +156,13 @@ def test_links_are_followed_without_loops_and_the_rest_is_named(linked, caplog):
 def test_an_evaluation_reads_the_same_files_and_says_so(linked, caplog):
     images = Images(linked)
     assert [name for batch in images.batches() for name in batch.names] == ["a.png", "b.gif", "more/c.png"]
-    assert "an image format that is not read (x.heic)" in caplog.text and "README" not in caplog.text
+    assert "an image format that is not read: 1 (x.heic)" in caplog.text and "README" not in caplog.text
     with zipfile.ZipFile(linked.parent / "x.zip", "w") as archive:
         for name in ("a.png", "b.gif", "x.heic", "README.md", ".cache/d.png"):
             archive.write(linked / name, name)
     caplog.clear()
     assert len(Images(linked.parent / "x.zip")) == 2
-    assert "1 an image format that is not read (x.heic)" in caplog.text and "d.png" not in caplog.text
+    assert "an image format that is not read: 1 (x.heic)" in caplog.text and "d.png" not in caplog.text
 
 
 def test_images_without_a_row_are_among_what_is_left_out(linked):
@@ -177,6 +177,13 @@ def test_images_without_a_row_are_among_what_is_left_out(linked):
         len(ImageFolder(train_data_dir=str(linked), resolution=8))
 
 
+def test_of_many_the_first_are_named():
+    left_out = {f"{n}.heic": "not read" for n in range(100_000)} | {"a": "hidden"}
+    lines = left_out_lines(left_out)
+    assert lines["not read"] == "not read: 100000 (0.heic, 1.heic, 2.heic, 3.heic, 4.heic, ...)"
+    assert lines["hidden"] == "hidden: 1 (a)"
+
+
 def test_samples_of_a_shard_without_an_image_are_named(tmp_path):
     import io
     import tarfile
@@ -189,7 +196,7 @@ def test_samples_of_a_shard_without_an_image_are_named(tmp_path):
             tar.addfile(info, io.BytesIO(content))
     source = Shards(train_shards_path_or_url=str(tmp_path / "x.tar"), resolution=8)
     assert len(source) == 1 and source.left_out() == {"x.tar b": "a sample without image"}
-    assert check_source(source).splitlines()[-1] == "    1 a sample without image (x.tar b)"
+    assert check_source(source).splitlines()[-1] == "    a sample without image: 1 (x.tar b)"
 
 
 def test_a_cache_sees_files_in_linked_folders(tmp_path):

@@ -116,6 +116,6 @@ def check_source(source: Source, strict: bool = False, workers: int = 0) -> str:
         expected = "every sample usable (strict)" if strict else "usable samples"
         raise DataError(problem(got, expected, "they cannot be used in training", "repair or remove them"))
     left_out = source.left_out()
-    lines = [f"  left out: {len(left_out)} files", *(f"    {line}" for line in left_out_lines(left_out).values())]
+    lines = [f"  left out: {len(left_out)}", *(f"    {line}" for line in left_out_lines(left_out).values())]
     head = f"{type(source).__name__}: {total} samples, {total - len(tally.bad)} usable"
     return "\n".join([head, *tally.lines(), *(lines if left_out else [])])

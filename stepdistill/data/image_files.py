@@ -55,9 +55,11 @@ def say_left_out(left_out: dict[str, str], place: Path) -> None:
 
 def left_out_lines(left_out: dict[str, str]) -> dict[str, str]:
     """For each reason a line: how many files, and the names of the first."""
-    names = {reason: [name for name, why in left_out.items() if why == reason] for reason in left_out.values()}
-    more = {reason: ", ..." * (len(some) > NAMED) for reason, some in names.items()}
-    return {reason: f"{len(some)} {reason} ({', '.join(some[:NAMED])}{more[reason]})" for reason, some in names.items()}
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason, []).append(name)
+    first = {reason: [*some[:NAMED], *["..."] * (len(some) > NAMED)] for reason, some in names.items()}
+    return {reason: f"{reason}: {len(some)} ({', '.join(first[reason])})" for reason, some in names.items()}
 
 
 def _is_hidden(name: str) -> bool:
