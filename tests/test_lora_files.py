@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -32,6 +33,7 @@ from stepdistill.students.contract import WEIGHTS
 from stepdistill.students.draw.loras import load_style, weigh_loras
 from stepdistill.students.load import load_student, start_from
 from stepdistill.students.lora.files import convert_lora, write_lora
+from stepdistill.students.single import load_network
 from stepdistill.students.write import write_student
 
 NAMES = ("sd", "sdxl", "sd3", "flux", "sana")
@@ -110,7 +112,12 @@ def test_every_layer_has_its_own_rank_and_alpha_in_a_teacher_and_in_a_pipeline(b
     pipe = family.load()
     before, lora = weights(pipe, name), mixed(pipe, name)
     file = write(lora, tmp_path / "x.safetensors", to, name)
-    teacher = replace(family, teacher_loras=(str(file),)).load()
+    fused = replace(family, teacher_loras=(str(file),))
+    if (name, to) in (("sd3", "kohya"), ("sd3", "comfyui")):  # the card could not load it
+        with pytest.raises(StudentError, match=f"in the {to} format, expected a format that Diffusers reads for sd3"):
+            fused.load()
+        fused = replace(family, teacher_loras=(str(write(lora, tmp_path / "y.safetensors", "diffusers", name)),))
+    teacher = fused.load()
     same(weights(teacher, name), added(before, lora))
     assert not any(".lora_" in key for key, _ in teacher.components[NETWORKS[name]].named_parameters())
     style = load_style(family, pipe, str(file), "style")
@@ -199,6 +206,10 @@ def rename(old: str, new: str) -> Callable[[Path], object]:
     return change(lambda state: [state.update({key.replace(old, new, 1): state.pop(key)}) for key in list(state)])
 
 
+def described(text: str) -> Callable[[Path], object]:
+    return lambda file: save_file(load_file(file), file, {"lora_adapter_metadata": text})
+
+
 def first(state: dict[str, Tensor], end: str = "to_q.lora_A.weight") -> str:
     return next(key for key in sorted(state) if key.endswith(end))
 
@@ -235,10 +246,21 @@ FAULTS = {
     ),
     "LoKr": (change(lokr), "keys unmatched, 0 matched|such as unet.conv_in.lokr_w1"),
     "LoHa": (change(loha), "keys unmatched, 0 matched|such as lora_unet_down"),
-    "other ranks": (change(lambda s: s.update({first(s): torch.ones(7, 32)})), "no rank in common"),
+    "other ranks": (change(lambda s: s.update({first(s): torch.ones(7, 32)})), "mismatched .* no rank in common"),
     "other inputs": (
         change(lambda s: s.update({first(s): torch.ones(len(s[first(s)]), 7)})),
         "2 of {all} keys unmatched|size mismatch",
+    ),
+    "two alphas": (
+        change(lambda s: s.update({first(s).replace("lora_A.weight", "alpha"): torch.ones(2)})),
+        "mismatched shapes or metadata|in the comfyui format",
+    ),
+    "metadata that are no JSON": (described("{"), "mismatched shapes or metadata"),
+    "metadata that are a list": (described("[]"), "mismatched shapes or metadata"),
+    "an alpha that is a list": (described('{"unet.lora_alpha": []}'), "mismatched shapes or metadata"),
+    "a pattern that is none": (
+        described('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}'),
+        "mismatched shapes or metadata",
     ),
     "a missing file": (Path.unlink, "unreadable"),
     "a cut file": (lambda file: file.write_bytes(file.read_bytes()[:-9]), "unreadable"),
@@ -272,7 +294,7 @@ def test_a_file_that_is_not_whole_and_of_the_family_is_refused_everywhere(fine, 
     with pytest.raises(StudentError, match=said):
         start_from(bone, str(file), family)
     if fault != "other inputs":  # a file says nothing of its base's widths
-        with pytest.raises(StudentError, match="unmatched|unreadable|no rank|such as"):
+        with pytest.raises(StudentError, match="unmatched|unreadable|mismatched|such as"):
             convert_lora(file, tmp_path / "out.safetensors", "kohya", "sd")
         assert not (tmp_path / "out.safetensors").exists()
 
@@ -333,6 +355,43 @@ def test_a_student_s_file_that_lacks_a_layer_is_not_loaded(bases, tmp_path, name
     assert not any(".lora_" in key for key, _ in family.network(plain).named_parameters())
     with pytest.raises(StudentError):
         start_from(bone, str(tmp_path), family)
+
+
+def test_a_student_s_file_that_lost_its_alpha_is_not_loaded(bases, tmp_path):
+    family = bases["sd"]
+    pipe = family.load()
+    bone = tiny.backbone("sd", pipe, 2, 4)
+    bone.add("student", LoraRole())
+    tiny.awake(bone, "student")
+    options = {"role": "student", "method": Consistency(ema_decay=None), "resolution": (32, 32)}
+    write_student(tmp_path, family=family, pipe=pipe, backbone=bone, **options)
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS)
+    plain = family.load()
+    with pytest.raises(StudentError, match="got alpha / rank 1 for .* layers in .*, expected 2"):
+        load_student(plain, tmp_path)
+    assert not any(".lora_" in key for key, _ in family.network(plain).named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("lacks", "said"), [(True, "0 do not, and 1 are missing"), (False, "1 do not, and 0 are missing")]
+)
+def test_a_network_in_a_student_folder_is_whole(bases, tmp_path, lacks, said):
+    """Diffusers draws at random what a file lacks, and leaves out what the network has no place for."""
+    family = bases["sd"]
+    net: Any = family.load().unet
+    net.save_pretrained(tmp_path / "unet")
+    assert load_network(tmp_path, family, net)
+    (file,) = (tmp_path / "unet").glob("*.safetensors")
+    state = load_file(file)
+    size = len(state)
+    state = (
+        {key: value for key, value in state.items() if key != "conv_out.weight"}
+        if lacks
+        else state | {"x": torch.ones(1)}
+    )
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(StudentError, match=f"{size - lacks} tensors match the network, {said}"):
+        load_network(tmp_path, family, net)
 
 
 # formats that only Diffusers converts

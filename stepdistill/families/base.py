@@ -29,7 +29,7 @@ from stepdistill.core.solvers import Sampler
 from stepdistill.families.location import teacher_location
 from stepdistill.networks import quantize
 from stepdistill.networks.lora.names import PIPELINES
-from stepdistill.networks.lora.read import Layout, layout_of, lora_path, read_pipeline_lora
+from stepdistill.networks.lora.read import Layout, check_plain, layout_of, lora_path, read_pipeline_lora
 from stepdistill.networks.lora.tensors import Lora
 from stepdistill.networks.meta import shell
 from stepdistill.networks.pipeline_loras import fuse_loras, load_lora
@@ -112,6 +112,8 @@ class Family(ABC):
             got, expected = f"family.teacher_loras for a {self.pipeline_class.__name__}", "none"
             todo = "fuse them with `stepdistill convert --to fused`, and use the fused network as the teacher"
             raise ConfigError(problem(got, expected, "Diffusers has no LoRA loader for it", todo))
+        for source in self.teacher_loras:
+            check_plain(lora_path(source), PIPELINES.get(self.pipeline_class.__name__))
         return {source: self.read_lora(source) for source in self.teacher_loras}
 
     def read_lora(self, source: str | Path) -> Lora:

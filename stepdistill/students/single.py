@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from stepdistill.networks.roles import Adapters, Copy, Lora, LoraSpec
 from stepdistill.students.base_model import base_hash, name_of
 from stepdistill.students.contract import (
     ADAPTERS,
+    CONTRACT,
     WEIGHTS,
     Contract,
     GuidanceAdapters,
+    LoraWeights,
     read_contract,
     scheduler_class,
     teacher,
@@ -79,11 +82,23 @@ def load_one(pipe: DiffusionPipeline, folder: Path, adapter_name: str) -> Any:  
             contract.base_model,
             name,
         )
+    if contract.lora is not None:
+        _check_strength(folder, contract.lora, family)
     adapters = into_pipeline(pipe, folder, contract, family, adapter_name)
     if adapters is None:
         return dict(contract.call)
     assert contract.guidance_range is not None
     return GuidedCall(contract.call, adapters, contract.guidance_range)
+
+
+def _check_strength(folder: Path, lora: LoraWeights, family: Family) -> None:
+    """Raise StudentError if the file has another alpha / rank than the contract: tools that rewrite it may lose it."""
+    scale = lora.alpha / lora.rank
+    odd = [layer.scale for layer in family.read_lora(folder / WEIGHTS).values() if not isclose(layer.scale, scale)]
+    if odd:
+        got, expected = f"alpha / rank {odd[0]:g} for {len(odd)} layers in {folder / WEIGHTS}", f"{scale:g}"
+        todo = "use the file as it was written, with its metadata"
+        raise StudentError(problem(got, expected, f"the contract in {CONTRACT} says so", todo))
 
 
 def into_pipeline(
@@ -130,7 +145,14 @@ def load_network(folder: Path, family: Family, like: nn.Module) -> nn.Module:
     """The whole network in a student folder, on the device and in the precision of `like`."""
     kind: Any = type(like)
     try:
-        net = kind.from_pretrained(folder, subfolder=family.network_name)
+        net, info = kind.from_pretrained(folder, subfolder=family.network_name, output_loading_info=True)
+        odd = [*info["missing_keys"], *info["unexpected_keys"]]  # of which Diffusers only warns
+        if odd:
+            matched = len(net.state_dict()) - len(info["missing_keys"])
+            raise ValueError(
+                f"{matched} tensors match the network, {len(info['unexpected_keys'])} do not, and "
+                f"{len(info['missing_keys'])} are missing; the first is {odd[0]!r}"
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         expected, todo = "a network saved by Diffusers", "pass the folder of a student that is a whole network"
         raise StudentError(problem(f"unreadable {folder / family.network_name}", expected, str(error), todo)) from error

@@ -28,6 +28,8 @@ from stepdistill.networks.lora.tensors import Format, Lora, ParsedLora, format_o
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHOWN = 10
+# what plain Diffusers reads beside its own format
+READ_BY_DIFFUSERS: dict[Format, tuple[str, ...]] = {"kohya": ("sd", "sdxl", "flux"), "comfyui": ("flux",)}
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,15 @@ def read_pipeline_lora(file: Path, pipeline: type[DiffusionPipeline], network: s
     return lora
 
 
+def check_plain(file: Path, family: str | None) -> None:
+    """Raise StudentError if Diffusers' own loader does not read the format of a file for a family."""
+    format = format_of(tensors_of(file)[0])
+    if family and format and family not in READ_BY_DIFFUSERS.get(format, (family,)):
+        got, todo = f"{file} in the {format} format", f"stepdistill convert {file} OUT.safetensors --to diffusers"
+        why = "a student's card loads the LoRAs of its teacher with plain Diffusers"
+        raise StudentError(problem(got, f"a format that Diffusers reads for {family}", why, todo))
+
+
 def _named(file: Path, state: dict[str, Tensor], metadata: dict[str, str], network: str) -> tuple[Lora, list[str]]:
     """The LoRA of tensors under Diffusers' names, and the keys that are not part of it."""
     parsed = _parsed(file, state, metadata, Layout(None))
@@ -179,9 +190,10 @@ def _lora_file(file: Path, state: dict[str, Tensor], metadata: dict[str, str], l
 def _parsed(file: Path, state: dict[str, Tensor], metadata: dict[str, str], layout: Layout) -> ParsedLora:
     try:
         return parse_lora(state, metadata, layout.family, layout.per_block)
-    except ValueError as error:
-        expected, todo = "two matrices of the same rank for each layer", "check the origin of the file"
-        raise StudentError(problem(f"mismatched shapes in {file}", expected, str(error), todo)) from error
+    except (AttributeError, RuntimeError, TypeError, ValueError, re.error) as error:
+        expected = "two matrices of the same rank for each layer, one alpha, and the metadata of PEFT"
+        todo = "check the origin of the file"
+        raise StudentError(problem(f"mismatched shapes or metadata in {file}", expected, str(error), todo)) from error
 
 
 def tensors_of(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
