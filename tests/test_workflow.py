@@ -333,6 +333,15 @@ def test_the_name_of_the_base_is_whole(base, file):
         assert file in workflow(told, "x")["model"]["inputs"].values()
 
 
+def test_both_prompts_of_flux_have_the_guidance_embedding():
+    """The unconditional pass of Diffusers has it, too, and ComfyUI's default is 3.5."""
+    told = contract(**FLOW, guidance_embedding=2.0, guidance_scale=3.0)
+    noise = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    comfy = Comfy("flow", toy, noise, lambda i: noise)
+    comfy.decoded(workflow(told, "x"))
+    assert comfy.embedded == {"red apple": 2.0, "": 2.0}
+
+
 def test_loras_of_the_base_are_loaded_before_the_student_s():
     family = CONTRACTS["sd"].family | {"teacher_loras": ["owner/style.v2", "/loras/look.safetensors"]}
     nodes = workflow(contract(family=family), "x")
@@ -359,6 +368,12 @@ def test_a_changed_workflow_is_noticed(tmp_path):
     (tmp_path / WORKFLOW).write_text(json.dumps(found))
     with pytest.raises(StudentError, match="with other sigmas"):
         read_workflow(tmp_path, CONTRACTS["sd"])
+    write_workflow(tmp_path, CONTRACTS["embedding"], "x")
+    found = json.loads((tmp_path / WORKFLOW).read_text())
+    found["embedding"]["inputs"]["guidance"] = 7.0
+    (tmp_path / WORKFLOW).write_text(json.dumps(found))
+    with pytest.raises(StudentError, match="with other embedding"):
+        read_workflow(tmp_path, CONTRACTS["embedding"])
     (tmp_path / WORKFLOW).write_text("{")
     with pytest.raises(StudentError, match="unreadable"):
         read_workflow(tmp_path, CONTRACTS["sd"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
@@ -40,12 +40,14 @@ class Comfy:
             and None for zeros.
         noise: what the seed stands for, (B, C, H, W).
         fresh: the noise after step i.
+        embedded: the guidance embedding by prompt, which it collects; a prompt without one has 3.5.
     """
 
     kind: str
     network: Callable[[Tensor, float, str | None], Tensor]
     noise: Tensor
     fresh: Callable[[int], Tensor]
+    embedded: dict[str, float] = field(default_factory=dict)
 
     @property
     def scale(self) -> float:
@@ -101,6 +103,7 @@ class Comfy:
         return None
 
     def FluxGuidance(self, conditioning, guidance):
+        self.embedded[conditioning] = guidance
         return conditioning
 
     def CFGGuider(self, model, positive, negative, cfg):

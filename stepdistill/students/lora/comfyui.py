@@ -33,7 +33,10 @@ LAST = 4.8973451890853435e-08  # ComfyUI's value for abar = 0, as in a table wit
 ZERO = 1e-6  # a last abar below it means zero terminal SNR: that of Stable Diffusion is 4.7e-3
 SIGMA_FOR_ALPHA = 0.13025 / 0.18215  # ComfyUI's scale of PixArt-Sigma's latents over that of PixArt-alpha's
 # the nodes that are part of the contract
-TRAINED = ("lora", "prediction", "zero", "guider", "sampler", "sigmas", "start_level", "start", "scale", "sample")
+TRAINED = (
+    *("lora", "prediction", "embedding", "embedding_2", "zero", "guider"),
+    *("sampler", "sigmas", "start_level", "start", "sample", "scale"),
+)
 Node = dict[str, Any]
 
 
@@ -138,10 +141,11 @@ def workflow(contract: Contract, lora: str) -> dict[str, Node]:
     nodes["positive"] = _text(contract, clip, "red apple")
     nodes["negative"] = _text(contract, clip, "")
     positive, negative = ["positive", 0], ["negative", 0]
-    if contract.guidance_embedding is not None:
-        embedded = contract.guidance_embedding
-        nodes["embedding"] = _node("FluxGuidance", "guidance embedding", conditioning=positive, guidance=embedded)
-        positive = ["embedding", 0]
+    if contract.guidance_embedding is not None:  # ComfyUI takes 3.5 where none is set
+        told = {"guidance": contract.guidance_embedding}
+        nodes["embedding"] = _node("FluxGuidance", "guidance embedding", conditioning=positive, **told)
+        nodes["embedding_2"] = _node("FluxGuidance", "guidance embedding", conditioning=negative, **told)
+        positive, negative = ["embedding", 0], ["embedding_2", 0]
     if _zero_negative(contract, layout):
         nodes["zero"] = _node("ConditioningZeroOut", "no negative prompt: zeros", conditioning=negative)
         negative = ["zero", 0]
