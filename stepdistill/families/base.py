@@ -112,9 +112,10 @@ class Family(ABC):
             got, expected = f"family.teacher_loras for a {self.pipeline_class.__name__}", "none"
             todo = "fuse them with `stepdistill convert --to fused`, and use the fused network as the teacher"
             raise ConfigError(problem(got, expected, "Diffusers has no LoRA loader for it", todo))
-        for source in self.teacher_loras:
-            check_plain(lora_path(source), PIPELINES.get(self.pipeline_class.__name__))
-        return {source: self.read_lora(source) for source in self.teacher_loras}
+        loras = {source: self.read_lora(source) for source in self.teacher_loras}
+        for source, lora in loras.items():
+            check_plain(lora_path(source), lora, PIPELINES.get(self.pipeline_class.__name__))
+        return loras
 
     def read_lora(self, source: str | Path) -> Lora:
         """The LoRA of a file, folder or hub id. Raises StudentError where a part of it is not of this family."""

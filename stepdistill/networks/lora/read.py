@@ -28,7 +28,7 @@ from stepdistill.networks.lora.tensors import Format, Lora, ParsedLora, format_o
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHOWN = 10
-# what plain Diffusers reads beside its own format
+# what plain Diffusers reads beside its own format, where all layers have one alpha: it mixes the names of others up
 READ_BY_DIFFUSERS: dict[Format, tuple[str, ...]] = {"kohya": ("sd", "sdxl", "flux"), "comfyui": ("flux",)}
 
 
@@ -140,13 +140,18 @@ def read_pipeline_lora(file: Path, pipeline: type[DiffusionPipeline], network: s
     return lora
 
 
-def check_plain(file: Path, family: str | None) -> None:
-    """Raise StudentError if Diffusers' own loader does not read the format of a file for a family."""
+def check_plain(file: Path, lora: Lora, family: str | None) -> None:
+    """Raise StudentError if Diffusers' own loader reads another LoRA from a file for a family, or none."""
     format = format_of(tensors_of(file)[0])
-    if family and format and family not in READ_BY_DIFFUSERS.get(format, (family,)):
-        got, todo = f"{file} in the {format} format", f"stepdistill convert {file} OUT.safetensors --to diffusers"
-        why = "a student's card loads the LoRAs of its teacher with plain Diffusers"
-        raise StudentError(problem(got, f"a format that Diffusers reads for {family}", why, todo))
+    if not family or format not in READ_BY_DIFFUSERS:
+        return
+    alphas = len({layer.alpha for layer in lora.values()})
+    if family in READ_BY_DIFFUSERS[format] and alphas == 1:
+        return
+    got = f"{file} in the {format} format" + (f" with {alphas} different alphas" if alphas > 1 else "")
+    why = "a student's card loads the LoRAs of its teacher with plain Diffusers, which gets this one wrong"
+    todo = f"stepdistill convert {file} OUT.safetensors --to diffusers"
+    raise StudentError(problem(got, f"a file that Diffusers reads for {family}", why, todo))
 
 
 def _named(file: Path, state: dict[str, Tensor], metadata: dict[str, str], network: str) -> tuple[Lora, list[str]]:
