@@ -234,13 +234,6 @@ def test_the_prompt_of_sana_has_its_instruction_and_the_null_has_not(monkeypatch
     assert "complex_human_instruction" not in family.arguments()
 
 
-def test_a_network_that_its_pipeline_does_not_tell_the_guidance_is_refused():
-    pipe = pipeline("sana")
-    pipe.transformer.register_to_config(guidance_embeds=True)
-    with pytest.raises(ConfigError, match="guidance embedding.* use the base model that it was distilled from"):
-        FAMILIES["sana"].kind(pipe)
-
-
 def test_packed_latents_are_those_of_the_pipeline_and_come_back():
     latents = torch.randn(2, 4, 6, 8)
     packed = FAMILIES["flux"].pack(latents)

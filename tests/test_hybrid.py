@@ -17,10 +17,9 @@ import stepdistill
 from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.solvers import Sampler, few_step, relay
-from stepdistill.families.base import each
 from stepdistill.networks.pipeline_loras import adapters_on, attach, strengths, switch_on
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.students.contract import WEIGHTS
+from stepdistill.students.contract import WEIGHTS, each
 from stepdistill.students.draw.base_first import base_first
 from stepdistill.students.single import network_state
 

@@ -19,6 +19,7 @@ import yaml
 from diffusers import AutoencoderDC, AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_families import one_file
 from tiny import FAMILIES, pipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, Gemma2Model, T5EncoderModel
 
@@ -218,7 +219,7 @@ def test_what_is_missing_is_loaded_for_once_and_said(place, tmp_path, caplog, lo
 def test_without_latents_in_the_cache_the_autoencoder_is_loaded(place, tmp_path, caplog, loads):
     run = run_of(place, tmp_path / "out", images(place), tmp_path / "kept")
     assert precompute(run).images == 0
-    assert "train.cache_latents is off" in caplog.text
+    assert "train.cache_latents is false" in caplog.text
     loads.clear()
     batches(run)
     assert loads == ["AutoencoderKL"]
@@ -249,7 +250,7 @@ def test_shells_say_what_networks_say(place, name):
 
 def test_parts_of_a_single_file_and_under_loras_are_let_go(place, tmp_path, monkeypatch):
     family = replace(FAMILIES["sd"], pretrained_teacher_model=str(tmp_path / "all.safetensors"))
-    (tmp_path / "all.safetensors").write_bytes(b"weights")
+    one_file(pipeline("sd"), tmp_path / "all.safetensors")
     monkeypatch.setattr(family.pipeline_class, "from_single_file", lambda where, config: pipeline("sd"), raising=False)
     pipe = family.load(("text",))
     assert is_shell(pipe.text_encoder) and not is_shell(pipe.vae) and not is_shell(pipe.unet)
@@ -566,7 +567,7 @@ def test_places_that_can_be_no_cache(place, tmp_path, monkeypatch, capsys):
     for folder in (file, file / "below" / "it"):
         run = run_of(place, tmp_path / "out", PROMPTS, folder)
         for start in (precompute, check_run):
-            with pytest.raises(ConfigError, match=f"where {file} is a file.*name another"):
+            with pytest.raises(ConfigError, match=f"where {file} is a file.*set another path"):
                 start(run)
     monkeypatch.setattr(cache, "save_file", lambda *given: (_ for _ in ()).throw(OSError("no room")))
     with pytest.raises(DataError, match="cannot be written.*the work resumes"):

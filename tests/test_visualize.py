@@ -20,12 +20,12 @@ from stepdistill.core.pixels import to_uint8
 from stepdistill.core.schedule import DiscreteVP, expand
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.data.routing import Routing, consecutive
-from stepdistill.families.base import Family, each
+from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Lora
-from stepdistill.students.contract import CONTRACT, STUDENTS, MultiContract, read_contract, teacher
+from stepdistill.students.contract import CONTRACT, STUDENTS, MultiContract, each, read_contract, teacher
 from stepdistill.students.draw.call import PipelineCall, generate, teacher_call
 from stepdistill.students.draw.sheet import LEFT
 from stepdistill.students.draw.steps import Strip, View, picked, predictions_of_steps, view, view_sheet

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,6 +27,7 @@ from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.families.location import teacher_location
+from stepdistill.families.parts import Needs, check_folder, check_marks, check_single_file, reading
 from stepdistill.networks import quantize
 from stepdistill.networks.lora.names import PIPELINES
 from stepdistill.networks.lora.read import Layout, check_plain, layout_of, lora_path, read_pipeline_lora
@@ -58,6 +59,7 @@ class Family(ABC):
     multiple: ClassVar[int] = 8  # the pipeline asks for sides in pixels that are multiples of it
     shifts_latents: ClassVar[bool] = False  # whether the pipeline subtracts its autoencoder's `shift_factor`
     pipeline_class: ClassVar[type[DiffusionPipeline]]
+    needs: ClassVar[Needs]
     seeds_steps: ClassVar[bool] = True  # whether the pipeline hands its generator on to the scheduler
     filters: ClassVar[tuple[str, ...]] = ()  # parts of the pipeline that change a finished image
 
@@ -71,6 +73,20 @@ class Family(ABC):
     def location(self) -> str:
         """Where the teacher lies: a path or a hub id. Raises ConfigError for what can be neither."""
         return teacher_location(self.pretrained_teacher_model)
+
+    def check_files(self) -> None:
+        """Raise ConfigError where the teacher's files are not a pipeline of this family; no weights are read."""
+        where = self.location()
+        with self.reached():
+            if where.endswith(".safetensors"):
+                check_single_file(where, self.pipeline_class, self.needs)
+            else:
+                check_folder(where, self.revision, self.variant, self.pipeline_class, self.network_name, self.needs)
+                self.check_scheduler(self.load_scheduler())
+
+    def reached(self) -> AbstractContextManager[None]:
+        """Raise ConfigError for what cannot be read of the teacher inside."""
+        return reading(self.pretrained_teacher_model)
 
     def part_of(self, component: str) -> Part | None:
         """What a component of the pipeline belongs to; None for tokenizers, schedulers and whatever is no network."""
@@ -86,12 +102,15 @@ class Family(ABC):
             without: parts to leave out; networks without weights, on the meta device, stand in their places. Of a
                 single file, and of a teacher with LoRAs, they are read all the same, and then let go.
         """
-        quantize.check_quantization(
-            self.quantization, self.location().endswith(".safetensors"), bool(self.teacher_loras)
-        )
+        where, single = self.location(), self.location().endswith(".safetensors")
+        quantize.check_quantization(self.quantization, single, bool(self.teacher_loras))
         loras = self.read_teacher_loras()
+        self.check_files()
         with self.reached():
             pipe = self._read(without)
+        self.check_scheduler(pipe.scheduler)  # that of a single file is only known now
+        if single:
+            check_marks(where, pipe.scheduler)
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False)
@@ -130,9 +149,8 @@ class Family(ABC):
     def _read(self, without: Collection[Part]) -> DiffusionPipeline:
         where = self.location()
         if where.endswith(".safetensors"):
-            return self.pipeline_class.from_single_file(  # pyright: ignore[reportAttributeAccessIssue]
-                where, config=self.single_file_config
-            )
+            pipeline: Any = self.pipeline_class
+            return pipeline.from_single_file(where, config=self.single_file_config)
         index: Any = self.pipeline_class.load_config(where, revision=self.revision)
         # Diffusers drops the parts a folder goes without, such as SD3's T5, and then asks for them
         given: dict[str, Any] = {n: None for n, part in index.items() if isinstance(part, list) and part[0] is None}
@@ -143,16 +161,6 @@ class Family(ABC):
             given["quantization_config"] = quantize.quantized(self.quantization, self.network_name)
             given["torch_dtype"] = torch.float32  # of what is not quantised; else torchao takes bfloat16
         return self.pipeline_class.from_pretrained(where, revision=self.revision, variant=self.variant, **given)
-
-    @contextmanager
-    def reached(self) -> Iterator[None]:
-        """Raise ConfigError for what cannot be read of the teacher inside."""
-        try:
-            yield
-        except OSError as error:
-            got, why = f"teacher {self.pretrained_teacher_model}", str(error).splitlines()[0]
-            todo = "check the name, revision and variant, and for a hub id the network connection"
-            raise ConfigError(problem(got, "a complete pipeline", why, todo)) from error
 
     def load_scheduler(self) -> Any:  # noqa: ANN401
         """The teacher's scheduler alone, from its few bytes; None for a single file, which keeps it inside."""
@@ -220,6 +228,10 @@ class Family(ABC):
         """The noise process, with the exact levels of the pipeline's scheduler."""
 
     @abstractmethod
+    def check_scheduler(self, scheduler: Any) -> None:  # noqa: ANN401
+        """Raise ConfigError for a scheduler whose noise process is not the family's."""
+
+    @abstractmethod
     def kind(self, pipe: DiffusionPipeline) -> Kind:
         """What the network predicts."""
 
@@ -282,17 +294,6 @@ class Family(ABC):
         """Write `pytorch_lora_weights.safetensors` with its metadata, as Diffusers' loaders read it."""
         tensors = {f"{self.network_name}.{key}": value.contiguous() for key, value in state.items()}
         facts = {f"{self.network_name}.{key}": value for key, value in config.items()}
-        metadata = {
-            "format": "pt",
-            LORA_ADAPTER_METADATA_KEY: json.dumps(facts, indent=2, sort_keys=True, default=sorted),
-        }
+        metadata = json.dumps(facts, indent=2, sort_keys=True, default=sorted)
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(tensors, folder / LORA_WEIGHT_NAME_SAFE, metadata)
-
-
-def each(call: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The arguments of a pipeline's call for `count` prompts: the negative prompt is repeated for each."""
-    arguments = dict(call)
-    if isinstance(arguments.get("negative_prompt"), str):  # Flux takes no single one for several prompts
-        arguments["negative_prompt"] = [arguments["negative_prompt"]] * count
-    return arguments
+        save_tensors(tensors, folder / LORA_WEIGHT_NAME_SAFE, {"format": "pt", LORA_ADAPTER_METADATA_KEY: metadata})

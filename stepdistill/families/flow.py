@@ -15,11 +15,28 @@ from stepdistill.families.base import Family
 from stepdistill.families.schedulers import FirstNoiseEulerScheduler
 
 
+def shift_of(scheduler: Any) -> float:  # noqa: ANN401
+    """The fixed shift of a flow's grid."""
+    return scheduler.config["flow_shift" if "flow_shift" in scheduler.config else "shift"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Flow(Family):
     """A pipeline whose network predicts the velocity `eps - x0`."""
 
     network_name: ClassVar[str] = "transformer"
+
+    def check_scheduler(self, scheduler: Any) -> None:  # noqa: ANN401
+        config = scheduler.config
+        flow = config.get("prediction_type", "flow_prediction") == "flow_prediction" and not config.get("invert_sigmas")
+        if flow and ("shift" in config or config.get("use_flow_sigmas")) and config.num_train_timesteps == 1000:
+            return
+        names = ("prediction_type", "use_flow_sigmas", "invert_sigmas", "num_train_timesteps")
+        settings = {key: config[key] for key in names if key in config}
+        got, expected = f"scheduler {type(scheduler).__name__} with {settings}", "flow matching in 1,000 timesteps"
+        why = f"a {self.pipeline_class.__name__} is distilled on a rectified flow, whose timesteps are 1,000 sigma"
+        todo = "give the scheduler that the teacher was trained with, or choose another teacher"
+        raise ConfigError(problem(got, expected, why, todo))
 
     def kind(self, pipe: DiffusionPipeline) -> Kind:
         return "flow"

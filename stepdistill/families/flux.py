@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from stepdistill.config.kinds import Amount, Positive, Tokens
 from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import Rectified
-from stepdistill.families.flow import Flow
+from stepdistill.families.flow import Flow, shift_of
+from stepdistill.families.parts import Needs
 from stepdistill.networks.layers import attentions, inner, named, rebuilt
 from stepdistill.networks.roles import Sites, Tap
 
@@ -42,6 +43,9 @@ class Flux(Flow):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
     shifts_latents: ClassVar[bool] = True
     seeds_steps: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs(
+        width=("joint_attention_dim", ("text_encoder_2",)), places=4, single_file=("flux-dev", "flux-schnell")
+    )
 
     guidance_embedding: Amount = 3.5
     max_sequence_length: Tokens = 512
@@ -58,8 +62,8 @@ class Flux(Flow):
         return self.guidance_embedding if pipe.transformer.config["guidance_embeds"] else None
 
     def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
-        config = scheduler.config
-        shift = math.exp(config.max_shift) if config.use_dynamic_shifting else config.shift
+        dynamic = scheduler.config.get("use_dynamic_shifting", False)
+        shift = math.exp(scheduler.config["max_shift"]) if dynamic else shift_of(scheduler)
         return Rectified(shift if self.shift is None else self.shift)
 
     def native_side(self, pipe: DiffusionPipeline) -> int:

@@ -8,6 +8,8 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.data.bundled import bundled
 
 BUNDLED_NAMES = ("tiny-sd", "tiny-sd3")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+FILES = (*PICKLES, ".gguf", ".safetensors", ".zip")  # a name that ends so is no hub id
 
 
 def teacher_location(name: str) -> str:
@@ -22,7 +24,7 @@ def teacher_location(name: str) -> str:
                 "point family.pretrained_teacher_model at the folder that holds model_index.json",
             )
         )
-    hub_like = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and path.suffix != ".safetensors"
+    hub_like = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and path.suffix not in FILES
     if not path.exists() and not hub_like:
         raise ConfigError(
             problem(
@@ -32,4 +34,10 @@ def teacher_location(name: str) -> str:
                 "check the path: it is read relative to the working directory",
             )
         )
+    if path.is_file() and path.suffix != ".safetensors":
+        why, todo = "no pipeline is read from it", "give the pipeline's folder, or its .safetensors file"
+        if path.suffix in PICKLES:
+            why = "it is a pickle, which can run any code when it is read"
+            todo = "if you trust it, save it as a folder with Diffusers' `from_single_file` and `save_pretrained`"
+        raise ConfigError(problem(f"the file {path}", "a pipeline folder or a .safetensors file", why, todo))
     return str(path) if path.exists() else name

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stepdistill.config.kinds import Count
 from stepdistill.core.denoise import Condition
+from stepdistill.families.parts import Needs
 from stepdistill.families.vp import VariancePreserving
 from stepdistill.networks.layers import attentions, halfway, named, rebuilt
 from stepdistill.networks.roles import Sites, Tap
@@ -34,6 +35,7 @@ class PixArt(VariancePreserving):
     """
 
     network_name: ClassVar[str] = "transformer"
+    needs: ClassVar[Needs] = Needs(width=("caption_channels", ("text_encoder",)))
 
     max_sequence_length: Count
 

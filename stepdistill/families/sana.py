@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from stepdistill.config.kinds import Count
 from stepdistill.core.denoise import Condition
-from stepdistill.core.errors import ConfigError, problem
-from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import Rectified
-from stepdistill.families.flow import Flow
+from stepdistill.families.flow import Flow, shift_of
+from stepdistill.families.parts import Needs
 from stepdistill.networks.layers import attentions, halfway, named, rebuilt
 from stepdistill.networks.roles import Sites, Tap
 
@@ -41,6 +40,11 @@ class Sana(Flow):
 
     multiple: ClassVar[int] = 32
     pipeline_class: ClassVar[type[DiffusionPipeline]] = SanaPipeline
+    needs: ClassVar[Needs] = Needs(
+        relatives=("SanaSprintPipeline",),
+        network={"guidance_embeds": False},  # SANA-Sprint's own network; its pipeline gives it the scale
+        width=("caption_channels", ("text_encoder",)),
+    )
 
     max_sequence_length: Count = 300
     human_instruction: bool = True
@@ -50,15 +54,7 @@ class Sana(Flow):
         return {"max_sequence_length": self.max_sequence_length, "use_resolution_binning": False} | instruction
 
     def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
-        config = scheduler.config
-        return Rectified(config.flow_shift if "flow_shift" in config else config.shift)
-
-    def kind(self, pipe: DiffusionPipeline) -> Kind:
-        if pipe.transformer.config["guidance_embeds"]:
-            got, why = "a network with a guidance embedding", "this pipeline does not pass one"
-            todo = "use the base model that it was distilled from"
-            raise ConfigError(problem(got, f"a network for {self.pipeline_class.__name__}", why, todo))
-        return "flow"
+        return Rectified(shift_of(scheduler))
 
     def time(self, net: nn.Module, given: float) -> float:
         config: Any = net.config

@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition
-from stepdistill.families.unet import UNet
+from stepdistill.families.parts import Needs
+from stepdistill.families.unet import PLAIN, UNet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,12 @@ class StableDiffusion(UNet):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     filters: ClassVar[tuple[str, ...]] = ("safety_checker",)
+    needs: ClassVar[Needs] = Needs(
+        network=PLAIN | {"addition_embed_type": None},
+        width=("cross_attention_dim", ("text_encoder",)),
+        single_file=("v1", "v2"),
+        prefixes=("model.diffusion_model.", "first_stage_model.", "cond_stage_model."),
+    )
 
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
         return {"tokenizer": pipe.tokenizer.model_max_length}

@@ -14,7 +14,8 @@ from stepdistill.config.kinds import Tokens
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.schedule import Rectified
-from stepdistill.families.flow import Flow
+from stepdistill.families.flow import Flow, shift_of
+from stepdistill.families.parts import Needs
 from stepdistill.networks.layers import attentions, halfway, named, rebuilt
 from stepdistill.networks.roles import Sites, Tap
 
@@ -43,6 +44,11 @@ class StableDiffusion3(Flow):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
     shifts_latents: ClassVar[bool] = True
     seeds_steps: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs(
+        optional=frozenset({"text_encoder_3", "tokenizer_3"}),
+        width=("joint_attention_dim", ("text_encoder_3",)),
+        single_file=("sd3", "sd35_large", "sd35_medium"),
+    )
 
     max_sequence_length: Tokens = 256
 
@@ -50,7 +56,7 @@ class StableDiffusion3(Flow):
         return {"max_sequence_length": self.max_sequence_length}
 
     def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
-        if scheduler.config.use_dynamic_shifting:
+        if scheduler.config.get("use_dynamic_shifting"):
             raise ConfigError(
                 problem(
                     "a scheduler with use_dynamic_shifting",
@@ -59,7 +65,7 @@ class StableDiffusion3(Flow):
                     "set use_dynamic_shifting to false and shift to the value for your resolution",
                 )
             )
-        return Rectified(scheduler.config.shift)
+        return Rectified(shift_of(scheduler))
 
     def lora_targets(self, net: nn.Module) -> list[str]:
         names = named(net, TARGETS, (nn.Linear,))

@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition
-from stepdistill.families.unet import UNet
+from stepdistill.families.parts import Needs
+from stepdistill.families.unet import PLAIN, UNet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,12 @@ class StableDiffusionXL(UNet):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
     filters: ClassVar[tuple[str, ...]] = ("watermark",)
+    needs: ClassVar[Needs] = Needs(
+        network=PLAIN | {"addition_embed_type": "text_time"},
+        width=("cross_attention_dim", ("text_encoder", "text_encoder_2")),
+        single_file=("xl_base",),
+        prefixes=("model.diffusion_model.", "first_stage_model.", "conditioner."),
+    )
 
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
         return {name: pipe.components[name].model_max_length for name in ("tokenizer", "tokenizer_2")}

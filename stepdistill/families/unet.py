@@ -19,6 +19,9 @@ TARGETS = (
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
 
+# a network with one of these takes an input that the plain pipelines do not give it
+PLAIN = {"class_embed_type": None, "encoder_hid_dim_type": None, "time_cond_proj_dim": None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class UNet(VariancePreserving):

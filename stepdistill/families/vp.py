@@ -16,10 +16,25 @@ from stepdistill.core.solvers import Sampler
 from stepdistill.families.base import Family
 from stepdistill.families.schedulers import FirstNoiseDDIMScheduler
 
+KINDS = ("epsilon", "v_prediction", "sample")
+
 
 @dataclass(frozen=True, kw_only=True)
 class VariancePreserving(Family):
     """A pipeline whose scheduler holds a table of `alphas_cumprod`."""
+
+    def check_scheduler(self, scheduler: Any) -> None:  # noqa: ANN401
+        config = scheduler.config
+        kind, discrete = config.get("prediction_type"), config.get("timestep_type", "discrete") == "discrete"
+        if "beta_schedule" in config and kind in KINDS and discrete and not config.get("use_flow_sigmas"):
+            return
+        settings = {
+            key: config[key] for key in ("prediction_type", "timestep_type", "use_flow_sigmas") if key in config
+        }
+        got, expected = f"scheduler {type(scheduler).__name__} with {settings}", f"a beta_schedule, and one of {KINDS}"
+        why = f"a {self.pipeline_class.__name__} is distilled on a variance-preserving noise schedule with timesteps"
+        todo = "give the scheduler that the teacher was trained with, or choose another teacher"
+        raise ConfigError(problem(got, expected, why, todo))
 
     def schedule(self, scheduler: Any) -> DiscreteVP:  # noqa: ANN401
         return DiscreteVP(scheduler.alphas_cumprod)

@@ -7,6 +7,7 @@ origin of the student.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -255,3 +256,11 @@ def scheduler_class(contract: Contract) -> Any:  # noqa: ANN401
     """The class of a contract's scheduler, from Diffusers or from `stepdistill.families.schedulers`."""
     package = "stepdistill.families.schedulers" if contract.first_noise else "diffusers"
     return locate(f"{package}.{contract.scheduler['_class_name']}")
+
+
+def each(call: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The arguments of a pipeline's call for `count` prompts: the negative prompt is repeated for each."""
+    arguments = dict(call)
+    if isinstance(arguments.get("negative_prompt"), str):  # Flux takes no single one for several prompts
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * count
+    return arguments

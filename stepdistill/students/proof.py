@@ -19,12 +19,12 @@ from stepdistill.core.prediction import Estimate, Kind, estimate, output
 from stepdistill.core.random import fresh_noise
 from stepdistill.core.schedule import expand
 from stepdistill.core.solvers import Sampler, few_step
-from stepdistill.families.base import Family, each
+from stepdistill.families.base import Family
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER
 from stepdistill.networks.sharding import is_sharded, stream
-from stepdistill.students.contract import Contract, Proof
+from stepdistill.students.contract import Contract, Proof, each
 from stepdistill.students.lora.comfyui import SIGMA_FOR_ALPHA, comfy_levels, read_as_sigma
 from stepdistill.students.lora.comfyui_draw import ComfyRun
 

@@ -222,7 +222,13 @@ def check_guidance_range(data: Source, sampler: Sampler) -> None:
             raise ConfigError(problem(got, f"that of the method, {list(promised)}", why, todo))
 
 
+def check_teacher(run: Run) -> None:
+    """The teacher is a pipeline of the family."""
+    run.family.check_files()
+
+
 CHECKS: tuple[Callable[[Run], None], ...] = (
-    *(check_cache_dir, check_scheduler, check_sharding, check_data, check_reference_file, check_export_formats),
-    *(check_loras, check_output_dir, check_quantized_roles, check_roles, check_attention, check_guidance_scale),
+    *(check_teacher, check_cache_dir, check_scheduler, check_sharding, check_data, check_reference_file),
+    *(check_export_formats, check_loras, check_output_dir, check_quantized_roles, check_roles),
+    *(check_attention, check_guidance_scale),
 )

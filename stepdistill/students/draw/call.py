@@ -17,8 +17,9 @@ from stepdistill.core.cost import Cost, count_calls
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.core.schedule import Rectified
-from stepdistill.families.base import Family, each
+from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
+from stepdistill.students.contract import each
 from stepdistill.students.draw.filters import unfiltered
 from stepdistill.students.several import Students
 

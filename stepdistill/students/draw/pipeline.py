@@ -18,13 +18,13 @@ from stepdistill.core.cost import Cost
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts
-from stepdistill.families.base import Family, each
+from stepdistill.families.base import Family
 from stepdistill.families.prompt_limits import warn_of_cut
 from stepdistill.methods.base import Method
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.pipeline_loras import fuse_loras
 from stepdistill.students.base_model import absolute
-from stepdistill.students.contract import Contract, read_contracts, teacher
+from stepdistill.students.contract import Contract, each, read_contracts, teacher
 from stepdistill.students.draw.call import PipelineCall, generate, scheduled, teacher_call
 from stepdistill.students.draw.filters import DrawnImage, safety_flags
 from stepdistill.students.draw.loras import load_style, weigh_loras

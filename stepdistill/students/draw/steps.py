@@ -22,8 +22,8 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.prediction import estimate
 from stepdistill.core.random import fresh_noise, noise_of
-from stepdistill.families.base import Family, each
-from stepdistill.students.contract import read_contracts, teacher
+from stepdistill.families.base import Family
+from stepdistill.students.contract import each, read_contracts, teacher
 from stepdistill.students.draw.call import PipelineCall, scheduled, seeded_steps, stepped_by, teacher_call
 from stepdistill.students.draw.sheet import SheetRow, image_sheet
 from stepdistill.students.load import folder_of, load_student

@@ -29,6 +29,7 @@ def predict(run: Run) -> Prediction:
     own terms load, as CLIP and LPIPS."""
     check_launcher(run.train)
     accelerator = Accelerator(mixed_precision=run.train.mixed_precision)
+    run.family.check_files()
     with run.family.reached():
         pipe = outline(run.family)
     dtype = DTYPES[accelerator.mixed_precision]

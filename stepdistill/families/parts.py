@@ -1,0 +1,196 @@
+"""What a family needs of each part of its teacher, compared with the teacher's files before weights are read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, Transformer2DModel
+from diffusers.loaders import FromSingleFileMixin
+from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING, _get_task_class
+from safetensors import SafetensorError, safe_open
+
+from stepdistill.config.schema import locate
+from stepdistill.core.errors import ConfigError, StepdistillError, problem
+
+SAVED = "a pipeline as `pipe.save_pretrained(folder)` writes it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a family needs of the parts of its teacher.
+
+    Args:
+        optional: components that a pipeline of the family may lack.
+        relatives: classes of pipelines that have the same parts, besides those for other tasks of the same model.
+        network: what settings of the denoiser's config must be.
+        width: the setting of it that is the width of a prompt's embedding, and the text encoders whose widths add up
+            to it.
+        places: latents of one channel that the network takes as one token's channels.
+        single_file: what Diffusers calls the single files of the family.
+        prefixes: of the names of tensors, one for each part that a single file must hold.
+    """
+
+    optional: frozenset[str] = frozenset()
+    relatives: tuple[str, ...] = ()
+    network: Mapping[str, Any] = field(default_factory=dict)
+    width: tuple[str, tuple[str, ...]]
+    places: int = 1
+    single_file: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
+
+
+@contextmanager
+def reading(teacher: str) -> Iterator[None]:
+    """Raise ConfigError for what cannot be read of a teacher inside."""
+    try:
+        yield
+    except StepdistillError:
+        raise
+    except (OSError, ValueError, SafetensorError, SingleFileComponentError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        todo = "check the name, revision and variant, and the network connection"
+        if Path(teacher).exists():
+            todo = "check that all files are there and whole, or save the pipeline again"
+        raise ConfigError(problem(f"teacher {teacher}", "a complete pipeline", why, todo)) from error
+
+
+def check_single_file(file: str, pipeline: type[DiffusionPipeline], needs: Needs) -> None:
+    """Raise ConfigError where a `.safetensors` file does not hold a pipeline of this class; its header is read."""
+    expected, todo = f"a checkpoint of a {pipeline.__name__}", "give the pipeline as a folder or hub id"
+    if not issubclass(pipeline, FromSingleFileMixin):
+        why = f"Diffusers reads no single file into a {pipeline.__name__}"
+        raise ConfigError(problem(f"the single file {file}", "a pipeline folder or hub id", why, todo))
+    try:
+        with safe_open(file, "pt") as stored:
+            shapes = {key: stored.get_slice(key).get_shape() for key in stored.keys()}  # noqa: SIM118 - it is no dict
+    except SafetensorError as error:
+        raise ConfigError(problem(f"{file}, which is no safetensors file", expected, str(error), todo)) from error
+    if any(".lora" in key or key.startswith("lora") for key in shapes):
+        why = "it holds changes to a model, and not the model"
+        todo = "name its base in family.pretrained_teacher_model, and the LoRA in family.teacher_loras"
+        raise ConfigError(problem(f"the LoRA {file}", expected, why, todo))
+    kind = infer_diffusers_model_type({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    missing = [prefix for prefix in needs.prefixes if not any(key.startswith(prefix) for key in shapes)]
+    if kind not in needs.single_file or missing:
+        got = f"{file} with {len(shapes)} tensors such as {', '.join(sorted(shapes)[:2]) or 'none'}"
+        # whatever Diffusers does not know it takes for "v1"
+        why = f"Diffusers takes it for {kind!r}" if kind != "v1" else "Diffusers does not know the names of its tensors"
+        if kind in needs.single_file:
+            why = f"it has no tensor whose name begins with {missing[0]}"
+        todo = "choose the family of this model in family.type, or " + todo
+        raise ConfigError(problem(got, expected, why, todo))
+
+
+def check_marks(file: str, scheduler: Any) -> None:  # noqa: ANN401
+    """Raise ConfigError where a single file says of itself another prediction type than its scheduler has.
+
+    Diffusers does not read these marks, and gives the file the scheduler of the original model.
+    """
+    with safe_open(file, "pt") as stored:
+        marks = {"v_pred", "ztsnr"} & set(stored.keys())
+    wanted = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
+    for mark in sorted(marks):
+        key, value = wanted[mark]
+        if scheduler.config.get(key) != value:
+            got, expected = f"{file}, which is marked as {mark}, and a scheduler without", f"{key} {value}"
+            why = "the teacher would be read as another model than it was trained as"
+            todo = "set family.single_file_config to a pipeline folder or hub id with that scheduler"
+            raise ConfigError(problem(got, expected, why, todo))
+
+
+def check_folder(
+    where: str, revision: str | None, variant: str | None, pipeline: type[DiffusionPipeline], network: str, needs: Needs
+) -> None:
+    """Raise ConfigError where a pipeline folder or hub id does not have the parts of a pipeline of this class.
+
+    Args:
+        network: name of the denoiser among the parts.
+    """
+    index: Any = pipeline.load_config(where, revision=revision)
+    _check_class(where, index["_class_name"], pipeline, needs)
+    types = pipeline._get_signature_types()
+    texts = [name for name in types if name.startswith(("text_encoder", "tokenizer"))]
+    there = {name for name, part in index.items() if isinstance(part, list) and part[0] is not None}
+    missing = [n for n in (network, "vae", "scheduler", *texts) if n not in there and n not in needs.optional]
+    if Path(where).is_dir():
+        missing += [name for name in sorted(there) if not any((Path(where) / name).glob("*"))]
+        _check_variant(Path(where), variant)
+    if missing:
+        why, todo = f"a {pipeline.__name__} needs it", "save the whole pipeline, or copy the missing part into it"
+        raise ConfigError(problem(f"{where} without {missing[0]}", SAVED, why, todo))
+    for name in (network, *texts):
+        if name in there and not name.startswith("tokenizer"):
+            _check_type(where, name, _class_of(index[name]), types[name])
+    _check_configs(where, revision, {name: index[name] for name in there}, network, needs)
+
+
+def _check_class(where: str, name: Any, pipeline: type[DiffusionPipeline], needs: Needs) -> None:  # noqa: ANN401
+    same = _get_task_class(AUTO_TEXT2IMAGE_PIPELINES_MAPPING, name, throw_error_if_not_exist=False)
+    if name != pipeline.__name__ and name not in needs.relatives and same is not pipeline:
+        why = "the family says how the network is called and what its parts mean"
+        todo = f"choose the family of a {name} in family.type, or another teacher"
+        raise ConfigError(problem(f"a {name} in {where}", f"a {pipeline.__name__}", why, todo))
+
+
+def _check_variant(folder: Path, variant: str | None) -> None:
+    if variant is None or any(any(folder.rglob(f"*.{variant}{end}*")) for end in (".", "-")):
+        return
+    got, why = f"family.variant {variant!r}", f"no file in {folder} is named so"
+    todo = "leave family.variant out, or name the one that the files have"
+    raise ConfigError(problem(got, "a variant of the teacher's files, such as fp16", why, todo))
+
+
+def _class_of(part: list[str]) -> Any:  # noqa: ANN401
+    """The class of a part of a model_index.json."""
+    library, name = part
+    # a pipeline's own classes stand under the pipeline's name
+    return locate(f"{library if library in ('diffusers', 'transformers') else f'diffusers.pipelines.{library}'}.{name}")
+
+
+def _check_type(where: str, name: str, cls: type, expected: tuple[type, ...]) -> None:
+    # Diffusers reads a Transformer2DModel of old as the class that came out of it
+    if cls is not Transformer2DModel and not issubclass(cls, expected):
+        wanted, why = " or ".join(kind.__name__ for kind in expected), "the family reads other outputs of it"
+        todo = "choose the family of this pipeline in family.type, or another teacher"
+        raise ConfigError(problem(f"a {cls.__name__} as {name} of {where}", f"a {wanted}", why, todo))
+
+
+def _config_of(where: str, revision: str | None, name: str, cls: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The config of a network of Diffusers, with the defaults of its class."""
+    defaults = {key: parameter.default for key, parameter in inspect.signature(cls.__init__).parameters.items()}
+    return defaults | cls.load_config(where, subfolder=name, revision=revision)
+
+
+def _check_configs(
+    where: str, revision: str | None, parts: Mapping[str, list[str]], network: str, needs: Needs
+) -> None:
+    net, vae = (_config_of(where, revision, name, _class_of(parts[name])) for name in (network, "vae"))
+    wanted = dict(needs.network)
+    channels = vae.get("latent_channels")
+    if channels is not None:
+        wanted["in_channels"] = needs.places * channels
+    setting, encoders = needs.width
+    if isinstance(net[setting], int) and all(name in parts for name in encoders):
+        wanted[setting] = sum(_width(where, revision, name, _class_of(parts[name])) for name in encoders)
+    todo = "choose the family of this model in family.type, or another teacher"
+    for key, value in wanted.items():
+        if net.get(key) != value:
+            got, why = (
+                f"a {network} of {where} with {key} {net.get(key)!r}",
+                "it takes other inputs than the family's",
+            )
+            raise ConfigError(problem(got, repr(value), why, todo))
+    if vae.get("latents_mean") is not None:
+        got, why = f"an autoencoder of {where} with latents_mean", "the family scales latents by one factor"
+        raise ConfigError(problem(got, "one without", why, todo))
+
+
+def _width(where: str, revision: str | None, name: str, cls: Any) -> int:  # noqa: ANN401
+    return cls.config_class.from_pretrained(where, subfolder=name, revision=revision).hidden_size
