@@ -19,7 +19,7 @@ sys.path.insert(0, PLACE)
 from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True  # before anything else of it is imported
-import comfy.lora  # noqa: E402
+import comfy.lora as client_lora  # noqa: E402, F401  (the tests' too)
 import comfy.model_detection  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402

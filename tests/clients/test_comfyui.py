@@ -25,9 +25,10 @@ from stepdistill.core.denoise import Condition, guided
 from stepdistill.core.prediction import Estimate, estimate
 from stepdistill.core.solvers import few_step
 from stepdistill.families.base import Family
+from stepdistill.networks.lora.names import by_part
 from stepdistill.networks.lora.read import Layout, LoraFile
 from stepdistill.networks.lora.tensors import FAMILIES as KNOWN
-from stepdistill.networks.lora.tensors import Format, parse_lora
+from stepdistill.networks.lora.tensors import Format, LayerLora, lora_tensors, parse_lora
 from stepdistill.students.contract import Contract, LoraWeights, scheduler_class
 from stepdistill.students.lora import comfyui
 from stepdistill.students.lora.files import write_lora
@@ -140,6 +141,25 @@ def test_comfyui_s_network_with_the_file_gives_what_diffusers_gives(tmp_path, na
     expected = by_diffusers(fused(plain, name, state), name, **given)
     assert (expected - bare).abs().max() > 0.05
     torch.testing.assert_close(by_comfyui(loaded, name, **given), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "to"), [(name, to) for name in ("sd", "sdxl", "sd3", "flux") for to in ("kohya", "comfyui")]
+)
+def test_comfyui_finds_layers_of_clip_by_their_names(name, to):
+    """A conversion may hold them; a student has none."""
+    parts = [part for part in by_part(name) if part.startswith("text_encoder")]
+    small = LayerLora(torch.zeros(1, 2), torch.zeros(2, 1), 1.0)
+    file, _ = lora_tensors(dict.fromkeys(parts, small), to, name)
+    clips = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+    layers = {f"{clips[part.partition('.')[0]]}.transformer.{part.partition('.')[2]}.weight" for part in parts}
+
+    class Encoders:
+        def state_dict(self) -> dict[str, None]:
+            return dict.fromkeys(layers)
+
+    found = comfy.client_lora.load_lora(file, comfy.client_lora.model_lora_keys_clip(Encoders(), {}))
+    assert found.keys() == layers
 
 
 def test_of_a_diffusers_file_comfyui_leaves_out_the_attention(tmp_path):

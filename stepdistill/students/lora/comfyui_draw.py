@@ -73,7 +73,7 @@ class ComfyRun:
                 x = x + (x - clean) / now * (then - now)
             else:
                 x = self._noised(clean, self.fresh(i), then, False) if then > 0 else clean
-        return x if self.levels is not None else x / (1 - sigmas[-1])
+        return x
 
     def _denoised(self, x: Tensor, sigma: Tensor, guider: Mapping[str, Any]) -> Tensor:
         if self.levels is None:
