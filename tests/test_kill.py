@@ -27,8 +27,9 @@ CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shu
 pytestmark = pytest.mark.slow
 
 
-def run_in(place: Path, teacher: Path, moment: int | None, moments: Path | None = None) -> None:
-    """Train in this process, which dies before its change of a file number `moment`; their number goes to a file."""
+def run_in(place: Path, teacher: Path, moment: int | str | None, moments: Path | None = None) -> None:
+    """Train in this process, which dies before its change of a file number `moment`, or in the middle of writing a text
+    file of that name; the number of changes goes to a file."""
     number = count(1)
 
     def watch(event: str, args: tuple) -> None:
@@ -39,8 +40,16 @@ def run_in(place: Path, teacher: Path, moment: int | None, moments: Path | None 
             if changes == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    changes = 0
+    def half(file: Path, text: str, *args: str, **kwargs: str) -> int:
+        if file.name.removesuffix(".part") != moment:
+            return write(file, text, *args, **kwargs)
+        write(file, text[: len(text) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    changes, write = 0, Path.write_text
     sys.addaudithook(watch)
+    Path.write_text = half  # pyright: ignore[reportAttributeAccessIssue]
     train = {
         "resume_from_checkpoint": "latest",
         "checkpoints_total_limit": 2,
@@ -101,6 +110,15 @@ def test_a_run_that_dies_before_a_change_of_a_file(teacher, whole, tmp_path, tri
         assert run.exitcode in (0, -signal.SIGKILL)
     assert run.exitcode == 0
     assert left(tmp_path) == expected
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "watch.json", "state.json"])
+def test_a_run_that_dies_in_the_middle_of_a_file(teacher, whole, tmp_path, name):
+    for moment in (name, None):
+        run = process(tmp_path, teacher, moment)
+        run.join()
+        assert run.exitcode == (-signal.SIGKILL if moment else 0)
+    assert left(tmp_path) == whole[0]
 
 
 @pytest.mark.parametrize("trial", range(4))
