@@ -21,8 +21,8 @@ from stepdistill.training.teacher import TeacherSampler
 
 def distill(run: Run) -> Path:
     """Train, write the student folder, verify that plain Diffusers loads it, and report. Returns the folder."""
-    check_run(run)
     source = find_source(run)
+    check_run(run)
     session = prepare(run.resolved())
     check_loaded(session)
     check_same(session, source)
@@ -63,6 +63,6 @@ def make_data(session: Session) -> None:
 
 def dry_run(run: Run) -> str:
     """Predicted memory by role."""
-    check_run(run)
     find_source(run)
+    check_run(run)
     return str(predict(run))

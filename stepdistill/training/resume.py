@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from stepdistill.config.dump import config_to_yaml, to_node
 from stepdistill.core import distributed
 from stepdistill.core.errors import CheckpointError, ConfigError, problem
 from stepdistill.core.files import write_text
-from stepdistill.data import BadSample, Source
 from stepdistill.methods.base import Method
 from stepdistill.networks.roles import Ema
 from stepdistill.training.checkpoint import (
@@ -42,7 +39,6 @@ SAME = {
     "teacher": ("a teacher whose network has the digest {}", "a student has one teacher"),
     "samples": ("a data source of {}", "the earlier steps saw other samples"),
 }
-SAMPLED = 1000
 UNSAID = ("train.resume_from_checkpoint", "train.overwrite_output_dir")
 Changes = dict[str, tuple[object, object]]
 
@@ -100,18 +96,9 @@ def session_facts(session: Session) -> dict[str, object]:
     return {
         "config": to_node(session.run, Run),
         "global_batch": session.global_batch,
-        "samples": described(session.run.data),
+        "samples": session.samples,
         "teacher": session.digest,
     }
-
-
-def described(data: Source) -> str:
-    """The number of samples, and a digest of the captions of `SAMPLED` of them."""
-    content = sha256()
-    for i in range(0, len(data), max(1, len(data) // SAMPLED)):
-        with suppress(BadSample):
-            content.update("\0".join(data.captions(i)).encode())
-    return f"{len(data)} samples, captions {content.hexdigest()[:12]}"
 
 
 def restore(session: Session, optimizers: Optimizers, source: Path | None) -> int:

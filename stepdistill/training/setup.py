@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from stepdistill.core.errors import ConfigError, problem
+from stepdistill.data import BadSample
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.methods.base import StepContext
 from stepdistill.networks import sharding
@@ -29,6 +32,8 @@ from stepdistill.training.batches import Batches
 from stepdistill.training.cache.keys import Keys, family_keys
 from stepdistill.training.launcher import DTYPES, check_launcher
 from stepdistill.training.recipe import Run
+
+CAPTIONS = 1000  # in the digest of a data source
 
 
 @dataclass
@@ -59,6 +64,15 @@ class Session:
         """Samples of a step, over all processes."""
         spec = self.run.train
         return spec.train_batch_size * spec.gradient_accumulation_steps * self.accelerator.num_processes
+
+    @cached_property
+    def samples(self) -> str:
+        """The number of samples, and a digest of the captions of some of them."""
+        data, content = self.run.data, sha256()
+        for i in range(0, len(data), max(1, len(data) // CAPTIONS)):
+            with suppress(BadSample):
+                content.update("\0".join(data.captions(i)).encode())
+        return f"{len(data)} samples, captions {content.hexdigest()[:12]}"
 
     def denoiser(self, role: str) -> Denoiser:
         """A role as an estimator."""
