@@ -141,8 +141,9 @@ def test_every_role_s_learning_rate_is_that_of_the_training_step(name, warmup):
     expected = get_scheduler(name, clock, num_warmup_steps=warmup, num_training_steps=steps)
     for number in range(steps):
         before = {role: weights(team, role) for role in ("student", "fake")}
-        step(method, team, number)
+        values = step(method, team, number)
         rate = float(expected.get_last_lr()[0])
+        assert values["lr"] == rate  # the student's, in every step
         clock.step(), expected.step()
         for role, share in (("student", float(number % 3 == 0)), ("fake", 0.25)):
             close(before[role] - weights(team, role), torch.full_like(before[role], rate * share), 1e-6)

@@ -69,7 +69,7 @@ class Optimizers:
         return self.backbone.parameters_of(role)
 
     def apply(self, roles: Sequence[str], step: int) -> dict[str, float]:
-        """One update of `roles`: sync, clip, step, average, zero. Returns gradient norms and learning rate."""
+        """One update of `roles`: sync, clip, step, average, zero. Returns gradient norms, and the first role's rate."""
         values: dict[str, float] = {}
         for role in roles:
             params, optimizer = self.params(role), self.by_role[role]
@@ -84,7 +84,7 @@ class Optimizers:
             norm = nn.utils.clip_grad_norm_(list(params.values()), self.spec.max_grad_norm or float("inf"))
             self.scaler.step(optimizer)
             values[f"grad_norm/{role}"] = norm.item()
-            values["lr"] = float(self.schedulers[role].get_last_lr()[0])
+        values["lr"] = float(next(iter(self.schedulers.values())).get_last_lr()[0])
         self.scaler.update()
         self.backbone.average(roles, step)
         self.zero()
