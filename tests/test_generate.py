@@ -144,7 +144,9 @@ def test_two_loras_are_the_sum_of_their_updates(folders, tmp_path, name):
 def test_a_further_lora_without_a_loader_or_that_is_none_is_refused(folders, tmp_path):
     with pytest.raises(StudentError, match="Diffusers has no LoRA loader for it"):
         StudentPipeline.load(folders["pixart_sigma"], loras=[(str(folders["pixart_sigma"]), 1.0)])
-    with pytest.raises(StudentError, match="keys unmatched, 0 matched, expected keys of a LoRA for a StableDiffusionPipeline"):
+    with pytest.raises(
+        StudentError, match="keys unmatched, 0 matched, expected keys of a LoRA for a StableDiffusionPipeline"
+    ):
         StudentPipeline.load(folders["sd"], loras=[(str(folders["sd3"]), 1.0)])
     with pytest.raises(StudentError, match="unreadable .*nowhere.*, expected a complete .safetensors file"):
         StudentPipeline.load(folders["sd"], loras=[(str(tmp_path / "nowhere.safetensors"), 1.0)])
