@@ -145,11 +145,12 @@ def check_export_formats(run: Run) -> None:
 
 
 def check_loras(run: Run) -> None:
-    """The LoRAs that the run starts from are whole files of this family."""
+    """The LoRAs that the run starts from are complete files of this family; a resumed run's config is compared first."""
+    if run.train.resume_from_checkpoint:
+        return
     run.family.read_teacher_loras()
-    starts = run.lora.init_from and not run.train.resume_from_checkpoint
-    if starts and isinstance(run.method.roles().get("student"), Lora):
-        run.family.read_lora(str(run.lora.init_from))
+    if run.lora.init_from and isinstance(run.method.roles().get("student"), Lora):
+        run.family.read_lora(run.lora.init_from)
 
 
 def check_output_dir(run: Run) -> None:
