@@ -297,6 +297,15 @@ def test_a_file_that_is_marked_as_v_prediction_is_not_read_as_epsilon(folders, t
     assert family.kind(family.load()) == "v_prediction"
 
 
+def test_configs_that_say_nothing_or_nonsense_are_refused(folders, tmp_path):
+    place = shutil.copytree(folders["sd"], tmp_path / "copy")
+    edited(place / "scheduler" / "scheduler_config.json", beta_schedule="round")
+    refused(of("sd", place), f"teacher {place}, .* round")
+    for text, match in [("{}", f"a None in {place}"), ("{", "not a valid JSON file")]:
+        (place / "model_index.json").write_text(text)
+        refused(of("sd", place), match)
+
+
 @pytest.mark.parametrize("spoil", ["cut", "gone", "other"])
 def test_weights_that_do_not_read_are_an_error_of_the_folder(folders, tmp_path, spoil):
     place = shutil.copytree(folders["sd"], tmp_path / "copy")

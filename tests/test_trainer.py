@@ -32,7 +32,7 @@ from stepdistill.networks.roles import Lora
 from stepdistill.training import checkpoint
 from stepdistill.training import loop as trainer
 from stepdistill.training.checks import check_run
-from stepdistill.training.distill import distill
+from stepdistill.training.distill import distill, dry_run
 from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import TrainSpec
 
@@ -215,8 +215,9 @@ def test_a_student_that_no_scheduler_samples_is_refused_before_training(teacher,
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
     run = make(folder, samples, tmp_path / "out", Regression(timesteps=(999, 499, 99)), mixed_precision="bf16")
-    with pytest.raises(ConfigError, match=r"EulerDiscreteScheduler .*choose other timesteps"):
-        distill(run)
+    for command in (dry_run, distill):
+        with pytest.raises(ConfigError, match=r"EulerDiscreteScheduler .*choose other timesteps"):
+            command(run)
     assert not (tmp_path / "out").exists()
 
 

@@ -53,7 +53,7 @@ def reading(teacher: str) -> Iterator[None]:
         yield
     except StepdistillError:
         raise
-    except (OSError, ValueError, SafetensorError, SingleFileComponentError) as error:
+    except (OSError, ValueError, NotImplementedError, SafetensorError, SingleFileComponentError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         todo = "check the name, revision and variant, and the network connection"
         if Path(teacher).exists():
@@ -114,7 +114,7 @@ def check_folder(
         network: name of the denoiser among the parts.
     """
     index: Any = pipeline.load_config(where, revision=revision)
-    _check_class(where, index["_class_name"], pipeline, needs)
+    _check_class(where, index.get("_class_name"), pipeline, needs)
     types = pipeline._get_signature_types()
     texts = [name for name in types if name.startswith(("text_encoder", "tokenizer"))]
     there = {name for name, part in index.items() if isinstance(part, list) and part[0] is not None}

@@ -15,6 +15,7 @@ from stepdistill.data.base import Wrapper
 from stepdistill.data.made import TeacherMade
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.students.base_model import Base
+from stepdistill.students.proof import check_sampling
 from stepdistill.training.cache.keys import Keys
 from stepdistill.training.launcher import DTYPES, check_launcher
 from stepdistill.training.memory.forecast import BASE, FEW, Prediction, Rehearsal, forecast
@@ -32,6 +33,7 @@ def predict(run: Run) -> Prediction:
     run.family.check_files()
     with run.family.reached():
         pipe = outline(run.family)
+    check_sampling(run.family, pipe, run.method.sampler(run.family.schedule(pipe.scheduler)))
     dtype = DTYPES[accelerator.mixed_precision]
     parts, net = networks_of(pipe), run.family.network(pipe)
     loading = sum(p.nbytes for part in parts.values() for p in part.parameters())
