@@ -145,7 +145,7 @@ def check_export_formats(run: Run) -> None:
 
 
 def check_loras(run: Run) -> None:
-    """The LoRAs that the run starts from are complete files of this family; a resumed run's config is compared first."""
+    """The LoRAs that a run starts from are complete files of its family. A resumed run reads them later."""
     if run.train.resume_from_checkpoint:
         return
     run.family.read_teacher_loras()
