@@ -115,6 +115,12 @@ def test_every_format_draws_what_was_trained(folders, name, capsys):
     assert (folders[name] / WORKFLOW).exists() == ("comfyui" in FORMATS[name])
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_card_says_which_file_is_for_comfyui(folders, name):
+    card = (folders[name] / "README.md").read_text()
+    assert ("Do not load it in ComfyUI" in card) == ("comfyui" in FORMATS[name])
+
+
 @pytest.mark.parametrize("name", UNETS)
 def test_diffusers_own_reader_of_kohya_files_draws_the_same(folders, name):
     """It finds the layers and the alphas by itself."""

@@ -12,7 +12,9 @@ from yaml import YAMLError, safe_dump
 
 from stepdistill.families.base import Family
 from stepdistill.families.location import BUNDLED_NAMES
-from stepdistill.students.contract import STUDENTS, Contract, MultiContract, read_contract
+from stepdistill.networks.lora.names import PIPELINES
+from stepdistill.networks.lora.tensors import FAMILIES
+from stepdistill.students.contract import STUDENTS, Contract, MultiContract, read_contract, teacher
 from stepdistill.students.snippets import multi_snippet, snippet
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,11 @@ TEMPLATE = """\
 ```python
 {{ snippet }}
 ```
-
+{% if lora %}
+`pytorch_lora_weights.safetensors` is for Diffusers and programs built on it. Do not load it in ComfyUI, which ignores
+its alpha and some of its layers without an error. Use a file that ends in `_comfyui.safetensors`, or write one:
+`stepdistill convert FOLDER OUT.safetensors --to comfyui`.
+{% endif %}
 ## Sampling contract
 
 The student was trained for these values. Its images are worse with another sampler or with other timesteps.
@@ -116,13 +122,14 @@ def write_card(folder: Path, contract: Contract, address: str | None = None) -> 
     Args:
         address: where the code loads the student from, such as a hub id; None is the folder itself.
     """
-    n = len(contract.timesteps)
+    n, layout = len(contract.timesteps), PIPELINES.get(teacher(contract).pipeline_class.__name__)
     card = ModelCard.from_template(
         _front_matter(contract),
         template_str=TEMPLATE,
         **_base(contract),
         steps=f"{n} step{'s' * (n > 1)}",
         what="A network" if contract.network and contract.network.fused else WHAT[contract.kind],
+        lora=contract.kind == "lora" and layout in FAMILIES["comfyui"],
         loader="stepdistill" if contract.adapters else "plain Diffusers",
         method=str(contract.method["type"]).rpartition(".")[2],
         grid=(folder / "samples" / "grid.png").exists(),
