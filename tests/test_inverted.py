@@ -28,7 +28,7 @@ from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.sampling import relative_straightness
 from stepdistill.training.setup import prepare
 
-SIDE = 16
+SIDE = 32  # SANA takes multiples of it
 
 
 @pytest.fixture(scope="module")
