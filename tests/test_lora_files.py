@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from stepdistill.cli.main import main
 from stepdistill.core.errors import StudentError
 from stepdistill.families.base import Family
 from stepdistill.methods.consistency import Consistency
+from stepdistill.networks.lora import read
 from stepdistill.networks.lora.layer import LayerLora
 from stepdistill.networks.lora.names import NETWORKS, with_text_model
 from stepdistill.networks.lora.read import lora_path, read_lora
@@ -343,6 +345,27 @@ def test_a_folder_is_a_lora_where_it_is_clear_which(tmp_path):
                 lora_path(place)
     with pytest.raises(StudentError, match="no such file or folder"):
         lora_path(tmp_path / "nowhere")
+
+
+def test_a_hub_id_is_the_file_of_diffusers_or_else_the_only_one(tmp_path, monkeypatch):
+    two = ["x.safetensors", "y.safetensors"]
+    there = {"a/student": [WEIGHTS, *two], "a/style": ["ink.safetensors", "README.md"], "a/two": two}
+
+    def download(name: str, file: str) -> str:
+        if name not in there:
+            raise OSError("offline")
+        if file not in there[name]:
+            raise EntryNotFoundError(file)
+        return f"{name}/{file}"
+
+    monkeypatch.setattr(read, "hf_hub_download", download)
+    monkeypatch.setattr(read.HfApi, "list_repo_files", lambda self, name: there[name])
+    monkeypatch.chdir(tmp_path)
+    assert lora_path("a/student") == Path("a/student") / WEIGHTS
+    assert lora_path("a/style") == Path("a/style/ink.safetensors")
+    for name, said in (("a/two", "a/two with 2 .safetensors files"), ("a/none", "LoRA a/none, .* offline")):
+        with pytest.raises(StudentError, match=said):
+            lora_path(name)
 
 
 @pytest.mark.parametrize("name", ["sd", "sana", "pixart_sigma"])
