@@ -26,8 +26,11 @@ from stepdistill.data.base import Source
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.base import Method
+from stepdistill.methods.dmd2 import Gan
+from stepdistill.methods.reflow import Lpips
 from stepdistill.methods.regression import Regression
-from stepdistill.networks.roles import LoraSpec
+from stepdistill.methods.vsd import ClipTerm
+from stepdistill.networks.roles import LoraSpec, RoleLora
 from stepdistill.training.checks import check_loaded
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import prepare
@@ -48,7 +51,10 @@ def numbers(hint: object) -> Iterator[object]:
 CLASSES = [(base, cls) for base in (Family, Method, Source) for cls in every(base)]
 
 
-@pytest.mark.parametrize(("base", "cls"), [*CLASSES, (LoraSpec, LoraSpec), (TrainSpec, TrainSpec)])
+PARTS = (LoraSpec, RoleLora, TrainSpec, Gan, ClipTerm, Lpips)
+
+
+@pytest.mark.parametrize(("base", "cls"), [*CLASSES, *((part, part) for part in PARTS)])
 def test_every_number_of_a_config_has_a_range(base, cls) -> None:
     node = yaml.safe_load(template(cls, {})) if fields(cls) else {}
     node |= {} if base is cls else {"type": dotted(cls)}

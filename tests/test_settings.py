@@ -320,3 +320,26 @@ def test_a_perceptual_term_on_some_samples_has_its_whole_weight(method):
 def test_a_step_from_pure_noise_has_no_share_to_divide_by():
     with pytest.raises(ValueError, match="divide.*expected false"):
         FlowGuided(lpips=Lpips(divide=True))
+
+
+def test_stages_end_at_their_steps():
+    """With stages of more than one step, at which counting from 0 and from 1 differ."""
+    path = DisBack(matching=DMD2(critic_steps=1), waypoints=3, recording_steps=2, backtracking_steps=3)
+    assert [path.target(step) for step in range(6, 13)] == ["waypoint_2"] * 3 + ["waypoint_1"] * 3 + ["teacher"]
+    tscd = Consistency(end="any", segments=(8, 4, 2), num_ddim_timesteps=40, stage_steps=3)
+    assert [tscd.segments_at(step) for step in range(11)] == [8] * 3 + [4] * 3 + [2] * 5
+    halving = ProgressiveHalving(steps=(8, 4), stage_steps=3)
+    assert [halving.stage(step) for step in range(8)] == [0] * 3 + [1] * 5
+    assert [Reflow(annealing_steps=4).beta(step) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    weights = [ClipTerm(weight=2.0, decay_steps=4).weight_at(step) for step in range(6)]
+    assert weights == [2.0, 1.5, 1.0, 0.5, 0.0, 0.0]
+
+
+def test_a_term_decays_from_the_student_s_first_step():
+    """The warm-up is none of its steps."""
+    for step, share in ((2, 1.0), (3, 0.75), (6, 0.0)):
+        fading, constant = (
+            updates(VSD(warmup_steps=2, clip=term), Stage(SCHEDULES["table"], {}), batch(*INDEX), step)[0].loss
+            for term in (ClipTerm(decay_steps=4, threshold=2.0), ClipTerm(weight=0.1 * share, threshold=2.0))
+        )
+        close(fading, constant, 1e-12)

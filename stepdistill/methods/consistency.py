@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepdistill.config.kinds import Amount, Count, Decay
+from stepdistill.config.kinds import Amount, Count, Decay, Positive
 from stepdistill.core.denoise import guided
 from stepdistill.core.losses import Distance, distance
 from stepdistill.core.prediction import Estimate
@@ -80,7 +80,7 @@ class Consistency(Averaged):
     guidance_scale: Amount | tuple[Amount, Amount] = 7.5
     sampling_guidance_scale: Amount = 1.0
     loss_type: Distance = "huber"
-    huber_c: Amount = 1e-3
+    huber_c: Positive = 1e-3
     ema_decay: Decay | None = 0.95
     target: Literal["student", "ema"] = "student"
     eta: float = 0.3

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepdistill.config.kinds import Amount, Count, Whole
+from stepdistill.config.kinds import Amount, Count, Positive, Whole
 from stepdistill.core.denoise import RoleDenoise, guided
 from stepdistill.core.losses import (
     Adversarial,
@@ -55,12 +55,12 @@ class Gan:
             need loss_type softplus.
     """
 
-    generator_weight: float = 1e-3
-    discriminator_weight: float = 1e-2
+    generator_weight: Amount = 1e-3
+    discriminator_weight: Amount = 1e-2
     features: Literal["fake", "teacher"] = "fake"
     loss_type: Adversarial = "softplus"
-    r1_weight: float = 0.0
-    r1_sigma: float = 0.1
+    r1_weight: Amount = 0.0
+    r1_sigma: Positive = 0.1
     divergence: Divergence = "reverse_kl"
 
     def __post_init__(self) -> None:

@@ -51,9 +51,9 @@ class Lpips:
         divide: divide the term by s (the paper's configuration F). `Reflow` only.
     """
 
-    weight: float = 1.0
+    weight: Amount = 1.0
     net: Net = "vgg"
-    samples: int | None = None
+    samples: Count | None = None
     divide: bool = False
 
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from stepdistill.config.kinds import Amount, Count
+from stepdistill.config.kinds import Amount, Count, Positive
 from stepdistill.core.losses import Distance, distance
 from stepdistill.core.schedule import NoiseSchedule, per_sample
 from stepdistill.core.solvers import Sampler, check_starts, follow, student_starts
@@ -45,7 +45,7 @@ class Regression(Averaged):
     num_inference_steps: Count = 4
     timesteps: tuple[Amount, ...] | None = None
     loss_type: Distance = "l2"
-    huber_c: Amount = 1e-3
+    huber_c: Positive = 1e-3
 
     def __post_init__(self) -> None:
         check_starts(self.timesteps)

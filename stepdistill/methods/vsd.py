@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from stepdistill.config.kinds import Amount, Share, Whole
+from stepdistill.config.kinds import Amount, Count, Share, Whole
 from stepdistill.core.denoise import guided
 from stepdistill.core.losses import distance, surrogate
 from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
@@ -39,9 +39,9 @@ class ClipTerm:
     """
 
     pretrained_clip_model: str = "openai/clip-vit-base-patch32"
-    threshold: float = 0.35
-    weight: float = 0.1
-    decay_steps: int | None = None
+    threshold: Share = 0.35
+    weight: Amount = 0.1
+    decay_steps: Count | None = None
 
     def weight_at(self, step: int) -> float:
         """The weight in the student's `step` (from 0)."""
