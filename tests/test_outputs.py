@@ -14,6 +14,7 @@ from tiny import SIDE, awake, backbone
 from stepdistill.cli import main as cli
 from stepdistill.core.errors import OutputError, StepdistillError
 from stepdistill.core.outputs import MARK, check_output_file, check_output_folder, check_output_tree, is_marked
+from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora
@@ -271,3 +272,74 @@ def test_a_curve_keeps_what_is_not_its_own(tmp_path, capsys):
     call = ("doctor", tmp_path / "run", "--save-curve", tmp_path / "curve.json", "--overwrite")
     assert "did not write it" in refused(capsys, *call)
     assert issubclass(OutputError, StepdistillError)
+
+
+# train, data make, precompute
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "# mine\nfamily: {type: stepdistill.families.sd.StableDiffusion, pretrained_teacher_model: tiny-sd}\n"
+        "method: {type: stepdistill.methods.regression.Regression}\n"
+        "data: {type: stepdistill.data.TeacherSamples, source: {type: stepdistill.data.Prompts, prompts: [rose]}, "
+        f"folder: {tmp_path / 'samples'}, count: 2, num_inference_steps: 1}}\n"
+        "train: {output_dir: out, report_to: none, overwrite_output_dir: true, max_train_steps: 1}\n"
+    )
+    return file
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.yaml", "samples", "scheduler", WEIGHTS, "checkpoint-500"])
+def test_a_run_replaces_no_files_of_others(config, tmp_path, capsys, name):
+    out = tmp_path / "out"
+    (out / name).mkdir(parents=True) if "." not in name else out.mkdir()
+    mine = out / name if "." in name else out / name / "mine"
+    mine.write_bytes(b"mine")
+    resume = "train.resume_from_checkpoint=latest"  # which starts at the beginning where there is no checkpoint
+    for more in ((), () if name.startswith("checkpoint") else (resume,)):
+        said = refused(capsys, "train", config, f"train.output_dir={out}", *more, "--dry-run")
+        assert (f"which holds {name}, expected" in said) and content(out) == {mine: b"mine"}
+
+
+def test_a_run_replaces_no_input(config, student, tmp_path, capsys):
+    base = tmp_path / "base"
+    StableDiffusion(pretrained_teacher_model="tiny-sd").load().save_pretrained(base)
+    mine, before = shutil.copytree(student, tmp_path / "mine"), content(base)
+    for words in (
+        [f"family.pretrained_teacher_model={base}", f"train.output_dir={base}"],
+        [f"lora.init_from={mine}", f"train.output_dir={mine}"],
+        [f"lora.init_from={mine / WEIGHTS}", f"train.output_dir={mine}"],
+    ):
+        assert "input" in refused(capsys, "train", config, *words, "--dry-run")
+    assert content(base) == before and content(mine) == {
+        mine / k.relative_to(student): v for k, v in content(student).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        *(("train", "train.output_dir"), ("train", "data.folder")),
+        *(("data make", "data.folder"), ("precompute", "train.cache_dir")),
+    ],
+)
+def test_what_cannot_be_written_ends_a_run_at_once(config, tmp_path, capsys, monkeypatch, command, key):
+    monkeypatch.setattr(Family, "load", lambda *_: pytest.fail("the teacher is loaded"))
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file" / "below", Path("/proc") / "below", tmp_path / ("x" * 300)):
+        refused(capsys, *command.split(), config, f"{key}={place}")
+
+
+def test_an_overwritten_run_leaves_nothing(config, tmp_path):
+    out = tmp_path / "out"
+    words = [f"train.output_dir={out}", "lora.rank=2", "train.train_batch_size=2"]
+    run("train", config, *words)
+    for name in ("eval.json", "samples", "best", "comfyui_workflow.json", "unet"):
+        assert not (out / name).exists()
+        (out / name).write_text("of an earlier run") if "." in name else (out / name).mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / "mine.safetensors").write_bytes(b"mine")
+    run("train", config, *words)
+    names = {"README.md", "checkpoint-1", "config.yaml", "distill_config.json", "metrics.jsonl", WEIGHTS, "scheduler"}
+    assert {file.name for file in out.iterdir()} == names | {"notes.txt", "mine.safetensors"}

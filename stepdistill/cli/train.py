@@ -179,10 +179,13 @@ def _check(args: argparse.Namespace, overrides: list[str]) -> None:
 def _make(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.config.load import load_config
     from stepdistill.training.distill import make_data
+    from stepdistill.training.folder import check_data_folders
     from stepdistill.training.recipe import Run
     from stepdistill.training.setup import prepare
 
-    session = prepare(load_config(Run, args.config, overrides))
+    run = load_config(Run, args.config, overrides)
+    check_data_folders(run)
+    session = prepare(run)
     make_data(session)
     session.batches.save()
     session.accelerator.end_training()

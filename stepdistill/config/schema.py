@@ -7,10 +7,11 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
+from stepdistill.config.kinds import Place
 from stepdistill.core.errors import ConfigError, problem
 
 Hint: TypeAlias = Any  # an annotation
@@ -82,6 +83,18 @@ def arms(hint: Hint) -> list[Hint]:
 def is_text(hint: Hint) -> bool:
     """Whether an annotation takes any text."""
     return get_args(hint)[0] is str if get_origin(hint) is Annotated else hint is str
+
+
+def places(value: Value, hint: Hint = Any) -> Iterator[str]:
+    """Every path, hub id or name in an instance: the texts of its fields that are annotated `Place`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, Factory):
+        for name, of_field in fields(type(value)).items():
+            yield from places(getattr(value, name), of_field)
+    elif isinstance(value, str):
+        yield from [value] if any(Place in (arm, *get_args(arm)) for arm in arms(hint)) else ()
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from places(item, hint)
 
 
 def describe(hint: Hint) -> str:

@@ -111,6 +111,11 @@ class TeacherMade(Source):
             save_chunk(self._chunk(k), tensors, self.marks(ids), done * self.chunk)
 
     @property
+    def files(self) -> list[Path]:
+        """The files that hold all of it, there or not."""
+        return [self._chunk(k) for k in range(len(self.units))]
+
+    @property
     def units(self) -> Units:
         """The files, and the numbers of the items in each."""
         return Units(self.count, self.chunk)

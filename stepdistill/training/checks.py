@@ -18,10 +18,9 @@ from stepdistill.networks.lora.tensors import FAMILIES
 from stepdistill.networks.roles import Copy, Ema, Lora
 from stepdistill.students.lora.files import warn_of_ignored
 from stepdistill.students.proof import check_sampling
-from stepdistill.training.checkpoint import checkpoints
 from stepdistill.training.finish import load_reference, reference_file
+from stepdistill.training.folder import check_data_folders, check_output_dir
 from stepdistill.training.recipe import Run
-from stepdistill.training.resume import is_resumed
 from stepdistill.training.setup import Session
 
 logger = logging.getLogger(__name__)
@@ -153,17 +152,6 @@ def check_loras(run: Run) -> None:
         run.family.read_lora(run.lora.init_from)
 
 
-def check_output_dir(run: Run) -> None:
-    """The folder holds no other run, unless that is gone on with or overwritten."""
-    out, spec = Path(run.train.output_dir), run.train
-    used = out.exists() and ((out / "metrics.jsonl").exists() or checkpoints(out))
-    if used and not is_resumed(run) and not spec.overwrite_output_dir:
-        got = f"train.output_dir {out}, which holds another run"
-        why = "its student and checkpoints would be overwritten"
-        todo = "resume with --resume_from_checkpoint latest, restart with --overwrite_output_dir, or set another"
-        raise ConfigError(problem(got, "an empty or new folder", why, todo))
-
-
 def check_quantized_roles(run: Run) -> None:
     """A quantised base has no role that is a network of its own."""
     copies = [name for name, role in run.method.roles().items() if isinstance(role, Copy)]
@@ -230,6 +218,6 @@ def check_teacher(run: Run) -> None:
 
 CHECKS: tuple[Callable[[Run], None], ...] = (
     *(check_teacher, check_cache_dir, check_scheduler, check_sharding, check_data, check_reference_file),
-    *(check_export_formats, check_loras, check_output_dir, check_quantized_roles, check_roles),
-    *(check_attention, check_guidance_scale),
+    *(check_export_formats, check_loras, check_output_dir, check_data_folders, check_quantized_roles),
+    *(check_roles, check_attention, check_guidance_scale),
 )

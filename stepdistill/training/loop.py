@@ -19,9 +19,10 @@ from stepdistill.core import distributed
 from stepdistill.core.errors import NonFiniteLoss, problem
 from stepdistill.core.progress import progress
 from stepdistill.methods.base import Batch, Method, StepContext
+from stepdistill.training.folder import open_folder
 from stepdistill.training.logs import Logs, banner
 from stepdistill.training.optimizers import Optimizers
-from stepdistill.training.resume import open_folder, restore, save_session
+from stepdistill.training.resume import restore, save_session
 from stepdistill.training.sampling import draw_validation
 from stepdistill.training.setup import Session
 from stepdistill.training.watch.measure import Watch

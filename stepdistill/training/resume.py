@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config.dump import config_to_yaml, to_node
+from stepdistill.config.dump import to_node
 from stepdistill.core import distributed
 from stepdistill.core.errors import CheckpointError, ConfigError, problem
-from stepdistill.core.files import write_text
 from stepdistill.methods.base import Method
 from stepdistill.networks.roles import Ema
 from stepdistill.training.checkpoint import (
-    checkpoints,
     find_checkpoint,
     load_checkpoint,
     named_checkpoint,
-    put_aside,
     read_facts,
     rotate,
     save_checkpoint,
-    step_of,
 )
 from stepdistill.training.optimizers import OPTIONS, Optimizers
 from stepdistill.training.recipe import Run
@@ -125,23 +120,6 @@ def save_session(session: Session, optimizers: Optimizers, step: int, source: Pa
         facts = session_facts(session) | {"step": step, "scaler": optimizers.scaler.state_dict()}
         if save_checkpoint(out / f"checkpoint-{step}", roles, optimizers.state(), facts):
             rotate(out, spec.checkpoints_total_limit, source)
-    distributed.barrier()
-
-
-def open_folder(session: Session, source: Path | None) -> None:
-    """Write the config into the run's folder, now that the checkpoint is loaded.
-
-    Checkpoints of an overwritten run are removed, and those later than `source` are renamed.
-    """
-    out = Path(session.run.train.output_dir)
-    if session.accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        for old in checkpoints(out):
-            if source is None or source.resolve().parent != out.resolve():
-                shutil.rmtree(old)  # `check_output_dir` let only an overwritten folder pass
-            elif step_of(old) > step_of(source):
-                put_aside(old)
-        write_text(out / "config.yaml", config_to_yaml(session.run).rstrip("\n"))
     distributed.barrier()
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, DataError, problem
+from stepdistill.core.outputs import check_output_folder
 from stepdistill.core.progress import progress
 from stepdistill.core.random import sample_rng
 from stepdistill.data import BadSample, InvertedImages, Sample, Source, inside
@@ -19,7 +20,6 @@ from stepdistill.data.made import TeacherMade
 from stepdistill.families.lazy_pipeline import PARTS, LazyPipeline
 from stepdistill.training.batches import NULL, Batches
 from stepdistill.training.cache.rows import RowStore
-from stepdistill.training.checks import check_cache_dir
 from stepdistill.training.recipe import Run
 from stepdistill.training.setup import begin, cache_keys
 
@@ -63,7 +63,7 @@ def precompute(run: Run) -> Filled:
     if not run.train.cache_dir:
         why, todo = "the results are stored in this folder", "set train.cache_dir"
         raise ConfigError(problem("no train.cache_dir", "a folder", why, todo))
-    check_cache_dir(run)
+    check_output_folder(Path(run.train.cache_dir))
     wanted = prompts_of(run)
     accelerator = begin(run)
     rank, processes = accelerator.process_index, accelerator.num_processes
