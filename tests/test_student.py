@@ -40,7 +40,7 @@ from stepdistill.students.write import write_student
 
 ROOT = Path(__file__).parents[1]
 RANK, ALPHA = 4, 16
-SIZE = (32, 32)
+SIZE = (32, 24)
 CARD = "---\nlicense: cc-by-nc-4.0\n---\n# A base\n"
 LCM = Consistency(ema_decay=None)
 TCD = Consistency(end="any", ema_decay=None, guidance_scale=1.0, sampling_guidance_scale=3.0)
