@@ -51,7 +51,7 @@ def make(teacher: Path, samples: Path, out: Path, method: Method = LCM, **train)
             num_inference_steps=2,
             guidance_scale=3.0,
         ),
-        lora=LoraSpec(rank=4),
+        lora=LoraSpec(rank=4, alpha=6),
         train=TrainSpec(**(given | train)),
     )
 

@@ -356,7 +356,7 @@ def test_training_says_once_that_prompts_are_cut(tmp_path, caplog):
             data=TeacherSamples(
                 folder=str(tmp_path / "samples"), source=Prompts(prompts=long), count=3, num_inference_steps=2
             ),
-            lora=LoraSpec(rank=2),
+            lora=LoraSpec(rank=2, alpha=3),
             train=TrainSpec(output_dir=str(tmp_path / "out"), max_train_steps=1, train_batch_size=1, report_to="none"),
         )
     )

@@ -290,7 +290,7 @@ def make(teacher: Path, out: Path, method: DMD2, **train) -> Run:
             count=5,
             num_inference_steps=2,
         ),
-        lora=LoraSpec(rank=4),
+        lora=LoraSpec(rank=4, alpha=6),
         train=TrainSpec(**(given | train)),
     )
 

@@ -126,7 +126,7 @@ def scene(tmp_path_factory) -> session.Session:
         family=StableDiffusion(pretrained_teacher_model="tiny-sd"),
         method=Regression(num_inference_steps=2),
         data=TeacherSamples(source=Prompts(prompts=PROMPTS), folder="tiny-sd-samples", count=1024),
-        lora=LoraSpec(rank=2),
+        lora=LoraSpec(rank=2, alpha=3),
         train=TrainSpec(
             output_dir=str(out),
             report_to="none",
@@ -303,7 +303,7 @@ def make(out: Path, **train) -> Run:
         data=TeacherSamples(
             source=Prompts(prompts_file="configs/tables/prompts.txt"), folder="tiny-sd-samples", count=1024
         ),
-        lora=LoraSpec(rank=2),
+        lora=LoraSpec(rank=2, alpha=3),
         train=TrainSpec(**(given | train)),
     )
 

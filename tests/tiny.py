@@ -246,7 +246,7 @@ def clip(place: Path) -> Path:
     return place
 
 
-def backbone(name: str, pipe: DiffusionPipeline, rank: int = 4, alpha: float | None = None) -> Backbone:
+def backbone(name: str, pipe: DiffusionPipeline, rank: int = 4, alpha: float = 6.0) -> Backbone:
     net = FAMILIES[name].network(pipe)
     family = FAMILIES[name]
     spec = LoraSpec(rank=rank, alpha=alpha)
