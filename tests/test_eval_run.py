@@ -648,7 +648,7 @@ def test_statistics_are_of_images_at_one_size(scored, tmp_path):
     small = replace(scored, eval_res=8, output_dir=tmp_path / "work")
     write_statistics(a, small, tmp_path / "small.npz")
     assert not (tmp_path / "work").exists()
-    with pytest.raises(EvaluationError, match="eval_res 8.*alike"):
+    with pytest.raises(EvaluationError, match="eval_res 8.*resized equally"):
         score_images([a], replace(scored, reference=str(tmp_path / "small.npz")))
     found = score_images([a], replace(scored, reference=str(tmp_path / "small.npz"), eval_res=8))
     assert found["rows"][0]["metrics"]["fd"]["value"] == pytest.approx(0, abs=1e-9)

@@ -14,7 +14,9 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.outputs import check_output_file, expanded
 
 # modules without a class for a config
-SHARED = ("base", "unet", "vp", "flow", "pixart", "schedulers", "prompt_limits", "lazy_pipeline", "location")
+SHARED = (
+    *("base", "unet", "vp", "flow", "pixart", "schedulers", "prompt_limits", "lazy_pipeline", "location", "parts"),
+)
 
 TRAIN = """\
 Overrides follow CONFIG and replace its values:
