@@ -11,8 +11,10 @@ from stepdistill.evaluation.measure import Reference, Sampled, measured
 from stepdistill.evaluation.metrics.frechet import frechet, frechet_terms
 from stepdistill.evaluation.metrics.identity import FID_WEIGHTS, INCEPTION, Identity
 from stepdistill.evaluation.metrics.jackknife import difference_of_means, noise_floor
-from stepdistill.evaluation.metrics.kernel import kid
+from stepdistill.evaluation.metrics.kernel import cmmd, kid
+from stepdistill.evaluation.metrics.neighbours import prdc
 from stepdistill.evaluation.metrics.stats import Stats
+from stepdistill.evaluation.metrics.vendi import vendi
 from stepdistill.evaluation.protocol import PROTOCOLS
 from stepdistill.evaluation.results import protocol_facts
 
@@ -64,6 +66,19 @@ def test_values_are_those_of_the_metrics():
         assert value["noise_floor"] == noise_floor(Stats.of(ref), 200)
         assert own["metrics"]["kid"]["value"] == kid(row.features, ref, subset_size=100).value
         assert "paired" not in own["metrics"]
+
+
+def test_every_metric_has_the_reference_and_the_row_in_its_place():
+    """A narrow row in a wide reference: precise and of little recall, not the other way round."""
+    ref, scores = features(150, 5), torch.arange(120.0)
+    row = Sampled(name="narrow", role="images", features=0.3 * features(120, 6), scores={"clip": scores})
+    (found,) = (own["metrics"] for own in measured([row], against(ref, False), "fd", ("kid", "prdc", "vendi", "cmmd")))
+    assert found["prdc"] == prdc(ref, row.features)._asdict() | {"k": 5}
+    assert found["prdc"]["precision"] > 2 * found["prdc"]["recall"]
+    assert found["kid"].items() >= kid(row.features, ref, subset_size=60)._asdict().items()
+    assert found["kid"]["subset_size"] == 60  # half of the smaller set, so that subsets differ
+    assert (found["vendi"], found["cmmd"]) == (vendi(row.features), cmmd(row.features, ref))
+    assert found["clip_score"]["stderr"] == pytest.approx((121 / 12) ** 0.5)  # n (n + 1) / 12 is the variance
 
 
 def test_a_difference_is_from_the_teacher_at_its_best():

@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,10 +28,12 @@ from torch import Tensor
 
 from stepdistill.cli import eval as command
 from stepdistill.cli import main as cli
+from stepdistill.core.cost import Cost
 from stepdistill.core.errors import ConfigError, EvaluationError, MissingWeights, StepdistillError
 from stepdistill.data import Partition, Prompts
 from stepdistill.data.routing import Routing
 from stepdistill.evaluation import run
+from stepdistill.evaluation.draw import RowDrawer
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.metrics import image_scores
 from stepdistill.evaluation.metrics.frechet import frechet
@@ -472,6 +475,13 @@ def test_a_teacher_alone_and_its_family(asked, teachers):
     latency = found["rows"][0]["cost"]["latency_ms"]
     assert latency["p50"] > 0 and latency["repetitions"] == 2
     assert (asked.output_dir / "grids" / "teacher.png").exists()
+
+
+def test_the_first_images_warm_up_and_are_not_timed():
+    drawer, seconds = Mock(prompts=["rose"]), iter([9.0, 8.0, 7.0, 1.0, 3.0])
+    drawer.spec.latency = 2
+    found = RowDrawer._latency(drawer, lambda prompts, batch, numbers: (None, Cost(seconds=next(seconds))))
+    assert (found["p50"], found["p90"], found["warmup"]) == (2000, pytest.approx(2800), 3)
 
 
 def test_pixels_are_compared_with_the_teacher_s(asked, tmp_path):

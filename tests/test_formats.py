@@ -11,6 +11,7 @@ import torch
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from diffusers.utils import convert_state_dict_to_kohya
+from peft.utils.other import get_pattern_key
 
 from stepdistill.networks.lora.names import NETWORKS, Layer, by_name, by_part, layers
 from stepdistill.networks.lora.tensors import (
@@ -313,7 +314,7 @@ def test_a_lora_that_was_never_trained_is_zero_in_all_parts():
 
 
 def test_other_scales_go_into_the_matrices():
-    given = parts(2, 2, 2)
+    given = parts(2, 3, 1)
     given[1] = LayerLora(given[1].down, given[1].up, 9.0)
     fused = join_layers(given, QKV)
     torch.testing.assert_close(fused.product(), torch.cat([one.product() for one in given]))
@@ -353,6 +354,15 @@ def test_rank_stabilised_loras_have_the_scale_that_peft_gives_them():
     facts = {"unet.r": 3, "unet.lora_alpha": 6, "unet.use_rslora": True}
     found = parse_lora(loras.state("sd"), {"lora_adapter_metadata": json.dumps(facts)}, "sd").lora
     assert {round(part.scale, 6) for part in found.values()} == {round(6 / 3**0.5, 6)}
+
+
+def test_of_several_alphas_the_first_whose_pattern_fits_holds_as_in_peft():
+    patterns = {"mid_block.*": 3.0, "attn1.to_q": 9.0, "to_q": 12.0, "to_[qk]": 15.0}
+    facts = {"unet.r": 3, "unet.lora_alpha": 6, "unet.alpha_pattern": patterns}
+    found = parse_lora(loras.state("sd"), {"lora_adapter_metadata": json.dumps(facts)}, "sd").lora
+    for name, part in found.items():
+        assert part.alpha == patterns.get(get_pattern_key(patterns, name.removeprefix("unet.")), 6.0)
+    assert {part.alpha for part in found.values()} == {6.0, *patterns.values()}
 
 
 @pytest.mark.parametrize(("family", "to"), [("sd", "kohya"), ("sdxl", "kohya"), ("sd3", "kohya"), ("flux", "comfyui")])

@@ -7,21 +7,23 @@ import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from tiny import FAMILIES, FakeTeacher, pipeline
 
+from stepdistill.core.denoise import guided
 from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.random import noise_of
 from stepdistill.core.solvers import follow
 from stepdistill.data import ImageFolder, InvertedImages, check_source
 from stepdistill.methods import reflow
 from stepdistill.methods.reflow import Reflow
-from stepdistill.networks.roles import TEACHER
+from stepdistill.networks.roles import TEACHER, Lora
 from stepdistill.students.contract import read_contract
-from stepdistill.training import finish
+from stepdistill.training import finish, sampling
 from stepdistill.training.checks import provided
 from stepdistill.training.distill import distill, make_data
 from stepdistill.training.recipe import Run, TrainSpec
@@ -97,6 +99,27 @@ def test_training_runs_on_them_and_bent_paths_lose_the_first_noise(place, tmp_pa
     assert contract.first_noise == straight
     assert contract.scheduler["_class_name"] == ("FirstNoiseDDIMScheduler" if straight else "DDIMScheduler")
     assert ("sampled with ordinary steps" in caplog.text) != straight
+
+
+def test_straightness_is_of_the_guided_student_from_noises_that_nothing_else_has(place, tmp_path, monkeypatch):
+    session = stage_of(place, source(place, tmp_path / "pairs"), "sd")
+    make_data(session)
+    session.backbone.add("student", Lora())
+    method = Reflow(sampling_guidance_scale=3.0, ema_decay=None)
+    session, rows = replace(session, run=replace(session.run, method=method)), []
+
+    def paths(denoise, schedule, x_t, cond):
+        t = torch.full((len(x_t),), 500.0)
+        expected = guided(session.denoiser("student"), session.context(0).null, 3.0)(x_t, t, cond)
+        torch.testing.assert_close(denoise(x_t, t, cond).x0, expected.x0)
+        rows.extend(x_t)
+        return SimpleNamespace(straightness=float(len(rows)), cost=2.0)
+
+    monkeypatch.setattr(sampling, "paths", paths)
+    with torch.no_grad():
+        assert relative_straightness(session, count=3) == (2 * 2 + 1 * 3) / (3 * 2)  # two, and one more
+    rows += [noise_of(seed, i, session.batches.shape) for seed in range(3) for i in range(3)]
+    assert len({tuple(row.flatten().tolist()) for row in rows}) == 12
 
 
 def test_more_or_fewer_later_and_no_other_images(place, tmp_path):

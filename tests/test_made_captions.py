@@ -98,6 +98,13 @@ def test_a_sample_has_the_caption_that_it_was_made_from(place, tmp_path, name, d
             )
 
 
+def test_a_sample_has_the_noise_that_it_was_made_from(tmp_path):
+    source = TeacherSamples(source=Prompts(prompts=("rose", "pear")), folder=str(tmp_path / "made"), count=3, seed=5)
+    source.fill(FakeTeacher(lambda prompts, noise: 2 * noise, SHAPE))
+    for sample in samples(source, 0):
+        assert torch.equal(sample.latents, (2 * sample.noise).half().float())
+
+
 @pytest.mark.parametrize("name", ["samples", "inverted"])
 def test_captions_that_are_dropped_in_training_are_the_sample_s_or_empty(place, tmp_path, name):
     source = replace(made(name, place, tmp_path, 0.0), proportion_empty_prompts=0.5)

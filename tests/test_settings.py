@@ -10,11 +10,12 @@ import pytest
 import torch
 from oracles import close
 from oracles.context import Flow, stable_diffusion
-from oracles.fakes import Stage, batch, perceptual, similarity, updates
+from oracles.fakes import Keyed, Stage, batch, perceptual, similarity, updates
 from torch import Tensor
 
 from stepdistill.config.registry import every, offered
 from stepdistill.config.schema import fields, structures
+from stepdistill.core.random import step_generator
 from stepdistill.methods import reflow, vsd
 from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.base import Method
@@ -275,6 +276,50 @@ def test_a_method_inside_of_another_has_its_own_fields(change, models):
         for m in (change.method, change.changed)
     )
     assert differences(before, after) == set(change.changes.split())
+
+
+# --- draws and images ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_no_two_draws_of_a_step_are_one(change):
+    """Else a scale would follow a time, or a score's noise that of the student. R1 alone asks for one noise twice."""
+    asked: list[tuple[int | str, str]] = []
+
+    class Listening(Keyed):
+        def _generator(self, index: int | str, purpose: str) -> torch.Generator:
+            asked.append((index, purpose))
+            return step_generator(self.seed, self.step, index, purpose)
+
+    for method in (change.method, change.changed):
+        for step in STEPS:
+            asked.clear()
+            context = Listening(**vars(Stage(SCHEDULES["table"], {}).context(step)))
+            for _ in method.updates(context, batch(3), step):
+                pass
+            twice = {purpose for key, purpose in asked if asked.count((key, purpose)) > 1}
+            assert twice <= {"gan real t", "gan real eps"}
+
+
+def test_clip_sees_images_from_zero_to_one(monkeypatch):
+    seen: list[Tensor] = []
+    monkeypatch.setattr(vsd, "clip", lambda *_: lambda images, prompts: seen.append(images) or images.flatten(1).sum(1))
+    decoded = torch.tensor([-3.0, -1.0, -0.5, 0.0, 1.0, 1.5], dtype=torch.float64)
+    context = replace(Stage(SCHEDULES["table"], {}).context(0), decode=lambda latents: decoded.expand(1, 3, 1, 6))
+    next(VSD(clip=ClipTerm()).updates(context, batch(3), 0))
+    close(seen[0][0, 0, 0], torch.tensor([0.0, 0.0, 0.25, 0.5, 1.0, 1.0]), 1e-12)
+
+
+def test_the_clip_term_decays_from_the_student_s_first_step():
+    stage, terms = (
+        Stage(SCHEDULES["table"], {}),
+        (None, ClipTerm(threshold=1.0), ClipTerm(threshold=1.0, decay_steps=4)),
+    )
+    for step, weight in ((2, 1.0), (4, 0.5), (6, 0.0)):
+        methods = (VSD(warmup_steps=2, clip=term) for term in terms)
+        plain, whole, decayed = (updates(method, stage, batch(*INDEX), step)[0].loss for method in methods)
+        close(decayed - plain, weight * (whole - plain), 1e-12)
+        assert whole - plain > 0.01
 
 
 # --- the mean over a batch -------------------------------------------------------------------------------------------

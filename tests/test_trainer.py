@@ -113,10 +113,11 @@ def test_two_processes_change_nothing(teacher, samples, regressed, tmp_path):
 
 
 def _same_gradients(ours: Path, theirs: Path) -> None:
-    """Momentum: after one step the gradient itself, after two also that of what the first step made."""
-    for folder in (ours, theirs):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert min(row["grad_norm/student"] for row in rows) > 3 * CLIPPED
+    """Momentum: after one step the gradient itself, after two also that of what the first step made. And the logs."""
+    logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (ours, theirs)]
+    assert min(row["grad_norm/student"] for rows in logs for row in rows) > 3 * CLIPPED
+    one, two = ([row["loss"] for row in rows] for rows in logs)
+    assert one == pytest.approx(two, rel=1e-5)
     for step in (1, 2):
         one, two = (
             torch.cat([value["momentum_buffer"].flatten() for value in state["student"]["state"].values()])
@@ -304,6 +305,7 @@ def test_there_may_be_more_samples_later_or_fewer(tmp_path):
         (replace(source, guidance_scale=2.0), "other guidance_scale: .7.5."),
         (replace(source, num_inference_steps=2), "other num_inference_steps"),
         (replace(source, source=Prompts(prompts=("rose", "octopuses"))), "other prompts"),
+        (replace(source, source=replace(source.source, proportion_empty_prompts=0.5)), "other prompts"),
         (replace(source, seed=1), "other seed"),
     ):
         with pytest.raises(DataError, match=words):
