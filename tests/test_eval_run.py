@@ -39,7 +39,7 @@ from stepdistill.evaluation.metrics import image_scores
 from stepdistill.evaluation.metrics.frechet import frechet
 from stepdistill.evaluation.metrics.image_scores import clip_scores
 from stepdistill.evaluation.metrics.stats import Stats
-from stepdistill.evaluation.plan import family_of, labels, sampling_plans
+from stepdistill.evaluation.plan import SamplingPlan, family_of, labels, sampling_plans
 from stepdistill.evaluation.read import cropped
 from stepdistill.evaluation.run import evaluate, extractor_of, score_images, write_statistics
 from stepdistill.evaluation.spec import EvalRun, EvalSpec
@@ -331,6 +331,29 @@ def test_a_store_knows_all_that_its_images_depend_on(asked, teachers, tmp_path):
         evaluate(own)
     with pytest.raises(EvaluationError, match="begun with other save_images"):
         evaluate(replace(own, teacher=asked.teacher, save_images=True))
+
+
+def test_a_store_knows_every_setting_of_its_images(tmp_path):
+    """A student and what is beside it are above and below."""
+    spec, one, two = EvalRun(output_dir=tmp_path, teacher="x"), Mock(), Mock(facts={"model": "x"})
+    one.identity.id, two.identity.id = "one", "two"
+    drawer = RowDrawer(spec, Mock(), [{"prompt": "rose"}], 4, one, None, Mock(), torch.device("cpu"))
+    plan = SamplingPlan(name="x", role="teacher", student=None, steps=2, guidance=7.5, seed=1)
+    before = drawer._facts(plan, (32, 48), 4, "hash")
+    plans = {"role": "reference", "steps": 3, "guidance": 2.0, "seed": 2}
+    specs = {"dtype": "bf16", "eval_res": 16, "batch": 3, "feature_batch": 5, "save_images": True, "export": "geneval"}
+    drawers = {"records": [{"prompt": "pear"}], "n": 5, "extractor": two, "clip": two, "device": torch.device("meta")}
+    after = {name: drawer._facts(replace(plan, **{name: value}), (32, 48), 4, "hash") for name, value in plans.items()}
+    for name, other in [(k, replace(drawer, spec=replace(spec, **{k: v}))) for k, v in specs.items()] + [
+        (k, replace(drawer, **{k: v})) for k, v in drawers.items()
+    ]:
+        after[name] = other._facts(plan, (32, 48), 4, "hash")
+    after |= {"size": drawer._facts(plan, (48, 32), 4, "hash"), "kept": drawer._facts(plan, (32, 48), 3, "hash")}
+    after["teacher"] = drawer._facts(plan, (32, 48), 4, "other")
+    names = {"records": {"prompts"}, "n": {"n", "prompts"}, "extractor": {"features"}}
+    for name, facts in after.items():
+        assert {key for key in before if before[key] != facts[key]} == names.get(name, {name}), name
+    assert set().union(*(names.get(name, {name}) for name in after)) == before.keys() - {"student", "beside"}
 
 
 def test_what_an_earlier_evaluation_left_is_not_shown(asked):
