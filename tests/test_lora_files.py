@@ -259,6 +259,15 @@ FAULTS = {
     ),
     "LoKr": (change(lokr), "keys unmatched, 0 matched|such as unet.conv_in.lokr_w1"),
     "LoHa": (change(loha), "keys unmatched, 0 matched|such as lora_unet_down"),
+    "no rank": (
+        change(lambda s: s.update({first(s): torch.ones(0, 32), first(s, "to_q.lora_B.weight"): torch.ones(32, 0)})),
+        "mismatched .* rank 0 and alpha 0",
+    ),
+    "whole numbers": (
+        change(lambda s: s.update({k: v.to(torch.int8) for k, v in s.items()})),
+        "mismatched .*int8",
+    ),
+    "no number": (described('{"unet.lora_alpha": NaN}'), "mismatched .* alpha nan"),
     "other ranks": (change(lambda s: s.update({first(s): torch.ones(7, 32)})), "mismatched .* no rank in common"),
     "other inputs": (
         change(lambda s: s.update({first(s): torch.ones(len(s[first(s)]), 7)})),

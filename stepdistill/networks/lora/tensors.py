@@ -109,7 +109,12 @@ def _layer(tensors: Mapping[str, Tensor], down: str, up: str, alpha: float | Non
     first, second = tensors[down], tensors[up]
     if first.ndim < 2 or second.ndim != first.ndim or second.shape[1] != len(first):
         raise ValueError(f"{name}: shapes {tuple(first.shape)} and {tuple(second.shape)} have no rank in common")
-    return LayerLora(first, second, float(len(first)) if alpha is None else alpha)
+    alpha = float(len(first)) if alpha is None else alpha
+    if not len(first) or not math.isfinite(alpha):
+        raise ValueError(f"{name}: rank {len(first)} and alpha {alpha:g}, expected 1 or more and a finite number")
+    if not first.is_floating_point() or not second.is_floating_point():
+        raise ValueError(f"{name}: {first.dtype} and {second.dtype}, expected floating-point numbers")
+    return LayerLora(first, second, alpha)
 
 
 def _grouped(state: Mapping[str, Tensor], ends: Sequence[str]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
@@ -142,7 +147,7 @@ def _read_named(state: Mapping[str, Tensor], facts: Mapping[str, Any], known: Ma
     (groups, odd), lora, mute = _grouped(state, (A, B, ALPHA)), {}, []
     for written, tensors in groups.items():
         name = with_text_model(written)
-        if known is not None and name not in known or not {A, B} <= tensors.keys():
+        if known is not None and name not in known or name in lora or not {A, B} <= tensors.keys():
             odd += [f"{written}.{end}" for end in tensors]
             continue
         alpha = tensors[ALPHA].item() if ALPHA in tensors else _alpha(facts, written, len(tensors[A]))
