@@ -152,6 +152,38 @@ def test_a_scheduler_of_another_noise_process_is_refused(folders, tmp_path, name
         of(name, place).load()
 
 
+@pytest.mark.parametrize(
+    "kind", [EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, IPNDMScheduler, CMStochasticIterativeScheduler]
+)
+def test_a_scheduler_made_of_the_teacher_s_config_is_refused_if_it_has_no_table(folders, tmp_path, kind):
+    """Its config has a `beta_schedule`, which it does not use: a traceback, in `family.schedule`."""
+    place = shutil.copytree(folders["sd"], tmp_path / "copy")
+    scheduler = kind.from_config(DDIMScheduler(beta_schedule="linear", num_train_timesteps=1000).config)
+    assert "beta_schedule" in scheduler.config
+    scheduler.save_pretrained(place / "scheduler")
+    edited(place / "model_index.json", scheduler=["diffusers", kind.__name__])
+    refused(of("sd", place), f"scheduler {kind.__name__} with")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "match"),
+    [
+        ("model_index.json", "[]", "complete pipeline"),
+        ("model_index.json", '{"_class_name": "StableDiffusionPipeline", "unet": []}', "complete pipeline"),
+        ("unet/config.json", "[]", "complete pipeline"),
+        ("scheduler/scheduler_config.json", '{"num_train_timesteps": "a"}', "complete pipeline"),
+        ("text_encoder/config.json", None, "without text_encoder"),
+    ],
+)
+def test_files_that_are_not_what_they_are_called_are_no_traceback(folders, tmp_path, file, text, match):
+    place = shutil.copytree(folders["sd"], tmp_path / "copy")
+    if text is None:  # Transformers takes the defaults then, of another width
+        (place / file).unlink()
+    else:
+        (place / file).write_text(text)
+    refused(of("sd", place), match)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_part_that_is_missing_is_named(folders, tmp_path, name):
     """A folder without its tokenizer was read with an empty one."""

@@ -19,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from stepdistill.config.schema import locate
 from stepdistill.core.errors import ConfigError, StepdistillError, problem
 
+# what Diffusers and Transformers raise for files that are missing, cut, or JSON of another form
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError, ImportError)
+UNREADABLE += (SafetensorError, SingleFileComponentError)
 SAVED = "a pipeline as `pipe.save_pretrained(folder)` writes it"
 
 
@@ -53,7 +56,7 @@ def reading(teacher: str) -> Iterator[None]:
         yield
     except StepdistillError:
         raise
-    except (OSError, ValueError, NotImplementedError, SafetensorError, SingleFileComponentError) as error:
+    except UNREADABLE as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         todo = "check the name, revision and variant, and the network connection"
         if Path(teacher).exists():
@@ -120,7 +123,7 @@ def check_folder(
     there = {name for name, part in index.items() if isinstance(part, list) and part[0] is not None}
     missing = [n for n in (network, "vae", "scheduler", *texts) if n not in there and n not in needs.optional]
     if Path(where).is_dir():
-        missing += [name for name in sorted(there) if not any((Path(where) / name).glob("*"))]
+        missing += [name for name in sorted(there) if not any((Path(where) / name).glob("*config.json"))]
         _check_variant(Path(where), variant)
     if missing:
         why, todo = f"a {pipeline.__name__} needs it", "save the whole pipeline, or copy the missing part into it"

@@ -26,12 +26,14 @@ class VariancePreserving(Family):
     def check_scheduler(self, scheduler: Any) -> None:  # noqa: ANN401
         config = scheduler.config
         kind, discrete = config.get("prediction_type"), config.get("timestep_type", "discrete") == "discrete"
-        if "beta_schedule" in config and kind in KINDS and discrete and not config.get("use_flow_sigmas"):
+        # a scheduler made of another's config keeps its `beta_schedule`, but has no table
+        table = isinstance(vars(scheduler).get("alphas_cumprod"), torch.Tensor) and "beta_schedule" in config
+        if table and kind in KINDS and discrete and not config.get("use_flow_sigmas"):
             return
         settings = {
             key: config[key] for key in ("prediction_type", "timestep_type", "use_flow_sigmas") if key in config
         }
-        got, expected = f"scheduler {type(scheduler).__name__} with {settings}", f"a beta_schedule, and one of {KINDS}"
+        got, expected = f"scheduler {type(scheduler).__name__} with {settings}", f"a table of betas, and one of {KINDS}"
         why = f"a {self.pipeline_class.__name__} is distilled on a variance-preserving noise schedule with timesteps"
         todo = "give the scheduler that the teacher was trained with, or choose another teacher"
         raise ConfigError(problem(got, expected, why, todo))
