@@ -85,6 +85,13 @@ def test_a_role_has_its_own_strength_and_an_average_that_of_its_role(role, rank,
     assert config["lora_alpha"] / config["r"] == scale
 
 
+@pytest.mark.parametrize("targets", [("no_such",), (TARGETS[0], "no_such"), (TARGETS[0][1:],)])
+def test_a_target_that_is_no_layer_is_refused(targets):
+    """PEFT passes it over where another target is a layer."""
+    with pytest.raises(ConfigError, match=f"lora.target_modules with {targets[-1]}, .* no layer of the Net"):
+        Backbone(Net(), LoraSpec(rank=2, target_modules=targets), ()).add("student", Lora())
+
+
 def test_an_alpha_that_is_not_given_is_the_rank():
     assert LoraSpec(rank=8, roles={"fake": RoleLora(rank=2)}).of("fake").alpha is None
     bone = backbone(LoraSpec(rank=8, roles={"fake": RoleLora(rank=2)}), fake=Lora())

@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.networks.guidance_adapters import OFF, Context, Hooks, build
 from stepdistill.networks.roles import TEACHER, Adapters, Copy, Ema, Lora, LoraSpec, Module, Role, Sites, Tap
 
@@ -116,6 +117,7 @@ class Backbone(nn.Module):
             yield
 
     def _add_adapter(self, name: str, spec: LoraSpec, trainable: bool) -> None:
+        check_targets(self.net, spec)
         config = peft_config(spec, self.targets)
         flags = {p: p.requires_grad for p in self.net.parameters()}
         with self._seeded(name), warnings.catch_warnings():
@@ -246,6 +248,16 @@ class Backbone(nn.Module):
         for net in [self.net, *self.others.values()]:
             if isinstance(net, type(self.net)):
                 net.enable_gradient_checkpointing(run)  # pyright: ignore[reportCallIssue]
+
+
+def check_targets(net: nn.Module, spec: LoraSpec) -> None:
+    """Raise ConfigError where a target of `spec` is no layer's name, nor the end of one: PEFT passes it over."""
+    names = [f".{name}" for name, _ in net.named_modules()]
+    odd = [target for target in spec.target_modules or () if not any(name.endswith(f".{target}") for name in names)]
+    if odd:
+        got, expected = f"lora.target_modules with {', '.join(odd)}", "names of layers, or their ends, such as to_q"
+        why, todo = f"no layer of the {type(net).__name__} is called so", "correct or remove them"
+        raise ConfigError(problem(got, expected, why, todo))
 
 
 def peft_config(spec: LoraSpec, targets: Sequence[str]) -> LoraConfig:
