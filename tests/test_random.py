@@ -10,8 +10,10 @@ import pytest
 import torch
 from tiny import FAMILIES, pipeline
 
+from stepdistill.config.load import load_config
+from stepdistill.core.errors import ConfigError
 from stepdistill.core.random import IMAGES, VALIDATION, fresh_noise, noise_of, step_generator
-from stepdistill.data import Prompts
+from stepdistill.data import Prompts, Source
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.roles import Lora
 from stepdistill.students.draw.call import generate, student_call
@@ -48,6 +50,18 @@ def test_a_draw_is_a_function_of_its_key():
 def test_a_number_of_another_seed_is_refused(i):
     with pytest.raises(ValueError, match=r"expected a number in \[0, 1,000,003\)"):
         noise_of(0, i, (1,))
+
+
+@pytest.mark.parametrize("source", ["TeacherSamples", "InvertedImages", "Trajectories"])
+def test_samples_without_a_noise_of_their_own_are_refused_before_any_is_made(source):
+    """The teacher would have worked for days when `noise_of` refused one."""
+    config = [f"type=stepdistill.data.{source}", "source.type=stepdistill.data.Prompts", "source.prompts=[a cat]"]
+    if source == "InvertedImages":
+        folder = ("type=stepdistill.data.ImageFolder", "train_data_dir=x", "resolution=8")
+        config[1:] = [f"source.{key}" for key in folder]
+    assert load_config(Source, None, [*config, "folder=x", f"count={VALIDATION}"]).count == VALIDATION
+    with pytest.raises(ConfigError, match="count: .* less than or equal to 900000"):
+        load_config(Source, None, [*config, "folder=x", f"count={VALIDATION + 1}"])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

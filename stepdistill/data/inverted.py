@@ -18,7 +18,7 @@ from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import BadSample, Sample
 from stepdistill.data.images import ImageSource
-from stepdistill.data.made import TeacherCalls, TeacherMade
+from stepdistill.data.made import SampleCount, TeacherCalls, TeacherMade
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class InvertedImages(TeacherMade):
     title: ClassVar[str] = "Inverted images"
     stored: ClassVar[str] = "inverted.json"
     source: ImageSource
-    count: Count = 2048
+    count: SampleCount = 2048
     num_inference_steps: Count = 125
     seed: Seed = 0
 

@@ -6,19 +6,24 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol, TypeAlias
 
+from annotated_types import Ge, Le
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.config.kinds import Count, Place
+from stepdistill.config.kinds import Place
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.files import written_whole
 from stepdistill.core.progress import progress
+from stepdistill.core.random import VALIDATION
 from stepdistill.core.units import Units, changed_facts, write_facts
 from stepdistill.data.base import GuidedState, Source
 from stepdistill.data.bundled import bundled
+
+# every sample has a starting noise of its own, and none has that of a validation image
+SampleCount: TypeAlias = Annotated[int, Ge(1), Le(VALIDATION)]
 
 
 class TeacherCalls(Protocol):
@@ -65,7 +70,7 @@ class TeacherMade(Source):
     stored: ClassVar[str]  # the file of the facts
     source: Source
     folder: Place
-    count: Count
+    count: SampleCount
 
     @abstractmethod
     def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from stepdistill.config.kinds import Amount, Count, Seed
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import Sample
-from stepdistill.data.made import TeacherCalls, TeacherMade
+from stepdistill.data.made import SampleCount, TeacherCalls, TeacherMade
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class TeacherSamples(TeacherMade):
     chunk: ClassVar[int] = 64
     title: ClassVar[str] = "Teacher samples"
     stored: ClassVar[str] = "samples.json"
-    count: Count = 2048
+    count: SampleCount = 2048
     num_inference_steps: Count = 25
     guidance_scale: Amount = 7.5
     seed: Seed = 0

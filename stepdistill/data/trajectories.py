@@ -16,7 +16,7 @@ from stepdistill.config.kinds import Amount, Count, Seed
 from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import GuidedState, Sample
-from stepdistill.data.made import TeacherCalls, TeacherMade
+from stepdistill.data.made import SampleCount, TeacherCalls, TeacherMade
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Trajectories(TeacherMade):
     chunk: ClassVar[int] = 16
     title: ClassVar[str] = "Guided trajectories"
     stored: ClassVar[str] = "trajectories.json"
-    count: Count = 512
+    count: SampleCount = 512
     num_inference_steps: Count = 50
     kept_steps: int = 10
     guidance_range: tuple[Amount, Amount] = (1.0, 12.0)
