@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from stepdistill.config.kinds import Amount, Count, Share, Whole
+from stepdistill.config.kinds import Amount, Count, Place, Share, Whole
 from stepdistill.core.denoise import guided
 from stepdistill.core.losses import distance, surrogate
 from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
@@ -38,7 +38,7 @@ class ClipTerm:
         decay_steps: training steps over which the weight decays linearly to 0; none keeps it constant.
     """
 
-    pretrained_clip_model: str = "openai/clip-vit-base-patch32"
+    pretrained_clip_model: Place = "openai/clip-vit-base-patch32"
     threshold: Share = 0.35
     weight: Amount = 0.1
     decay_steps: Count | None = None
