@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from tiny import SIDE, awake, backbone
 
 from stepdistill.cli import main as cli
+from stepdistill.cli.eval import _open
 from stepdistill.core.errors import OutputError, StepdistillError
 from stepdistill.core.outputs import MARK, check_output_file, check_output_folder, check_output_tree, is_marked
 from stepdistill.families.base import Family
@@ -168,6 +170,18 @@ def test_sheets_keep_what_is_not_their_own(student, tmp_path, capsys, command):
     run(name, student, "rose", *output, flag, sheet, *steps, "--overwrite")
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_grid_is_no_image_under_another_spelling(student, tmp_path, capsys, linked):
+    images = tmp_path / "images"
+    images.mkdir()
+    if linked:
+        (tmp_path / "link").symlink_to(images)
+    grid = tmp_path / ("link" if linked else "images/../images") / "00000.png"
+    with pytest.raises(SystemExit):
+        run("generate", student, "rose", "-o", images, "--grid", grid)
+    assert "an image has that name" in capsys.readouterr().err and not content(images)
+
+
 # convert
 
 
@@ -211,6 +225,18 @@ def images(tmp_path) -> Path:
     for i in range(40):
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / "images" / f"{i}.png")
     return tmp_path / "images"
+
+
+def test_other_processes_do_not_look_at_a_folder_that_the_first_empties(images, tmp_path, monkeypatch):
+    """They saw a report without the stores of its evaluation, called it a file of others, and left the first alone."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "eval.json").write_text("{}")
+    args = argparse.Namespace(output=tmp_path / "out", ref=None, prompts=None, clip=None, overwrite=True)
+    with pytest.raises(OutputError, match="which holds eval.json"):
+        _open(args, [images])
+    monkeypatch.setenv("RANK", "1")
+    _open(args, [images])
+    assert (tmp_path / "out" / "eval.json").exists()
 
 
 def test_evaluations_keep_their_inputs_and_what_is_not_their_own(images, tmp_path, capsys):

@@ -564,10 +564,13 @@ def test_places_that_can_be_no_cache(place, tmp_path, monkeypatch, capsys):
         precompute(run_of(place, tmp_path / "out", PROMPTS, None))
     file = tmp_path / "file"
     file.write_text("")
-    for folder in (file, file / "below" / "it"):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nothing")
+    wrong = ((file, f"{file} is a file"), (file / "below" / "it", f"{file} is a file"), (link, "is a link to nothing"))
+    for folder, why in wrong:
         run = run_of(place, tmp_path / "out", PROMPTS, folder)
         for start in (precompute, check_run):
-            with pytest.raises(StepdistillError, match=f"{file} is a file"):
+            with pytest.raises(StepdistillError, match=why):
                 start(run)
     monkeypatch.setattr(cache, "save_file", lambda *given: (_ for _ in ()).throw(OSError("no room")))
     with pytest.raises(DataError, match="cannot be written.*the work resumes"):

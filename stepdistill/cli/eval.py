@@ -239,11 +239,15 @@ def _score(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _open(args: argparse.Namespace, places: Sequence[Path | str]) -> None:
-    """Check the output folder; the first process removes an earlier evaluation from it, if asked to."""
+    """The first process checks the output folder, and removes an earlier evaluation from it, if asked to.
+
+    The others would see the folder while it is emptied.
+    """
     from stepdistill.evaluation.store import open_evaluation
 
     inputs = [place for place in (*places, args.ref, args.prompts, args.clip) if place is not None]
-    open_evaluation(args.output, inputs, args.overwrite and is_first_process())
+    if is_first_process():
+        open_evaluation(args.output, inputs, args.overwrite)
 
 
 def _print_rows(results: dict[str, Any], args: argparse.Namespace) -> None:

@@ -127,7 +127,7 @@ def _check_outputs(args: argparse.Namespace, count: int) -> list[Path]:
         check_output_file(file, inputs, args.overwrite)
     if args.grid:
         check_image_file(args.grid, inputs, args.overwrite)
-        if args.grid.absolute() in [file.absolute() for file in written]:
+        if args.grid.resolve() in [file.resolve() for file in written]:
             why = "an image has that name"
             raise OutputError(problem(f"--grid {args.grid}", "another file", why, "name another"))
     return stale

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.outputs import check_output_folder
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.data import Source, Stream, Trajectories, inside
@@ -46,12 +47,9 @@ def check_loaded(session: Session) -> None:
 
 
 def check_cache_dir(run: Run) -> None:
-    """`train.cache_dir` is a folder, or can be one."""
-    folder = Path(run.train.cache_dir or ".")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        got, why = f"train.cache_dir {folder}, where {there} is a file", "embeddings and latents are stored in it"
-        raise ConfigError(problem(got, "a folder or a new path", why, "set another path, or move the file"))
+    """`train.cache_dir` can be written to."""
+    if run.train.cache_dir:
+        check_output_folder(Path(run.train.cache_dir))
 
 
 def check_scheduler(run: Run) -> None:
