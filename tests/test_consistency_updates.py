@@ -162,18 +162,19 @@ def test_a_hidden_scale_is_averaged():
     close(offset, mean * (levels(SD, 0.0)[0] - gain * levels(SD, 999.0)[0]))
 
 
-def test_guidance_is_one_call_and_none_is_none():
+@pytest.mark.parametrize("nulls", [(NULL,), (NULL, 0.9)], ids=["one", "each its own"])
+def test_guidance_is_one_call_and_none_is_none(nulls):
     sizes = []
 
     def counted(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
         sizes.append((len(x_t), len(t), len(cond["mean"])))
         return TEACHER(x_t, t, cond)
 
-    x, cond, null = column(0.1, 0.2), {"mean": column(MEAN, -1.0)}, {"mean": column(NULL)}
+    x, cond, null = column(0.1, 0.2), {"mean": column(MEAN, -1.0)}, {"mean": column(*nulls)}
     assert guided(counted, null, 1) is counted
     mixed = guided(counted, null, column(1.0, 4.0).flatten())(x, column(499.0, 19.0).flatten(), cond)
     assert sizes == [(4, 4, 4)]
-    for row, (t, mean) in enumerate(((499.0, MEAN), (19.0, guided_mean(NULL, -1.0, 4.0)))):
+    for row, (t, mean) in enumerate(((499.0, MEAN), (19.0, guided_mean(nulls[-1], -1.0, 4.0)))):
         truth = TEACHER(x[row : row + 1], column(t).flatten(), {"mean": column(mean)})
         close([mixed.x0[row].item(), mixed.eps[row].item()], [truth.x0.item(), truth.eps.item()])
 

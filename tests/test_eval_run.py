@@ -356,6 +356,19 @@ def test_a_store_knows_every_setting_of_its_images(tmp_path):
     assert set().union(*(names.get(name, {name}) for name in after)) == before.keys() - {"student", "beside"}
 
 
+def test_prompts_are_drawn_in_turn_by_the_number_of_an_image(tmp_path):
+    records = [{"prompt": prompt} for prompt in "abc"]
+    one, seen = SamplingPlan(name="x", role="reference", student=None, steps=2, guidance=1.0, seed=1), []
+
+    def generate(prompts, batch, numbers):
+        seen.append((prompts, list(numbers)))
+        return torch.zeros(len(numbers), 3, 4, 4, dtype=torch.uint8), Cost()
+
+    drawer = RowDrawer(EvalRun(output_dir=tmp_path, teacher="x"), Mock(), records, 8, *[Mock() for _ in range(4)])
+    list(drawer._units(one, Mock(rows=lambda k: range(4 * k, 4 * k + 4)), generate, [1, 0]))
+    assert seen == [(["b", "c", "a", "b"], [4, 5, 6, 7]), (["a", "b", "c", "a"], [0, 1, 2, 3])]
+
+
 def test_what_an_earlier_evaluation_left_is_not_shown(asked):
     evaluate(asked)
     evaluate(replace(asked, students=asked.students[:1]))

@@ -8,14 +8,13 @@ from itertools import product
 
 import pytest
 import torch
-from tiny import FAMILIES, pipeline
+from tiny import FAMILIES, awake, pipeline
 
 from stepdistill.config.load import load_config
 from stepdistill.core.errors import ConfigError
-from stepdistill.core.random import IMAGES, VALIDATION, fresh_noise, noise_of, step_generator
+from stepdistill.core.random import IMAGES, VALIDATION, fresh_noise, noise_of, sample_rng, step_generator
 from stepdistill.data import Prompts, Source
 from stepdistill.methods.consistency import Consistency
-from stepdistill.networks.roles import Lora
 from stepdistill.students.draw.call import generate, student_call
 from stepdistill.training import sampling
 from stepdistill.training.recipe import Run, TrainSpec
@@ -23,6 +22,7 @@ from stepdistill.training.setup import prepare
 from stepdistill.training.watch import measure
 
 NOISY = Consistency(end="clean", ema_decay=None)  # it adds fresh noise after each step
+GUIDED = Consistency(end="edge", guidance_scale=1.0, sampling_guidance_scale=4.0)
 
 
 def test_no_two_draws_are_one():
@@ -36,6 +36,8 @@ def test_no_two_draws_are_one():
         for seed, step, i, purpose in product((0, 1), (0, 1), (0, 1), ("eps", "t"))
     ]
     assert len({tuple(draw.tolist()) for draw in draws}) == len(draws)
+    positions = [sample_rng(*key).random() for key in product(range(4), (*range(4), 10, 11))]
+    assert len(set(positions)) == len(positions)
 
 
 def test_a_draw_is_a_function_of_its_key():
@@ -93,12 +95,17 @@ def session(tmp_path):
     return prepare(Run(family=family, method=NOISY, data=data, train=spec))
 
 
-def test_validation_adds_the_noise_that_evaluation_adds(session):
-    """A student at zero is its teacher: the images of a run are those that its evaluation draws by the same seed."""
-    prompts = ["rose", "red apple"]
-    session.backbone.add("student", Lora())
+@pytest.mark.parametrize("method", [NOISY, GUIDED], ids=["noisy", "guided"])
+def test_validation_draws_what_evaluation_draws(session, method):
+    """A student at zero is its teacher: the images of a run are those that its evaluation draws by the same seed,
+    with the same guidance and fresh noise; where there is an average, they are the average's."""
+    prompts, session = ["rose", "red apple"], replace(session, run=replace(session.run, method=method))
+    for name, role in method.roles().items():
+        session.backbone.add(name, role)
+    if method.student_role() == "ema":
+        awake(session.backbone, "student")
     latents = sampling.sample_student(session, prompts, [0, 1])
-    call = student_call(session.run.family, NOISY, session.pipe, 4)
+    call = student_call(session.run.family, method, session.pipe, 4)
     seed, numbers = session.run.train.validation_seed, range(VALIDATION, VALIDATION + 2)
     ours = (sampling.to_images(session, latents) * 255).round()
     theirs, _ = generate(session.pipe, call, prompts, seed, numbers=numbers, size=(32, 32))

@@ -24,6 +24,7 @@ from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.guided_lora import GuidedLora
 from stepdistill.networks.roles import TEACHER
+from stepdistill.students.draw.call import scheduled, teacher_call
 from stepdistill.training.checks import check_guidance_range
 from stepdistill.training.distill import distill, make_data
 from stepdistill.training.recipe import Run, TrainSpec
@@ -92,6 +93,21 @@ def test_a_state_is_on_its_guided_trajectory_and_its_output_is_the_guided_one(pl
             y = teacher.native(denoise(state.x_t[None], state.t[None], cond), state.t[None])
         assert (x_t - state.x_t).abs().max() < 1e-2 * x_t.abs().max()  # states are rounded to half precision
         assert (y - state.output).abs().max() < 1e-3 * y.abs().max()  # of the state as it is stored
+    session.accelerator.end_training()
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_samples_are_what_plain_diffusers_draws_with_guidance(place, tmp_path, name):
+    session = stage_of(place, source(tmp_path / "states"), name)
+    family, prompts, side = session.run.family, ["rose", "red apple"], session.batches.side
+    noise = torch.stack([trajectories.noise_of(3, i, session.batches.shape) for i in range(2)])
+    ours = TeacherSampler(session).sample(prompts, noise, 4, 6.0)
+    pipe = family.load()
+    call, size = teacher_call(family, pipe, 4, 6.0, "teacher"), {"height": side, "width": side}
+    with scheduled(pipe, call.scheduler):
+        drawn = pipe(prompts, latents=family.pack(noise), output_type="latent", **call.arguments, **size).images
+    theirs = family.unpack(drawn, *noise.shape[2:])
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     session.accelerator.end_training()
 
 
