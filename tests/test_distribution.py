@@ -316,6 +316,12 @@ def test_the_weights_are_those_of_the_divergences(kind, f):
     close(divergence_weight(kind, r.detach().log()[:, None]), expected / expected.mean(), 1e-5)
 
 
+def test_ratios_far_from_one_are_bounded_as_published():
+    logits = torch.tensor([-1000.0, -3.0, 0.0, 2.0, 4.0, 1000.0], dtype=torch.float64)
+    r = torch.tensor([0.1, 0.1, 1.0, math.exp(2.0), 20.0, 20.0], dtype=torch.float64)
+    close(divergence_weight("forward_kl", logits[:, None]), r / r.mean(), 1e-6)
+
+
 def test_a_weight_of_the_divergence_multiplies_the_score_term():
     """f-distill's h comes from the head at the same noised sample as the scores."""
     teacher, student, batch = GaussianTeacher(SD, 0.6), Linear(-0.4, 0.9), prompts(64, 0.7)

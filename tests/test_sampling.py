@@ -202,6 +202,10 @@ def test_what_no_scheduler_samples_is_refused_before_training(name):
     check_sampling(family, pipe, Sampler((top, 749.0, 499.0, 249.0)))
     with pytest.raises(ConfigError, match=r"EulerDiscreteScheduler .*at most 0.0001"):
         check_sampling(family, pipe, Sampler((top, 499.0, 99.0)))
+    # a network that predicts noise says nothing of the image where there is no signal
+    pipe.scheduler = DDIMScheduler(**ZERO | {"prediction_type": "epsilon"})
+    with pytest.raises(ConfigError, match="a difference of nan"):
+        check_sampling(family, pipe, Sampler((top, 499.0)))
 
 
 def test_follow_is_the_solver_at_full_steps():

@@ -36,7 +36,7 @@ from stepdistill.students.card import is_non_commercial, licence_of, warn_of_lic
 from stepdistill.students.contract import CONTRACT, FORMAT, WEIGHTS, read_contract, scheduler_class
 from stepdistill.students.load import load_student, start_from
 from stepdistill.students.verify import verify_student
-from stepdistill.students.write import write_student
+from stepdistill.students.write import keep_proof, write_student
 
 ROOT = Path(__file__).parents[1]
 RANK, ALPHA = 4, 16
@@ -243,6 +243,15 @@ def test_a_lora_that_is_not_loaded_fails_the_proof(tmp_path, monkeypatch, name):
     plain.scheduler = scheduler_class(contract).from_pretrained(tmp_path / "student", subfolder="scheduler")
     found = proof.prove(contract, family, plain, pipe, bone, "student", 0)
     assert found.difference > 20 * found.tolerance
+
+
+def test_a_student_of_nans_fails_the_proof(written, tmp_path):
+    contract = read_contract(written["sd"])
+    for difference in (float("nan"), float("inf"), 1.1 * contract.proof.tolerance):
+        with pytest.raises(StudentError, match=f"a difference of {difference:.3g}"):
+            keep_proof(tmp_path, contract, replace(contract.proof, difference=difference))
+    assert not list(tmp_path.iterdir())
+    assert contract.proof.tolerance == 1e-4
 
 
 def test_other_noise_levels_fail_the_proof(written, tmp_path):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,15 +22,21 @@ from tiny import FakeTeacher, awake, backbone, batch, context, pipeline
 
 from stepdistill.config.dump import config_to_yaml
 from stepdistill.config.schema import Factory
+from stepdistill.core.cost import Cost
 from stepdistill.core.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss, StepdistillError
 from stepdistill.core.progress import progress
 from stepdistill.core.random import noise_of
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.data import made as chunks
+from stepdistill.evaluation.metrics.frechet import frechet
+from stepdistill.evaluation.metrics.identity import Identity
+from stepdistill.evaluation.metrics.stats import Stats
+from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.methods.base import Update
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora
-from stepdistill.training import checkpoint
+from stepdistill.students.draw.call import SEED_B, PipelineCall
+from stepdistill.training import checkpoint, finish
 from stepdistill.training import loop as trainer
 from stepdistill.training.checks import check_run
 from stepdistill.training.distill import distill, dry_run
@@ -257,6 +264,39 @@ def test_another_teacher_s_reference_is_refused_before_training(teacher, samples
     with pytest.raises(ConfigError, match="teacher_sha256"):
         distill(run)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_measures_its_student_under_the_noises_of_the_floor(monkeypatch, teacher, samples, tmp_path):
+    """Not those of the reference, beside which a student would look better than its teacher."""
+    reference, floor, few, student = (
+        torch.randn(80, 3, generator=torch.Generator().manual_seed(i)) + i for i in range(4)
+    )
+    prompts, drawn = [f"prompt {i}" for i in range(80)], []
+
+    def drawing(pipe, call, prompts, seed):
+        drawn.append((pipe.name, call.name, prompts, seed))
+        return {"plain": student, "teacher": few}[pipe.name][: len(prompts)], Cost(100, 400, 5.0, 2)
+
+    extractor = Mock(side_effect=lambda images: images)
+    extractor.identity = Identity("x", "0" * 64, "file", 3, "pool3", "clean", "", "fp32", 64)
+    stored = StoredFeatures({"floor": floor, "reference": reference}, prompts, {"teacher_sha256": "0"})
+    stored.save(tmp_path / "reference.safetensors")
+    monkeypatch.setattr(finish, "generate", drawing)
+    monkeypatch.setattr(finish, "efficientnet_lite0", lambda: extractor)
+    options = {"eval_samples": 70, "eval_reference": str(tmp_path / "reference.safetensors")}
+    pipes = [Mock(device=torch.device("cpu")) for _ in range(2)]
+    pipes[0].name, pipes[1].name = "teacher", "plain"
+    calls = {name: PipelineCall(name, None, {}, Mock()) for name in ("full", "few", "own")}
+    run = make(teacher, samples, tmp_path / "out", **options)
+    found = finish.measure(run, stored, *pipes, calls, [calls["own"]])
+    counts = (64, 70, 70)  # the teacher's own images are stored: some are drawn for what they cost
+    who = zip(("teacher", "teacher", "plain"), calls, counts, strict=True)
+    assert drawn == [(pipe, name, prompts[:n], SEED_B) for pipe, name, n in who]
+    for row, own, n in zip(found["rows"], (floor, few, student), counts, strict=True):
+        expected = frechet(Stats.of(own[:70]), Stats.of(reference[:70]))
+        assert row["metrics"]["fd"]["value"] == pytest.approx(expected, rel=1e-6)
+        assert (row["cost"]["calls"], row["cost"]["nfe"], row["cost"]["seconds_per_image"]) == (50, 400 / n, 5.0 / n)
+    assert [row["role"] for row in found["rows"]] == ["teacher", "teacher", "student"]
 
 
 def test_samples_go_on_where_they_were_cut_and_are_shared_out(tmp_path):
