@@ -7,6 +7,7 @@ import argparse
 import errno
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, get_args, get_origin
 
 import pytest
@@ -21,7 +22,7 @@ from stepdistill.config.schema import arms, dotted, fields
 from stepdistill.config.template import template
 from stepdistill.core.devices import usable_device
 from stepdistill.core.errors import ConfigError
-from stepdistill.data import Prompts
+from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.data.base import Source
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
@@ -31,7 +32,8 @@ from stepdistill.methods.reflow import Lpips
 from stepdistill.methods.regression import Regression
 from stepdistill.methods.vsd import ClipTerm
 from stepdistill.networks.roles import LoraSpec, RoleLora
-from stepdistill.training.checks import check_loaded
+from stepdistill.students.draw.call import teacher_call
+from stepdistill.training.checks import check_loaded, check_noise_process
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import prepare
 
@@ -159,6 +161,37 @@ def test_the_size_of_a_run_and_of_images_is_checked(tmp_path) -> None:
     with pytest.raises(ConfigError, match="images of 36 x 36 pixels, expected sides that are multiples of 8"):
         check_loaded(prepare(run))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_steps_that_the_teacher_does_not_take_are_told_before(name, tmp_path) -> None:
+    """They were tracebacks: in the first samples, after training, in `view` and in evaluations."""
+    family, pipe = FAMILIES[name], pipeline(name)
+    prompts = Prompts(prompts=("rose",))
+    train = TrainSpec(output_dir=str(tmp_path / "out"), report_to="none")
+    for steps in (30, 5000):
+        data = TeacherSamples(source=prompts, folder=str(tmp_path / "x"), count=8, num_inference_steps=steps)
+        run = Run(family=family, method=Regression(num_inference_steps=1), data=data, train=train)
+        if name == "sd3":  # a flow takes any number
+            check_noise_process(run, family.schedule(pipe.scheduler))
+            continue
+        with pytest.raises(ConfigError, match=f"num_inference_steps of TeacherSamples: a grid of {steps} steps"):
+            check_noise_process(run, family.schedule(pipe.scheduler))
+    if name == "sd3":
+        teacher_call(family, pipe, 5000, 1.0, "teacher")
+        return
+    teacher_call(family, pipe, 1000, 1.0, "teacher")
+    with pytest.raises(ConfigError, match="got 5000 steps of the teacher, expected at most 1000"):
+        teacher_call(family, pipe, 5000, 1.0, "teacher")
+    teacher = StableDiffusion(pretrained_teacher_model="tiny-sd")
+    for given in ({"validation_prompts": ("rose",)}, {}):
+        spec = replace(train, teacher_steps=5000, **given)
+        session = prepare(Run(family=teacher, method=Regression(num_inference_steps=1), data=prompts, train=spec))
+        if not given:  # no such image is drawn
+            check_loaded(session)
+            continue
+        with pytest.raises(ConfigError, match="got 5000 steps of the teacher"):
+            check_loaded(session)
 
 
 def test_a_full_disk_is_one_line(monkeypatch, capsys) -> None:

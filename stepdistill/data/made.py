@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.config.kinds import Place
+from stepdistill.config.kinds import Count, Place
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.files import written_whole
 from stepdistill.core.progress import progress
@@ -63,6 +63,7 @@ class TeacherMade(Source):
         source: items from which the samples are generated, in turn.
         folder: folder in which they are stored.
         count: number of samples; it may change later.
+        num_inference_steps: solver steps of the teacher.
     """
 
     chunk: ClassVar[int]
@@ -71,6 +72,7 @@ class TeacherMade(Source):
     source: Source
     folder: Place
     count: SampleCount
+    num_inference_steps: Count
 
     @abstractmethod
     def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:

@@ -13,10 +13,12 @@ from stepdistill.core.outputs import check_output_folder
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.data import Source, Stream, Trajectories, inside
+from stepdistill.data.made import TeacherMade
 from stepdistill.methods.base import Method
 from stepdistill.networks.lora.names import OUTSIDE
 from stepdistill.networks.lora.tensors import FAMILIES
 from stepdistill.networks.roles import Copy, Ema, Lora
+from stepdistill.students.draw.call import teacher_call
 from stepdistill.students.lora.files import warn_of_ignored
 from stepdistill.students.proof import check_sampling
 from stepdistill.training.finish import load_reference, reference_file
@@ -38,10 +40,12 @@ def check_loaded(session: Session) -> None:
     run, schedule = session.run, session.run.family.schedule(session.pipe.scheduler)
     side = session.batches.side
     run.family.latent_shape(session.pipe, side, side)  # the pipeline must take this size
-    check_noise_process(run.method, schedule)
+    check_noise_process(run, schedule)
     sampler = run.method.sampler(schedule)
     check_sampling(run.family, session.pipe, sampler)
     check_guidance_range(run.data, sampler)
+    if run.train.validation_prompts or run.train.eval_samples:
+        teacher_call(run.family, session.pipe, run.train.teacher_steps, 1.0, "teacher")
     if run.train.eval_samples:
         load_reference(run, session.digest)
 
@@ -56,15 +60,21 @@ def check_scheduler(run: Run) -> None:
     """The method runs on the teacher's noise process, where that is known without loading."""
     scheduler = run.family.load_scheduler()
     if scheduler is not None:
-        check_noise_process(run.method, run.family.schedule(scheduler))
+        check_noise_process(run, run.family.schedule(scheduler))
 
 
-def check_noise_process(method: Method, schedule: NoiseSchedule) -> None:
-    """The method runs on this noise process."""
+def check_noise_process(run: Run, schedule: NoiseSchedule) -> None:
+    """The method runs on this noise process, and the teacher can make the data on it."""
     try:
-        method.check(schedule)
+        run.method.check(schedule)
     except ValueError as error:
         raise ConfigError(f"method: {error}") from error
+    for source in inside(run.data):
+        if isinstance(source, TeacherMade):
+            try:
+                schedule.grid(source.num_inference_steps)
+            except ValueError as error:
+                raise ConfigError(f"num_inference_steps of {type(source).__name__}: {error}") from error
 
 
 def check_sharding(run: Run) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepdistill.core.cost import Cost, count_calls
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.core.schedule import Rectified
@@ -77,10 +78,17 @@ def seeded_steps(family: Family, scheduler: Any, generators: Sequence[torch.Gene
 
 
 def teacher_call(family: Family, pipe: DiffusionPipeline, steps: int, guidance_scale: float, name: str) -> PipelineCall:
-    """The teacher with a plain solver on even steps: DDIM with trailing spacing, or Euler."""
+    """The teacher with a plain solver on even steps: DDIM with trailing spacing, or Euler.
+
+    Raises ConfigError for more steps than its table has timesteps.
+    """
     call = {"num_inference_steps": steps} | family.guidance(guidance_scale) | family.arguments()
     schedule = family.schedule(pipe.scheduler)
     if not isinstance(schedule, Rectified):
+        most = len(pipe.scheduler.alphas_cumprod)
+        if steps > most:
+            why, todo = "its noise schedule has no more timesteps", "choose fewer steps of the teacher"
+            raise ConfigError(problem(f"{steps} steps of the teacher", f"at most {most}", why, todo))
         scheduler = DDIMScheduler.from_config(
             pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
         )
