@@ -214,10 +214,7 @@ def check_sampling(family: Family, pipe: DiffusionPipeline, sampler: Sampler) ->
     def denoise(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
         return estimate(kind, network(x_t, t), x_t, t, schedule)
 
-    cpu, scaled = (
-        torch.device("cpu"),
-        not schedule.straight,
-    )  # a flow's scheduler keeps its state as the network sees it
+    cpu, scaled = torch.device("cpu"), not schedule.straight  # the state of a flow's scheduler is the network's input
     noise = torch.randn(1, len(spread), generator=torch.Generator().manual_seed(0))
     with _seeded(0, cpu):
         ours = few_step(denoise, schedule, sampler, noise, {})
@@ -229,7 +226,8 @@ def check_sampling(family: Family, pipe: DiffusionPipeline, sampler: Sampler) ->
         for t in times:
             x_t = scheduler.scale_model_input(theirs, t) if scaled else theirs
             theirs = scheduler.step(network(x_t, t.float()[None]), t, theirs, **eta, return_dict=False)[0]
-    difference = ((theirs - ours).abs() / spread).max().item()
+    # latents have a spread of about 1: below it, rounding is not relative to the smaller one
+    difference = ((theirs - ours).abs() / spread.clamp(min=1)).max().item()
     if not difference <= FLOAT32:
         got = f"a difference of {difference:.2g} between {type(scheduler).__name__} and training's own sampler"
         got += f" at timesteps {[round(t, 3) for t in sampler.timesteps]} of a {kind} network"
