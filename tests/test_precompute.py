@@ -242,7 +242,8 @@ def test_shells_say_what_networks_say(place, name):
     names = {n for n in whole.components if n.startswith("text_encoder")} | {"vae", family.network_name}
     there = {n for n in names if whole.components[n] is not None}
     assert there == {n for n, part in hollow.components.items() if is_shell(part)}
-    assert family.latent_shape(hollow, 64, 32) == family.latent_shape(whole, 64, 32)
+    size = (32, 16) if name == "sd3" else (64, 32)  # the tiny SD3 has no position beyond 32
+    assert family.latent_shape(hollow, *size) == family.latent_shape(whole, *size)
     assert family.native_side(hollow) == family.native_side(whole)
     partly = family.load(("text", "vae"))
     assert base_of(partly, family) == base_of(whole, family)

@@ -56,7 +56,7 @@ def check_output_file(
     if file.is_dir():
         raise OutputError(problem(f"output {file}, a folder", "the name of a file", "one file is written", todo))
     for source in inputs:
-        if _is_in(file, Path(source)):
+        if is_in(file, Path(source)):
             raise OutputError(problem(f"output {file}", expected, f"it belongs to the input {source}", todo))
     if not is_marked(file, mark):
         why = "stepdistill did not write it, and replaces nothing of others"
@@ -87,10 +87,10 @@ def check_output_tree(
     present = present_in(folder, written)
     got = f"output {folder}, which holds {', '.join(sorted(place.name for place in present)[:5])}"
     for source in map(Path, inputs):
-        if _is_in(folder, source) and _is_in(source, folder):
+        if is_in(folder, source) and is_in(source, folder):
             why = "its files would be replaced"
             raise OutputError(problem(f"output {folder}, which is an input", "another folder", why, "name another"))
-        if any(_is_in(source, place) for place in present):
+        if any(is_in(source, place) for place in present):
             why = f"it holds the input {source}, which would be replaced"
             raise OutputError(problem(f"output {folder}", "another folder", why, "name another, or move the input"))
     if present and not own:
@@ -123,7 +123,7 @@ def _is_there(place: Path) -> bool:
         return False
 
 
-def _is_in(place: Path, other: Path) -> bool:
+def is_in(place: Path, other: Path) -> bool:
     """Whether `place` is `other`, or lies in it; links are followed."""
     if not (os.path.exists(place) and os.path.exists(other)):  # other than Path's, it takes any name
         return False

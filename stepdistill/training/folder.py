@@ -10,7 +10,7 @@ from stepdistill.config.schema import places
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.files import remove, write_text
-from stepdistill.core.outputs import check_output_folder, check_output_tree, present_in
+from stepdistill.core.outputs import check_output_folder, check_output_tree, is_in, present_in
 from stepdistill.data import inside
 from stepdistill.data.made import TeacherMade
 from stepdistill.data.routing import ROUTER
@@ -41,8 +41,13 @@ def check_output_dir(run: Run) -> None:
         why = "its student and checkpoints would be overwritten"
         todo = "resume with --resume_from_checkpoint latest, restart with --overwrite_output_dir, or set another"
         raise ConfigError(problem(got, "an empty or new folder", why, todo))
-    inputs = [*places(run.family), *places(run.lora), *places(run.data), spec.eval_reference]
-    check_output_tree(out, WRITTEN, [place for place in inputs if place], own, overwrite=True)
+    check_output_tree(out, WRITTEN, inputs_of(run), own, overwrite=True)
+
+
+def inputs_of(run: Run) -> list[str]:
+    """The files and folders that a run reads; some may be hub ids."""
+    inputs = [*places(run.family), *places(run.lora), *places(run.data), run.train.eval_reference]
+    return [place for place in inputs if place]
 
 
 def check_data_folders(run: Run) -> None:
@@ -62,7 +67,8 @@ def open_folder(session: Session, source: Path | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if source is None or source.resolve().parent != out.resolve():
             for place in present_in(out, WRITTEN):  # `check_output_dir` let only an overwritten folder pass
-                remove(place)
+                if not any(is_in(Path(source), place) for source in inputs_of(session.run)):  # such as data just made
+                    remove(place)
         else:
             for old in checkpoints(out):
                 if step_of(old) > step_of(source):
