@@ -566,7 +566,8 @@ def test_a_run_exports_what_it_is_told_to_and_nothing_of_an_earlier_run_stays(fo
     old.mkdir()
     for file in (folders["sd"] / WORKFLOW, format_files(folders["sd"])["comfyui"]):
         shutil.copy(file, old)
-    out = distill(run(base, tmp_path, export_formats=("kohya",)))
+    (old / "metrics.jsonl").touch()
+    out = distill(run(base, tmp_path, export_formats=("kohya",), overwrite_output_dir=True))
     assert not (out / WORKFLOW).exists() and list(format_files(out)) == ["kohya"]
     with safe_open(format_files(out)["kohya"], "pt") as file:
         assert {file.get_tensor(key).item() for key in file.keys() if key.endswith("alpha")} == {8.0}  # noqa: SIM118

@@ -338,6 +338,20 @@ def test_configs_that_say_nothing_or_nonsense_are_refused(folders, tmp_path):
         refused(of("sd", place), match)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_part_that_lacks_a_tensor_is_refused(folders, tmp_path, name):
+    """Of which Diffusers and Transformers only warn: the tensor would be random."""
+    place = Path(shutil.copytree(folders[name], tmp_path / "teacher"))
+    for part in sorted(folder.name for folder in place.iterdir() if any(folder.glob("*.safetensors"))):
+        (file,) = (place / part).glob("*.safetensors")
+        whole = load_file(file)
+        save_file({key: value for key, value in whole.items() if key != sorted(whole)[-1]}, file, {"format": "pt"})
+        with pytest.raises(ConfigError, match=f"whose {part} lacks [12] of .* tensors, such as"):
+            of(name, place).load()
+        save_file(whole, file, {"format": "pt"})
+    of(name, place).load()
+
+
 @pytest.mark.parametrize("spoil", ["cut", "gone", "other"])
 def test_weights_that_do_not_read_are_an_error_of_the_folder(folders, tmp_path, spoil):
     place = shutil.copytree(folders["sd"], tmp_path / "copy")

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -27,7 +27,7 @@ from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.families.location import teacher_location
-from stepdistill.families.parts import Needs, check_folder, check_marks, check_single_file, reading
+from stepdistill.families.parts import Needs, check_folder, check_marks, check_single_file, reading, whole_network
 from stepdistill.networks import quantize
 from stepdistill.networks.lora.names import PIPELINES
 from stepdistill.networks.lora.read import Layout, check_plain, layout_of, lora_path, read_pipeline_lora
@@ -99,8 +99,8 @@ class Family(ABC):
         """The teacher's whole pipeline in float32, with its LoRAs fused in.
 
         Args:
-            without: parts to leave out; networks without weights, on the meta device, stand in their places. Of a
-                single file, and of a teacher with LoRAs, they are read all the same, and then let go.
+            without: parts to replace by networks without weights, on the meta device; read all the same from a single
+                file or with LoRAs.
         """
         where, single = self.location(), self.location().endswith(".safetensors")
         quantize.check_quantization(self.quantization, single, bool(self.teacher_loras))
@@ -147,20 +147,21 @@ class Family(ABC):
         return layout_of(self.pipeline_class, self.location(), self.revision)
 
     def _read(self, without: Collection[Part]) -> DiffusionPipeline:
-        where = self.location()
+        where, pipeline = self.location(), cast("Any", self.pipeline_class)
         if where.endswith(".safetensors"):
-            pipeline: Any = self.pipeline_class
             return pipeline.from_single_file(where, config=self.single_file_config)
-        index: Any = self.pipeline_class.load_config(where, revision=self.revision)
+        index = pipeline.load_config(where, revision=self.revision)
         # Diffusers drops the parts a folder goes without, such as SD3's T5, and then asks for them
         given: dict[str, Any] = {n: None for n, part in index.items() if isinstance(part, list) and part[0] is None}
-        for name, part in index.items():
-            if name not in given and self.part_of(name) in without and not self.teacher_loras:
-                given[name] = shell(where, name, ".".join(part), self.revision)
+        for name in sorted(filter(self.part_of, index.keys() - given.keys())):
+            if self.part_of(name) in without and not self.teacher_loras:
+                given[name] = shell(where, name, ".".join(index[name]), self.revision)
+            elif Path(where).is_dir() and not (name == self.network_name and self.quantization):
+                given[name] = whole_network(where, self.variant, name, index[name])
         if self.quantization is not None and "denoiser" not in without:
             given["quantization_config"] = quantize.quantized(self.quantization, self.network_name)
             given["torch_dtype"] = torch.float32  # of what is not quantised; else torchao takes bfloat16
-        return self.pipeline_class.from_pretrained(where, revision=self.revision, variant=self.variant, **given)
+        return pipeline.from_pretrained(where, revision=self.revision, variant=self.variant, **given)
 
     def load_scheduler(self) -> Any:  # noqa: ANN401
         """The teacher's scheduler alone, from its few bytes; None for a single file, which keeps it inside."""

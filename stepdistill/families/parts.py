@@ -15,6 +15,7 @@ from diffusers.loaders import FromSingleFileMixin
 from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING, _get_task_class
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from stepdistill.config.schema import locate
 from stepdistill.core.errors import ConfigError, StepdistillError, problem
@@ -148,6 +149,18 @@ def _check_variant(folder: Path, variant: str | None) -> None:
     got, why = f"family.variant {variant!r}", f"no file in {folder} is named so"
     todo = "leave family.variant out, or name the one that the files have"
     raise ConfigError(problem(got, "a variant of the teacher's files, such as fp16", why, todo))
+
+
+def whole_network(where: str, variant: str | None, name: str, part: list[str]) -> nn.Module:
+    """Network `name` of a pipeline folder. Raises ConfigError if its files lack tensors, of which Diffusers and
+    Transformers only warn: they draw them at random."""
+    kept = variant if variant and any((Path(where) / name).glob(f"*.{variant}*")) else None
+    net, info = _class_of(part).from_pretrained(where, subfolder=name, variant=kept, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        got = f"{where} whose {name} lacks {len(missing)} of {len(net.state_dict())} tensors, such as {missing[0]}"
+        why, todo = "they would be random numbers", "copy the part again, from where it is whole"
+        raise ConfigError(problem(got, "all tensors of the network", why, todo))
+    return net
 
 
 def _class_of(part: list[str]) -> Any:  # noqa: ANN401
