@@ -41,7 +41,7 @@ def run_in(place: Path, teacher: Path, moment: int | str | None, moments: Path |
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def half(file: Path, text: str, *args: str, **kwargs: str) -> int:
-        if file.name.removesuffix(".part") != moment:
+        if file.name.removesuffix(".part").removesuffix(".stepdistill") != moment:
             return write(file, text, *args, **kwargs)
         write(file, text[: len(text) // 2])
         os.kill(os.getpid(), signal.SIGKILL)

@@ -17,7 +17,7 @@ from tiny import FAMILIES, pipeline
 from stepdistill.cli import main as cli
 from stepdistill.cli.main import DISK, _parser
 from stepdistill.config.load import read_node
-from stepdistill.config.registry import every
+from stepdistill.config.registry import offered
 from stepdistill.config.schema import arms, dotted, fields
 from stepdistill.config.template import template
 from stepdistill.core.devices import usable_device
@@ -50,7 +50,7 @@ def numbers(hint: object) -> Iterator[object]:
             yield from (-1, 10**30, 1.5)
 
 
-CLASSES = [(base, cls) for base in (Family, Method, Source) for cls in every(base)]
+CLASSES = [(base, cls) for base in (Family, Method, Source) for cls in offered(base)]
 
 
 PARTS = (LoraSpec, RoleLora, TrainSpec, Gan, ClipTerm, Lpips)

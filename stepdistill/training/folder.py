@@ -41,10 +41,10 @@ def check_output_dir(run: Run) -> None:
         why = "its student and checkpoints would be overwritten"
         todo = "resume with --resume_from_checkpoint latest, restart with --overwrite_output_dir, or set another"
         raise ConfigError(problem(got, "an empty or new folder", why, todo))
-    check_output_tree(out, WRITTEN, inputs_of(run), own, overwrite=True)
+    check_output_tree(out, WRITTEN, read_by(run), own, overwrite=True)
 
 
-def inputs_of(run: Run) -> list[str]:
+def read_by(run: Run) -> list[str]:
     """The files and folders that a run reads; some may be hub ids."""
     inputs = [*places(run.family), *places(run.lora), *places(run.data), run.train.eval_reference]
     return [place for place in inputs if place]
@@ -67,11 +67,12 @@ def open_folder(session: Session, source: Path | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if source is None or source.resolve().parent != out.resolve():
             for place in present_in(out, WRITTEN):  # `check_output_dir` let only an overwritten folder pass
-                if not any(is_in(Path(source), place) for source in inputs_of(session.run)):  # such as data just made
+                if not any(is_in(Path(source), place) for source in read_by(session.run)):  # such as data just made
                     remove(place)
         else:
             for old in checkpoints(out):
                 if step_of(old) > step_of(source):
                     put_aside(old)
+        (out / METRICS).touch()  # first: by it a run that dies from here on is known as one
         write_text(out / "config.yaml", config_to_yaml(session.run).rstrip("\n"))
     distributed.barrier()
