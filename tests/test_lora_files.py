@@ -267,6 +267,7 @@ FAULTS = {
         change(lambda s: s.update({k: v.to(torch.int8) for k, v in s.items()})),
         "mismatched .*int8",
     ),
+    "NaN": (change(lambda s: s[first(s)].fill_(torch.nan)), "mismatched .* NaN or infinite"),
     "no number": (described('{"unet.lora_alpha": NaN}'), "mismatched .* alpha nan"),
     "other ranks": (change(lambda s: s.update({first(s): torch.ones(7, 32)})), "mismatched .* no rank in common"),
     "other inputs": (

@@ -99,6 +99,14 @@ def test_what_makes_a_run_may_not_change(two, teacher, samples, path, monkeypatc
     assert files(two) == before
 
 
+def test_a_folder_may_be_named_in_another_way(two, teacher, samples, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(teacher)
+    monkeypatch.chdir(samples.parent)
+    run = make(tmp_path / "link", Path(samples.name), two, REGRESSION)
+    train = replace(run.train, resume_from_checkpoint="latest")
+    assert resume.find_source(replace(run, train=train)) is not None
+
+
 def test_both_values_are_said_and_another_class_stands_for_its_keys(two, teacher, samples):
     run = make(teacher, samples, two, REGRESSION, **LATEST)
     both = changed(changed(run, "lora.rank", 8), "data", Prompts(prompts=("rose",)))

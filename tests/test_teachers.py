@@ -224,6 +224,9 @@ NETWORKS: list[tuple[str, str, dict[str, Any], str]] = [
     ("sana", "text_encoder", {"hidden_size": 48}, "caption_channels 32, expected 48"),
     ("sd3", "vae", {"latent_channels": 8}, "in_channels 4, expected 8"),
     ("sdxl", "vae", {"latents_mean": [0.0] * 4}, "latents_mean, expected one without"),  # Playground 2.5
+    ("sd", "unet", {"sample_size": None}, "sample_size None, expected a number"),
+    ("pixart_sigma", "transformer", {"sample_size": None}, "sample_size None, expected a number"),
+    ("sana", "vae", {"scaling_factor": None}, "scaling_factor None, expected a number"),
 ]
 
 

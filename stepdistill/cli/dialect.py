@@ -118,7 +118,7 @@ def _within(value: float, low: float | None, high: float | None) -> float:
 def _span(low: float | None, high: float | None) -> str:
     if low is None:
         return ""
-    return f" of {low:g} or more" if high is None else f" from {low:g} to {high:g}"
+    return f" of {low} or more" if high is None else f" from {low} to {high}"
 
 
 def is_first_process() -> bool:

@@ -198,11 +198,12 @@ def _check_configs(
     todo = "choose the family of this model in family.type, or another teacher"
     for key, value in wanted.items():
         if net.get(key) != value:
-            got, why = (
-                f"a {network} of {where} with {key} {net.get(key)!r}",
-                "it takes other inputs than the family's",
-            )
+            got, why = f"a {network} of {where} with {key} {net.get(key)!r}", "it takes other inputs than the family's"
             raise ConfigError(problem(got, repr(value), why, todo))
+    for part, config, key in ((network, net, "sample_size"), ("vae", vae, "scaling_factor")):
+        if not isinstance(config.get(key, 1), int | float):  # some families have no such key
+            got, why = f"a {part} of {where} with {key} {config[key]!r}", "the latents' size or scale is read there"
+            raise ConfigError(problem(got, "a number", why, f"set it in the config.json of the {part}"))
     if vae.get("latents_mean") is not None:
         got, why = f"an autoencoder of {where} with latents_mean", "the family scales latents by one factor"
         raise ConfigError(problem(got, "one without", why, todo))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from os.path import exists, samefile
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,16 @@ def changes(run: Run, stored: Mapping[str, Any]) -> Changes:
     """(stored, new) of every value that differs, by path; None stands for a missing one. Of an instance of another
     class only its `type` is listed."""
     before, now = (settings(config, run.method) for config in (stored, to_node(run.resolved(), Run)))
-    changed = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
+    changed = {key: (before.get(key), now.get(key)) for key in before | now if not _same(before.get(key), now.get(key))}
     other = tuple(key.removesuffix("type") for key in changed if key.endswith(".type"))
     return {key: both for key, both in changed.items() if key.endswith(".type") or not key.startswith(other)}
+
+
+def _same(before: object, now: object) -> bool:
+    """Whether two values of a config are equal, or two names of one file or folder."""
+    if isinstance(before, str) and isinstance(now, str) and exists(before) and exists(now):
+        return samefile(before, now)
+    return before == now
 
 
 def settings(config: Mapping[str, Any], method: Method) -> dict[str, object]:

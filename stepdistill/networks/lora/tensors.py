@@ -114,6 +114,8 @@ def _layer(tensors: Mapping[str, Tensor], down: str, up: str, alpha: float | Non
         raise ValueError(f"{name}: rank {len(first)} and alpha {alpha:g}, expected 1 or more and a finite number")
     if not first.is_floating_point() or not second.is_floating_point():
         raise ValueError(f"{name}: {first.dtype} and {second.dtype}, expected floating-point numbers")
+    if not (first.isfinite().all() and second.isfinite().all()):
+        raise ValueError(f"{name}: NaN or infinite weights, expected finite ones")
     return LayerLora(first, second, alpha)
 
 
