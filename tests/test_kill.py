@@ -17,12 +17,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
 from runs import LCM, make, saved_teacher
 
 from stepdistill.training.distill import distill
 from stepdistill.training.watch.rules import read_metrics
 
-FORK = multiprocessing.get_context("fork")
+# a fork of this process would fail where another test has run autograd in it
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["runs", "stepdistill.training.distill"])
 CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree"}
 pytestmark = pytest.mark.slow
 
@@ -48,6 +51,7 @@ def run_in(place: Path, teacher: Path, moment: int | str | None, moments: Path |
         raise AssertionError
 
     changes, write = 0, Path.write_text
+    torch.set_num_threads(1)
     sys.addaudithook(watch)
     Path.write_text = half  # pyright: ignore[reportAttributeAccessIssue]
     train = {
