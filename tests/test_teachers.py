@@ -184,6 +184,11 @@ def test_files_that_are_not_what_they_are_called_are_no_traceback(folders, tmp_p
     refused(of("sd", place), match)
 
 
+def test_a_folder_may_be_named_like_a_file(folders, tmp_path):
+    place = Path(shutil.copytree(folders["sd"], tmp_path / "base.safetensors"))
+    assert of("sd", place).load().unet.config["sample_size"] == 8
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_part_that_is_missing_is_named(folders, tmp_path, name):
     """A folder without its tokenizer was read with an empty one."""

@@ -62,10 +62,32 @@ def add_eval_commands(commands: Any) -> None:  # noqa: ANN401
     """Declare the commands in a group of subparsers."""
     command = commands.add_parser("eval", help="measure teacher and students", description="Measure images.")
     parts = command.add_subparsers(metavar="COMMAND", required=True)
+    _add_run(parts)
+
+    command = add_command(parts, "score", _score, "measure existing images", SCORE)
+    command.add_argument("images", metavar="IMAGES", nargs="+", type=local_path, help="folder, .zip, .npz or .npy")
+    command.add_argument("--prompts-file", dest="prompts", metavar="FILE", type=local_path, help="prompts for --clip")
+    _measures(command, None, "an .npz of statistics, or images")
+
+    command = add_command(parts, "ref", _ref, "compute statistics of images", REF)
+    command.add_argument("images", metavar="IMAGES", type=local_path, help="folder, .zip, .npz or .npy")
+    _features(command)
+    command.add_argument("-o", "--output", metavar="FILE.npz", type=local_path, required=True, help="file to write")
+    add_overwrite(command)
+
+    command = add_command(parts, "compare", _compare, "merge evaluations on one page", COMPARE)
+    command.add_argument("folders", metavar="DIR", nargs="+", type=local_path, help="folders of `run` and `score`")
+    command.add_argument("-o", "--output", metavar="FILE.html", type=local_path, required=True, help="the page")
+    command.add_argument("--csv", metavar="FILE.csv", type=local_path, help="write the rows as CSV, too")
+    add_overwrite(command)
+
+    command = add_command(parts, "doctor", _doctor, "list which features are available", DOCTOR)
+    _weights(command)
+
+
+def _add_run(parts: Any) -> None:  # noqa: ANN401
     command = add_command(parts, "run", _run, "generate and measure images of a teacher and its students", RUN)
-    command.add_argument(
-        "teacher", metavar="TEACHER", type=expanded, help="pipeline folder, hub id, or bundled teacher"
-    )
+    command.add_argument("teacher", metavar="TEACHER", type=expanded, help="pipeline folder, hub id, or bundled")
     command.add_argument("students", metavar="STUDENT", type=expanded, nargs="*", help="student folders or hub ids")
     command.add_argument(
         "--prompts-file",
@@ -119,26 +141,6 @@ def add_eval_commands(commands: Any) -> None:  # noqa: ANN401
     )
     command.add_argument("--export", choices=("geneval", "t2i-compbench"), help="save images for this benchmark")
     _measures(command, "teacher", "teacher, an .npz of statistics, or images (default: teacher)")
-
-    command = add_command(parts, "score", _score, "measure existing images", SCORE)
-    command.add_argument("images", metavar="IMAGES", nargs="+", type=local_path, help="folder, .zip, .npz or .npy")
-    command.add_argument("--prompts-file", dest="prompts", metavar="FILE", type=local_path, help="prompts for --clip")
-    _measures(command, None, "an .npz of statistics, or images")
-
-    command = add_command(parts, "ref", _ref, "compute statistics of images", REF)
-    command.add_argument("images", metavar="IMAGES", type=local_path, help="folder, .zip, .npz or .npy")
-    _features(command)
-    command.add_argument("-o", "--output", metavar="FILE.npz", type=local_path, required=True, help="file to write")
-    add_overwrite(command)
-
-    command = add_command(parts, "compare", _compare, "merge evaluations on one page", COMPARE)
-    command.add_argument("folders", metavar="DIR", nargs="+", type=local_path, help="folders of `run` and `score`")
-    command.add_argument("-o", "--output", metavar="FILE.html", type=local_path, required=True, help="the page")
-    command.add_argument("--csv", metavar="FILE.csv", type=local_path, help="write the rows as CSV, too")
-    add_overwrite(command)
-
-    command = add_command(parts, "doctor", _doctor, "list which features are available", DOCTOR)
-    _weights(command)
 
 
 def _measures(command: argparse.ArgumentParser, default: str | None, reference: str) -> None:

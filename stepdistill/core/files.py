@@ -61,6 +61,11 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         file.write(text.ljust(size))
 
 
+def is_single_file(where: str) -> bool:
+    """Whether a model's place is one .safetensors file, and no folder or hub id."""
+    return where.endswith(".safetensors") and not Path(where).is_dir()
+
+
 def remove(path: Path) -> None:
     """Remove a file or folder, if it is there and as far as the disk allows."""
     if path.is_dir():

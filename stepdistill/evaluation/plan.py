@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from stepdistill.config.registry import every, find
 from stepdistill.core.errors import ConfigError, EvaluationError, problem
+from stepdistill.core.files import is_single_file
 from stepdistill.evaluation.spec import EvalRun
 from stepdistill.families.base import Family
 from stepdistill.students.contract import Contract, read_contracts, teacher
@@ -127,7 +128,7 @@ def family_of(place: str, kind: str | None, contracts: Sequence[Contract]) -> Fa
     elif contracts:
         chosen = replace(teacher(contracts[0]), pretrained_teacher_model=place)
     where = (chosen or next(iter(known.values()))(pretrained_teacher_model=place)).location()
-    if where.endswith(".safetensors"):
+    if is_single_file(where):
         if chosen is None:
             todo = f"pass --family, one of {sorted(cls.__module__.rpartition('.')[2] for cls in known.values())}"
             raise ConfigError(problem(f"the single file {place}", "its family", "the file does not state it", todo))

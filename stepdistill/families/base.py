@@ -22,7 +22,7 @@ from stepdistill.config.kinds import Place
 from stepdistill.config.schema import Factory, locate
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.core.files import save_tensors
+from stepdistill.core.files import is_single_file, save_tensors
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
@@ -78,7 +78,7 @@ class Family(ABC):
         """Raise ConfigError where the teacher's files are not a pipeline of this family; no weights are read."""
         where = self.location()
         with self.reached():
-            if where.endswith(".safetensors"):
+            if is_single_file(where):
                 check_single_file(where, self.pipeline_class, self.needs)
             else:
                 check_folder(where, self.revision, self.variant, self.pipeline_class, self.network_name, self.needs)
@@ -102,7 +102,7 @@ class Family(ABC):
             without: parts to replace by networks without weights, on the meta device; read all the same from a single
                 file or with LoRAs.
         """
-        where, single = self.location(), self.location().endswith(".safetensors")
+        where, single = self.location(), is_single_file(self.location())
         quantize.check_quantization(self.quantization, single, bool(self.teacher_loras))
         loras = self.read_teacher_loras()
         self.check_files()
@@ -148,7 +148,7 @@ class Family(ABC):
 
     def _read(self, without: Collection[Part]) -> DiffusionPipeline:
         where, pipeline = self.location(), cast("Any", self.pipeline_class)
-        if where.endswith(".safetensors"):
+        if is_single_file(where):
             return pipeline.from_single_file(where, config=self.single_file_config)
         index = pipeline.load_config(where, revision=self.revision)
         # Diffusers drops the parts a folder goes without, such as SD3's T5, and then asks for them
@@ -166,7 +166,7 @@ class Family(ABC):
     def load_scheduler(self) -> Any:  # noqa: ANN401
         """The teacher's scheduler alone, from its few bytes; None for a single file, which keeps it inside."""
         where = self.location()
-        if where.endswith(".safetensors"):
+        if is_single_file(where):
             return None
         with self.reached():
             index: Any = self.pipeline_class.load_config(where, revision=self.revision)

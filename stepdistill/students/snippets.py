@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stepdistill.core.files import is_single_file
 from stepdistill.students.contract import Contract, GuidanceAdapters, MultiContract, teacher
 
 
@@ -69,11 +70,11 @@ def _loading(contract: Contract | MultiContract, address: Path | str, *imported:
     """The lines that import, name the student, and load its base model."""
     family = teacher(contract)
     where, pipeline = family.location(), family.pipeline_class.__name__
-    names = ("revision", "variant") if not where.endswith(".safetensors") else ()
+    names = ("revision", "variant") if not is_single_file(where) else ()
     given = {name: vars(family)[name] for name in names} | {"config": family.single_file_config}
     args = [repr(where), *(f"{name}={value!r}" for name, value in given.items() if value is not None)]
     args += [f"{name}=None" for name in contract.base_without]
-    load = "from_single_file" if where.endswith(".safetensors") else "from_pretrained"
+    load = "from_single_file" if is_single_file(where) else "from_pretrained"
     lines = [
         "import torch",
         f"from diffusers import {', '.join(sorted([pipeline, *imported]))}",

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.core.files import file_digest
 from stepdistill.families.base import Family
+from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.lora.read import read_lora
 from stepdistill.networks.lora.tensors import Format
 from stepdistill.students.contract import STUDENTS, WEIGHTS, Contract, is_multi, read_contract, scheduler_class, teacher
@@ -76,7 +77,11 @@ def verify_student(folder: Path) -> float:
         return _worst(verify_student(place) for place in sorted(folder.glob(f"{STUDENTS}/*")))
     contract = read_contract(folder)
     family = teacher(contract)
-    pipe, backbone = in_memory(folder, contract, family)
+    return _difference(folder, contract, family, *in_memory(folder, contract, family))
+
+
+def _difference(folder: Path, contract: Contract, family: Family, pipe: DiffusionPipeline, backbone: Backbone) -> float:
+    """That of the folder in a plain pipeline from the student in memory."""
     plain = family.load()
     into_pipeline(plain, folder, contract, family, "student")
     return prove(contract, family, plain, pipe, backbone, "student", 0).difference
@@ -100,16 +105,16 @@ def verify_formats(folder: Path) -> dict[str, float]:
         each = [verify_formats(place) for place in sorted(folder.glob(f"{STUDENTS}/*"))]
         names = dict.fromkeys(name for one in each for name in one)
         return {name: _worst(one[name] for one in each if name in one) for name in names}
-    differences, contract = {"diffusers": verify_student(folder)}, read_contract(folder)
-    files, family = format_files(folder), teacher(contract)
-    if files or (folder / WORKFLOW).exists():
-        pipe, backbone = in_memory(folder, contract, family)
-        for to, file in files.items():
-            plain = _loaded(folder, file, to, contract, family)
-            differences[to] = prove(contract, family, plain, pipe, backbone, "student", 0).difference
-        if (folder / WORKFLOW).exists():
-            nodes = read_workflow(folder, contract)
-            differences["workflow"] = prove_workflow(contract, family, pipe, backbone, nodes)
+    contract = read_contract(folder)
+    family = teacher(contract)
+    pipe, backbone = in_memory(folder, contract, family)
+    differences = {"diffusers": _difference(folder, contract, family, pipe, backbone)}
+    for to, file in format_files(folder).items():
+        plain = _loaded(folder, file, to, contract, family)
+        differences[to] = prove(contract, family, plain, pipe, backbone, "student", 0).difference
+    if (folder / WORKFLOW).exists():
+        nodes = read_workflow(folder, contract)
+        differences["workflow"] = prove_workflow(contract, family, pipe, backbone, nodes)
     return differences
 
 

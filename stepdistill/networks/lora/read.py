@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stepdistill.core.errors import ConfigError, StudentError, problem
+from stepdistill.core.files import is_single_file
 from stepdistill.networks.lora.names import NETWORKS, PIPELINES, Layer, by_name, by_part
 from stepdistill.networks.lora.tensors import Format, Lora, ParsedLora, format_of, parse_lora
 
@@ -72,7 +73,7 @@ def layout_of(pipeline: type[DiffusionPipeline], where: str, revision: str | Non
                 got, expected, "the names of its layers in other formats are not known", "use the format of Diffusers"
             )
         )
-    if name != "sdxl" or where.endswith(".safetensors"):
+    if name != "sdxl" or is_single_file(where):
         return Layout(name)
     config: Any = UNet2DConditionModel.load_config(where, subfolder="unet", revision=revision)
     return Layout(name, config["layers_per_block"])
@@ -142,7 +143,8 @@ def read_pipeline_lora(file: Path, pipeline: type[DiffusionPipeline], network: s
 
 def check_plain(file: Path, lora: Lora, family: str | None) -> None:
     """Raise StudentError if Diffusers' own loader reads another LoRA from a file for a family, or none."""
-    format = format_of(tensors_of(file)[0])
+    with safe_open(file, "pt") as opened:
+        format = format_of(opened.keys())
     if not family or format not in READ_BY_DIFFUSERS:
         return
     alphas = len({layer.alpha for layer in lora.values()})

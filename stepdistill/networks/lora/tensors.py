@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,7 +53,7 @@ class ParsedLora:
     mute: tuple[str, ...] = ()
 
 
-def format_of(state: Mapping[str, Tensor]) -> Format | None:
+def format_of(state: Collection[str]) -> Format | None:
     """The format of a file's keys; None if it is none of the three."""
     if any(key.startswith("lora_") and key.endswith((DOWN, UP)) for key in state):
         return "kohya"

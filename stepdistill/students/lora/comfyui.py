@@ -22,6 +22,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from stepdistill.core.errors import ConfigError, StudentError, problem
+from stepdistill.core.files import is_single_file
 from stepdistill.networks.lora.names import PIPELINES
 from stepdistill.students.contract import Contract, scheduler_class, teacher
 
@@ -106,7 +107,7 @@ def _zero_negative(contract: Contract, layout: str) -> bool:
     if layout != "sdxl" or contract.guidance_scale == 1:
         return False
     family = teacher(contract)
-    if family.location().endswith(".safetensors"):
+    if is_single_file(family.location()):
         return True
     with family.reached():
         index: Any = family.pipeline_class.load_config(family.location(), revision=family.revision)

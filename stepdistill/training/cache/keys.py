@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.config.schema import dotted
-from stepdistill.core.files import file_digest, write_text
+from stepdistill.core.files import file_digest, is_single_file, write_text
 from stepdistill.data.image_files import files_below
 from stepdistill.families.base import Family
 
@@ -46,7 +46,7 @@ def family_keys(family: Family, folder: Path) -> Keys:
     where = family.location()
     digests, arguments = _Digests(folder), _own_arguments(family)
     name = dotted(type(family))
-    if where.endswith(".safetensors"):
+    if is_single_file(where):
         one = [name, digests(Path(where)), *_beside(family, digests)]
         text, vae = [*one, arguments], one
     else:

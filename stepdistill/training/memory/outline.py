@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from stepdistill.config.schema import locate
+from stepdistill.core.files import is_single_file
 from stepdistill.families.base import Family
 from stepdistill.networks.meta import shell
 
@@ -20,7 +21,7 @@ OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # which no 
 def outline(family: Family) -> DiffusionPipeline:
     """The pipeline that `family.load` gives, with its networks on the meta device; of a hub id only configs and
     tokenizers are fetched."""
-    where, single = family.location(), family.location().endswith(".safetensors")
+    where, single = family.location(), is_single_file(family.location())
     if single:
         where = family.single_file_config or configs_of(where)
     pipeline: Any = family.pipeline_class
