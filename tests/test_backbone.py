@@ -174,6 +174,19 @@ def test_a_lora_begins_as_the_teacher_and_the_teacher_stays(name):
     assert not torch.allclose(call("student"), plain, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_roles_on_a_base_in_half_precision_are_float32(dtype):
+    """An update of 1e-4 of a weight is lost in eight bits."""
+    pipe = pipeline("sd3")
+    net = nn.Module.to(FAMILIES["sd3"].network(pipe), dtype)
+    bone = backbone("sd3", pipe)
+    for name, role in {"student": Lora(), "ema": Ema("student", 0.5), "copy": Copy()}.items():
+        bone.add(name, role)
+        assert {p.dtype for p in bone.parameters_of(name).values()} == {torch.float32}
+    own = {id(p) for name in bone.declared for p in bone.parameters_of(name).values()}
+    assert {p.dtype for p in net.parameters() if id(p) not in own} == {dtype}
+
+
 def test_frozen_gives_gradients_to_inputs_only():
     pipe = pipeline("sd")
     bone = backbone("sd", pipe)

@@ -184,6 +184,34 @@ def test_a_student_has_the_table_of_its_teacher_whatever_scheduler_that_is(teach
     assert (scheduler.config["trained_betas"] is None) == (teacher in ("ddim", "ddim zero", "pndm", "cosine"))
 
 
+UNEVEN = {
+    3: (999, 665, 332),
+    6: (999, 832, 665, 499, 332, 165),
+    7: (999, 856, 713, 570, 427, 284, 141),
+}
+
+
+@pytest.mark.parametrize("n", UNEVEN)
+def test_even_steps_that_do_not_divide_the_table_are_rounded_down(n):
+    """At DDIM's own times, which are rounded to the nearest, DDIM would be chosen; its steps end elsewhere then, at
+    `t - 1000 // n`."""
+    family, pipe = StableDiffusion(pretrained_teacher_model="tiny-sd"), SimpleNamespace(scheduler=stock.ddim())
+    sampler = Reflow().sampler(stock.table(), n)
+    assert sampler.timesteps == UNEVEN[n] == tuple(1000 * (n - i) // n - 1 for i in range(n))
+    scheduler, call = family.scheduler(pipe, sampler)
+    step = {"eta": call.pop("eta")}
+    scheduler.set_timesteps(timesteps=call["timesteps"])
+    assert tuple(scheduler.timesteps.tolist()) == UNEVEN[n]
+    theirs = stock.loop(stock.double(scheduler), Mixture(stock.table()), "epsilon", stock.table(), start(), **step)
+    close(few_step(Mixture(stock.table()), stock.table(), sampler, start(), {}), theirs, 2e-6)
+    check_sampling(family, pipe, sampler)
+    pipe.scheduler.set_timesteps(n)
+    rounded = tuple(map(float, pipe.scheduler.timesteps))
+    assert rounded != UNEVEN[n]
+    with pytest.raises(ConfigError, match="DDIMScheduler and training's own sampler"):
+        check_sampling(family, pipe, Sampler(rounded, clean=False))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_no_scheduler_samples_is_refused_before_training(name):
     """Euler's states are 4,096 times the latents where the signal is almost gone, too much for float32; the head of

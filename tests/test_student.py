@@ -227,6 +227,23 @@ def test_a_proof_adds_other_noise_than_it_starts_from(families, tmp_path, monkey
     assert not any(torch.allclose(a, b) for a, b in combinations(values, 2))
 
 
+def test_the_noise_of_a_proof_follows_its_seed(families, tmp_path, monkeypatch):
+    drawn = {}
+
+    def recorded(denoise, schedule, sampler, x_t, cond, noise):
+        first, *_ = noises = [x_t, noise(0)]
+        drawn.setdefault(seed, noises)
+        return first
+
+    monkeypatch.setattr(proof, "few_step", recorded)
+    for seed in (0, 3):
+        with pytest.raises(StudentError, match="does not generate the images"):
+            write(tmp_path / str(seed), families["sd"], seed=seed)
+        start = torch.randn(drawn[seed][0].shape, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(drawn[seed][0], start)
+    assert not any(torch.allclose(a, b) for a, b in zip(*drawn.values(), strict=True))
+
+
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_a_lora_that_is_not_loaded_fails_the_proof(tmp_path, monkeypatch, name):
     """The LoRAs of these tests are far above the tolerance of a proof: one that is lost cannot pass."""
