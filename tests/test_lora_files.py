@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,96 @@ def test_a_file_that_is_not_whole_and_of_the_family_is_refused_everywhere(fine, 
         with pytest.raises(StudentError, match="unmatched|unreadable|mismatched|such as"):
             convert_lora(file, tmp_path / "out.safetensors", "kohya", "sd")
         assert not (tmp_path / "out.safetensors").exists()
+
+
+# PEFT's settings by what they do to a file of two matrices a layer
+PLAIN = {
+    *(
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "lora_dropout", "fan_in_fan_out", "init_lora_weights"),
+    *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("velora_config", "qalora_group_size", "ensure_weight_tying"),
+}
+OTHER = {
+    "use_dora": True,
+    "lora_bias": True,
+    "bias": "lora_only",
+    "use_qalora": True,
+    "use_bdlora": {"target_modules_bd_a": ["to_q"]},
+    "kasa_config": {"beta": 1e-4},
+    "arrow_config": {"top_k": 2},
+    "monteclora_config": {"num_samples": 2},
+    "alora_invocation_tokens": [1, 2],
+    "layer_replication": [[0, 4], [2, 5]],
+    "target_parameters": ["weight"],
+    "trainable_token_indices": [0],
+    "modules_to_save": ["conv_in"],
+}
+
+
+def test_every_setting_of_peft_is_known():
+    assert not PLAIN & OTHER.keys()
+    assert {setting.name for setting in fields(LoraConfig)} - {"runtime_config"} <= PLAIN | OTHER.keys()
+
+
+SETTINGS = [*OTHER.items(), *(("init_lora_weights", how) for how in ("pissa_niter_4", "olora", "corda", "loftq"))]
+
+
+@pytest.mark.parametrize(("setting", "value"), [*SETTINGS, ("init_lora_weights", "lora_ga"), ("lora_alpha", None)])
+def test_a_variant_of_lora_that_a_file_s_metadata_tell_of_is_refused(bases, fine, tmp_path, setting, value):
+    family, whole, *_ = fine
+    facts = {"unet.r": 2, "unet.lora_alpha": 2, f"unet.{setting}": value}
+    facts = {key: fact for key, fact in facts.items() if fact is not None}
+    file = Path(shutil.copy(whole, tmp_path))
+    described(json.dumps(facts))(file)
+    said = f"unet.{setting}"
+    with pytest.raises(StudentError, match=said):
+        family.read_lora(file)
+    with pytest.raises(StudentError, match=said):
+        convert_lora(file, tmp_path / "out.safetensors", "comfyui", "sd")
+    state = load_file(file)
+    state |= {key.replace("lora_A.weight", "alpha"): torch.tensor(2.0) for key in state if "lora_A" in key}
+    save_file(state, file, {"lora_adapter_metadata": json.dumps(facts)})
+    if setting != "lora_alpha":
+        with pytest.raises(StudentError, match=said):
+            read_lora(file, family.lora_layout())
+
+
+def test_a_rank_stabilised_lora_has_its_own_scale(bases, tmp_path):
+    """alpha / sqrt(rank), of every layer's own rank and alpha."""
+    family = bases["sd"]
+    pipe = family.load()
+    before = weights(pipe, "sd")
+    patterns = {"rank_pattern": {"conv_in": 9}, "alpha_pattern": {"conv_out": 1.5}}
+    targets = ["conv_in", "conv_out", "to_q"]
+    rs = LoraConfig(r=4, lora_alpha=3, target_modules=targets, use_rslora=True, **patterns)
+    pipe.unet.add_adapter(rs, "rs")
+    generator = torch.Generator().manual_seed(2)
+    for key, weight in pipe.unet.named_parameters():
+        if ".lora_" in key:
+            weight.data = torch.randn(weight.shape, generator=generator)
+    state = get_peft_model_state_dict(pipe.unet, adapter_name="rs")
+    pipe.save_lora_weights(
+        tmp_path, unet_lora_layers=state, unet_lora_adapter_metadata=pipe.unet.peft_config["rs"].to_dict()
+    )
+    lora = family.read_lora(tmp_path)
+    scales = {
+        name: lora[f"unet.{name}"].scale
+        for name in ("conv_in", "conv_out", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    }
+    assert [round(scale, 6) for scale in scales.values()] == [1.0, 0.75, 1.5]
+    fuse_loras(pipe)
+    expected = weights(pipe, "sd")
+    same(added(before, lora), expected)
+    same(weights(replace(family, teacher_loras=(str(tmp_path),)).load(), "sd"), expected)
 
 
 def test_a_pickle_is_not_opened(bases, tmp_path):

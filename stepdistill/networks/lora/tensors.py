@@ -34,6 +34,11 @@ FAMILIES: dict[Format, tuple[str, ...]] = {
 METADATA = "lora_adapter_metadata"
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 A, B = "lora_A.weight", "lora_B.weight"
+# settings of PEFT with which a layer adds something else than its two matrices, or to another base
+VARIANTS = ("use_dora", "lora_bias", "bias", "use_qalora", "use_bdlora", "kasa_config", "arrow_config")
+VARIANTS += ("monteclora_config", "alora_invocation_tokens", "layer_replication", "target_parameters")
+VARIANTS += ("trainable_token_indices", "modules_to_save")
+OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that take a part out of the base
 
 
 Lora = dict[str, LayerLora]  # by the layer's name in Diffusers' pipeline, such as `unet.conv_in`
@@ -70,10 +75,21 @@ def parse_lora(
     Args:
         family: family of the layers; None accepts any layer with a name of Diffusers.
     """
+    facts = json.loads(metadata.get(METADATA, "{}"))
+    _check_plain(facts)
     if family is not None and format_of(state) == "kohya":
         return _read_kohya(state, by_name(family, per_block))
-    facts = json.loads(metadata.get(METADATA, "{}")) if format_of(state) == "diffusers" else {}
+    facts = facts if format_of(state) == "diffusers" else {}
     return _read_named(state, facts, by_part(family, per_block) if family else None)
+
+
+def _check_plain(facts: Mapping[str, Any]) -> None:
+    """Raise ValueError where PEFT's config in the metadata is that of a variant of LoRA."""
+    for key, value in facts.items():
+        setting = key.rpartition(".")[2]
+        other_base = setting == "init_lora_weights" and str(value).startswith(OTHER_BASE)
+        if other_base or (setting in VARIANTS and value and value != "none"):
+            raise ValueError(f"{key} is {value!r} in the metadata, and only plain LoRAs are supported")
 
 
 def lora_tensors(lora: Lora, to: Format, family: str, per_block: int = 2) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -159,11 +175,13 @@ def _read_named(state: Mapping[str, Tensor], facts: Mapping[str, Any], known: Ma
 
 
 def _alpha(facts: Mapping[str, Any], name: str, rank: int) -> float | None:
-    """A layer's alpha from PEFT's config in the metadata; None without a config."""
+    """A layer's alpha from PEFT's config in the metadata; None without a config of its component."""
     component, _, inner = name.partition(".")
+    if not any(key.startswith(f"{component}.") for key in facts):
+        return None
     alpha = facts.get(f"{component}.lora_alpha")
     if alpha is None:
-        return None
+        raise ValueError(f"{component}.lora_alpha is not in the metadata, which have other settings of PEFT")
     for pattern, other in (facts.get(f"{component}.alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", inner):  # as in PEFT
             alpha = other
