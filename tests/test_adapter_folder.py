@@ -258,6 +258,10 @@ def test_images_and_a_dry_run(families, written, tmp_path):
     line = next(line for line in dry_run(run).splitlines() if line.split()[0] == "student")
     assert f"{size / 1e6:.2f} M" in line
     assert line.split()[3:] == [f"{each * size / 2**20:.1f}" for each in (4, 4, 8)]
+    started = replace(run, lora=LoraSpec(init_from=str(written["sd"])))
+    assert dry_run(started) == dry_run(run)
+    with pytest.raises(StudentError, match="size mismatch"):
+        dry_run(replace(started, method=replace(METHOD, width=8)))
     pipe, teacher = family.load(), family.load()
     load_student(pipe, written["sd"])
     images, cost = generate(pipe, student_call(run.family, run.method, teacher, 4), ["rose", "cat face"], 0)

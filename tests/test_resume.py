@@ -256,7 +256,9 @@ def test_the_student_that_a_run_started_from_may_be_gone(two, teacher, samples, 
     first, second = (changed(run, "lora.init_from", str(started)) for run in runs)
     distill(first)
     shutil.rmtree(started)
-    distill(changed(second, "train.resume_from_checkpoint", "latest"))
+    second = changed(second, "train.resume_from_checkpoint", "latest")
+    dry_run(second)
+    distill(second)
 
 
 def test_every_value_of_a_config_is_decided_on(two, teacher, samples):

@@ -251,6 +251,14 @@ def test_a_dry_run_counts_the_smaller_network(place):
         assert any(line.split()[0] == role and f"{size / 1e6:.2f} M" in line for line in said.splitlines()), said
 
 
+def test_a_dry_run_refuses_a_start_of_another_width(place):
+    plain = run(place, "sd", "dry")
+    started = replace(plain, lora=LoraSpec(init_from=str(place / "student-sd")))
+    assert dry_run(started) == dry_run(plain)
+    with pytest.raises(StudentError, match="size mismatch"):
+        dry_run(replace(started, method=replace(plain.method, width=0.75)))
+
+
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_several_smaller_students_in_one_folder(place, tmp_path, name):
     part = tiny.FAMILIES[name].network_name

@@ -23,7 +23,14 @@ from tiny import FakeTeacher, awake, backbone, batch, context, pipeline
 from stepdistill.config.dump import config_to_yaml
 from stepdistill.config.schema import Factory
 from stepdistill.core.cost import Cost
-from stepdistill.core.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss, StepdistillError
+from stepdistill.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteLoss,
+    StepdistillError,
+    StudentError,
+)
 from stepdistill.core.progress import progress
 from stepdistill.core.random import noise_of
 from stepdistill.data import Prompts, TeacherSamples
@@ -227,6 +234,26 @@ def test_a_student_that_no_scheduler_samples_is_refused_before_training(teacher,
         with pytest.raises(ConfigError, match=r"EulerDiscreteScheduler .*choose other timesteps"):
             command(run)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [({"rank": 8}, "size mismatch"), ({"target_modules": ("to_q",)}, "do not, the first")],
+)
+def test_a_start_that_does_not_fit_is_refused_in_a_dry_run_as_well(teacher, samples, whole, tmp_path, lora, said):
+    run = make(teacher, samples, tmp_path / "out")
+    run = replace(run, lora=replace(run.lora, init_from=str(whole), **lora))
+    errors = []
+    for command in (dry_run, distill):
+        with pytest.raises(StudentError, match=said) as error:
+            command(run)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+def test_a_start_that_fits_takes_no_memory(teacher, samples, whole, tmp_path):
+    run = make(teacher, samples, tmp_path / "out")
+    assert dry_run(replace(run, lora=replace(run.lora, init_from=str(whole)))) == dry_run(run)
 
 
 def test_the_folder_of_another_run_is_refused(teacher, samples, whole):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from stepdistill.core import distributed
@@ -63,6 +64,6 @@ def make_data(session: Session) -> None:
 
 def dry_run(run: Run) -> str:
     """Predicted memory by role."""
-    find_source(run)
+    resumed = find_source(run) is not None
     check_run(run)
-    return str(predict(run))
+    return str(predict(replace(run, lora=replace(run.lora, init_from=None)) if resumed else run))

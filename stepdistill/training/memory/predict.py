@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +17,7 @@ from stepdistill.data.base import Wrapper
 from stepdistill.data.made import TeacherMade
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.students.base_model import Base
+from stepdistill.students.load import start_from
 from stepdistill.students.proof import check_sampling
 from stepdistill.training.cache.keys import Keys
 from stepdistill.training.launcher import DTYPES, check_launcher
@@ -27,7 +30,7 @@ from stepdistill.training.setup import session_of
 
 def predict(run: Run) -> Prediction:
     """Predict a run's memory on this process's device. Weights are not read, but for those of networks that a method's
-    own terms load, as CLIP and LPIPS."""
+    own terms load, as CLIP and LPIPS, and of the student in `lora.init_from`."""
     check_launcher(run.train)
     accelerator = Accelerator(mixed_precision=run.train.mixed_precision)
     run.family.check_files()
@@ -40,7 +43,21 @@ def predict(run: Run) -> Prediction:
     if dtype != torch.float32:
         net.to(dtype)
     frozen = {name: part for name, part in parts.items() if part is not net}
-    return replace(forecast(rehearse(run, accelerator, pipe), frozen, loading), remarks=tuple(_remarks(run)))
+    rehearsal = rehearse(run, accelerator, pipe)
+    check_start(run, rehearsal)
+    return replace(forecast(rehearsal, frozen, loading), remarks=tuple(_remarks(run)))
+
+
+def check_start(run: Run, rehearsal: Rehearsal) -> None:
+    """Raise StudentError where the student of `lora.init_from` has other tensors than the run's: it is loaded as the
+    run does, into roles on the meta device."""
+    if run.lora.init_from:
+        optimizers = deepcopy(rehearsal.optimizers)
+        with torch.device("meta"):
+            optimizers.declare(run.method)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")  # it compares names and shapes
+            start_from(optimizers.backbone, run.lora.init_from, run.family)
 
 
 def _remarks(run: Run) -> Iterator[str]:
