@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AutoencoderTiny,
     CMStochasticIterativeScheduler,
     DDIMScheduler,
     DDPMScheduler,
@@ -229,6 +230,11 @@ NETWORKS: list[tuple[str, str, dict[str, Any], str]] = [
     ("sana", "text_encoder", {"hidden_size": 48}, "caption_channels 32, expected 48"),
     ("sd3", "vae", {"latent_channels": 8}, "in_channels 4, expected 8"),
     ("sdxl", "vae", {"latents_mean": [0.0] * 4}, "latents_mean, expected one without"),  # Playground 2.5
+    ("sd", "vae", {"in_channels": 4}, "in_channels 4, expected 3"),  # with transparency
+    ("sana", "vae", {"in_channels": 4}, "in_channels 4, expected 3"),
+    ("flux", "vae", {"out_channels": 6}, "out_channels 6, expected 3"),
+    ("sd3", "vae", {"shift_factor": None}, "shift_factor None, expected a number"),
+    ("flux", "vae", {"shift_factor": None}, "shift_factor None, expected a number"),
     ("sd", "unet", {"sample_size": None}, "sample_size None, expected a number"),
     ("pixart_sigma", "transformer", {"sample_size": None}, "sample_size None, expected a number"),
     ("sana", "vae", {"scaling_factor": None}, "scaling_factor None, expected a number"),
@@ -247,10 +253,38 @@ def test_a_part_of_another_class_is_refused(folders, tmp_path):
         ("sd", "unet", ["diffusers", "UNet2DModel"], "UNet2DConditionModel"),
         ("sd3", "text_encoder", ["transformers", "CLIPTextModel"], "CLIPTextModelWithProjection"),
         ("flux", "transformer", ["diffusers", "SD3Transformer2DModel"], "FluxTransformer2DModel"),
+        ("sd", "vae", ["diffusers", "VQModel"], "AutoencoderKL"),
+        ("sdxl", "vae", ["diffusers", "ConsistencyDecoderVAE"], "AutoencoderKL"),
+        ("sd3", "vae", ["diffusers", "AutoencoderKLQwenImage"], "AutoencoderKL"),
+        ("pixart_alpha", "vae", ["diffusers", "AutoencoderKLTemporalDecoder"], "AutoencoderKL"),
+        ("pixart_sigma", "vae", ["diffusers", "AutoencoderDC"], "AutoencoderKL"),
+        ("sana", "vae", ["diffusers", "AutoencoderKL"], "AutoencoderDC"),
+        ("sd", "vae", ["diffusers", "Transformer2DModel"], "AutoencoderKL"),
     ]:
-        place = shutil.copytree(folders[name], tmp_path / name)
+        place = shutil.copytree(folders[name], tmp_path / f"{name} {kind[1]}")
         edited(place / "model_index.json", **{part: kind})
         refused(of(name, place), f"got a {kind[1]} as {part} of .*, expected a {wanted}")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_tiny_autoencoder_of_the_same_latents_may_be_in_the_place_of_the_teacher_s(folders, tmp_path, name):
+    place, widths = shutil.copytree(folders[name], tmp_path / "copy"), (8,) * 3
+    shutil.rmtree(place / "vae")
+    AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+    ).save_pretrained(place / "vae")
+    edited(place / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
+    family = of(name, place)
+    family.check_files()
+    pipe = family.load()
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = family.encode(pipe, pixels)
+    torch.testing.assert_close(latents, pipe.vae.encode(pixels).latents)  # its latents are in the network's scale
+    assert latents.shape == (1, *family.latent_shape(pipe, 32, 32)) == (1, 4, 8, 8)
+    torch.testing.assert_close(family.decode(pipe, latents), pipe.vae.decode(latents).sample)
 
 
 def test_pixart_was_once_saved_under_a_class_of_all_transformers(folders, tmp_path):

@@ -57,7 +57,6 @@ class Family(ABC):
 
     network_name: ClassVar[str]
     multiple: ClassVar[int] = 8  # the pipeline asks for sides in pixels that are multiples of it
-    shifts_latents: ClassVar[bool] = False  # whether the pipeline subtracts its autoencoder's `shift_factor`
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     needs: ClassVar[Needs]
     seeds_steps: ClassVar[bool] = True  # whether the pipeline hands its generator on to the scheduler
@@ -277,7 +276,7 @@ class Family(ABC):
         return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0].float()
 
     def _shift(self, pipe: DiffusionPipeline) -> float:
-        return pipe.vae.config.shift_factor if self.shifts_latents else 0.0
+        return pipe.vae.config.shift_factor if self.needs.shifts_latents else 0.0
 
     @abstractmethod
     def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:

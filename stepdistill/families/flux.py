@@ -41,10 +41,12 @@ class Flux(Flow):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
-    shifts_latents: ClassVar[bool] = True
     seeds_steps: ClassVar[bool] = False
     needs: ClassVar[Needs] = Needs(
-        width=("joint_attention_dim", ("text_encoder_2",)), places=4, single_file=("flux-dev", "flux-schnell")
+        width=("joint_attention_dim", ("text_encoder_2",)),
+        places=4,
+        shifts_latents=True,
+        single_file=("flux-dev", "flux-schnell"),
     )
 
     guidance_embedding: Amount = 3.5

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, Transformer2DModel
+from diffusers import AutoencoderTiny, DiffusionPipeline, Transformer2DModel
 from diffusers.loaders import FromSingleFileMixin
 from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING, _get_task_class
@@ -37,6 +37,7 @@ class Needs:
         width: the setting of it that is the width of a prompt's embedding, and the text encoders whose widths add up
             to it.
         places: latents of one channel that the network takes as one token's channels.
+        shifts_latents: whether the pipeline subtracts its autoencoder's `shift_factor`.
         single_file: what Diffusers calls the single files of the family.
         prefixes: of the names of tensors, one for each part that a single file must hold.
     """
@@ -46,6 +47,7 @@ class Needs:
     network: Mapping[str, Any] = field(default_factory=dict)
     width: tuple[str, tuple[str, ...]]
     places: int = 1
+    shifts_latents: bool = False
     single_file: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
 
@@ -129,7 +131,7 @@ def check_folder(
     if missing:
         why, todo = f"a {pipeline.__name__} needs it", "save the whole pipeline, or copy the missing part into it"
         raise ConfigError(problem(f"{where} without {missing[0]}", SAVED, why, todo))
-    for name in (network, *texts):
+    for name in (network, "vae", *texts):
         if name in there and not name.startswith("tokenizer"):
             _check_type(where, name, _class_of(index[name]), types[name])
     _check_configs(where, revision, {name: index[name] for name in there}, network, needs)
@@ -171,8 +173,9 @@ def _class_of(part: list[str]) -> Any:  # noqa: ANN401
 
 
 def _check_type(where: str, name: str, cls: type, expected: tuple[type, ...]) -> None:
-    # Diffusers reads a Transformer2DModel of old as the class that came out of it
-    if cls is not Transformer2DModel and not issubclass(cls, expected):
+    # a tiny autoencoder has the latents of the one that it imitates, in the network's scale; and Diffusers reads a
+    # Transformer2DModel of old as the class that came out of it
+    if not issubclass(cls, (*expected, AutoencoderTiny if name == "vae" else Transformer2DModel)):
         wanted, why = " or ".join(kind.__name__ for kind in expected), "the family reads other outputs of it"
         todo = "choose the family of this pipeline in family.type, or another teacher"
         raise ConfigError(problem(f"a {cls.__name__} as {name} of {where}", f"a {wanted}", why, todo))
@@ -200,7 +203,13 @@ def _check_configs(
         if net.get(key) != value:
             got, why = f"a {network} of {where} with {key} {net.get(key)!r}", "it takes other inputs than the family's"
             raise ConfigError(problem(got, repr(value), why, todo))
-    for part, config, key in ((network, net, "sample_size"), ("vae", vae, "scaling_factor")):
+    for key in ("in_channels", "out_channels"):
+        if vae.get(key, 3) != 3:
+            got, why = f"a vae of {where} with {key} {vae[key]}", "images have red, green and blue"
+            raise ConfigError(problem(got, "3", why, todo))
+    numbers = [(network, net, "sample_size"), ("vae", vae, "scaling_factor")]
+    numbers += [("vae", vae, "shift_factor")] if needs.shifts_latents else []
+    for part, config, key in numbers:
         if not isinstance(config.get(key, 1), int | float):  # some families have no such key
             got, why = f"a {part} of {where} with {key} {config[key]!r}", "the latents' size or scale is read there"
             raise ConfigError(problem(got, "a number", why, f"set it in the config.json of the {part}"))

@@ -42,11 +42,11 @@ class StableDiffusion3(Flow):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
-    shifts_latents: ClassVar[bool] = True
     seeds_steps: ClassVar[bool] = False
     needs: ClassVar[Needs] = Needs(
         optional=frozenset({"text_encoder_3", "tokenizer_3"}),
         width=("joint_attention_dim", ("text_encoder_3",)),
+        shifts_latents=True,
         single_file=("sd3", "sd35_large", "sd35_medium"),
     )
 
