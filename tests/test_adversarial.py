@@ -90,7 +90,8 @@ def test_the_student_raises_the_logits_of_its_own_samples(kind, features, name):
 @pytest.mark.parametrize("kind", ["softplus", "hinge"])
 def test_the_head_learns_what_is_data_and_the_approximate_r1_flattens_it(kind, features, r1_weight):
     """The penalty's gradient flows through both of its logits, into the head and, where it judges, the fake score."""
-    gan = Gan(discriminator_weight=0.4, loss_type=kind, features=features, r1_weight=r1_weight, r1_sigma=0.3)
+    r1 = {"r1_weight": r1_weight, "r1_sigma": 0.3} if r1_weight else {}
+    gan = Gan(discriminator_weight=0.4, loss_type=kind, features=features, **r1)
     method, stage = DMD2(gan=gan), Stage(SCHEDULES["table"], {})
     assert PART.latents is not None
     fake = logits(stage, gan, sample(stage, method).detach(), "gan fake")

@@ -233,7 +233,7 @@ def test_another_matrix_shows_in_verify(copied):
 
 
 @pytest.mark.parametrize(
-    "method", [Regression(timesteps=(399,), ema_decay=None), Consistency(ema_decay=None, end="edge", eta=0.0)]
+    "method", [Regression(timesteps=(399,), ema_decay=None), Consistency(ema_decay=None, end="edge")]
 )
 def test_verify_samples_by_the_workflow_file(folders, tmp_path, method):
     """A student that starts below the highest noise, and one that ends at time 0, which is still noisy."""

@@ -245,7 +245,7 @@ def test_stages_and_their_teachers():
 
 
 def test_the_weight_is_the_truncated_signal_to_noise_ratio():
-    sd, method = stable_diffusion(), ProgressiveHalving(steps=(10,), stage_steps=1)
+    sd, method = stable_diffusion(), ProgressiveHalving(steps=(10,))
     teacher = GaussianTeacher(sd, STD)
     for j, (low, high) in enumerate(pairwise(sd.grid(10).tolist()), start=1):
         alpha, sigma = (v.item() for v in sd(torch.tensor(high, dtype=torch.float64)))

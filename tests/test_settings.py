@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -276,6 +278,81 @@ def test_a_method_inside_of_another_has_its_own_fields(change, models):
         for m in (change.method, change.changed)
     )
     assert differences(before, after) == set(change.changes.split())
+
+
+def on(method: Method, change: Change) -> Change | None:
+    """The same change of another method; None where it has no such term, or has the value already."""
+    name, _, inner = change.path.partition(".")
+    if inner and vars(method)[name] is None:
+        return None
+    owner = vars(method)[name] if inner else method
+    return None if vars(owner)[inner or name] == change.value else replace(change, method=method)
+
+
+# beside the changes above, the values that leave another setting without effect
+IDLE = [
+    *changes(FlowGuided(), flow_weight=(0.0, "")),
+    *changes(DisBack(matching=DMD2(critic_steps=1), recording_steps=1, backtracking_steps=50), waypoints=(1, "")),
+    *changes(ProgressiveHalving(), steps=((20,), "")),
+]
+SAID_TWICE = {"DMD2.timesteps DMD2.num_inference_steps", "Regression.timesteps Regression.num_inference_steps"}
+
+
+@pytest.mark.parametrize("kind", sorted({type(change.method) for change in CHANGES}, key=lambda kind: kind.__name__))
+def test_a_value_that_another_leaves_without_effect_is_refused(kind, models):
+    """For every pair of fields: with the one changed, a change of the other has an effect, or is refused."""
+    seen = cache(lambda method: effects(method, models))
+    of_kind = [change for change in [*CHANGES, *IDLE] if type(change.method) is kind]
+    idle, pairs = [], 0
+    for first, second in product(of_kind, of_kind):
+        try:
+            then = None if first.path == second.path else on(first.changed, second)
+            methods = (then.method, then.changed) if then else ()
+        except ValueError:
+            continue
+        if methods:
+            pairs += 1
+            idle += [] if differences(*map(seen, methods)) else [f"{first} {second}"]
+    assert pairs > 1 and set(idle) <= SAID_TWICE
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Consistency(loss_type="l2", huber_c=0.5), "huber_c is 0.5: .* only with loss_type 'huber'"),
+        (lambda: Regression(huber_c=0.5), "huber_c is 0.5: .* only with loss_type 'huber'"),
+        (lambda: Consistency(end="clean", eta=0.7), "eta is 0.7: .* only with end 'any'"),
+        (lambda: Consistency(end="edge", eta=0.0), "eta is 0.0: .* only with end 'any'"),
+        (
+            lambda: Consistency(end="edge", segments=(5,), stage_steps=3),
+            "stage_steps is 3: .* only with several segments",
+        ),
+        (
+            lambda: DMD2(timesteps=(399.0,), num_inference_steps=2),
+            "num_inference_steps is 2: .* only with timesteps none",
+        ),
+        (
+            lambda: Regression(timesteps=(399.0,), num_inference_steps=2),
+            "num_inference_steps is 2: .* only with timesteps none",
+        ),
+        (lambda: Gan(r1_sigma=0.5), "r1_sigma is 0.5: .* only with an r1_weight above 0"),
+        (
+            lambda: FlowGuided(flow_weight=0.0, turn_range=(0.4, 0.5)),
+            "turn_range is .* only with a flow_weight above 0",
+        ),
+        (lambda: DisBack(waypoints=1, backtracking_steps=2), "backtracking_steps is 2: .* only with several waypoints"),
+        (lambda: ProgressiveHalving(steps=(4,), stage_steps=2), "stage_steps is 2: .* only with several stages"),
+    ],
+)
+def test_what_has_no_effect_is_named_with_what_it_needs(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_the_number_of_steps_may_be_said_beside_their_timesteps():
+    for kind in (DMD2, Regression):
+        both, one = kind(timesteps=(749.0, 399.0), num_inference_steps=2), kind(timesteps=(749.0, 399.0))
+        assert both.sampler(SCHEDULES["table"]) == one.sampler(SCHEDULES["table"])
 
 
 # --- draws and images ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from stepdistill.config.kinds import Decay
 from stepdistill.core.denoise import Condition, RoleDenoise
 from stepdistill.core.random import step_generator
 from stepdistill.core.schedule import NoiseSchedule
-from stepdistill.core.solvers import Sampler
+from stepdistill.core.solvers import Sampler, check_starts
 from stepdistill.data.base import GuidedState
 from stepdistill.networks.roles import Ema, Lora, Role
 
@@ -191,6 +192,24 @@ class Averaged(Method):
     def student_role(self) -> str:
         """The average where there is one."""
         return "student" if self.ema_decay is None else "ema"
+
+
+def check_effect(settings: Any, name: str, effective: bool, needs: str) -> None:  # noqa: ANN401
+    """Raise ValueError where a setting has another value than its default, and no effect beside the other settings.
+
+    Args:
+        needs: what it would need to have one.
+    """
+    value, default = vars(settings)[name], type(settings).__dataclass_fields__[name].default
+    if not effective and value != default:
+        raise ValueError(f"{name} is {value}: it has an effect only with {needs}; leave it out, or set that")
+
+
+def check_steps(method: Any) -> None:  # noqa: ANN401
+    """Raise ValueError for a method's `timesteps` that do not descend, or for another number of steps beside them."""
+    times, steps = method.timesteps, method.num_inference_steps
+    check_starts(times)
+    check_effect(method, "num_inference_steps", times is None or len(times) == steps, "timesteps none")
 
 
 def check_range(t_range: tuple[float, float]) -> None:

@@ -31,7 +31,7 @@ from stepdistill.core.losses import Distance, distance
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler
-from stepdistill.methods.base import Averaged, Batch, StepContext, Update
+from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_effect
 from stepdistill.networks.roles import TEACHER
 
 
@@ -102,6 +102,9 @@ class Consistency(Averaged):
             raise ValueError("target 'ema' needs an average: set ema_decay, such as 0.95")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}: expected a share in [0, 1]")
+        check_effect(self, "stage_steps", len(self.segments) > 1, "several segments")
+        check_effect(self, "huber_c", self.loss_type == "huber", "loss_type 'huber'")
+        check_effect(self, "eta", self.end == "any", "end 'any'")
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         steps = steps or self.num_inference_steps

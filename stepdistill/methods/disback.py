@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
-from stepdistill.methods.base import Batch, Method, StepContext, Update
+from stepdistill.methods.base import Batch, Method, StepContext, Update, check_effect
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.vsd import VSD
 from stepdistill.networks.roles import TEACHER, Ema, Role
@@ -47,6 +47,7 @@ class DisBack(Method):
         for name in ("waypoints", "recording_steps", "backtracking_steps"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
+        check_effect(self, "backtracking_steps", self.waypoints > 1, "several waypoints")
         if self.matching.warmup_steps:
             raise ValueError(
                 f"matching.warmup_steps is {self.matching.warmup_steps}: the recording replaces the warm-up; use 0"

@@ -27,8 +27,8 @@ from stepdistill.core.losses import (
     surrogate,
 )
 from stepdistill.core.schedule import NoiseSchedule, per_sample
-from stepdistill.core.solvers import Sampler, check_starts, few_step, student_starts
-from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_range
+from stepdistill.core.solvers import Sampler, few_step, student_starts
+from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_effect, check_range, check_steps
 from stepdistill.networks.roles import TEACHER, Lora, Module, Role
 from stepdistill.networks.taps import Head
 
@@ -66,6 +66,7 @@ class Gan:
     def __post_init__(self) -> None:
         if self.divergence != "reverse_kl" and self.loss_type != "softplus":
             raise ValueError(f"divergence {self.divergence!r} needs log-ratios, which only loss_type 'softplus' learns")
+        check_effect(self, "r1_sigma", self.r1_weight > 0, "an r1_weight above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +112,9 @@ class DMD2(Averaged):
         if self.critic_steps < 1:
             raise ValueError(f"critic_steps is {self.critic_steps}: expected at least 1, else the fake score is stale")
         check_range(self.t_range)
-        check_starts(self.timesteps)
         if self.eta not in (0, 1):
             raise ValueError(f"eta is {self.eta}: expected 1 (renoise) or 0 (deterministic)")
+        check_steps(self)
 
     @property
     def needs(self) -> frozenset[str]:

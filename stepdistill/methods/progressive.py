@@ -13,7 +13,7 @@ from torch import Tensor
 from stepdistill.core.denoise import Condition, Denoise
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler
-from stepdistill.methods.base import Batch, Method, StepContext, Update
+from stepdistill.methods.base import Batch, Method, StepContext, Update, check_effect
 from stepdistill.networks.roles import Ema, Lora, Role
 
 
@@ -52,6 +52,7 @@ class ProgressiveHalving(Method):
             )
         if self.stage_steps < 1:
             raise ValueError(f"stage_steps is {self.stage_steps}: expected at least 1")
+        check_effect(self, "stage_steps", len(self.steps) > 1, "several stages")
 
     def roles(self) -> dict[str, Role]:
         kept = {f"teacher_{k}": Ema("student", 0.0, until=k * self.stage_steps) for k in range(len(self.steps))}

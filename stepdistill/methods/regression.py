@@ -16,8 +16,8 @@ import torch
 from stepdistill.config.kinds import Amount, Count, Positive
 from stepdistill.core.losses import Distance, distance
 from stepdistill.core.schedule import NoiseSchedule, per_sample
-from stepdistill.core.solvers import Sampler, check_starts, follow, student_starts
-from stepdistill.methods.base import Averaged, Batch, StepContext, Update
+from stepdistill.core.solvers import Sampler, follow, student_starts
+from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_effect, check_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class Regression(Averaged):
     huber_c: Positive = 1e-3
 
     def __post_init__(self) -> None:
-        check_starts(self.timesteps)
+        check_steps(self)
+        check_effect(self, "huber_c", self.loss_type == "huber", "loss_type 'huber'")
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         return Sampler(student_starts(schedule, self.timesteps, self.num_inference_steps, steps), eta=0.0, clean=True)

@@ -16,7 +16,7 @@ from stepdistill.config.kinds import Amount
 from stepdistill.core.losses import Distance, sample_distances
 from stepdistill.core.schedule import NoiseSchedule, per_sample
 from stepdistill.core.solvers import Sampler, even_sampler, share_of_noise, time_of_share
-from stepdistill.methods.base import Averaged, Batch, StepContext, Update
+from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_effect
 from stepdistill.methods.reflow import Lpips, perceptual_distances, sized_student
 from stepdistill.networks.roles import Ema, Role
 
@@ -60,6 +60,7 @@ class FlowGuided(Averaged):
             raise ValueError(f"turn_range is {list(self.turn_range)}: expected two ascending shares in (0, 1)")
         if self.lpips is not None and self.lpips.divide:
             raise ValueError("lpips.divide is true: expected false, since the student's one step starts at s = 1")
+        check_effect(self, "turn_range", self.flow_weight > 0, "a flow_weight above 0")
         sized_student(self.width)
 
     def roles(self) -> dict[str, Role]:
