@@ -332,9 +332,25 @@ def test_init_names_the_classes_there_are(library, capsys) -> None:
     assert ended("init", "two", "one") == 2
     assert "two: expected a module with one Part, it has: two.Square, two.Around" in capsys.readouterr().err
     assert ended("init", "onne", "one") == 2
-    assert "onne: unknown; did you mean one? toy has: base, one, two" in capsys.readouterr().err
+    assert "onne: unknown; did you mean one? toy has: one, two.Around, two.Square\n" in capsys.readouterr().err
+    assert ended("init", "base", "one") == 2
+    assert "base: unknown; toy has: one, two.Around, two.Square\n" in capsys.readouterr().err
     assert ended("init", "one.Rond", "one") == 2
     assert "did you mean Round?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "package"), [("method", methods), ("family", families)])
+def test_an_unknown_name_is_answered_with_all_that_init_takes_and_no_helper(key, package) -> None:
+    from stepdistill.training.recipe import Run
+
+    base = fields(Run)[key]
+    for name in ("sdx", "schedulers", "parts", "loss"):
+        with pytest.raises(ConfigError) as error:
+            find(base, name)
+        offers = str(error.value).partition(" has: ")[2].split(", ")
+        assert offers == module_names(package)
+    with pytest.raises(ConfigError, match="base: expected a module with one Method, .* Averaged .it lacks needs"):
+        find(fields(Run)["method"], "base")
 
 
 def test_an_unchosen_abstract_field_takes_a_subclass_and_names_the_others(library, tmp_path) -> None:

@@ -21,16 +21,18 @@ def find(base: type, name: str) -> type:
     head, dot, _ = name.partition(".")
     if dot:
         return pick([base], f"{package.__name__}.{name}" if head in modules else name)
-    if head not in modules:
-        known = ", ".join(modules)
-        raise ConfigError(f"{name}: unknown;{nearest(name, modules)} {package.__name__} has: {known}")
-    module = importlib.import_module(f"{package.__name__}.{head}")
-    classes = [cls for cls in heirs(base) if cls.__module__ == module.__name__]
-    if len(classes) != 1:
-        unfinished = [f"{cls.__name__} ({lacking(cls)})" for cls in _below(base) if cls.__module__ == module.__name__]
-        has = ", ".join([f"{head}.{cls.__name__}" for cls in classes] or unfinished) or "none"
-        raise ConfigError(f"{name}: expected a module with one {base.__name__}, it has: {has}")
-    return classes[0]
+    if head in modules:
+        module = importlib.import_module(f"{package.__name__}.{head}")
+        below = [cls for cls in _below(base) if cls.__module__ == module.__name__]
+        classes = [cls for cls in heirs(base) if cls in below]
+        if len(classes) == 1:
+            return classes[0]
+        if below:
+            has = [_short(cls, classes) for cls in classes] or [f"{cls.__name__} ({lacking(cls)})" for cls in below]
+            raise ConfigError(f"{name}: expected a module with one {base.__name__}, it has: {', '.join(has)}")
+    every(base)
+    known = [_short(cls, offered(base)) for cls in offered(base)]
+    raise ConfigError(f"{name}: unknown;{nearest(name, known)} {package.__name__} has: {', '.join(sorted(known))}")
 
 
 def every(base: type) -> list[type]:
@@ -45,6 +47,12 @@ def offered(base: type) -> list[type]:
     """The finished subclasses of `base` in its own package, of those that are imported: what `init` may print."""
     package = _beside(base)[0].__name__
     return [cls for cls in heirs(base) if f"{cls.__module__}.".startswith(f"{package}.")]
+
+
+def _short(cls: type, classes: list[type]) -> str:
+    """The name of a class's module, with its own where the module has several of these classes."""
+    module = cls.__module__.rpartition(".")[2]
+    return module if [other.__module__ for other in classes].count(cls.__module__) == 1 else f"{module}.{cls.__name__}"
 
 
 def _beside(base: type) -> tuple[ModuleType, list[str]]:
