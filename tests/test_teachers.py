@@ -29,6 +29,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from test_families import one_file
 from tiny import FAMILIES, pipeline
@@ -38,6 +39,7 @@ from stepdistill.data import Prompts
 from stepdistill.families.base import Family
 from stepdistill.families.vp import VariancePreserving
 from stepdistill.methods.consistency import Consistency
+from stepdistill.networks.meta import is_shell
 from stepdistill.training.checks import check_run
 from stepdistill.training.recipe import Run, TrainSpec
 
@@ -392,6 +394,54 @@ def test_a_part_that_lacks_a_tensor_is_refused(folders, tmp_path, name):
             of(name, place).load()
         save_file(whole, file, {"format": "pt"})
     of(name, place).load()
+
+
+@pytest.fixture
+def cached(folders, tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Lay a family's pipeline into an empty cache of the hub, as `owner/NAME`; its files' folder."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def cache(name: str, revision: str = "main") -> Path:
+        place = tmp_path / "hub" / f"models--owner--{name}"
+        (place / "refs").mkdir(parents=True, exist_ok=True)
+        (place / "refs" / revision).write_text(commit := f"{revision:0<40}")
+        return Path(shutil.copytree(folders[name], place / "snapshots" / commit))
+
+    return cache
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_part_of_a_hub_s_teacher_that_lacks_a_tensor_is_refused(folders, cached, name):
+    place, family = cached(name), of(name, f"owner/{name}")
+    ours, theirs = (teacher.network(teacher.load()).state_dict() for teacher in (family, of(name, folders[name])))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for part in ("vae", "text_encoder", family.network_name):
+        (file,) = (place / part).glob("*.safetensors")
+        whole = load_file(file)
+        save_file({key: value for key, value in whole.items() if key != sorted(whole)[-1]}, file, {"format": "pt"})
+        with pytest.raises(ConfigError, match=f"whose {part} lacks [12] of .* tensors, such as"):
+            family.load()
+        save_file(whole, file, {"format": "pt"})
+
+
+def test_a_hub_s_teacher_is_read_at_its_revision_in_its_variant_and_without_what_is_left_out(cached):
+    main, other = cached("sd"), cached("sd", "other")
+    for file in (other / "unet").glob("*.safetensors"):
+        save_file({key: value + 1 for key, value in load_file(file).items()}, file, {"format": "pt"})
+        save_file({key: value + 2 for key, value in load_file(file).items()}, file.with_suffix(".fp16.safetensors"))
+    plain, revised, half = (
+        of("sd", "owner/sd", **given).load().unet.conv_in.bias
+        for given in ({}, {"revision": "other"}, {"revision": "other", "variant": "fp16"})
+    )
+    torch.testing.assert_close(revised, plain + 1)
+    torch.testing.assert_close(half, plain + 3)
+    for part in ("vae", "text_encoder"):
+        for file in (main / part).glob("*.safetensors"):
+            file.unlink()
+    pipe = of("sd", "owner/sd").load(("text", "vae"))
+    assert is_shell(pipe.vae) and is_shell(pipe.text_encoder) and torch.equal(pipe.unet.conv_in.bias, plain)
+    with pytest.raises(ConfigError, match="teacher owner/sd, .* network connection"):
+        of("sd", "owner/sd").load()
 
 
 @pytest.mark.parametrize("spoil", ["cut", "gone", "other"])

@@ -26,7 +26,7 @@ from stepdistill.core.files import is_single_file, save_tensors
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
-from stepdistill.families.location import teacher_location
+from stepdistill.families.location import download, teacher_location
 from stepdistill.families.parts import Needs, check_folder, check_marks, check_single_file, reading, whole_network
 from stepdistill.networks import quantize
 from stepdistill.networks.lora.names import PIPELINES
@@ -152,15 +152,16 @@ class Family(ABC):
         index = pipeline.load_config(where, revision=self.revision)
         # Diffusers drops the parts a folder goes without, such as SD3's T5, and then asks for them
         given: dict[str, Any] = {n: None for n, part in index.items() if isinstance(part, list) and part[0] is None}
-        for name in sorted(filter(self.part_of, index.keys() - given.keys())):
-            if self.part_of(name) in without and not self.teacher_loras:
-                given[name] = shell(where, name, ".".join(index[name]), self.revision)
-            elif Path(where).is_dir() and not (name == self.network_name and self.quantization):
-                given[name] = whole_network(where, self.variant, name, index[name])
+        parts = sorted(filter(self.part_of, index.keys() - given.keys()))
+        left = [] if self.teacher_loras else [name for name in parts if self.part_of(name) in without]
+        given |= {name: shell(where, name, ".".join(index[name]), self.revision) for name in left}
+        where = download(where, pipeline, revision=self.revision, variant=self.variant, **given)
+        done = given.keys() | ({self.network_name} if self.quantization else set())
+        given |= {name: whole_network(where, self.variant, name, index[name]) for name in parts if name not in done}
         if self.quantization is not None and "denoiser" not in without:
             given["quantization_config"] = quantize.quantized(self.quantization, self.network_name)
             given["torch_dtype"] = torch.float32  # of what is not quantised; else torchao takes bfloat16
-        return pipeline.from_pretrained(where, revision=self.revision, variant=self.variant, **given)
+        return pipeline.from_pretrained(where, variant=self.variant, **given)
 
     def load_scheduler(self) -> Any:  # noqa: ANN401
         """The teacher's scheduler alone, from its few bytes; None for a single file, which keeps it inside."""

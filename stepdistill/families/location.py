@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
 
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.data.bundled import bundled
@@ -41,3 +45,12 @@ def teacher_location(name: str) -> str:
             todo = "if you trust it, save it as a folder with Diffusers' `from_single_file` and `save_pretrained`"
         raise ConfigError(problem(f"the file {path}", "a pipeline folder or a .safetensors file", why, todo))
     return str(path) if path.exists() else name
+
+
+def download(where: str, pipeline: type[DiffusionPipeline], **given: Any) -> str:  # noqa: ANN401
+    """The folder of a pipeline: itself, or of a hub id the one in the cache, with the files that Diffusers would read.
+
+    Args:
+        given: as `from_pretrained` has them; the parts among them are not fetched.
+    """
+    return where if Path(where).is_dir() else str(pipeline.download(where, **given))
