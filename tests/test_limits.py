@@ -7,6 +7,7 @@ import argparse
 import errno
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, get_args, get_origin
 
@@ -65,6 +66,24 @@ def test_every_number_of_a_config_has_a_range(base, cls) -> None:
             with pytest.raises(ConfigError, match=rf"\b{name}\b|expected"):
                 read_node(base, node | {name: bad}, "config")
                 pytest.fail(f"{cls.__name__}.{name} takes {bad}")
+
+
+# seeds, the first of several, and counts of what may be left out
+ZEROS = {
+    *("seed", "validation_seed", "student", "warmup_steps", "lr_warmup_steps", "annealing_steps"),
+    *("dataloader_num_workers", "watch_samples", "eval_samples"),
+}
+
+
+@pytest.mark.parametrize(("base", "cls"), [*CLASSES, *((part, part) for part in PARTS)])
+def test_a_count_of_a_config_that_may_be_zero_is_listed(base, cls) -> None:
+    """Zero decoded samples are no term, and their mean is no number."""
+    node = yaml.safe_load(template(cls, {})) if fields(cls) else {}
+    node |= {} if base is cls else {"type": dotted(cls)}
+    for name, hint in fields(cls).items():
+        if 1.5 in numbers(hint):
+            with nullcontext() if name in ZEROS else pytest.raises(ConfigError, match=rf"\b{name}\b"):
+                read_node(base, node | {name: 0}, "config")
 
 
 def arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

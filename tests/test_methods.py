@@ -41,6 +41,11 @@ def test_every_family_has_a_tiny_pipeline():
     assert {type(family) for family in FAMILIES.values()} == set(concrete(families, Family))
 
 
+@pytest.mark.parametrize("method", concrete(methods, Method), ids=lambda cls: cls.__name__)
+def test_the_first_role_is_the_student_whose_learning_rate_is_logged(method):
+    assert next(iter(method().roles())) == "student"
+
+
 def data(method: Method, folder: Path) -> Source:
     """What the teacher makes for a method."""
     options = {"source": Prompts(prompts=("rose", "octopus")), "count": 4, "num_inference_steps": 2}

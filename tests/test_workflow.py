@@ -17,6 +17,7 @@ from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.core.prediction import Estimate, estimate
 from stepdistill.core.solvers import few_step
+from stepdistill.data.bundled import bundled
 from stepdistill.students.contract import Contract, LoraWeights, scheduler_class, teacher
 from stepdistill.students.lora.comfyui import (
     SIGMA_FOR_ALPHA,
@@ -106,6 +107,7 @@ FLOW = {
     "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
     "eta": 0.0,
 }
+SINGLE_FILE = str(bundled("tiny-sd-reference.safetensors"))  # whatever is in it
 CONTRACTS = {
     "sd": contract(),
     "v": contract(prediction_type="v_prediction", eta=0.0, guidance_scale=3.0),
@@ -115,6 +117,10 @@ CONTRACTS = {
     "below": contract(timesteps=(399.0,)),
     "flow below": contract(**FLOW | {"timesteps": (900.0, 500.0)}),
     "loras": contract(family=contract().family | {"teacher_loras": ["owner/style"]}),
+    "zeros": contract(
+        family={"type": "stepdistill.families.sdxl.StableDiffusionXL", "pretrained_teacher_model": SINGLE_FILE},
+        guidance_scale=3.0,
+    ),
 }
 
 
@@ -290,10 +296,13 @@ def of_base(module: str, place: str, **changes) -> Contract:
     return contract(family={"type": f"stepdistill.families.{module}", "pretrained_teacher_model": place}, **changes)
 
 
-@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("zeros", [True, False, "by default", "of a single file"])
 def test_sdxl_with_guidance_departs_from_zeros_where_diffusers_does(tmp_path, zeros):
-    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": zeros}
-    told = of_base("sdxl.StableDiffusionXL", base_folder(tmp_path, model_index=index), guidance_scale=3.0)
+    place, index = SINGLE_FILE, {"_class_name": "StableDiffusionXLPipeline"}
+    if zeros != "of a single file":
+        index |= {} if zeros == "by default" else {"force_zeros_for_empty_prompt": zeros}
+        place = base_folder(tmp_path, model_index=index)
+    told = of_base("sdxl.StableDiffusionXL", place, guidance_scale=3.0)
     told = replace(told, eta=0.0)
     noise = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     comfy = Comfy("sdxl", toy, noise, lambda i: noise)
@@ -351,6 +360,29 @@ def test_loras_of_the_base_are_loaded_before_the_student_s():
     assert second["lora_name"] == "look.safetensors" and first["strength_model"] == first["strength_clip"] == 1
     assert nodes["lora"]["inputs"]["model"] == ["teacher_lora_1", 0]
     assert nodes["positive"]["inputs"]["clip"] == nodes["negative"]["inputs"]["clip"] == ["teacher_lora_1", 1]
+
+
+# what a user may change: prompts, seed, size, and the names of files
+OF_THE_USER = {"model", "clip", "vae", "positive", "negative", "noise", "latent", "decode", "save"}
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_every_other_value_of_a_workflow_is_the_contract_s(tmp_path, name):
+    told = CONTRACTS[name]
+    write_workflow(tmp_path, told, "x")
+    text = (tmp_path / WORKFLOW).read_text()
+    for node, key in ((node, key) for node, part in json.loads(text).items() for key in part["inputs"]):
+        nodes = json.loads(text)
+        value = nodes[node]["inputs"][key]
+        nodes[node]["inputs"][key] = value + (1 if isinstance(value, int | float) else type(value)("x"))
+        (tmp_path / WORKFLOW).write_text(json.dumps(nodes))
+        if node in OF_THE_USER or key == "lora_name":
+            read_workflow(tmp_path, told)
+            continue
+        for odd in (nodes, {kept: part for kept, part in nodes.items() if kept != node}):
+            (tmp_path / WORKFLOW).write_text(json.dumps(odd))
+            with pytest.raises(StudentError, match=f"with other {node}, "):
+                read_workflow(tmp_path, told)
 
 
 def test_a_changed_workflow_is_noticed(tmp_path):
