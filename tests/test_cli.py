@@ -27,6 +27,7 @@ from stepdistill.config.registry import find, heirs, offered
 from stepdistill.config.schema import Factory, dotted, fields, leaves, locate
 from stepdistill.config.template import template
 from stepdistill.core.errors import ConfigError, DataError, NonFiniteLoss
+from stepdistill.students.proof import FLOAT32  # it imports modules that a toy stands in for below
 
 ROOT = Path(__file__).parents[1]
 
@@ -264,6 +265,7 @@ def test_data_check_hands_on_the_source_alone(library, path, capsys, monkeypatch
 
 
 def test_verify_fails_above_the_tolerance_and_for_nan(library, capsys) -> None:
+    assert FLOAT32 == 1e-4  # as in training
     cli.main(["verify", "9e-5"])
     assert "9e-05" in capsys.readouterr().out
     assert ended("verify", "2e-4") == 1

@@ -165,7 +165,8 @@ TEACHERS = {
     "pndm": PNDMScheduler(**TABLE, skip_prk_steps=True),
     "sigmoid": DDPMScheduler(beta_schedule="sigmoid"),  # no other class knows that one
     "cosine": DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample"),
-    "its own": DDIMScheduler(trained_betas=torch.linspace(1e-4, 0.03, 500).tolist()),
+    "its own": DDIMScheduler(trained_betas=torch.linspace(1e-4, 0.03, 500).tolist()),  # of 1,000 steps, it says
+    "its own zero": EulerDiscreteScheduler(**ZERO | {"trained_betas": torch.linspace(1e-4, 0.03, 500).tolist()}),
 }
 
 
@@ -179,9 +180,12 @@ def test_a_student_has_the_table_of_its_teacher_whatever_scheduler_that_is(teach
             scheduler, _ = family.scheduler(pipe, sampler)
             again = type(scheduler).from_config(json.loads(scheduler.to_json_string()))
             torch.testing.assert_close(again.alphas_cumprod, own, rtol=2e-6, atol=1e-12)
+            assert again.config["num_train_timesteps"] == len(own)
             check_sampling(family, pipe, sampler)
     # a table that every class makes of the same arguments stays these arguments
-    assert (scheduler.config["trained_betas"] is None) == (teacher in ("ddim", "ddim zero", "pndm", "cosine"))
+    arguments = {key: value for key, value in pipe.scheduler.config.items() if key.startswith(("beta_", "trained"))}
+    same = arguments.items() <= scheduler.config.items()
+    assert same == (teacher in ("ddim", "ddim zero", "pndm", "cosine", "its own"))
 
 
 UNEVEN = {
@@ -234,6 +238,13 @@ def test_what_no_scheduler_samples_is_refused_before_training(name):
     pipe.scheduler = DDIMScheduler(**ZERO | {"prediction_type": "epsilon"})
     with pytest.raises(ConfigError, match="a difference of nan"):
         check_sampling(family, pipe, Sampler((top, 499.0)))
+
+
+@pytest.mark.parametrize(("teacher", "eta"), [("sigmoid", 0.0), ("ddim", 1.0)])
+def test_rounding_is_no_difference(teacher, eta):
+    """Of small numbers beside latents of spread 1, or of numbers that are larger than those."""
+    pipe, family = SimpleNamespace(scheduler=TEACHERS[teacher]), StableDiffusion(pretrained_teacher_model="tiny-sd")
+    check_sampling(family, pipe, Sampler((999.0, 9.0), eta=eta))
 
 
 def test_follow_is_the_solver_at_full_steps():

@@ -76,10 +76,10 @@ def _table(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401
     The same arguments do not give the same table in every class: with `rescale_betas_zero_snr` it ends at 0 in DDIM's,
     and just above 0 in Euler's.
     """
-    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    table: dict[str, Any] = {key: scheduler.config[key] for key in names}
-    table |= {"rescale_betas_zero_snr": scheduler.config.get("rescale_betas_zero_snr", False)}
     own = scheduler.alphas_cumprod.float()
+    names = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
+    table: dict[str, Any] = {"num_train_timesteps": len(own)} | {key: scheduler.config[key] for key in names}
+    table |= {"rescale_betas_zero_snr": scheduler.config.get("rescale_betas_zero_snr", False)}
     try:
         same = torch.equal(DDIMScheduler(**table).alphas_cumprod, own)
     except NotImplementedError:  # a `beta_schedule` that it does not know
