@@ -245,13 +245,16 @@ def test_verify_samples_by_the_workflow_file(folders, tmp_path, method):
     options = {"role": "student", "method": method, "resolution": (32, 32)}
     write_student(tmp_path, family=family, pipe=pipe, backbone=bone, **options)
     export_formats(tmp_path, ("comfyui",))
-    assert verify_formats(tmp_path)["workflow"] < 1e-5
+    assert 0 < verify_formats(tmp_path)["workflow"] < 1e-5  # other arithmetic than the library's sampler
     contract = read_contract(tmp_path)
     nodes = json.loads((tmp_path / WORKFLOW).read_text())
-    assert nodes.keys() & {"start", "scale"}
-    without = nodes | {"decode": nodes["decode"] | {"inputs": {"samples": ["sample", 0]}}}
-    without["sample"]["inputs"]["latent_image"] = ["latent", 0]
-    assert prove_workflow(contract, family, pipe, bone, without) > 3e-4
+    scaled = "scale" in nodes
+    assert scaled or "start" in nodes
+    nodes["decode"]["inputs"]["samples"] = ["sample", 0]
+    (tmp_path / WORKFLOW).write_text(json.dumps(nodes))  # the contract's own nodes are there
+    assert (verify_formats(tmp_path)["workflow"] > 3e-4) == scaled
+    nodes["sample"]["inputs"]["latent_image"] = ["latent", 0]
+    assert prove_workflow(contract, family, pipe, bone, nodes) > 3e-4
 
 
 def test_every_student_has_files_of_its_own_names(copied):
