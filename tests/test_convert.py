@@ -255,6 +255,10 @@ def test_verify_samples_by_the_workflow_file(folders, tmp_path, method):
     assert (verify_formats(tmp_path)["workflow"] > 3e-4) == scaled
     nodes["sample"]["inputs"]["latent_image"] = ["latent", 0]
     assert prove_workflow(contract, family, pipe, bone, nodes) > 3e-4
+    nodes["lora"]["inputs"]["strength_model"] = 0.5  # what sampling does not see
+    (tmp_path / WORKFLOW).write_text(json.dumps(nodes))
+    with pytest.raises(StudentError, match="with other .*lora"):
+        verify_formats(tmp_path)
 
 
 def test_every_student_has_files_of_its_own_names(copied):
