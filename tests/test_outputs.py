@@ -78,8 +78,8 @@ def test_a_file_is_replaced_only_where_it_is_no_input_ours_and_asked_for(tmp_pat
         (own, [own], True, "belongs to the input"),
         (tmp_path / "link.txt", [own], True, "belongs to the input"),
         (folder / "own.txt", ["org/model", folder], True, "belongs to the input"),
-        (foreign, [], True, "did not write it"),
-        (tmp_path / "nowhere.txt", [], True, "did not write it"),
+        (foreign, [], True, "without stepdistill's mark, .* if an earlier version of stepdistill wrote it, remove it"),
+        (tmp_path / "nowhere.txt", [], True, "without stepdistill's mark"),
         (folder, [], True, "a folder, expected the name of a file"),
     ]:
         with pytest.raises(OutputError, match=said):
@@ -159,7 +159,7 @@ def test_sheets_keep_what_is_not_their_own(student, tmp_path, capsys, command):
     name, flag = command
     output = ("-o", tmp_path / "images") if name == "generate" else ()
     for more in ((), ("--overwrite",)):
-        assert "did not write it" in refused(capsys, name, student, "rose", *output, flag, sheet, *more)
+        assert "without stepdistill's mark" in refused(capsys, name, student, "rose", *output, flag, sheet, *more)
     assert "ends in .png" in refused(capsys, name, student, "rose", *output, flag, tmp_path / "sheet.xyz")
     assert content(tmp_path) == {sheet: b"my photo"}
     sheet.unlink()
@@ -192,7 +192,7 @@ def test_convert_keeps_its_input_and_what_is_not_its_own(student, tmp_path, caps
         assert "the input" in refused(capsys, "convert", mine, mine / WEIGHTS, "--to", "kohya", *more)
         assert "the input" in refused(capsys, "convert", mine / WEIGHTS, mine / WEIGHTS, "--to", "kohya", *more)
     other.write_bytes(b"my weights")
-    assert "did not write it" in refused(capsys, "convert", mine, other, "--to", "kohya", "--overwrite")
+    assert "without stepdistill's mark" in refused(capsys, "convert", mine, other, "--to", "kohya", "--overwrite")
     assert content(mine) == before and other.read_bytes() == b"my weights"
     other.unlink()
     (tmp_path / "other.safetensors.part").write_bytes(b"a download")
@@ -270,7 +270,7 @@ def test_statistics_and_pages_keep_what_is_not_their_own(images, tmp_path, capsy
     ref, page, table = tmp_path / "ref.npz", tmp_path / "page.html", tmp_path / "table.csv"
     make = ("eval", "ref", images, "--features", "pixels", "-o", ref)
     np.savez(ref, mu=np.zeros(3), sigma=np.eye(3))
-    assert "did not write it" in refused(capsys, *make, "--overwrite")
+    assert "without stepdistill's mark" in refused(capsys, *make, "--overwrite")
     ref.unlink()
     (tmp_path / "ref.work").mkdir()
     (tmp_path / "ref.work" / "mine").write_text("mine")
@@ -285,7 +285,7 @@ def test_statistics_and_pages_keep_what_is_not_their_own(images, tmp_path, capsy
     run(*score)
     compare = ("eval", "compare", out, "-o", page, "--csv", table)
     table.write_text("a,b\n1,2\n")
-    assert "did not write it" in refused(capsys, *compare, "--overwrite")
+    assert "without stepdistill's mark" in refused(capsys, *compare, "--overwrite")
     table.unlink()
     run(*compare)
     assert "add --overwrite" in refused(capsys, *compare)
@@ -296,7 +296,7 @@ def test_statistics_and_pages_keep_what_is_not_their_own(images, tmp_path, capsy
 def test_a_curve_keeps_what_is_not_its_own(tmp_path, capsys):
     (tmp_path / "curve.json").write_text("{}")
     call = ("doctor", tmp_path / "run", "--save-curve", tmp_path / "curve.json", "--overwrite")
-    assert "did not write it" in refused(capsys, *call)
+    assert "without stepdistill's mark" in refused(capsys, *call)
     assert issubclass(OutputError, StepdistillError)
 
 

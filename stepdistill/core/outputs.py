@@ -59,8 +59,9 @@ def check_output_file(
         if is_in(file, Path(source)):
             raise OutputError(problem(f"output {file}", expected, f"it belongs to the input {source}", todo))
     if not is_marked(file, mark):
-        why = "stepdistill did not write it, and replaces nothing of others"
-        raise OutputError(problem(f"output {file}, which exists", expected, why, f"{todo}, or move this one"))
+        got, why = f"output {file}, which exists without stepdistill's mark", "files of others are never replaced"
+        todo += ", or move this one; if an earlier version of stepdistill wrote it, remove it by hand"
+        raise OutputError(problem(got, expected, why, todo))
     if not overwrite:
         why = "an earlier command wrote it"
         raise OutputError(problem(f"output {file}, which exists", expected, why, f"{todo}, or add --overwrite"))
