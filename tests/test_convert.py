@@ -28,7 +28,7 @@ from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.lora.read import Layout, read_lora
 from stepdistill.networks.pipeline_loras import adapters_on
-from stepdistill.networks.roles import Lora, LoraSpec
+from stepdistill.networks.roles import Lora, LoraSpec, RoleLora
 from stepdistill.students.contract import CONTRACT, WEIGHTS, read_contract, teacher
 from stepdistill.students.load import load_student
 from stepdistill.students.lora.comfyui import WORKFLOW
@@ -311,14 +311,28 @@ def test_layers_that_sd_scripts_ignore_are_counted_and_named(tmp_path, capsys, c
         assert "sd-scripts" not in str(report) + caplog.text  # ComfyUI loads them all
 
 
-def test_they_are_named_before_training_too(folders, tmp_path, caplog):
-    base = read_contract(folders["sd"]).base_model
-    plain = run(base, tmp_path, export_formats=("kohya",))
-    check_export_formats(plain)
-    assert "sd-scripts" not in caplog.text
-    lora = replace(plain.lora, target_modules=("to_q", "conv_in", "linear_1", "proj_out"))
-    check_export_formats(replace(plain, lora=lora))
-    assert "sd-scripts ignore 3 layers" in caplog.text and "conv_in, time_embedding.linear_1" in caplog.text
+@pytest.mark.parametrize(
+    ("family", "ignored"),
+    [
+        ("sd", ["conv_in", "time_embedding.linear_1"]),
+        ("sdxl", ["conv_in", "time_embedding.linear_1", "add_embedding.linear_1"]),
+        ("sd3", []),
+        ("flux", ["proj_out"]),
+    ],
+)
+def test_they_are_named_before_training_too(folders, tmp_path, caplog, family, ignored):
+    """By the targets of the role that is exported."""
+    plain = run("tiny-sd", tmp_path, export_formats=("kohya",))
+    plain = replace(plain, family=family_of(folders[family]))
+    targets = {"target_modules": ("to_q", "conv_in", "linear_1", "proj_out")}
+    for lora in (LoraSpec(), LoraSpec(roles={"student": RoleLora(target_modules=("to_q",))}, **targets)):
+        check_export_formats(replace(plain, lora=lora))
+        assert "sd-scripts" not in caplog.text
+    for lora in (LoraSpec(**targets), LoraSpec(roles={"student": RoleLora(**targets)})):
+        caplog.clear()
+        check_export_formats(replace(plain, lora=lora))
+        expected = f"sd-scripts ignore {len(ignored)} layers of the kohya file ({', '.join(ignored)})"
+        assert (expected in caplog.text) if ignored else not caplog.text
 
 
 # fused

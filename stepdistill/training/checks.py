@@ -146,7 +146,7 @@ def check_export_formats(run: Run) -> None:
         why = f"{missing[0]} does not support {layout.family}" if missing else "only a LoRA has other formats"
         raise ConfigError(problem(got, "formats that the student can be written in", why, "remove them"))
     if "kohya" in formats:
-        targets = run.lora.target_modules or ()
+        targets = run.lora.of(name).target_modules or ()
         outside = OUTSIDE.get(layout.family or "", ())
         warn_of_ignored([name for name in outside if any(f".{name}".endswith(f".{end}") for end in targets)])
 

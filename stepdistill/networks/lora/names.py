@@ -103,7 +103,7 @@ FLUX_ENDS = {
 
 # layers that sd-scripts have no LoRA for: they leave them out of a file without an error
 OUTSIDE: dict[str, tuple[str, ...]] = {
-    "sd": tuple(UNET_ENDS),
+    "sd": tuple(name for name in UNET_ENDS if not name.startswith("add_embedding")),
     "sdxl": tuple(UNET_ENDS),
     "flux": ("norm_out.linear", "proj_out"),
 }
