@@ -424,7 +424,7 @@ def test_a_part_of_a_hub_s_teacher_that_lacks_a_tensor_is_refused(folders, cache
         save_file(whole, file, {"format": "pt"})
 
 
-def test_a_hub_s_teacher_is_read_at_its_revision_in_its_variant_and_without_what_is_left_out(cached):
+def test_a_hub_s_teacher_is_read_at_its_revision_in_its_variant_and_without_what_is_left_out(cached, monkeypatch):
     main, other = cached("sd"), cached("sd", "other")
     for file in (other / "unet").glob("*.safetensors"):
         save_file({key: value + 1 for key, value in load_file(file).items()}, file, {"format": "pt"})
@@ -442,6 +442,10 @@ def test_a_hub_s_teacher_is_read_at_its_revision_in_its_variant_and_without_what
     assert is_shell(pipe.vae) and is_shell(pipe.text_encoder) and torch.equal(pipe.unet.conv_in.bias, plain)
     with pytest.raises(ConfigError, match="teacher owner/sd, .* network connection"):
         of("sd", "owner/sd").load()
+    asked: list[dict] = []
+    monkeypatch.setattr(StableDiffusionPipeline, "download", lambda _, **given: asked.append(given) or str(main))
+    of("sd", "owner/sd").load(("text", "vae"))
+    assert asked[0].keys() >= {"text_encoder", "vae"} and "unet" not in asked[0]  # these are not fetched
 
 
 @pytest.mark.parametrize("spoil", ["cut", "gone", "other"])
