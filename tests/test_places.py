@@ -17,6 +17,7 @@ from stepdistill.config.registry import every
 from stepdistill.config.schema import Factory, arms, fields, structures
 from stepdistill.core.outputs import expanded
 from stepdistill.data.base import Source
+from stepdistill.data.bundled.teacher import TeacherSpec
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.networks.roles import LoraSpec
@@ -25,12 +26,12 @@ from stepdistill.training.recipe import TrainSpec
 OTHER_TEXT = {  # every field with text that is no path
     *("revision", "variant", "classes", "caption_column", "dataset_config_name", "split", "image_column", "prompts"),
     *("target_modules", "tracker_project_name", "validation_prompts", "hub_model_id"),
-    *("roles", "optimizers"),
+    *("roles", "optimizers", "pipeline"),
 }
 
 
 def test_every_path_of_a_config_is_a_place() -> None:
-    classes = [*every(Family), *every(Method), *every(Source), LoraSpec, TrainSpec]
+    classes = [*every(Family), *every(Method), *every(Source), LoraSpec, TrainSpec, TeacherSpec]
     places, texts = set(), set()
     for cls in classes:
         for name, hint in fields(cls).items():
@@ -41,11 +42,12 @@ def test_every_path_of_a_config_is_a_place() -> None:
                 places |= {name} if Place in kinds else set()
                 texts |= {name} if str in kinds else set()
     assert texts == OTHER_TEXT
-    assert len(places) == 15 and not places & texts
+    assert len(places) == 16 and not places & texts
 
 
 OTHER_WORDS = {  # every argument of text that is no path
-    *("prompts", "negative_prompt", "method", "family", "data", "device", "protocol", "features", "metrics"),
+    *("prompts", "--negative-prompt", "method", "family", "--family", "data", "--device"),
+    *("--protocol", "--features", "--metrics"),
 }
 
 
@@ -58,18 +60,19 @@ def arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
             yield action
 
 
-def test_every_path_of_a_command_is_expanded(monkeypatch) -> None:
+@pytest.mark.parametrize("text", ["~/x", "~/x:0.5", "~/x:y"])  # a LoRA may have a strength
+def test_every_path_of_a_command_is_expanded(text, monkeypatch) -> None:
     monkeypatch.setenv("HOME", "/else/me")
     words, places = set(), set()
     for action in arguments(_parser()):
         try:
-            value = str(action.type("~/x") if callable(action.type) else "~/x")
+            value = str(action.type(text) if callable(action.type) else text)
         except argparse.ArgumentTypeError:
             continue  # a number
         if action.choices is None:
-            (words if "~" in value else places).add(action.dest)
+            (words if "~" in value else places).add((action.option_strings or [action.dest])[-1])
             assert "~" in value or "/else/me/x" in value
-    assert words == OTHER_WORDS and len(places) > 15
+    assert words == OTHER_WORDS and len(places) > 20
 
 
 @pytest.mark.parametrize("text", ["org/name", "a~", "~nobody-of-this-name/x", ""])

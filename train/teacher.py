@@ -5,8 +5,7 @@ The embedded drawings are packed first where the sheet is missing; that needs `p
 
 import argparse
 
-from omegaconf import OmegaConf
-
+from stepdistill.config.load import load_config
 from stepdistill.data.bundled import emoji, teacher
 
 if __name__ == "__main__":
@@ -16,5 +15,4 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if not (emoji.HERE / "emoji.webp").exists():
         emoji.build_sheet()
-    values = OmegaConf.merge(OmegaConf.load(args.config), OmegaConf.from_dotlist(args.overrides))
-    print(teacher.train_teacher(teacher.TeacherSpec(**values)))
+    print(teacher.train_teacher(load_config(teacher.TeacherSpec, args.config, args.overrides)))

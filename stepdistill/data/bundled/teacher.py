@@ -48,7 +48,7 @@ class TeacherSpec:
 
     pipeline: str
     output_dir: Place
-    vae_dir: str | None = None
+    vae_dir: Place | None = None
     seed: Seed = 0
     threads: int = 2
     vae_steps: int = 800
