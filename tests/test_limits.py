@@ -6,98 +6,80 @@ from __future__ import annotations
 import argparse
 import errno
 import re
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
+from surface import arguments, config_classes
 from tiny import FAMILIES, pipeline
 
 from stepdistill.cli import main as cli
 from stepdistill.cli.main import DISK, _parser
 from stepdistill.config.load import read_node
-from stepdistill.config.registry import offered
-from stepdistill.config.schema import arms, dotted, fields
+from stepdistill.config.schema import arms, fields
 from stepdistill.config.template import template
 from stepdistill.core.devices import usable_device
 from stepdistill.core.errors import ConfigError
 from stepdistill.data import Prompts, TeacherSamples
-from stepdistill.data.base import Source
-from stepdistill.families.base import Family
+from stepdistill.data.made import VALIDATION
 from stepdistill.families.sd import StableDiffusion
-from stepdistill.methods.base import Method
-from stepdistill.methods.dmd2 import Gan
-from stepdistill.methods.reflow import Lpips
 from stepdistill.methods.regression import Regression
-from stepdistill.methods.vsd import ClipTerm
-from stepdistill.networks.roles import LoraSpec, RoleLora
 from stepdistill.students.draw.call import teacher_call
 from stepdistill.training.checks import check_loaded, check_noise_process
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import prepare
 
 
-def numbers(hint: object) -> Iterator[object]:
-    """Values that no number of this annotation may have: one each, in the shape that it has."""
+def shaped(hint: object, whole: Sequence[float], real: Sequence[float]) -> Iterator[object]:
+    """These whole and real numbers where the annotation takes such ones, in the shape that it has."""
     for arm in arms(hint):
         inner = [part for part in get_args(arm) if part is not ...]
         if get_origin(arm) is tuple:
-            yield from ([bad] * len(inner) for bad in numbers(inner[0]))
+            yield from ([value] * len(inner) for value in shaped(inner[0], whole, real))
         elif arm is float or (inner and inner[0] is float):
-            yield from (-1.0, float("nan"), float("inf"), float("-inf"))
+            yield from real
         elif arm is int or (inner and inner[0] is int):
-            yield from (-1, 10**30, 1.5)
+            yield from whole
 
 
-CLASSES = [(base, cls) for base in (Family, Method, Source) for cls in offered(base)]
-
-
-PARTS = (LoraSpec, RoleLora, TrainSpec, Gan, ClipTerm, Lpips)
-
-
-@pytest.mark.parametrize(("base", "cls"), [*CLASSES, *((part, part) for part in PARTS)])
-def test_every_number_of_a_config_has_a_range(base, cls) -> None:
-    node = yaml.safe_load(template(cls, {})) if fields(cls) else {}
-    node |= {} if base is cls else {"type": dotted(cls)}
-    for name, hint in fields(cls).items():
-        for bad in numbers(hint):
-            with pytest.raises(ConfigError, match=rf"\b{name}\b|expected"):
-                read_node(base, node | {name: bad}, "config")
-                pytest.fail(f"{cls.__name__}.{name} takes {bad}")
-
-
-# seeds, the first of several, and counts of what may be left out
-ZEROS = {
-    *("seed", "validation_seed", "student", "warmup_steps", "lr_warmup_steps", "annealing_steps"),
-    *("dataloader_num_workers", "watch_samples", "eval_samples"),
+ZERO = {  # the fields that may be 0
+    *("guidance_scale", "sampling_guidance_scale", "guidance_embedding", "teacher_guidance_scale", "guidance_range"),
+    *("ema_decay", "dropout", "ema", "eta", "proportion_empty_prompts", "threshold", "timestep", "timesteps"),
+    *("warmup_steps", "lr_warmup_steps", "annealing_steps", "dataloader_num_workers", "student"),
+    *("seed", "validation_seed", "learning_rate", "watch_samples", "eval_samples"),
+    *("weight", "flow_weight", "generator_weight", "discriminator_weight", "r1_weight"),
+}
+LEARNED = {f"AdapterGuidance.{name}" for name in ("guidance_range", "sampling_guidance_scale")}  # one holds the other
+BEYOND = {  # above the largest value of a field
+    **dict.fromkeys(("ema_decay", "ema"), 1.0),
+    **dict.fromkeys(("eta", "proportion_empty_prompts", "threshold", "dropout"), 1.01),
+    **dict.fromkeys(("seed", "validation_seed"), 2**32),
+    **dict.fromkeys(("Flux.max_sequence_length", "StableDiffusion3.max_sequence_length"), 513),
+    "count": VALIDATION + 1,
 }
 
 
-@pytest.mark.parametrize(("base", "cls"), [*CLASSES, *((part, part) for part in PARTS)])
-def test_a_count_of_a_config_that_may_be_zero_is_listed(base, cls) -> None:
-    """Zero decoded samples are no term, and their mean is no number."""
+@pytest.mark.parametrize("cls", config_classes())
+def test_every_number_of_a_config_has_a_range(cls) -> None:
     node = yaml.safe_load(template(cls, {})) if fields(cls) else {}
-    node |= {} if base is cls else {"type": dotted(cls)}
+    read_node(cls, node, "config")  # nothing else is wrong
     for name, hint in fields(cls).items():
-        if 1.5 in numbers(hint):
-            with nullcontext() if name in ZEROS else pytest.raises(ConfigError, match=rf"\b{name}\b"):
-                read_node(base, node | {name: 0}, "config")
-
-
-def arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from arguments(command)
-        elif callable(action.type):
-            yield action
+        full = f"{cls.__name__}.{name}"
+        zero = name in ZERO and full not in LEARNED
+        beyond = [BEYOND[key] for key in (name, full) if key in BEYOND] + [0] * (not zero)
+        for good in shaped(hint, [0], [0.0]) if zero else ():
+            read_node(cls, node | {name: good}, "config")
+        for bad in shaped(hint, (-1, 10**30, 1.5, *beyond), (-1.0, *map(float, ("nan", "inf", "-inf")), *beyond)):
+            with pytest.raises(ConfigError, match=rf"\b{name}\b"):
+                read_node(cls, node | {name: bad}, "config")
+                pytest.fail(f"{full} takes {bad}")
 
 
 def test_every_number_of_a_command_has_a_range() -> None:
     count = 0
-    for action in arguments(_parser()):
+    for action in filter(lambda action: callable(action.type), arguments(_parser())):
         for bad in ("x", "nan", "inf", "-1e999", "", "1,nan", "1,1"):
             try:
                 value = action.type(bad)  # pyright: ignore[reportCallIssue, reportOptionalCall]

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from inspect import isabstract
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from surface import arguments, config_classes
 
 from stepdistill.cli.dialect import local_path
 from stepdistill.cli.main import _parser
 from stepdistill.config.kinds import Place
-from stepdistill.config.registry import every
-from stepdistill.config.schema import Factory, arms, fields, structures
+from stepdistill.config.schema import arms, fields
 from stepdistill.core.outputs import expanded
-from stepdistill.data.base import Source
-from stepdistill.data.bundled.teacher import TeacherSpec
-from stepdistill.families.base import Family
-from stepdistill.methods.base import Method
-from stepdistill.networks.roles import LoraSpec
-from stepdistill.training.recipe import TrainSpec
 
 OTHER_TEXT = {  # every field with text that is no path
     *("revision", "variant", "classes", "caption_column", "dataset_config_name", "split", "image_column", "prompts"),
@@ -31,12 +23,9 @@ OTHER_TEXT = {  # every field with text that is no path
 
 
 def test_every_path_of_a_config_is_a_place() -> None:
-    classes = [*every(Family), *every(Method), *every(Source), LoraSpec, TrainSpec, TeacherSpec]
     places, texts = set(), set()
-    for cls in classes:
+    for cls in config_classes():
         for name, hint in fields(cls).items():
-            inner = [part for part in structures(hint) if not isabstract(part) and part not in (Factory, *classes)]
-            classes += inner  # the terms of a method
             for arm in arms(hint):
                 kinds = [arm, *(part for part in get_args(arm) if arm != Place)]
                 places |= {name} if Place in kinds else set()
@@ -49,15 +38,6 @@ OTHER_WORDS = {  # every argument of text that is no path
     *("prompts", "--negative-prompt", "method", "family", "--family", "data", "--device"),
     *("--protocol", "--features", "--metrics"),
 }
-
-
-def arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from arguments(command)
-        elif action.nargs != 0:
-            yield action
 
 
 @pytest.mark.parametrize("text", ["~/x", "~/x:0.5", "~/x:y"])  # a LoRA may have a strength

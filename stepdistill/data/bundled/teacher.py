@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from stepdistill.config.kinds import Place, Seed
+from stepdistill.config.kinds import Amount, Count, Decay, Place, Positive, Seed, Share
 from stepdistill.core.files import written_whole
 from stepdistill.data.bundled import build, emoji
 
@@ -50,17 +50,17 @@ class TeacherSpec:
     output_dir: Place
     vae_dir: Place | None = None
     seed: Seed = 0
-    threads: int = 2
-    vae_steps: int = 800
-    vae_learning_rate: float = 2e-3
-    train_batch_size: int = 64
-    max_train_steps: int = 6000
-    learning_rate: float = 1e-3
-    warmup: int = 200
-    ema: float = 0.999
-    images: int = 40
-    dropout: float = 0.1
-    checkpointing_steps: int = 500
+    threads: Count = 2
+    vae_steps: Count = 800
+    vae_learning_rate: Positive = 2e-3
+    train_batch_size: Count = 64
+    max_train_steps: Count = 6000
+    learning_rate: Amount = 1e-3
+    warmup: Count = 200
+    ema: Decay = 0.999
+    images: Count = 40
+    dropout: Share = 0.1
+    checkpointing_steps: Count = 500
 
 
 def train_vae(spec: TeacherSpec, folder: Path) -> AutoencoderKL:
