@@ -77,18 +77,33 @@ def test_every_number_of_a_config_has_a_range(cls) -> None:
                 pytest.fail(f"{full} takes {bad}")
 
 
+ANY = {"--guidance-scale", "--strength", "--negative-scale"}  # the arguments that take negative numbers
+NONE = ANY | {"--seed", "--reference-seed", "--base-steps", "--latency", "--timesteps", "--sigmas", "--eta"}
+NONE |= {"--tolerance"}  # those that take 0
+REAL = ANY | {"--timesteps", "--sigmas", "--tolerance", "--teacher-guidance-scale"}
+
+
+def takes(action: argparse.Action, text: str) -> bool:
+    try:
+        action.type(text)  # pyright: ignore[reportCallIssue, reportOptionalCall]
+    except argparse.ArgumentTypeError as error:
+        assert re.fullmatch(r"got '.*', expected .*", str(error))
+        return False
+    return True
+
+
 def test_every_number_of_a_command_has_a_range() -> None:
-    count = 0
-    for action in filter(lambda action: callable(action.type), arguments(_parser())):
-        for bad in ("x", "nan", "inf", "-1e999", "", "1,nan", "1,1"):
-            try:
-                value = action.type(bad)  # pyright: ignore[reportCallIssue, reportOptionalCall]
-            except argparse.ArgumentTypeError as error:
-                assert re.fullmatch(r"got '.*', expected .*", str(error))
-                count += 1
-            else:
-                assert not isinstance(value, int | float), action.dest
-    assert count > 100
+    numbers = [action for action in arguments(_parser()) if callable(action.type) and not takes(action, "x")]
+    assert len(numbers) > 25
+
+    def taking(text: str) -> set[str]:
+        return {action.option_strings[-1] for action in numbers if takes(action, text)}
+
+    for bad in ("nan", "inf", "-1e999", "", "1,nan", "1,1"):
+        assert not taking(bad)
+    assert taking("-1") == ANY and taking("0") == NONE and taking("1.5") == REAL
+    every = {action.option_strings[-1] for action in numbers}
+    assert taking("1") == every and every - taking(str(2**32)) == {"--seed", "--reference-seed", "--eta"}
 
 
 @pytest.mark.parametrize(
