@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tiny import FAMILIES, SIDE, awake, backbone, pipeline
 
 from stepdistill.cli import main as cli
-from stepdistill.core.errors import StudentError
+from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.core.solvers import Sampler
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.families.prompt_limits import lost, warn_of_cut
@@ -198,6 +198,9 @@ def test_another_eta_is_another_sampler(quiet):
 
 def test_another_size_is_drawn(quiet):
     assert draw(StudentPipeline.load(quiet), options=DrawOptions(height=16, width=48)).shape == (1, 16, 48, 3)
+    for size in ({"height": 36}, {"width": 20}):
+        with pytest.raises(ConfigError, match="expected sides that are multiples of 8"):
+            StudentPipeline.load(quiet).call(DrawOptions(**size))
 
 
 @pytest.mark.parametrize(

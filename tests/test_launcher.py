@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 
 from stepdistill.core.errors import ConfigError
+from stepdistill.data import Prompts
 from stepdistill.evaluation.run import joined
 from stepdistill.evaluation.spec import EvalSpec
+from stepdistill.families.sd import StableDiffusion
+from stepdistill.methods.regression import Regression
 from stepdistill.training.launcher import check_launcher
-from stepdistill.training.recipe import TrainSpec
+from stepdistill.training.memory.predict import predict
+from stepdistill.training.recipe import Run, TrainSpec
+from stepdistill.training.setup import begin
 
 PLUGINS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -44,10 +49,11 @@ def spec(**train) -> TrainSpec:
 
 @pytest.mark.parametrize("variable", PLUGINS)
 def test_plugins_are_refused_wherever_processes_meet(monkeypatch, variable):
-    monkeypatch.setenv(variable, "true")
     message = rf"got {PLUGINS[variable]}.*{variable}.*configs/accelerate.*shard_base"
-    with pytest.raises(ConfigError, match=message):
-        check_launcher(spec())
+    for value in ("true", "True", "1", "yes"):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(ConfigError, match=message):
+            check_launcher(spec())
     with pytest.raises(ConfigError, match=message):
         joined(EvalSpec(output_dir=Path("unused"), device="cpu"))
     monkeypatch.setenv(variable, "false")
@@ -62,10 +68,22 @@ def test_what_a_config_says_is_not_taken_from_the_launcher(monkeypatch, variable
         check_launcher(spec())
 
 
+def test_a_run_and_its_prediction_ask(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    family, method = StableDiffusion(pretrained_teacher_model="tiny-sd"), Regression(num_inference_steps=1)
+    run = Run(family=family, method=method, data=Prompts(prompts=("rose",)), train=spec())
+    for start in (begin, predict):
+        with pytest.raises(ConfigError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 in the launcher"):
+            start(run)
+
+
 def test_what_the_config_says_too_is_accepted(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
     check_launcher(spec(torch_compile=True))
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    with pytest.raises(ConfigError, match="EAGER in the launcher"):
+        check_launcher(spec(torch_compile=True))
 
 
 def test_another_precision_in_the_config_wins_and_that_is_said(monkeypatch, caplog):
@@ -90,7 +108,11 @@ def test_a_launcher_that_starts_one_process_of_several_is_said(monkeypatch, capl
     check_launcher(spec())
     assert "MULTI_CPU needs mpirun" in caplog.text
     caplog.clear()
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for size in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        with monkeypatch.context() as context:
+            context.setenv(size, "2")
+            check_launcher(spec())
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
     check_launcher(spec())
     assert not caplog.text
 

@@ -135,6 +135,8 @@ def test_a_device_that_is_not_there_is_one_line(name, tmp_path, capsys) -> None:
         ["generate", "nowhere", "rose", "-o", str(tmp_path / "a")],
         ["view", "nowhere", "rose", "-o", str(tmp_path / "a.png")],
         ["eval", "score", str(tmp_path / "b"), "--ref", "c", "-o", str(tmp_path / "a")],
+        ["eval", "ref", str(tmp_path / "b"), "-o", str(tmp_path / "a.npz")],
+        ["eval", "run", "nowhere", "-o", str(tmp_path / "a")],
     ):
         with pytest.raises(SystemExit) as caught:
             cli.main([*words, "--device", name])
