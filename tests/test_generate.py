@@ -197,10 +197,11 @@ def test_another_eta_is_another_sampler(quiet):
 
 
 def test_another_size_is_drawn(quiet):
-    assert draw(StudentPipeline.load(quiet), options=DrawOptions(height=16, width=48)).shape == (1, 16, 48, 3)
+    drawer = StudentPipeline.load(quiet)
+    assert draw(drawer, options=DrawOptions(height=16, width=48)).shape == (1, 16, 48, 3)
     for size in ({"height": 36}, {"width": 20}):
         with pytest.raises(ConfigError, match="expected sides that are multiples of 8"):
-            StudentPipeline.load(quiet).call(DrawOptions(**size))
+            drawer.call(DrawOptions(**size))
 
 
 @pytest.mark.parametrize(

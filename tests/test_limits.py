@@ -11,12 +11,13 @@ from dataclasses import replace
 from typing import Any, get_args, get_origin
 
 import pytest
+import torch
 import yaml
 from surface import arguments, config_classes
 from tiny import FAMILIES, pipeline
 
 from stepdistill.cli import main as cli
-from stepdistill.cli.main import DISK, _parser
+from stepdistill.cli.main import _parser
 from stepdistill.config.load import read_node
 from stepdistill.config.schema import arms, fields
 from stepdistill.config.template import template
@@ -144,20 +145,40 @@ def test_a_device_that_is_not_there_is_one_line(name, tmp_path, capsys) -> None:
         assert caught.value.code == 2 and said.startswith(f"stepdistill: got device {name}") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError("Torch not compiled with CUDA enabled"),
+        RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be reported asynchronously"),
+    ],
+)
+def test_what_other_builds_of_torch_say_is_one_line(error, monkeypatch) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("torch.zeros", absent)
+    with pytest.raises(ConfigError) as caught:
+        usable_device("cuda:1")
+    said = str(caught.value)
+    assert said.startswith("got device cuda:1, expected") and str(error).splitlines()[0] in said and "\n" not in said
+
+
+@pytest.mark.parametrize("scale", [None, 8])  # that of the small autoencoders, and of real ones
 @pytest.mark.parametrize("name", FAMILIES)
-def test_sizes_that_the_pipeline_refuses_are_told_before(name) -> None:
-    """Diffusers' own check of each pipeline is the oracle: whatever it refuses we refuse."""
+def test_sizes_that_the_pipeline_refuses_are_told_before(name, scale, monkeypatch) -> None:
+    """Diffusers' own check of each pipeline is the oracle: whatever it refuses or makes smaller, we refuse."""
     pipe: Any = pipeline(name)
+    monkeypatch.setattr(pipe, "vae_scale_factor", scale or pipe.vae_scale_factor)
     family = FAMILIES[name]
     taken = 0
     for height, width in [(32, 32), (64, 32), (36, 32), (32, 40), (30, 32), (32, 1), (48, 48), (96, 64)]:
         try:
-            family.latent_shape(pipe, height, width)
+            shape = family.latent_shape(pipe, height, width)
         except ConfigError as error:
             assert "sides that are multiples of" in str(error)
         else:
             taken += 1
-            pipe(
+            drawn = pipe(
                 "rose",
                 height=height,
                 width=width,
@@ -166,6 +187,7 @@ def test_sizes_that_the_pipeline_refuses_are_told_before(name) -> None:
                 **family.arguments(),
                 **family.guidance(1.0),
             )
+            assert drawn.images.shape == family.pack(torch.zeros(1, *shape)).shape
     assert taken >= 1
 
 
@@ -202,7 +224,7 @@ def test_steps_that_the_teacher_does_not_take_are_told_before(name, tmp_path) ->
     with pytest.raises(ConfigError, match="got 5000 steps of the teacher, expected at most 1000"):
         teacher_call(family, pipe, 5000, 1.0, "teacher")
     teacher = StableDiffusion(pretrained_teacher_model="tiny-sd")
-    for given in ({"validation_prompts": ("rose",)}, {}):
+    for given in ({"validation_prompts": ("rose",)}, {"eval_samples": 40}, {}):
         spec = replace(train, teacher_steps=5000, **given)
         session = prepare(Run(family=teacher, method=Regression(num_inference_steps=1), data=prompts, train=spec))
         if not given:  # no such image is drawn
@@ -212,19 +234,20 @@ def test_steps_that_the_teacher_does_not_take_are_told_before(name, tmp_path) ->
             check_loaded(session)
 
 
-def test_a_full_disk_is_one_line(monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ENAMETOOLONG"])
+def test_a_full_disk_is_one_line(number, monkeypatch, capsys) -> None:
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "out/00000.png")
+        raise OSError(getattr(errno, number), "of the disk", "out/00000.png")
 
     def defect(*_: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
 
-    assert errno.ENOENT not in DISK
     monkeypatch.setattr("stepdistill.students.verify.verify_formats", full)
     with pytest.raises(SystemExit) as caught:
         cli.main(["verify", "folder"])
     said = capsys.readouterr().err
-    assert caught.value.code == 2 and said == "stepdistill: [Errno 28] No space left on device: 'out/00000.png'\n"
+    expected = f"stepdistill: [Errno {getattr(errno, number)}] of the disk: 'out/00000.png'\n"
+    assert caught.value.code == 2 and said == expected
     monkeypatch.setattr("stepdistill.students.verify.verify_formats", defect)
     with pytest.raises(FileNotFoundError):
         cli.main(["verify", "folder"])

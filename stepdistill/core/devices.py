@@ -20,7 +20,7 @@ def usable_device(name: str | None, default: torch.device | str | None = None) -
     try:
         device = torch.device(wanted)
         torch.zeros(1, device=device).cpu()  # a tensor on `meta` has nothing to copy
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:  # the second is of a torch without CUDA
         why, todo = str(error).splitlines()[0].rstrip("."), "name another, such as cpu, or leave it out"
         raise ConfigError(problem(f"device {wanted}", "a device that is there", why, todo)) from error
     return device
