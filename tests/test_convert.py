@@ -283,6 +283,20 @@ def test_every_student_has_files_of_its_own_names(copied):
     assert mine.exists() and not any(f.exists() for f in first.values())
 
 
+@pytest.mark.parametrize(
+    ("place", "base"),
+    [("black-forest-labs/FLUX.1-dev", "FLUX.1-dev"), ("models/photo.v2.safetensors", "photo.v2")],
+)
+def test_the_name_of_a_base_is_whole_in_the_names_of_files(copied, place, base):
+    folder = copied("sd")
+    contract = json.loads((folder / CONTRACT).read_text())
+    (folder / CONTRACT).write_text(json.dumps(contract | {"base_model": place}))
+    export_formats(folder, ("kohya",))
+    assert re.fullmatch(
+        rf"{re.escape(base)}_\d-steps_[0-9a-f]{{8}}_kohya.safetensors", format_files(folder)["kohya"].name
+    )
+
+
 def test_sd3_s_other_files_are_not_for_diffusers(folders):
     """As the guide says: of a kohya file it loads nothing, and a ComfyUI file is an error."""
     folder = folders["sd3"]
