@@ -245,8 +245,7 @@ def _levels(title: str, *levels: float) -> Node:
 
 def _file_name(place: str) -> str:
     """A name for a model's file in ComfyUI's folders: the last part of its path or hub id."""
-    name = PurePath(place).name
-    return name if name.endswith((".safetensors", ".ckpt", ".bin", ".pt")) else name + ".safetensors"
+    return PurePath(place).name.removesuffix(".safetensors") + ".safetensors"
 
 
 def _loaders(contract: Contract, layout: str) -> dict[str, Node]:
