@@ -313,6 +313,12 @@ def test_a_module_that_lacks_a_package_says_which(write, tmp_path, monkeypatch) 
         ("- a\n", "expected keys"),
         ("a: 1\na: 2\n", "duplicate key"),
         ("x: ${y}", "${"),
+        ("x: ${", "a `${path.of.a.key}` of this config"),
+        (f"x: {'1' * 5000}", "is not YAML"),
+        ("a: &a [*a]", "is not YAML"),
+        ("average: {type: test_config.Swap, every: !!binary aGk=}", "average.every: got b'hi' (bytes), expected int"),
+        (f"average: {{type: test_config.Swap, every: {10**30}}}", "average.every: got 1"),
+        (f"average: {{type: test_config.Swap, every: {-(10**30)}}}", "average.every: got -1"),
     ],
 )
 def test_files_that_are_no_config(write, text: str, words: str) -> None:
