@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -433,3 +435,57 @@ def test_a_long_prompt_is_cut_short_and_float_images_are_refused(clip):
         clip_scores(clip, images.permute(0, 2, 3, 1), ["x", "y"])
     with pytest.raises(ValueError, match="2 images and 1 prompts"):
         clip_scores(clip, images, ["x"])
+
+
+# refusals
+
+REFUSE = """
+import json, sys
+from stepdistill.cli.main import main
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words)
+    except SystemExit as end:
+        assert end.code == 2, end.code
+heavy = ("torch", "torchmetrics", "transformers", "diffusers", "accelerate")
+print([name for name in heavy if name in sys.modules])
+"""
+
+
+def test_bad_input_is_refused_before_torch_is_loaded(tmp_path):
+    few = folder(tmp_path / "few", {f"{i}.png": noise(8, 8, i) for i in range(3)})
+    enough = folder(tmp_path / "enough", {f"{i}.png": noise(8, 8, i) for i in range(40)})
+    (tmp_path / "none").mkdir()
+    good, broken, empty, prompts = (tmp_path / name for name in ("good.npz", "broken.npz", "empty.npz", "prompts.txt"))
+    np.savez(good, mu=np.zeros(2), sigma=np.eye(2))
+    np.savez(empty, other=np.zeros(2))
+    broken.write_bytes(good.read_bytes()[:100])
+    prompts.write_text("a cat\n" * 41)
+    out, score = ["-o", tmp_path / "out"], ["eval", "score", enough, "--ref"]
+    refused = {
+        "3 images in": ["eval", "score", few, "--ref", good, *out],
+        "0 images in": ["eval", "score", tmp_path / "none", "--ref", good, *out],
+        "nowhere, which does not exist": ["eval", "score", tmp_path / "nowhere", "--ref", good, *out],
+        "twice": ["eval", "score", enough, enough, "--ref", good, *out],
+        "reference": [*score, tmp_path / "gone.npz", *out],
+        "broken.npz: no reference statistics": [*score, broken, *out],
+        "empty.npz: no reference statistics": [*score, empty, *out],
+        "got no reference": [*score, "teacher", *out],
+        "metrics ['fvd']": [*score, good, "--metrics", "fvd", *out],
+        "protocol 'mine'": [*score, good, "--protocol", "mine", *out],
+        "41 prompts for 40 images": [*score, good, "--clip", "some/clip", "--prompts-file", prompts, *out],
+        "both or neither": [*score, good, "--clip", "some/clip", *out],
+        "ends in .npz": ["eval", "ref", enough, "-o", tmp_path / "stats.npy"],
+        "none, expected two": ["eval", "ref", tmp_path / "none", "-o", tmp_path / "stats.npz"],
+        "39 images a row": ["eval", "run", "tiny-sd", "--num-images", 39, *out],
+        "gone.txt": ["eval", "run", "tiny-sd", "--prompts-file", tmp_path / "gone.txt", *out],
+        "metrics ['fvd', 'is']": ["eval", "run", "tiny-sd", "--metrics", "fvd,is", *out],
+        "few": ["eval", "compare", few, "-o", tmp_path / "page.html"],
+    }
+    words = json.dumps([list(map(str, each)) for each in refused.values()])
+    done = subprocess.run([sys.executable, "-c", REFUSE, words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("stepdistill: ")]
+    assert len(lines) == len(refused)
+    assert not [(part, line) for part, line in zip(refused, lines, strict=True) if part not in line]
+    assert done.stdout.strip() == "[]" and not (tmp_path / "out").exists()

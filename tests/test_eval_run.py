@@ -35,14 +35,15 @@ from stepdistill.data.routing import Routing
 from stepdistill.evaluation import run
 from stepdistill.evaluation.draw import RowDrawer
 from stepdistill.evaluation.images import Images
+from stepdistill.evaluation.inputs import labels
 from stepdistill.evaluation.metrics import image_scores
 from stepdistill.evaluation.metrics.frechet import frechet
 from stepdistill.evaluation.metrics.image_scores import clip_scores
 from stepdistill.evaluation.metrics.stats import Stats
-from stepdistill.evaluation.plan import SamplingPlan, family_of, labels, sampling_plans
+from stepdistill.evaluation.plan import SamplingPlan, family_of, sampling_plans
 from stepdistill.evaluation.read import cropped
 from stepdistill.evaluation.run import evaluate, extractor_of, score_images, write_statistics
-from stepdistill.evaluation.spec import EvalRun, EvalSpec
+from stepdistill.evaluation.spec import SEED_A, SEED_B, EvalRun, EvalSpec
 from stepdistill.evaluation.store import Store
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
@@ -51,7 +52,7 @@ from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.clip import Clip, clip
 from stepdistill.networks.roles import Adapters, Lora
-from stepdistill.students.draw.call import SEED_A, SEED_B, generate, student_call, teacher_call
+from stepdistill.students.draw.call import generate, student_call, teacher_call
 from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
 from stepdistill.students.several import join_students
 from stepdistill.students.write import write_student

@@ -21,10 +21,10 @@ from images import encoded, noise
 from PIL import Image
 
 from stepdistill.core.errors import DataError
+from stepdistill.core.image_files import IMAGE_SUFFIXES, flatten, left_out_lines
 from stepdistill.core.random import sample_rng
 from stepdistill.data import BadSample, FixedCrops, ImageFolder, Sample, Shards, Stream, check_source, loader
-from stepdistill.data.image_files import IMAGE_SUFFIXES, left_out_lines
-from stepdistill.data.images import flatten, header_size, resized_part
+from stepdistill.data.images import header_size, resized_part
 from stepdistill.evaluation import images as evaluated
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.metrics.image_scores import _square

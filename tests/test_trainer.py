@@ -38,11 +38,12 @@ from stepdistill.data import made as chunks
 from stepdistill.evaluation.metrics.frechet import frechet
 from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.metrics.stats import Stats
+from stepdistill.evaluation.spec import SEED_B
 from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.methods.base import Update
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora
-from stepdistill.students.draw.call import SEED_B, PipelineCall
+from stepdistill.students.draw.call import PipelineCall
 from stepdistill.training import checkpoint, finish
 from stepdistill.training import loop as trainer
 from stepdistill.training.checks import check_run

@@ -21,9 +21,10 @@ from stepdistill.data.bundled import emoji
 from stepdistill.evaluation.measure import Reference, Sampled, measured
 from stepdistill.evaluation.metrics.features import Extractor, efficientnet_lite0
 from stepdistill.evaluation.metrics.stats import Stats
+from stepdistill.evaluation.spec import SEED_A, SEED_B
 from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.students.base_model import base_hash
-from stepdistill.students.draw.call import SEED_A, SEED_B, PipelineCall, generate, teacher_call
+from stepdistill.students.draw.call import PipelineCall, generate, teacher_call
 from stepdistill.students.several import Students
 from stepdistill.training.recipe import Run
 

@@ -16,12 +16,13 @@ from stepdistill.config.load import load_config
 from stepdistill.core.denoise import guided
 from stepdistill.core.random import noise_of
 from stepdistill.data import Trajectories
+from stepdistill.evaluation.spec import SEED_B
 from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.roles import TEACHER, LoraSpec
-from stepdistill.students.draw.call import SEED_B, generate, student_call, teacher_call
+from stepdistill.students.draw.call import generate, student_call, teacher_call
 from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, figures, prompts, taught

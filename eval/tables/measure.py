@@ -21,11 +21,12 @@ from stepdistill.data.bundled import bundled
 from stepdistill.evaluation.metrics import straightness
 from stepdistill.evaluation.metrics.frechet import feature_diversity, frechet
 from stepdistill.evaluation.metrics.stats import Stats
+from stepdistill.evaluation.spec import SEED_B
 from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Copy, LoraSpec
-from stepdistill.students.draw.call import SEED_B, PipelineCall, student_call, teacher_call
+from stepdistill.students.draw.call import PipelineCall, student_call, teacher_call
 from stepdistill.students.load import load_student
 from stepdistill.students.several import Students
 from stepdistill.training.distill import distill

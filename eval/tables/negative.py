@@ -29,8 +29,9 @@ from stepdistill.config.dump import config_digest
 from stepdistill.config.load import load_config
 from stepdistill.core.cost import Cost
 from stepdistill.data.bundled import emoji
+from stepdistill.evaluation.spec import SEED_A, SEED_B
 from stepdistill.families.base import Family
-from stepdistill.students.draw.call import SEED_A, SEED_B, PipelineCall, generate, student_call, teacher_call
+from stepdistill.students.draw.call import PipelineCall, generate, student_call, teacher_call
 from stepdistill.students.draw.negative_prompt import negative_prompt
 from stepdistill.students.draw.sheet import image_grid
 from stepdistill.students.load import load_student

@@ -22,11 +22,12 @@ from stepdistill.core.pixels import saturation
 from stepdistill.core.prediction import Estimate
 from stepdistill.data.bundled import emoji
 from stepdistill.evaluation.metrics.jackknife import mean_interval, ratio_of_means
+from stepdistill.evaluation.spec import SEED_B
 from stepdistill.families.base import Family
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.students.draw.call import SEED_B, PipelineCall, generate, student_call, teacher_call
+from stepdistill.students.draw.call import PipelineCall, generate, student_call, teacher_call
 from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, prompts

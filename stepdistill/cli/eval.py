@@ -6,13 +6,12 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.cli.dialect import add_command, add_overwrite, is_first_process, local_path, real, seed, several, whole
-from stepdistill.core.outputs import check_output_file, check_output_tree, expanded
+from stepdistill.core.outputs import check_output_file, expanded
+from stepdistill.evaluation.spec import EvalRun, EvalSpec, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-
-    from stepdistill.evaluation.metrics.extractors import Weights
 
 RUN = """\
 Generates images with TEACHER at full steps and in few steps, and with every STUDENT, all from the same prompts and
@@ -127,11 +126,7 @@ def _add_run(parts: Any) -> None:  # noqa: ANN401
     command.add_argument("--reference-seed", type=seed, default=1, help="seed of the reference images (default: 1)")
     command.add_argument("--family", metavar="NAME", help="teacher's family (default: its students' or pipeline's)")
     command.add_argument(
-        "--batch",
-        type=whole(),
-        default=8,
-        metavar="B",
-        help="batch size, at most --feature-batch (default: 8)",
+        "--batch", type=whole(), default=8, metavar="B", help="batch size, at most --feature-batch (default: 8)"
     )
     command.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: fp32)")
     command.add_argument("--save-images", action="store_true", help="save every image as PNG in OUT/images")
@@ -210,8 +205,6 @@ def _chosen(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _given(args: argparse.Namespace) -> Weights:
-    from stepdistill.evaluation.metrics.extractors import Weights
-
     return Weights(args.inception_weights, args.clip_weights, args.dinov2_weights)
 
 
@@ -222,22 +215,28 @@ def _measured(args: argparse.Namespace, default: tuple[str, ...]) -> dict[str, A
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.evaluation.run import evaluate
-    from stepdistill.evaluation.spec import EvalRun
+    from stepdistill.evaluation.inputs import check_draws
 
-    _open(args, [args.teacher, *args.students])
     names = ("teacher", "family", "prompts", "num", "steps", "guidance", "teacher_steps", "teacher_guidance", "seed")
     more = ("reference_seed", "batch", "dtype", "save_images", "columns", "latency", "export")
     given = {name: getattr(args, name) for name in (*names, *more)}
-    _print_rows(evaluate(EvalRun(students=tuple(args.students), **given, **_measured(args, ("kid", "paired")))), args)
+    spec = EvalRun(students=tuple(args.students), **given, **_measured(args, ("kid", "paired")))
+    check_draws(spec)
+    _open(args, [args.teacher, *args.students])
+    from stepdistill.evaluation.run import evaluate  # after the checks: it loads torch
+
+    _print_rows(evaluate(spec), args)
 
 
 def _score(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.evaluation.run import score_images
-    from stepdistill.evaluation.spec import EvalSpec
+    from stepdistill.evaluation.inputs import check_score
 
+    spec = EvalSpec(**_measured(args, ("kid",)))
+    check_score(args.images, spec, args.prompts)
     _open(args, args.images)
-    _print_rows(score_images(args.images, EvalSpec(**_measured(args, ("kid",))), args.prompts), args)
+    from stepdistill.evaluation.run import score_images  # after the checks: it loads torch
+
+    _print_rows(score_images(args.images, spec, args.prompts), args)
 
 
 def _open(args: argparse.Namespace, places: Sequence[Path | str]) -> None:
@@ -245,7 +244,7 @@ def _open(args: argparse.Namespace, places: Sequence[Path | str]) -> None:
 
     The others would see the folder while it is emptied.
     """
-    from stepdistill.evaluation.store import open_evaluation
+    from stepdistill.evaluation.inputs import open_evaluation
 
     inputs = [place for place in (*places, args.ref, args.prompts, args.clip) if place is not None]
     if is_first_process():
@@ -268,21 +267,19 @@ def _print_rows(results: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def _ref(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.evaluation.metrics.stats import STATS_MARK
-    from stepdistill.evaluation.run import write_statistics
-    from stepdistill.evaluation.spec import EvalSpec
-    from stepdistill.evaluation.store import FACTS
+    from stepdistill.evaluation.inputs import open_statistics
 
-    work = args.output.with_suffix(".work")
-    check_output_file(args.output, [args.images], args.overwrite, STATS_MARK)
-    check_output_tree(work, ["*"], [args.images], (work / FACTS).exists(), overwrite=True)
-    write_statistics(args.images, EvalSpec(output_dir=work, **_chosen(args)), args.output)
+    work = open_statistics(args.images, args.output, args.overwrite)
+    spec = EvalSpec(output_dir=work, **_chosen(args))
+    from stepdistill.evaluation.run import write_statistics  # after the checks: it loads torch
+
+    write_statistics(args.images, spec, args.output)
     print(args.output)
 
 
 def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.evaluation.compare import compare_evaluations
     from stepdistill.evaluation.report.table import CSV_MARK
-    from stepdistill.evaluation.run import compare_evaluations
 
     check_output_file(args.output, args.folders, args.overwrite)
     if args.csv:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import IO
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import IO, TYPE_CHECKING
 
 from stepdistill.core.outputs import MARK
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 2**20
 
@@ -50,6 +50,8 @@ def write_text(path: Path, text: str, part: Path | None = None) -> None:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file with sorted metadata, so that equal contents give equal bytes."""
+    from safetensors.torch import save_file  # it loads torch, which commands that only read do not need
+
     save_file(tensors, path, metadata | {"generator": MARK.decode()})
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")

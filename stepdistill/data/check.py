@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from stepdistill.core.errors import DataError, problem
+from stepdistill.core.image_files import NAMED, left_out_lines
 from stepdistill.data.base import BadSample, PromptsOf, Source, inside, only
-from stepdistill.data.image_files import NAMED, left_out_lines
 from stepdistill.data.made import TeacherMade
 
 

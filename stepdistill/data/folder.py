@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO
 
 from stepdistill.config.kinds import Place
+from stepdistill.core.captions import as_captions, read_table, read_text, require_columns
 from stepdistill.core.errors import DataError, problem
-from stepdistill.data.captions import as_captions, read_table, read_text, require_columns
-from stepdistill.data.image_files import IMAGE_SUFFIXES, ImageFiles, images_below, left_out_lines, say_left_out
+from stepdistill.core.image_files import IMAGE_SUFFIXES, ImageFiles, images_below, left_out_lines, say_left_out
 from stepdistill.data.images import ImageSource
 
 logger = logging.getLogger(__name__)

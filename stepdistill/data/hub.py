@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from stepdistill.config.kinds import Place
+from stepdistill.core.captions import as_captions, require_columns
 from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample
-from stepdistill.data.captions import as_captions, require_columns
 from stepdistill.data.images import ImageSource
 
 if TYPE_CHECKING:

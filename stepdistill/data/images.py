@@ -22,26 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.core.errors import DataError, problem
+from stepdistill.core.image_files import flatten
 from stepdistill.data.base import BadSample, Sample, Source
 
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 LARGEST = 2**22  # pixels of a resized image that is made to be cropped
 ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap the sides
-
-
-def flatten(image: Image.Image) -> Image.Image:
-    """The image in 8-bit RGB: transparency over white, 16-bit grey scaled (a convert would clip it)."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floats, whose range is not known; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
-        return white
-    image.load()  # whose file may be closed next
-    return image if image.mode == "RGB" else image.convert("RGB")  # a convert would copy it, too
 
 
 def header_size(file: IO[bytes]) -> tuple[int, int] | None:

@@ -13,9 +13,9 @@ from typing import ClassVar
 from safetensors import SafetensorError, safe_open
 
 from stepdistill.config.kinds import Place
+from stepdistill.core.captions import as_captions, read_text
 from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import BadSample, Sample, Source
-from stepdistill.data.captions import as_captions, read_text
 
 FILE, KEY = "latents.safetensors", "latents"
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from stepdistill.config.kinds import Place
+from stepdistill.core.captions import read_text
 from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.data.base import BadSample, Sample, Wrapper
-from stepdistill.data.captions import read_text
 from stepdistill.data.prompts import Prompts
 from stepdistill.data.routing import Router, Table, cluster, consecutive, normal
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from stepdistill.config.kinds import Place
+from stepdistill.core.captions import as_captions, read_table, read_text, require_columns
 from stepdistill.core.errors import DataError, problem
 from stepdistill.data.base import Sample, Source
-from stepdistill.data.captions import as_captions, read_table, read_text, require_columns
 
 
 @dataclass(frozen=True, kw_only=True)

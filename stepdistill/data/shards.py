@@ -18,10 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from stepdistill.config.kinds import Place
+from stepdistill.core.captions import as_captions, require_columns
 from stepdistill.core.errors import DataError, problem
+from stepdistill.core.image_files import IMAGE_SUFFIXES
 from stepdistill.data.base import BadSample
-from stepdistill.data.captions import as_captions, require_columns
-from stepdistill.data.image_files import IMAGE_SUFFIXES
 from stepdistill.data.images import ImageSource
 from stepdistill.data.tarindex import CAPTION_SUFFIXES, ShardIndex, expand_braces, shard_index
 

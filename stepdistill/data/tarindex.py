@@ -17,7 +17,7 @@ import numpy as np
 
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.files import write_text
-from stepdistill.data.image_files import IMAGE_SUFFIXES
+from stepdistill.core.image_files import IMAGE_SUFFIXES
 from stepdistill.data.images import header_size
 
 logger = logging.getLogger(__name__)

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import zipfile
-import zlib
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
-from math import prod
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.errors import DataError, problem
-from stepdistill.core.files import file_digest
-from stepdistill.data.image_files import IMAGE_SUFFIXES, ImageFiles, images_among, images_below, say_left_out
-from stepdistill.data.images import flatten
+from stepdistill.core.image_files import say_left_out
+from stepdistill.evaluation.stored_images import stored_images
 
 logger = logging.getLogger(__name__)
 NAMED = 10  # skipped images that the warning names
 SKIPPED = 0.01  # largest share of images that may be unreadable
-Wanted = Callable[[int], bool]  # of an image's number
 
 
 class ReadImages(NamedTuple):
@@ -69,12 +59,9 @@ class Images:
             raise ValueError(f"Images got eval_res={eval_res}, expected 1 or more: it is a side in pixels; use 256")
         self.source, self.eval_res = source, eval_res
         self.skipped: list[tuple[str, str]] = []
-        self._stored = _stored(source)
+        self._stored = stored_images(source)
         self._names = self._stored.names
-        if len(self) < 2:
-            got = f"{len(self)} images in {source}"
-            todo = f"check the path and the suffixes ({', '.join(IMAGE_SUFFIXES)}), or sample more"
-            raise DataError(problem(got, "two or more", "one image has no covariance", todo))
+        say_left_out(self._stored.left_out, source)
         lossy = sum(name.lower().endswith((".jpg", ".jpeg")) for name in self._names)
         if lossy:
             logger.warning("%d of %d images in %s are JPEG: its compression changes FID", lossy, len(self), source)
@@ -145,139 +132,6 @@ def fitted(image: Image.Image, side: int | None) -> Image.Image:
     left, top = (round((length - short) / 2) for length in image.size)
     square = image.crop((left, top, left + short, top + short))
     return square.resize((side, side), Image.Resampling.LANCZOS)
-
-
-@dataclass(frozen=True)
-class _Files:
-    """Encoded images of a folder or a zip.
-
-    `images` yields each in RGB, or the reason why it cannot be decoded, or None where its number is not wanted.
-    """
-
-    source: Path
-    names: list[str]
-
-    def images(self, wanted: Wanted) -> Iterator[Image.Image | Exception | None]:
-        for number, open_it in enumerate(self._opened()):
-            if not wanted(number):
-                yield None
-                continue
-            try:
-                with open_it() as file, Image.open(file) as image:
-                    decoded = flatten(image)
-            except Exception as error:  # as many kinds as there are decoders
-                decoded = error
-            yield decoded
-
-    def sha256(self) -> str:
-        whole = hashlib.sha256()
-        for name, open_it in zip(self.names, self._opened(), strict=True):
-            try:
-                with open_it() as file:
-                    content = bytes.fromhex(file_digest(file))
-            except (OSError, zipfile.BadZipFile, zlib.error):  # one that will be skipped
-                content = b"unreadable"
-            whole.update(name.encode("utf-8", "surrogateescape") + b"\0" + content)
-        return whole.hexdigest()
-
-    def _opened(self) -> Iterator[Callable[[], IO[bytes]]]:
-        if self.source.is_dir():
-            yield from (partial(open, self.source / name, "rb") for name in self.names)
-            return
-        with zipfile.ZipFile(self.source) as archive:
-            yield from (partial(archive.open, name) for name in self.names)
-
-
-@dataclass(frozen=True)
-class _Array:
-    """A uint8 array (N, H, W, 3): of a npy file, or a member of an npz, read row by row."""
-
-    source: Path
-    member: str | None
-    shape: tuple[int, ...]
-
-    @property
-    def names(self) -> Sequence[str]:
-        return [f"{self.source.name}[{i}]" for i in range(self.shape[0])]
-
-    def images(self, wanted: Wanted) -> Iterator[Image.Image | Exception | None]:
-        try:
-            with ExitStack() as stack:
-                file = stack.enter_context(self._opened(stack))
-                _header(file)
-                for number in range(self.shape[0]):
-                    row = file.read(prod(self.shape[1:]))
-                    if len(row) < prod(self.shape[1:]):
-                        raise EOFError(f"{self.member or self.source} ends in image {number} of {self.shape[0]}")
-                    pixels = np.frombuffer(row, dtype=np.uint8).reshape(self.shape[1:])
-                    yield Image.fromarray(pixels) if wanted(number) else None
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise _broken(self.source, error) from error
-
-    def sha256(self) -> str:
-        return file_digest(self.source)
-
-    def _opened(self, stack: ExitStack) -> IO[bytes]:
-        if self.member is None:
-            return self.source.open("rb")
-        return stack.enter_context(zipfile.ZipFile(self.source)).open(self.member)
-
-
-def _stored(source: Path) -> _Files | _Array:
-    if source.is_dir():
-        return _files(source, images_below(source))
-    suffix = source.suffix.lower()
-    if suffix not in (".zip", ".npz", ".npy") or not source.is_file():
-        got = f"{source}{'' if source.exists() else ', which does not exist'}"
-        raise DataError(problem(got, "a folder, .zip, .npz or .npy", "images are read from it", "check the path"))
-    try:
-        if suffix == ".npy":
-            with source.open("rb") as file:
-                return _Array(source, None, _checked(source, {source.name: _header(file)})[1])
-        with zipfile.ZipFile(source) as archive:
-            if suffix == ".zip":
-                return _files(source, images_among(name for name in archive.namelist() if not name.endswith("/")))
-            return _Array(source, *_checked(source, _headers(archive)))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise _broken(source, error) from error
-
-
-def _files(source: Path, files: ImageFiles) -> _Files:
-    say_left_out(files.left_out, source)
-    return _Files(source, files.images)
-
-
-_Header = tuple[tuple[int, ...], bool, np.dtype]
-
-
-def _headers(archive: zipfile.ZipFile) -> dict[str, _Header]:
-    headers = {}
-    for name in archive.namelist():
-        with archive.open(name) as file:
-            headers[name] = _header(file)
-    return headers
-
-
-def _header(file: IO[bytes]) -> _Header:
-    """Shape, whether it is in Fortran order, and type; the file is left at the data."""
-    version = npy.read_magic(file)
-    return npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
-
-
-def _checked(source: Path, headers: dict[str, _Header]) -> tuple[str, tuple[int, ...]]:
-    """Name and shape of the first array that holds images."""
-    for name, (shape, fortran, dtype) in headers.items():
-        if dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and 0 not in shape and not fortran:
-            return name, shape
-    listed = ", ".join(f"{name} {dtype} {shape}" for name, (shape, _, dtype) in headers.items())
-    got, expected = f"{source} with {listed or 'no array'}", "a uint8 array (N, H, W, 3) in C order"
-    todo = "give statistics (mu, sigma) as the reference instead, or convert the images"
-    raise DataError(problem(got, expected, "other ranges and layouts cannot be told apart safely", todo))
-
-
-def _broken(source: Path, error: Exception) -> DataError:
-    why, todo = f"{type(error).__name__}: {error}", "create or download it again"
-    return DataError(problem(source, "a complete, readable file", why, todo))
 
 
 def _batch(k: int, held: list[tuple[int, str, Tensor]]) -> ReadImages:

@@ -29,12 +29,11 @@ from stepdistill.evaluation.metrics.kernel import cmmd, kid
 from stepdistill.evaluation.metrics.neighbours import prdc
 from stepdistill.evaluation.metrics.stats import Stats, all_alike
 from stepdistill.evaluation.metrics.vendi import vendi
+from stepdistill.evaluation.spec import PICKED
 
 BLOCKS = 20
 ENOUGH = 4  # images a dimension, from which on the jackknife's bias correction is of use
 SUBSET = 1000  # images of one of KID's subsets, or half of them where there are fewer
-PICKED = ("kid", "paired")
-METRICS = ("fd", *PICKED, "prdc", "vendi", "diversity", "cmmd", "pixels", "lpips")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
@@ -13,6 +12,7 @@ from diffusers import DiffusionPipeline
 from stepdistill.config.registry import every, find
 from stepdistill.core.errors import ConfigError, EvaluationError, problem
 from stepdistill.core.files import is_single_file
+from stepdistill.evaluation.inputs import labels
 from stepdistill.evaluation.spec import EvalRun
 from stepdistill.families.base import Family
 from stepdistill.students.contract import Contract, read_contracts, teacher
@@ -85,20 +85,6 @@ def size_of(students: Sequence[str]) -> tuple[int, int] | None:
 def _called(who: str, steps: int) -> str:
     """Such as `teacher, 4 steps`."""
     return f"{who}, {steps} step{'s' * (steps > 1)}"
-
-
-def labels(places: Sequence[str]) -> list[str]:
-    """The last name of each path, or as much of its end as tells it from the others.
-
-    Raises EvaluationError where one is there twice.
-    """
-    parts = [Path(place).resolve().parts if Path(place).exists() else Path(place).parts for place in places]
-    if len(set(parts)) < len(parts):
-        got = f"{', '.join(places)}"
-        raise EvaluationError(problem(got, "each once", "its rows would appear twice", "leave one out"))
-    deepest = max(map(len, parts), default=1)
-    deep = next((k for k in range(1, deepest) if len({p[-k:] for p in parts}) == len(parts)), deepest)
-    return ["/".join(p[-deep:]) for p in parts]
 
 
 def slug(name: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stepdistill.evaluation.metrics.identity import Identity
-from stepdistill.evaluation.metrics.resize import Resize
+if TYPE_CHECKING:
+    from stepdistill.evaluation.metrics.identity import Identity
+    from stepdistill.evaluation.metrics.resize import Resize
 
 
 @dataclass(frozen=True, kw_only=True)

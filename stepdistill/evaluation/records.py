@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from stepdistill.core.captions import read_table, read_text
 from stepdistill.core.errors import DataError, problem
-from stepdistill.data.captions import read_table, read_text
 
 KEYS = ("prompt", "caption", "text")  # the first that a record has is its prompt
 

@@ -9,34 +9,19 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from stepdistill.core.errors import DataError, EvaluationError, problem
+from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.core.files import file_digest
 from stepdistill.evaluation.images import Images
+from stepdistill.evaluation.inputs import FACTS, TEACHER, is_stats
 from stepdistill.evaluation.measure import Reference
 from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.read import read_into
 from stepdistill.evaluation.spec import EvalSpec
-from stepdistill.evaluation.store import FACTS, Store
+from stepdistill.evaluation.store import Store
 
-TEACHER = "teacher"
 UNKNOWN_FEATURES = "unknown"  # of statistics that another tool wrote
 DRAWN = ("teacher", "steps", "guidance", "seed", "n", "prompts", "size", "dtype", "device", "eval_res", "features")
-
-
-def is_stats(place: Path) -> bool:
-    """Whether a file holds `mu` and `sigma`, and not images."""
-    if place.suffix.lower() != ".npz":
-        return False
-    try:
-        Stats.load(place)
-    except ValueError as error:
-        try:
-            Images(place)
-        except DataError:
-            raise EvaluationError(str(error)) from error
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -67,10 +52,6 @@ class ReferenceBuilder:
 
         Raises EvaluationError, DataError where there are none, or of other features or another size.
         """
-        if not place.exists():
-            expected = f"`{TEACHER}`, statistics (.npz), or images (a folder, .zip, .npz or .npy)"
-            why, todo = "rows are compared with it", "check the path"
-            raise EvaluationError(problem(f"reference {place}, which does not exist", expected, why, todo))
         if is_stats(place):
             return self._of_stats(place)
         images = Images(place, self.spec.side)
@@ -82,7 +63,10 @@ class ReferenceBuilder:
         return Reference(stats=store.stats(), features=features, paired=False, facts=facts)
 
     def _of_stats(self, place: Path) -> Reference:
-        stats, meta = Stats.load(place)
+        try:
+            stats, meta = Stats.load(place)
+        except ValueError as error:
+            raise EvaluationError(str(error)) from error
         identity, unlike = self.extractor.identity, "features of different extractors have no distance"
         if stats.mean.numel() != identity.dim:
             got = f"{place} with {stats.mean.numel()} features, and {identity.id}"

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from stepdistill.core.files import write_text
 from stepdistill.evaluation.draw import LATENCY
+from stepdistill.evaluation.inputs import labels
 from stepdistill.evaluation.measure import Reference, Sampled
 from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.metrics.image_scores import ClipScore
-from stepdistill.evaluation.plan import SamplingPlan, contract_of, labels, slug
+from stepdistill.evaluation.plan import SamplingPlan, contract_of, slug
 from stepdistill.evaluation.protocol import Protocol
 from stepdistill.evaluation.report.page import page
 from stepdistill.evaluation.report.table import SCHEMA, flat_rows, read_evaluation, write_csv

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,20 @@ from diffusers import AutoencoderKL
 from stepdistill.core.devices import usable_device
 from stepdistill.core.distributed import check_plugins
 from stepdistill.core.errors import EvaluationError, problem
-from stepdistill.core.files import write_text
 from stepdistill.data.bundled import emoji
 from stepdistill.evaluation.draw import RowDrawer
 from stepdistill.evaluation.images import Images
+from stepdistill.evaluation.inputs import FACTS, TEACHER, check_draws, check_npz, check_score, enough, prompts_of_images
 from stepdistill.evaluation.measure import Reference, Sampled, check_images_differ, measured
 from stepdistill.evaluation.metrics.extractors import extractor_named
 from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.metrics.image_scores import ClipScore
 from stepdistill.evaluation.metrics.stats import all_alike
-from stepdistill.evaluation.plan import contract_of, family_of, labels, sampling_plans, slug
+from stepdistill.evaluation.plan import contract_of, family_of, sampling_plans, slug
 from stepdistill.evaluation.read import read_into
 from stepdistill.evaluation.records import prompt_of, prompts_digest, read_records
-from stepdistill.evaluation.reference import TEACHER, ReferenceBuilder
-from stepdistill.evaluation.report.page import page
-from stepdistill.evaluation.report.table import flat_rows, key_differences, read_evaluation, write_csv
+from stepdistill.evaluation.reference import ReferenceBuilder
 from stepdistill.evaluation.results import (
     document,
     protocol_facts,
@@ -42,11 +39,8 @@ from stepdistill.evaluation.results import (
     write_sheets,
 )
 from stepdistill.evaluation.spec import EvalRun, EvalSpec
-from stepdistill.evaluation.store import FACTS
 from stepdistill.families.location import BUNDLED_NAMES
 from stepdistill.networks.lpips import lpips
-
-LEAST = 40  # images: 20 blocks of two
 
 
 def evaluate(spec: EvalRun) -> dict[str, Any]:
@@ -58,6 +52,7 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
     Raises:
         StepdistillError: before anything is drawn, for whatever can be known by then.
     """
+    check_draws(spec)
     state, device = joined(spec)
     family = family_of(spec.teacher, spec.family, [contract_of(place) for place in spec.students])
     records = records_of(spec)
@@ -107,20 +102,8 @@ def score_images(places: Sequence[Path], spec: EvalSpec, prompts: Path | None = 
     Args:
         prompts: of the images in the order of their names, in turn, for the CLIP score.
     """
+    sources = {name: Images(place, spec.side) for name, place in check_score(places, spec, prompts).items()}
     state, device = joined(spec)
-    if spec.reference == TEACHER:
-        why, todo = "existing images are not compared with a teacher", "pass statistics or images with --ref"
-        raise EvaluationError(problem("no reference", "--ref", why, todo))
-    if (spec.clip is None) != (prompts is None):
-        why, todo = (
-            "the CLIP score compares each image with its prompt",
-            "pass both --clip and --prompts-file, or neither",
-        )
-        raise EvaluationError(problem(f"CLIP {spec.clip} and prompts {prompts}", "both or neither", why, todo))
-    names = labels([str(place) for place in places])
-    sources = {name: Images(place, spec.side) for name, place in zip(names, places, strict=True)}
-    for images in sources.values():
-        enough(len(images), f"in {images.source}")
     extractor = extractor_of(spec, device)
     clips = {name: clip_score_of(spec, images, prompts, device) for name, images in sources.items()}
     reference = ReferenceBuilder(spec, extractor, state).of_file(Path(spec.reference))
@@ -158,8 +141,7 @@ def write_statistics(place: Path, spec: EvalSpec, out: Path) -> None:
 
     What a run that was cut left is in `spec.output_dir`, which goes when all is there.
     """
-    if out.suffix != ".npz":
-        raise EvaluationError(problem(out, "a name that ends in .npz", "--ref recognises statistics by it", "add it"))
+    check_npz(out)
     state, device = joined(spec)
     images = Images(place, spec.side)
     extractor = extractor_of(spec, device)
@@ -169,26 +151,6 @@ def write_statistics(place: Path, spec: EvalSpec, out: Path) -> None:
         facts = {"features_id": extractor.identity.id, "source": str(place), "eval_res": spec.side}
         store.stats().save(out, facts | {"sha256": (store.noted(FACTS) or {})["images"]})
         shutil.rmtree(spec.output_dir)
-
-
-def compare_evaluations(folders: Sequence[Path], out: Path, csv: Path | None) -> list[str]:
-    """Merge evaluations on one page, unlike ones in columns of their own. Returns what they differ in, in words."""
-    names = labels([str(folder) for folder in folders])
-    evaluations = [replace(read_evaluation(folder), name=name) for folder, name in zip(folders, names, strict=True)]
-    for file in (out, csv):
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page(evaluations, "Evaluations compared"))
-    if csv is not None:
-        write_csv(flat_rows(evaluations), csv)
-    return key_differences(evaluations)
-
-
-def enough(n: int, where: str) -> None:
-    """Raise EvaluationError for too few images."""
-    if n < LEAST:
-        why = "the intervals need 20 blocks of at least two images"
-        raise EvaluationError(problem(f"{n} images {where}", f"{LEAST} or more", why, "use more images"))
 
 
 def joined(spec: EvalSpec) -> tuple[PartialState, torch.device]:
@@ -250,11 +212,7 @@ def clip_score_of(spec: EvalSpec, images: Images, prompts: Path | None, device: 
     """The CLIP score of images that are there, if it is asked for."""
     if spec.clip is None or prompts is None:
         return None
-    records = read_records(prompts)
-    if len(records) > len(images):
-        got, why = f"{len(records)} prompts for {len(images)} images", "each image has one prompt"
-        raise EvaluationError(problem(got, "at most one per image", why, "pass the prompts of these images"))
-    each = [prompt_of(records[i % len(records)]) for i in range(len(images))]
+    each = prompts_of_images(prompts, len(images))
     return ClipScore.load(spec.clip, each, spec.under.prefix, device)
 
 

@@ -1,18 +1,30 @@
-"""Settings of an evaluation."""
+"""Settings of an evaluation; nothing here loads torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.evaluation.measure import METRICS, PICKED
-from stepdistill.evaluation.metrics.extractors import Weights
-from stepdistill.evaluation.metrics.resize import Resize
 from stepdistill.evaluation.protocol import PROTOCOLS, Protocol
-from stepdistill.students.draw.call import SEED_A, SEED_B
+
+if TYPE_CHECKING:
+    from stepdistill.evaluation.metrics.resize import Resize
+
+PICKED = ("kid", "paired")
+METRICS = ("fd", *PICKED, "prdc", "vendi", "diversity", "cmmd", "pixels", "lpips")
+SEED_A, SEED_B = 1, 2  # seeds of the reference's noise, and of the noise of every row
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Files and folders (or hub ids) that the user gave; None is looked for where its tools put it."""
+
+    inception: str | None = None
+    clip: str | None = None
+    dinov2: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

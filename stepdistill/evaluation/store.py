@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,32 +18,12 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.errors import EvaluationError, problem
-from stepdistill.core.files import remove, write_text, written_whole
-from stepdistill.core.outputs import check_output_tree, present_in
+from stepdistill.core.files import write_text, written_whole
 from stepdistill.core.units import Units, changed_facts, write_facts
+from stepdistill.evaluation.inputs import FACTS
 from stepdistill.evaluation.metrics.stats import PART, FeatureStats, Stats
 
-FACTS, FEATURES, IMAGES = "facts.json", "features.npy", "images.npy"
-WORK = "work"  # the folder of an evaluation's stores
-WRITTEN = (  # by an evaluation in its folder
-    *(WORK, "eval.json", "rows.csv", "report.html", "per_sample.jsonl", "grids", "stats", "images"),
-    *("geneval", "t2i-compbench"),
-)
-
-
-def open_evaluation(folder: Path, inputs: Iterable[Path | str], overwrite: bool) -> None:
-    """Check that an evaluation can be written to a folder, or continued in it.
-
-    Args:
-        inputs: files and folders that are read.
-        overwrite: remove an earlier evaluation, so that nothing is continued.
-
-    Raises:
-        OutputError: the folder cannot be written to, is an input, or holds files of others.
-    """
-    check_output_tree(folder, WRITTEN, inputs, own=any((folder / WORK).glob(f"*/{FACTS}")), overwrite=True)
-    for place in present_in(folder, WRITTEN) if overwrite else ():
-        remove(place)
+FEATURES, IMAGES = "features.npy", "images.npy"
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.protocol import PROTOCOLS
 from stepdistill.evaluation.records import prompts_digest
 from stepdistill.evaluation.results import document, protocol_facts
+from stepdistill.evaluation.spec import SEED_B
 from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.networks import sharding
 from stepdistill.students.card import write_card
 from stepdistill.students.contract import read_contract
-from stepdistill.students.draw.call import SEED_B, PipelineCall, generate, student_call, teacher_call
+from stepdistill.students.draw.call import PipelineCall, generate, student_call, teacher_call
 from stepdistill.students.draw.sheet import image_grid
 from stepdistill.students.load import load_student
 from stepdistill.students.snippets import snippet

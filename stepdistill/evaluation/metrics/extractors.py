@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
@@ -21,6 +21,7 @@ from stepdistill.evaluation.metrics.features import BATCH, Extractor, efficientn
 from stepdistill.evaluation.metrics.identity import DTYPES, FID_WEIGHTS, Dtype, Identity
 from stepdistill.evaluation.metrics.inception import inception, random_inception
 from stepdistill.evaluation.metrics.resize import Resize
+from stepdistill.evaluation.spec import Weights
 
 DINOV2 = {f"dinov2-{size[0]}": f"facebook/dinov2-{size}" for size in ("small", "base", "large", "giant")}
 CLIP = {
@@ -34,15 +35,6 @@ VARIABLE = "STEPDISTILL_INCEPTION_WEIGHTS"
 FILE = f"inception-2015-12-05-{FID_WEIGHTS}.pth"
 LPIPS_FILES = ("vgg16-397923af.pth", "alexnet-owt-7be5be79.pth", "squeezenet1_1-b8a52dc0.pth")  # torchvision's
 OFFLINE = "or choose features that need no download, recorded as `fd`:  --features efficientnet-lite0 | vae | pixels"
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Files and folders (or hub ids) that the user gave; None is looked for where its tools put it."""
-
-    inception: str | None = None
-    clip: str | None = None
-    dinov2: str | None = None
 
 
 NONE_GIVEN = Weights()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +12,11 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.files import written_whole
+from stepdistill.evaluation.metrics.stats_file import UNKNOWN, read_statistics
 
 TOLERANCE = 1e-6  # relative; rounding of a rank-deficient root stays below 1e-7
 PART = 1024  # rows of features that are in memory at once where a file holds more
 ALIKE = 1e-5  # features of one image in batches of other sizes differ by less than this share of the largest
-STATS_MARK = b"meta.npy"  # by which a file of `Stats.save` is known; no other tool writes that array
-UNKNOWN = 0  # samples of statistics that another tool wrote
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,17 +87,8 @@ class Stats:
 
         Raises ValueError for a file that is not one, or whose pickled parts would have to be run.
         """
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                mean, cov = (torch.from_numpy(np.asarray(arrays[key], dtype=np.float64)) for key in ("mu", "sigma"))
-                n = int(arrays["n"]) if "n" in arrays else UNKNOWN
-                facts = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{file}: no reference statistics ({error}), expected an npz with arrays `mu` (D,) and `sigma` "
-                "(D, D), as `stepdistill eval ref`, pytorch-fid, clean-fid and EDM write them: make it again"
-            ) from error
-        return Stats(mean, cov, n), facts
+        mean, cov, n, facts = read_statistics(file)
+        return Stats(torch.from_numpy(mean), torch.from_numpy(cov), n), facts
 
 
 class FeatureStats:

@@ -24,8 +24,6 @@ from stepdistill.students.contract import each
 from stepdistill.students.draw.filters import unfiltered
 from stepdistill.students.several import Students
 
-SEED_A, SEED_B = 1, 2  # seeds of the reference's noise, and of the noise of every row
-
 
 @dataclass(frozen=True)
 class PipelineCall:

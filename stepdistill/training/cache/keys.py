@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stepdistill.config.schema import dotted
 from stepdistill.core.files import file_digest, is_single_file, write_text
-from stepdistill.data.image_files import files_below
+from stepdistill.core.image_files import files_below
 from stepdistill.families.base import Family
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,5 @@
-"""Which files of a folder or an archive are images, and which are left out and why: training and evaluation alike."""
+"""Which files of a folder or an archive are images, which are left out and why, and how one becomes RGB: training and
+evaluation alike."""
 
 from __future__ import annotations
 
@@ -8,6 +9,9 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
 
 logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
@@ -60,6 +64,21 @@ def left_out_lines(left_out: dict[str, str]) -> dict[str, str]:
         names.setdefault(reason, []).append(name)
     first = {reason: [*some[:NAMED], *["..."] * (len(some) > NAMED)] for reason, some in names.items()}
     return {reason: f"{reason}: {len(some)} ({', '.join(first[reason])})" for reason, some in names.items()}
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """The image in 8-bit RGB: transparency over white, 16-bit grey scaled (a convert would clip it)."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, whose range is not known; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    image.load()  # whose file may be closed next
+    return image if image.mode == "RGB" else image.convert("RGB")  # a convert would copy it, too
 
 
 def _is_hidden(name: str) -> bool:
