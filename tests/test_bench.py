@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from tiny import awake
 from torch import nn
 
@@ -21,6 +24,8 @@ import consistency_step as bench
 import dmd2_memory as cycle
 import dmd2_plain as plain
 import guidance_step as guidance
+import lcm_quality as quality
+from tables import render
 
 from stepdistill.core.denoise import guided, with_scale
 from stepdistill.core.schedule import DiscreteVP
@@ -189,3 +194,82 @@ def test_both_sides_of_a_guided_step_are_what_the_library_computes():
             ours, schedule.add_noise(*est, torch.full_like(t, guidance.THEN)), rtol=1e-4, atol=1e-4
         )
     assert (one - two).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory) -> tuple[Path, dict]:
+    """A small race, and its figures by student and steps."""
+    work = tmp_path_factory.mktemp("race")
+    return work, dict(quality.measure(quality.SMOKE, work))
+
+
+def test_students_are_trained_and_judged_once(raced, monkeypatch):
+    work, rows = raced
+    assert rows.keys() == {f"{side}/0/4" for side in (quality.OURS, *quality.FLAGS)}
+    assert len({row["excess"] for row in rows.values()}) == len(rows)  # each has figures of its own
+    assert all((row["n"], row["train_steps"], row["nfe"]) == (40, 2, 4) for row in rows.values())
+    for name in ("distill", "Script", "figures", "taught"):
+        monkeypatch.setattr(quality, name, None)
+    assert quality.measure(quality.SMOKE, work) == rows
+    line = json.loads(json.dumps(quality.summary(quality.SMOKE, rows, wrapped=False)))
+    for side in quality.FLAGS:
+        assert line["ratios"][side] == [
+            pytest.approx(rows["ours/0/4"]["excess"] / rows[f"{side}/0/4"]["excess"], abs=1e-3)
+        ]
+    shown = render.RENDERERS["lcm_quality"](line).splitlines()
+    low, high = (round(each) for each in rows["best flags/0/4"]["ci95"])
+    cells = f"{rows['best flags/0/4']['excess']:.0f} [{low}, {high}] | {line['ratios']['best flags'][0]:.2f}"
+    assert shown[-1] == f"| best flags, seed 0 | {cells} |" and len(shown) == 2 + len(rows)
+
+
+def plain_loop(side: str, work: Path) -> tuple[quality.Script, list[tuple[torch.Tensor, str]]]:
+    data = quality.images(quality.SMOKE.run(0, work))
+    torch.manual_seed(0)
+    return quality.Script(quality.FLAGS[side], quality.SMOKE, data), data
+
+
+def test_plain_diffusers_loads_the_plain_loops_student(raced):
+    work, _ = raced
+    script, _ = plain_loop("best flags", work)
+    for _ in range(quality.SMOKE.train_steps):
+        script.step()
+    pipe = quality.SMOKE.run(0, work).family.load()
+    x, t, states = torch.randn(2, 4, 8, 8), torch.tensor([499, 259]), script.encode_text(["animal", "travel"])
+    with torch.no_grad():
+        trained, base = (net(x, t, states)[0] for net in (script.unet, pipe.unet))
+        pipe.load_lora_weights(work / "best-flags-0-2x4")
+        loaded = pipe.unet(x, t, states)[0]
+    torch.testing.assert_close(loaded, trained)
+    assert (trained - base).abs().max() > 1e-3
+
+
+def test_the_plain_loop_has_the_scripts_flags(tmp_path):
+    pred, target = torch.randn(2, 1, 4, 8, 8)
+    for side, (rate, *_, decay, _) in zip(quality.FLAGS, map(astuple, quality.FLAGS.values()), strict=True):
+        script, data = plain_loop(side, tmp_path)
+        (group,) = script.optimizer.param_groups
+        assert (group["lr"], group["weight_decay"]) == (rate, decay)
+        square = side == "default flags"
+        off = (pred - target).pow(2)
+        distance = off if square else (off + bench.HUBER**2).sqrt() - bench.HUBER
+        assert script.distance(pred, target).item() == pytest.approx(distance.mean().item())
+        for _ in range(quality.SMOKE.train_steps):
+            script.step()
+        assert group["lr"] == pytest.approx(rate if square else 0)  # constant, or the cosine's end
+    samples = quality.SMOKE.run(0, tmp_path).data
+    exact = torch.stack([samples.sample(i, Random(0)).latents for i in range(len(samples))])
+    pixels = torch.stack([each for each, _ in data])
+    coded = script.latents(pixels)
+    assert not torch.equal(coded, script.latents(pixels))  # sampled
+    assert (coded - exact).norm() / exact.norm() < 0.2
+    assert torch.equal((pixels * 127.5 + 127.5).round(), pixels * 127.5 + 127.5)
+    assert [prompt for _, prompt in data] == [samples.prompt_of(i) for i in range(len(samples))]
+
+
+def test_a_lora_with_the_names_of_pefts_wrapper_is_told_apart(tmp_path, monkeypatch):
+    """The script's way of saving; whether Diffusers takes it is its own affair, and is measured."""
+    loads = []
+    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", lambda pipe, folder: loads.append(folder))
+    assert quality.wrapped_loads(quality.SMOKE, tmp_path)
+    names = load_file(loads[0] / "pytorch_lora_weights.safetensors")
+    assert names and all(name.startswith("unet.base_model.model.") for name in names)

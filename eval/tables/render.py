@@ -231,6 +231,18 @@ def _memory(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _lcm_quality(race: Mapping[str, Any]) -> str:
+    """A line a student, a column a number of steps, and what our student's excess is of it."""
+    heads = [f"{n} step{'s' * (n > 1)}" for n in race["steps"]]
+    lines = [f"| excess [95 %] | {' | '.join(heads)} | at 4 steps: ours / this |", "| --- " * (len(heads) + 2) + "|"]
+    for side in ("ours", *race["ratios"]):
+        for k, seed in enumerate(race["seeds"]):
+            cells = [_excess(race["excess"][f"{side}/{seed}/{n}"]) for n in race["steps"]]
+            share = "" if side == "ours" else f"{race['ratios'][side][k]:.2f}"
+            lines.append(f"| {side}, seed {seed} | {' | '.join(cells)} | {share} |")
+    return "\n".join(lines)
+
+
 def _quickstart(report: Mapping[str, Any]) -> str:
     lines = ["| | calls | nfe | excess [95 %] |", "| --- | --- | --- | --- |"]
     for row in report["rows"]:
@@ -283,5 +295,6 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "hybrid": _hybrid,
     "transfer": _transfer,
     "memory": _memory,
+    "lcm_quality": _lcm_quality,
 }
 PLOTS: dict[str, Callable[[Mapping[str, Any], Path], None]] = {"reflow": plot_paths, "time": plot_time}

@@ -129,6 +129,13 @@ class Reference:
         tokens = self.pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         return self.pipe.text_encoder(tokens.input_ids)[0]
 
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
+
+    def distance(self, pred: Tensor, target: Tensor) -> Tensor:
+        return (((pred - target) ** 2 + HUBER**2).sqrt() - HUBER).mean()
+
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
 
@@ -142,8 +149,7 @@ class Reference:
 
     def loss(self, pixels: Tensor, prompts: list[str], index: Tensor, noise: Tensor) -> Tensor:
         states = self.encode_text(prompts)
-        with torch.no_grad():
-            latents = self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
+        latents = self.latents(pixels)
         start = self.times[index]
         end = (start - len(self.alpha) // GRID).clamp(min=0)
         alpha, sigma = self.levels(start)
@@ -158,7 +164,7 @@ class Reference:
             eps = uncond + GUIDANCE * (cond - uncond)
             x_prev = alpha * (uncond_x0 + GUIDANCE * (cond_x0 - uncond_x0)) + sigma * eps
             target = self.jump(self.unet(x_prev, end, states, return_dict=False)[0], end, x_prev)
-        return (((pred - target) ** 2 + HUBER**2).sqrt() - HUBER).mean()
+        return self.distance(pred, target)
 
     def step(self) -> float:
         pixels, prompts = next(self.batches)
