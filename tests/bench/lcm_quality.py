@@ -26,7 +26,7 @@ from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import peft
@@ -37,7 +37,7 @@ from diffusers.optimization import get_scheduler
 from harness import surroundings
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
 
@@ -119,9 +119,12 @@ class Script(Reference):
         self.flags = flags
         rate, decay = flags.learning_rate, flags.adam_weight_decay
         self.optimizer = torch.optim.AdamW(self.params, lr=rate, weight_decay=decay)
-        lengths = {"num_warmup_steps": flags.lr_warmup_steps, "num_training_steps": race.train_steps}
-        self.lr_scheduler = get_scheduler(flags.lr_scheduler, self.optimizer, **lengths)
-        self.batches = chain.from_iterable(repeat(DataLoader(data, race.batch, shuffle=True)))
+        warmup, steps = flags.lr_warmup_steps, race.train_steps
+        self.lr_scheduler = get_scheduler(
+            flags.lr_scheduler, self.optimizer, num_warmup_steps=warmup, num_training_steps=steps
+        )
+        drawn: DataLoader[Any] = DataLoader(cast("Dataset", data), race.batch, shuffle=True)
+        self.batches = chain.from_iterable(repeat(drawn))
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
@@ -131,6 +134,12 @@ class Script(Reference):
         if self.flags.loss_type == "l2":
             return nn.functional.mse_loss(pred, target)
         return super().distance(pred, target)
+
+
+def save_lora(folder: Path, net: nn.Module) -> None:
+    """Write the LoRA of a network, with the names that the network has."""
+    layers: dict[str, Any] = get_peft_model_state_dict(net)
+    StableDiffusionPipeline.save_lora_weights(folder, layers)
 
 
 def train(side: str, seed: int, race: Race, folder: Path) -> None:
@@ -148,7 +157,7 @@ def train(side: str, seed: int, race: Race, folder: Path) -> None:
         if number % 10 == 0:
             print(f"{side}, seed {seed}, step {number}: loss {loss:.4g}", flush=True)
     half = folder.with_name(f"{folder.name}-half")  # an interrupted run leaves no folder that looks finished
-    StableDiffusionPipeline.save_lora_weights(half, get_peft_model_state_dict(script.unet))
+    save_lora(half, script.unet)
     half.rename(folder)
 
 
@@ -164,8 +173,7 @@ def wrapped_loads(race: Race, work: Path) -> bool:
     """Whether plain Diffusers loads a LoRA as the script saves it: with the names of the model that PEFT wraps."""
     run = race.run(0, work)
     pipe, lora = run.family.load(), LoraConfig(target_modules=["to_q"])
-    layers = get_peft_model_state_dict(get_peft_model(pipe.unet, lora))
-    StableDiffusionPipeline.save_lora_weights(work / "wrapped", layers)
+    save_lora(work / "wrapped", get_peft_model(pipe.unet, lora))
     fresh: Any = run.family.load()
     try:
         fresh.load_lora_weights(work / "wrapped")
