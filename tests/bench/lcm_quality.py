@@ -106,7 +106,8 @@ def images(run: Run) -> list[tuple[Tensor, str]]:
     """The recipe's samples as a folder of images would hold them, (3, 32, 32) in [-1, 1], with their prompts."""
     samples = [run.data.sample(i, Random(0)) for i in range(len(run.data))]
     latents = torch.stack([sample.latents for sample in samples if sample.latents is not None])
-    decoded = torch.cat([run.family.decode(run.family.load(), part) for part in latents.split(128)])
+    pipe = run.family.load()
+    decoded = torch.cat([run.family.decode(pipe, part) for part in latents.split(128)])
     pixels = to_uint8((decoded / 2 + 0.5).clamp(0, 1)).float() / 127.5 - 1
     return [(each, sample.prompt) for each, sample in zip(pixels, samples, strict=True)]
 
