@@ -17,6 +17,7 @@ ROOMS = "core config networks data families methods students evaluation training
 APART = {"families", "methods"}  # neither imports the other
 DOORS = {"stepdistill", "stepdistill.__main__"}  # what `import stepdistill` and `python -m stepdistill` open
 HEAVY = ("peft", "diffusers", "transformers")
+LATE = ("matplotlib", "diffusers.pipelines.auto_pipeline", "torchmetrics", "tensorboard")  # not before the first step
 
 
 def modules() -> dict[str, Path]:
@@ -115,6 +116,20 @@ def test_maths_and_methods_load_no_network_library(light: str):
     script += f"print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_training_loads_no_library_of_its_end():
+    """And no collection of garbage looks through the libraries: they are frozen once they are there."""
+    script = (
+        "import gc, sys\nfrom stepdistill.cli.dialect import heavy_imports\n"
+        "with heavy_imports():\n    import stepdistill.training.distill, stepdistill.families.sd\n"
+        f"print([name for name in {LATE} if name in sys.modules], gc.isenabled(), gc.get_freeze_count() > 100_000)\n"
+        "before = gc.get_freeze_count()\n"
+        "with heavy_imports():\n    assert gc.isenabled()\n"
+        "assert gc.get_freeze_count() == before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] True True"
 
 
 def test_no_public_name_is_defined_twice():

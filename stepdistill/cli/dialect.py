@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import math
 import os
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,24 @@ def _span(low: float | None, high: float | None) -> str:
 def is_first_process() -> bool:
     """Whether this is the first, or the only one, of the processes that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Import without garbage collection, and leave what is there at the end out of all later ones.
+
+    Each would look through all that torch and its like define, a second of CPU until the first step. Where torch is
+    loaded already, this does nothing.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def quieten() -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from stepdistill import families, methods
-from stepdistill.cli.dialect import Run, add_command, add_overwrite, is_first_process, local_path
+from stepdistill.cli.dialect import Run, add_command, add_overwrite, heavy_imports, is_first_process, local_path
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.outputs import check_output_file, expanded
 
@@ -130,10 +130,11 @@ def module_names(package: ModuleType) -> list[str]:
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.config.dump import config_to_yaml
-    from stepdistill.config.load import load_config
-    from stepdistill.training.distill import distill, dry_run
-    from stepdistill.training.recipe import Run
+    with heavy_imports():
+        from stepdistill.config.dump import config_to_yaml
+        from stepdistill.config.load import load_config
+        from stepdistill.training.distill import distill, dry_run
+        from stepdistill.training.recipe import Run
 
     run = load_config(Run, args.config, overrides)
     if not args.dry_run:

@@ -13,7 +13,6 @@ import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, Transformer2DModel
 from diffusers.loaders import FromSingleFileMixin
 from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
-from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING, _get_task_class
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -138,8 +137,12 @@ def check_folder(
 
 
 def _check_class(where: str, name: Any, pipeline: type[DiffusionPipeline], needs: Needs) -> None:  # noqa: ANN401
-    same = _get_task_class(AUTO_TEXT2IMAGE_PIPELINES_MAPPING, name, throw_error_if_not_exist=False)
-    if name != pipeline.__name__ and name not in needs.relatives and same is not pipeline:
+    if name == pipeline.__name__ or name in needs.relatives:
+        return
+    # it imports the pipelines of all models, in half a second
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING, _get_task_class
+
+    if _get_task_class(AUTO_TEXT2IMAGE_PIPELINES_MAPPING, name, throw_error_if_not_exist=False) is not pipeline:
         why = "the family says how the network is called and what its parts mean"
         todo = f"choose the family of a {name} in family.type, or another teacher"
         raise ConfigError(problem(f"a {name} in {where}", f"a {pipeline.__name__}", why, todo))

@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import hypot
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-from matplotlib.figure import Figure  # not pyplot: no window, no global state
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MARKS = {"teacher": ("D", "#444444"), "student": ("o", "#1f5fa8"), "images": ("s", "#9a5b00")}
 SIZE = (4.6, 3.4)  # inches; at a phone's width the letters are still ten pixels high
@@ -77,6 +77,8 @@ def _better(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 def _axes() -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state; a third of a second to import
+
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
     axes.grid(color="0.9", linewidth=0.8)
@@ -88,6 +90,8 @@ def _axes() -> tuple[Figure, Any]:
 
 def _drawn(figure: Figure, axes: Any, points: Sequence[Point], best: Sequence[int], prefix: str) -> str:  # noqa: ANN401
     """The SVG element of the points, their intervals and their front."""
+    from matplotlib import rc_context
+
     axes.plot([points[i].x for i in best], [points[i].y for i in best], color="0.6", linewidth=1.2, zorder=1)
     for point in points:
         shape, colour = MARKS[point.role]
@@ -98,7 +102,7 @@ def _drawn(figure: Figure, axes: Any, points: Sequence[Point], best: Sequence[in
         axes.plot(point.x, point.y, shape, color=colour, markersize=7, markeredgecolor="white", zorder=3)
     _number(figure, axes, points)
     svg = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "stepdistill"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "stepdistill"}):
         # a file with the hour in it would differ on every run
         figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     element = svg.getvalue()
