@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.networks.guidance_adapters import OFF, Context, Hooks, build
+from stepdistill.networks.lora_layers import choose_arithmetic
 from stepdistill.networks.roles import TEACHER, Adapters, Copy, Ema, Lora, LoraSpec, Module, Role, Sites, Tap
 
 
@@ -123,6 +124,7 @@ class Backbone(nn.Module):
         with self._seeded(name), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are the point
             inject_adapter_in_model(config, self.net, name)
+        choose_arithmetic(self.net, spec.arithmetic)
         for p in self.parameters_of(name).values():
             p.data = p.data.float()  # PEFT gives an adapter the base's half precision
             p.requires_grad_(trainable)
@@ -228,8 +230,7 @@ class Backbone(nn.Module):
         """Move the averages whose sources have just stepped in `step` (from 0)."""
         for name, role in self.declared.items():
             if isinstance(role, Ema) and role.of in stepped and (role.until is None or step < role.until):
-                means = [p.data for p in self.parameters_of(name).values()]
-                values = [p.data for p in self.parameters_of(role.of).values()]
+                means, values = (list(self.parameters_of(each).values()) for each in (name, role.of))
                 torch._foreach_lerp_(means, values, 1 - role.decay)
 
     def enable_checkpointing(self) -> None:

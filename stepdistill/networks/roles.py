@@ -12,6 +12,7 @@ from stepdistill.config.kinds import Place
 
 TEACHER = "teacher"
 AdapterArch = Literal["cross_attention", "mixed", "offset"]
+Arithmetic = Literal["auto", "merged", "apart"]
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,15 @@ class LoraSpec(RoleLora):
         target_modules: names of layers, matched as in PEFT; none takes the family's list.
         init_from: student folder or LoRA file that the student starts from.
         roles: rank, alpha and targets of single roles, by role name; an average has those of its role.
+        arithmetic: how a layer with a LoRA is computed. `merged` adds the LoRA to the weight first; `apart` computes
+            both and adds the outputs, as PEFT does; `auto` takes what is cheaper for the layer's shape and batch.
+            Half precision and quantised layers are computed apart.
     """
 
     rank: int = 64
     init_from: Place | None = None
     roles: dict[str, RoleLora] | None = None
+    arithmetic: Arithmetic = "auto"
 
     def of(self, role: str) -> LoraSpec:
         """The spec of one role."""

@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
+from stepdistill.config.schema import Factory, locate
 from stepdistill.core import distributed
 from stepdistill.core.errors import StepdistillError, problem
 from stepdistill.methods.base import Method
@@ -20,7 +23,17 @@ from stepdistill.networks.quantize import dense
 from stepdistill.networks.roles import Ema
 from stepdistill.training.recipe import TrainSpec
 
+CHOICES = {"fused", "foreach", "capturable", "differentiable"}  # arguments that say how torch steps
 OPTIONS = ("lr", "betas", "eps", "weight_decay")  # of an optimizer; a resumed run may change them
+
+
+def one_kernel(make: Factory) -> dict[str, bool]:
+    """Have torch's own optimizers step all tensors in one kernel, unless the config says how.
+
+    Left alone, on a CPU they take hundreds of small tensors one by one, ten operations each.
+    """
+    fusible = make.type.startswith("torch.optim.") and "fused" in signature(locate(make.type)).parameters
+    return {"fused": True} if fusible and not make.kwargs.keys() & CHOICES else {}
 
 
 @dataclass
@@ -55,7 +68,7 @@ class Optimizers:
             if isinstance(role, Ema):
                 continue
             make = (spec.optimizers or {}).get(name, spec.optimizer)
-            self.by_role[name] = make(list(self.params(name).values()), lr=spec.learning_rate)
+            self.by_role[name] = make(list(self.params(name).values()), lr=spec.learning_rate, **one_kernel(make))
             self.schedulers[name] = get_scheduler(
                 spec.lr_scheduler,
                 self.by_role[name],
@@ -83,6 +96,7 @@ class Optimizers:
             self.scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(list(params.values()), self.spec.max_grad_norm or float("inf"))
             self.scaler.step(optimizer)
+            increment_version(params.values())  # some optimizers write past autograd, as 8-bit ones
             values[f"grad_norm/{role}"] = norm.item()
         values["lr"] = float(next(iter(self.schedulers.values())).get_last_lr()[0])
         self.scaler.update()

@@ -97,7 +97,8 @@ def production(setup: Setup) -> Rehearsal:
     spec = TrainSpec(output_dir="unused", learning_rate=RATE)
     backbone = Backbone(net, LoraSpec(rank=setup.rank), FAMILY.lora_targets(net))
     optimizers = Optimizers(backbone, spec).declare(method(setup)).build()
-    backbone.enable_checkpointing()
+    if setup.checkpointing:
+        backbone.enable_checkpointing()
     null = {"states": setup.embeddings(net, 1, 0)}
     context = partial(scene, setup, backbone, null)
     return Rehearsal(method(setup), optimizers, context, batches(setup, net), torch.device("cpu"))
@@ -133,8 +134,8 @@ def make(name: str, setup: Setup) -> tuple[Side, Held]:
     So a cycle ends with the student's turn, and has all that a long run holds.
     """
     numbers = count()
-    if name == "reference":
-        plain = Reference(setup)
+    if name != "ours":
+        plain = Reference(setup, full=name == "full fine-tune")
         nets, optimizers = [plain.teacher, plain.student, plain.fake], list(plain.optimizers.values())
         feed = batches(setup, plain.teacher)
 

@@ -50,6 +50,7 @@ class Setup:
     rank: int = 32
     batch: int = 1
     critic_steps: int = 5
+    checkpointing: bool = True
 
     def network(self) -> UNet2DConditionModel:
         """A frozen network with random weights, made in its own precision: a float32 one beside it would be a peak."""
@@ -86,11 +87,15 @@ class Draws(NamedTuple):
 
 
 class Reference:
-    """The plain loop over three networks."""
+    """The plain loop over three networks.
 
-    def __init__(self, setup: Setup) -> None:
+    Args:
+        full: train student and fake score in full, without LoRAs.
+    """
+
+    def __init__(self, setup: Setup, full: bool = False) -> None:
         self.setup, self.teacher = setup, setup.network()
-        self.student, self.fake = self.trainable(), self.trainable()
+        self.student, self.fake = self.trainable(full), self.trainable(full)
         self.null = setup.embeddings(self.teacher, 1, 0).expand(setup.batch, -1, -1)
         alphas = noise_table().double()
         self.alpha, self.sigma = alphas.sqrt().float(), (1 - alphas).sqrt().float()
@@ -99,12 +104,16 @@ class Reference:
         self.optimizers = {n: torch.optim.AdamW(p, lr=RATE, weight_decay=0.0) for n, p in self.params.items()}
         self.schedulers = {n: get_scheduler("constant", o) for n, o in self.optimizers.items()}
 
-    def trainable(self) -> UNet2DConditionModel:
-        """A copy of the teacher with a LoRA of its own."""
+    def trainable(self, full: bool) -> UNet2DConditionModel:
+        """A copy of the teacher, with a LoRA of its own or trained in full."""
         net, rank = deepcopy(self.teacher), self.setup.rank
-        net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=FAMILY.lora_targets(net)))
+        if full:
+            net.requires_grad_(True)
+        else:
+            net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=FAMILY.lora_targets(net)))
         cast_training_params(net, torch.float32)
-        net.enable_gradient_checkpointing()
+        if self.setup.checkpointing:
+            net.enable_gradient_checkpointing()
         return net
 
     def draw(self, taken: int) -> Draws:
