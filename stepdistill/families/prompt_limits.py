@@ -26,7 +26,9 @@ def warn_of_cut(family: Family, pipe: DiffusionPipeline, prompts: Sequence[str])
     """Warn once for each tokenizer that truncates any of the prompts. Returns whether one does."""
     texts, warned = list(dict.fromkeys(prompts)), False
     for name, limit in family.limits(pipe).items():
-        cut = [(text, end) for text in texts if (end := lost(pipe.components[name], limit, text))]
+        tokenizer = pipe.components[name]
+        long = [text for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True) if len(ids) > limit]
+        cut = [(text, end) for text in long if (end := lost(tokenizer, limit, text))]
         if cut:
             logger.warning(
                 "%d of %d prompts are longer than the %d tokens of %s and are truncated: %r loses %r. The images will "
