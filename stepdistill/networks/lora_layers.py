@@ -62,11 +62,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Window:
-    """Stride, padding and dilation of a convolution in 2 or 3 dimensions."""
+    """Stride and padding of a convolution in 2 or 3 dimensions."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
-    dilation: tuple[int, ...]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window | None) -> Tensor:
@@ -74,7 +73,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window | Non
     if window is None:
         return F.linear(x, weight, bias)
     convolve = F.conv2d if weight.ndim == 4 else F.conv3d
-    return convolve(x, weight, bias, window.stride, window.padding, window.dilation)
+    return convolve(x, weight, bias, window.stride, window.padding)
 
 
 def add_lora(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -142,7 +141,7 @@ def input_gradient(x: Tensor, weight: Tensor, dy: Tensor, window: Window | None)
     if window is None:
         return dy @ weight
     gradient = conv2d_input if weight.ndim == 4 else conv3d_input
-    return gradient(x.shape, weight, dy, window.stride, window.padding, window.dilation)
+    return gradient(x.shape, weight, dy, window.stride, window.padding)
 
 
 def weight_gradient(x: Tensor, size: torch.Size, dy: Tensor, window: Window | None) -> Tensor:
@@ -150,13 +149,13 @@ def weight_gradient(x: Tensor, size: torch.Size, dy: Tensor, window: Window | No
     if window is None:
         return dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
     gradient = conv2d_weight if len(size) == 4 else conv3d_weight
-    return gradient(x, size, dy, window.stride, window.padding, window.dilation)
+    return gradient(x, size, dy, window.stride, window.padding)
 
 
 def low_rank_gradients(x: Tensor, a: Tensor, b: Tensor, dy: Tensor, window: Window | None) -> tuple[Tensor, Tensor]:
     """The gradients of A and B through `A x`, without the scale."""
     ones = (1,) * (a.ndim - 2)
-    point = Window(ones, (0,) * len(ones), ones) if window else None
+    point = Window(ones, (0,) * len(ones)) if window else None
     inner = product(x, a, None, window)
     db = weight_gradient(inner, b.shape, dy, point)
     return weight_gradient(x, a.shape, input_gradient(inner, b, dy, point), window), db
@@ -233,11 +232,12 @@ def choose_arithmetic(net: nn.Module, arithmetic: Arithmetic) -> None:
         if type(layer) in KINDS.values():
             base = layer.get_base_layer()
             layer.arithmetic, layer.values = arithmetic, {}
-            layer.window = None if isinstance(base, nn.Linear) else Window(base.stride, base.padding, base.dilation)
+            layer.window = None if isinstance(base, nn.Linear) else Window(base.stride, base.padding)
 
 
 def is_plain(base: nn.Module) -> bool:
-    """Whether a layer is one product: of convolutions, those with one group and zeros around."""
+    """Whether PEFT's LoRA is one on the layer's weight: its convolutions have no groups, dilation or other borders."""
     if type(base) in (nn.Conv2d, nn.Conv3d):
-        return base.groups == 1 and base.padding_mode == "zeros" and not isinstance(base.padding, str)
+        borders = base.padding_mode == "zeros" and not isinstance(base.padding, str)
+        return borders and base.groups == 1 and set(base.dilation) == {1}
     return type(base) is nn.Linear
