@@ -315,6 +315,10 @@ def test_a_module_that_lacks_a_package_says_which(write, tmp_path, monkeypatch) 
         ("x: ${y}", "${"),
         ("x: ${", "a `${path.of.a.key}` of this config"),
         (f"x: {'1' * 5000}", "is not YAML"),
+        ("x: !!bool x", "is not YAML"),
+        ("x: !!int ''", "is not YAML"),
+        ("x: !!timestamp x", "is not YAML"),
+        ("- " * 500 + "1", "is not YAML"),
         ("average: {type: test_config.Swap, every: !!binary aGk=}", "average.every: got b'hi' (bytes), expected int"),
         (f"average: {{type: test_config.Swap, every: {10**30}}}", "average.every: got 1"),
         (f"average: {{type: test_config.Swap, every: {-(10**30)}}}", "average.every: got -1"),
@@ -324,6 +328,12 @@ def test_files_that_are_no_config(write, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match="config.yaml") as caught:
         load_config(Run, write(text), [])
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["!!bool x", "!!int ''", "!!timestamp x", "!!set {a}", "[1"])
+def test_overrides_that_do_not_parse(write, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"train.seed: got .*, which does not parse"):
+        load_config(Run, write("train: {output_dir: a}\n"), [f"train.seed={text}"])
 
 
 def test_missing_and_binary_files(tmp_path: Path) -> None:

@@ -188,6 +188,9 @@ def test_a_pass_keeps_no_more_than_peft_s_does(inputs, places, rank, monkeypatch
     assert before == places * rank
     assert after == (0 if inputs**2 > SMALL and inputs**2 > places * rank else inputs**2)
     assert after <= max(before, SMALL)
+    assert bool(backbone.net.layer.formed) == (inputs**2 <= SMALL)  # a large one is not held from pass to pass
+    x.requires_grad_(False)  # then no backward uses the weight
+    assert kept(backbone, x) == 0
 
 
 def test_the_choice_is_a_function_of_the_shape():
@@ -230,7 +233,6 @@ def test_peft_computes_what_is_not_plain_float32(monkeypatch):
     monkeypatch.setattr(Shape, "merges", lambda self, limit: True)
     layer = backbone.net.layer
     plain = partial(peft_layers.Linear.forward, layer)
-    one_product = torch.equal
 
     def is_two_paths(x: Tensor) -> bool:
         with torch.no_grad(), backbone.use("student") as net:
@@ -249,11 +251,19 @@ def test_peft_computes_what_is_not_plain_float32(monkeypatch):
     layer.base_layer.to(torch.bfloat16)
     assert is_two_paths(x.bfloat16())
     layer.base_layer.to(torch.float32)
+    with torch.no_grad(), backbone.use("student") as net:
+        added = net(x)
+        layer.enable_adapters(False)
+        assert torch.equal(net(x), layer.base_layer(x)) and not torch.allclose(net(x), added, atol=1e-3)
+        layer.enable_adapters(True)
+        layer.merge()
+        assert torch.allclose(net(x), added, atol=1e-5)  # and not twice
+        layer.unmerge()
     backbone.add("other", Lora())
     awake(backbone, "other")
     with torch.no_grad(), backbone.use("student") as net:
         backbone._active.append("other")
-        assert one_product(net(x), plain(x))
+        assert torch.equal(net(x), plain(x))
 
 
 @pytest.mark.parametrize(
@@ -327,10 +337,13 @@ def test_a_weight_is_formed_once_until_it_is_written_to(monkeypatch):
         with torch.set_grad_enabled(grad), backbone.use("student") as net:
             net(x)
     assert len(calls) == 1
-    awake(backbone)
-    with torch.no_grad(), backbone.use("student") as net:
-        net(x)
-    assert len(calls) == 2
+    a, b = backbone.parameters_of("student").values()
+    writes = [lambda: b.add_(1), lambda: a.add_(1), lambda: setattr(a, "data", a.data.clone()), lambda: None]
+    for write, expected in zip(writes, (2, 3, 4, 4), strict=True):
+        with torch.no_grad(), backbone.use("student") as net:
+            write()
+            net(x)
+        assert len(calls) == expected
     twin = deepcopy(backbone)
     awake(twin)
     with torch.no_grad(), twin.use("student") as net:
@@ -346,6 +359,9 @@ def test_it_compiles_to_one_graph(name, monkeypatch):
         expected = both(backbone, x, "auto")
         backbone.net.compile(backend="aot_eager", fullgraph=True)
         assert close(both(backbone, x, "auto"), expected)
+        awake(backbone)
+        found = both(backbone, x, "auto")
+    assert close(found, both(backbone, x, "apart"))  # nothing is kept in the graph
 
 
 def test_forward_derivatives_of_frozen_roles():

@@ -40,6 +40,8 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.outputs import expanded
 
 T = TypeVar("T")
+# what the parser raises: beside its own, on explicit tags (`!!bool x`), long numbers and deep nesting
+UNREADABLE = (YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 class _Log(NamedTuple):
@@ -85,10 +87,10 @@ def _read(path: Path | str | None) -> DictConfig:
         tree = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(problem(f"config {path}", "a YAML file", str(error), "check the path")) from error
-    except (YAMLError, ValueError, RecursionError) as error:  # a number of thousands of digits, a list in itself
-        raise ConfigError(f"{path} is not YAML: {error}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_interpolation(error)}") from error
+    except UNREADABLE as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, DictConfig):
         raise ConfigError(
             problem(f"a list in {path}", "keys with values", "a config sets fields by name", "write `key: value`")
@@ -162,7 +164,7 @@ def _set(tree: DictConfig, key: str, text: str, hint: Hint, problems: list[str])
             OmegaConf.update(tree, key, _plain(OmegaConf.from_dotlist([f"value={text}"]))["value"])
         else:
             OmegaConf.update(tree, key, text)
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+    except (OmegaConfBaseException, *UNREADABLE) as error:
         problems.append(f"{key}: got {text[:200]!r}, which does not parse: {' '.join(str(error).split())}")
 
 

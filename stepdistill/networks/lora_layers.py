@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import layer as peft_layers
@@ -164,7 +164,7 @@ def low_rank_gradients(x: Tensor, a: Tensor, b: Tensor, dy: Tensor, window: Wind
 def forward(layer: Any, kind: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
     """The output of a layer that is PEFT's `kind`."""
     names = [name for name in layer._active_adapter if name in layer.lora_A]
-    if not names and not layer.merged:
+    if not names:
         return layer.base_layer(x, *args, **kwargs)
     y = None if args or kwargs else merged_output(layer, x, names)
     return kind.forward(layer, x, *args, **kwargs) if y is None else y
@@ -191,15 +191,30 @@ def merged_output(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
     return MergedProduct.apply(x, a, b, weight, base.bias, scale, window, value, shape.keeps())  # pyright: ignore
 
 
+class Formed(NamedTuple):
+    """A value of `W + s B A`, and what it was formed from: the tensors are held, so that no other takes their place."""
+
+    value: Tensor
+    parts: tuple[Tensor, Tensor, Tensor]
+    versions: list[int]
+    scale: float
+
+    def is_of(self, parts: tuple[Tensor, Tensor, Tensor], scale: float) -> bool:
+        """Whether nothing has been written to, or put in another place, since."""
+        places = (new.data_ptr() == old.data_ptr() for new, old in zip(parts, self.parts, strict=True))
+        return scale == self.scale and all(places) and [part._version for part in parts] == self.versions
+
+
 @torch.no_grad()
 def merged_weight(layer: Any, name: str, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:  # noqa: ANN401
-    """The value of `W + s B A`; that of a small layer is kept until A or B is written to."""
+    """The value of `W + s B A`; that of a small layer is kept until one of the three is written to."""
     if weight.numel() > SMALL or torch.compiler.is_compiling():
         return add_lora(weight, a, b, scale)
-    key = (scale, weight.data_ptr(), a._version, a.data_ptr(), b._version, b.data_ptr())
-    if name not in layer.values or layer.values[name][0] != key:
-        layer.values[name] = key, add_lora(weight, a, b, scale)
-    return layer.values[name][1]
+    parts = (weight, a, b)
+    if name not in layer.formed or not layer.formed[name].is_of(parts, scale):
+        held = (weight.detach(), a.detach(), b.detach())
+        layer.formed[name] = Formed(add_lora(*parts, scale), held, [part._version for part in parts], scale)
+    return layer.formed[name].value
 
 
 class LoraLinear(peft_layers.Linear):
@@ -231,7 +246,7 @@ def choose_arithmetic(net: nn.Module, arithmetic: Arithmetic) -> None:
             layer.__class__ = KINDS[type(layer)]
         if type(layer) in KINDS.values():
             base = layer.get_base_layer()
-            layer.arithmetic, layer.values = arithmetic, {}
+            layer.arithmetic, layer.formed = arithmetic, {}
             layer.window = None if isinstance(base, nn.Linear) else Window(base.stride, base.padding)
 
 
