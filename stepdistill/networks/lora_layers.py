@@ -140,7 +140,7 @@ def input_gradient(x: Tensor, weight: Tensor, dy: Tensor, window: Window | None)
     """`dy W` in the shape of x."""
     if window is None:
         return dy @ weight
-    gradient = conv2d_input if weight.ndim == 4 else conv3d_input
+    gradient: Any = conv2d_input if weight.ndim == 4 else conv3d_input
     return gradient(x.shape, weight, dy, window.stride, window.padding)
 
 
@@ -148,7 +148,7 @@ def weight_gradient(x: Tensor, size: torch.Size, dy: Tensor, window: Window | No
     """`dy^T x` for a weight of this size."""
     if window is None:
         return dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-    gradient = conv2d_weight if len(size) == 4 else conv3d_weight
+    gradient: Any = conv2d_weight if len(size) == 4 else conv3d_weight
     return gradient(x, size, dy, window.stride, window.padding)
 
 
@@ -241,7 +241,8 @@ KINDS: dict[type, type] = {
 
 def choose_arithmetic(net: nn.Module, arithmetic: Arithmetic) -> None:
     """Give PEFT's plain LoRA layers in a network this arithmetic: those on a Linear, Conv2d or Conv3d, not on heirs."""
-    for layer in net.modules():
+    for module in net.modules():
+        layer: Any = module
         if type(layer) in KINDS and is_plain(layer.get_base_layer()):
             layer.__class__ = KINDS[type(layer)]
         if type(layer) in KINDS.values():
@@ -250,7 +251,7 @@ def choose_arithmetic(net: nn.Module, arithmetic: Arithmetic) -> None:
             layer.window = None if isinstance(base, nn.Linear) else Window(base.stride, base.padding)
 
 
-def is_plain(base: nn.Module) -> bool:
+def is_plain(base: Any) -> bool:  # noqa: ANN401
     """Whether PEFT's LoRA is one on the layer's weight: its convolutions have no groups, dilation or other borders."""
     if type(base) in (nn.Conv2d, nn.Conv3d):
         borders = base.padding_mode == "zeros" and not isinstance(base.padding, str)
