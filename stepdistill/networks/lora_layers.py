@@ -201,8 +201,8 @@ class Formed(NamedTuple):
 
     def is_of(self, parts: tuple[Tensor, Tensor, Tensor], scale: float) -> bool:
         """Whether nothing has been written to, or put in another place, since."""
-        places = (new.data_ptr() == old.data_ptr() for new, old in zip(parts, self.parts, strict=True))
-        return scale == self.scale and all(places) and [part._version for part in parts] == self.versions
+        same = all(new.is_set_to(old) for new, old in zip(parts, self.parts, strict=True))
+        return same and scale == self.scale and [part._version for part in parts] == self.versions
 
 
 @torch.no_grad()
