@@ -270,6 +270,7 @@ def test_every_value_of_a_config_is_decided_on(two, teacher, samples):
     schedule = {"max_train_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm"}
     batch = {"train_batch_size", "gradient_accumulation_steps"}  # at an equal global batch
     machine = {"mixed_precision", "gradient_checkpointing", "shard_base", "torch_compile", "allow_tf32", "cache_dir"}
+    arithmetic = {"lora.arithmetic"}  # equal to rounding
     machine |= {"enable_xformers_memory_efficient_attention", "dataloader_num_workers"}
     folder = {"output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"}
     folder |= {"overwrite_output_dir", "export_formats", "push_to_hub", "hub_model_id"}
@@ -277,4 +278,4 @@ def test_every_value_of_a_config_is_decided_on(two, teacher, samples):
     watched |= {"teacher_steps", "teacher_guidance_scale", "watch_samples", "watch_stop", "eval_samples"}
     watched |= {"eval_reference"}
     optimizer = {"optimizers.student.weight_decay"}
-    assert free == schedule | batch | machine | folder | watched | optimizer
+    assert free == schedule | batch | machine | folder | watched | optimizer | arithmetic

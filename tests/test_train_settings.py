@@ -20,6 +20,7 @@ from stepdistill.data import Prompts
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.lora_layers import LoraLinear
 from stepdistill.networks.roles import Lora, LoraSpec, RoleLora
 from stepdistill.training import batches, distill, finish, loop, resume, sampling, setup
 from stepdistill.training.cache.keys import Keys
@@ -269,16 +270,17 @@ LORA = {
     "target_modules": ("to_v",),
     "roles": {"student": RoleLora(alpha=3.0)},
     "init_from": "folder",
+    "arithmetic": "apart",
 }
 
 
 def test_every_field_of_lora_is_here():
     assert sorted(fields(LoraSpec)) == sorted(LORA)
-    assert set(fields(RoleLora)) == set(LORA) - {"roles", "init_from"}
+    assert set(fields(RoleLora)) == set(LORA) - {"roles", "init_from", "arithmetic"}
 
 
 def wanted(spec: LoraSpec, monkeypatch: Patch) -> dict[str, Any]:
-    """The PEFT config of each role, and what the student starts from."""
+    """The PEFT config of each role, what the student starts from, and how the layers compute."""
     net = torch.nn.ModuleDict({"to_q": torch.nn.Linear(2, 2), "to_v": torch.nn.Linear(2, 2)})
     bone = Backbone(net, spec, ("to_q", "to_v"))
     for role in ("student", "fake"):
@@ -296,7 +298,7 @@ def wanted(spec: LoraSpec, monkeypatch: Patch) -> dict[str, Any]:
     bone.declared.clear()
     monkeypatch.setattr(distill.Optimizers, "declare", lambda self, method: self)
     distill.distill(run_of(TrainSpec(output_dir="out"), lora=spec))
-    return seen | {"start": begun}
+    return seen | {"start": begun, "layers": [m.arithmetic for m in net.modules() if isinstance(m, LoraLinear)]}
 
 
 @pytest.mark.parametrize("name", LORA)
@@ -305,7 +307,7 @@ def test_a_field_of_lora_changes_what_it_is_said_to(name, monkeypatch):
     base = LoraSpec(rank=2)
     before, after = (wanted(spec, monkeypatch) for spec in (base, replace(base, **{name: LORA[name]})))
     assert not before["start"]
-    where = {"roles": {"student"}, "init_from": {"start"}}.get(name, {"student", "fake"})
+    where = {"roles": {"student"}, "init_from": {"start"}, "arithmetic": {"layers"}}.get(name, {"student", "fake"})
     assert {key for key in before if before[key] != after[key]} == where
     if name in fields(RoleLora):
         own = wanted(replace(base, roles={"fake": RoleLora(**{name: LORA[name]})}), monkeypatch)

@@ -151,7 +151,7 @@ def settings(config: Mapping[str, Any], method: Method) -> dict[str, object]:
 def is_kept(path: str) -> bool:
     """Whether a resumed run must have the stored value."""
     parent, _, name = path.rpartition(".")
-    if parent.startswith("train.optimizers.") and name in OPTIONS:
+    if path == "lora.arithmetic" or (parent.startswith("train.optimizers.") and name in OPTIONS):
         return False
     return path.startswith(tuple(f"{key}." for key in KEPT)) or path in KEPT
 
