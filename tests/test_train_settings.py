@@ -298,7 +298,7 @@ def wanted(spec: LoraSpec, monkeypatch: Patch) -> dict[str, Any]:
     bone.declared.clear()
     monkeypatch.setattr(distill.Optimizers, "declare", lambda self, method: self)
     distill.distill(run_of(TrainSpec(output_dir="out"), lora=spec))
-    return seen | {"start": begun, "layers": [m.arithmetic for m in net.modules() if isinstance(m, LoraLinear)]}
+    return seen | {"start": begun, "layers": {m.arithmetic for m in net.modules() if isinstance(m, LoraLinear)}}
 
 
 @pytest.mark.parametrize("name", LORA)
