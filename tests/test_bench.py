@@ -219,7 +219,7 @@ def test_students_are_trained_and_judged_once(raced, monkeypatch):
     shown = render.RENDERERS["lcm_quality"](line).splitlines()
     low, high = (round(each) for each in rows["best flags/0/4"]["ci95"])
     cells = f"{rows['best flags/0/4']['excess']:.0f} [{low}, {high}] | {line['ratios']['best flags'][0]:.2f}"
-    assert shown[-1] == f"| best flags, seed 0 | {cells} |" and len(shown) == 2 + len(rows)
+    assert shown[-1] == f"| plain loop, best flags, seed 0 | {cells} |" and len(shown) == 2 + len(rows)
 
 
 def plain_loop(side: str, work: Path) -> tuple[quality.Script, list[tuple[torch.Tensor, str]]]:

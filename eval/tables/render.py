@@ -233,13 +233,13 @@ def _memory(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _lcm_quality(race: Mapping[str, Any]) -> str:
     """A line a student, a column a number of steps, and what our student's excess is of it."""
-    heads = [f"{n} step{'s' * (n > 1)}" for n in race["steps"]]
-    lines = [f"| excess [95 %] | {' | '.join(heads)} | at 4 steps: ours / this |", "| --- " * (len(heads) + 2) + "|"]
+    heads = [*(f"{n} step{'s' * (n > 1)}" for n in race["steps"]), "at 4 steps: ours / this"]
+    lines = [f"| excess [95 %] | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
     for side in ("ours", *race["ratios"]):
         for k, seed in enumerate(race["seeds"]):
             cells = [_excess(race["excess"][f"{side}/{seed}/{n}"]) for n in race["steps"]]
-            share = "" if side == "ours" else f"{race['ratios'][side][k]:.2f}"
-            lines.append(f"| {side}, seed {seed} | {' | '.join(cells)} | {share} |")
+            name, share = (side, "") if side == "ours" else (f"plain loop, {side}", f"{race['ratios'][side][k]:.2f}")
+            lines.append(f"| {name}, seed {seed} | {' | '.join(cells)} | {share} |")
     return "\n".join(lines)
 
 
