@@ -230,7 +230,7 @@ class Backbone(nn.Module):
         """Move the averages whose sources have just stepped in `step` (from 0)."""
         for name, role in self.declared.items():
             if isinstance(role, Ema) and role.of in stepped and (role.until is None or step < role.until):
-                means, values = (list(self.parameters_of(each).values()) for each in (name, role.of))
+                means, values = (tuple(self.parameters_of(each).values()) for each in (name, role.of))
                 torch._foreach_lerp_(means, values, 1 - role.decay)
 
     def enable_checkpointing(self) -> None:
