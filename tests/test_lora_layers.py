@@ -175,7 +175,9 @@ def kept(backbone: Backbone, x: Tensor) -> int:
     return sum(size for key, size in sizes.items() if key not in own)
 
 
-@pytest.mark.parametrize(("inputs", "places", "rank"), [(600, 2000, 8), (600, 800, 8), (16, 4000, 8), (64, 2000, 64)])
+@pytest.mark.parametrize(
+    ("inputs", "places", "rank"), [(600, 2000, 8), (600, 800, 8), (16, 4000, 8), (64, 2000, 64), (600, 500, 200)]
+)
 def test_a_pass_keeps_no_more_than_peft_s_does(inputs, places, rank, monkeypatch):
     torch.manual_seed(0)
     backbone = Backbone(OneLayer(nn.Linear(inputs, inputs)), LoraSpec(rank=rank), ["layer"])

@@ -142,6 +142,46 @@ def _same_gradients(ours: Path, theirs: Path) -> None:
         assert (one - two).norm() <= 1e-6 * two.norm(), (step, (one - two).norm() / two.norm())
 
 
+class Plain(torch.optim.Optimizer):
+    """Of another library."""
+
+    def __init__(self, params, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p -= self.param_groups[0]["lr"] * p.grad
+
+
+@pytest.mark.parametrize(
+    ("factory", "fused"),
+    [
+        (Factory("torch.optim.AdamW", {"weight_decay": 0.1}), True),
+        (Factory("torch.optim.SGD", {"momentum": 0.9}), True),
+        (Factory("torch.optim.AdamW", {"foreach": True}), None),
+        (Factory("torch.optim.AdamW", {"fused": False}), False),
+        (Factory("torch.optim.Adagrad"), None),  # whose kernel is for CPUs alone
+        (Factory(f"{__name__}.Plain"), None),
+    ],
+)
+def test_torch_s_optimizers_step_in_one_kernel(factory, fused):
+    """With the result of single tensors, to rounding."""
+    ends = []
+    for each in (factory, replace(factory, kwargs=factory.kwargs | ({"fused": False} if fused else {}))):
+        bone = backbone("sd", pipeline("sd"))
+        bone.add("student", Lora())
+        awake(bone, "student")
+        optimizers = Optimizers(bone, TrainSpec(output_dir="unused", learning_rate=0.01, optimizer=each)).build()
+        assert optimizers.by_role["student"].param_groups[0].get("fused") is (False if ends and fused else fused)
+        for step in range(3):
+            for p in bone.parameters_of("student").values():
+                p.grad = (20 * p.detach()).sin()
+            optimizers.apply(("student",), step)
+        ends.append(torch.cat([p.detach().flatten() for p in bone.parameters_of("student").values()]))
+    assert torch.allclose(*ends, atol=1e-6)
+
+
 def test_micro_batches_keep_no_graph():
     """The graph of one micro-batch is gone before the next is built."""
     pipe = pipeline("sd")

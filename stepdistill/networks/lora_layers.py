@@ -186,7 +186,7 @@ def merged_output(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
     value = merged_weight(layer, names[0], weight, a, b, scale)
     if not torch.is_grad_enabled():
         return product(x, value, base.bias, window)
-    if shape.has_full_gradient():
+    if shape.keeps() and shape.has_full_gradient():
         return product(x, MergedWeight.apply(a, b, scale, value), base.bias, window)  # pyright: ignore
     return MergedProduct.apply(x, a, b, weight, base.bias, scale, window, value, shape.keeps())  # pyright: ignore
 

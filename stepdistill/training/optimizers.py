@@ -6,14 +6,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from inspect import signature
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from stepdistill.config.schema import Factory, locate
+from stepdistill.config.schema import Factory
 from stepdistill.core import distributed
 from stepdistill.core.errors import StepdistillError, problem
 from stepdistill.methods.base import Method
@@ -23,17 +22,17 @@ from stepdistill.networks.quantize import dense
 from stepdistill.networks.roles import Ema
 from stepdistill.training.recipe import TrainSpec
 
-CHOICES = {"fused", "foreach", "capturable", "differentiable"}  # arguments that say how torch steps
+FUSED = {"torch.optim.Adam", "torch.optim.AdamW", "torch.optim.SGD"}  # that have such a kernel on every device
+WAYS = {"fused", "foreach", "capturable", "differentiable"}
 OPTIONS = ("lr", "betas", "eps", "weight_decay")  # of an optimizer; a resumed run may change them
 
 
-def one_kernel(make: Factory) -> dict[str, bool]:
-    """Have torch's own optimizers step all tensors in one kernel, unless the config says how.
+def in_one_kernel(make: Factory) -> dict[str, bool]:
+    """Arguments that let an optimizer of torch step all tensors in one kernel, unless the config says how it steps.
 
-    Left alone, on a CPU they take hundreds of small tensors one by one, ten operations each.
+    Left alone, on a CPU it takes hundreds of small tensors one by one, ten operations each.
     """
-    fusible = make.type.startswith("torch.optim.") and "fused" in signature(locate(make.type)).parameters
-    return {"fused": True} if fusible and not make.kwargs.keys() & CHOICES else {}
+    return {"fused": True} if make.type in FUSED and not WAYS & make.kwargs.keys() else {}
 
 
 @dataclass
@@ -68,7 +67,7 @@ class Optimizers:
             if isinstance(role, Ema):
                 continue
             make = (spec.optimizers or {}).get(name, spec.optimizer)
-            self.by_role[name] = make(list(self.params(name).values()), lr=spec.learning_rate, **one_kernel(make))
+            self.by_role[name] = make(list(self.params(name).values()), lr=spec.learning_rate, **in_one_kernel(make))
             self.schedulers[name] = get_scheduler(
                 spec.lr_scheduler,
                 self.by_role[name],
