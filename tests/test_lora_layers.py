@@ -366,6 +366,17 @@ def test_it_compiles_to_one_graph(name, monkeypatch):
     assert close(found, both(backbone, x, "apart"))  # nothing is kept in the graph
 
 
+def test_a_pass_in_inference_mode_leaves_nothing_to_a_later_gradient():
+    backbone, x = network("linear")
+    choose_arithmetic(backbone.net, "merged")
+    with torch.inference_mode(), backbone.use("student") as net:
+        first = net(x)
+    with backbone.use("student") as net:
+        y = net(x)
+    y.sum().backward()
+    assert torch.equal(y, first)
+
+
 def test_forward_derivatives_of_frozen_roles():
     backbone, x = network("linear")
     tangent = torch.randn_like(x)

@@ -103,11 +103,11 @@ def stable_diffusion_xl() -> nn.Module:
     )
 
 
-def stable_diffusion_3() -> nn.Module:
-    """The network of Stable Diffusion 3 medium."""
+def stable_diffusion_3(blocks: int = 24) -> nn.Module:
+    """The network of Stable Diffusion 3 medium, or some of its blocks."""
     return SD3Transformer2DModel(
         sample_size=128,
-        num_layers=24,
+        num_layers=blocks,
         num_attention_heads=24,
         caption_projection_dim=1536,
         pos_embed_max_size=192,

@@ -9,9 +9,9 @@ width, at any rank. With gradients:
     dB = s dy^T (x A^T),  dA = s (dy B)^T x                        2 P r (I + O) multiplications, or
     G = dy^T x,  dB = s G A^T,  dA = s B^T G                       P I O + 2 r I O: fewer where r is near the width
 
-The choices depend on shapes alone, so that the same layer, batch and role give the same bits in every pass. Only
-float32 weights without autocast are added to: in half precision `W + s B A` rounds small updates away. Quantised layers
-have other classes in PEFT. Everywhere else PEFT's own forward is called. PEFT owns names, states and files throughout.
+The choices depend on shapes alone, never on measured time, so that runs repeat. Only float32 weights without autocast
+are added to: in half precision `W + s B A` rounds small updates away. Quantised layers have other classes in PEFT.
+Everywhere else PEFT's own forward is called. PEFT owns names, states and files throughout.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Formed(NamedTuple):
 @torch.no_grad()
 def merged_weight(layer: Any, name: str, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:  # noqa: ANN401
     """The value of `W + s B A`; that of a small layer is kept until one of the three is written to."""
-    if weight.numel() > SMALL or torch.compiler.is_compiling():
+    if weight.numel() > SMALL or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return add_lora(weight, a, b, scale)
     parts = (weight, a, b)
     if name not in layer.formed or not layer.formed[name].is_of(parts, scale):

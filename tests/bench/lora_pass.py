@@ -1,7 +1,8 @@
 """A pass through layers and networks with a LoRA: PEFT's two paths beside `W + s B A` formed first, in float32.
 
     python tests/bench/lora_pass.py                  # single layers at real sizes, and the bundled teacher's network
-    python tests/bench/lora_pass.py sd15 sdxl sd3    # these networks at their real size too, with random weights
+    python tests/bench/lora_pass.py sd15 sdxl sd3    # these networks at their real size too (SD3 with a quarter of its
+                                                     # blocks), with random weights
 
 *apart* is PEFT's own forward, *merged* is what `stepdistill.networks.lora_layers` does instead, and *auto* chooses by
 the layer's shape and batch; *bare* has no LoRA. A pass is one without gradients, or forward and backward. One process
@@ -16,9 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from harness import CPU, Rows, Side, interleaved, quartiles, ratios, surroundings
@@ -35,9 +38,10 @@ from stepdistill.networks.roles import TEACHER, Arithmetic, Lora, LoraSpec
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
 
-from tables.memory_at_size import SHAPES, Shape
+from tables.memory_at_size import SHAPES, Shape, stable_diffusion_3
 
 FORMS: tuple[Arithmetic, ...] = ("apart", "merged", "auto")
+LARGE_FORMS: tuple[Arithmetic, ...] = ("apart", "auto")
 PASSES = ("forward", "forward and backward")
 # kind, inputs, outputs, side of the square of places, batch, rank
 LAYERS = [
@@ -64,13 +68,27 @@ LAYERS = [
     ("linear", 1536, 6144, 32, 2, 64),
 ]
 TINY = Shape(partial(build.unet, (64, 112), 128), {"states": (build.LENGTH, 128)}, SHAPES["sd15"].schedule, "epsilon")
-# the network, its family, batch, side of the latents, measured turns
-NETWORKS: dict[str, tuple[Shape, type[Family], int, int, int]] = {
-    "tiny-sd, batch 32": (TINY, StableDiffusion, 32, 8, 20),
-    "tiny-sd, batch 8": (TINY, StableDiffusion, 8, 8, 30),
-    "sd15": (SHAPES["sd15"], StableDiffusion, 1, 64, 3),
-    "sdxl": (SHAPES["sdxl"], StableDiffusionXL, 1, 64, 2),
-    "sd3": (SHAPES["sd3"], StableDiffusion3, 1, 64, 2),
+SD3_BLOCKS = 6  # of 24, which are alike
+SD3 = replace(SHAPES["sd3"], network=partial(stable_diffusion_3, SD3_BLOCKS))
+
+
+class Case(NamedTuple):
+    """A network and its family, the batch, the side of the latents, and turns: not measured, and measured."""
+
+    shape: Shape
+    family: type[Family]
+    batch: int
+    side: int
+    warm: int
+    turns: int
+
+
+NETWORKS = {
+    "tiny-sd, batch 32": Case(TINY, StableDiffusion, 32, 8, 1, 20),
+    "tiny-sd, batch 8": Case(TINY, StableDiffusion, 8, 8, 1, 30),
+    "sd15": Case(SHAPES["sd15"], StableDiffusion, 1, 64, 0, 2),
+    "sdxl": Case(SHAPES["sdxl"], StableDiffusionXL, 1, 64, 0, 1),
+    "sd3": Case(SD3, StableDiffusion3, 1, 64, 0, 2),
 }
 
 
@@ -94,7 +112,9 @@ def with_lora(net: nn.Module, rank: int, targets: list[str]) -> Backbone:
     return backbone
 
 
-def sides(backbone: Backbone, call: Callable[[nn.Module], Tensor], gradient: bool) -> dict[str, Side]:
+def sides(
+    backbone: Backbone, call: Callable[[nn.Module], Tensor], gradient: bool, forms: Sequence[Arithmetic] = FORMS
+) -> dict[str, Side]:
     """A side for each form, and one without the LoRA."""
 
     def step(role: str, form: Arithmetic) -> None:
@@ -105,8 +125,8 @@ def sides(backbone: Backbone, call: Callable[[nn.Module], Tensor], gradient: boo
             torch.autograd.backward(y, torch.ones_like(y))
         backbone.zero_grad(set_to_none=True)
 
-    forms = {form: Side(partial(step, "student", form), [], {}) for form in FORMS}
-    return forms | {"bare": Side(partial(step, TEACHER, "apart"), [], {})}
+    students = {form: Side(partial(step, "student", form), [], {}) for form in forms}
+    return students | {"bare": Side(partial(step, TEACHER, "apart"), [], {})}
 
 
 def share(rows: Rows, form: str) -> float:
@@ -131,18 +151,19 @@ def layer_row(kind: str, inputs: int, outputs: int, side: int, batch: int, rank:
 
 def network_row(name: str) -> dict[str, object]:
     """The ratios of a whole network."""
-    shape, kind, batch, side, turns = NETWORKS[name]
-    family = kind(pretrained_teacher_model="random")
-    net = shape.network()
+    case = NETWORKS[name]
+    family, forms = case.family(pretrained_teacher_model="random"), FORMS if name.startswith("tiny") else LARGE_FORMS
+    net = case.shape.network()
     backbone = with_lora(net, LoraSpec.rank, list(family.lora_targets(net)))
-    x = torch.randn(batch, shape.channels, side, side, requires_grad=True)
-    t = torch.full((batch,), 500.0)
-    cond = {key: torch.randn(batch, *size) for key, size in shape.condition.items()}
+    x = torch.randn(case.batch, case.shape.channels, case.side, case.side, requires_grad=True)
+    t = torch.full((case.batch,), 500.0)
+    cond = {key: torch.randn(case.batch, *size) for key, size in case.shape.condition.items()}
     row: dict[str, object] = {}
     for pass_name, gradient in zip(PASSES, (False, True), strict=True):
-        rows = interleaved(sides(backbone, lambda net: family.call(net, x, t, cond), gradient), 1, turns)
+        both = sides(backbone, lambda net: family.call(net, x, t, cond), gradient, forms)
+        rows = interleaved(both, case.warm, case.turns)
         seconds = round(quartiles([one[CPU] for one in rows["apart"]])[1], 3)
-        row[pass_name] = {form: share(rows, form) for form in ("merged", "auto", "bare")} | {"apart, s": seconds}
+        row[pass_name] = {form: share(rows, form) for form in rows if form != "apart"} | {"apart, s": seconds}
     return row
 
 
