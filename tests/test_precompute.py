@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from stepdistill.core.random import sample_rng
 from stepdistill.data import FixedCrops, ImageFolder, InvertedImages, Partition, Prompts, TeacherSamples, Trajectories
 from stepdistill.data.bundled import build
 from stepdistill.families.lazy_pipeline import PARTS, LazyPipeline
+from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.meta import is_shell
 from stepdistill.networks.roles import LoraSpec
@@ -194,6 +197,35 @@ def test_a_whole_training_from_the_cache_loads_neither(place, tmp_path, caplog, 
     assert plain.keys() == cached.keys() and all(torch.equal(plain[key], cached[key]) for key in plain)
     assert any(value.abs().max() > 0 for key, value in cached.items() if "lora_B" in key)
     assert parts(session) == {"text_encoder", "vae"} and not caplog.records
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_two_epochs_encode_each_image_and_prompt_once(place, tmp_path, monkeypatch, workers, on_disk):
+    """In micro-batches, by workers or not, beside validation prompts, of which one is a caption."""
+    encoded, prompts = [0], Counter[str]()
+    encode, condition = StableDiffusion.encode, StableDiffusion.condition
+
+    def counted(family, pipe, pixels):
+        encoded[0] += len(pixels)
+        return encode(family, pipe, pixels)
+
+    def read(family, pipe, texts):
+        prompts.update(texts)
+        return condition(family, pipe, texts)
+
+    monkeypatch.setattr(StableDiffusion, "encode", counted)
+    monkeypatch.setattr(StableDiffusion, "condition", read)
+    how = {"gradient_accumulation_steps": 2, "dataloader_num_workers": workers, "cache_latents": True}
+    kept = tmp_path / "kept" if on_disk else None
+    run = run_of(place, tmp_path / "out", images(place, proportion_empty_prompts=0.0), kept, train_batch_size=1, **how)
+    session = prepare(run)
+    with closing(session.batches.steps(run.data, 0, 0, 1)) as read:
+        for _ in range(6):  # two images each
+            next(read)
+            session.batches.condition(["cat number 0", "rose"])
+    del prompts[""]  # what fills the last block of four
+    assert encoded == [5] and prompts == Counter(["rose", *(f"cat number {i}" for i in range(5))])
 
 
 def test_what_is_missing_is_loaded_for_once_and_said(place, tmp_path, caplog, loads):
