@@ -40,7 +40,8 @@ from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.spec import SEED_B
 from stepdistill.evaluation.stored_features import StoredFeatures
-from stepdistill.methods.base import Update
+from stepdistill.methods.base import Method, Update
+from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Lora
 from stepdistill.students.draw.call import PipelineCall
@@ -210,6 +211,42 @@ class Poisoned(Regression):
     def updates(self, context, batch, step):
         for update in Regression.updates(self, context, batch, step):
             yield Update(update.roles, update.loss * (float("nan") if step == 2 else 1.0), **update.logs)
+
+
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")  # each waits for a device
+
+
+def reads_of(method: Method, step: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the functions of the library that read a tensor in a step of two micro-batches."""
+    pipe = pipeline("sd")
+    bone = backbone("sd", pipe)
+    optimizers = Optimizers(bone, TrainSpec(output_dir="unused")).declare(method).build()
+    scene, parts, callers = context("sd", pipe, bone, step), [batch("sd", pipe), batch("sd", pipe)], list[str]()
+
+    def watched(name: str, read):
+        def call(*args, **kwargs):
+            frame = sys._getframe(1)
+            while frame is not None and "stepdistill" not in Path(frame.f_code.co_filename).parts:
+                frame = frame.f_back
+            callers.append("" if frame is None else frame.f_code.co_name)
+            return read(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in READS:
+            patched.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+        trainer.train_step(method, optimizers, scene, parts)
+    return callers
+
+
+@pytest.mark.parametrize(
+    ("method", "updates"),
+    [(LCM, 1), (DMD2(num_inference_steps=2, critic_steps=1), 2), (DMD2(num_inference_steps=2, critic_steps=2), 1)],
+)
+def test_a_step_reads_one_tensor_an_update(method, updates, monkeypatch):
+    """Loss, norms and logs at once, before the weights change; a read waits for all that the device has to do."""
+    assert reads_of(method, 1, monkeypatch).count("train_step") == updates
 
 
 def test_a_non_finite_loss_stops_and_saves(teacher, samples, tmp_path):

@@ -103,12 +103,14 @@ def few_step(
     alpha, sigma = schedule(torch.tensor(times[0], device=x_t.device))
     for i, (t, s) in enumerate(islice(each_step(times, x_t), taken)):
         est = denoise(x_t, t, cond)
-        low = torch.floor((1 - sampler.eta) * s) if sampler.eta > 0 else s  # a flow's is no integer
+        after = torch.tensor(times[i + 1])  # on the CPU: to look at `s` is to wait for the device
+        # a flow's times are no integers
+        low, end = (torch.floor((1 - sampler.eta) * u) if sampler.eta > 0 else u for u in (s, after))
         eps = (first - alpha * est.x0) / sigma if sampler.first_noise else est.eps
-        x_t = est.x0 if sampler.clean and low[0] == 0 else schedule.add_noise(est.x0, eps, low)
-        if sampler.eta > 0 and s[0] > 0:
+        x_t = est.x0 if sampler.clean and end == 0 else schedule.add_noise(est.x0, eps, low)
+        if sampler.eta > 0 and after > 0:
             z = torch.randn_like(x_t) if noise is None else noise(i)
-            if sampler.clean and low[0] == 0:
+            if sampler.clean and end == 0:
                 x_t = schedule.add_noise(x_t, z, s)
             else:
                 x_t = schedule.renoise(x_t, low, s, z)

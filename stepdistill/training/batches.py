@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -94,7 +94,7 @@ class Batches:
         self.latents = LatentCache(self.folder and self.folder / "latents", f"{self.keys.vae}/{source.digest()}")
         return source
 
-    def steps(self, source: Source, start: int, rank: int, world: int) -> Iterator[list[Batch]]:
+    def steps(self, source: Source, start: int, rank: int, world: int) -> Generator[list[Batch]]:
         """The micro-batches of each step from `start` on, without end."""
         spec = self.spec
         size, parts = spec.train_batch_size, spec.gradient_accumulation_steps

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -56,14 +57,17 @@ def train_step(
         if not roles:
             break
         distributed.average([total, *logs.values()])
-        if not torch.isfinite(total):
+        numbers = {**optimizers.clip(roles), **logs}
+        # one read an update, since each waits for the device; and before the weights are touched
+        loss, *read = torch.stack([total, *numbers.values()]).tolist()
+        if not math.isfinite(loss):
             term = f"update {number} (roles {', '.join(roles)}), samples {micro_batches[0].index[0]} and on"
-            got = f"a loss of {total.item()} at step {context.step + 1} in {term}"
+            got = f"a loss of {loss} at step {context.step + 1} in {term}"
             why = "the update would destroy the weights; those before this step are saved"
             todo = "inspect non_finite.pt; lower train.learning_rate, or use bf16 instead of fp16"
             raise NonFiniteLoss(problem(got, "a finite loss", why, todo))
-        values |= optimizers.apply(roles, context.step)
-        values |= {key: value.item() for key, value in logs.items()}
+        optimizers.apply(roles, context.step)
+        values |= dict(zip(numbers, read, strict=True)) | {"lr": optimizers.rate}
     optimizers.advance_schedules()
     return values
 
@@ -93,7 +97,7 @@ def training_loop(session: Session, optimizers: Optimizers, source: Path | None 
     bar = progress(
         title="Training", unit="step", total=spec.max_train_steps, done=start, shown=accelerator.is_main_process
     )
-    with Stop().listening() as stop, bar:
+    with Stop().listening() as stop, bar, closing(batches):  # with it go the processes that read
         for step in range(start, spec.max_train_steps):
             began, micro_batches = time.perf_counter(), next(batches)
             try:

@@ -80,11 +80,14 @@ class Optimizers:
         """A role's parameters by name."""
         return self.backbone.parameters_of(role)
 
-    def apply(self, roles: Sequence[str], step: int) -> dict[str, float]:
-        """One update of `roles`: sync, clip, step, average, zero. Returns gradient norms, and the first role's rate."""
-        values: dict[str, float] = {}
+    def clip(self, roles: Sequence[str]) -> dict[str, Tensor]:
+        """Average the gradients of `roles` over the processes, and clip them. Returns their norms by `grad_norm/ROLE`.
+
+        The norms stay on the device: reading one waits for all that was asked of it.
+        """
+        norms: dict[str, Tensor] = {}
         for role in roles:
-            params, optimizer = self.params(role), self.by_role[role]
+            params = self.params(role)
             missing = [key for key, p in params.items() if p.grad is None]
             if missing:
                 got = f"no gradient for {len(missing)} of {len(params)} tensors of role {role!r}, such as {missing[0]}"
@@ -92,17 +95,25 @@ class Optimizers:
                 todo = "exclude layers whose output is not used, or remove a no_grad around the role's call"
                 raise StepdistillError(problem(got, "a gradient for each", why, todo))
             distributed.average([p.grad for p in params.values() if p.grad is not None])
-            self.scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(list(params.values()), self.spec.max_grad_norm or float("inf"))
-            self.scaler.step(optimizer)
-            increment_version(params.values())  # some optimizers write past autograd, as 8-bit ones
-            values[f"grad_norm/{role}"] = norm.item()
-        values["lr"] = float(next(iter(self.schedulers.values())).get_last_lr()[0])
+            self.scaler.unscale_(self.by_role[role])
+            largest = self.spec.max_grad_norm or float("inf")
+            norms[f"grad_norm/{role}"] = nn.utils.clip_grad_norm_(list(params.values()), largest)
+        return norms
+
+    def apply(self, roles: Sequence[str], step: int) -> None:
+        """One update of `roles` by their clipped gradients: step, average, zero."""
+        for role in roles:
+            self.scaler.step(self.by_role[role])
+            increment_version(self.params(role).values())  # some optimizers write past autograd, as 8-bit ones
         self.scaler.update()
         self.backbone.average(roles, step)
         self.zero()
         self.step = step
-        return values
+
+    @property
+    def rate(self) -> float:
+        """The first role's learning rate."""
+        return float(next(iter(self.schedulers.values())).get_last_lr()[0])
 
     def zero(self) -> None:
         """Drop every gradient: a role's loss leaves some in the others."""
@@ -135,8 +146,9 @@ class Optimizers:
         has not."""
         now = self.fingerprint()
         learning = any(group["lr"] > 0 for opt in self.by_role.values() for group in opt.param_groups)
-        still = [k for k in now if k.split("/")[0] in self.by_role and bool(now[k] == before[k])]
-        leaked = [k for k in now if k.startswith("base/") and not bool(now[k] == before[k])]
+        equal = torch.stack([now[key] == before[key] for key in now]).tolist()  # read at once
+        still = [k for k, same in zip(now, equal, strict=True) if same and k.split("/")[0] in self.by_role]
+        leaked = [k for k, same in zip(now, equal, strict=True) if not same and k.startswith("base/")]
         if (still and learning and all_should) or leaked:
             got = (
                 f"{len(still)} trainable tensors that did not change and {len(leaked)} frozen ones that did, "
