@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,6 +38,7 @@ from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.meta import is_shell
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.students.base_model import base_of
+from stepdistill.training import loop as trainer
 from stepdistill.training.batches import NULL
 from stepdistill.training.cache import keys as fingerprint
 from stepdistill.training.cache import rows as cache
@@ -210,12 +213,12 @@ def test_two_epochs_encode_each_image_and_prompt_once(place, tmp_path, monkeypat
         encoded[0] += len(pixels)
         return encode(family, pipe, pixels)
 
-    def read(family, pipe, texts):
+    def told(family, pipe, texts):
         prompts.update(texts)
         return condition(family, pipe, texts)
 
     monkeypatch.setattr(StableDiffusion, "encode", counted)
-    monkeypatch.setattr(StableDiffusion, "condition", read)
+    monkeypatch.setattr(StableDiffusion, "condition", told)
     how = {"gradient_accumulation_steps": 2, "dataloader_num_workers": workers, "cache_latents": True}
     kept = tmp_path / "kept" if on_disk else None
     run = run_of(place, tmp_path / "out", images(place, proportion_empty_prompts=0.0), kept, train_batch_size=1, **how)
@@ -226,6 +229,14 @@ def test_two_epochs_encode_each_image_and_prompt_once(place, tmp_path, monkeypat
             session.batches.condition(["cat number 0", "rose"])
     del prompts[""]  # what fills the last block of four
     assert encoded == [5] and prompts == Counter(["rose", *(f"cat number {i}" for i in range(5))])
+
+
+def test_processes_that_read_end_with_the_loop(place, tmp_path, monkeypatch):
+    """Also where an error holds the loop's frame: they ignore signals, and the exit would wait for them forever."""
+    monkeypatch.setattr(trainer, "train_step", Mock(side_effect=ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError) as held:
+        trained(run_of(place, tmp_path / "out", images(place), None, dataloader_num_workers=2))
+    assert held.traceback and not multiprocessing.active_children()
 
 
 def test_what_is_missing_is_loaded_for_once_and_said(place, tmp_path, caplog, loads):
