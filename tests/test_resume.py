@@ -197,6 +197,24 @@ def test_losses_may_be_scaled_from_now_on_or_no_more():
     plain.restore(roles, scaled.state(), scaler.state_dict(), 0)
 
 
+def test_a_resumed_optimizer_steps_as_the_config_says():
+    """In one kernel or not; the checkpoint may be of the other, and losses may be scaled."""
+    bone = backbone("sd", pipeline("sd"))
+    plain = TrainSpec(output_dir="unused", optimizer=Factory("torch.optim.AdamW", {"fused": False}))
+    ways = {False: Optimizers(bone, plain).declare(REGRESSION).build()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    ways[True] = Optimizers(bone, TrainSpec(output_dir="unused"), scaler).build()
+    roles = {name: bone.state(name) for name in bone.declared}
+    for fused, optimizers in ways.items():
+        optimizers.restore(roles, ways[not fused].state(), {}, 0)
+        assert optimizers.by_role["student"].param_groups[0]["fused"] is fused
+        for p in bone.parameters_of("student").values():
+            p.grad = torch.ones_like(p)
+            optimizers.scaler.scale(torch.zeros(()))  # which the first call of a scaler sets up
+        optimizers.clip(("student",))
+        optimizers.apply(("student",), 0)
+
+
 def test_what_fails_before_the_first_step_loses_nothing(copied, teacher, samples, monkeypatch):
     """Also of a run that is overwritten."""
     before = files(copied)

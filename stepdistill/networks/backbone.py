@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.networks.guidance_adapters import OFF, Context, Hooks, build
-from stepdistill.networks.lora_layers import choose_arithmetic
+from stepdistill.networks.lora_layers import choose_arithmetic, drop_kept
 from stepdistill.networks.roles import TEACHER, Adapters, Copy, Ema, Lora, LoraSpec, Module, Role, Sites, Tap
 
 
@@ -102,6 +102,7 @@ class Backbone(nn.Module):
 
     def _copy(self, name: str, role: Copy) -> nn.Module:
         if role.source is None and role.width == 1:
+            drop_kept(self.net)
             return deepcopy(self.net)
         with self._seeded(name):
             if role.source is not None:
@@ -186,6 +187,7 @@ class Backbone(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Backbone:
         self._own.clear()  # `to_empty` and its like put other parameters in their place
+        drop_kept(self.net)
         nn.Module._apply(self, fn, recurse)
         return self
 

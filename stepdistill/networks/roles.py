@@ -152,8 +152,9 @@ class LoraSpec(RoleLora):
         init_from: student folder or LoRA file that the student starts from.
         roles: rank, alpha and targets of single roles, by role name; an average has those of its role.
         arithmetic: how a layer with a LoRA is computed. `merged` adds the LoRA to the weight first; `apart` computes
-            both and adds the outputs, as PEFT does; `auto` takes what is cheaper for the layer's shape and batch.
-            Half precision and quantised layers are computed apart.
+            both and adds the outputs, as PEFT does; `auto` takes what is cheaper for the layer's shape and batch. In
+            half precision, under autocast, and in layers that are quantised or no plain Linear or Conv2d, `apart` is
+            the only way.
     """
 
     rank: int = 64

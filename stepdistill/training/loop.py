@@ -59,7 +59,7 @@ def train_step(
         distributed.average([total, *logs.values()])
         numbers = {**optimizers.clip(roles), **logs}
         # one read an update, since each waits for the device; and before the weights are touched
-        loss, *read = torch.stack([total, *numbers.values()]).tolist()
+        loss, *read = torch.stack([value.to(total).reshape(()) for value in (total, *numbers.values())]).tolist()
         if not math.isfinite(loss):
             term = f"update {number} (roles {', '.join(roles)}), samples {micro_batches[0].index[0]} and on"
             got = f"a loss of {loss} at step {context.step + 1} in {term}"

@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from stepdistill.config.schema import Factory
 from stepdistill.core import distributed
@@ -104,7 +103,6 @@ class Optimizers:
         """One update of `roles` by their clipped gradients: step, average, zero."""
         for role in roles:
             self.scaler.step(self.by_role[role])
-            increment_version(self.params(role).values())  # some optimizers write past autograd, as 8-bit ones
         self.scaler.update()
         self.backbone.average(roles, step)
         self.zero()
@@ -169,7 +167,7 @@ class Optimizers:
         for name, optimizer in self.by_role.items():
             saved, fresh = states[name], optimizer.state_dict()["param_groups"]
             groups = [
-                old | {key: new[key] for key in ("initial_lr", *OPTIONS) if key in new}
+                old | {key: new[key] for key in ("initial_lr", *OPTIONS, *WAYS) if key in new}
                 for old, new in zip(saved["param_groups"], fresh, strict=True)
             ]
             optimizer.load_state_dict(saved | {"param_groups": groups})
