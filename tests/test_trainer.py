@@ -213,6 +213,20 @@ class Poisoned(Regression):
             yield Update(update.roles, update.loss * (float("nan") if step == 2 else 1.0), **update.logs)
 
 
+@pytest.mark.parametrize("rate", [1e-3, 1e-6])
+def test_a_fingerprint_sees_a_step_of_adam_up_and_down(rate):
+    """In every tensor with two numbers or more, whose plain sum stays."""
+    optimizers = Optimizers(backbone("sd", pipeline("sd")), TrainSpec(output_dir="unused"))
+    before = optimizers.fingerprint()
+    sizes = {}
+    for key, p in optimizers.backbone.net.named_parameters():
+        sizes[f"base/{key}"] = p.numel()
+        p.data.view(-1)[: p.numel() // 2 * 2] += rate * torch.tensor([1.0, -1.0]).repeat(p.numel() // 2)
+    now = optimizers.fingerprint()
+    assert now.keys() == sizes.keys() and len(now) > 50
+    assert not [key for key in now if sizes[key] > 1 and now[key] == before[key]]
+
+
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")  # each waits for a device
 
 

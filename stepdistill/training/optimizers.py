@@ -23,6 +23,7 @@ from stepdistill.training.recipe import TrainSpec
 
 FUSED = {"torch.optim.Adam", "torch.optim.AdamW", "torch.optim.SGD"}  # that have such a kernel on every device
 WAYS = {"fused", "foreach", "capturable", "differentiable"}
+GOLDEN = (5**0.5 - 1) / 2
 OPTIONS = ("lr", "betas", "eps", "weight_decay")  # of an optimizer; a resumed run may change them
 
 
@@ -133,11 +134,11 @@ class Optimizers:
             f"base/{key}": sharding.local(p) for key, p in self.backbone.net.named_parameters() if id(p) not in trained
         }
         with torch.no_grad():
-            # weighted, since Adam's first steps are +-lr, which a plain sum can miss
-            return {
-                key: dense(p).flatten().double() @ torch.linspace(1, 2, p.numel(), dtype=torch.float64, device=p.device)
-                for key, p in named.items()
-            }
+            # weighted, since Adam's first steps are +-lr, which a plain sum can miss; by multiples of the golden ratio,
+            # of which a few are as far apart as many, so that tensors of all sizes share them
+            whole = torch.arange(max(p.numel() for p in named.values()), dtype=torch.float64)
+            weights = 1 + (whole * GOLDEN).frac().to(next(iter(named.values())).device)
+            return {key: dense(p).flatten().double() @ weights[: p.numel()].to(p.device) for key, p in named.items()}
 
     def check_moved(self, before: dict[str, Tensor], all_should: bool) -> None:
         """Raise StepdistillError where a frozen tensor has changed since `before`, or, if `all_should`, a trained one
