@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 import pytest
 import torch
 import yaml
+from images import noise
 from surface import arguments, config_classes
 from tiny import FAMILIES, pipeline
 
@@ -139,11 +140,15 @@ def test_a_device_that_is_not_there_is_one_line(name, tmp_path, capsys) -> None:
     assert usable_device("cpu").type == "cpu" == usable_device(None, "cpu").type
     with pytest.raises(ConfigError, match=f"got device {name}, expected a device that is there"):
         usable_device(name)
+    images = str(tmp_path / "b")
+    (tmp_path / "b").mkdir()
+    for i in range(40):
+        noise(8, 8, i).save(tmp_path / "b" / f"{i}.png")
     for words in (
         ["generate", "nowhere", "rose", "-o", str(tmp_path / "a")],
         ["view", "nowhere", "rose", "-o", str(tmp_path / "a.png")],
-        ["eval", "score", str(tmp_path / "b"), "--ref", "c", "-o", str(tmp_path / "a")],
-        ["eval", "ref", str(tmp_path / "b"), "-o", str(tmp_path / "a.npz")],
+        ["eval", "score", images, "--ref", images, "-o", str(tmp_path / "a")],
+        ["eval", "ref", images, "-o", str(tmp_path / "a.npz")],
         ["eval", "run", "nowhere", "-o", str(tmp_path / "a")],
     ):
         with pytest.raises(SystemExit) as caught:

@@ -120,7 +120,7 @@ def looped(spec: TrainSpec, patch: Patch) -> Log:
     state: Any = SimpleNamespace(
         is_main_process=True, device=CPU, process_index=0, num_processes=1, init_trackers=log.note("tracker")
     )
-    feed = SimpleNamespace(steps=lambda *_: repeat([]))
+    feed = SimpleNamespace(steps=lambda *_: (each for each in repeat([])))
     session: Any = SimpleNamespace(
         run=run_of(spec), accelerator=state, backbone=bone, batches=feed, global_batch=1, context=lambda _: None
     )

@@ -68,10 +68,10 @@ def open_statistics(images: Path, out: Path, overwrite: bool) -> Path:
     Raises EvaluationError, DataError, OutputError.
     """
     check_npz(out)
-    stored_images(images)
     work = out.with_suffix(".work")
     check_output_file(out, [images], overwrite, STATS_MARK)
     check_output_tree(work, ["*"], [images], (work / FACTS).exists(), overwrite=True)
+    stored_images(images)
     return work
 
 

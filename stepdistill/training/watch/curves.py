@@ -60,7 +60,8 @@ class Curve:
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run's `config.yaml` that bear on what is learned, by dotted path."""
     parts = {key: value for key, value in config.items() if key != "train"}
-    return _flat(parts | {"train": {key: config["train"].get(key) for key in TRAIN}})
+    settings = _flat(parts | {"train": {key: config["train"].get(key) for key in TRAIN}})
+    return {key: value for key, value in settings.items() if key != "lora.arithmetic"}  # which bears on rounding alone
 
 
 def _flat(node: Mapping[str, Any], head: str = "") -> dict[str, Any]:
