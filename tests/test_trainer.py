@@ -43,6 +43,7 @@ from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.methods.base import Method, Update
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.regression import Regression
+from stepdistill.networks import lora_layers
 from stepdistill.networks.roles import Lora
 from stepdistill.students.draw.call import PipelineCall
 from stepdistill.training import checkpoint, finish
@@ -203,6 +204,25 @@ def test_micro_batches_keep_no_graph():
     trainer.train_step(Counting(), optimizers, context("sd", pipe, optimizers.backbone), micro_batches)  # pyright: ignore
     # what is left is the suspended generator's own loss and output, whose buffers backward has freed
     assert all(after - before <= 4 for before, after in zip(alive[:-1], alive[1:], strict=True)), alive
+
+
+def test_an_update_forms_each_weight_once_and_the_next_forms_it_again(monkeypatch):
+    """LCM calls the student for its estimate and for its target; so does the next micro-batch."""
+    calls = []
+    form = lora_layers.add_lora
+    monkeypatch.setattr(lora_layers, "add_lora", lambda *args: calls.append(1) or form(*args))
+    monkeypatch.setattr(lora_layers.LoraShape, "merges", lambda self, limit: True)
+    bone = backbone("sd", pipeline("sd"))
+    bone.add("student", Lora())
+    awake(bone, "student")
+    optimizers = Optimizers(bone, TrainSpec(output_dir="unused", learning_rate=0.1)).build()
+    layers = sum(isinstance(module, tuple(lora_layers.KINDS.values())) for module in bone.modules())
+    micro_batches = [batch("sd", pipeline("sd"), first=2 * k) for k in range(2)]
+    method, scene = replace(LCM, ema_decay=None, target="student"), context("sd", pipeline("sd"), bone)
+    losses = []
+    for _ in range(2):
+        losses.append(trainer.train_step(method, optimizers, scene, micro_batches)["loss"])
+    assert len(calls) == 2 * layers > 20 and losses[0] != losses[1]
 
 
 class Poisoned(Regression):

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.networks.guidance_adapters import OFF, Context, Hooks, build
-from stepdistill.networks.lora_layers import choose_arithmetic, drop_kept
+from stepdistill.networks.lora_layers import Kept, choose_arithmetic
 from stepdistill.networks.roles import TEACHER, Adapters, Copy, Ema, Lora, LoraSpec, Module, Role, Sites, Tap
 
 
@@ -65,6 +65,7 @@ class Backbone(nn.Module):
         self.others = nn.ModuleDict()  # Copy, Module and Adapters roles, and averages of these
         self._hooks: Hooks | None = None  # of adapters, where a role has any
         self._active: list[str] = []  # shared by all layers, so that a switch is one write and not hundreds
+        self._kept = Kept()
         self._own: dict[str, dict[str, nn.Parameter]] = {}  # `parameters_of`: a walk takes milliseconds
         self._current: tuple[str, bool] = (TEACHER, True)
 
@@ -102,7 +103,6 @@ class Backbone(nn.Module):
 
     def _copy(self, name: str, role: Copy) -> nn.Module:
         if role.source is None and role.width == 1:
-            drop_kept(self.net)
             return deepcopy(self.net)
         with self._seeded(name):
             if role.source is not None:
@@ -125,7 +125,7 @@ class Backbone(nn.Module):
         with self._seeded(name), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are the point
             inject_adapter_in_model(config, self.net, name)
-        choose_arithmetic(self.net, spec.arithmetic)
+        choose_arithmetic(self.net, spec.arithmetic, self._kept)
         for p in self.parameters_of(name).values():
             p.data = p.data.float()  # PEFT gives an adapter the base's half precision
             p.requires_grad_(trainable)
@@ -185,9 +185,18 @@ class Backbone(nn.Module):
             (name, grad), context = before
             self._switch(name, grad, context)
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Inside, nothing writes to a role's weights: what is formed of them serves all passes."""
+        self._kept.open = True
+        try:
+            yield
+        finally:
+            self._kept.open = False
+            self._kept.values.clear()
+
     def _apply(self, fn: Callable, recurse: bool = True) -> Backbone:
         self._own.clear()  # `to_empty` and its like put other parameters in their place
-        drop_kept(self.net)
         nn.Module._apply(self, fn, recurse)
         return self
 

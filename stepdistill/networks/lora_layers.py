@@ -18,9 +18,9 @@ Everywhere else PEFT's own forward is called. PEFT owns names, states and files 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora import layer as peft_layers
@@ -211,34 +211,23 @@ def is_hooked(base: nn.Module) -> bool:
     return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
 
 
-class KeptWeight(NamedTuple):
-    """A value of `W + s B A`, and what it was formed from: W itself, and copies of A and B, which learn."""
+@dataclass
+class Kept:
+    """Weights with their LoRAs that are kept from pass to pass, by layer and role, for as long as no role changes."""
 
-    value: Tensor
-    weight: Tensor
-    a: Tensor
-    b: Tensor
-    scale: float
-
-    def is_current(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> bool:
-        """Whether it would be formed anew with this value.
-
-        By values, since optimizers write past autograd's versions, torch's own fused ones too.
-        """
-        same = weight.is_set_to(self.weight) and scale == self.scale
-        return same and torch.equal(a, self.a) and torch.equal(b, self.b)
+    open: bool = False
+    values: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def merged_weight(layer: Any, name: str, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:  # noqa: ANN401
-    """The value of `W + s B A`; on a CPU that of a small layer is kept while A and B stay as they are."""
-    passing = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-    if passing or weight.device.type != "cpu" or weight.numel() > KEPT_NUMBERS:  # elsewhere comparing would wait
+    """The value of `W + s B A`; that of a small layer is kept if it may be."""
+    if not layer.kept.open or torch.compiler.is_compiling() or weight.numel() > KEPT_NUMBERS:
         return add_lora(weight, a, b, scale)
-    if name not in layer.kept or not layer.kept[name].is_current(weight, a, b, scale):
-        value = add_lora(weight, a, b, scale)
-        layer.kept[name] = KeptWeight(value, weight.detach(), a.detach().clone(), b.detach().clone(), scale)
-    return layer.kept[name].value
+    key = (id(layer), name)
+    if key not in layer.kept.values:
+        layer.kept.values[key] = add_lora(weight, a, b, scale)
+    return layer.kept.values[key]
 
 
 class LoraLinear(peft_layers.Linear):
@@ -254,7 +243,7 @@ class LoraConv2d(peft_layers.Conv2d):
 KINDS: dict[type, type] = {peft_layers.Linear: LoraLinear, peft_layers.Conv2d: LoraConv2d}
 
 
-def choose_arithmetic(net: nn.Module, arithmetic: Arithmetic) -> None:
+def choose_arithmetic(net: nn.Module, arithmetic: Arithmetic, kept: Kept) -> None:
     """Give PEFT's plain LoRA layers in a network this arithmetic: those on a Linear or a Conv2d, not on heirs."""
     for module in net.modules():
         layer: Any = module
@@ -262,16 +251,8 @@ def choose_arithmetic(net: nn.Module, arithmetic: Arithmetic) -> None:
             layer.__class__ = KINDS[type(layer)]
         if type(layer) in KINDS.values():
             base = layer.get_base_layer()
-            layer.arithmetic, layer.kept = arithmetic, {}
+            layer.arithmetic, layer.kept = arithmetic, kept
             layer.window = None if isinstance(base, nn.Linear) else Window(base.stride, base.padding)
-
-
-def drop_kept(net: nn.Module) -> None:
-    """Let go of the weights that are kept from pass to pass."""
-    for module in net.modules():
-        layer: Any = module
-        if type(layer) in KINDS.values():
-            layer.kept.clear()
 
 
 def is_plain(base: Any) -> bool:  # noqa: ANN401

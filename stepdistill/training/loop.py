@@ -45,15 +45,16 @@ def train_step(
         roles: tuple[str, ...] = ()
         logs: dict[str, Tensor] = {}
         total = torch.zeros((), device=context.device)
-        for turn in turns:
-            update = next(turn, None)
-            if update is None:
-                continue
-            optimizers.scaler.scale(update.loss / len(turns)).backward()
-            roles, total = update.roles, total + update.loss.detach().float() / len(turns)
-            for key, value in update.logs.items():
-                logs[key] = logs.get(key, 0) + value.float() / len(turns)
-            del update  # with it goes the graph, before the next micro-batch builds one
+        with optimizers.backbone.unchanged():
+            for turn in turns:
+                update = next(turn, None)
+                if update is None:
+                    continue
+                optimizers.scaler.scale(update.loss / len(turns)).backward()
+                roles, total = update.roles, total + update.loss.detach().float() / len(turns)
+                for key, value in update.logs.items():
+                    logs[key] = logs.get(key, 0) + value.float() / len(turns)
+                del update  # with it goes the graph, before the next micro-batch builds one
         if not roles:
             break
         distributed.average([total, *logs.values()])
