@@ -21,10 +21,12 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
 import consistency_step as bench
+import dmd2_cycle
 import dmd2_memory as cycle
 import dmd2_plain as plain
 import guidance_step as guidance
 import lcm_quality as quality
+import lora_pass
 from tables import render
 
 from stepdistill.core.denoise import guided, with_scale
@@ -165,6 +167,38 @@ def test_a_cycle_of_dmd2_in_the_fewest_calls():
     for (row,) in rows.values():
         assert sum(row[cause] for cause in cycle.CAUSES) == pytest.approx(row[bench.CPU])
         assert all(row[cause] > 0 for cause in cycle.CAUSES)
+
+
+def test_the_full_fine_tune_trains_both_networks_from_the_same_losses():
+    """A LoRA of zero is the teacher, so the first losses are equal; then all weights have moved."""
+    full, lora = plain.Reference(CYCLE, full=True), plain.Reference(CYCLE)
+    (batch,) = next(cycle.batches(CYCLE, full.teacher))
+    draws = drawn(cycle.scene(CYCLE, None, {}, 0), batch)
+    losses = [side.step(0, batch.cond["states"], draws) for side in (full, lora)]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    for net in (full.student, full.fake):
+        pairs = list(zip(net.parameters(), full.teacher.parameters(), strict=True))
+        assert len(full.params[net]) == len(pairs) and all(not torch.equal(*pair) for pair in pairs)
+    names, small = (dmd2_cycle.LORA, dmd2_cycle.FULL, dmd2_cycle.OURS), replace(CYCLE, critic_steps=1)
+    rows = {name: [cycle.make(name, small)[0].measure() | {"beyond imports": 2.0}] for name in names}
+    line = json.loads(json.dumps(dmd2_cycle.summary(rows, {"tiny": rows})))
+    assert line["name"] == "dmd2_cycle" and {"lora_ratio", "full_ratio", "machine"} < line.keys()
+    assert line["full_ratio"] == pytest.approx(rows["ours"][0][bench.CPU] / rows[names[1]][0][bench.CPU], abs=1e-3)
+    assert line["tiny"]["calls"][names[0]] == line["tiny"]["calls"][names[1]] == line["tiny"]["calls"]["ours"] + 1
+
+
+def test_a_pass_with_a_lora_is_measured_in_each_form(monkeypatch):
+    row = lora_pass.layer_row("conv", 4, 6, 4, 2, 3)
+    assert row["density"] == round(2 * 16 * (36 + 6) / (36 * 6), 2)
+    shape = replace(lora_pass.TINY, network=CYCLE.unet, condition={"states": (5, 32)})
+    tiny = lora_pass.NETWORKS["tiny-sd, batch 8"]._replace(shape=shape, batch=2, warm=0, turns=1)
+    monkeypatch.setitem(lora_pass.NETWORKS, "tiny-sd, batch 8", tiny)
+    for part in (row, lora_pass.network_row("tiny-sd, batch 8")):
+        assert all({"merged", "auto"} <= part[name].keys() for name in lora_pass.PASSES)
+    forms = []
+    monkeypatch.setattr(lora_pass, "choose_arithmetic", lambda net, form, kept: forms.append(form))
+    lora_pass.network_row("tiny-sd, batch 8")
+    assert sorted(forms) == sorted(2 * [*lora_pass.FORMS, "apart"])
 
 
 def test_a_step_with_adapters_is_one_call_on_half_the_rows():

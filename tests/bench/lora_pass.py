@@ -33,7 +33,7 @@ from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.families.sdxl import StableDiffusionXL
 from stepdistill.networks.backbone import Backbone
-from stepdistill.networks.lora_layers import choose_arithmetic
+from stepdistill.networks.lora_layers import Kept, choose_arithmetic
 from stepdistill.networks.roles import TEACHER, Arithmetic, Lora, LoraSpec
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
@@ -118,7 +118,7 @@ def sides(
     """A side for each form, and one without the LoRA."""
 
     def step(role: str, form: Arithmetic) -> None:
-        choose_arithmetic(backbone.net, form)
+        choose_arithmetic(backbone.net, form, Kept())
         with torch.set_grad_enabled(gradient), backbone.use(role) as net:
             y = call(net)
         if gradient:
