@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -23,15 +24,6 @@ from stepdistill.training.recipe import TrainSpec
 RANK, ALPHA = 6, 3.0  # a scale of 1/2
 
 
-class OneLayer(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
 LAYERS = {
     "linear": (partial(nn.Linear, 12, 20), (3, 40, 12)),
     "linear of two dimensions": (partial(nn.Linear, 12, 20, bias=False), (90, 12)),
@@ -47,7 +39,7 @@ def network(kind: str, rank: int = RANK, alpha: float | None = ALPHA, zero: bool
     """A layer with a LoRA, and an input."""
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
-    backbone = Backbone(OneLayer(make()), LoraSpec(rank=rank, alpha=alpha), ["layer"])
+    backbone = Backbone(nn.Sequential(OrderedDict(layer=make())), LoraSpec(rank=rank, alpha=alpha), ["layer"])
     backbone.add("student", Lora())
     if not zero:
         awake(backbone)
@@ -182,7 +174,7 @@ def kept(backbone: Backbone, x: Tensor, grad: bool) -> int:
 def test_a_pass_keeps_no_more_than_peft_s_does(width, places, rank, needs_input_grad, learns):
     """But for weights of less than a mebibyte."""
     torch.manual_seed(0)
-    backbone = Backbone(OneLayer(nn.Linear(width, width)), LoraSpec(rank=rank), ["layer"])
+    backbone = Backbone(nn.Sequential(OrderedDict(layer=nn.Linear(width, width))), LoraSpec(rank=rank), ["layer"])
     backbone.add("student", Lora())
     x = torch.randn(places, width, requires_grad=needs_input_grad)
     choose_arithmetic(backbone.net, "apart", Kept())
@@ -280,7 +272,7 @@ def test_peft_computes_what_is_not_plain_float32(monkeypatch):
     ],
 )
 def test_other_layers_stay_peft_s(layer):
-    backbone = Backbone(OneLayer(layer), LoraSpec(rank=2), ["layer"])
+    backbone = Backbone(nn.Sequential(OrderedDict(layer=layer)), LoraSpec(rank=2), ["layer"])
     backbone.add("student", Lora())
     assert type(backbone.net.layer) in KINDS
 

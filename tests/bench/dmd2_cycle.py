@@ -16,13 +16,11 @@ The plain loops' optimizers step as torch's do by default, and ours in one kerne
 from __future__ import annotations
 
 import json
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from dmd2_memory import CAUSES, SETUPS, alone, make
+from dmd2_memory import CAUSES, SETUPS, answered, make
 from harness import CPU, WALL, Rows, interleaved, memory, quartiles, ratios, surroundings, table
 
 LORA, FULL, OURS = "plain LoRA", "full fine-tune", "ours"
@@ -58,12 +56,7 @@ def summary(cycles: Rows, processes: dict[str, Rows]) -> dict[str, object]:
 
 
 def main() -> None:
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # as a run does
-    if len(sys.argv) > 1:  # a process that `memory` has started
-        size, side = sys.argv[1].split("/")
-        print(json.dumps(alone(side, SIZES[size])))
+    if answered(SIZES):
         return
     processes: dict[str, Rows] = {}
     for size, sides in SIDES.items():

@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -221,13 +221,20 @@ def summary(setup: Setup, large: Rows, small: Rows, cycles: Rows) -> dict[str, o
     }
 
 
-def main() -> None:
+def answered(setups: Mapping[str, Setup]) -> bool:
+    """Prepare this process. Where `memory` has started it, print the cycle of its side at its size, and return True."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as a run does
-    if len(sys.argv) > 1:  # a process that `memory` has started
-        size, side = sys.argv[1].split("/")
-        print(json.dumps(alone(side, SETUPS[size])))
+    if len(sys.argv) == 1:
+        return False
+    size, side = sys.argv[1].split("/")
+    print(json.dumps(alone(side, setups[size])))
+    return True
+
+
+def main() -> None:
+    if answered(SETUPS):
         return
     large, small = SETUPS["SD 1.5"], SETUPS["tiny"]
     apart: dict[str, Rows] = {}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -92,17 +93,6 @@ NETWORKS = {
 }
 
 
-class OneLayer(nn.Module):
-    """A network of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
 def with_lora(net: nn.Module, rank: int, targets: list[str]) -> Backbone:
     """A network with a LoRA that is not zero."""
     backbone = Backbone(net, LoraSpec(rank=rank), targets)
@@ -138,7 +128,7 @@ def layer_row(kind: str, inputs: int, outputs: int, side: int, batch: int, rank:
     """The ratios of one layer."""
     layer = nn.Conv2d(inputs, outputs, 3, padding=1) if kind == "conv" else nn.Linear(inputs, outputs)
     shape = (batch, inputs, side, side) if kind == "conv" else (batch, side * side, inputs)
-    backbone = with_lora(OneLayer(layer), rank, ["layer"])
+    backbone = with_lora(nn.Sequential(OrderedDict(layer=layer)), rank, ["layer"])
     x = torch.randn(shape, requires_grad=True)
     places, width = batch * side * side, inputs * (9 if kind == "conv" else 1)
     turns = max(3, min(30, int(2e11 / (places * width * outputs * 20))))
