@@ -194,11 +194,10 @@ def merged_output(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
     if arithmetic == "auto" and not shape.merges(LIMITS.get(x.device.type, UNMEASURED)[window is not None]):
         return None
     value = merged_weight(layer, names[0], weight, a, b, scale)
-    learns = a.requires_grad or b.requires_grad
-    if not torch.is_grad_enabled() or not (learns or x.requires_grad):
+    if not torch.is_grad_enabled():
         return product(x, value, bias, window)
-    keep = shape.keeps(learns)
-    if learns and keep and shape.has_full_gradient():
+    keep = shape.keeps(learns=a.requires_grad or b.requires_grad)
+    if keep and shape.has_full_gradient():
         return product(x, MergedWeight.apply(a, b, scale, value), bias, window)  # pyright: ignore
     # two dimensions, since what is a view of a function's own output may not be written to
     flat = x.reshape(-1, x.shape[-1]) if window is None else x
