@@ -1,10 +1,12 @@
 """Files that are whole or not there, and their digests."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from stepdistill.core.files import BLOCK, file_digest, write_text, written_whole
+from stepdistill.core.units import changed_facts, write_facts
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -38,6 +40,13 @@ def test_what_is_written_is_whole_or_not_there(tmp_path, kind):
 def test_a_part_may_lie_elsewhere(tmp_path):
     write_text(tmp_path / "a", "ä", tmp_path / "mine")
     assert (tmp_path / "a").read_bytes() == "ä\n".encode() and [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_several_processes_write_the_same_facts_at_once(tmp_path):
+    file, facts = tmp_path / "facts.json", {"teacher": "ä", "range": [1, 2.5]}
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: write_facts(file, facts), range(200)))
+    assert changed_facts(file, facts) == {} and list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("size", [0, 5, BLOCK + 1])

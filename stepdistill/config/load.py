@@ -164,7 +164,7 @@ def _set(tree: DictConfig, key: str, text: str, hint: Hint, problems: list[str])
             OmegaConf.update(tree, key, _plain(OmegaConf.from_dotlist([f"value={text}"]))["value"])
         else:
             OmegaConf.update(tree, key, text)
-    except (OmegaConfBaseException, *UNREADABLE) as error:
+    except (OmegaConfBaseException, TypeError, *UNREADABLE) as error:  # TypeError: a name below a list
         problems.append(f"{key}: got {text[:200]!r}, which does not parse: {' '.join(str(error).split())}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,5 +44,9 @@ def changed_facts(file: Path, facts: Mapping[str, object]) -> dict[str, tuple[An
 
 
 def write_facts(file: Path, facts: Mapping[str, object]) -> None:
-    """Keep what every unit of a folder depends on; before the first of them, which would be of nobody knows what."""
-    write_text(file, json.dumps(dict(facts), indent=1))
+    """Keep what every unit of a folder depends on; before the first of them, which would be of nobody knows what.
+
+    Several processes may do so at once.
+    """
+    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.stepdistill.part")
+    write_text(file, json.dumps(dict(facts), indent=1), part)
