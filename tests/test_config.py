@@ -410,7 +410,7 @@ def test_an_ambiguous_leaf_lists_its_paths(write) -> None:
         (["--max_train_steps", "--allow_tf32"], "--max_train_steps: got no value"),
         (["train.guidance_scale=[1,"], "does not parse"),
         ([f"train.guidance_scale={'1' * 5000}"], "does not parse"),
-        (["train.guidance_scale=[4.0, 5.0]", "train.guidance_scale.low=1"], "does not parse: Index 'low'"),
+        (["train.guidance_scale=[4.0, 5.0]", "train.guidance_scale.low.low=1"], "does not parse: Index 'low'"),
         (["train.guidanc_scale=1"], "did you mean guidance_scale?"),
         (["=3"], "=3: got no `=`"),
     ],
