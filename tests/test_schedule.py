@@ -213,3 +213,49 @@ def test_gains_of_trajectory_students_on_stable_diffusion():
     gains = {50: 0.57685, 10: 0.56072, 5: 0.53616, 2: 0.45556, 1: 0.35705}
     for segments, gain in gains.items():
         close(trajectory_gain(stable_diffusion(), 0.6, 50, segments), gain, 5.1e-6)
+
+
+@pytest.mark.parametrize(
+    "schedule", [stable_diffusion(), Rectified(), Rectified(3.0)], ids=["table", "flow", "shifted"]
+)
+@pytest.mark.parametrize("t", [0.0, 1.0, 400.0, 400.5, 401.0, 998.0])
+def test_the_levels_have_a_derivative_at_whole_times(schedule, t):
+    """Of a table that of the entries on its right."""
+    time = torch.tensor([t], dtype=torch.float64)
+    rates = torch.func.jvp(schedule, (time,), (torch.ones_like(time),))[1]
+    h = 1e-6
+    for rate, before, after in zip(rates, schedule(time), schedule(time + h), strict=True):
+        assert rate.item() == pytest.approx(((after - before) / h).item(), rel=1e-4)
+        assert rate.item() != 0
+
+
+def test_a_table_that_ends_at_pure_noise_has_finite_levels():
+    table = torch.linspace(0.99, 0.0, 10, dtype=torch.float64)
+    schedule, times = DiscreteVP(table), torch.linspace(0, 9, 19, dtype=torch.float64)
+    alpha, sigma = schedule(times)
+    assert alpha[-1] == 0 and sigma[-1] == 1 and torch.allclose(alpha[::2] ** 2, table, atol=1e-12)
+    slopes = torch.func.jvp(schedule, (times,), (torch.ones(19).double(),))[1]
+    assert all(part[:-3].isfinite().all() for part in slopes)
+
+
+@pytest.mark.parametrize("schedule", [stable_diffusion(), Rectified(3.0)], ids=["table", "flow"])
+def test_the_angle_and_the_rate_of_time(schedule):
+    t = torch.tensor([3.3, 250.7, 500.2, 998.4], dtype=torch.float64)
+    angle, rate = torch.func.jvp(schedule.angle, (t,), (torch.ones_like(t),))
+    alpha, sigma = schedule(t)
+    assert torch.allclose(angle.tan(), sigma / alpha, rtol=1e-9)
+    assert torch.allclose(schedule.time_per_angle(t), 1 / rate, rtol=1e-9)
+    assert torch.allclose(schedule.time_per_angle(t.float()), (1 / rate).float(), rtol=1e-3)
+    ends = schedule.angle(torch.tensor(schedule.span, dtype=torch.float64))
+    assert 0 <= ends[0] < 0.03 and 1.5 < ends[1] <= torch.pi / 2
+
+
+@pytest.mark.parametrize("schedule", [stable_diffusion(), Rectified(3.0)], ids=["table", "flow"])
+def test_times_are_lognormal(schedule):
+    u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    alpha, sigma = schedule(schedule.lognormal_times(u, -0.6, 1.3))
+    tau = (0.5 * sigma / alpha).log()
+    inside = slice(2_000, 15_000)
+    assert torch.allclose(tau[inside], -0.6 + 1.3 * torch.distributions.Normal(0.0, 1.0).icdf(u[inside]), atol=2e-3)
+    t = schedule.lognormal_times(torch.tensor([0.0, 1 - 2**-24]), 0.2, 20.0)
+    assert t.tolist() == list(schedule.span)

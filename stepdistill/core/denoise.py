@@ -24,6 +24,10 @@ class Denoise(Protocol):
 class RoleDenoise(Denoise, Protocol):
     """A role's network as an estimator, with what adversarial and regression losses ask of it beside estimates."""
 
+    def queried(self, x_t: Tensor, t: Tensor, cond: Condition, alpha_t: Tensor, sigma_t: Tensor) -> Estimate:
+        """What the network makes of `x_t = alpha_t x0 + sigma_t eps`, with levels (B,), when it is told the time t."""
+        ...
+
     def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Intermediate features of the network, (B, channels, h, w) at the family's tap."""
         ...

@@ -45,9 +45,14 @@ def row(kind: Kind, alpha_t: Tensor, sigma_t: Tensor) -> tuple[Tensor, Tensor]:
 
 def estimate(kind: Kind, y: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule) -> Estimate:
     """The estimate behind a network output `y` (B, ...) at `x_t` (B, ...) and t (B,), in float32 at least."""
+    return estimate_at_levels(kind, y, x_t, *schedule(t))
+
+
+def estimate_at_levels(kind: Kind, y: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Estimate:
+    """`estimate` where `x_t = alpha_t x0 + sigma_t eps` with levels (B,) that are known."""
     # the network sees a half x_t too, but sigma / alpha reaches 14.6: the conversion may not lose those bits
     y, x_t = (v if v.dtype == torch.float64 else v.float() for v in (y, x_t))
-    alpha_t, sigma_t = (expand(v, x_t) for v in schedule(t))
+    alpha_t, sigma_t = (expand(v, x_t) for v in (alpha_t, sigma_t))
     p, q = row(kind, alpha_t, sigma_t)
     det = alpha_t * q - sigma_t * p
     return Estimate((q * x_t - sigma_t * y) / det, (alpha_t * y - p * x_t) / det)

@@ -7,6 +7,7 @@ is `None`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
@@ -45,6 +46,24 @@ class NoiseSchedule(ABC):
     @abstractmethod
     def time(self, log_snr: Tensor) -> Tensor:
         """The time whose `log(alpha_t / sigma_t)` is `log_snr` (natural logarithm of amplitudes, not powers)."""
+
+    def angle(self, t: Tensor) -> Tensor:
+        """`atan(sigma_t / alpha_t)` (B,) in [0, pi/2]: the time of TrigFlow, in which 0 is clean and pi/2 is noise."""
+        alpha_t, sigma_t = self(t)
+        return torch.atan2(sigma_t, alpha_t)
+
+    @abstractmethod
+    def time_per_angle(self, t: Tensor) -> Tensor:
+        """The derivative (B,) of the time by the angle, at t (B,)."""
+
+    def lognormal_times(self, u: Tensor, mean: float, std: float) -> Tensor:
+        """Times (B,) with `sigma_t / alpha_t = e^tau / 0.5`, tau ~ N(mean, std^2), from uniform draws (B,) in [0, 1).
+
+        They are kept within `span`. The 0.5 is the standard deviation of data in EDM and TrigFlow (Lu & Song 2024,
+        https://arxiv.org/abs/2410.11081, section 4), so `mean` is the papers' P_mean.
+        """
+        normal = torch.erfinv((2 * u - 1).clamp(-1 + 1e-6, 1 - 1e-6)) * math.sqrt(2)
+        return self.time(-(mean + std * normal) - math.log(2)).clamp(*self.span)
 
     @abstractmethod
     def grid(self, n: int) -> Tensor:
@@ -113,23 +132,37 @@ class DiscreteVP(NoiseSchedule):
         self.span = (0.0, self.steps - 1.0)
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        table = self.log_snr.to(t.device)
-        exact = t.double().clamp(0, self.steps - 1)
-        low = exact.floor().long()
-        high = (low + 1).clamp(max=self.steps - 1)
+        table = self._finite(t.device)
+        first, last = self.span
+        # where, and not clamp, whose forward-mode derivative at the ends is 0
+        exact = torch.where(t < first, first, torch.where(t > last, last, t.double()))
+        low = self._entry(exact)
         share = exact - low
-        # where, not lerp: a zero-terminal-SNR table ends at -inf, and 0 * inf is nan
-        mixed = torch.where(share == 0, table[low], table[low] * (1 - share) + table[high] * share)
+        # both ends always take part: else the derivative at a whole time would be 0
+        mixed = table[low] * (1 - share) + table[low + 1] * share
         kind = torch.float64 if t.dtype == torch.float64 else torch.float32
         return torch.sigmoid(2 * mixed).sqrt().to(kind), torch.sigmoid(-2 * mixed).sqrt().to(kind)
 
     def time(self, log_snr: Tensor) -> Tensor:
-        # ascending; a zero-terminal-SNR table starts at -inf, and inf / inf is nan
-        table = self.log_snr.to(log_snr.device).flip(0).clamp(min=-1e4)
+        table = self._finite(log_snr.device).flip(0)
         wanted = log_snr.double()
         high = torch.searchsorted(table, wanted).clamp(1, self.steps - 1)
         share = (wanted - table[high - 1]) / (table[high] - table[high - 1])
         return (self.steps - high - share.clamp(0, 1)).to(log_snr.dtype)
+
+    def time_per_angle(self, t: Tensor) -> Tensor:
+        table = self._finite(t.device)
+        low = self._entry(t)
+        alpha_t, sigma_t = self(t.double())
+        return (-1 / (alpha_t * sigma_t * (table[low + 1] - table[low]))).to(t.dtype)
+
+    def _entry(self, t: Tensor) -> Tensor:
+        """The entry at or before a time that has a next one."""
+        return t.double().floor().long().clamp(0, self.steps - 2)
+
+    def _finite(self, device: torch.device) -> Tensor:
+        """`log_snr`, of which a zero-terminal-SNR table's last is -inf: 0 * inf and inf / inf are nan."""
+        return self.log_snr.to(device).clamp(min=-1e4)
 
     def grid(self, n: int) -> Tensor:
         if n < 1 or self.steps % n:
@@ -179,6 +212,10 @@ class Rectified(NoiseSchedule):
 
     def time(self, log_snr: Tensor) -> Tensor:
         return 1000 * torch.sigmoid(-log_snr)
+
+    def time_per_angle(self, t: Tensor) -> Tensor:
+        alpha_t, sigma_t = self(t)
+        return 1000 * (alpha_t.square() + sigma_t.square())
 
     def grid(self, n: int) -> Tensor:
         if n < 1:

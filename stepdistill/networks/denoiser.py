@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import SCALE, Condition
-from stepdistill.core.prediction import Estimate, Kind, estimate, output
+from stepdistill.core.prediction import Estimate, Kind, estimate_at_levels, output
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.taps import features_before
@@ -37,9 +37,13 @@ class Denoiser:
     grad: bool = True
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        return self.queried(x_t, t, cond, *self.schedule(t))
+
+    def queried(self, x_t: Tensor, t: Tensor, cond: Condition, alpha_t: Tensor, sigma_t: Tensor) -> Estimate:
+        """The estimate at levels (B,) of `x_t`, by a network that is told t."""
         with self._network(x_t.device, cond) as net:
             y = self.call(net, x_t, t, cond)
-        return estimate(self.kind, y, x_t, t, self.schedule)
+        return estimate_at_levels(self.kind, y, x_t, alpha_t, sigma_t)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """What the network makes of its input halfway, (B, channels, h, w) at the family's tap."""
