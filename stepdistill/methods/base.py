@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,13 @@ class StepContext:
         rows = [torch.rand((), generator=self._generator(i, purpose)) for i in batch.index]
         return torch.stack(rows).to(self.device)
 
+    def guidance(self, scale: float | tuple[float, float], batch: Batch) -> float | Tensor:
+        """A guidance scale, or one for each sample (B,) from a range."""
+        if not isinstance(scale, tuple):
+            return scale
+        low, high = scale
+        return low + (high - low) * self.draw(batch, "guidance_scale")
+
     def shared(self, purpose: str) -> float:
         """One uniform number in [0, 1), the same for every sample, micro-batch and process of this step."""
         return torch.rand((), generator=self._generator("shared", purpose)).item()
@@ -138,6 +145,12 @@ class Method(ABC):
     def needs(self) -> frozenset[str]:
         """What a sample must carry: "prompts", "latents" (which images provide, too), "pairs" (latents and their
         noise), or "trajectories" (guided states). As a rule a constant of the class, `ClassVar[frozenset[str]]`."""
+
+    @property
+    def derivative(self) -> Literal["forward", "difference"] | None:
+        """How the network is differentiated along its inputs, which asks for float32: in forward mode, by differences
+        of its outputs, or not at all."""
+        return None
 
     @abstractmethod
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:

@@ -146,7 +146,7 @@ class Consistency(Averaged):
         x_t = schedule.add_noise(batch.x0, context.noise(batch, "eps"), t)
 
         with torch.no_grad():
-            teacher = guided(context.denoiser(TEACHER), context.null, self._guidance(context, batch))
+            teacher = guided(context.denoiser(TEACHER), context.null, context.guidance(self.guidance_scale, batch))
             x_u = schedule.add_noise(*teacher(x_t, t, cond), u)
             target = self.jump(context.denoiser(self.target)(x_u, u, cond), x_u, u, s, schedule)
             if self.end != "clean":  # the jump from s to s is the identity, exactly
@@ -154,9 +154,3 @@ class Consistency(Averaged):
         jumped = self.jump(context.denoiser("student")(x_t, t, cond), x_t, t, s, schedule)
         loss = distance(self.loss_type, jumped, target, self.huber_c)
         yield Update("student", loss)
-
-    def _guidance(self, context: StepContext, batch: Batch) -> float | Tensor:
-        if isinstance(self.guidance_scale, tuple):
-            low, high = self.guidance_scale
-            return low + (high - low) * context.draw(batch, "guidance_scale")
-        return self.guidance_scale

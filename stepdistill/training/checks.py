@@ -12,12 +12,14 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.outputs import check_output_folder
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
+from stepdistill.core.trigflow import tangent
 from stepdistill.data import Source, Stream, Trajectories, inside
 from stepdistill.data.made import TeacherMade
 from stepdistill.methods.base import Method
 from stepdistill.networks.lora.names import OUTSIDE
 from stepdistill.networks.lora.tensors import FAMILIES
-from stepdistill.networks.roles import Copy, Ema, Lora
+from stepdistill.networks.roles import TEACHER, Copy, Ema, Lora
+from stepdistill.students.base_model import name_of
 from stepdistill.students.draw.call import teacher_call
 from stepdistill.students.lora.files import warn_of_ignored
 from stepdistill.students.proof import check_sampling
@@ -41,6 +43,7 @@ def check_loaded(session: Session) -> None:
     side = session.batches.side
     run.family.latent_shape(session.pipe, side, side)  # the pipeline must take this size
     check_noise_process(run, schedule)
+    check_derivative(session)
     sampler = run.method.sampler(schedule)
     check_sampling(run.family, session.pipe, sampler)
     check_guidance_range(run.data, sampler)
@@ -75,6 +78,32 @@ def check_noise_process(run: Run, schedule: NoiseSchedule) -> None:
                 schedule.grid(source.num_inference_steps)
             except ValueError as error:
                 raise ConfigError(f"num_inference_steps of {type(source).__name__}: {error}") from error
+
+
+def check_derivative(session: Session) -> None:
+    """A network that the method differentiates is in float32, and each of its operations has a derivative."""
+    way = session.run.method.derivative
+    if way is None:
+        return
+    if session.dtype != torch.float32:
+        got = f"train.mixed_precision {name_of(session.dtype)} with {type(session.run.method).__name__}"
+        why = "it takes the derivative of the network along its inputs, which half precision gets wrong by 0.5 to 2 %"
+        todo = "set train.mixed_precision to no; the frozen base then takes four bytes a number"
+        raise ConfigError(problem(got, "float32", why, todo))
+    if way == "forward":
+        null, schedule, device = session.batches.null, session.context(0).schedule, session.accelerator.device
+        x, t = torch.zeros(1, *session.batches.shape, device=device), torch.tensor([500.0], device=device)
+        try:
+            tangent(session.denoiser(TEACHER), schedule, x, schedule.angle(t), t, null, x)
+        except (NotImplementedError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            got = f"a network with an operation that has no forward-mode derivative ({type(error).__name__}: {reason})"
+            why = f"{type(session.run.method).__name__} differentiates the network along its inputs"
+            todo = (
+                "disable quantization, xFormers and other replaced attention; or set method.difference to 0.1, "
+                "which takes a difference instead"
+            )
+            raise ConfigError(problem(got, "one that PyTorch differentiates", why, todo)) from error
 
 
 def check_sharding(run: Run) -> None:

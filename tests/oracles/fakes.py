@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.denoise import SCALE, Condition
-from stepdistill.core.prediction import Estimate, Kind, estimate, output
+from stepdistill.core.prediction import Estimate, Kind, estimate_at_levels, output
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.data.base import GuidedState
 from stepdistill.methods.base import Batch, Method, StepContext
@@ -34,10 +34,13 @@ class Fake:
         return "flow" if self.schedule.straight else "v_prediction"
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        return self.queried(x_t, t, cond, *self.schedule(t))
+
+    def queried(self, x_t: Tensor, t: Tensor, cond: Condition, alpha_t: Tensor, sigma_t: Tensor) -> Estimate:
         y = self.weight * torch.tanh(x_t) + 0.3 * cond["mean"] + 0.1 * expand(torch.sin(t / 200), x_t)
         if SCALE in cond:
             y = y * expand(cond[SCALE], x_t)
-        return estimate(self.kind, y, x_t, t, self.schedule)
+        return estimate_at_levels(self.kind, y, x_t, alpha_t, sigma_t)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.weight * x_t + cond["mean"] + expand(t / 1000, x_t)
