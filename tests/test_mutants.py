@@ -54,15 +54,15 @@ BUGS = {
     "prompts in the wrong half": Bug(
         denoise.guided, "[null[key].expand_as(value), value]", "[value, null[key].expand_as(value)]", GUIDED
     ),
-    "guidance left out": Bug(UPDATES, "self._guidance(context, batch)", "1.0", GUIDED),
+    "guidance left out": Bug(UPDATES, "context.guidance(self.guidance_scale, batch)", "1.0", GUIDED),
     "one scale for the batch": Bug(
-        Consistency._guidance,
-        'context.draw(batch, "guidance_scale")',
-        'context.draw(batch, "guidance_scale")[:1]',
+        StepContext.guidance,
+        'self.draw(batch, "guidance_scale")',
+        'self.draw(batch, "guidance_scale")[:1]',
         single.test_a_hidden_scale_is_averaged,
     ),
     "the range's upper end left out": Bug(
-        Consistency._guidance, "(high - low) *", "low *", single.test_a_hidden_scale_is_averaged
+        StepContext.guidance, "(high - low) *", "low *", single.test_a_hidden_scale_is_averaged
     ),
     # the teacher's step
     "predecessor one too low": Bug(UPDATES, "grid[i + 1], grid[i]", "grid[i + 1], grid[(i - 1).clamp(min=0)]", LCM),
@@ -137,17 +137,17 @@ BUGS = {
     "v with the wrong sign": Bug(prediction.row, "return -sigma_t, alpha_t", "return sigma_t, alpha_t", KINDS),
     "v taken for epsilon": Bug(prediction.row, "return -sigma_t, alpha_t", "return zero, one", KINDS),
     "flow with the wrong sign": Bug(prediction.row, "return -one, one", "return one, -one", KINDS),
-    "x0 of the wrong row": Bug(prediction.estimate, "q * x_t - sigma_t * y", "q * x_t - alpha_t * y", KINDS),
+    "x0 of the wrong row": Bug(prediction.estimate_at_levels, "q * x_t - sigma_t * y", "q * x_t - alpha_t * y", KINDS),
     "eps of the wrong sign": Bug(
-        prediction.estimate,
+        prediction.estimate_at_levels,
         "alpha_t * y - p * x_t",
         "alpha_t * y + p * x_t",
         test_prediction.test_the_step_of_every_kind_is_ddims,
     ),
     "levels in half precision": Bug(
-        prediction.estimate,
-        "expand(v, x_t) for v in schedule(t)",
-        "expand(v, x_t).bfloat16() for v in schedule(t)",
+        prediction.estimate_at_levels,
+        "expand(v, x_t) for v in (alpha_t, sigma_t)",
+        "expand(v, x_t).bfloat16() for v in (alpha_t, sigma_t)",
         test_prediction.test_half_inputs_are_converted_in_float32,
     ),
     # the noise process
