@@ -250,7 +250,8 @@ def backbone(name: str, pipe: DiffusionPipeline, rank: int = 4, alpha: float = 6
     net = FAMILIES[name].network(pipe)
     family = FAMILIES[name]
     spec = LoraSpec(rank=rank, alpha=alpha)
-    return Backbone(net, spec, family.lora_targets(net), family.tap(net), sites=family.sites(net))
+    places = {"tap": family.tap(net), "sites": family.sites(net), "taps": family.taps(net)}
+    return Backbone(net, spec, family.lora_targets(net), **places)
 
 
 def awake(bone: Backbone, role: str, size: float = 0.05) -> None:

@@ -144,7 +144,7 @@ def build(case: Cycle) -> Rehearsal:
     with _precision(dtype):  # a float32 network beside it would be a peak of its own
         net = shape.network()
     targets, tap, sites = family.lora_targets(net), family.tap(net), family.sites(net)
-    backbone = Backbone(net, run.lora, targets, tap, run.train.seed, family.narrow, sites)
+    backbone = Backbone(net, run.lora, targets, tap, run.train.seed, family.narrow, sites, family.taps(net))
 
     def denoiser(role: str) -> Denoiser:
         return Denoiser(backbone, role, shape.schedule, shape.kind, family.call, dtype)

@@ -32,6 +32,10 @@ class RoleDenoise(Denoise, Protocol):
         """Intermediate features of the network, (B, channels, h, w) at the family's tap."""
         ...
 
+    def features_at(self, x_t: Tensor, t: Tensor, cond: Condition, depths: tuple[float, ...]) -> tuple[Tensor, ...]:
+        """The same after shares of the network's blocks, ascending in (0, 1], from one pass that ends at the last."""
+        ...
+
     def native(self, est: Estimate, t: Tensor) -> Tensor:
         """The network output that an estimate corresponds to, (B, ...), in the prediction type it was trained with."""
         ...

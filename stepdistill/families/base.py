@@ -242,7 +242,11 @@ class Family(ABC):
 
     @abstractmethod
     def tap(self, net: nn.Module) -> Tap:
-        """Where a discriminator's head reads the network's features."""
+        """Where a discriminator's head reads the network's features, halfway."""
+
+    @abstractmethod
+    def taps(self, net: nn.Module) -> tuple[Tap, ...]:
+        """Where heads may read them: after each block, in order of depth."""
 
     @abstractmethod
     def sites(self, net: nn.Module) -> Sites:

@@ -16,7 +16,7 @@ from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import Rectified
 from stepdistill.families.flow import Flow, shift_of
 from stepdistill.families.parts import Needs
-from stepdistill.networks.layers import attentions, inner, named, rebuilt
+from stepdistill.networks.layers import after_blocks, attentions, inner, named, rebuilt
 from stepdistill.networks.roles import Sites, Tap
 
 TARGETS = (
@@ -97,6 +97,10 @@ class Flux(Flow):
     def tap(self, net: nn.Module) -> Tap:
         """The image's tokens where the two streams join."""
         return Tap("single_transformer_blocks.0", inner(net), 2, 16)
+
+    def taps(self, net: nn.Module) -> tuple[Tap, ...]:
+        """The image's tokens after each block."""
+        return after_blocks(net, self.tap(net), "transformer_blocks", "single_transformer_blocks")
 
     def sites(self, net: nn.Module) -> Sites:
         """The image's part of every joint attention of two streams; the prompt there is the block's text stream."""

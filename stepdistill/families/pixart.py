@@ -16,7 +16,7 @@ from stepdistill.config.kinds import Count
 from stepdistill.core.denoise import Condition
 from stepdistill.families.parts import Needs
 from stepdistill.families.vp import VariancePreserving
-from stepdistill.networks.layers import attentions, halfway, named, rebuilt
+from stepdistill.networks.layers import after_blocks, attentions, halfway, named, rebuilt
 from stepdistill.networks.roles import Sites, Tap
 
 TARGETS = (
@@ -57,6 +57,10 @@ class PixArt(VariancePreserving):
     def tap(self, net: nn.Module) -> Tap:
         """The tokens at half the depth."""
         return halfway(net)
+
+    def taps(self, net: nn.Module) -> tuple[Tap, ...]:
+        """The image's tokens after each block."""
+        return after_blocks(net, self.tap(net), "transformer_blocks")
 
     def sites(self, net: nn.Module) -> Sites:
         """Every cross-attention."""

@@ -16,7 +16,7 @@ from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import Rectified
 from stepdistill.families.flow import Flow, shift_of
 from stepdistill.families.parts import Needs
-from stepdistill.networks.layers import attentions, halfway, named, rebuilt
+from stepdistill.networks.layers import after_blocks, attentions, halfway, named, rebuilt
 from stepdistill.networks.roles import Sites, Tap
 
 TARGETS = (
@@ -66,6 +66,10 @@ class Sana(Flow):
     def tap(self, net: nn.Module) -> Tap:
         """The tokens at half the depth."""
         return halfway(net)
+
+    def taps(self, net: nn.Module) -> tuple[Tap, ...]:
+        """The image's tokens after each block."""
+        return after_blocks(net, self.tap(net), "transformer_blocks")
 
     def sites(self, net: nn.Module) -> Sites:
         """Every cross-attention."""

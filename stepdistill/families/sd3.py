@@ -16,7 +16,7 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.schedule import Rectified
 from stepdistill.families.flow import Flow, shift_of
 from stepdistill.families.parts import Needs
-from stepdistill.networks.layers import attentions, halfway, named, rebuilt
+from stepdistill.networks.layers import after_blocks, attentions, halfway, named, rebuilt
 from stepdistill.networks.roles import Sites, Tap
 
 TARGETS = (
@@ -76,6 +76,10 @@ class StableDiffusion3(Flow):
     def tap(self, net: nn.Module) -> Tap:
         """The image's tokens at half the depth."""
         return halfway(net)
+
+    def taps(self, net: nn.Module) -> tuple[Tap, ...]:
+        """The image's tokens after each block."""
+        return after_blocks(net, self.tap(net), "transformer_blocks")
 
     def sites(self, net: nn.Module) -> Sites:
         """The image's part of every joint attention; the prompt there is the block's own text stream."""

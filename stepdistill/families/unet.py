@@ -42,6 +42,18 @@ class UNet(VariancePreserving):
         patch = 2 ** (len(widths) - 1)
         return Tap("up_blocks.0", widths[-1], patch, config["sample_size"] // patch)
 
+    def taps(self, net: nn.Module) -> tuple[Tap, ...]:
+        """The maps after each block on the way down, after the middle, and after each on the way up."""
+        config: Any = net.config
+        widths = config["block_out_channels"]
+        last = len(widths) - 1
+        down = [(i, min(i + 1, last)) for i in range(last + 1)]  # level by width, and by side
+        up = [(last - i, max(last - i - 1, 0)) for i in range(last + 1)]
+        names = [f"down_blocks.{i}" for i in range(1, last + 1)] + ["mid_block"]
+        names += [f"up_blocks.{i}" for i in range(last + 1)] + ["conv_norm_out"]
+        levels = zip(names, [*down, (last, last), *up], strict=True)
+        return tuple(Tap(name, widths[w], 2**k, config["sample_size"] // 2**k) for name, (w, k) in levels)
+
     def sites(self, net: nn.Module) -> Sites:
         """Every cross-attention."""
         layers: list[tuple[str, Any]] = [(n, m) for n, m in net.named_modules() if isinstance(m, Attention)]

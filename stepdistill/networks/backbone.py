@@ -27,6 +27,7 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.networks.guidance_adapters import OFF, Context, Hooks, build
 from stepdistill.networks.lora_layers import Kept, choose_arithmetic
 from stepdistill.networks.roles import TEACHER, Adapters, Copy, Ema, Lora, LoraSpec, Module, Role, Sites, Tap
+from stepdistill.networks.taps import at_depths
 
 
 class Backbone(nn.Module):
@@ -37,10 +38,11 @@ class Backbone(nn.Module):
             subtraction, so nothing may be random.
         spec: rank, alpha and targets.
         targets: the family's LoRA targets, used where `spec` names none.
-        tap: where heads read its features.
+        tap: where heads read its features, halfway.
         seed: keys the initial weights of LoRAs and modules, together with the role's name.
         narrow: the family's way to make a smaller network like `net`, for copies that ask for one.
         sites: where guidance adapters go.
+        taps: where heads may read its features, after each block.
     """
 
     def __init__(
@@ -52,12 +54,14 @@ class Backbone(nn.Module):
         seed: int = 0,
         narrow: Callable[[nn.Module, float], nn.Module] | None = None,
         sites: Sites | None = None,
+        taps: Sequence[Tap] = (),
     ) -> None:
         super().__init__()
         self.net = net.requires_grad_(False).eval()
         self.spec = spec
         self.targets = tuple(targets)
         self.tap = tap
+        self.taps = tuple(taps)
         self.seed = seed
         self.narrow = narrow
         self.declared: dict[str, Role] = {}
@@ -81,10 +85,8 @@ class Backbone(nn.Module):
                 network = self._copy(name, role).to(place, torch.float32)
                 self.others[name] = network.eval().requires_grad_(True)
             case Module():
-                if self.tap is None:
-                    raise ValueError(f"role {name!r} reads features, and this network has no tap")
                 with self._seeded(name):
-                    self.others[name] = role.build(self.tap).to(next(self.net.parameters()).device)
+                    self.others[name] = role.build(*self.places(role.depths)).to(next(self.net.parameters()).device)
             case Adapters():
                 if self.sites is None:
                     raise ValueError(f"role {name!r} has guidance adapters, and this network has no sites for them")
@@ -100,6 +102,14 @@ class Backbone(nn.Module):
                 self.load_state(name, self.state(of))
             case Lora():
                 self._add_adapter(name, self.spec.of(name), trainable=True)
+
+    def places(self, depths: Sequence[float] = ()) -> tuple[Tap, ...]:
+        """Where the network's features are read: after these shares of its blocks, or with none halfway."""
+        if depths and self.taps:
+            return at_depths(self.taps, depths)
+        if depths or self.tap is None:
+            raise ValueError(f"features {f'at {list(depths)}' if depths else 'halfway'}: this network has no tap there")
+        return (self.tap,)
 
     def _copy(self, name: str, role: Copy) -> nn.Module:
         if role.source is None and role.width == 1:

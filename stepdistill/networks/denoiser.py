@@ -47,11 +47,14 @@ class Denoiser:
 
     def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """What the network makes of its input halfway, (B, channels, h, w) at the family's tap."""
-        tap = self.backbone.tap
-        if tap is None:
-            raise ValueError(f"role {self.role!r} is asked for features, and its network has no tap")
+        return self.features_at(x_t, t, cond, ())[0]
+
+    def features_at(self, x_t: Tensor, t: Tensor, cond: Condition, depths: tuple[float, ...]) -> tuple[Tensor, ...]:
+        """The same after shares of the network's blocks, ascending in (0, 1], from one pass that ends at the last."""
+        taps = self.backbone.places(depths)
         with self._network(x_t.device, cond) as net:
-            return features_before(net, tap, x_t, lambda: self.call(net, x_t, t, cond)).float()
+            found = features_before(net, taps, x_t, lambda: self.call(net, x_t, t, cond))
+        return tuple(part.float() for part in found)
 
     @contextmanager
     def _network(self, device: torch.device, cond: Condition) -> Iterator[nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -49,6 +50,18 @@ def halfway(net: nn.Module) -> Tap:
     config: Any = net.config
     patch = config["patch_size"]
     return Tap(f"transformer_blocks.{config['num_layers'] // 2}", inner(net), patch, config["sample_size"] // patch)
+
+
+def after_blocks(net: nn.Module, place: Tap, *lists: str) -> tuple[Tap, ...]:
+    """The image's tokens after each block of a transformer, in order of depth.
+
+    Args:
+        place: one such place.
+        lists: names of the network's lists of blocks, in order.
+    """
+    blocks: Any = [(name, len(net.get_submodule(name))) for name in lists]  # pyright: ignore[reportArgumentType]
+    before = [f"{name}.{i}" for name, count in blocks for i in range(count)]
+    return tuple(replace(place, before=name) for name in [*before[1:], "norm_out"])
 
 
 def attentions(net: nn.Module, layer: str, time: str) -> Sites:

@@ -54,10 +54,13 @@ class Module:
     """A trainable module that is no denoiser, such as a discriminator's head.
 
     Args:
-        build: makes it for the place where the network's features are read.
+        build: makes it for the places where the network's features are read, each an argument of its own.
+        depths: those places, as shares of the network's blocks that lie before them, ascending in (0, 1]; none is the
+            family's one place halfway.
     """
 
-    build: Callable[[Tap], nn.Module]
+    build: Callable[..., nn.Module]
+    depths: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

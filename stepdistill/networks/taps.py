@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ def inputs_of(net: nn.Module, place: nn.Module, call: Callable[[], object]) -> d
     """
 
     def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        raise _Reached(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+        raise _Reached(_bound(module, args, kwargs))
 
     handle = place.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
@@ -42,17 +42,60 @@ def inputs_of(net: nn.Module, place: nn.Module, call: Callable[[], object]) -> d
     raise RuntimeError(f"{type(net).__name__} never reached {name!r}: the tap names another module's input")
 
 
-def features_before(net: nn.Module, tap: Tap, x_t: Tensor, call: Callable[[], object]) -> Tensor:
-    """The features (B, channels, H / patch, W / patch) that come into `tap.before` while `call()` runs `net`.
+def features_before(
+    net: nn.Module, taps: Sequence[Tap], x_t: Tensor, call: Callable[[], object]
+) -> tuple[Tensor, ...]:
+    """The features (B, channels, H / patch, W / patch) that come into each `tap.before` while `call()` runs `net`.
+
+    It is one pass, which ends at the last place.
 
     Args:
+        taps: in order of depth.
         x_t: (B, C, H, W), what `call` gives the network; it tells the map's size where features are tokens.
     """
-    features = inputs_of(net, net.get_submodule(tap.before), call)["hidden_states"]
+    *passed, last = (net.get_submodule(tap.before) for tap in taps)
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        found.append(_first(_bound(module, args, kwargs)))
+
+    handles = [place.register_forward_pre_hook(note, with_kwargs=True, prepend=True) for place in passed]
+    try:
+        found.append(_first(inputs_of(net, last, call)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(found) < len(taps):
+        raise RuntimeError(f"{type(net).__name__} reached {len(found)} of {[tap.before for tap in taps]}, expected all")
+    return tuple(_map(features, tap, x_t) for features, tap in zip(found, taps, strict=True))
+
+
+def _map(features: Tensor, tap: Tap, x_t: Tensor) -> Tensor:
     if features.ndim == 3:  # tokens (B, N, C), row by row
         height, width = (side // tap.patch for side in x_t.shape[-2:])
         features = features.transpose(1, 2).reshape(len(features), -1, height, width)
     return features
+
+
+def _bound(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    return inspect.signature(module.forward).bind(*args, **kwargs).arguments
+
+
+def _first(inputs: dict[str, Any]) -> Tensor:
+    """What a block or a norm works on."""
+    return next(iter(inputs.values()))
+
+
+def at_depths(taps: Sequence[Tap], depths: Sequence[float]) -> tuple[Tap, ...]:
+    """The places that lie after these shares of the blocks, in order of depth.
+
+    In a network of few blocks several shares may lead to one place, which then counts once.
+
+    Args:
+        taps: the place after each block.
+        depths: ascending, in (0, 1]; 1 is after the last block.
+    """
+    return tuple(dict.fromkeys(taps[max(1, round(share * len(taps))) - 1] for share in depths))
 
 
 @contextmanager
@@ -69,11 +112,11 @@ def _ending(net: nn.Module) -> Iterator[None]:
             return forward(*args, **kwargs)
         except _Reached as reached:
             ended.append(reached)
-            return reached.inputs["hidden_states"]
+            return _first(reached.inputs)
 
     def leave(module: nn.Module, args: tuple, output: Tensor) -> None:
         if ended:
-            raise _Reached({**ended[0].inputs, "hidden_states": output})
+            raise _Reached({**ended[0].inputs, next(iter(ended[0].inputs)): output})
 
     last = net.register_forward_hook(leave)
     net.forward = run

@@ -160,7 +160,8 @@ def session_of(run: Run, accelerator: Accelerator, parts: LazyPipeline, base: Ba
     family, pipe = run.family, parts.pipe
     net, dtype = family.network(pipe), DTYPES[accelerator.mixed_precision]
     targets = family.lora_targets(net)
-    backbone = Backbone(net, run.lora, targets, family.tap(net), run.train.seed, family.narrow, family.sites(net))
+    places = family.sites(net), family.taps(net)
+    backbone = Backbone(net, run.lora, targets, family.tap(net), run.train.seed, family.narrow, *places)
     batches = Batches(parts, run.train, keys, accelerator.device)
     return Session(run, accelerator, pipe, base, dtype, backbone, batches, None)
 
