@@ -12,7 +12,8 @@ from oracles.fakes import Seen, Stage, batch, updates
 from torch import Tensor
 
 from stepdistill.core.losses import discriminator_loss, generator_loss
-from stepdistill.methods.dmd2 import DMD2, Gan, simulate
+from stepdistill.methods.dmd2 import DMD2, simulate
+from stepdistill.methods.gan import Gan
 
 SCHEDULES = {"table": stable_diffusion(), "flow": Flow(3.0)}
 PART = batch(3, 7, 8)

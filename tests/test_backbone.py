@@ -15,7 +15,8 @@ from torch import nn
 from stepdistill.core.denoise import guided
 from stepdistill.methods.base import Batch, Method, StepContext, Update
 from stepdistill.methods.consistency import Consistency
-from stepdistill.methods.dmd2 import DMD2, Gan
+from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.gan import Gan, Ladd
 from stepdistill.methods.vsd import VSD
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import TEACHER, Copy, Ema, Lora, Module, Role
@@ -61,6 +62,8 @@ METHODS = {
     "adversarial": Adversarial(),
     "dmd2": DMD,
     "dmd2, teacher's features": replace(DMD, gan=replace(GAN, features="teacher", loss_type="softplus")),
+    "dmd2, ladd": replace(DMD, gan=Ladd(misaligned_pairs=True)),
+    "lcm, ladd": replace(LCM, gan=Ladd()),
     "vsd": VSD(guidance_scale=(0.5, 4.0)),
 }
 

@@ -18,7 +18,8 @@ from stepdistill.core.losses import divergence_weight, surrogate
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.methods.base import Batch
-from stepdistill.methods.dmd2 import DMD2, Gan, normalised, simulate
+from stepdistill.methods.dmd2 import DMD2, normalised, simulate
+from stepdistill.methods.gan import Gan
 from stepdistill.methods.vsd import VSD
 from stepdistill.networks.roles import TEACHER
 

@@ -12,7 +12,7 @@ from test_distribution_updates import DMD
 
 from stepdistill.core import losses
 from stepdistill.core.schedule import DiscreteVP, Rectified
-from stepdistill.methods import dmd2
+from stepdistill.methods import dmd2, gan
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.vsd import VSD
@@ -61,7 +61,7 @@ def prompts_alone() -> None:
 
 
 MODES = lambda: closed_forms.test_modes_are_found_at_high_noise_only("one", (20.0, 120.0), 0.0, 0.0)  # noqa: E731
-TOWARDS, STUDENT, HEAD = DMD2.towards, DMD2.student_loss, DMD2.head_loss
+TOWARDS, STUDENT, HEAD = DMD2.towards, DMD2.student_loss, gan.Gan.head_loss
 RATIO = closed_forms.test_a_weight_of_the_divergence_multiplies_the_score_term
 COUNT = lambda: plumbing.test_the_fake_score_takes_k_steps_for_one_of_the_student_after_its_warm_up(3)  # noqa: E731
 BACK = plumbing.test_disback_follows_its_waypoints_back_to_the_teacher
@@ -180,9 +180,7 @@ BUGS = {
         lambda: heads(),
     ),
     "hinge on one side": Bug(losses.discriminator_loss, "(1 - real)", "(1 + real)", lambda: heads()),
-    "adversarial term without its weight": Bug(
-        STUDENT, "self.gan.generator_weight * (x0 * pull)", "(x0 * pull)", RATIO
-    ),
+    "adversarial term without its weight": Bug(gan.two_phase, "weight * (x0 * pull)", "(x0 * pull)", RATIO),
     "R1 at other noise": Bug(
         HEAD,
         'data, "gan real", shake',
@@ -196,7 +194,7 @@ BUGS = {
         lambda: closed_forms.test_the_weights_are_those_of_the_divergences("jeffreys", lambda r: (r - 1) * r.log()),
     ),
     "tokens in columns": Bug(
-        adversarial.features_before,
+        adversarial._map,
         "reshape(len(features), -1, height, width)",
         "reshape(len(features), -1, width, height).transpose(2, 3)",
         lambda: plumbing.test_features_are_those_of_a_whole_pass_which_ends_early("sd3"),

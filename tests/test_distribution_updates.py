@@ -16,7 +16,8 @@ from stepdistill.data import Prompts
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Batch, Method, StepContext
 from stepdistill.methods.disback import DisBack
-from stepdistill.methods.dmd2 import DMD2, Gan
+from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.gan import Gan, Ladd
 from stepdistill.methods.vsd import VSD, ClipTerm
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.clip import clip
@@ -28,7 +29,13 @@ from stepdistill.training.recipe import Run, TrainSpec
 
 DMD = DMD2(num_inference_steps=2, guidance_scale=3.0, critic_steps=2)
 GAN = replace(DMD, gan=Gan())
-METHODS = {"dmd2": DMD, "gan": GAN, "teacher's": replace(DMD, gan=Gan(features="teacher")), "vsd": VSD()}
+METHODS = {
+    "dmd2": DMD,
+    "gan": GAN,
+    "teacher's": replace(DMD, gan=Gan(features="teacher")),
+    "ladd": replace(DMD, gan=Ladd()),
+    "vsd": VSD(),
+}
 
 
 def scene(method: Method, name: str = "sd", asleep: tuple[str, ...] = ()) -> tuple[Backbone, Batch, StepContext]:
@@ -295,7 +302,7 @@ def test_features_are_those_of_a_whole_pass_which_ends_early(name):
     net.get_submodule("conv_out" if name in ("sd", "sdxl") else "proj_out").register_forward_hook(
         lambda *_: after.append(1)
     )
-    found = features_before(net, tap, x, call)
+    (found,) = features_before(net, (tap,), x, call)
     assert torch.equal(found, expected) and found.shape[1] == tap.channels and not after
     assert found.shape[2:] == (4 // tap.patch, 8 // tap.patch)
     call()
@@ -311,7 +318,7 @@ def test_a_head_gives_one_logit_at_any_size(channels, side):
 
 def test_a_tap_that_is_never_reached_is_an_error():
     with pytest.raises(RuntimeError, match="never reached"):
-        features_before(nn.ModuleDict({"a": nn.Linear(1, 1)}), Tap("a", 1, 1, 1), torch.zeros(1), lambda: None)
+        features_before(nn.ModuleDict({"a": nn.Linear(1, 1)}), [Tap("a", 1, 1, 1)], torch.zeros(1), lambda: None)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.base import Method
 from stepdistill.methods.consistency import Consistency
-from stepdistill.methods.dmd2 import DMD2, Gan
+from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.gan import Gan
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import LoraSpec

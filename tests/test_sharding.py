@@ -26,7 +26,8 @@ from stepdistill.core.errors import ConfigError
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.data.bundled import build
 from stepdistill.families.base import Family
-from stepdistill.methods.dmd2 import DMD2, Gan
+from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.gan import Gan
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.networks import sharding

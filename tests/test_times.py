@@ -27,7 +27,8 @@ from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.base import Batch, Method, StepContext
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.disback import DisBack
-from stepdistill.methods.dmd2 import DMD2, Gan
+from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.gan import Gan
 from stepdistill.methods.guided_lora import GuidedLora
 from stepdistill.methods.perflow import PeRFlow
 from stepdistill.methods.progressive import ProgressiveHalving

@@ -1,8 +1,8 @@
 """YAML and overrides to frozen dataclasses, strictly.
 
 Knows no method and no family. A node `{type: package.module.Class, ...}` becomes an instance of that class,
-from the leaves upward; a field of one concrete dataclass needs no `type:`, and no field may have that
-name. A node replaces its field's default as a whole. Every problem is reported at once, by path.
+from the leaves upward. Where a field takes concrete dataclasses only, a node without `type:` is the first of them; no
+field may have that name. A node replaces its field's default as a whole. Every problem is reported at once, by path.
 """
 
 from __future__ import annotations

@@ -137,10 +137,10 @@ def locate(path: str) -> Value:
 
 
 def pick(bases: Sequence[type], path: Value) -> type:
-    """The class of a node: the one that `type: path` names, or with None the only concrete one of `bases`."""
+    """The class of a node: the one that `type: path` names, or with None the first of `bases`, if all are concrete."""
     names = " or ".join("class or function" if base is Factory else base.__name__ for base in bases)
     if path is None:
-        if len(bases) == 1 and not inspect.isabstract(bases[0]) and bases[0] is not Factory:
+        if not any(inspect.isabstract(base) or base is Factory for base in bases):
             return bases[0]
         known = [cls for base in bases if base is not Factory for cls in [base, *base.__subclasses__()]]
         heirs = [dotted(cls) for cls in known if not inspect.isabstract(cls)]

@@ -32,7 +32,8 @@ from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler
 from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_effect
-from stepdistill.networks.roles import TEACHER
+from stepdistill.methods.gan import Ladd
+from stepdistill.networks.roles import TEACHER, Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class Consistency(Averaged):
         x_u = the guided teacher's solver step from x_t to u, the grid time below t
         loss = E d( jump(student, x_t, t -> s), jump(target, x_u, u -> s) ), where the target has no gradient
         a jump to s is alpha_s x0 + sigma_s eps; a jump to clean data is c_skip(t) x_t + c_out(t) x0
+        with `gan` the student's loss and the head's are those of `Ladd`, too, at other times of the grid
 
     References:
         Latent consistency models, Luo et al. 2023, https://arxiv.org/abs/2310.04378, and LCM-LoRA,
@@ -69,6 +71,8 @@ class Consistency(Averaged):
         target: network that gives the target: the `student` itself, or its average (`ema`).
         eta: share of each sampling step that is renoised, with `end: any` (TCD's gamma).
         num_inference_steps: default number of sampling steps, stored in the contract.
+        gan: adversarial term on the student's estimates of clean data; with one segment only, since in several the
+            student does not aim at clean data.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"latents"})
@@ -85,6 +89,7 @@ class Consistency(Averaged):
     target: Literal["student", "ema"] = "student"
     eta: float = 0.3
     num_inference_steps: Count = 4
+    gan: Ladd | None = None
 
     def __post_init__(self) -> None:
         n = self.num_ddim_timesteps
@@ -102,9 +107,17 @@ class Consistency(Averaged):
             raise ValueError("target 'ema' needs an average: set ema_decay, such as 0.95")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}: expected a share in [0, 1]")
+        if self.gan is not None and max(self.segments) > 1:
+            raise ValueError(
+                f"gan with segments {list(self.segments)}: expected segments [1], since the term asks that the student "
+                "aim at clean data, and in several segments it aims at their edges; leave gan out, or set segments [1]"
+            )
         check_effect(self, "stage_steps", len(self.segments) > 1, "several segments")
         check_effect(self, "huber_c", self.loss_type == "huber", "loss_type 'huber'")
         check_effect(self, "eta", self.end == "any", "end 'any'")
+
+    def roles(self) -> dict[str, Role]:
+        return Averaged.roles(self) | ({} if self.gan is None else self.gan.roles())
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         steps = steps or self.num_inference_steps
@@ -153,4 +166,10 @@ class Consistency(Averaged):
                 target = torch.where(expand(s == u, x_u), x_u, target)
         jumped = self.jump(context.denoiser("student")(x_t, t, cond), x_t, t, s, schedule)
         loss = distance(self.loss_type, jumped, target, self.huber_c)
-        yield Update("student", loss)
+        if self.gan is None:
+            yield Update("student", loss)
+            return
+        again = grid[(context.draw(batch, "gan input t") * self.num_ddim_timesteps).long() + 1]
+        term, x0, logs = self.gan.student_term(context, batch, context.denoiser("student"), again)
+        yield Update("student", loss + term, loss=loss, **logs)
+        yield Update("head", self.gan.head_loss(context, batch, x0))

@@ -10,63 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from stepdistill.config.kinds import Amount, Count, Positive, Whole
-from stepdistill.core.denoise import RoleDenoise, guided
-from stepdistill.core.losses import (
-    Adversarial,
-    Divergence,
-    denoising,
-    discriminator_loss,
-    divergence_weight,
-    generator_loss,
-    surrogate,
-)
+from stepdistill.config.kinds import Amount, Count, Whole
+from stepdistill.core.denoise import guided
+from stepdistill.core.losses import denoising, surrogate
 from stepdistill.core.schedule import NoiseSchedule, per_sample
 from stepdistill.core.solvers import Sampler, few_step, student_starts
 from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_effect, check_range, check_steps
-from stepdistill.networks.roles import TEACHER, Lora, Module, Role
-from stepdistill.networks.taps import Head
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gan:
-    """The adversarial term of DMD2, on features of noised samples.
-
-    References:
-        Diffusion-GAN, Wang et al. 2022, https://arxiv.org/abs/2206.02262: `gan: {}`.
-        f-distill, Xu et al. 2025, https://arxiv.org/abs/2502.15681: `gan: {divergence: jensen_shannon}` and others.
-        Adversarial post-training, Lin et al. 2025, https://arxiv.org/abs/2501.08316, for the approximate R1.
-
-    Args:
-        generator_weight: lambda_g, weight of the student's adversarial loss.
-        discriminator_weight: lambda_d, weight of the discriminator's loss.
-        features: network whose features the discriminator reads: the `fake` score, which then trains on the
-            discriminator's loss, too (as in the paper), or the frozen `teacher`.
-        loss_type: `softplus` (the paper) or `hinge`.
-        r1_weight: weight of the approximate R1 penalty `(D(x + r1_sigma z) - D(x))^2` on noised real data; 0 disables
-            it.
-        r1_sigma: standard deviation of that perturbation.
-        divergence: f-divergence of the score term, weighted by the discriminator's density ratio; all but `reverse_kl`
-            need loss_type softplus.
-    """
-
-    generator_weight: Amount = 1e-3
-    discriminator_weight: Amount = 1e-2
-    features: Literal["fake", "teacher"] = "fake"
-    loss_type: Adversarial = "softplus"
-    r1_weight: Amount = 0.0
-    r1_sigma: Positive = 0.1
-    divergence: Divergence = "reverse_kl"
-
-    def __post_init__(self) -> None:
-        if self.divergence != "reverse_kl" and self.loss_type != "softplus":
-            raise ValueError(f"divergence {self.divergence!r} needs log-ratios, which only loss_type 'softplus' learns")
-        check_effect(self, "r1_sigma", self.r1_weight > 0, "an r1_weight above 0")
+from stepdistill.methods.gan import Gan, Ladd
+from stepdistill.networks.roles import TEACHER, Lora, Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +34,7 @@ class DMD2(Averaged):
         fake:    loss = E |fake(x_t, t).eps - eps|^2 on samples of the student
         gan:     student + lambda_g softplus(-D(x_s))
                  fake + lambda_d (softplus(D(x_s)) + softplus(-D(data_s)))
+                 or those of `Ladd`
 
     References:
         Improved distribution matching distillation, Yin et al. 2024, https://arxiv.org/abs/2405.14867.
@@ -96,7 +52,8 @@ class DMD2(Averaged):
         critic_steps: K, updates of the fake score for each update of the student.
         warmup_steps: training steps of the fake score alone, before the student's first update.
         t_range: lowest and highest timestep at which the scores are compared.
-        gan: adversarial term, which needs images; none trains on prompts alone.
+        gan: adversarial term, which needs images; none trains on prompts alone. Without a `type` it is `Gan`, the
+            paper's; `type: stepdistill.methods.gan.Ladd` reads several depths of the teacher.
     """
 
     num_inference_steps: Count = 4
@@ -106,7 +63,7 @@ class DMD2(Averaged):
     critic_steps: int = 5
     warmup_steps: Whole = 0
     t_range: tuple[float, float] = (20.0, 980.0)
-    gan: Gan | None = None
+    gan: Gan | Ladd | None = None
 
     def __post_init__(self) -> None:
         if self.critic_steps < 1:
@@ -115,13 +72,15 @@ class DMD2(Averaged):
         if self.eta not in (0, 1):
             raise ValueError(f"eta is {self.eta}: expected 1 (renoise) or 0 (deterministic)")
         check_steps(self)
+        if isinstance(self.gan, Ladd):
+            check_effect(self.gan, "max_time_probability", False, "a method whose student starts from noised data")
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"prompts"} if self.gan is None else {"latents"})
 
     def roles(self) -> dict[str, Role]:
-        head: dict[str, Role] = {} if self.gan is None else {"head": Module(Head)}
+        head = {} if self.gan is None else self.gan.roles()
         return {"student": Lora(), "fake": Lora(), **head, **self.average}
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -149,7 +108,7 @@ class DMD2(Averaged):
         if self.gan is None:
             yield Update("fake", loss)
         else:
-            judged = self.head_loss(self.gan, context, batch, x0)
+            judged = self.gan.head_loss(context, batch, x0)
             total = loss + self.gan.discriminator_weight * judged
             yield Update(("fake", "head"), total, loss_fake=loss, loss_head=judged)
 
@@ -164,46 +123,13 @@ class DMD2(Averaged):
             real = guided(context.denoiser(target), context.null, self.guidance_scale)(x_s, s, batch.cond).x0
             fake = context.denoiser("fake")(x_s, s, batch.cond).x0
             gradient = normalised(sample, fake, real)
-            if self.gan is not None and self.gan.divergence != "reverse_kl":
-                logits = context.module("head")(judge(self.gan, context).features(x_s, s, batch.cond))
-                gradient = divergence_weight(self.gan.divergence, logits).reshape(-1, 1, 1, 1) * gradient
+            if isinstance(self.gan, Gan):
+                gradient = self.gan.weighted(context, batch, x_s, s, gradient)
         loss = surrogate(x0, gradient)
-        logs = {"loss": loss}
-        if self.gan is not None:
-            # in two phases: the judge's graph ends at the sample, so no graph spans two roles
-            sample.requires_grad_()
-            frozen = judge(self.gan, context).frozen()
-            term = generator_loss(self.gan.loss_type, logits_of(frozen, context, batch, sample, "gan student"))
-            (pull,) = torch.autograd.grad(term, sample)
-            loss = loss + self.gan.generator_weight * (x0 * pull).sum()
-            logs["loss_gan"] = term
-        return loss, logs
-
-    def head_loss(self, gan: Gan, context: StepContext, batch: Batch, x0: Tensor) -> Tensor:
-        """The head's loss on noised samples and noised data; with `features: fake` it trains the fake score, too."""
-        data, role = batch.x0, judge(gan, context)
-        real = logits_of(role, context, batch, data, "gan real")
-        loss = discriminator_loss(gan.loss_type, logits_of(role, context, batch, x0, "gan fake"), real)
-        if gan.r1_weight:
-            shaken = logits_of(role, context, batch, data, "gan real", shake=gan.r1_sigma)
-            loss = loss + gan.r1_weight * (shaken - real).square().mean()
-        return loss
-
-
-def judge(gan: Gan, context: StepContext) -> RoleDenoise:
-    """The role whose features the head sees."""
-    return context.denoiser("fake" if gan.features == "fake" else TEACHER)
-
-
-def logits_of(
-    role: RoleDenoise, context: StepContext, batch: Batch, x0: Tensor, purpose: str, shake: float = 0.0
-) -> Tensor:
-    """The head's logits (B, 1) at `x0` noised by draws of its own, and then by `shake` more."""
-    t = context.schedule.random_times(context.draw(batch, f"{purpose} t"), *context.schedule.span)
-    x_t = context.schedule.add_noise(x0, context.noise(batch, f"{purpose} eps"), t)
-    if shake:
-        x_t = x_t + shake * context.noise(batch, f"{purpose} shake")
-    return context.module("head")(role.features(x_t, t, batch.cond))
+        if self.gan is None:
+            return loss, {"loss": loss}
+        term, logs = self.gan.sample_term(context, batch, x0)
+        return loss + term, {"loss": loss, **logs}
 
 
 def simulate(context: StepContext, batch: Batch, sampler: Sampler) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,20 @@
-"""Features inside a denoiser, and the discriminator head of adversarial losses."""
+"""Features inside a denoiser, and the discriminator heads of adversarial losses."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import conv1d, interpolate, normalize, pad
 
 from stepdistill.networks.roles import Tap
+
+POWER_ITERATIONS = 15  # as many as PyTorch's `spectral_norm` begins with
 
 
 class _Reached(Exception):  # noqa: N818 - it is no error
@@ -42,9 +46,7 @@ def inputs_of(net: nn.Module, place: nn.Module, call: Callable[[], object]) -> d
     raise RuntimeError(f"{type(net).__name__} never reached {name!r}: the tap names another module's input")
 
 
-def features_before(
-    net: nn.Module, taps: Sequence[Tap], x_t: Tensor, call: Callable[[], object]
-) -> tuple[Tensor, ...]:
+def features_before(net: nn.Module, taps: Sequence[Tap], x_t: Tensor, call: Callable[[], object]) -> tuple[Tensor, ...]:
     """The features (B, channels, H / patch, W / patch) that come into each `tap.before` while `call()` runs `net`.
 
     It is one pass, which ends at the last place.
@@ -146,9 +148,7 @@ class Head(nn.Module):
         self.side = side
 
         def block(kernel: int, stride: int, padding: int) -> list[nn.Module]:
-            # the last map is one place: a group of one channel there would be a constant
-            groups = next(n for n in (32, 16, 8, 4, 2, 1) if width % n == 0 and width > n)
-            return [nn.Conv2d(width, width, kernel, stride, padding), nn.GroupNorm(groups, width), nn.SiLU()]
+            return [nn.Conv2d(width, width, kernel, stride, padding), _norm(width), nn.SiLU()]
 
         while side > 4:
             layers += block(4, 2, 1)
@@ -163,3 +163,81 @@ class Head(nn.Module):
         if size != list(features.shape[-2:]):
             features = interpolate(features, size, mode="bilinear")
         return self.layers(features).mean((2, 3))
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    # a map may be one place: a group of one channel there would be a constant
+    return nn.GroupNorm(next(n for n in (32, 16, 8, 4, 2, 1) if width % n == 0 and width > n), width)
+
+
+class LaddHead(nn.Module):
+    """LADD's discriminator head: at each place a few convolutions over the tokens, with one logit a token.
+
+    Sauer et al. 2024, https://arxiv.org/abs/2403.12015, section 3, in the form of SANA-Sprint. A place's head is two
+    blocks and a last convolution with kernel 1. A block is a convolution, a norm, and LeakyReLU with slope 0.2; the
+    kernels are 1 and 9, circular over the tokens row by row, and the second block is residual, `(x + f(x)) / sqrt(2)`.
+    Published code normalises over every eight samples of a batch (BatchNormLocal). Here it is a GroupNorm within each
+    sample, so that no logit depends on the other samples of its micro-batch.
+
+    Args:
+        taps: where the features come from.
+    """
+
+    def __init__(self, *taps: Tap) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(_PlaceHead(tap.channels) for tap in taps)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits (B, N) of features (B, channels, h, w) of each place; N is the number of all their tokens.
+
+        On maps of different sizes, as a UNet has them, a larger one has more of the logits.
+        """
+        pairs = zip(self.heads, features, strict=True)
+        return torch.cat([head(part.flatten(2)) for head, part in pairs], 1)
+
+
+class _PlaceHead(nn.Module):
+    """The head of one place: (B, width, N) to logits (B, N)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(SpectralConv(width, width, 1), _norm(width), nn.LeakyReLU(0.2))
+        self.second = nn.Sequential(SpectralConv(width, width, 9), _norm(width), nn.LeakyReLU(0.2))
+        self.last = SpectralConv(width, 1, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.first(tokens)
+        return self.last((x + self.second(x)) / math.sqrt(2)).squeeze(1)
+
+
+class SpectralConv(nn.Conv1d):
+    """A circular convolution (B, C, N) whose kernel, as a matrix (out, in x size), has the spectral norm 1.
+
+    Miyato et al. 2018, https://arxiv.org/abs/1802.05957, section 2.1. The norm comes from power iteration that begins
+    at one stored vector in every call. As published, each call goes on from the vector of the call before; then a
+    step's result depends on the number of its micro-batches.
+
+    Args:
+        inputs: channels in.
+        outputs: channels out.
+        size: of the kernel, odd.
+    """
+
+    def __init__(self, inputs: int, outputs: int, size: int) -> None:
+        super().__init__(inputs, outputs, size)
+        self.register_buffer("start", torch.randn(outputs))
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in the base class
+        beside = self.kernel_size[0] // 2
+        around = pad(input, (beside, beside), mode="circular")
+        return conv1d(around, self.weight / self.spectral_norm(), self.bias)
+
+    def spectral_norm(self) -> Tensor:
+        """The largest singular value, from below; its gradient is that of `u W v` at fixed vectors."""
+        matrix = self.weight.flatten(1)
+        with torch.no_grad():
+            u = self.start
+            for _ in range(POWER_ITERATIONS):
+                v = normalize(matrix.T @ u, dim=0)
+                u = normalize(matrix @ v, dim=0)
+        return u @ matrix @ v
