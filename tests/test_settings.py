@@ -24,7 +24,7 @@ from stepdistill.methods.base import Method
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.gan import Gan
+from stepdistill.methods.gan import Gan, Ladd
 from stepdistill.methods.guided_lora import GuidedLora
 from stepdistill.methods.perflow import PeRFlow
 from stepdistill.methods.progressive import ProgressiveHalving
@@ -68,6 +68,13 @@ def changes(method: Method, **values: tuple[Any, str] | tuple[Any, str, dict[str
     ]
 
 
+LADD = {
+    "gan__generator_weight": (0.7, "loss"),
+    "gan__depths": ((0.5, 1.0), "roles loss"),
+    "gan__time_mean": (0.4, "loss"),
+    "gan__time_std": (1.6, "loss"),
+    "gan__misaligned_pairs": (True, "loss"),
+}
 EMA = {"ema_decay": (0.5, "roles")}
 GUIDED = {"sampling_guidance_scale": (3.0, "sampler guidance")}
 CHANGES = [
@@ -83,9 +90,11 @@ CHANGES = [
         target=("ema", "loss"),
         eta=(0.7, "sampler", {"end": "any"}),
         num_inference_steps=(2, "sampler"),
+        gan=(Ladd(), "roles turns loss"),
         **EMA,
         **GUIDED,
     ),
+    *changes(Consistency(gan=Ladd()), gan__max_time_probability=(0.9, "loss"), **LADD),
     *changes(
         DMD2(critic_steps=2),
         num_inference_steps=(2, "sampler loss"),
@@ -108,6 +117,7 @@ CHANGES = [
         gan__r1_sigma=(0.5, "loss", {"gan": Gan(r1_weight=2.0)}),
         gan__divergence=("jensen_shannon", "loss"),
     ),
+    *changes(DMD2(critic_steps=1, gan=Ladd()), **LADD),
     *changes(
         VSD(),
         guidance_scale=((0.5, 4.0), "guidance loss"),
@@ -210,7 +220,10 @@ CHANGES = [
         lpips__samples=(2, "loss"),
     ),
 ]
-ELSEWHERE = {"FlowGuided.lpips.divide": "refused: its one step starts at the share of noise 1"}
+ELSEWHERE = {
+    "FlowGuided.lpips.divide": "refused: its one step starts at the share of noise 1",
+    "DMD2.gan.max_time_probability": "refused: its student starts from its own steps",
+}
 
 
 def paths(cls: type[Method]) -> Iterator[str]:
@@ -284,7 +297,7 @@ def test_a_method_inside_of_another_has_its_own_fields(change, models):
 def on(method: Method, change: Change) -> Change | None:
     """The same change of another method; None where it has no such term, or has the value already."""
     name, _, inner = change.path.partition(".")
-    if inner and vars(method)[name] is None:
+    if inner and inner not in (vars(vars(method)[name]) if vars(method)[name] else ()):
         return None
     owner = vars(method)[name] if inner else method
     return None if vars(owner)[inner or name] == change.value else replace(change, method=method)
@@ -335,6 +348,10 @@ def test_a_value_that_another_leaves_without_effect_is_refused(kind, models):
         (
             lambda: Regression(timesteps=(399.0,), num_inference_steps=2),
             "num_inference_steps is 2: .* only with timesteps none",
+        ),
+        (
+            lambda: DMD2(gan=Ladd(max_time_probability=0.9)),
+            "max_time_probability is 0.9: .* only with a method whose student starts from noised data",
         ),
         (lambda: Gan(r1_sigma=0.5), "r1_sigma is 0.5: .* only with an r1_weight above 0"),
         (
@@ -404,6 +421,8 @@ def test_the_clip_term_decays_from_the_student_s_first_step():
 
 NOT_A_MEAN = {
     "DMD2.gan.divergence": "the weights of f-distill are normalised over the batch, as published",
+    "Consistency.gan.misaligned_pairs": "the pairs are made within a batch, as published",
+    "DMD2.gan.misaligned_pairs": "the same",
     "Reflow.lpips.samples": "the term's mean is that of the samples that are decoded, as tested below",
     "FlowGuided.lpips.samples": "the same",
 }

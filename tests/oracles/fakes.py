@@ -45,6 +45,10 @@ class Fake:
     def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.weight * x_t + cond["mean"] + expand(t / 1000, x_t)
 
+    def features_at(self, x_t: Tensor, t: Tensor, cond: Condition, depths: tuple[float, ...]) -> tuple[Tensor, ...]:
+        found = self.features(x_t, t, cond)
+        return tuple((1 + depth) * found[..., : i + 1] for i, depth in enumerate(depths))  # of several sizes
+
     def native(self, est: Estimate, t: Tensor) -> Tensor:
         return output(self.kind, est, t, self.schedule)
 
@@ -87,8 +91,15 @@ class Stage:
             device=torch.device("cpu"),
         )
 
-    def _head(self, role: str) -> Callable[[Tensor], Tensor]:
-        return lambda features: 3 * self[role] * features.sin().flatten(1).mean(1, keepdim=True)
+    def _head(self, role: str) -> Callable[[Tensor | tuple[Tensor, ...]], Tensor]:
+        """One logit of one map; of several maps, one for each place of each."""
+
+        def call(features: Tensor | tuple[Tensor, ...]) -> Tensor:
+            if isinstance(features, Tensor):
+                return 3 * self[role] * features.sin().flatten(1).mean(1, keepdim=True)
+            return torch.cat([3 * self[role] * part.sin().flatten(1) for part in features], 1)
+
+        return call
 
 
 def batch(*index: int) -> Batch:
