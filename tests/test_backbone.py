@@ -130,7 +130,8 @@ def test_roles_equal_copies(key, name, micro_batches, checkpointing):
     theirs = gradients(method, name, pipe, separate, micro_batches)
     assert ours.keys() == theirs.keys() and len(ours) > 20
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert all(value.abs().sum() > 0 for value in ours.values())
+    # while all logits are within the hinge's margins, real and fake pull equally at the bias that they share
+    assert all(value.abs().sum() > 0 for key, value in ours.items() if not key.endswith("last.bias"))
 
 
 def test_switching_away_before_backward_loses_no_gradient():

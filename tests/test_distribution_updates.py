@@ -17,7 +17,7 @@ from stepdistill.families.base import Family
 from stepdistill.methods.base import Batch, Method, StepContext
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.gan import Gan, Ladd
+from stepdistill.methods.gan import Gan
 from stepdistill.methods.vsd import VSD, ClipTerm
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.clip import clip
@@ -33,7 +33,6 @@ METHODS = {
     "dmd2": DMD,
     "gan": GAN,
     "teacher's": replace(DMD, gan=Gan(features="teacher")),
-    "ladd": replace(DMD, gan=Ladd()),
     "vsd": VSD(),
 }
 

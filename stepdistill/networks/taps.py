@@ -223,6 +223,8 @@ class SpectralConv(nn.Conv1d):
         size: of the kernel, odd.
     """
 
+    start: Tensor
+
     def __init__(self, inputs: int, outputs: int, size: int) -> None:
         super().__init__(inputs, outputs, size)
         self.register_buffer("start", torch.randn(outputs))
