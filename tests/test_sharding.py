@@ -175,8 +175,8 @@ def _alone(rank: int, name: str) -> None:
         x0 = student(x, t, part.cond).x0
         with torch.no_grad():  # another role between forward and backward
             real = teacher(x, t, part.cond).x0
-        found = student.features(x, t, part.cond)
-        loss = (x0 - real).square().mean() + found.square().mean()
+        found = student.features(x, t, part.cond), *student.features_at(x, t, part.cond, (0.3, 0.6, 1.0))
+        loss = (x0 - real).square().mean() + sum(maps.square().mean() for maps in found)
         wanted = list(bone.parameters_of("student").values())
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, wanted, materialize_grads=True)])
 

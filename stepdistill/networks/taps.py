@@ -14,7 +14,7 @@ from torch.nn.functional import conv1d, interpolate, normalize, pad
 
 from stepdistill.networks.roles import Tap
 
-POWER_ITERATIONS = 15  # as many as PyTorch's `spectral_norm` begins with
+POWER_ITERATIONS = 8
 
 
 class _Reached(Exception):  # noqa: N818 - it is no error
@@ -213,9 +213,9 @@ class _PlaceHead(nn.Module):
 class SpectralConv(nn.Conv1d):
     """A circular convolution (B, C, N) whose kernel, as a matrix (out, in x size), has the spectral norm 1.
 
-    Miyato et al. 2018, https://arxiv.org/abs/1802.05957, section 2.1. The norm comes from power iteration that begins
-    at one stored vector in every call. As published, each call goes on from the vector of the call before; then a
-    step's result depends on the number of its micro-batches.
+    Miyato et al. 2018, https://arxiv.org/abs/1802.05957, section 2.1. The norm comes from power iteration. As
+    published, each call goes on from the vector of the call before, so that a step's result depends on the number of
+    its micro-batches. Here each call begins at one vector, which is the right one for the first weights.
 
     Args:
         inputs: channels in.
@@ -228,6 +228,7 @@ class SpectralConv(nn.Conv1d):
     def __init__(self, inputs: int, outputs: int, size: int) -> None:
         super().__init__(inputs, outputs, size)
         self.register_buffer("start", torch.randn(outputs))
+        self.start, _ = self._vectors(100)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in the base class
         beside = self.kernel_size[0] // 2
@@ -236,10 +237,14 @@ class SpectralConv(nn.Conv1d):
 
     def spectral_norm(self) -> Tensor:
         """The largest singular value, from below; its gradient is that of `u W v` at fixed vectors."""
-        matrix = self.weight.flatten(1)
-        with torch.no_grad():
-            u = self.start
-            for _ in range(POWER_ITERATIONS):
-                v = normalize(matrix.T @ u, dim=0)
-                u = normalize(matrix @ v, dim=0)
-        return u @ matrix @ v
+        u, v = self._vectors(POWER_ITERATIONS)
+        return u @ self.weight.flatten(1) @ v
+
+    @torch.no_grad()
+    def _vectors(self, iterations: int) -> tuple[Tensor, Tensor]:
+        """The singular vectors of the largest value, left (out,) and right (in x size,)."""
+        matrix, u, v = self.weight.flatten(1), self.start, self.start
+        for _ in range(iterations):
+            v = normalize(matrix.T @ u, dim=0)
+            u = normalize(matrix @ v, dim=0)
+        return u, v
