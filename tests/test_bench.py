@@ -181,7 +181,7 @@ def test_the_full_fine_tune_trains_both_networks_from_the_same_losses():
         assert len(full.params[net]) == len(pairs) and all(not torch.equal(*pair) for pair in pairs)
     names, small = (dmd2_cycle.LORA, dmd2_cycle.FULL, dmd2_cycle.OURS), replace(CYCLE, critic_steps=1)
     rows = {name: [cycle.make(name, small)[0].measure() | {"beyond imports": 2.0}] for name in names}
-    line = json.loads(json.dumps(dmd2_cycle.summary(rows, {"tiny": rows})))
+    line = json.loads(json.dumps(dmd2_cycle.summary({"tiny": rows}, {"tiny": rows})))
     assert line["name"] == "dmd2_cycle" and {"lora_ratio", "full_ratio", "machine"} < line.keys()
     assert line["full_ratio"] == pytest.approx(rows["ours"][0][bench.CPU] / rows[names[1]][0][bench.CPU], abs=1e-3)
     assert line["tiny"]["calls"][names[0]] == line["tiny"]["calls"][names[1]] == line["tiny"]["calls"]["ours"] + 1

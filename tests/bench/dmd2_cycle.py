@@ -37,7 +37,9 @@ def times(rows: Rows, other: str, clock: str = CPU) -> list[float]:
 
 def summary(cycles: dict[str, Rows], processes: dict[str, Rows]) -> dict[str, object]:
     """The line for programs: of each size, the cycles in turn and those by process."""
+    tiny = cycles["tiny"]
     line: dict[str, object] = {"name": "dmd2_cycle"}
+    line |= {"lora_ratio": times(tiny, LORA)[1], "full_ratio": times(tiny, FULL)[1]}
     for size, rows in cycles.items():
         alone = processes[size]
         line[size] = {
