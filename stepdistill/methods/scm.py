@@ -24,6 +24,7 @@ from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler
 from stepdistill.core.trigflow import central_difference, scale_of, tangent, trig_network, trig_output
 from stepdistill.methods.base import Averaged, Batch, StepContext, Update
+from stepdistill.methods.gan import Ladd
 from stepdistill.networks.roles import TEACHER, Lora, Module, Role
 from stepdistill.networks.time_weight import TimeWeight
 
@@ -48,7 +49,7 @@ class SCM(Averaged):
     References:
         Simplifying, stabilizing and scaling continuous-time consistency models, Lu & Song 2024,
         https://arxiv.org/abs/2410.11081.
-        SANA-Sprint, Chen et al. 2025, https://arxiv.org/abs/2503.09641.
+        SANA-Sprint, Chen et al. 2025, https://arxiv.org/abs/2503.09641: `gan: {}`.
 
     Args:
         guidance_scale: w of `uncond + w (cond - uncond)` in the teacher; a pair is a range that each sample draws from.
@@ -62,6 +63,7 @@ class SCM(Averaged):
         num_inference_steps: default number of sampling steps, stored in the contract.
         starts: angles at which the steps of sampling start, descending, a list for each number of steps that has one;
             other numbers are spaced evenly in the angle.
+        gan: adversarial term LADD; with it the method is SANA-Sprint.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"latents"})
@@ -74,6 +76,7 @@ class SCM(Averaged):
     difference: Positive | None = None
     num_inference_steps: Count = 4
     starts: tuple[tuple[Amount, ...], ...] = STARTS
+    gan: Ladd | None = None
 
     def __post_init__(self) -> None:
         if self.difference is not None and not 0.03 <= self.difference <= 0.3:
@@ -93,7 +96,8 @@ class SCM(Averaged):
         return "forward" if self.difference is None else "difference"
 
     def roles(self) -> dict[str, Role]:
-        return {"student": Lora(), "weight": Module(lambda tap: TimeWeight()), **self.average}
+        head = {} if self.gan is None else self.gan.roles()
+        return {"student": Lora(), "weight": Module(lambda tap: TimeWeight()), **head, **self.average}
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         n = steps or self.num_inference_steps
@@ -103,7 +107,7 @@ class SCM(Averaged):
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         schedule, cond, student = context.schedule, batch.cond, context.denoiser("student")
-        t = schedule.lognormal_times(context.draw(batch, "t"), self.time_mean, self.time_std)
+        t = self._times(context, batch, "t")
         angle = schedule.angle(t)
         x_t = schedule.add_noise(batch.x0, context.noise(batch, "eps"), t)
         x = x_t / expand(scale_of(schedule, angle), x_t)
@@ -120,7 +124,17 @@ class SCM(Averaged):
         wanted = F.detach() + g / expand(length + self.tangent_offset, g)
         weight = context.module("weight")(angle)
         size = (F - wanted).square().flatten(1).sum(1) * angle.cos() / angle.sin()
-        yield Update(("student", "weight"), ((-weight).exp() * size + weight).mean(), tangent=length.mean())
+        loss, roles = ((-weight).exp() * size + weight).mean(), ("student", "weight")
+        if self.gan is None:
+            yield Update(roles, loss, tangent=length.mean())
+            return
+        again = self._times(context, batch, "gan input t")
+        term, x0, logs = self.gan.student_term(context, batch, student, again)
+        yield Update(roles, loss + term, loss=loss, tangent=length.mean(), **logs)
+        yield Update("head", self.gan.head_loss(context, batch, x0))
+
+    def _times(self, context: StepContext, batch: Batch, purpose: str) -> Tensor:
+        return context.schedule.lognormal_times(context.draw(batch, purpose), self.time_mean, self.time_std)
 
     def _slope(self, context: StepContext, x: Tensor, angle: Tensor, t: Tensor, cond: Condition, dx: Tensor) -> Tensor:
         """The student's `dF / dt` along the teacher's ODE."""
