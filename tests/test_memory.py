@@ -39,7 +39,7 @@ from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.base import Method
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.gan import Gan
+from stepdistill.methods.gan import Gan, Ladd
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import LoraSpec
@@ -227,6 +227,8 @@ CASES = {
     "lcm": sd3(Consistency()),
     "dmd2": sd3(DMD2(critic_steps=3)),
     "gan": sd3(DMD2(critic_steps=1, gan=Gan(), ema_decay=None)),
+    "ladd": sd3(Consistency(gan=Ladd(misaligned_pairs=True)), gradient_checkpointing=True),
+    "ladd on a unet": sd(Consistency(gan=Ladd())),
     "copy": sd3(Reflow(width=0.5)),
     "float32": sd3(mixed_precision="no"),
     "unet, checkpointed": sd(gradient_checkpointing=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -57,6 +58,24 @@ def test_places_are_after_each_block_and_several_take_one_pass(name):
         rows = whole if whole.ndim == 4 else whole.transpose(1, 2).unflatten(2, maps.shape[2:])
         assert torch.equal(maps, rows) and torch.equal(maps, single)
     assert bone.tap in bone.taps and torch.equal(half, found[bone.taps.index(bone.tap)])
+
+
+def no_frames() -> None:
+    pipe = pipeline("sana")
+    bone, part = backbone("sana", pipe), batch("sana", pipe)
+    denoiser = context("sana", pipe, bone).denoiser(TEACHER)
+    gc.collect()
+    gc.disable()
+    try:
+        denoiser.features_at(part.latents.requires_grad_(), T, part.cond, (0.5, 1.0))
+        assert not [o for o in gc.get_objects() if type(o) is taps._Reached]
+    finally:
+        gc.enable()
+
+
+def test_a_pass_that_ends_early_frees_its_tensors_at_once():
+    """An exception that something keeps would keep the frames that it passed, until Python looks for circles."""
+    no_frames()
 
 
 def paper() -> None:
@@ -214,6 +233,9 @@ BUGS = {
     "one iteration": Bug(SpectralConv.spectral_norm, "POWER_ITERATIONS", "1", norm),
     "no residual": Bug(taps._PlaceHead.forward, "x + self.second(x)", "self.second(x)", residual),
     "another scale": Bug(taps._PlaceHead.forward, "math.sqrt(2)", "2", residual),
+    "an exception that is kept": Bug(
+        taps._ending, "ended.append(reached.inputs)", "ended.extend([reached, reached.inputs])", no_frames
+    ),
     "hooks left behind": Bug(
         FEATURES,
         "handle.remove()",

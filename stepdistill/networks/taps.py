@@ -107,18 +107,19 @@ def _ending(net: nn.Module) -> Iterator[None]:
     Hooks on the whole network see no end of a pass that an exception leaves, and a sharded one would keep its weights
     gathered.
     """
-    replaced, forward, ended = vars(net).get("forward"), net.forward, list[_Reached]()
+    replaced, forward, ended = vars(net).get("forward"), net.forward, list[dict[str, Any]]()
 
     def run(*args: object, **kwargs: object) -> object:
         try:
             return forward(*args, **kwargs)
-        except _Reached as reached:
-            ended.append(reached)
-            return _first(reached.inputs)
+        except _Reached as reached:  # not kept: with it, the frames of the whole pass would stay, and their tensors
+            ended.append(reached.inputs)
+        return _first(ended[-1])
 
     def leave(module: nn.Module, args: tuple, output: Tensor) -> None:
         if ended:
-            raise _Reached({**ended[0].inputs, next(iter(ended[0].inputs)): output})
+            inputs = ended.pop()
+            raise _Reached({**inputs, next(iter(inputs)): output})
 
     last = net.register_forward_hook(leave)
     net.forward = run
