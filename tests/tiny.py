@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    ControlNetModel,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaControlNetModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    SD3ControlNetModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -227,6 +234,40 @@ def sana(sprint: bool = False) -> SanaPipeline:
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, algorithm_type="dpmsolver++"
         ),
     )
+
+
+def controlnet(name: str, pipe: DiffusionPipeline, size: float = 0.3, **other: object) -> nn.Module:
+    """A random ControlNet of a family's tiny base, whose outputs matter; with `size` 0 they are zeros.
+
+    Args:
+        other: settings that differ from the base's.
+    """
+    torch.manual_seed(1)
+    net: Any = FAMILIES[name].network(pipe)
+    config = dict(net.config)
+    heads = {key: config.get(key) for key in ("num_attention_heads", "attention_head_dim")}
+    match name:
+        case "sd" | "sdxl":
+            kept = ControlNetModel.from_unet(net, conditioning_embedding_out_channels=(16, 16, 16)).config
+            made = ControlNetModel.from_config({**kept, **other})
+        case "sd3":
+            keys = ("sample_size", "patch_size", "in_channels", "joint_attention_dim", "caption_projection_dim")
+            kept = {key: config[key] for key in (*keys, "pooled_projection_dim", "pos_embed_max_size")}
+            made = SD3ControlNetModel(**{**kept, **heads, "num_layers": 1, **other})
+        case "flux":
+            keys = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds", "axes_dims_rope")
+            kept = {key: config[key] for key in keys}
+            made = FluxControlNetModel(**{**kept, **heads, "num_layers": 1, "num_single_layers": 1, **other})
+        case "sana":
+            keys = ("in_channels", "caption_channels", "sample_size", "patch_size", "cross_attention_head_dim")
+            kept = {key: config[key] for key in (*keys, "num_cross_attention_heads", "cross_attention_dim")}
+            made = SanaControlNetModel(**{**kept, **heads, "num_layers": 1, **other})
+    generator = torch.Generator().manual_seed(1)
+    for key, p in made.named_parameters():
+        if key.endswith("weight") and not p.any():  # at the start of training
+            output = re.match(r"controlnet_(\w+_)?blocks?\.", key)
+            p.data = (size if output else 1.0) * torch.randn(p.shape, generator=generator)
+    return made.eval().requires_grad_(False)
 
 
 def clip(place: Path) -> Path:

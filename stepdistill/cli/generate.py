@@ -21,12 +21,14 @@ with `torch.manual_seed(SEED + n)`, for any --batch. Writes 00000.png and so on 
 and the seed of each image. --overwrite replaces all images that an earlier command left in OUT, and nothing else.
 Names the images that the base model's safety checker flagged, which are black. Prints a warning for steps that the
 student was not trained for. A negative prompt is applied by guidance if the student uses guidance, otherwise inside
-attention (NASA or NAG).
+attention (NASA or NAG). A ControlNet of the base controls the student, too. It sees the same control image, which has
+the size of the output, for every prompt.
 
 examples:
   stepdistill generate runs/quickstart "cat face" rose --grid sheet.png
   stepdistill generate me/student --prompts-file prompts.txt --num-images-per-prompt 4 --batch 8 -o images
   stepdistill generate runs/mine "a cat" --lora styles/ink.safetensors:0.8 --strength 0.9 --fuse
+  stepdistill generate runs/mine "a cat" "a dog" --controlnet lllyasviel/sd-controlnet-canny --control-image edges.png
 """
 
 
@@ -74,6 +76,13 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
         default=[],
         help="another LoRA, such as a style; may be repeated",
     )
+    command.add_argument(
+        "--controlnet", metavar="PLACE", type=expanded, help="ControlNet of the base: folder or hub id"
+    )
+    command.add_argument("--control-image", metavar="FILE", type=local_path, help="what the ControlNet sees")
+    command.add_argument(
+        "--controlnet-conditioning-scale", type=real(0), metavar="S", help="strength of the ControlNet (default: 1)"
+    )
     command.add_argument("--fuse", action="store_true", help="fuse the LoRAs into the network for faster sampling")
     command.add_argument("--device", help="(default: cuda if available, else cpu)")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 without cuda)")
@@ -93,6 +102,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
 
     from stepdistill.core.devices import usable_device
     from stepdistill.evaluation.records import prompt_of, read_records
+    from stepdistill.students.draw.control import controlled, read_control, with_controlnet
     from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
 
     prompts = [*args.prompts]
@@ -101,23 +111,41 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     if not prompts:
         todo = "write prompts after STUDENT, or pass --prompts-file"
         raise ConfigError(problem("no prompt", "at least one", "there is nothing to generate", todo))
+    _check_control(args)
+    control = read_control(args.control_image) if args.controlnet else None
     stale = _check_outputs(args, len(prompts) * args.num_images_per_prompt)
     device = usable_device(args.device)
     student = StudentPipeline.load(args.student, args.base, device, args.strength, args.lora, args.fuse)
+    if control is not None:
+        student = with_controlnet(student, args.controlnet)
     usual = "float32" if device.type == "cpu" or student.contract is None else student.contract.dtype
     if (args.dtype or usual) != "float32":
         student.pipe.to(getattr(torch, args.dtype or usual))
     names = ("steps", "timesteps", "sigmas", "guidance_scale", "eta", "height", "width")
     call = student.call(DrawOptions(**{name: getattr(args, name) for name in names}))
+    if control is not None:
+        scale = args.controlnet_conditioning_scale
+        call = controlled(student, call, control, 1.0 if scale is None else scale)
     repeated = [prompt for prompt in prompts for _ in range(args.num_images_per_prompt)]
     _draw(student, repeated, args, call, stale)
+
+
+def _check_control(args: argparse.Namespace) -> None:
+    """Raise ConfigError where one of a ControlNet and its image is missing."""
+    if args.controlnet and not args.control_image:
+        why, todo = "a ControlNet needs an image to see", "pass --control-image, or leave --controlnet out"
+        raise ConfigError(problem("--controlnet without --control-image", "both", why, todo))
+    if not args.controlnet and (args.control_image or args.controlnet_conditioning_scale is not None):
+        why, todo = "nothing would use them", "pass --controlnet"
+        raise ConfigError(problem("options of a ControlNet without --controlnet", "both", why, todo))
 
 
 def _check_outputs(args: argparse.Namespace, count: int) -> list[Path]:
     """The images of an earlier command, which go. Raises OutputError where what is there must stay."""
     from stepdistill.students.draw.sheet import check_image_file
 
-    places = (args.student, args.base, args.prompts_file, *(place for place, _ in args.lora))
+    given = (args.student, args.base, args.prompts_file, args.controlnet, args.control_image)
+    places = (*given, *(place for place, _ in args.lora))
     inputs = [place for place in places if place is not None]
     written = [args.output / f"{n:05d}.png" for n in range(count)]
     stale = [

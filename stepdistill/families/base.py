@@ -26,6 +26,7 @@ from stepdistill.core.files import is_single_file, save_tensors
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
+from stepdistill.families.control import ControlNets
 from stepdistill.families.location import download, teacher_location
 from stepdistill.families.parts import Needs, check_folder, check_marks, check_single_file, reading, whole_network
 from stepdistill.networks import quantize
@@ -61,6 +62,7 @@ class Family(ABC):
     needs: ClassVar[Needs]
     seeds_steps: ClassVar[bool] = True  # whether the pipeline hands its generator on to the scheduler
     filters: ClassVar[tuple[str, ...]] = ()  # parts of the pipeline that change a finished image
+    controls: ClassVar[ControlNets | None] = None  # None: Diffusers has no pipeline with a ControlNet
 
     pretrained_teacher_model: Place
     revision: str | None = None
@@ -89,10 +91,8 @@ class Family(ABC):
 
     def part_of(self, component: str) -> Part | None:
         """What a component of the pipeline belongs to; None for tokenizers, schedulers and whatever is no network."""
-        if component.startswith("text_encoder"):
-            return "text"
         parts: dict[str, Part] = {"vae": "vae", self.network_name: "denoiser"}
-        return parts.get(component)
+        return "text" if component.startswith("text_encoder") else parts.get(component)
 
     def load(self, without: Collection[Part] = ()) -> DiffusionPipeline:
         """The teacher's whole pipeline in float32, with its LoRAs fused in.
@@ -137,8 +137,7 @@ class Family(ABC):
 
     def read_lora(self, source: str | Path) -> Lora:
         """The LoRA of a file, folder or hub id. Raises StudentError where a part of it is not of this family."""
-        known = self.pipeline_class.__name__ in PIPELINES
-        layout = self.lora_layout() if known else Layout(None)
+        layout = self.lora_layout() if self.pipeline_class.__name__ in PIPELINES else Layout(None)
         return read_pipeline_lora(lora_path(source), self.pipeline_class, self.network_name, layout)
 
     def lora_layout(self) -> Layout:

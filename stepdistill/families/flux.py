@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline, FluxControlNetModel, FluxControlNetPipeline, FluxPipeline
 from torch import Tensor, nn
 
 from stepdistill.config.kinds import Amount, Positive, Tokens
 from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import Rectified
+from stepdistill.families.control import ControlNets
 from stepdistill.families.flow import Flow, shift_of
 from stepdistill.families.parts import Needs
 from stepdistill.networks.layers import after_blocks, attentions, inner, named, rebuilt
@@ -47,6 +48,17 @@ class Flux(Flow):
         places=4,
         shifts_latents=True,
         single_file=("flux-dev", "flux-schnell"),
+    )
+
+    controls: ClassVar[ControlNets | None] = ControlNets(
+        pipeline=FluxControlNetPipeline,
+        model=FluxControlNetModel,
+        same=(
+            *("in_channels", "num_attention_heads", "attention_head_dim"),
+            *("joint_attention_dim", "pooled_projection_dim"),
+        ),
+        fewer=("num_layers", "num_single_layers"),
+        own={"num_mode": None},
     )
 
     guidance_embedding: Amount = 3.5

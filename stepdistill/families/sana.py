@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, SanaPipeline
+from diffusers import DiffusionPipeline, SanaControlNetModel, SanaControlNetPipeline, SanaPipeline
 from torch import Tensor, nn
 
 from stepdistill.config.kinds import Count
 from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import Rectified
+from stepdistill.families.control import ControlNets
 from stepdistill.families.flow import Flow, shift_of
 from stepdistill.families.parts import Needs
 from stepdistill.networks.layers import after_blocks, attentions, halfway, named, rebuilt
@@ -44,6 +45,14 @@ class Sana(Flow):
         relatives=("SanaSprintPipeline",),
         network={"guidance_embeds": False},  # SANA-Sprint's own network; its pipeline gives it the scale
         width=("caption_channels", ("text_encoder",)),
+    )
+
+    controls: ClassVar[ControlNets | None] = ControlNets(
+        pipeline=SanaControlNetPipeline,
+        model=SanaControlNetModel,
+        same=("in_channels", "patch_size", "num_attention_heads", "attention_head_dim", "caption_channels"),
+        fewer=("num_layers",),
+        network={"timestep_scale": 1.0},
     )
 
     max_sequence_length: Count = 300

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition
+from stepdistill.families.control import ControlNets
 from stepdistill.families.parts import Needs
-from stepdistill.families.unet import PLAIN, UNet
+from stepdistill.families.unet import PLAIN, UNet, unet_controls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class StableDiffusion(UNet):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     filters: ClassVar[tuple[str, ...]] = ("safety_checker",)
+    controls: ClassVar[ControlNets | None] = unet_controls(StableDiffusionControlNetPipeline)
     needs: ClassVar[Needs] = Needs(
         network=PLAIN | {"addition_embed_type": None},
         width=("cross_attention_dim", ("text_encoder",)),

@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    DiffusionPipeline,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetPipeline,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor, nn
 
 from stepdistill.config.kinds import Tokens
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.schedule import Rectified
+from stepdistill.families.control import ControlNets
 from stepdistill.families.flow import Flow, shift_of
 from stepdistill.families.parts import Needs
 from stepdistill.networks.layers import after_blocks, attentions, halfway, named, rebuilt
@@ -48,6 +54,17 @@ class StableDiffusion3(Flow):
         width=("joint_attention_dim", ("text_encoder_3",)),
         shifts_latents=True,
         single_file=("sd3", "sd35_large", "sd35_medium"),
+    )
+
+    controls: ClassVar[ControlNets | None] = ControlNets(
+        pipeline=StableDiffusion3ControlNetPipeline,
+        model=SD3ControlNetModel,
+        same=(
+            *("in_channels", "patch_size", "num_attention_heads", "attention_head_dim"),
+            *("joint_attention_dim", "pooled_projection_dim"),
+        ),
+        fewer=("num_layers",),
+        own={"extra_conditioning_channels": 0},
     )
 
     max_sequence_length: Tokens = 256

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition
+from stepdistill.families.control import ControlNets
 from stepdistill.families.parts import Needs
-from stepdistill.families.unet import PLAIN, UNet
+from stepdistill.families.unet import PLAIN, UNet, unet_controls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class StableDiffusionXL(UNet):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
     filters: ClassVar[tuple[str, ...]] = ("watermark",)
+    controls: ClassVar[ControlNets | None] = unet_controls(StableDiffusionXLControlNetPipeline)
     needs: ClassVar[Needs] = Needs(
         network=PLAIN | {"addition_embed_type": "text_time"},
         width=("cross_attention_dim", ("text_encoder", "text_encoder_2")),

@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from diffusers import ControlNetModel, DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from stepdistill.families.control import ControlNets
 from stepdistill.families.vp import VariancePreserving
 from stepdistill.networks.layers import named, rebuilt
 from stepdistill.networks.roles import Site, Sites, Tap
@@ -21,6 +23,18 @@ TARGETS = (
 
 # a network with one of these takes an input that the plain pipelines do not give it
 PLAIN = {"class_embed_type": None, "encoder_hid_dim_type": None, "time_cond_proj_dim": None}
+
+
+def unet_controls(pipeline: type[DiffusionPipeline]) -> ControlNets:
+    """The ControlNets of a family with a UNet, in their stock pipeline."""
+    return ControlNets(
+        pipeline=pipeline,
+        model=ControlNetModel,
+        image="image",
+        same=("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type"),
+        own={"conditioning_channels": 3},
+        hint="conditioning_embedding_out_channels",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

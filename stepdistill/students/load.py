@@ -26,7 +26,8 @@ def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_
     """Load a student's LoRA, or guidance adapters, and its scheduler into a plain pipeline of its base.
 
     Adapters that are active in the pipeline, such as a style, stay active at the same strength. A student that is a
-    whole network replaces the pipeline's network, and the adapters on it.
+    whole network replaces the pipeline's network, and the adapters on it. The pipeline may be the family's with a
+    ControlNet.
 
     Returns:
         Keyword arguments of the pipeline's call: `pipe(prompt, **load_student(pipe, folder))`. For guidance adapters
@@ -35,6 +36,7 @@ def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_
 
     Raises:
         StudentError: there is no student, or it does not fit the pipeline.
+        ConfigError: the pipeline has a ControlNet, and it does not fit the student's network.
     """
     folder = folder_of(folder_or_hub_id)
     return load_several(pipe, folder, adapter_name) if is_multi(folder) else load_one(pipe, folder, adapter_name)

@@ -85,6 +85,8 @@ def load_one(pipe: DiffusionPipeline, folder: Path, adapter_name: str) -> Any:  
     if contract.lora is not None:
         _check_strength(folder, contract.lora, family)
     adapters = into_pipeline(pipe, folder, contract, family, adapter_name)
+    if family.controls is not None and isinstance(pipe, family.controls.pipeline):
+        family.controls.check(pipe, family.network(pipe), pipe.components["controlnet"])  # of a whole network, too
     if adapters is None:
         return dict(contract.call)
     assert contract.guidance_range is not None

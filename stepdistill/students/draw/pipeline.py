@@ -243,7 +243,8 @@ class StudentPipeline:
         `generator=torch.manual_seed(seeds[n])`, except for rounding. The other prompts have no effect on it.
         """
         warn_of_cut(self.family, self.pipe, prompts)
-        alone = not self.family.seeds_steps and call.scheduler.config.get("stochastic_sampling", False)
+        stochastic = call.scheduler.config.get("stochastic_sampling", False) or "controlnet" in self.pipe.components
+        alone = not self.family.seeds_steps and stochastic  # SD3 draws the control's latents from no given generator
         size = 1 if alone else batch
         cuda = [self.pipe.device] if self.pipe.device.type == "cuda" else []
         for start in range(0, len(prompts), size):
