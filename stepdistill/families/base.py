@@ -29,6 +29,7 @@ from stepdistill.core.solvers import Sampler
 from stepdistill.families.control import ControlNets
 from stepdistill.families.location import download, teacher_location
 from stepdistill.families.parts import Needs, check_folder, check_marks, check_single_file, reading, whole_network
+from stepdistill.families.sizes import check_size
 from stepdistill.networks import quantize
 from stepdistill.networks.lora.names import PIPELINES
 from stepdistill.networks.lora.read import Layout, check_plain, layout_of, lora_path, read_pipeline_lora
@@ -184,15 +185,8 @@ class Family(ABC):
         """(C, H, W) of the latents of an image of `height` x `width` pixels. Raises ConfigError for other sizes."""
         scale, config = pipe.vae_scale_factor, pipe.components[self.network_name].config
         unit = scale * config.get("patch_size", 1)
-        self.check_size(height, width, math.lcm(self.multiple, unit), unit * config.get("pos_embed_max_size", 10**9))
+        check_size(height, width, math.lcm(self.multiple, unit), unit * config.get("pos_embed_max_size", 10**9))
         return (config["in_channels"], height // scale, width // scale)
-
-    def check_size(self, height: int, width: int, unit: int, most: int) -> None:
-        """Raise ConfigError for images, in pixels, whose sides are no multiples of `unit` or longer than `most`."""
-        if height % unit or width % unit or max(height, width) > most:
-            got, why = f"images of {height} x {width} pixels", "the pipeline or its network refuses other sizes"
-            expected = f"sides that are multiples of {unit}" + (f", at most {most}" if most < 10**9 else "")
-            raise ConfigError(problem(got, expected, why, "choose another size"))
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) in the form of the pipeline's argument `latents`."""

@@ -17,6 +17,7 @@ from stepdistill.core.schedule import Rectified
 from stepdistill.families.control import ControlNets
 from stepdistill.families.flow import Flow, shift_of
 from stepdistill.families.parts import Needs
+from stepdistill.families.sizes import check_size
 from stepdistill.networks.layers import after_blocks, attentions, inner, named, rebuilt
 from stepdistill.networks.roles import Sites, Tap
 
@@ -85,7 +86,7 @@ class Flux(Flow):
 
     def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
         scale = pipe.vae_scale_factor
-        self.check_size(height, width, 2 * scale, 10**9)
+        check_size(height, width, 2 * scale, 10**9)
         return (pipe.transformer.config["in_channels"] // 4, height // scale, width // scale)
 
     def pack(self, latents: Tensor) -> Tensor:
