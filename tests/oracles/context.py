@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from oracles.gaussian import levels
 from stepdistill.core.denoise import Condition, Denoise
-from stepdistill.core.prediction import Estimate, Kind, estimate, output
+from stepdistill.core.prediction import Estimate, Kind, estimate, estimate_at_levels, output
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified, expand
 from stepdistill.methods.base import Batch, StepContext, Update
 from stepdistill.methods.consistency import Consistency
@@ -66,8 +66,11 @@ class Network:
     schedule: NoiseSchedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        return self.queried(x_t, t, cond, *self.schedule(t))
+
+    def queried(self, x_t: Tensor, t: Tensor, cond: Condition, alpha_t: Tensor, sigma_t: Tensor) -> Estimate:
         y = spoken(self.kind, self.denoise(x_t, t, cond), *(expand(v, x_t) for v in self.schedule(t)))
-        return estimate(self.kind, y, x_t, t, self.schedule)
+        return estimate_at_levels(self.kind, y, x_t, alpha_t, sigma_t)
 
     def native(self, est: Estimate, t: Tensor) -> Tensor:
         return output(self.kind, est, t, self.schedule)

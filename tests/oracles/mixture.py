@@ -58,3 +58,22 @@ class Mixture:
     def ode_map(self, x_t: Tensor, t: float, s: float | None) -> Tensor:
         """The probability-flow ODE's exact map from t to s (None: to clean data)."""
         return self.quantile(self.cdf(x_t, t), s)
+
+    def consistency(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        """The ODE's map to clean data as an estimate, for states (B, ...) at times (B,).
+
+        Forward-mode derivatives are exact: those of a Newton step at the quantile, which has none itself.
+        """
+        weights, means, stds = self._parts()
+
+        def below(x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+            z = (x[..., None] - alpha * means) / ((alpha * stds) ** 2 + sigma**2).sqrt()
+            return (weights * (1 + torch.erf(z / 2**0.5)) / 2).sum(-1)
+
+        alpha, sigma = (expand(v, x_t)[..., None] for v in self.schedule(t.double()))
+        share = below(x_t, alpha, sigma)
+        x0 = self.quantile(share, None)
+        spread = torch.exp(-(((x0[..., None] - means) / stds) ** 2) / 2) / stds
+        density = (weights * spread).sum(-1) / (2 * torch.pi) ** 0.5
+        x0 = x0 - (below(x0, torch.ones_like(alpha), torch.zeros_like(alpha)) - share) / density
+        return Estimate(x0, (x_t - alpha[..., 0] * x0) / sigma[..., 0])
