@@ -115,7 +115,7 @@ class Ladd:
     Args:
         generator_weight: lambda_g, weight of the student's adversarial loss.
         depths: where the head reads the teacher, as shares of its blocks that lie before, ascending in (0, 1]. The
-            paper reads after 3, 9, 15 and 20 of the 20 blocks of SANA 0.6B. Shares that lead to one place in a network
+            paper reads after 3, 9, 15 and 20 of the 20 blocks of SANA 1.6B. Shares that lead to one place in a network
             of few blocks count once. In a UNet the blocks are those on the way down, the middle, and those on the way
             up.
         time_mean: mean of tau, the logarithm of the noise level at which the head sees its inputs.
