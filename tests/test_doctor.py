@@ -95,6 +95,7 @@ def test_what_is_off_is_said(write, broken, words):
             "is 2 times the teacher's: a second time in a row is off",
         ),
         ({"norm": lambda i: 50.0 if i in (99, 150) else 0.05}, "nothing is off"),
+        ({"loss": lambda i: 0.01 * i - 0.1}, "nothing is off"),
         ({"ratios": {key: lambda i: 1.08 if i > 5 else 1.0 for key in STATISTICS}}, "best/, of step 25"),
     ],
 )
@@ -125,6 +126,8 @@ def test_a_run_is_compared_with_the_curve_of_its_recipe(write):
     assert not healthy
     assert "loss is 4.5 times that of configs/curves/quickstart.json" in report
     assert "grad_norm/student is 7 times" in report
+    report, healthy = examine(write("signed", loss=lambda i: 0.02 * (i % 2) - 0.01))  # as a hinge's term is
+    assert healthy, report
 
 
 def test_images_are_compared_with_the_curve_s(write):

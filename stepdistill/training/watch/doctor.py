@@ -140,7 +140,8 @@ def _losses(rows: Rows, curve: Curve | None, findings: Findings) -> None:
                 f"{key} does not move: {values[0]:.4g} first, {values[-1]:.4g} last. Nothing is learned: check the "
                 "learning rate, and that the role's gradients are not zero"
             )
-        elif first > 0 and last > 3 * first and not curve:  # a curve says what is usual, also between stages
+        # a hinge's term has no zero of its own; and a curve says what is usual, also between stages
+        elif min(values) > 0 and last > 3 * first and not curve:
             sentence = f"{key} rises from {first:.4g} to {last:.4g} (medians of the first and last quarter)"
             if last > 10 * first:
                 findings.off.append(f"{sentence}: lower train.learning_rate")
@@ -216,7 +217,7 @@ def _compare(run: Remains, curve: Curve, where: Path | None, findings: Findings)
                 [row[key] for row in rows if key in row and 0.75 * end < row["step"] <= end]
                 for rows in (run.rows, curve.training)
             )
-            if not ours or not theirs or not sum(theirs):
+            if not ours or not theirs or min(*ours, *theirs) < 0 or not sum(theirs):
                 continue
             ratio = (sum(ours) / len(ours)) / (sum(theirs) / len(theirs))
             if not 1 / factor <= ratio <= factor:
