@@ -21,7 +21,7 @@ from torch import Tensor
 from stepdistill.config.kinds import Amount, Count, Positive, Whole
 from stepdistill.core.denoise import Condition, guided
 from stepdistill.core.schedule import NoiseSchedule, expand
-from stepdistill.core.solvers import Sampler
+from stepdistill.core.solvers import Sampler, check_starts
 from stepdistill.core.trigflow import central_difference, scale_of, tangent, trig_network, trig_output
 from stepdistill.methods.base import Averaged, Batch, StepContext, Update
 from stepdistill.methods.gan import Ladd
@@ -62,7 +62,7 @@ class SCM(Averaged):
             [0.03, 0.3]; none differentiates.
         num_inference_steps: default number of sampling steps, stored in the contract.
         starts: angles at which the steps of sampling start, descending, a list for each number of steps that has one;
-            other numbers are spaced evenly in the angle.
+            other numbers are spaced evenly in the angle, from that of the noisiest time.
         gan: adversarial term LADD; with it the method is SANA-Sprint.
     """
 
@@ -86,10 +86,12 @@ class SCM(Averaged):
             )
         for angles in self.starts:
             descend = angles and list(angles) == sorted(set(angles), reverse=True)
-            if not descend or not 0 < angles[-1] <= angles[0] < 1.5709:
+            if not descend or not 0 < angles[-1] <= angles[0] < 1.5709:  # pi/2 may be rounded up
                 raise ValueError(
-                    f"starts has {list(angles)}: expected descending angles in (0, pi/2], such as [1.5707, 1.3]"
+                    f"starts has {list(angles)}: expected descending angles in (0, pi/2], such as [1.5708, 1.3]"
                 )
+        if len(numbers := [len(angles) for angles in self.starts]) > len(set(numbers)):
+            raise ValueError(f"starts has lists of {numbers} angles: expected one list for each number of steps")
 
     @property
     def derivative(self) -> Literal["forward", "difference"]:
@@ -99,11 +101,18 @@ class SCM(Averaged):
         head = {} if self.gan is None else self.gan.roles()
         return {"student": Lora(), "weight": Module(lambda tap: TimeWeight()), **head, **self.average}
 
+    def check(self, schedule: NoiseSchedule) -> None:
+        for n in {self.num_inference_steps, *map(len, self.starts)}:
+            schedule.check(self.sampler(schedule, n).timesteps)
+
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         n = steps or self.num_inference_steps
-        even = [math.pi / 2 * (n - i) / n for i in range(n)]
+        noisiest = schedule.angle(torch.tensor(schedule.span[1], dtype=torch.float64)).item()
+        even = [noisiest * (n - i) / n for i in range(n)]
         angles = next((angles for angles in self.starts if len(angles) == n), even)
-        return Sampler(tuple(time_of_angle(schedule, angle) for angle in angles), eta=1.0, clean=True)
+        times = tuple(time_of_angle(schedule, angle) for angle in angles)
+        check_starts(times)  # a table's last entries stand for all angles above
+        return Sampler(times, eta=1.0, clean=True)
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         schedule, cond, student = context.schedule, batch.cond, context.denoiser("student")
@@ -144,5 +153,5 @@ class SCM(Averaged):
 
 def time_of_angle(schedule: NoiseSchedule, angle: float) -> float:
     """The scheduler's timestep at an angle: of a table the nearest entry."""
-    sine, cosine = math.sin(angle), math.cos(angle)
+    sine, cosine = math.sin(angle), max(math.cos(angle), 0.0)
     return schedule.time_of_sigma(sine / (sine + cosine) if schedule.straight else sine)
