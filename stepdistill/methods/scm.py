@@ -36,11 +36,12 @@ STARTS = ((math.pi / 2,), (math.pi / 2, 1.3), (math.pi / 2, 1.4, 1.2, 0.8))
 class SCM(Averaged):
     """sCM: one student for one to four steps.
 
-    Equation (x in TrigFlow's coordinates, t its angle, F^- the student without a gradient, w the adaptive weight):
+    Equation:
+        x = cos(t) x0 + sin(t) eps, and F = cos(t) eps - sin(t) x0 of the student's estimate; F^- has no gradient
         f(x, t) = cos(t) x - sin(t) F(x, t), the student's estimate of clean data
         dx/dt = the guided teacher's F
         g = -cos(t)^2 (F^- - dx/dt) - r cos(t) sin(t) (x + dF^-/dt), which is cos(t) df/dt at r = 1
-        loss = E exp(-w(t)) / tan(t) |F - F^- - g / (|g| + c)|^2 + w(t)
+        loss = E exp(-w(t)) / tan(t) |F - F^- - g / (|g| + c)|^2 + w(t), where w is the adaptive weight
 
     A difference of h timesteps in place of the derivative (`difference`) is too small by `1 - sin(h) / h` in the
     fastest component of the usual time embedding: 0.2 % at h = 0.1, 16 % at 1, and all of it at 10. Below 0.03
