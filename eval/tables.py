@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from tables import render
+from tables import plots, render
 from tables.measure import TABLES, TEACHERS, measure
 
 if __name__ == "__main__":
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     if args.name:
         measure(args.name, results, args.threads, args.teacher, args.rows)
     if args.render:
-        for name, draw in render.PLOTS.items():
+        for name, draw in plots.PLOTS.items():
             if (file := results / f"{name}.json").exists():
                 draw(json.loads(file.read_text()), file.with_suffix(".png"))
         for document in render.documents(Path(__file__).parent.parent):

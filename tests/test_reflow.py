@@ -10,7 +10,7 @@ import torch
 from oracles import close
 from oracles.context import Flow, drawn, stable_diffusion
 from oracles.gaussian import GaussianTeacher, ddim_gain, guided_mean, levels, ode_map
-from tables.render import draw_paths
+from tables.plots import draw_paths
 from torch import Tensor
 
 from stepdistill.core.denoise import Condition

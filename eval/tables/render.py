@@ -10,9 +10,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-
-from stepdistill.evaluation.metrics.straightness import Paths
 from tables.matrix import matrix
 
 STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4), "reflow": (1, 2, 4)}
@@ -182,30 +179,6 @@ def _signed(value: float, span: Sequence[float]) -> str:
     return f"{value:+.3f} [{span[0]:+.3f}, {span[1]:+.3f}]"
 
 
-def plot_paths(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """Draw where the paths of the unguided teacher and of its reflowed student bend."""
-    (row,) = (row for key, row in rows.items() if key.endswith("unguided/paths"))
-    pairs = ((name, row[name]) for name in ("teacher", "student"))
-    paths = {
-        name: Paths(torch.tensor(each["share"]), torch.tensor(each["deviation"]), each["cost"]) for name, each in pairs
-    }
-    draw_paths(paths, file)
-
-
-def draw_paths(samplers: Mapping[str, Paths], file: Path) -> None:
-    """Draw where along the way each sampler's paths bend, into a PNG."""
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for label, each in samplers.items():
-        axes.plot(each.share, each.deviation / each.cost, label=f"{label}: S / cost = {each.relative:.3g}")
-    axes.set(xlabel="share of noise", ylabel="deviation from the line / transport cost", yscale="log", xlim=(1, 0))
-    axes.legend(frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-
-
 def _excess(row: Mapping[str, Any]) -> str:
     value, low, high = (round(each) for each in (row["excess"], *row["ci95"]))  # no minus before a zero
     return f"{value} [{low}, {high}]"
@@ -253,35 +226,6 @@ def _quickstart(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot_time(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """Draw excess at one step against minutes of training, with intervals, a line a method, into a PNG."""
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    lines: dict[str, list[tuple[float, float, Sequence[float]]]] = {}
-    for key, row in rows.items():
-        teacher, method, count = key.split("/")
-        if count == "pace":
-            continue
-        pace = rows[f"{teacher}/{method}/pace"]
-        minutes = (pace["start_seconds"] + int(count) * pace["step_seconds"]) / 60
-        lines.setdefault(method, []).append((minutes, row["excess"], row["ci95"]))
-        if row["early"] != row["excess"]:  # a student whose own start is another
-            line = lines.setdefault(f"{method}, from {EARLY['distribution']:g}", [])
-            line.append((minutes, row["early"], row["early_ci95"]))
-    for label, points in sorted(lines.items()):
-        minutes, values, spans = zip(*sorted(points), strict=True)
-        errors = [[v - low for v, (low, _) in zip(values, spans, strict=True)]]
-        errors += [[high - v for v, (_, high) in zip(values, spans, strict=True)]]
-        axes.errorbar(minutes, values, errors, marker="o", markersize=4, capsize=2, label=label)
-    axes.set(xscale="log", xlabel="minutes of training, one core", ylabel="excess at one step", ylim=(0, None))
-    axes.set_xticks([2.5, 5, 10, 20, 40], ["2.5", "5", "10", "20", "40"], minor=False)
-    axes.minorticks_off()
-    axes.legend(frameon=False)
-    figure.savefig(file, dpi=110)
-
-
 RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "quickstart": _quickstart,
     "teachers": _teachers,
@@ -297,4 +241,3 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "memory": _memory,
     "lcm_quality": _lcm_quality,
 }
-PLOTS: dict[str, Callable[[Mapping[str, Any], Path], None]] = {"reflow": plot_paths, "time": plot_time}
