@@ -25,6 +25,7 @@ from oracles.gaussian import (
     trajectory_gain,
     trajectory_slopes,
 )
+from tables.lcm_study import exact
 from torch import Tensor
 
 from stepdistill.core.prediction import Estimate
@@ -102,6 +103,14 @@ def test_lcm_on_a_flow(shift):
         close(gain, golden, 1e-6)
         close(gain, solver_gain(schedule, STD, n))
         close(offset, MEAN)
+
+
+def test_the_study_of_lcm_draws_with_what_it_converges_to():
+    schedule, x = Flow(3.0), column(0.0, 1.0)
+    student = exact(GaussianTeacher(schedule, STD), schedule, 20)
+    zero, one = student(x, times(1000, 1000), {"mean": torch.full_like(x, MEAN)}).x0.flatten()
+    close(one - zero, 0.5280097, 1e-6)
+    close(zero, MEAN, 1e-6)
 
 
 # TCD and TSCD

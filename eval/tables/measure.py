@@ -36,6 +36,7 @@ from stepdistill.training.watch.rules import Yardstick
 from tables.benchmark import N, Results, data_features, figures, places, prompts, reference
 from tables.guidance import measure_guidance
 from tables.hybrid import measure_hybrid
+from tables.lcm_study import measure_lcm
 from tables.matrix import measure_families
 from tables.memory_at_size import cycle_of, figures_of_cycle
 from tables.negative import measure_negative
@@ -253,6 +254,7 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "guidance": measure_guidance,
     "negative": measure_negative,
     "hybrid": measure_hybrid,
+    "lcm_study": measure_lcm,
     "time": measure_time,
     "transfer": measure_transfer,
     "watch": measure_watch,

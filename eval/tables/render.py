@@ -226,6 +226,24 @@ def _quickstart(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _lcm_study(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Excess by steps, and gaps by share of the grid, on states of noised data and of trajectories."""
+    heads = [f"{n} step{'s' * (n > 1)}" for n in STEPS["consistency"]]
+    lines = [f"| excess [95 %] | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
+    for label in dict.fromkeys(key.rpartition("/")[0] for key in rows):
+        row = [rows.get(f"{label}/{n}") for n in STEPS["consistency"]]
+        if any(row):
+            lines.append(f"| {label} | {' | '.join(_excess(each) if each else '' for each in row)} |")
+    gaps = {key.rpartition("/")[0]: row for key, row in rows.items() if key.endswith("/gap")}
+    shares = sorted({key.partition("/")[2] for row in gaps.values() for key in row if "/" in key})
+    lines += ["", f"| gap, noised data / trajectory | {' | '.join(shares)} |", "| --- " * (len(shares) + 1) + "|"]
+    for label, row in gaps.items():
+        pairs = [[row.get(f"{kind}/{share}") for kind in ("data", "trajectory")] for share in shares]
+        cells = [" / ".join("" if gap is None else f"{gap:.3f}" for gap in pair) for pair in pairs]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "quickstart": _quickstart,
     "teachers": _teachers,
@@ -240,4 +258,5 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "transfer": _transfer,
     "memory": _memory,
     "lcm_quality": _lcm_quality,
+    "lcm_study": _lcm_study,
 }
