@@ -18,9 +18,12 @@ from torch import Tensor
 from stepdistill.config.registry import every, offered
 from stepdistill.config.schema import fields, structures
 from stepdistill.core.random import step_generator
+from stepdistill.core.schedule import NoiseSchedule
+from stepdistill.core.solvers import Sampler
 from stepdistill.methods import reflow, vsd
 from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.base import Method
+from stepdistill.methods.boot import Boot
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2
@@ -30,6 +33,7 @@ from stepdistill.methods.perflow import PeRFlow
 from stepdistill.methods.progressive import ProgressiveHalving
 from stepdistill.methods.reflow import Lpips, Reflow
 from stepdistill.methods.regression import Regression
+from stepdistill.methods.scm import SCM
 from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.methods.slimflow import FlowGuided
 from stepdistill.methods.vsd import VSD, ClipTerm
@@ -197,6 +201,29 @@ CHANGES = [
         **EMA,
     ),
     *changes(
+        SCM(warmup_steps=2),
+        guidance_scale=((2.0, 9.0), "guidance loss"),
+        time_mean=(0.5, "loss"),
+        time_std=(0.5, "loss"),
+        warmup_steps=(4, "loss"),
+        tangent_offset=(0.5, "loss"),
+        difference=(0.1, "loss"),
+        num_inference_steps=(2, "sampler"),
+        starts=(((1.4,), (1.5, 1.0)), "sampler"),
+        gan=(Ladd(), "roles turns loss"),
+        **EMA,
+    ),
+    *changes(SCM(gan=Ladd()), gan__max_time_probability=(0.9, "loss"), **LADD),
+    *changes(
+        Boot(),
+        num_ddim_timesteps=(10, "loss"),
+        guidance_scale=(3.0, "guidance loss"),
+        boundary_weight=(0.5, "loss"),
+        weight_limit=(2.0, "loss"),
+        curriculum_steps=(4, "loss"),
+        **EMA,
+    ),
+    *changes(
         TeacherScoreMatching(),
         width=(0.25, "roles"),
         guidance_scale=(3.0, "guidance loss"),
@@ -250,6 +277,14 @@ def models(monkeypatch) -> list[str]:
     return asked
 
 
+def sampled(method: Method, schedule: NoiseSchedule, steps: int | None) -> Sampler | str:
+    """How the method is sampled in these steps, or why it is not."""
+    try:
+        return method.sampler(schedule, steps)
+    except ValueError as error:
+        return str(error)
+
+
 def effects(method: Method, models: list[str]) -> dict[str, Any]:
     """All that a method says and does, by name."""
     schedule, part = SCHEDULES["table"], batch(*INDEX)
@@ -259,7 +294,7 @@ def effects(method: Method, models: list[str]) -> dict[str, Any]:
     return {
         "roles": (method.roles(), method.student_role()),
         "needs": method.needs,
-        "sampler": [method.sampler(schedule, steps) for steps in (None, 1, 2, 5)],
+        "sampler": [sampled(method, schedule, steps) for steps in (None, 1, 2, 5)],
         "guidance": (method.guidance_scale, method.sampling_guidance_scale),
         "finalized": finalized.sampler(schedule) == method.sampler(schedule),
         "turns": list(seen),
@@ -423,6 +458,7 @@ NOT_A_MEAN = {
     "DMD2.gan.divergence": "the weights of f-distill are normalised over the batch, as published",
     "Consistency.gan.misaligned_pairs": "the pairs are made within a batch, as published",
     "DMD2.gan.misaligned_pairs": "the same",
+    "SCM.gan.misaligned_pairs": "the same",
     "Reflow.lpips.samples": "the term's mean is that of the samples that are decoded, as tested below",
     "FlowGuided.lpips.samples": "the same",
 }

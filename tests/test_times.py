@@ -25,6 +25,7 @@ from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.data.base import GuidedState
 from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.base import Batch, Method, StepContext
+from stepdistill.methods.boot import Boot
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2
@@ -34,9 +35,11 @@ from stepdistill.methods.perflow import PeRFlow
 from stepdistill.methods.progressive import ProgressiveHalving
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
+from stepdistill.methods.scm import SCM
 from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.methods.slimflow import FlowGuided
 from stepdistill.methods.vsd import VSD
+from stepdistill.networks.time_weight import TimeWeight
 
 STEPS, ROWS = 100, 40  # of a run whose samples draw for themselves
 SHARED = 999  # of one whose batch shares a draw, with one sample
@@ -105,6 +108,16 @@ def along(
     return Law(lambda t: shape((way(t) - part[0]) / (part[1] - part[0])), *ends)
 
 
+def lognormal(schedule: NoiseSchedule, mean: float, std: float) -> Law:
+    """`sigma / alpha = e^tau / 0.5`, tau ~ N(mean, std^2)."""
+
+    def below(t: float) -> float:
+        alpha, sigma = schedule(torch.tensor(t, dtype=torch.float64))
+        return torch.special.ndtr(((0.5 * sigma / alpha).log() - mean) / std).item()
+
+    return Law(below, *schedule.span)
+
+
 def bisect(rising: Callable[[float], float], low: float, high: float, value: float) -> float:
     """Where a rising function has a value."""
     for _ in range(60):
@@ -138,6 +151,9 @@ class Recorded:
         self.asked[self.name + ", with a graph" * torch.is_grad_enabled()].append(t)
         x0, eps = self.teacher(x_t, t, {"mean": torch.zeros_like(x_t)})
         return Estimate(self.gain * x0, self.gain * eps)
+
+    def queried(self, x_t: Tensor, t: Tensor, cond: object, *levels: Tensor) -> Estimate:
+        return self(x_t, t, cond)
 
     def features(self, x_t: Tensor, t: Tensor, cond: object) -> Tensor:
         self.asked[f"{self.name}'s features"].append(t)
@@ -179,7 +195,7 @@ def asked(method: Method, schedule: NoiseSchedule, steps: int = STEPS, rows: int
             schedule=Ends(schedule, times["jumps"]),  # pyright: ignore[reportArgumentType]
             null={},
             denoiser=roles.__getitem__,
-            module={"head": nn.Flatten()}.__getitem__,
+            module={"head": nn.Flatten(), "weight": TimeWeight()}.__getitem__,
             decode=nn.Identity(),
             seed=0,
             step=step,
@@ -221,6 +237,7 @@ def cases(schedule: NoiseSchedule) -> dict[str, tuple[Method, dict[str, Law]]]:
     halves = {t: 0.1 for t in fine[2::2]}
     halves |= {t: halves.get(t, 0.0) + 0.2 for t in coarse[2::2]}
     half, quarter = STEPS // 2, STEPS // 4
+    mirrored = [low + high - t for t in fine]  # BOOT's network is told them; each update asks at the noisiest, too
     return {
         "lcm": (
             Consistency(num_ddim_timesteps=20),
@@ -237,6 +254,18 @@ def cases(schedule: NoiseSchedule) -> dict[str, tuple[Method, dict[str, Law]]]:
         "dmd2": (DMD2(critic_steps=1), matching),
         "gan": (DMD2(critic_steps=1, gan=Gan(features="teacher")), {"teacher's features": span}),
         "gan on the fake score": (DMD2(critic_steps=1, gan=Gan(features="fake")), {"fake's features": span}),
+        "boot": (
+            Boot(num_ddim_timesteps=20),
+            {
+                TRAINED: weighted([*mirrored[:-1], low], [*[1.0] * 20, 20.0]),
+                "student": weighted(mirrored[1:]),
+                "teacher": weighted([*fine[1:], high], [*[1.0] * 20, 20.0]),
+            },
+        ),
+        "scm": (
+            SCM(time_mean=-0.5, time_std=0.5, difference=0.1),
+            {TRAINED: lognormal(schedule, -0.5, 0.5), "teacher": lognormal(schedule, -0.5, 0.5)},
+        ),
         "vsd": (VSD(), {TRAINED: weighted([high]), **matching}),
         "disback": (
             DisBack(matching=VSD(), waypoints=2, recording_steps=quarter, backtracking_steps=quarter),

@@ -25,7 +25,7 @@ from stepdistill.core.solvers import Sampler, check_starts
 from stepdistill.core.trigflow import central_difference, scale_of, tangent, trig_network, trig_output
 from stepdistill.methods.base import Averaged, Batch, StepContext, Update
 from stepdistill.methods.gan import Ladd
-from stepdistill.networks.roles import TEACHER, Lora, Module, Role
+from stepdistill.networks.roles import TEACHER, Lora, Module, Role, Tap
 from stepdistill.networks.time_weight import TimeWeight
 
 # SANA-Sprint's starts in one, two and four steps (Chen et al. 2025, https://arxiv.org/abs/2503.09641, section 3.4)
@@ -100,7 +100,7 @@ class SCM(Averaged):
 
     def roles(self) -> dict[str, Role]:
         head = {} if self.gan is None else self.gan.roles()
-        return {"student": Lora(), "weight": Module(lambda tap: TimeWeight()), **head, **self.average}
+        return {"student": Lora(), "weight": Module(_weight), **head, **self.average}
 
     def check(self, schedule: NoiseSchedule) -> None:
         for n in {self.num_inference_steps, *map(len, self.starts)}:
@@ -150,6 +150,10 @@ class SCM(Averaged):
         """The student's `dF / dt` along the teacher's ODE."""
         given = (context.denoiser("student"), context.schedule, x, angle, t, cond, dx)
         return tangent(*given) if self.difference is None else central_difference(*given, self.difference)
+
+
+def _weight(tap: Tap) -> TimeWeight:
+    return TimeWeight()
 
 
 def time_of_angle(schedule: NoiseSchedule, angle: float) -> float:

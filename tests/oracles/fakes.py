@@ -92,9 +92,11 @@ class Stage:
         )
 
     def _head(self, role: str) -> Callable[[Tensor | tuple[Tensor, ...]], Tensor]:
-        """One logit of one map; of several maps, one for each place of each."""
+        """One logit of one map; of several maps, one for each place of each; of angles (B,) one weight each."""
 
         def call(features: Tensor | tuple[Tensor, ...]) -> Tensor:
+            if isinstance(features, Tensor) and features.ndim == 1:
+                return self[role] * features.sin()
             if isinstance(features, Tensor):
                 return 3 * self[role] * features.sin().flatten(1).mean(1, keepdim=True)
             return torch.cat([3 * self[role] * part.sin().flatten(1) for part in features], 1)
