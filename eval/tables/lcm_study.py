@@ -53,6 +53,7 @@ STUDENTS: dict[str, tuple[str, Sequence[str]]] = {  # recipe, and what is other 
     "as it was": ("lcm", []),
     "lr 1e-3, N = 20": ("lcm", ["train.learning_rate=1e-3", "method.num_ddim_timesteps=20"]),
     "regression": ("regression", []),
+    "from regression": ("lcm", ["lora.init_from=runs/tables/lcm/regression"]),
 }
 
 
