@@ -312,10 +312,31 @@ def test_half_precision_is_refused_for_a_reason(name):
 def test_the_fused_kernel_has_no_derivative(name):
     """S10's mutant: without the plain kernel nothing works, and nothing is silently wrong."""
     given = inputs(name, torch.float32)
-    with planted(trigflow.tangent, "torch.no_grad(), sdpa_kernel(SDPBackend.MATH)", "torch.no_grad()"):
+    with planted(trigflow.tangent, "sdpa_kernel(SDPBackend.MATH), ", ""):
         with pytest.raises(NotImplementedError, match="forward AD"):
             tangent(*given)
     tangent(*given)
+
+
+def test_derivatives_are_taken_without_tf32():
+    """Ten bits would drown a difference over a tenth of a timestep; convolutions have TF32 by default."""
+    seen: list[tuple[bool, bool]] = []
+    given = inputs("sd3", torch.float32)
+    call = given[0].call
+
+    def listening(*args):
+        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return call(*args)
+
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        network = replace(given[0], call=listening)
+        tangent(network, *given[1:])
+        central_difference(network, *given[1:], 0.1)
+        assert seen == [(False, False)] * 2 and matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
 
 
 def test_no_gradient_and_no_graph_leave_the_tangent():

@@ -1,6 +1,9 @@
-"""Where to compute: a device that is there."""
+"""Where to compute, and in which precision."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,3 +27,15 @@ def usable_device(name: str | None, default: torch.device | str | None = None) -
         why, todo = str(error).splitlines()[0].rstrip("."), "name another, such as cpu, or leave it out"
         raise ConfigError(problem(f"device {wanted}", "a device that is there", why, todo)) from error
     return device
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Inside, no TF32, which rounds to ten bits and is the default of convolutions; and no autocast."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before

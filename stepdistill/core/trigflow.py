@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.core.denoise import Condition, RoleDenoise
+from stepdistill.core.devices import full_precision
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand
 
@@ -54,7 +55,7 @@ def tangent(
         return trig_network(denoise, schedule, x, angle, t, cond)
 
     along = (dx, torch.ones_like(angle), schedule.time_per_angle(t))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), full_precision(x.device):
         return torch.func.jvp(output, (x, angle, t), along)[1]
 
 
@@ -77,6 +78,6 @@ def central_difference(
     moves = ((x, expand(step, x) * dx), (angle, step), (t, torch.full_like(t, h)))
     x, angle, t = (torch.cat([value + part, value - part]) for value, part in moves)
     twice = {key: torch.cat([value, value]) for key, value in cond.items()}
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(x.device):
         after, before = trig_network(denoise, schedule, x, angle, t, twice).chunk(2)
     return (after - before) / (2 * expand(step, after))

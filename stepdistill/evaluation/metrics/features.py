@@ -3,8 +3,7 @@
 Two distances may be compared only where `identity`, N and the reference are equal.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from stepdistill.core.devices import full_precision
 from stepdistill.core.files import file_digest
 from stepdistill.evaluation.metrics.identity import Identity
 
@@ -38,7 +38,8 @@ class Extractor:
     def __call__(self, images: Tensor) -> Tensor:
         """Raises TypeError, ValueError for other images."""
         check_images("feature extractor", images)
-        with torch.inference_mode(), _full_precision(self.device):
+        # features, hence distances, would move with the kind of GPU or with the caller
+        with torch.inference_mode(), full_precision(self.device):
             rows = [self.net(part.to(self.device)).float().cpu() for part in images.split(self.identity.batch)]
         return torch.cat(rows)  # outside, so that callers may write to it
 
@@ -75,18 +76,6 @@ def efficientnet_lite0(size: int = 64, device: str | torch.device = "cpu", batch
         return net.extract_features(x).mean(dim=(2, 3))
 
     return Extractor(identity, average_pool, torch.device(device))
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """No TF32 and no autocast: features, hence distances, would move with the kind of GPU or with the caller."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, False
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        matmul.allow_tf32 = before
 
 
 def _load(path: Path, size: int) -> EfficientNet:
