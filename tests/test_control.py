@@ -20,14 +20,14 @@ from test_generate import QUIET, folder_of
 from tiny import FAMILIES, SIDE, backbone, controlnet, pipeline, sana
 
 from stepdistill.cli import main as cli
-from stepdistill.core.errors import ConfigError, DataError, StudentError
+from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.data.routing import Routing, consecutive
 from stepdistill.families.sana import Sana
 from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.networks.roles import Adapters, Copy
 from stepdistill.students.contract import read_contract
 from stepdistill.students.draw.call import PipelineCall
-from stepdistill.students.draw.control import controlled, read_control, with_controlnet
+from stepdistill.students.draw.control import controlled, read_control
 from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
 from stepdistill.students.load import load_student
 from stepdistill.students.several import join_students
@@ -69,7 +69,7 @@ def test_the_control_image_matters_and_the_times_are_the_contract_s(folders, nam
     folder = folders[name]
     student = StudentPipeline.load(folder)
     plain = drawn(student)
-    student = with_controlnet(student, str(folder.parent / "controlnet"))
+    student = StudentPipeline.load(folder, controlnet=str(folder.parent / "controlnet"))
     assert type(student.pipe) is student.family.controls.pipeline
     one, other = drawn(student, edges(0)), drawn(student, edges(1))
     assert np.abs(one - plain).max() > 0.1 and np.abs(one - other).max() > 1e-3
@@ -107,7 +107,7 @@ def test_load_student_takes_the_pipeline_that_a_user_builds(folders, name):
     call = load_student(pipe, folder)
     given = {family.controls.image: edges(0), "output_type": "np", "generator": torch.manual_seed(3)}
     user = pipe("red apple", **given, **call).images[0]
-    ours = with_controlnet(StudentPipeline.load(folder), str(folder.parent / "controlnet"))
+    ours = StudentPipeline.load(folder, controlnet=str(folder.parent / "controlnet"))
     (image,) = ours.draw(
         ["red apple"], [3], controlled(ours, ours.call(DrawOptions()).plus(output_type="np"), edges(0))
     )
@@ -135,14 +135,15 @@ def other_kind(folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["1.0", "adapters", "several"])
 def test_other_kinds_of_students_take_a_control_net(folders, kind):
-    student = StudentPipeline.load(other_kind(folders["sd"], kind))
+    folder = other_kind(folders["sd"], kind)
+    student = StudentPipeline.load(folder)
     call = student.call(DrawOptions()).plus(output_type="np")
 
     def images(student: StudentPipeline, call: PipelineCall) -> np.ndarray:
         return np.stack([drawn.image for drawn in student.draw(["rose", "red apple"], [0, 1], call)])
 
     plain = images(student, call)
-    student = with_controlnet(student, str(folders["sd"].parent / "controlnet"))
+    student = StudentPipeline.load(folder, controlnet=str(folders["sd"].parent / "controlnet"))
     one, other = (images(student, controlled(student, call, edges(seed))) for seed in range(2))
     assert np.abs(one - plain).max(axis=(1, 2, 3)).min() > 0.1 and np.abs(one - other).max() > 1e-3
 
@@ -221,8 +222,8 @@ def test_load_student_refuses_a_control_net_of_another_base(folders):
 
 def test_a_family_without_control_nets_says_so(tmp_path):
     folder = folder_of("pixart_sigma", tmp_path, QUIET)
-    with pytest.raises(StudentError, match="got a ControlNet for a PixArtSigmaPipeline, expected none"):
-        with_controlnet(StudentPipeline.load(folder), "anywhere")
+    with pytest.raises(ConfigError, match="got a ControlNet for a PixArtSigmaPipeline, expected none"):
+        StudentPipeline.load(folder, controlnet="anywhere")
 
 
 def test_the_command_draws_with_a_control_net(folders, tmp_path, capsys):
@@ -238,7 +239,7 @@ def test_the_command_draws_with_a_control_net(folders, tmp_path, capsys):
     plain, steered = pixels("plain"), pixels("control", *control)
     assert np.abs(steered - plain).max(axis=(1, 2, 3)).min() > 20
     assert np.array_equal(pixels("off", *control, "--controlnet_conditioning_scale", 0), plain)
-    student = with_controlnet(StudentPipeline.load(folder), str(control[1]))
+    student = StudentPipeline.load(folder, controlnet=str(control[1]))
     (one, _) = student.draw(["rose", "red apple"], [0, 1], controlled(student, student.call(), edges(0)))
     assert np.array_equal(np.asarray(one.image), steered[0])
 

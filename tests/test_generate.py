@@ -27,7 +27,8 @@ from stepdistill.networks.pipeline_loras import fuse_loras
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students.contract import CONTRACT, WEIGHTS
 from stepdistill.students.draw.call import PipelineCall
-from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline, changed_sampler
+from stepdistill.students.draw.options import changed_sampler
+from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
 from stepdistill.students.write import write_student
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run, TrainSpec

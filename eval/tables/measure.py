@@ -34,6 +34,7 @@ from stepdistill.training.recipe import Run
 from stepdistill.training.watch import rules
 from stepdistill.training.watch.rules import Yardstick
 from tables.benchmark import N, Results, data_features, figures, places, prompts, reference
+from tables.control import measure_control
 from tables.guidance import measure_guidance
 from tables.hybrid import measure_hybrid
 from tables.lcm_study import measure_lcm
@@ -253,6 +254,7 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "reflow": partial(measure_students, "reflow"),
     "guidance": measure_guidance,
     "negative": measure_negative,
+    "control": measure_control,
     "hybrid": measure_hybrid,
     "lcm_study": measure_lcm,
     "time": measure_time,

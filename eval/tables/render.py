@@ -175,6 +175,24 @@ def _transfer(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _control(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [
+        "| distance to the control, x 1,000 [95 %] | without the ControlNet | with it | share of the teacher's gain |"
+    ]
+    lines += ["| --- | --- | --- | --- |"]
+    for key, row in rows.items():
+        teacher, method, count = key.split("/")
+        for who, name in (
+            ("teacher", teacher),
+            ("student", f"{teacher}: {method}, {count} step{'s' * (count != '1')}"),
+        ):
+            spans = [(1000 * row[k], *(1000 * end for end in row[f"{k}_ci95"])) for k in (f"{who}_without", who)]
+            cells = [f"{value:.1f} [{low:.1f}, {high:.1f}]" for value, low, high in spans]
+            share = f"{row['share']:.2f} [{row['share_ci95'][0]:.2f}, {row['share_ci95'][1]:.2f}]" * (who == "student")
+            lines.append(f"| {name} | {' | '.join(cells)} | {share} |")
+    return "\n".join(dict.fromkeys(lines))
+
+
 def _signed(value: float, span: Sequence[float]) -> str:
     return f"{value:+.3f} [{span[0]:+.3f}, {span[1]:+.3f}]"
 
@@ -256,6 +274,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "families": matrix,
     "hybrid": _hybrid,
     "transfer": _transfer,
+    "control": _control,
     "memory": _memory,
     "lcm_quality": _lcm_quality,
     "lcm_study": _lcm_study,

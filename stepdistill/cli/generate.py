@@ -102,7 +102,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
 
     from stepdistill.core.devices import usable_device
     from stepdistill.evaluation.records import prompt_of, read_records
-    from stepdistill.students.draw.control import controlled, read_control, with_controlnet
+    from stepdistill.students.draw.control import controlled, read_control
     from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
 
     prompts = [*args.prompts]
@@ -115,9 +115,8 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     control = read_control(args.control_image) if args.controlnet else None
     stale = _check_outputs(args, len(prompts) * args.num_images_per_prompt)
     device = usable_device(args.device)
-    student = StudentPipeline.load(args.student, args.base, device, args.strength, args.lora, args.fuse)
-    if control is not None:
-        student = with_controlnet(student, args.controlnet)
+    options = (args.strength, args.lora, args.fuse, args.controlnet)
+    student = StudentPipeline.load(args.student, args.base, device, *options)
     usual = "float32" if device.type == "cpu" or student.contract is None else student.contract.dtype
     if (args.dtype or usual) != "float32":
         student.pipe.to(getattr(torch, args.dtype or usual))

@@ -60,7 +60,8 @@ def guided(denoise: Denoise, null: Condition, scale: float | Tensor) -> Denoise:
 
     def call(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
         batch = len(x_t)
-        both = {key: torch.cat([null[key].expand_as(value), value]) for key, value in cond.items()}
+        # what the null lacks, such as a control image, is no part of the prompt, and the same in both
+        both = {key: torch.cat([null.get(key, value).expand_as(value), value]) for key, value in cond.items()}
         est = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         w = expand(scale, x_t) if isinstance(scale, Tensor) else scale
         mixed = (value[:batch] + w * (value[batch:] - value[:batch]) for value in est)

@@ -15,6 +15,7 @@ from stepdistill.config.kinds import Count
 from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import Rectified
 from stepdistill.families.control import ControlNets
+from stepdistill.families.controlled import CONTROL, Controlled
 from stepdistill.families.flow import Flow, shift_of
 from stepdistill.families.parts import Needs
 from stepdistill.networks.layers import after_blocks, attentions, halfway, named, rebuilt
@@ -28,7 +29,7 @@ INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sana(Flow):
+class Sana(Controlled, Flow):
     """SANA and SANA 1.5 pipelines, and the base of SANA-Sprint, with timesteps in [0, 1] and normalised queries and
     keys (Chen et al. 2025, https://arxiv.org/abs/2503.09641, section 3.2).
 
@@ -105,7 +106,7 @@ class Sana(Flow):
         )
         return {"states": states, "mask": mask}, {"states": null, "mask": null_mask}
 
-    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition, **residuals: Any) -> Tensor:  # noqa: ANN401
         config: Any = net.config
         return net(
             x_t,
@@ -113,7 +114,23 @@ class Sana(Flow):
             encoder_attention_mask=cond["mask"],
             timestep=t * config["timestep_scale"],
             return_dict=False,
+            **residuals,
         )[0]
+
+    def prepared_control(self, pipe: DiffusionPipeline, images: Tensor) -> Tensor:
+        """Latents of the control images."""
+        return self.encode(pipe, 2 * images - 1)
+
+    def residuals(self, controlnet: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> dict[str, Any]:
+        samples = controlnet(
+            x_t,
+            encoder_hidden_states=cond["states"],
+            encoder_attention_mask=cond["mask"],
+            timestep=t,  # `controls` refuses a base with another `timestep_scale` than 1
+            controlnet_cond=cond[CONTROL],
+            return_dict=False,
+        )[0]
+        return {"controlnet_block_samples": tuple(samples)}
 
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
         config: Any = net.config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionControlNetPipeline, StableDiffusionPipeline
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition
 from stepdistill.families.control import ControlNets
+from stepdistill.families.controlled import CONTROL, Controlled
 from stepdistill.families.parts import Needs
 from stepdistill.families.unet import PLAIN, UNet, unet_controls
 
 
 @dataclass(frozen=True, kw_only=True)
-class StableDiffusion(UNet):
+class StableDiffusion(Controlled, UNet):
     """Stable Diffusion 1.x and 2.x pipelines."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
@@ -38,5 +39,14 @@ class StableDiffusion(UNet):
         states, _ = pipe.encode_prompt(list(prompts), pipe.text_encoder.device, 1, False)
         return {"states": states}
 
-    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        return net(x_t, t, encoder_hidden_states=cond["states"], return_dict=False)[0]
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition, **residuals: Any) -> Tensor:  # noqa: ANN401
+        return net(x_t, t, encoder_hidden_states=cond["states"], return_dict=False, **residuals)[0]
+
+    def prepared_control(self, pipe: DiffusionPipeline, images: Tensor) -> Tensor:
+        return images
+
+    def residuals(self, controlnet: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> dict[str, Any]:
+        down, mid = controlnet(
+            x_t, t, encoder_hidden_states=cond["states"], controlnet_cond=cond[CONTROL], return_dict=False
+        )
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}

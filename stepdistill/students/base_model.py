@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepdistill.families.base import Family
+from stepdistill.families.controlled import Controlled, controlnet_of
 from stepdistill.families.location import BUNDLED_NAMES
 from stepdistill.networks.quantize import dense
 from stepdistill.students.card import licence_of
@@ -27,17 +28,19 @@ class Base:
         hashes: `base_hash` by precision.
         without: components that the pipeline requires and the base model lacks.
         licence: None if it is not known.
+        controlnet: `controlnet_hash` of the one in the training loop.
     """
 
     hashes: dict[str, str]
     without: tuple[str, ...]
     licence: str | None
+    controlnet: str | None = None
 
 
 def base_of(pipe: DiffusionPipeline, family: Family, licence: str | None = None) -> Base:
     """What to record of a float32 pipeline; `licence` None reads the model card of the base model."""
     hashes = {name_of(dtype): base_hash(pipe, family, dtype) for dtype in TOLERANCE}
-    return Base(hashes, missing(pipe), licence or licence_of(family))
+    return Base(hashes, missing(pipe), licence or licence_of(family), controlnet_hash(controlnet_of(family, pipe)))
 
 
 def missing(pipe: DiffusionPipeline) -> tuple[str, ...]:
@@ -52,6 +55,8 @@ def absolute(family: Family) -> Family:
     def path(text: str) -> str:
         return str(Path(text).resolve()) if Path(text).exists() and text not in BUNDLED_NAMES else text
 
+    if isinstance(family, Controlled) and family.controlnet:
+        family = replace(family, controlnet=path(family.controlnet))
     return replace(
         family,
         pretrained_teacher_model=path(family.pretrained_teacher_model),
@@ -67,6 +72,11 @@ def base_hash(pipe: DiffusionPipeline, family: Family, dtype: torch.dtype = torc
     precision, so weights in another precision are compared with the hash for that precision.
     """
     return _hash(family.network(pipe), dtype)
+
+
+def controlnet_hash(controlnet: nn.Module | None) -> str | None:
+    """sha256 of a ControlNet in bfloat16, computed as in `base_hash`; the same for copies in all precisions."""
+    return None if controlnet is None else _hash(controlnet, torch.bfloat16)
 
 
 def pipeline_hash(pipe: DiffusionPipeline) -> str:

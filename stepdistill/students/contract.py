@@ -100,6 +100,7 @@ class Contract:
         base_hash: `base_hash` of the base for each precision that it may be loaded in.
         base_without: components that the pipeline requires and this base lacks; None is passed for each.
         family: class and arguments, from which `teacher` builds it.
+        controlnet: hash of the ControlNet that was in the training loop; None without one.
         prediction_type: of the network.
         timesteps, sigmas: where each step starts, as trained, in the scheduler's time and as `sigma_t` of
             `x_t = alpha_t x0 + sigma_t eps`.
@@ -129,6 +130,7 @@ class Contract:
     base_hash: dict[str, str]
     base_without: tuple[str, ...]
     family: dict[str, Any]
+    controlnet: str | None = None
     prediction_type: Kind
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]

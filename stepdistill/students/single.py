@@ -20,7 +20,7 @@ from stepdistill.networks.guidance_adapters import Attachment, GuidedCall, build
 from stepdistill.networks.lora.tensors import peft_state
 from stepdistill.networks.pipeline_loras import adapters_on, attach, same_keys, switch_on, target_keys
 from stepdistill.networks.roles import Adapters, Copy, Lora, LoraSpec
-from stepdistill.students.base_model import base_hash, name_of
+from stepdistill.students.base_model import base_hash, controlnet_hash, name_of
 from stepdistill.students.contract import (
     ADAPTERS,
     CONTRACT,
@@ -81,6 +81,14 @@ def load_one(pipe: DiffusionPipeline, folder: Path, adapter_name: str) -> Any:  
             "worse with a fine-tuned checkpoint of the same base model, and are unusable with another base model",
             contract.base_model,
             name,
+        )
+    beside = pipe.components.get("controlnet")
+    if contract.controlnet is not None and contract.controlnet != controlnet_hash(beside):
+        logger.warning(
+            "the student was trained with the ControlNet %s in its loop, and this pipeline has %s: the images may "
+            "follow the control less, or be worse",
+            contract.family["controlnet"],
+            "none" if beside is None else "another one",
         )
     if contract.lora is not None:
         _check_strength(folder, contract.lora, family)

@@ -160,6 +160,7 @@ def _contract(
         base_model=stored.pretrained_teacher_model,
         base_hash=base.hashes,
         base_without=base.without,
+        controlnet=base.controlnet,
         family={"type": dotted(type(family))} | arguments,
         prediction_type=family.kind(pipe),
         timesteps=sampler.timesteps,

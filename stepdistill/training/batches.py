@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepdistill.core.denoise import Condition
 from stepdistill.data import FixedCrops, GuidedState, Sample, Source, Stream, loader
+from stepdistill.families.controlled import CONTROL, Controlled
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.families.prompt_limits import warn_of_cut
 from stepdistill.methods.base import Batch
@@ -117,6 +118,8 @@ class Batches:
             latents = torch.stack([s.latents for s in samples if s.latents is not None]).float()
         elif first.pixels is not None:
             latents = self.encode(samples)
+        if isinstance(self.family, Controlled) and self.family.controlnet and latents is not None:
+            cond = {**cond, CONTROL: self._control(self.family, samples, latents.to(self.device))}
         shape = self.shape if latents is None else tuple(latents.shape[1:])
         noise = None if first.noise is None else torch.stack([s.noise for s in samples if s.noise is not None])
         prompts = tuple(sample.prompt for sample in samples)
@@ -126,6 +129,14 @@ class Batches:
             parts = zip(*(sample.state for sample in samples if sample.state is not None), strict=True)
             state = GuidedState(*(torch.stack(part).to(self.device) for part in parts))
         return Batch(tuple(index), cond, shape, _to(latents, self.device), _to(noise, self.device), prompts, state)
+
+    def _control(self, family: Controlled, samples: Sequence[Sample], latents: Tensor) -> Tensor:
+        """What the ControlNet sees of the samples' images, or of their latents where they have none."""
+        pipe = self.parts.vae("the control images are computed from pixels")
+        found = [s.pixels for s in samples if s.pixels is not None]
+        with torch.no_grad():
+            pixels = torch.stack(found).to(self.device) if found else family.decode(pipe, latents)
+        return family.control_rows(pipe, pixels)
 
     def encode(self, samples: Sequence[Sample]) -> Tensor:
         """Latents (B, C, h, w) of samples with images."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from stepdistill.config.schema import locate
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.outputs import check_output_folder
 from stepdistill.core.schedule import NoiseSchedule
@@ -15,6 +16,7 @@ from stepdistill.core.solvers import Sampler
 from stepdistill.core.trigflow import central_difference, tangent
 from stepdistill.data import Source, Stream, Trajectories, inside
 from stepdistill.data.made import TeacherMade
+from stepdistill.families.controlled import Controlled
 from stepdistill.methods.base import Method
 from stepdistill.networks.lora.names import OUTSIDE
 from stepdistill.networks.lora.tensors import FAMILIES
@@ -171,6 +173,17 @@ def check_data(run: Run) -> None:
     Stream(run.data, 1, run.train.seed)
 
 
+def check_control(run: Run) -> None:
+    """The samples have the images that a ControlNet sees, and the function that computes its input is there."""
+    if not isinstance(run.family, Controlled) or run.family.controlnet is None:
+        return
+    locate(run.family.control)
+    if "latents" not in provided(run.data):
+        got, why = f"family.controlnet with a {type(run.data).__name__} source", "control images are computed from them"
+        todo = "use an image source or stepdistill.data.TeacherSamples, or remove family.controlnet"
+        raise ConfigError(problem(got, "one that provides images or latents", why, todo))
+
+
 def check_reference_file(run: Run) -> None:
     """The features that the student is compared with are there."""
     if run.train.eval_samples:
@@ -284,7 +297,7 @@ def check_teacher(run: Run) -> None:
 
 
 CHECKS: tuple[Callable[[Run], None], ...] = (
-    *(check_teacher, check_cache_dir, check_scheduler, check_sharding, check_data, check_reference_file),
+    *(check_teacher, check_cache_dir, check_scheduler, check_sharding, check_data, check_control, check_reference_file),
     *(check_export_formats, check_loras, check_output_dir, check_data_folders, check_quantized_roles),
     *(check_roles, check_attention, check_guidance_scale, check_unused),
 )

@@ -6,7 +6,7 @@ import logging
 import os
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.data import BadSample
+from stepdistill.families.controlled import Controlled, controlnet_of, with_control
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.methods.base import StepContext
 from stepdistill.networks import sharding
@@ -48,6 +49,7 @@ class Session:
     backbone: Backbone
     batches: Batches
     shards: ShardedNetwork | None = None
+    controlnet: nn.Module | None = None
 
     @property
     def digest(self) -> str:
@@ -78,7 +80,8 @@ class Session:
         """A role as an estimator."""
         family = self.run.family
         schedule, kind = family.schedule(self.pipe.scheduler), family.kind(self.pipe)
-        return Denoiser(self.backbone, role, schedule, kind, family.call, self.dtype)
+        call = partial(with_control, family, self.controlnet) if isinstance(family, Controlled) else family.call
+        return Denoiser(self.backbone, role, schedule, kind, call, self.dtype)
 
     def leading(self) -> AbstractContextManager[bool]:
         """True on the main process, which works alone inside; False on the others. All processes come here."""
@@ -150,6 +153,9 @@ def prepare(run: Run) -> Session:
         net.to(dtype)  # first, so that the device never holds it in float32
     parts = LazyPipeline(family, pipe, accelerator.device, stay)
     session = session_of(run, accelerator, parts, base, cache_keys(run, accelerator))
+    controlnet = controlnet_of(family, pipe)
+    if controlnet is not None:  # the base's precision, as the network has it
+        session.controlnet = controlnet.to(accelerator.device, dtype)
     if spec.shard_base:
         session.shards = sharding.shard(session.backbone, accelerator.device, dtype)
     return session

@@ -1,36 +1,15 @@
-"""A student with a ControlNet of its base: the stock pipeline with both, and the call with a control image."""
+"""The control image of a call: the pipeline must have a ControlNet."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from stepdistill.core.errors import DataError, StudentError, problem
 from stepdistill.core.image_files import flatten
-from stepdistill.families.control import ControlNets
 from stepdistill.students.draw.call import PipelineCall
 from stepdistill.students.draw.pipeline import StudentPipeline
-from stepdistill.students.several import Students
-
-
-def with_controlnet(student: StudentPipeline, place: str) -> StudentPipeline:
-    """The student in the stock pipeline of its family that calls a ControlNet before the network in each step.
-
-    Args:
-        place: folder or hub id of a ControlNet of the base.
-
-    Raises:
-        StudentError: Diffusers has no such pipeline for the family.
-        ConfigError: there is no ControlNet, or it is of another base.
-    """
-    controls = _controls(student)
-    controlnet = controls.read(place)
-    controls.check(student.pipe, student.family.network(student.pipe), controlnet)
-    pipe = controls.pipeline_of(student.pipe, controlnet.to(student.pipe.device))
-    loaded = student.loaded
-    return replace(student, pipe=pipe, loaded=replace(loaded, pipe=pipe) if isinstance(loaded, Students) else loaded)
 
 
 def controlled(student: StudentPipeline, call: PipelineCall, image: Image.Image, scale: float = 1.0) -> PipelineCall:
@@ -43,6 +22,8 @@ def controlled(student: StudentPipeline, call: PipelineCall, image: Image.Image,
     Raises:
         StudentError: the image has another size. Diffusers would stretch it.
     """
+    controls = student.family.controls
+    assert controls is not None
     for contract in student.contracts:
         height, width = (call.arguments.get(side, contract.call[side]) for side in ("height", "width"))
         if image.size != (width, height):
@@ -50,7 +31,7 @@ def controlled(student: StudentPipeline, call: PipelineCall, image: Image.Image,
             why = "the generated images have this size, and Diffusers would stretch the control image"
             todo = "crop or resize it, or generate images of its size by --width and --height"
             raise StudentError(problem(got, expected, why, todo))
-    return call.plus(**{_controls(student).image: image, "controlnet_conditioning_scale": scale})
+    return call.plus(**{controls.image: image, "controlnet_conditioning_scale": scale})
 
 
 def read_control(file: Path) -> Image.Image:
@@ -61,11 +42,3 @@ def read_control(file: Path) -> Image.Image:
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         why, todo = f"it cannot be read ({error})", "name a file such as edges.png"
         raise DataError(problem(f"the control image {file}", "an image file", why, todo)) from error
-
-
-def _controls(student: StudentPipeline) -> ControlNets:
-    controls, name = student.family.controls, student.family.pipeline_class.__name__
-    if controls is None:
-        why, todo = "Diffusers has no pipeline with a ControlNet for it", "leave the ControlNet out"
-        raise StudentError(problem(f"a ControlNet for a {name}", "none", why, todo))
-    return controls

@@ -13,14 +13,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill.config.load import read_node
 from stepdistill.core.cost import Cost
 from stepdistill.core.errors import StudentError, problem
-from stepdistill.core.schedule import NoiseSchedule
-from stepdistill.core.solvers import Sampler, check_starts
 from stepdistill.families.base import Family
+from stepdistill.families.controlled import load_controlled
 from stepdistill.families.prompt_limits import warn_of_cut
-from stepdistill.methods.base import Method
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.pipeline_loras import fuse_loras
 from stepdistill.students.base_model import absolute
@@ -29,33 +26,12 @@ from stepdistill.students.draw.call import PipelineCall, generate, scheduled, te
 from stepdistill.students.draw.filters import DrawnImage, safety_flags
 from stepdistill.students.draw.loras import load_style, weigh_loras
 from stepdistill.students.draw.negative_prompt import Mode, negative_prompt
+from stepdistill.students.draw.options import AS_TRAINED, DrawOptions, changed_sampler
 from stepdistill.students.load import folder_of, load_student
 from stepdistill.students.several import Students
 
 logger = logging.getLogger(__name__)
 STUDENT = "student"  # the adapter's name
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawOptions:
-    """Changes to the sampling contract; None keeps the contract's value.
-
-    Args:
-        steps: number of steps; the method defines where they start.
-        timesteps: where steps start, descending, in the scheduler's time.
-        sigmas: the same as `sigma_t` of `x_t = alpha_t x0 + sigma_t eps`.
-        guidance_scale: w of `uncond + w (cond - uncond)`, at least 1; for guidance adapters, their scale.
-        eta: share of each step that is noised again.
-        height, width: in pixels.
-    """
-
-    steps: int | None = None
-    timesteps: tuple[float, ...] | None = None
-    sigmas: tuple[float, ...] | None = None
-    guidance_scale: float | None = None
-    eta: float | None = None
-    height: int | None = None
-    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,15 +56,19 @@ class StudentPipeline:
         place: str | Path | None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        controlnet: str | None = None,
     ) -> StudentPipeline:
         """A new pipeline of a family with the student of a folder or hub id loaded; None is the teacher alone.
+
+        Args:
+            controlnet: folder or hub id of a ControlNet, which the stock pipeline calls before the network.
 
         Raises:
             StudentError: there is no student, or it does not fit the family.
         """
         folder = None if place is None else folder_of(place)
         contracts = () if folder is None else read_contracts(folder)
-        pipe = family.load()
+        pipe = family.load() if controlnet is None else load_controlled(family, controlnet)
         pipe.to(device)
         if dtype != torch.float32:  # it is float32 already, and Diffusers warns of any cast
             pipe.to(dtype)
@@ -104,6 +84,7 @@ class StudentPipeline:
         strength: float | None = None,
         loras: Sequence[tuple[str, float]] = (),
         fuse: bool = False,
+        controlnet: str | None = None,
     ) -> StudentPipeline:
         """The student of a folder or hub id in a new pipeline of its base, in float32.
 
@@ -112,6 +93,7 @@ class StudentPipeline:
             strength: of the student's LoRA; None takes the contract's.
             loras: further LoRAs, such as styles: a folder, hub id or file, and a strength.
             fuse: fuse all LoRAs into the network.
+            controlnet: see `of`.
 
         Raises:
             StudentError: there is no student, it does not fit the base, or it has no LoRA to scale or fuse.
@@ -120,7 +102,7 @@ class StudentPipeline:
         family = absolute(teacher(read_contracts(folder)[0]))
         if base is not None:
             family = replace(family, pretrained_teacher_model=base)
-        student = StudentPipeline.of(family, folder, device)
+        student = StudentPipeline.of(family, folder, device, controlnet=controlnet)
         lora = student.contract.lora if student.contract else None
         if lora is None and (strength is not None or loras or fuse):
             got, todo = f"a strength, further LoRAs or fusing for {place}", "leave these options out"
@@ -144,7 +126,7 @@ class StudentPipeline:
         """The callable that generates images: the pipeline, or its several students."""
         return self.loaded if isinstance(self.loaded, Students) else self.pipe
 
-    def calls(self, options: DrawOptions = DrawOptions(), name: str = STUDENT) -> tuple[PipelineCall, ...]:
+    def calls(self, options: DrawOptions = AS_TRAINED, name: str = STUDENT) -> tuple[PipelineCall, ...]:
         """The pipeline call of each student; the scale of guidance adapters takes effect at once.
 
         Raises:
@@ -167,7 +149,7 @@ class StudentPipeline:
         if isinstance(self.loaded, GuidedCall) and options.guidance_scale is not None:
             self.loaded.guidance_scale = options.guidance_scale
             options = replace(options, guidance_scale=None)
-        if not self.contracts or replace(options, height=None, width=None) == DrawOptions():
+        if not self.contracts or replace(options, height=None, width=None) == AS_TRAINED:
             return tuple(calls)
         return tuple(self._changed(*each, options) for each in zip(calls, self.contracts, strict=True))
 
@@ -184,7 +166,7 @@ class StudentPipeline:
         arguments = steps | self.family.guidance(sampler.guidance_scale) | kept
         return replace(call, scheduler=scheduler, arguments=arguments)
 
-    def call(self, options: DrawOptions = DrawOptions()) -> PipelineCall:
+    def call(self, options: DrawOptions = AS_TRAINED) -> PipelineCall:
         """The call of `draw`; a warning is logged for steps that the student was not trained for.
 
         Raises:
@@ -192,7 +174,7 @@ class StudentPipeline:
         """
         contract = self.contract
         if contract is None:
-            if options != DrawOptions():
+            if options != AS_TRAINED:
                 got, todo = "sampling options for several students", "use one of the folders in students/"
                 raise StudentError(problem(got, "none", "each student has its own sampling contract", todo))
             return PipelineCall(STUDENT, self.pipe.scheduler, {}, self.family)
@@ -273,25 +255,3 @@ class StudentPipeline:
     ) -> tuple[Tensor, Cost]:
         """Images (N, 3, H, W) uint8 from numbered noise, and their cost: see `students.draw.call.generate`."""
         return generate(self.drawer, calls, prompts, seed, batch, numbers=numbers, size=size)
-
-
-def changed_sampler(contract: Contract, schedule: NoiseSchedule, options: DrawOptions) -> Sampler:
-    """The contract's sampler with these options. Raises ValueError or ConfigError if they are invalid."""
-    sampler = contract.sampler()
-    if options.steps is not None:
-        method = read_node(Method, contract.method, "the method of the student")
-        sampler = method.sampler(schedule, options.steps)
-    times = options.timesteps
-    if options.sigmas is not None:
-        if not all(0 < sigma <= 1 for sigma in options.sigmas):
-            raise ValueError(f"sigmas are {list(options.sigmas)}: expected noise levels above 0 and at most 1")
-        times = tuple(schedule.time_of_sigma(sigma) for sigma in options.sigmas)
-    if times is not None:
-        check_starts(times)
-        schedule.check(times)
-        sampler = replace(sampler, timesteps=times)
-    if options.guidance_scale is not None:
-        if options.guidance_scale < 1:
-            raise ValueError(f"guidance_scale is {options.guidance_scale:g}: expected 1 (no guidance) or more")
-        sampler = replace(sampler, guidance_scale=options.guidance_scale)
-    return sampler if options.eta is None else replace(sampler, eta=options.eta)

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from stepdistill.data import GuidedState, Sample, inside
 from stepdistill.data.base import Wrapper
 from stepdistill.data.made import TeacherMade
+from stepdistill.families.controlled import Controlled
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.students.base_model import Base
 from stepdistill.students.load import start_from
@@ -64,6 +65,8 @@ def _remarks(run: Run) -> Iterator[str]:
     """What the outline of a pipeline does not show."""
     if run.family.quantization is not None:
         yield f"{BASE} is counted without family.quantization: it will take less memory"
+    if isinstance(run.family, Controlled) and run.family.controlnet:
+        yield "family.controlnet is not counted: its weights and its outputs take memory beside the network's"
     if run.train.shard_base:
         yield f"{BASE} is counted whole: with train.shard_base each process keeps a shard and one gathered block"
     if run.train.cache_dir:
