@@ -37,11 +37,13 @@ from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.base import Method
+from stepdistill.methods.boot import Boot
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.gan import Gan, Ladd
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
+from stepdistill.methods.scm import SCM
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.training import distill as running
 from stepdistill.training.distill import dry_run
@@ -229,6 +231,10 @@ CASES = {
     "gan": sd3(DMD2(critic_steps=1, gan=Gan(), ema_decay=None)),
     "ladd": sd3(Consistency(gan=Ladd(misaligned_pairs=True)), gradient_checkpointing=True),
     "ladd on a unet": sd(Consistency(gan=Ladd())),
+    "scm": sd3(SCM(), mixed_precision="no"),
+    "scm on a unet": sd(SCM(), mixed_precision="no", gradient_checkpointing=True),
+    "scm by differences": sd3(SCM(difference=0.1), mixed_precision="no"),
+    "boot": sd3(Boot()),
     "copy": sd3(Reflow(width=0.5)),
     "float32": sd3(mixed_precision="no"),
     "unet, checkpointed": sd(gradient_checkpointing=True),
