@@ -6,28 +6,31 @@ import inspect
 import json
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_control import edges as noisy_image
-from tiny import FAMILIES, SIDE, controlnet, pipeline
+from tiny import FAMILIES, SIDE, backbone, controlnet, pipeline
 from torch import Tensor
 
 from stepdistill.core.denoise import guided
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.prediction import Estimate
+from stepdistill.core.trigflow import central_difference, tangent
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.data.control import edges
 from stepdistill.families.controlled import CONTROL, Controlled, with_control
 from stepdistill.methods.consistency import Consistency
-from stepdistill.networks.roles import LoraSpec
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import TEACHER, LoraSpec
 from stepdistill.students.base_model import controlnet_hash
 from stepdistill.students.contract import WEIGHTS, read_contract
 from stepdistill.students.load import load_student
 from stepdistill.training.checks import check_control, check_run
-from stepdistill.training.distill import distill
+from stepdistill.training.distill import distill, dry_run
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import prepare
 
@@ -88,6 +91,33 @@ def test_zeroed_outputs_change_no_bit_and_a_gradient_passes_through_the_control_
     (around,) = torch.autograd.grad(family.call(net, x, t, cond, **fixed).square().sum(), x)
     assert (through - around).abs().max() > 1e-3
     assert all(p.grad is None and not p.requires_grad for p in control.parameters())
+
+
+@EACH
+def test_the_derivative_along_the_inputs_passes_through_the_control_net(name):
+    """Zeroed outputs change no bit of it; with others it is the central difference, in float64."""
+    family, pipe = family_of(name), pipeline(name)
+    nets = {"zero": controlnet(name, pipe, 0.0), "some": controlnet(name, pipe), "none": None}
+    bone = backbone(name, pipe)
+    schedule = family.schedule(pipe.scheduler)
+    x, dx = torch.randn(2, 2, 4, 8, 8, dtype=torch.float64)
+    t = torch.tensor([900.3, 300.6], dtype=torch.float64)
+    cond = {
+        **family.condition(pipe, ["rose", "octopus"]),
+        CONTROL: family.control_rows(pipe, torch.randn(2, 3, 32, 32)),
+    }
+    cond = {key: value.double() if value.is_floating_point() else value for key, value in cond.items()}
+    bone.net.double()
+    found = {}
+    for key, net in nets.items():
+        call = partial(with_control, family, None if net is None else net.double())
+        denoiser = Denoiser(bone, TEACHER, schedule, family.kind(pipe), call)
+        given = (denoiser, schedule, x, schedule.angle(t), t, cond, dx)
+        found[key] = tangent(*given)
+        if key == "some":
+            assert (central_difference(*given, 0.05) - found[key]).norm() < 1e-2 * found[key].norm()
+    assert torch.equal(found["zero"], found["none"])
+    assert (found["some"] - found["none"]).norm() > 0.05 * found["none"].norm()
 
 
 def test_guidance_keeps_the_control_of_each_sample():
@@ -184,6 +214,11 @@ def test_what_the_control_net_sees_comes_from_pixels_or_from_latents(places):
         expected = edges(family.decode(session.pipe, batch.latents))
     assert torch.equal(batch.cond[CONTROL], expected) and expected.std() > 0.01
     assert session.controlnet is not None and not any(p.requires_grad for p in session.controlnet.parameters())
+
+
+def test_the_memory_of_a_run_is_predicted_and_says_what_it_leaves_out(places):
+    run = run_of(places["sd"], "sd", "dry", str(places["sd"] / "control"))
+    assert "family.controlnet is not counted" in dry_run(run)
 
 
 def test_what_cannot_train_is_said_before_training(places, tmp_path):
