@@ -115,7 +115,7 @@ def test_the_derivative_along_the_inputs_passes_through_the_control_net(name):
         given = (denoiser, schedule, x, schedule.angle(t), t, cond, dx)
         found[key] = tangent(*given)
         if key == "some":
-            assert (central_difference(*given, 0.05) - found[key]).norm() < 1e-2 * found[key].norm()
+            assert (central_difference(*given, 0.05) - found[key]).norm() < 2e-3 * found[key].norm()
     assert torch.equal(found["zero"], found["none"])
     assert (found["some"] - found["none"]).norm() > 0.05 * found["none"].norm()
 
