@@ -20,8 +20,9 @@ from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.gan import Gan
 from stepdistill.methods.scm import SCM
 from stepdistill.methods.vsd import VSD
-from stepdistill.training import checks
-from stepdistill.training.checks import check_derivative, check_loaded, check_unused
+from stepdistill.training import derivative
+from stepdistill.training.checks import check_loaded, check_unused
+from stepdistill.training.derivative import check_derivative
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import Session, prepare
 
@@ -120,7 +121,7 @@ def test_a_device_that_is_full_is_no_missing_rule(session, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(checks, "tangent", full)
+    monkeypatch.setattr(derivative, "tangent", full)
     with pytest.raises(torch.OutOfMemoryError):
         check_derivative(session)
 
