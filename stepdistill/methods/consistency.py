@@ -170,6 +170,7 @@ class Consistency(Averaged):
             yield Update("student", loss)
             return
         again = grid[(context.draw(batch, "gan input t") * self.num_ddim_timesteps).long() + 1]
-        term, x0, logs = self.gan.student_term(context, batch, context.denoiser("student"), again)
+        start = self.sampler(schedule, 1).timesteps[0]
+        term, x0, logs = self.gan.student_term(context, batch, context.denoiser("student"), again, start)
         yield Update("student", loss + term, loss=loss, **logs)
         yield Update("head", self.gan.head_loss(context, batch, x0))

@@ -100,7 +100,8 @@ class Ladd:
     """Latent adversarial diffusion distillation (LADD), in the form of SANA-Sprint.
 
     Equation:
-        student: x0 = student(x_t, t).x0 at noised data; t is the noisiest time with probability p, else the method's
+        student: x0 = student(x_t, t).x0; with probability p at pure noise and the time where sampling in one step
+                 starts, else at noised data and a time of the method
                  + lambda_g mean(-D(x_s)),   x_s = alpha_s x0 + sigma_s eps
         head:    1/2 (mean relu(1 - D(data_s)) + mean relu(1 + D(x_s)))
         time:    sigma_s / alpha_s = e^tau / 0.5,   tau ~ N(time_mean, time_std^2)
@@ -120,8 +121,8 @@ class Ladd:
             up.
         time_mean: mean of tau, the logarithm of the noise level at which the head sees its inputs.
         time_std: standard deviation of tau.
-        max_time_probability: p, probability that the student's input is data at the schedule's noisiest time, where
-            sampling begins; it has no effect in DMD2, which simulates the student's inputs.
+        max_time_probability: p, probability that the student's input is pure noise at the time where sampling in one
+            step starts; it has no effect in DMD2, which simulates the student's inputs.
         misaligned_pairs: whether the head also learns that data beside the prompt of the next sample of the micro-batch
             are fake. They are as many as the student's samples; a micro-batch of one sample has none. With them the
             loss depends on how samples are put together in micro-batches.
@@ -149,20 +150,22 @@ class Ladd:
         return {"head": Module(LaddHead, self.depths)}
 
     def student_term(
-        self, context: StepContext, batch: Batch, student: Denoise, t: Tensor
+        self, context: StepContext, batch: Batch, student: Denoise, t: Tensor, start: float
     ) -> tuple[Tensor, Tensor, Logs]:
-        """The student's term at samples from noised data.
+        """The student's term at its samples from noised data, or from pure noise.
 
         Args:
-            t: (B,) times of the method's own distribution; each is replaced by the noisiest one with probability p.
+            t: (B,) times of the method's own distribution.
+            start: where sampling in one step starts, from pure noise. With probability p a sample starts there.
 
         Returns:
             The term, to be added to the student's loss; its samples (B, C, H, W) without a graph, for `head_loss`; and
             the term's value in the logs.
         """
-        latest = context.draw(batch, "gan latest") < self.max_time_probability
-        t = torch.where(latest, context.schedule.span[1], t)
-        x_t = context.schedule.add_noise(batch.x0, context.noise(batch, "gan input eps"), t)
+        first, z = context.draw(batch, "gan start") < self.max_time_probability, context.noise(batch, "gan input eps")
+        # a table's noisiest state is not quite noise, but sampling starts from noise
+        x_t = torch.where(expand(first, z), z, context.schedule.add_noise(batch.x0, z, t))
+        t = torch.where(first, start, t)
         x0 = student(x_t, t, batch.cond).x0
         term, logs = self.sample_term(context, batch, x0)
         return term, x0.detach(), logs

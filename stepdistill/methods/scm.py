@@ -139,7 +139,7 @@ class SCM(Averaged):
             yield Update(roles, loss, tangent=length.mean())
             return
         again = self._times(context, batch, "gan input t")
-        term, x0, logs = self.gan.student_term(context, batch, student, again)
+        term, x0, logs = self.gan.student_term(context, batch, student, again, self.sampler(schedule, 1).timesteps[0])
         yield Update(roles, loss + term, loss=loss, tangent=length.mean(), **logs)
         yield Update("head", self.gan.head_loss(context, batch, x0))
 

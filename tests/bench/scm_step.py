@@ -7,8 +7,8 @@ gradient checkpointing; weights, latents and embeddings are random), with the se
 of sCM, which is over. The sides take turns. A turn is five steps, so that DMD2's one update of the student and five of
 its fake score are in it.
 
-*ratio*: seconds of CPU on one thread over LCM's, turn by turn: quartiles. *calls* of the network are a step's, and *rows*
-for each sample; a derivative in forward mode is one call, with the plain kernel of attention.
+*ratio*: seconds of CPU on one thread over LCM's, turn by turn: quartiles. *calls* of the network are a step's, and
+*rows* for each sample; a derivative in forward mode is one call, with the plain kernel of attention.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ METHODS: Mapping[str, Method] = {
     "SANA-Sprint by difference": SCM(warmup_steps=0, difference=0.1, gan=Ladd()),
     "BOOT": Boot(),
 }
-STEPS, WARM, TURNS = 5, 1, 1
+STEPS, WARM, TURNS = 5, 1, 12
 TINY = replace(SETUPS["tiny"], rank=64, batch=16, checkpointing=False)
 
 
