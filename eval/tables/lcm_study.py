@@ -26,12 +26,11 @@ from stepdistill.core.denoise import Condition, Denoise, guided
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.random import fresh_noise, noise_of
-from stepdistill.core.schedule import NoiseSchedule, per_sample
+from stepdistill.core.schedule import NoiseSchedule, Rectified, per_sample
 from stepdistill.core.solvers import Sampler, few_step, follow
 from stepdistill.data.bundled import emoji
 from stepdistill.evaluation.spec import SEED_B
 from stepdistill.evaluation.stored_features import StoredFeatures
-from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, LoraSpec
@@ -82,7 +81,7 @@ def measure_lcm(name: str, results: Results, work: Path, rows: Sequence[str]) ->
         facts = {"config": config_digest(run), "overrides": list(overrides)}
         for steps in STEPS["consistency"]:
             results.once(f"{label}/{steps}", partial(student_figures, run, steps, ref), **facts)
-            if steps > 1 and isinstance(run.method, Consistency):
+            if steps > 1 and run.method.sampler(Rectified(), steps).eta:  # it adds fresh noise between its steps
                 results.once(f"{label}, by Euler/{steps}", partial(euler_figures, run, steps, ref), **facts)
         results.once(f"{label}/gap", partial(student_gaps, run, kept), **facts)
 
