@@ -26,7 +26,7 @@ from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Copy, LoraSpec
-from stepdistill.students.draw.call import PipelineCall, student_call, teacher_call
+from stepdistill.students.draw.call import PipelineCall, student_call, student_calls, teacher_call
 from stepdistill.students.load import load_student
 from stepdistill.students.several import Students
 from stepdistill.training.distill import distill
@@ -122,7 +122,8 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
             continue
         run, out = load_config(Run, file, []), trained(file)
         ref, pipe = reference(name, run, work), run.family.load()
-        sampled = {str(steps): student_call(run.family, run.method, pipe, steps) for steps in STEPS[table]}
+        calls = student_calls(run.family, run.method, pipe, STEPS[table])
+        sampled = {str(steps): call for steps, call in calls.items()}
         if table in EARLY:
             sampled[f"1 from {EARLY[table]:g}"] = early_row(run, pipe, EARLY[table])
         loaded = load_student(pipe, out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.networks import sharding
 from stepdistill.students.card import write_card
 from stepdistill.students.contract import read_contract
-from stepdistill.students.draw.call import PipelineCall, generate, student_call, teacher_call
+from stepdistill.students.draw.call import PipelineCall, generate, student_calls, teacher_call
 from stepdistill.students.draw.sheet import image_grid
 from stepdistill.students.load import load_student
 from stepdistill.students.snippets import snippet
@@ -89,10 +88,8 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
     )
     load_student(plain, out)
     trained = len(run.method.sampler(run.family.schedule(teacher.scheduler)).timesteps)
-    rows = []
-    for n in sorted({trained, FEW, 2, 1}, reverse=True):
-        with suppress(ValueError):  # a number of steps that the method has no sampler for
-            rows.append(student_call(run.family, run.method, teacher, n))
+    counts = sorted({trained, FEW, 2, 1}, reverse=True)
+    rows = list(student_calls(run.family, run.method, teacher, counts).values())
     for pipe in (teacher, plain):
         if session.shards is None:
             pipe.to(session.accelerator.device)

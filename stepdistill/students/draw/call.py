@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
@@ -102,6 +102,17 @@ def student_call(family: Family, method: Method, pipe: DiffusionPipeline, steps:
     scheduler, call = family.scheduler(pipe, sampler)
     call |= family.guidance(sampler.guidance_scale) | family.arguments()
     return PipelineCall(f"student, {steps} step{'s' * (steps > 1)}", scheduler, call, family)
+
+
+def student_calls(
+    family: Family, method: Method, pipe: DiffusionPipeline, counts: Iterable[int]
+) -> dict[int, PipelineCall]:
+    """`student_call` for each number of steps that the method has a sampler for, by number."""
+    calls = dict[int, PipelineCall]()
+    for steps in counts:
+        with suppress(ValueError):
+            calls[steps] = student_call(family, method, pipe, steps)
+    return calls
 
 
 def generate(
