@@ -197,7 +197,7 @@ def batch(first: int, size: int) -> Batch:
 
 def test_the_scale_is_drawn_for_each_sample():
     method = consistency("any", guidance_scale=(2.0, 9.0))
-    scale = method._guidance(production(), batch(0, 256))
+    scale = production().guidance(method.guidance_scale, batch(0, 256))
     assert scale.shape == (256,) and len(scale.unique()) == 256
     assert scale.min() >= 2 and scale.max() < 9
     close(scale.mean(), 5.5, 0.4)

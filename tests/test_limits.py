@@ -51,8 +51,10 @@ ZERO = {  # the fields that may be 0
     *("ema_decay", "dropout", "ema", "eta", "proportion_empty_prompts", "threshold", "timestep", "timesteps"),
     *("warmup_steps", "lr_warmup_steps", "annealing_steps", "dataloader_num_workers", "student"),
     *("seed", "validation_seed", "learning_rate", "watch_samples", "eval_samples"),
+    *("boundary_weight", "curriculum_steps", "max_time_probability"),
     *("weight", "flow_weight", "generator_weight", "discriminator_weight", "r1_weight"),
 }
+SIGNED = {"time_mean"}  # the fields that may be negative
 LEARNED = {f"AdapterGuidance.{name}" for name in ("guidance_range", "sampling_guidance_scale")}  # one holds the other
 EFFECTIVE = {  # with these every number of the class has an effect
     "Consistency": {"end": "any", "segments": [2, 1], "stage_steps": 10},
@@ -75,11 +77,12 @@ def test_every_number_of_a_config_has_a_range(cls) -> None:
     read_node(cls, node, "config")  # nothing else is wrong
     for name, hint in fields(cls).items():
         full = f"{cls.__name__}.{name}"
-        zero = name in ZERO and full not in LEARNED
+        zero = name in ZERO | SIGNED and full not in LEARNED
+        negative = [] if name in SIGNED else [-1.0]
         beyond = [BEYOND[key] for key in (name, full) if key in BEYOND] + [0] * (not zero)
         for good in shaped(hint, [0], [0.0]) if zero else ():
             read_node(cls, node | {name: good}, "config")
-        for bad in shaped(hint, (-1, 10**30, 1.5, *beyond), (-1.0, *map(float, ("nan", "inf", "-inf")), *beyond)):
+        for bad in shaped(hint, (-1, 10**30, 1.5, *beyond), (*negative, *map(float, ("nan", "inf", "-inf")), *beyond)):
             with pytest.raises(ConfigError, match=rf"\b{name}\b") as caught:
                 read_node(cls, node | {name: bad}, "config")
                 pytest.fail(f"{full} takes {bad}")
@@ -88,8 +91,8 @@ def test_every_number_of_a_config_has_a_range(cls) -> None:
 
 ANY = {"--guidance-scale", "--strength", "--negative-scale"}  # the arguments that take negative numbers
 NONE = ANY | {"--seed", "--reference-seed", "--base-steps", "--latency", "--timesteps", "--sigmas", "--eta"}
-NONE |= {"--tolerance"}  # those that take 0
-REAL = ANY | {"--timesteps", "--sigmas", "--tolerance", "--teacher-guidance-scale"}
+NONE |= {"--tolerance", "--controlnet-conditioning-scale"}  # those that take 0
+REAL = ANY | {"--controlnet-conditioning-scale", "--timesteps", "--sigmas", "--tolerance", "--teacher-guidance-scale"}
 
 
 def takes(action: argparse.Action, text: str) -> bool:

@@ -52,7 +52,10 @@ BUGS = {
     "1 + w for w": Bug(denoise.guided, MIX, MIX.replace("w *", "(1 + w) *"), GUIDED),
     "cond and uncond swapped": Bug(denoise.guided, MIX, "value[batch:] + w * (value[:batch] - value[batch:])", GUIDED),
     "prompts in the wrong half": Bug(
-        denoise.guided, "[null[key].expand_as(value), value]", "[value, null[key].expand_as(value)]", GUIDED
+        denoise.guided,
+        "[null.get(key, value).expand_as(value), value]",
+        "[value, null.get(key, value).expand_as(value)]",
+        GUIDED,
     ),
     "guidance left out": Bug(UPDATES, "context.guidance(self.guidance_scale, batch)", "1.0", GUIDED),
     "one scale for the batch": Bug(

@@ -68,4 +68,5 @@ def heirs(base: type) -> list[type]:
 
 
 def _below(base: type) -> list[type]:
-    return [heir for cls in base.__subclasses__() for heir in [cls, *_below(cls)]]
+    # once, though a class may have two bases below `base`
+    return list(dict.fromkeys(heir for cls in base.__subclasses__() for heir in [cls, *_below(cls)]))
