@@ -126,7 +126,7 @@ class SCM(Averaged):
             dx = trig_output(teacher(x_t, t, cond), angle)
         slope = self._slope(context, x, angle, t, cond, dx)
 
-        F = trig_network(student, schedule, x, angle, t, cond)  # noqa: N806 - the paper's
+        F = trig_network(student, schedule, x, angle, t, cond)  # the paper's letter
         cos, sin = (expand(part, x) for part in (angle.cos(), angle.sin()))
         r = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         g = -(cos**2) * (F.detach() - dx) - r * cos * sin * (x + slope)
