@@ -16,13 +16,13 @@ from test_control import edges as noisy_image
 from tiny import FAMILIES, SIDE, backbone, controlnet, pipeline
 from torch import Tensor
 
-from stepdistill.core.denoise import guided
+from stepdistill.core.denoise import CONTROL, guided, without_prompt
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.trigflow import central_difference, tangent
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.data.control import edges
-from stepdistill.families.controlled import CONTROL, Controlled, with_control
+from stepdistill.families.controlled import Controlled, with_control
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, LoraSpec
@@ -231,3 +231,11 @@ def test_what_cannot_train_is_said_before_training(places, tmp_path):
     controlnet("sd", pipeline("sd"), cross_attention_dim=48).save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match="cross_attention_dim 48, expected 32"):
         prepare(replace(run, family=replace(run.family, controlnet=str(tmp_path / "other"))))
+
+
+def test_a_control_image_is_no_part_of_the_prompt_and_nothing_else_is_left_out():
+    cond = {"states": torch.ones(3, 2, 4), CONTROL: torch.rand(3, 1, 4, 4)}
+    empty = without_prompt({"states": torch.zeros(1, 2, 4)}, cond)
+    assert torch.equal(empty["states"], torch.zeros(3, 2, 4)) and empty[CONTROL] is cond[CONTROL]
+    with pytest.raises(KeyError, match="pooled"):
+        without_prompt({"states": torch.zeros(1, 2, 4)}, cond | {"pooled": torch.ones(3, 2)})

@@ -53,8 +53,8 @@ BUGS = {
     "cond and uncond swapped": Bug(denoise.guided, MIX, "value[batch:] + w * (value[:batch] - value[batch:])", GUIDED),
     "prompts in the wrong half": Bug(
         denoise.guided,
-        "[null.get(key, value).expand_as(value), value]",
-        "[value, null.get(key, value).expand_as(value)]",
+        "[empty[key], value]",
+        "[value, empty[key]]",
         GUIDED,
     ),
     "guidance left out": Bug(UPDATES, "context.guidance(self.guidance_scale, batch)", "1.0", GUIDED),

@@ -13,6 +13,7 @@ from stepdistill.core.schedule import expand
 
 Condition = Mapping[str, Tensor]
 SCALE = "guidance_scale"  # the condition by which guidance adapters get their scale, (B,)
+CONTROL = "control"  # the condition that a ControlNet sees, (B, C, h, w)
 
 
 class Denoise(Protocol):
@@ -45,6 +46,15 @@ class RoleDenoise(Denoise, Protocol):
         ...
 
 
+def without_prompt(null: Condition, cond: Condition) -> Condition:
+    """The unconditional embeddings in the rows of `cond`, with its control image, which is no part of a prompt.
+
+    Args:
+        null: the unconditional embeddings, one row or B rows.
+    """
+    return {key: value if key == CONTROL else null[key].expand_as(value) for key, value in cond.items()}
+
+
 def guided(denoise: Denoise, null: Condition, scale: float | Tensor) -> Denoise:
     """Classifier-free guidance, `uncond + scale (cond - uncond)`, in one batched call (scale 1 is none).
 
@@ -60,8 +70,8 @@ def guided(denoise: Denoise, null: Condition, scale: float | Tensor) -> Denoise:
 
     def call(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
         batch = len(x_t)
-        # what the null lacks, such as a control image, is no part of the prompt, and the same in both
-        both = {key: torch.cat([null.get(key, value).expand_as(value), value]) for key, value in cond.items()}
+        empty = without_prompt(null, cond)
+        both = {key: torch.cat([empty[key], value]) for key, value in cond.items()}
         est = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         w = expand(scale, x_t) if isinstance(scale, Tensor) else scale
         mixed = (value[:batch] + w * (value[batch:] - value[:batch]) for value in est)

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from stepdistill.config.kinds import Place
 from stepdistill.config.schema import locate
-from stepdistill.core.denoise import Condition
+from stepdistill.core.denoise import CONTROL, Condition
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.families.base import Family
-
-CONTROL = "control"  # the condition that a ControlNet sees, (B, C, h, w)
 
 
 @dataclass(frozen=True, kw_only=True)

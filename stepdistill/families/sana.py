@@ -12,10 +12,10 @@ from diffusers import DiffusionPipeline, SanaControlNetModel, SanaControlNetPipe
 from torch import Tensor, nn
 
 from stepdistill.config.kinds import Count
-from stepdistill.core.denoise import Condition
+from stepdistill.core.denoise import CONTROL, Condition
 from stepdistill.core.schedule import Rectified
 from stepdistill.families.control import ControlNets
-from stepdistill.families.controlled import CONTROL, Controlled
+from stepdistill.families.controlled import Controlled
 from stepdistill.families.flow import Flow, shift_of
 from stepdistill.families.parts import Needs
 from stepdistill.networks.layers import after_blocks, attentions, halfway, named, rebuilt

@@ -10,9 +10,9 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
-from stepdistill.core.denoise import Condition
+from stepdistill.core.denoise import CONTROL, Condition
 from stepdistill.families.control import ControlNets
-from stepdistill.families.controlled import CONTROL, Controlled
+from stepdistill.families.controlled import Controlled
 from stepdistill.families.parts import Needs
 from stepdistill.families.unet import PLAIN, UNet, unet_controls
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.config.kinds import Amount, Count, Place, Share, Whole
-from stepdistill.core.denoise import guided
+from stepdistill.core.denoise import guided, without_prompt
 from stepdistill.core.losses import distance, surrogate
 from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
 from stepdistill.core.solvers import Sampler
@@ -137,7 +137,7 @@ class VSD(Averaged):
         t = context.schedule.random_times(context.draw(batch, "fake t"), *context.schedule.span)
         alpha_t, eps = expand(context.schedule(t)[0], x0), context.noise(batch, "fake eps")
         empty = context.shared("empty prompt") < self.proportion_empty_prompts
-        cond = {k: context.null.get(k, v).expand_as(v) for k, v in batch.cond.items()} if empty else batch.cond
+        cond = without_prompt(context.null, batch.cond) if empty else batch.cond
         est = context.denoiser("fake")(context.schedule.add_noise(x0, eps, t), t, cond)
         return distance("l2", alpha_t * est.eps, alpha_t * eps)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stepdistill.core.denoise import Condition
+from stepdistill.core.denoise import CONTROL, Condition
 from stepdistill.data import FixedCrops, GuidedState, Sample, Source, Stream, loader
-from stepdistill.families.controlled import CONTROL, Controlled
+from stepdistill.families.controlled import Controlled
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.families.prompt_limits import warn_of_cut
 from stepdistill.methods.base import Batch
