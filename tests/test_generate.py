@@ -21,12 +21,13 @@ from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.core.solvers import Sampler
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.families.prompt_limits import lost, warn_of_cut
+from stepdistill.methods.boot import Boot
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.pipeline_loras import fuse_loras
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students.contract import CONTRACT, WEIGHTS
-from stepdistill.students.draw.call import PipelineCall
+from stepdistill.students.draw.call import PipelineCall, student_calls
 from stepdistill.students.draw.options import changed_sampler
 from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
 from stepdistill.students.write import write_student
@@ -366,3 +367,12 @@ def test_training_says_once_that_prompts_are_cut(tmp_path, caplog):
         )
     )
     assert caplog.text.count("longer than the 16 tokens of tokenizer") == 1
+
+
+def test_a_student_is_called_in_the_numbers_of_steps_that_its_method_samples_in():
+    """A sampler that the family has no scheduler for is an error, and no number that is left out."""
+    pipe = pipeline("sd3")
+    assert list(student_calls(FAMILIES["sd3"], Boot(), pipe, (4, 2, 1))) == [1]
+    assert list(student_calls(FAMILIES["sd3"], Consistency(num_ddim_timesteps=4), pipe, (8, 4, 1))) == [4, 1]
+    with pytest.raises(ConfigError, match="eta 0.3 for a flow student"):
+        student_calls(FAMILIES["sd3"], Consistency(end="any"), pipe, (4, 1))

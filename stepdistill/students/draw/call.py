@@ -108,11 +108,12 @@ def student_calls(
     family: Family, method: Method, pipe: DiffusionPipeline, counts: Iterable[int]
 ) -> dict[int, PipelineCall]:
     """`student_call` for each number of steps that the method has a sampler for, by number."""
-    calls = dict[int, PipelineCall]()
+    schedule, sampled = family.schedule(pipe.scheduler), list[int]()
     for steps in counts:
-        with suppress(ValueError):
-            calls[steps] = student_call(family, method, pipe, steps)
-    return calls
+        with suppress(ValueError):  # here alone: that the family has no scheduler for a sampler is an error
+            method.sampler(schedule, steps)
+            sampled.append(steps)
+    return {steps: student_call(family, method, pipe, steps) for steps in sampled}
 
 
 def generate(
