@@ -185,10 +185,10 @@ BUGS = {
         lambda: test_schedule.test_time_inverts_the_levels(stable_diffusion()),
     ),
     "noise added as if from clean data": Bug(
-        NoiseSchedule.renoise,
-        "(sigma_s**2 - (ratio * sigma_t) ** 2)",
-        "(((sigma_s - sigma_t) / (1 - sigma_t)) ** 2)",
-        test_schedule.test_renoising_a_flow_from_a_half_to_three_quarters,
+        sampling.transition,
+        "(sigma_s**2 - (alpha_s * ratio) ** 2)",
+        "(((sigma_s - sigma_l) / (1 - sigma_l)) ** 2)",
+        test_sampling.test_renoising_a_flow_from_a_half_to_three_quarters,
     ),
     # samplers
     "LCM student under DDIM": Bug(
@@ -216,21 +216,21 @@ BUGS = {
         lambda: test_schedule.test_students_visit_the_times_of_their_scheduler(4),
     ),
     "eta upside down": Bug(
-        sampling.few_step,
-        "(1 - sampler.eta) * u",
-        "sampler.eta * u",
+        sampling.transition,
+        "(1 - sampler.eta) * torch.tensor(after)",
+        "sampler.eta * torch.tensor(after)",
         lambda: test_sampling.test_tcd_is_tcd_scheduler(0.3, (2,)),
     ),
     "a flow's times made whole": Bug(
-        sampling.few_step,
-        "torch.floor((1 - sampler.eta) * u) if sampler.eta > 0 else u",
-        "torch.floor((1 - sampler.eta) * u)",
+        sampling.transition,
+        "s = per_sample(after, x0)",
+        "s = per_sample(after // 1, x0)",
         lambda: test_sampling.test_a_flow_is_the_euler_scheduler(3.0),
     ),
     "noise after the last step": Bug(
-        sampling.few_step,
-        "if sampler.eta > 0 and after > 0:",
-        "if sampler.eta > 0:",
+        sampling.transition,
+        "if sampler.eta == 0 or after == 0:",
+        "if sampler.eta == 0:",
         lambda: test_sampling.test_lcm_is_lcm_scheduler("epsilon", (1,)),
     ),
     "the last step of the solver left out": Bug(

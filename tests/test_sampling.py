@@ -28,7 +28,7 @@ from stepdistill.core.denoise import Denoise
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand
-from stepdistill.core.solvers import Sampler, few_step, follow
+from stepdistill.core.solvers import Sampler, few_step, follow, transition
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.families.vp import VariancePreserving
@@ -324,6 +324,53 @@ def test_pure_noise_is_not_the_marginal():
     x = ode_map(SD, 0.7, STD, column(0.0), 999.0, None).item()
     close(1 - x / 0.7, STD * levels(SD, 999.0)[0] / marginal_std(SD, STD, 999.0))
     close(1 - x / 0.7, 0.041, 5e-4)
+
+
+@pytest.mark.parametrize("schedule", [SD, Flow()], ids=["table", "flow"])
+def test_a_transition_ends_on_the_marginal(schedule):
+    """Down to time 500 without noise, and up to 750 by the forward process."""
+    sampler = Sampler((999.0, 750.0), eta=0.3332, clean=False)
+    mean, std = transition(schedule, sampler, 0, Estimate(column(STD, 0.0), column(0.0, 1.0)))
+    signal, noise = mean.flatten().tolist()
+    (alpha_l, sigma_l), alpha_s = levels(schedule, 500.0), levels(schedule, 750.0)[0]
+    close([signal, noise], [alpha_s * STD, alpha_s / alpha_l * sigma_l])
+    close(math.hypot(signal, noise, std[0]), marginal_std(schedule, STD, 750.0))
+
+
+def test_renoising_a_flow_from_a_half_to_three_quarters():
+    sampler = Sampler((999.0, 750.0), eta=0.3332, clean=False)
+    std = transition(Flow(), sampler, 0, Estimate(column(0.0), column(0.0))).std
+    close(std, [0.5**0.5])  # (sigma_s - sigma_t) / (1 - sigma_t) would be 0.5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 5])
+def test_ancestral_steps_are_those_of_the_scheduler(steps):
+    """The family's scheduler, on a denoiser that is not linear; its std is the published `sigma_up`."""
+    schedule, x = stock.table(), start()
+    sampler = Sampler(schedule.starts(steps), eta=1.0, ancestral=True)
+    family, pipe = StableDiffusion(pretrained_teacher_model="tiny-sd"), SimpleNamespace(scheduler=stock.ddim())
+    scheduler, call = family.scheduler(pipe, sampler)
+    assert isinstance(scheduler, EulerAncestralDiscreteScheduler)
+    scheduler.set_timesteps(**call)
+    draw, theirs = torch.Generator().manual_seed(steps), x * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        time, x_t = t.double().expand(len(x)), scheduler.scale_model_input(theirs, t)
+        theirs = scheduler.step(Mixture(schedule)(x_t, time, {}).eps, t, theirs, generator=draw).prev_sample
+    fresh = noises(x, steps)
+    close(few_step(Mixture(schedule), schedule, sampler, x, {}, fresh), theirs, 1e-5)
+    check_sampling(family, pipe, sampler)
+
+
+def test_ancestral_steps_that_no_scheduler_takes_are_refused():
+    with pytest.raises(ValueError, match="expected eta 1 and clean true"):
+        Sampler((999.0,), ancestral=True)
+    ancestral = Sampler((999.0, 499.0, 99.0), eta=1.0, ancestral=True)
+    with pytest.raises(ConfigError, match="evenly spaced"):
+        StableDiffusion(pretrained_teacher_model="tiny-sd").scheduler(
+            SimpleNamespace(scheduler=stock.ddim()), ancestral
+        )
+    with pytest.raises(ConfigError, match="ancestral steps of a flow"):
+        StableDiffusion3(pretrained_teacher_model="tiny-sd3").scheduler(None, ancestral)
 
 
 def students() -> dict[str, Denoise]:

@@ -196,9 +196,17 @@ def test_what_the_contract_says_is_in_the_nodes():
     assert workflow(CONTRACTS["embedding"], "x")["embedding"]["inputs"]["guidance"] == 3.5
 
 
-@pytest.mark.parametrize("odd", [{"eta": 0.5}, {"eta": 1.0, "clean": False}, {"first_noise": True, "eta": 0.0}])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"eta": 0.5},
+        {"eta": 1.0, "clean": False},
+        {"first_noise": True, "eta": 0.0},
+        {"eta": 1.0, "clean": True, "ancestral": True},
+    ],
+)
 def test_what_comfyui_has_no_sampler_for_is_refused(odd):
-    with pytest.raises(ConfigError, match="ComfyUI has no sampler for such steps"):
+    with pytest.raises(ConfigError, match="the workflow has no sampler for such steps"):
         workflow(contract(**odd), "x")
 
 

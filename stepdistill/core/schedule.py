@@ -104,17 +104,6 @@ class NoiseSchedule(ABC):
         alpha_t, sigma_t = self(t)
         return expand(alpha_t, x0) * x0 + expand(sigma_t, x0) * eps
 
-    def renoise(self, x_t: Tensor, t: Tensor, s: Tensor, z: Tensor) -> Tensor:
-        """Carry `x_t` up to the noisier time `s` by the forward process with fresh noise `z`.
-
-        `x_s = (alpha_s / alpha_t) x_t + sqrt(sigma_s^2 - (alpha_s sigma_t / alpha_t)^2) z`.
-        """
-        alpha_t, sigma_t = self(t)
-        alpha_s, sigma_s = self(s)
-        ratio = alpha_s / alpha_t
-        std = (sigma_s**2 - (ratio * sigma_t) ** 2).clamp(min=0).sqrt()
-        return expand(ratio, x_t) * x_t + expand(std, x_t) * z
-
 
 class DiscreteVP(NoiseSchedule):
     """A scheduler's exact table of `alphas_cumprod`, interpolated in log-SNR between its entries.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class Sampler:
             not tend to the ODE.
         adapter_scale: the default scale of guidance adapters; None where there are none.
         adapter_range: the scales that they were trained for, lowest and highest.
+        ancestral: whether the deterministic part of a step ends at the noise `sigma_s^2 / sigma_t`, with sigma as a
+            multiple of the signal: the ancestral sampling of SDXL-Turbo. It has eta 1 and ends at clean data.
     """
 
     timesteps: tuple[float, ...]
@@ -46,6 +49,23 @@ class Sampler:
     first_noise: bool = False
     adapter_scale: float | None = None
     adapter_range: tuple[float, float] | None = None
+    ancestral: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ancestral and (self.eta != 1 or not self.clean):
+            raise ValueError(f"ancestral with eta {self.eta} and clean {self.clean}: expected eta 1 and clean true")
+
+
+class Transition(NamedTuple):
+    """The normal distribution that a step draws its result from.
+
+    Args:
+        mean: (B, C, H, W).
+        std: (B,), of each number; None where the step is deterministic, which the last one always is.
+    """
+
+    mean: Tensor
+    std: Tensor | None
 
 
 def check_starts(timesteps: Sequence[float] | None) -> None:
@@ -99,22 +119,42 @@ def few_step(
 
     With `taken`, only that many steps are taken, and the input of the next step is returned.
     """
-    times, first = [*sampler.timesteps, 0.0], x_t
-    alpha, sigma = schedule(torch.tensor(times[0], device=x_t.device))
-    for i, (t, s) in enumerate(islice(each_step(times, x_t), taken)):
-        est = denoise(x_t, t, cond)
-        after = torch.tensor(times[i + 1])  # on the CPU: to look at `s` is to wait for the device
-        # a flow's times are no integers
-        low, end = (torch.floor((1 - sampler.eta) * u) if sampler.eta > 0 else u for u in (s, after))
-        eps = (first - alpha * est.x0) / sigma if sampler.first_noise else est.eps
-        x_t = est.x0 if sampler.clean and end == 0 else schedule.add_noise(est.x0, eps, low)
-        if sampler.eta > 0 and after > 0:
-            z = torch.randn_like(x_t) if noise is None else noise(i)
-            if sampler.clean and end == 0:
-                x_t = schedule.add_noise(x_t, z, s)
-            else:
-                x_t = schedule.renoise(x_t, low, s, z)
+    first = x_t
+    alpha, sigma = schedule(torch.tensor(sampler.timesteps[0], device=x_t.device))
+    for i, t in enumerate(islice(sampler.timesteps, taken)):
+        est = denoise(x_t, per_sample(t, x_t), cond)
+        if sampler.first_noise:
+            est = Estimate(est.x0, (first - alpha * est.x0) / sigma)
+        x_t, std = transition(schedule, sampler, i, est)
+        if std is not None:
+            x_t = x_t + expand(std, x_t) * (torch.randn_like(x_t) if noise is None else noise(i))
     return x_t
+
+
+def transition(schedule: NoiseSchedule, sampler: Sampler, i: int, est: Estimate) -> Transition:
+    """What step i makes of the estimate at its start t: the input of the next step, at s.
+
+    With the noise ratio `r = sigma / alpha`, a deterministic step leads to a ratio `r_l` below `r_s`, and the forward
+    process back up: `mean = alpha_s (x0 + r_l eps)`, `std^2 = sigma_s^2 - (alpha_s r_l)^2`. Here `r_l` is that of the
+    time `floor((1 - eta) s)`, 0 of clean data, or in ancestral sampling `r_s^2 / r_t`.
+    """
+    after, x0 = [*sampler.timesteps, 0.0][i + 1], est.x0
+    s = per_sample(after, x0)
+    if sampler.eta == 0 or after == 0:
+        return Transition(x0 if sampler.clean and after == 0 else schedule.add_noise(x0, est.eps, s), None)
+    # a number, in the precision of TCD's scheduler: to look at a tensor is to wait for the device
+    low = torch.floor((1 - sampler.eta) * torch.tensor(after)).item()
+    alpha_s, sigma_s = schedule(s)
+    if sampler.ancestral:
+        alpha_t, sigma_t = schedule(per_sample(sampler.timesteps[i], x0))
+        ratio = (sigma_s / alpha_s) ** 2 * alpha_t / sigma_t
+    elif sampler.clean and low == 0:
+        ratio = torch.zeros_like(sigma_s)
+    else:
+        alpha_l, sigma_l = schedule(per_sample(low, x0))
+        ratio = sigma_l / alpha_l
+    std = (sigma_s**2 - (alpha_s * ratio) ** 2).clamp(min=0).sqrt()
+    return Transition(expand(alpha_s, x0) * (x0 + expand(ratio, x0) * est.eps), std)
 
 
 def relay(base: Denoise, student: Denoise, timesteps: Sequence[float], base_steps: int = 1) -> Denoise:

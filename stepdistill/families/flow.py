@@ -51,6 +51,9 @@ class Flow(Family):
                     "set method.eta to 0 or 1",
                 )
             )
+        if sampler.ancestral:
+            why, todo = "Diffusers has no ancestral sampler for flows", "set ancestral to false"
+            raise ConfigError(problem("ancestral steps of a flow student", "eta 0 or 1", why, todo))
         # shift 1: explicit sigmas are warped by the shift, and would no longer be the trained ones
         stock = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=sampler.eta == 1)
         scheduler = FirstNoiseEulerScheduler(shift=1.0) if sampler.first_noise else stock

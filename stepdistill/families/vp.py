@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from stepdistill.core.errors import ConfigError, problem
@@ -49,6 +56,15 @@ class VariancePreserving(Family):
         table: dict[str, Any] = _table(pipe.scheduler) | {"prediction_type": self.kind(pipe)}
         ends: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": sampler.clean}
         call: dict[str, Any] = {"timesteps": times, "num_inference_steps": len(times)}
+        if sampler.ancestral:  # it takes no list of times, either; leading: the first input is the noise as it is drawn
+            spaced = {"timestep_spacing": "leading", "steps_offset": times[-1]}
+            scheduler = EulerAncestralDiscreteScheduler(**table, **spaced)
+            scheduler.set_timesteps(len(times))
+            if scheduler.timesteps.tolist() != times:
+                got, why = f"timesteps {times} with ancestral", "its scheduler has evenly spaced timesteps"
+                todo = "choose a number of steps that divides 1,000, or set ancestral to false"
+                raise ConfigError(problem(got, f"{scheduler.timesteps.tolist()}", why, todo))
+            return scheduler, {"num_inference_steps": len(times)}
         if sampler.eta == 1 and sampler.clean:
             return LCMScheduler(**table, **ends), call
         if sampler.eta > 0:

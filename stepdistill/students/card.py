@@ -191,7 +191,7 @@ def _rows(contract: Contract) -> list[tuple[str, str]]:
         ("timesteps", ", ".join(f"{t:g}" for t in contract.timesteps)),
         ("noise levels (sigma)", ", ".join(f"{sigma:.4g}" for sigma in contract.sigmas)),
         ("prediction type", contract.prediction_type),
-        ("eta (fresh noise in each step, from 0 to 1)", f"{contract.eta:g}"),
+        ("eta (fresh noise in each step, from 0 to 1)", f"{contract.eta:g}" + ", ancestral" * contract.ancestral),
         ("guidance_scale", f"{scale:g}" + (" (no guidance is needed: it is in the weights)" if scale == 1 else "")),
         *_range(contract),
         ("negative prompts", "supported" if contract.negative_prompt else "no effect"),

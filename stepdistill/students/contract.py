@@ -112,6 +112,7 @@ class Contract:
         guidance_range: the scales that guidance adapters support; None without adapters.
         eta: share of each step that is noised again.
         first_noise: whether every step uses the noise that sampling started from.
+        ancestral: whether steps are ancestral.
         negative_prompt: whether negative prompts have an effect.
         lora, network, adapters: one of the three, by `kind`.
         resolution: height and width in pixels.
@@ -142,6 +143,7 @@ class Contract:
     guidance_range: tuple[float, float] | None = None
     eta: float
     first_noise: bool = False
+    ancestral: bool = False
     negative_prompt: bool
     lora: LoraWeights | None
     network: Network | None = None
@@ -162,6 +164,7 @@ class Contract:
             self.first_noise,
             self.adapters.guidance_scale if self.adapters else None,
             self.guidance_range,
+            self.ancestral,
         )
 
 

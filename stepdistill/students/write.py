@@ -173,6 +173,7 @@ def _contract(
         guidance_range=sampler.adapter_range,
         eta=sampler.eta,
         first_noise=sampler.first_noise,
+        ancestral=sampler.ancestral,
         negative_prompt=scale > 1,
         lora=weights if isinstance(weights, LoraWeights) else None,
         network=weights if isinstance(weights, Network) else None,

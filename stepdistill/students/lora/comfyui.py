@@ -226,11 +226,13 @@ def _refuse(contract: Contract) -> None:
     got = expected = None
     if contract.first_noise:
         got, expected = "steps that reuse the first noise", "steps with fresh noise or without noise"
+    elif contract.ancestral:
+        got, expected = "ancestral steps", "eta 0 or 1 without ancestral"
     elif contract.eta not in (0, 1) or (contract.eta == 1 and not contract.clean):
         end = "clean data" if contract.clean else "time 0"
         got, expected = f"eta {contract.eta:g} with an end at {end}", "eta 0, or eta 1 with an end at clean data"
     if got:
-        why, todo = "ComfyUI has no sampler for such steps", "generate the images with Diffusers"
+        why, todo = "the workflow has no sampler for such steps", "generate the images with Diffusers"
         raise ConfigError(problem(got, expected, why, todo))
 
 
