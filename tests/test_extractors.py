@@ -18,11 +18,12 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model, PreTrainedModel
 
 from stepdistill.core.errors import ConfigError, MissingWeights, WrongWeights
+from stepdistill.core.files import hash_of
 from stepdistill.evaluation.metrics import extractors
 from stepdistill.evaluation.metrics.encoders import clip_images, dinov2, pixel_features, vae_latents
 from stepdistill.evaluation.metrics.extractors import availability, extractor_named, find_inception
 from stepdistill.evaluation.metrics.frechet import frechet
-from stepdistill.evaluation.metrics.identity import Identity, hash_of
+from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.metrics.inception import inception, random_inception, random_state
 from stepdistill.evaluation.metrics.resize import to_299
 from stepdistill.evaluation.metrics.stats import Stats

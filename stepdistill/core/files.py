@@ -1,10 +1,10 @@
-"""Atomic file writes, and file digests."""
+"""Atomic file writes, and digests of files and tensors."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -84,4 +84,16 @@ def file_digest(file: Path | IO[bytes]) -> str:
     digest = sha256()
     while block := file.read(BLOCK):
         digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_of(state: Mapping[str, Tensor]) -> str:
+    """sha256 of names, types, shapes and bytes of all tensors, in the order of names."""
+    import torch  # which commands that only read do not need
+
+    digest = sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -54,6 +54,17 @@ def diversity(images: Tensor) -> Tensor:
     return sum(apart[1:], apart[0]) / len(apart)
 
 
+def resized_square(images: Tensor, side: int) -> Tensor:
+    """The middle (..., 3, side, side) of images whose shorter side is resized to `side`, differentiably.
+
+    Bicubic with antialiasing, then clamped to [0, 1], as the image processors of CLIP do it on bytes.
+    """
+    height, width = (side * length // min(images.shape[-2:]) for length in images.shape[-2:])
+    resized = F.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    top, left = (height - side) // 2, (width - side) // 2
+    return resized[..., top : top + side, left : left + side]
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Quantise float images of any shape in [0, 1] to uint8, rounding half to even as numpy does.
 

@@ -20,7 +20,7 @@ from stepdistill.core.files import file_digest
 from stepdistill.evaluation.exports import GenEval, T2ICompBench
 from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.identity import DTYPES
-from stepdistill.evaluation.metrics.image_scores import ClipScore, Score, perceptual_likeness, pixel_likeness
+from stepdistill.evaluation.metrics.image_scores import ImageScore, PromptLikeness, perceptual_likeness, pixel_likeness
 from stepdistill.evaluation.plan import SamplingPlan, size_of, slug
 from stepdistill.evaluation.read import Unit, cropped, fill_store
 from stepdistill.evaluation.records import prompt_of, prompts_digest
@@ -57,7 +57,7 @@ class RowDrawer:
     records: Sequence[dict[str, object]]
     n: int
     extractor: Extractor
-    clip: ClipScore | None
+    clip: PromptLikeness | None
     state: PartialState
     device: torch.device
 
@@ -107,7 +107,7 @@ class RowDrawer:
                     store.note(LATENCY, self._latency(generate))
         return stores, left_out
 
-    def _against(self, teacher: Store) -> list[Score]:
+    def _against(self, teacher: Store) -> list[ImageScore]:
         scores = [pixel_likeness(teacher.images)] if "pixels" in self.spec.metrics else []
         return [*scores, perceptual_likeness(teacher.images, self.device)] if "lpips" in self.spec.metrics else scores
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.evaluation.images import SKIPPED, Images, fitted
 from stepdistill.evaluation.metrics.features import Extractor
-from stepdistill.evaluation.metrics.image_scores import ClipScore, Score
+from stepdistill.evaluation.metrics.image_scores import ImageScore, PromptLikeness
 from stepdistill.evaluation.records import prompts_digest
 from stepdistill.evaluation.spec import EvalSpec
 from stepdistill.evaluation.store import Store
@@ -43,7 +43,7 @@ def fill_store(
     store: Store,
     units: Callable[[Sequence[int]], Iterable[Unit]],
     extractor: Extractor,
-    scores: Sequence[Score],
+    scores: Sequence[ImageScore],
     title: str,
     state: PartialState,
 ) -> None:
@@ -85,7 +85,7 @@ def read_into(
     spec: EvalSpec,
     extractor: Extractor,
     state: PartialState,
-    clip: ClipScore | None = None,
+    clip: PromptLikeness | None = None,
 ) -> Store:
     """Features of images, each process its share; what is in `folder` already is not read again.
 

@@ -19,7 +19,7 @@ from stepdistill.evaluation.draw import LATENCY
 from stepdistill.evaluation.inputs import labels
 from stepdistill.evaluation.measure import Reference, Sampled
 from stepdistill.evaluation.metrics.identity import Identity
-from stepdistill.evaluation.metrics.image_scores import ClipScore
+from stepdistill.evaluation.metrics.image_scores import PromptLikeness
 from stepdistill.evaluation.plan import SamplingPlan, contract_of, slug
 from stepdistill.evaluation.protocol import Protocol
 from stepdistill.evaluation.report.page import page
@@ -88,7 +88,7 @@ def protocol_facts(
     return facts | {"trusted": protocol.trusted(reference)}, deviations + identity.reasons()
 
 
-def sampled(plan: SamplingPlan, store: Store, reasons: Sequence[str], clip: ClipScore | None) -> Sampled:
+def sampled(plan: SamplingPlan, store: Store, reasons: Sequence[str], clip: PromptLikeness | None) -> Sampled:
     """What is known of a plan's images."""
     units, contract = list(store.unit_facts()), contract_of(plan.student) if plan.student else None
     calls, batches, rows, seconds = (

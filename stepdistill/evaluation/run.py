@@ -23,7 +23,7 @@ from stepdistill.evaluation.measure import Reference, Sampled, check_images_diff
 from stepdistill.evaluation.metrics.extractors import extractor_named
 from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.identity import Identity
-from stepdistill.evaluation.metrics.image_scores import ClipScore
+from stepdistill.evaluation.metrics.image_scores import PromptLikeness
 from stepdistill.evaluation.metrics.stats import all_alike
 from stepdistill.evaluation.plan import contract_of, family_of, sampling_plans, slug
 from stepdistill.evaluation.read import read_into
@@ -63,7 +63,7 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
     if "lpips" in spec.metrics:
         lpips("alex", device)
     each = [prompt_of(records[i % len(records)]) for i in range(n)]
-    clip = ClipScore.load(spec.clip, each, spec.under.prefix, device) if spec.clip else None
+    clip = PromptLikeness.load(spec.clip, each, spec.under.prefix, device) if spec.clip else None
     drawer = RowDrawer(spec, family, records, n, extractor, clip, state, device)
     builder = ReferenceBuilder(spec, extractor, state)
     reference = None if spec.reference == TEACHER else builder.of_file(Path(spec.reference))
@@ -208,12 +208,12 @@ def possible(
     )
 
 
-def clip_score_of(spec: EvalSpec, images: Images, prompts: Path | None, device: torch.device) -> ClipScore | None:
+def clip_score_of(spec: EvalSpec, images: Images, prompts: Path | None, device: torch.device) -> PromptLikeness | None:
     """The CLIP score of images that are there, if it is asked for."""
     if spec.clip is None or prompts is None:
         return None
     each = prompts_of_images(prompts, len(images))
-    return ClipScore.load(spec.clip, each, spec.under.prefix, device)
+    return PromptLikeness.load(spec.clip, each, spec.under.prefix, device)
 
 
 def records_of(spec: EvalRun) -> list[dict[str, object]]:

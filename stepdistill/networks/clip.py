@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, interpolate
+from torch.nn.functional import cosine_similarity
 
 from stepdistill.core.errors import WrongWeights, problem
+from stepdistill.core.files import hash_of
+from stepdistill.core.pixels import resized_square
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,9 +67,9 @@ class Clip:
         )
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosines (B,) of images (B, 3, H, W) in [0, 1] with their B prompts; gradients reach the images."""
+        """Cosines (B,) of images (B, 3, H, W) in about [0, 1] with their B prompts; gradients reach the images."""
         side = self.model.config.vision_config.image_size
-        pixels = interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False)
+        pixels = resized_square(images, side)
         words = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(images.device)
         embedded = self.model(**words, pixel_values=(pixels - self.mean) / self.std)
         return cosine_similarity(embedded.image_embeds, embedded.text_embeds)
@@ -77,3 +79,12 @@ class Clip:
 def clip(name: str, device: torch.device) -> Clip:
     """One CLIP of each name and device in this process."""
     return Clip(name, device)
+
+
+@cache
+def clip_digest(name: str) -> str:
+    """sha256 of a CLIP's tensors (`hash_of`); the model is loaded for it, and dropped."""
+    from transformers import CLIPModel
+
+    model: Any = pretrained(CLIPModel, name)
+    return hash_of(model.state_dict())

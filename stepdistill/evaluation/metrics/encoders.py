@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from transformers import AutoImageProcessor, CLIPModel, Dinov2Model
 
+from stepdistill.core.files import hash_of
 from stepdistill.evaluation.metrics.features import BATCH, Extractor
-from stepdistill.evaluation.metrics.identity import DTYPES, NO_WEIGHTS, Dtype, Identity, hash_of
+from stepdistill.evaluation.metrics.identity import DTYPES, NO_WEIGHTS, Dtype, Identity
 from stepdistill.networks.clip import pretrained
 
 DINO_SIDE = 224

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,13 +64,3 @@ class Identity:
         if self.dtype != "fp32":
             reasons.append(f"features in {self.dtype}: half precision moves the distance")
         return reasons
-
-
-def hash_of(state: Mapping[str, Tensor]) -> str:
-    """sha256 of names, types, shapes and bytes of all tensors, in the order of names."""
-    digest = sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

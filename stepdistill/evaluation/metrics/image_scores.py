@@ -13,19 +13,19 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.errors import EvaluationError, MissingWeights, problem
+from stepdistill.core.files import hash_of
 from stepdistill.data.images import resized_part
 from stepdistill.evaluation.metrics.features import check_images
-from stepdistill.evaluation.metrics.identity import hash_of
 from stepdistill.networks.clip import Clip, clip
 from stepdistill.networks.lpips import lpips
 
 BATCH = 64  # images that go through CLIP at once
-Score = Callable[[Tensor, Sequence[int]], dict[str, list[float]]]  # of images and their numbers, by name
+ImageScore = Callable[[Tensor, Sequence[int]], dict[str, list[float]]]  # of images and their numbers, by name
 TeacherImages = Callable[[Sequence[int]], Tensor]  # those of the same prompts and noises, by their numbers
 
 
 @dataclass(frozen=True)
-class ClipScore:
+class PromptLikeness:
     """CLIP scores of images with their prompts.
 
     Args:
@@ -41,10 +41,10 @@ class ClipScore:
     prompts: Sequence[str]
 
     @staticmethod
-    def load(name: str, prompts: Sequence[str], prefix: str, device: torch.device) -> ClipScore:
+    def load(name: str, prompts: Sequence[str], prefix: str, device: torch.device) -> PromptLikeness:
         """Raises MissingWeights."""
         try:
-            return ClipScore(clip(name, device), name, prefix, prompts)
+            return PromptLikeness(clip(name, device), name, prefix, prompts)
         except OSError as error:
             raise MissingWeights(
                 f"the CLIP score needs {name}, which is no folder, not in the Hugging Face cache, and could not be "
@@ -65,7 +65,7 @@ class ClipScore:
         return {"clip": clip_scores(self.model, images, prompts, self.prefix).tolist()}
 
 
-def pixel_likeness(teacher: TeacherImages) -> Score:
+def pixel_likeness(teacher: TeacherImages) -> ImageScore:
     """PSNR in dB and SSIM (Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861) of images and the teacher's, by
     torchmetrics. Raises EvaluationError where that is not installed."""
     try:
@@ -86,7 +86,7 @@ def pixel_likeness(teacher: TeacherImages) -> Score:
     return score
 
 
-def perceptual_likeness(teacher: TeacherImages, device: torch.device) -> Score:
+def perceptual_likeness(teacher: TeacherImages, device: torch.device) -> ImageScore:
     """LPIPS (AlexNet) of images and the teacher's. Raises ConfigError where its weights are not there."""
     network = lpips("alex", device)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.errors import ConfigError, WrongWeights, problem
-from stepdistill.core.files import file_digest
+from stepdistill.core.files import file_digest, hash_of
 from stepdistill.evaluation.metrics.features import BATCH, Extractor, fold_norm
 from stepdistill.evaluation.metrics.identity import (
     DTYPES,
@@ -26,7 +26,6 @@ from stepdistill.evaluation.metrics.identity import (
     RANDOM_INCEPTION,
     Dtype,
     Identity,
-    hash_of,
 )
 from stepdistill.evaluation.metrics.resize import Resize, to_299
 

@@ -1,0 +1,66 @@
+"""The contract of a reward: a frozen, differentiable score of images and their prompts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from stepdistill.core.devices import full_precision
+from stepdistill.core.errors import ConfigError, problem
+
+Score: TypeAlias = Callable[[Tensor, Sequence[str]], Tensor]  # images (B, 3, H, W) and B prompts to scores (B,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward(ABC):
+    """A score of images, higher is better, which a config names by the dotted path of its class.
+
+    Subclasses hold settings only, all of them hashable, and build the score from them.
+    """
+
+    @abstractmethod
+    def build(self, device: torch.device) -> Score:
+        """The score on a device, with frozen float32 weights. It is given float32 images in about [0, 1]: what a
+        decoder overshoots is clamped here, as the network's own preprocessing does it."""
+
+    @property
+    def identity(self) -> str:
+        """What the scores depend on: the class, with its settings or, as `CLASS@DIGEST`, the sha256 of its weights."""
+        return repr(self)
+
+    def load(self, device: torch.device) -> Score:
+        """The score, built once for each reward and device in this process.
+
+        It takes images (B, 3, H, W) in about [0, 1] with their B prompts, computes in float32 whatever the autocast,
+        and gives (B,). Where the images ask for a gradient, the scores have one.
+
+        Raises:
+            ConfigError: when loading or called; the weights are not there, or the scores are not as described.
+        """
+        return _loaded(self, device)
+
+
+@cache
+def _loaded(reward: Reward, device: torch.device) -> Score:
+    compute = reward.build(device)
+
+    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        with full_precision(device):
+            scores = compute(images.float(), prompts)
+        if scores.shape != images.shape[:1]:
+            got = f"scores of shape {tuple(scores.shape)} from {reward.identity} for {len(images)} images"
+            why, todo = "each image has one score", "return one number for each image"
+            raise ConfigError(problem(got, f"({len(images)},)", why, todo))
+        if torch.is_grad_enabled() and images.requires_grad and not scores.requires_grad:
+            why = "the student would learn nothing from it"
+            todo = "compute it from the images with torch alone, without detach, item or numpy"
+            raise ConfigError(problem(f"{reward.identity} without a gradient", "one in the images", why, todo))
+        return scores
+
+    return score
