@@ -288,10 +288,12 @@ class Family(ABC):
         What the loss cannot reach is no parameter of it, so that every parameter learns.
         """
 
-    def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-        """Write `pytorch_lora_weights.safetensors` with its metadata, as Diffusers' loaders read it."""
+    def save_lora(
+        self, folder: Path, state: dict[str, Tensor], config: dict[str, Any], file: str = LORA_WEIGHT_NAME_SAFE
+    ) -> None:
+        """Write a LoRA with its metadata, as Diffusers' loaders read it."""
         tensors = {f"{self.network_name}.{key}": value.contiguous() for key, value in state.items()}
         facts = {f"{self.network_name}.{key}": value for key, value in config.items()}
         metadata = json.dumps(facts, indent=2, sort_keys=True, default=sorted)
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(tensors, folder / LORA_WEIGHT_NAME_SAFE, {"format": "pt", LORA_ADAPTER_METADATA_KEY: metadata})
+        save_tensors(tensors, folder / file, {"format": "pt", LORA_ADAPTER_METADATA_KEY: metadata})

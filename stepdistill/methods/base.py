@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from stepdistill.config.kinds import Decay
 from stepdistill.core.denoise import Condition, RoleDenoise
 from stepdistill.core.random import step_generator
 from stepdistill.core.schedule import NoiseSchedule
-from stepdistill.core.solvers import Sampler, check_starts
+from stepdistill.core.solvers import Sampler, check_starts, student_starts
 from stepdistill.data.base import GuidedState
 from stepdistill.networks.roles import Ema, Lora, Role
 
@@ -205,6 +205,35 @@ class Averaged(Method):
     def student_role(self) -> str:
         """The average where there is one."""
         return "student" if self.ema_decay is None else "ema"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning(Averaged):
+    """A method that tunes a few-step model and keeps its steps: it trains at the noise levels that are sampled.
+
+    The few-step model is the role `teacher`: the base with the student of `start_from` fused in, or a pipeline that is
+    distilled already, such as a Turbo model. The trained LoRA starts at zero, as that model.
+
+    Args:
+        sampling: how the few-step model is sampled, such as `{timesteps: [999, 749, 499, 249], eta: 1.0}`; none takes
+            the sampling contract of the student in `start_from`.
+    """
+
+    sampling: Sampler | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling is not None:
+            check_starts(self.sampling.timesteps)
+
+    def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
+        """The few-step model's; other numbers of steps than its own are spaced evenly."""
+        if self.sampling is None:
+            raise ValueError(
+                "sampling is none: expected how the few-step model is sampled, since it is trained at these times; set "
+                "method.sampling, or start_from to a student folder"
+            )
+        own = self.sampling.timesteps
+        return replace(self.sampling, timesteps=student_starts(schedule, own, len(own), steps))
 
 
 def check_effect(settings: Any, name: str, effective: bool, needs: str) -> None:  # noqa: ANN401

@@ -50,13 +50,7 @@ def load_lora(pipe: DiffusionPipeline, lora: Lora, name: str, source: str | Path
         if net is not None
         for inner, layer in net.named_modules()
     }
-    odd = [layer for layer, tensors in lora.items() if layer not in layers or not _fits(layers[layer], tensors)]
-    if odd:
-        shapes = {layer: f"{tuple(lora[layer].up.shape)} x {tuple(lora[layer].down.shape)}" for layer in odd}
-        expected = f"layers of this {type(pipe).__name__}, of the same shapes"
-        why, todo = "the images would change without them", "check the network that it was trained on"
-        keys = [f"{layer}.lora_{end}.weight, of {shapes[layer]}" for layer in odd for end in "AB"]
-        raise StudentError(unmatched(source, keys, 2 * len(lora), expected, why, todo))
+    check_fit(layers, lora, source)
     state, facts = peft_state(lora), lora_facts(lora)
     for part in networks.keys() & {layer.partition(".")[0] for layer in lora}:
         given: dict[str, Any] = {"prefix": part, "adapter_name": name, "metadata": facts, "_pipeline": pipe}
@@ -65,6 +59,17 @@ def load_lora(pipe: DiffusionPipeline, lora: Lora, name: str, source: str | Path
             loader.load_lora_into_text_encoder(state, None, networks[part], **given)
         else:
             networks[part].load_lora_adapter(state, **given)
+
+
+def check_fit(layers: Mapping[str, nn.Module], lora: Lora, source: str | Path) -> None:
+    """Raise StudentError where some layers of a LoRA are not among a pipeline's `layers`, or have other shapes."""
+    odd = [layer for layer, tensors in lora.items() if layer not in layers or not _fits(layers[layer], tensors)]
+    if odd:
+        shapes = {layer: f"{tuple(lora[layer].up.shape)} x {tuple(lora[layer].down.shape)}" for layer in odd}
+        expected = "layers of this pipeline, of the same shapes"
+        why, todo = "the images would change without them", "check the network that it was trained on"
+        keys = [f"{layer}.lora_{end}.weight, of {shapes[layer]}" for layer in odd for end in "AB"]
+        raise StudentError(unmatched(source, keys, 2 * len(lora), expected, why, todo))
 
 
 def _fits(layer: nn.Module, lora: LayerLora) -> bool:

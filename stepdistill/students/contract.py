@@ -88,6 +88,21 @@ class Proof:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage:
+    """An earlier training whose LoRA is part of the folder's.
+
+    Args:
+        method: class and hyper-parameters; None of a LoRA without a contract.
+        source: folder, file or hub id that it was read from.
+        sha256: of its LoRA's file.
+    """
+
+    method: dict[str, Any] | None
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contract:
     """`distill_config.json`: how a student is sampled, and where it comes from.
 
@@ -96,6 +111,7 @@ class Contract:
         kind: what the folder holds: a LoRA, a whole network in a subfolder with the component's name, or guidance
             adapters.
         method: class and hyper-parameters.
+        start_from: the trainings before, the earliest first, whose LoRAs are part of `lora`; none for most students.
         base_model: hub id, absolute path, or name of a bundled teacher.
         base_hash: `base_hash` of the base for each precision that it may be loaded in.
         base_without: components that the pipeline requires and this base lacks; None is passed for each.
@@ -127,6 +143,7 @@ class Contract:
     schema_version: int = SCHEMA
     kind: Literal["lora", "full", "adapters"] = "lora"
     method: dict[str, Any]
+    start_from: tuple[Stage, ...] = ()
     base_model: str
     base_hash: dict[str, str]
     base_without: tuple[str, ...]

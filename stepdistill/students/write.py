@@ -20,9 +20,12 @@ from stepdistill.core.files import save_tensors
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.lora.layer import LayerLora
+from stepdistill.networks.lora.tensors import A, B, peft_state
 from stepdistill.networks.roles import Adapters, Module
 from stepdistill.students.base_model import Base, absolute, base_of, name_of
 from stepdistill.students.card import write_card
+from stepdistill.students.chain import LAST, chained, stages, start_lora
 from stepdistill.students.contract import (
     ADAPTERS,
     Contract,
@@ -55,6 +58,7 @@ def write_student(
     seed: int = 0,
     steps: int | None = None,
     licence: str | None = None,
+    start_from: str | None = None,
 ) -> float:
     """Write a student folder, load it into a new plain pipeline, and compare that with the student in memory.
 
@@ -65,6 +69,7 @@ def write_student(
         seed: of the comparison's noise.
         steps: of the contract's sampler; None takes the method's.
         licence: of the base; None reads the base's model card.
+        start_from: the student that is fused into `pipe`, and becomes part of the one that is written.
 
     Returns:
         The largest difference of final latents, relative to the teacher's largest value.
@@ -84,6 +89,7 @@ def write_student(
         resolution=resolution,
         base=base_of(plain, family, licence),
         steps=steps,
+        start_from=start_from,
     )
     dtype = next(backbone.net.parameters()).dtype
     if family.quantization is None:
@@ -121,6 +127,7 @@ def write_unproven(
     resolution: tuple[int, int],
     base: Base,
     steps: int | None = None,
+    start_from: str | None = None,
 ) -> Contract:
     """Write a student folder as `write_student` does, but without a proof, which needs time and a second pipeline."""
     if isinstance(backbone.declared[role], Module):
@@ -129,11 +136,13 @@ def write_unproven(
         raise StudentError(problem(got, expected, why, todo))
     folder.mkdir(parents=True, exist_ok=True)
     sampler = method.sampler(family.schedule(pipe.scheduler), steps)
-    weights = save_weights(folder, family, backbone, role, sampler.adapter_scale)
+    weights = save_weights(folder, family, backbone, role, sampler.adapter_scale, start_from)
     scheduler, _ = family.scheduler(pipe, sampler)
     scheduler.save_pretrained(folder / "scheduler")
     dtype = next(backbone.net.parameters()).dtype
-    contract = replace(_contract(family, pipe, base, method, steps, weights, resolution), dtype=name_of(dtype))
+    before = stages(start_from) if start_from and isinstance(weights, LoraWeights) else ()
+    contract = _contract(family, pipe, base, method, steps, weights, resolution)
+    contract = replace(contract, dtype=name_of(dtype), start_from=before)
     write_contract(folder, contract)
     write_card(folder, contract)
     return contract
@@ -186,13 +195,20 @@ def _contract(
 
 
 def save_weights(
-    folder: Path, family: Family, backbone: Backbone, role: str, guidance_scale: float | None = None
+    folder: Path,
+    family: Family,
+    backbone: Backbone,
+    role: str,
+    guidance_scale: float | None = None,
+    start_from: str | None = None,
 ) -> LoraWeights | Network | GuidanceAdapters:
     """Write the weights of a role, in the format of Diffusers if it has one, and return their description.
 
     Args:
         guidance_scale: the default scale of guidance adapters.
+        start_from: the student in the base, whose LoRA becomes part of the file; what was trained lies in another one.
     """
+    (folder / LAST).unlink(missing_ok=True)  # of an earlier run in this folder
     kind = backbone.kind(role)
     if isinstance(kind, Adapters):
         assert guidance_scale is not None and backbone.sites is not None
@@ -210,7 +226,17 @@ def save_weights(
         net: Any = backbone.others[role]
         net.save_pretrained(folder / family.network_name)
         return Network(class_name=type(net).__name__, parameters=sum(p.numel() for p in net.state_dict().values()))
-    config = backbone.lora_config(role)
-    family.save_lora(folder, backbone.state(role), config)
+    config, state = backbone.lora_config(role), backbone.state(role)
+    if start_from:
+        family.save_lora(folder, state, config, LAST)
+        prefix, alpha = f"{family.network_name}.", float(config["lora_alpha"])
+        layers = {key.removesuffix(f".{A}") for key in state if key.endswith(A)}
+        last = {f"{prefix}{n}": LayerLora(state[f"{n}.{A}"].cpu(), state[f"{n}.{B}"].cpu(), alpha) for n in layers}
+        both = chained(start_lora(start_from, family), last)
+        rank = len(next(iter(both.values())).down)
+        names = [name.removeprefix(prefix) for name in both]
+        config |= {"r": rank, "lora_alpha": rank, "target_modules": names}
+        state = {key.removeprefix(prefix): value for key, value in peft_state(both).items()}
+    family.save_lora(folder, state, config)
     targets = tuple(sorted(config["target_modules"]))
     return LoraWeights(rank=config["r"], alpha=float(config["lora_alpha"]), target_modules=targets)

@@ -16,10 +16,11 @@ from stepdistill.core.solvers import Sampler
 from stepdistill.data import Source, Stream, Trajectories, inside
 from stepdistill.data.made import TeacherMade
 from stepdistill.families.controlled import Controlled
-from stepdistill.methods.base import Method
+from stepdistill.methods.base import Method, Tuning
 from stepdistill.networks.lora.names import OUTSIDE
 from stepdistill.networks.lora.tensors import FAMILIES
-from stepdistill.networks.roles import Copy, Ema, Lora
+from stepdistill.networks.roles import Adapters, Copy, Ema, Lora
+from stepdistill.students.chain import start_lora
 from stepdistill.students.draw.call import teacher_call
 from stepdistill.students.lora.files import warn_of_ignored
 from stepdistill.students.proof import check_sampling
@@ -51,7 +52,7 @@ def check_loaded(session: Session) -> None:
     if run.train.validation_prompts or run.train.eval_samples:
         teacher_call(run.family, session.pipe, run.train.teacher_steps, 1.0, "teacher")
     if run.train.eval_samples:
-        load_reference(run, session.digest)
+        load_reference(run, session.base.hashes["float32"])
 
 
 def check_cache_dir(run: Run) -> None:
@@ -171,8 +172,30 @@ def check_loras(run: Run) -> None:
     if run.train.resume_from_checkpoint:
         return
     run.family.read_teacher_loras()
+    if run.start_from:
+        start_lora(run.start_from, run.family)
     if run.lora.init_from and isinstance(run.method.roles().get("student"), Lora):
         run.family.read_lora(run.lora.init_from)
+
+
+def check_start(run: Run) -> None:
+    """What is trained on top of `start_from` adds up with it, and is asked only what a few-step model knows."""
+    if run.start_from is None:
+        return
+    if isinstance(run.method.roles()["student"], Adapters):
+        got, why = f"start_from with {type(run.method).__name__}", "guidance adapters fit the weights of the base alone"
+        raise ConfigError(problem(got, "a method whose student is a LoRA", why, "remove start_from"))
+    if run.family.quantization is not None:
+        got, why = "start_from with family.quantization", "a LoRA cannot be added to quantized weights"
+        todo = "remove one of them, or write the fused network with `stepdistill convert --to fused` first"
+        raise ConfigError(problem(got, "one of the two", why, todo))
+    if not isinstance(run.method, Tuning):
+        logger.warning(
+            "start_from makes the few-step student the teacher of %s, which asks its teacher for many steps or for all "
+            "noise levels: the student was trained at its few ones. To go on training from the student, with the base "
+            "as the teacher, use lora.init_from",
+            type(run.method).__name__,
+        )
 
 
 def check_quantized_roles(run: Run) -> None:
@@ -255,5 +278,5 @@ def check_teacher(run: Run) -> None:
 CHECKS: tuple[Callable[[Run], None], ...] = (
     *(check_teacher, check_cache_dir, check_scheduler, check_sharding, check_data, check_control, check_reference_file),
     *(check_export_formats, check_loras, check_output_dir, check_data_folders, check_quantized_roles),
-    *(check_roles, check_attention, check_guidance_scale, check_unused),
+    *(check_start, check_roles, check_attention, check_guidance_scale, check_unused),
 )

@@ -22,9 +22,10 @@ from stepdistill.training.teacher import TeacherSampler
 
 def distill(run: Run) -> Path:
     """Train, write the student folder, verify that plain Diffusers loads it, and report. Returns the folder."""
+    run = run.resolved()
     source = find_source(run)
     check_run(run)
-    session = prepare(run.resolved())
+    session = prepare(run)
     check_loaded(session)
     check_same(session, source)
     optimizers = Optimizers(session.backbone, run.train, session.scaler).declare(run.method).build()
@@ -64,6 +65,7 @@ def make_data(session: Session) -> None:
 
 def dry_run(run: Run) -> str:
     """Predicted memory by role."""
+    run = run.resolved()
     resumed = find_source(run) is not None
     check_run(run)
     return str(predict(replace(run, lora=replace(run.lora, init_from=None)) if resumed else run))

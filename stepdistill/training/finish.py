@@ -59,6 +59,7 @@ def finish_run(session: Session) -> None:
         method=run.method,
         resolution=(session.batches.side, session.batches.side),
         seed=spec.seed,
+        start_from=run.start_from,
     )
     (out / ROUTER).unlink(missing_ok=True)  # of an earlier run in this folder
     remove_formats(out)
@@ -107,7 +108,8 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
         write_card(out, read_contract(out))  # again, now that there is an image
     if not spec.eval_samples:
         return {}
-    document = measure(run, load_reference(run, session.digest), teacher, plain, {"full": full, "few": few}, rows)
+    reference = load_reference(run, session.base.hashes["float32"])
+    document = measure(run, reference, teacher, plain, {"full": full, "few": few}, rows)
     (out / "eval.json").write_text(json.dumps(document, indent=1) + "\n")
     return document
 

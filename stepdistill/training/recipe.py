@@ -9,8 +9,9 @@ from stepdistill.config.kinds import Amount, Count, Place, Positive, Seed, Whole
 from stepdistill.config.schema import Factory
 from stepdistill.data import InvertedImages, Source, TeacherSamples, inside
 from stepdistill.families.base import Family
-from stepdistill.methods.base import Method
+from stepdistill.methods.base import Method, Tuning
 from stepdistill.networks.roles import LoraSpec
+from stepdistill.students.chain import start_sampler
 
 LrSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Tracker = Literal[  # those of accelerate
@@ -147,6 +148,8 @@ class Run:
 
     Args:
         family: the teacher's pipeline.
+        start_from: a few-step student to train on top of: its folder or hub id, or a LoRA such as LCM-LoRA. It is fused
+            into the teacher, and the student that is written includes it.
         method: the distillation method.
         data: the training data.
         lora: rank and target modules of the LoRAs.
@@ -154,6 +157,7 @@ class Run:
     """
 
     family: Family
+    start_from: Place | None = None
     method: Method
     data: Source
     lora: LoraSpec = field(default_factory=LoraSpec)
@@ -184,5 +188,9 @@ class Run:
         return GUIDANCE
 
     def resolved(self) -> Run:
-        """The run with `train.teacher_guidance_scale` as a number."""
-        return replace(self, train=replace(self.train, teacher_guidance_scale=self.teacher_guidance_scale))
+        """The run with `train.teacher_guidance_scale` as a number, and the sampling contract of `start_from`."""
+        method = self.method
+        if isinstance(method, Tuning) and method.sampling is None and self.start_from:
+            method = replace(method, sampling=start_sampler(self.start_from))
+        train = replace(self.train, teacher_guidance_scale=self.teacher_guidance_scale)
+        return replace(self, method=method, train=train)

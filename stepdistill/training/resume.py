@@ -26,7 +26,17 @@ from stepdistill.training.recipe import Run
 from stepdistill.training.setup import Session
 
 logger = logging.getLogger(__name__)
-KEPT = ("family", "method", "data", "lora", "train.seed", "train.resolution", "train.cache_latents", "train.optimizers")
+KEPT = (
+    "family",
+    "start_from",
+    "method",
+    "data",
+    "lora",
+    "train.seed",
+    "train.resolution",
+    "train.cache_latents",
+    "train.optimizers",
+)
 SAME = {
     "global_batch": (
         "a global batch of {} (batch x accumulation x processes)",

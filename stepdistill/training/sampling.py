@@ -14,6 +14,8 @@ from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import VALIDATION, fresh_noise, noise_of
 from stepdistill.core.solvers import few_step
 from stepdistill.evaluation.metrics.straightness import paths
+from stepdistill.methods.base import Tuning
+from stepdistill.networks.roles import TEACHER
 from stepdistill.students.draw.sheet import image_grid
 from stepdistill.training.logs import Logs
 from stepdistill.training.setup import Session
@@ -33,9 +35,14 @@ def _noise(session: Session, seed: int, ids: Iterable[int]) -> Tensor:
 @torch.no_grad()
 def sample_student(session: Session, prompts: list[str], ids: Sequence[int]) -> Tensor:
     """The student's latents under its contract; row i starts from the noise of `ids[i]`."""
-    context, method, seed = session.context(0), session.run.method, session.run.train.validation_seed
-    sampler = method.sampler(context.schedule)
-    denoise = guided(session.denoiser(method.student_role()), context.null, sampler.guidance_scale)
+    return _sample_few(session, session.run.method.student_role(), prompts, ids)
+
+
+def _sample_few(session: Session, role: str, prompts: list[str], ids: Sequence[int]) -> Tensor:
+    """Latents of a role under the student's contract."""
+    context, seed = session.context(0), session.run.train.validation_seed
+    sampler = session.run.method.sampler(context.schedule)
+    denoise = guided(session.denoiser(role), context.null, sampler.guidance_scale)
     denoise = with_scale(denoise, sampler.adapter_scale)
 
     generators = [fresh_noise(seed, VALIDATION + i) for i in ids]
@@ -48,11 +55,15 @@ def sample_student(session: Session, prompts: list[str], ids: Sequence[int]) -> 
     return few_step(denoise, context.schedule, sampler, validation_noise(session, ids), condition, fresh)
 
 
+@torch.no_grad()
 def sample_teacher(session: Session, prompts: list[str], ids: Sequence[int]) -> Tensor:
     """The teacher's latents from the same noises.
 
-    In `train.teacher_steps`, or the next smaller number that divides 1,000, the length of the usual table.
+    In `train.teacher_steps`, or the next smaller number that divides 1,000, the length of the usual table. A few-step
+    model that is tuned takes its own steps.
     """
+    if isinstance(session.run.method, Tuning):
+        return _sample_few(session, TEACHER, prompts, ids)
     spec = session.run.train
     steps = max(n for n in range(1, spec.teacher_steps + 1) if 1000 % n == 0)
     noise = validation_noise(session, ids)

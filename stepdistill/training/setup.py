@@ -29,6 +29,7 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.sharding import ShardedNetwork
 from stepdistill.students.base_model import Base, base_of
 from stepdistill.students.card import warn_of_licence
+from stepdistill.students.chain import fuse_start, stages
 from stepdistill.training.batches import Batches
 from stepdistill.training.cache.keys import Keys, family_keys
 from stepdistill.training.launcher import DTYPES, check_launcher
@@ -51,10 +52,13 @@ class Session:
     shards: ShardedNetwork | None = None
     controlnet: nn.Module | None = None
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Of the teacher's network, in float32."""
-        return self.base.hashes["float32"]
+        """Of the teacher's network, in float32, with what is fused into it."""
+        base, source = self.base.hashes["float32"], self.run.start_from
+        if source is None:
+            return base
+        return sha256("".join([base, *(stage.sha256 for stage in stages(source))]).encode()).hexdigest()
 
     @property
     def scaler(self) -> torch.amp.GradScaler:
@@ -144,6 +148,8 @@ def prepare(run: Run) -> Session:
     pipe = family.load(("text", "vae") if spec.cache_dir else ())
     warn_of_licence(family)
     base = base_of(pipe, family)  # before any rounding
+    if run.start_from:
+        fuse_start(pipe, family, run.start_from)
     dtype = DTYPES[accelerator.mixed_precision]
     net = family.network(pipe)
     if spec.enable_xformers_memory_efficient_attention:

@@ -125,6 +125,7 @@ class Watch:
                 method=session.run.method,
                 resolution=(session.batches.side, session.batches.side),
                 base=session.base,
+                start_from=session.run.start_from,
             )
             (part / "watch.json").write_text(json.dumps({"step": step, "score": score}) + "\n")
 
