@@ -178,7 +178,7 @@ def check_loras(run: Run) -> None:
         run.family.read_lora(run.lora.init_from)
 
 
-def check_start(run: Run) -> None:
+def check_start_from(run: Run) -> None:
     """What is trained on top of `start_from` adds up with it, and is asked only what a few-step model knows."""
     if run.start_from is None:
         return
@@ -278,5 +278,5 @@ def check_teacher(run: Run) -> None:
 CHECKS: tuple[Callable[[Run], None], ...] = (
     *(check_teacher, check_cache_dir, check_scheduler, check_sharding, check_data, check_control, check_reference_file),
     *(check_export_formats, check_loras, check_output_dir, check_data_folders, check_quantized_roles),
-    *(check_start, check_roles, check_attention, check_guidance_scale, check_unused),
+    *(check_start_from, check_roles, check_attention, check_guidance_scale, check_unused),
 )
