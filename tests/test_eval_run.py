@@ -49,6 +49,7 @@ from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.methods.agd import AdapterGuidance
+from stepdistill.methods.base import Method
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.clip import Clip, clip
 from stepdistill.networks.roles import Adapters, Lora
@@ -72,7 +73,7 @@ def teachers(tmp_path_factory) -> dict[str, Family]:
     return found
 
 
-def taught(family: Family, folder: Path, method=LCM, size: float = 0.05, role=None, **options) -> Path:
+def taught(family: Family, folder: Path, method: Method = LCM, size: float = 0.05, role=None, **options) -> Path:
     """A student folder, which differs from its teacher."""
     pipe = family.load()
     bone = tiny.backbone("sd" if isinstance(family, StableDiffusion) else "sd3", pipe)

@@ -104,6 +104,15 @@ def several(one: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return values
 
 
+def weighed(text: str) -> tuple[str, float]:
+    """A LoRA's place and strength, by default 1, from `PLACE[:STRENGTH]`."""
+    place, colon, strength = text.rpartition(":")
+    try:
+        return (expanded(place), real()(strength)) if colon else (expanded(text), 1.0)
+    except argparse.ArgumentTypeError:
+        return expanded(text), 1.0
+
+
 seed = whole(0, SEEDS)
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from stepdistill.cli.dialect import add_command, add_overwrite, is_first_process, local_path, real, seed, several, whole
+from stepdistill.cli.dialect import (
+    add_command,
+    add_overwrite,
+    is_first_process,
+    local_path,
+    real,
+    seed,
+    several,
+    weighed,
+    whole,
+)
 from stepdistill.core.outputs import check_output_file, expanded
 from stepdistill.evaluation.spec import EvalRun, EvalSpec, Weights
 
@@ -22,6 +32,7 @@ own interval. An interrupted command continues where it stopped, and the process
 examples:
   stepdistill eval run tiny-sd runs/quickstart --num-images 256 --teacher-steps 25 -o runs/eval
   stepdistill eval run your/model runs/a runs/b --prompts-file coco.txt --steps 1,2,4 -o runs/eval
+  stepdistill eval run your/model runs/a --prompts-file coco.txt --lora ink.safetensors --lora-strengths 0,1 -o runs/c
   accelerate launch -m stepdistill eval run your/model runs/a --prompts-file coco.txt --protocol coco30k-dmd2 \\
     --ref coco.npz -o runs/coco
 """
@@ -95,33 +106,21 @@ def _add_run(parts: Any) -> None:  # noqa: ANN401
         type=local_path,
         help=".txt, .jsonl or .csv (default: the bundled prompts)",
     )
-    command.add_argument(
-        "--num-images",
-        dest="num",
-        metavar="N",
-        type=whole(),
-        help="images of each row, with the prompts in turn (default: one for each prompt)",
-    )
+    what = "images of each row, with the prompts in turn (default: one for each prompt)"
+    command.add_argument("--num-images", dest="num", metavar="N", type=whole(), help=what)
     command.add_argument(
         "--steps", type=several(whole()), default=(), metavar="N,...", help="students' steps (default: theirs)"
     )
+    scales = {"dest": "guidance", "type": several(real()), "default": (), "metavar": "W,..."}
+    command.add_argument("--guidance-scale", **scales, help="guidance scales of the students (default: their own)")
     command.add_argument(
-        "--guidance-scale",
-        dest="guidance",
-        type=several(real()),
-        default=(),
-        metavar="W,...",
-        help="guidance scales of the students (default: their own)",
+        "--lora", metavar="PLACE[:STRENGTH]", type=weighed, help="a style beside the students, and in the teacher"
     )
+    what = "its strengths beside the students, each a row (default: STRENGTH)"
+    command.add_argument("--lora-strengths", type=several(real()), default=(), metavar="S,...", help=what)
     command.add_argument("--teacher-steps", type=whole(), default=50, metavar="N", help="full steps (default: 50)")
-    command.add_argument(
-        "--teacher-guidance-scale",
-        dest="teacher_guidance",
-        type=real(1),
-        default=7.5,
-        metavar="W",
-        help="(default: 7.5)",
-    )
+    scale = {"dest": "teacher_guidance", "type": real(1), "default": 7.5, "metavar": "W", "help": "(default: 7.5)"}
+    command.add_argument("--teacher-guidance-scale", **scale)
     command.add_argument("--seed", type=seed, default=2, help="seed of the noise of every row (default: 2)")
     command.add_argument("--reference-seed", type=seed, default=1, help="seed of the reference images (default: 1)")
     command.add_argument("--family", metavar="NAME", help="teacher's family (default: its students' or pipeline's)")
@@ -218,11 +217,11 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.evaluation.inputs import check_draws
 
     names = ("teacher", "family", "prompts", "num", "steps", "guidance", "teacher_steps", "teacher_guidance", "seed")
-    more = ("reference_seed", "batch", "dtype", "save_images", "columns", "latency", "export")
+    more = ("lora", "lora_strengths", "reference_seed", "batch", "dtype", "save_images", "columns", "latency", "export")
     given = {name: getattr(args, name) for name in (*names, *more)}
     spec = EvalRun(students=tuple(args.students), **given, **_measured(args, ("kid", "paired")))
     check_draws(spec)
-    _open(args, [args.teacher, *args.students])
+    _open(args, [args.teacher, *args.students, *([args.lora[0]] if args.lora else [])])
     from stepdistill.evaluation.run import evaluate  # after the checks: it loads torch
 
     _print_rows(evaluate(spec), args)

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from stepdistill.cli.dialect import add_command, add_overwrite, local_path, real, seed, several, whole
+from stepdistill.cli.dialect import add_command, add_overwrite, local_path, real, seed, several, weighed, whole
 from stepdistill.core.errors import ConfigError, OutputError, problem
 from stepdistill.core.outputs import MARK, check_output_file, expanded, is_marked
 
@@ -71,7 +71,7 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
     command.add_argument(
         "--lora",
         metavar="PLACE[:STRENGTH]",
-        type=_weighed,
+        type=weighed,
         action="append",
         default=[],
         help="another LoRA, such as a style; may be repeated",
@@ -86,15 +86,6 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
     command.add_argument("--fuse", action="store_true", help="fuse the LoRAs into the network for faster sampling")
     command.add_argument("--device", help="(default: cuda if available, else cpu)")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 without cuda)")
-
-
-def _weighed(text: str) -> tuple[str, float]:
-    """A place and a strength, by default 1."""
-    place, colon, strength = text.rpartition(":")
-    try:
-        return (expanded(place), real()(strength)) if colon else (expanded(text), 1.0)
-    except argparse.ArgumentTypeError:
-        return expanded(text), 1.0
 
 
 def _generate(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from time import perf_counter
 from typing import Any
@@ -27,8 +27,10 @@ from stepdistill.evaluation.records import prompt_of, prompts_digest
 from stepdistill.evaluation.spec import EvalRun
 from stepdistill.evaluation.store import Store
 from stepdistill.families.base import Family
+from stepdistill.networks.lora.read import lora_path
 from stepdistill.students.base_model import pipeline_hash
 from stepdistill.students.draw.filters import unfiltered
+from stepdistill.students.draw.loras import load_style
 from stepdistill.students.draw.pipeline import StudentPipeline
 from stepdistill.students.load import PATTERNS, folder_of
 
@@ -84,6 +86,7 @@ class RowDrawer:
         asked = size_of(self.spec.students)
         for place in dict.fromkeys(plan.student for plan in plans):
             pipeline = StudentPipeline.of(self.family, place, self.device, DTYPES[self.spec.dtype])
+            style = load_style(self.family, pipeline.pipe, self.spec.lora[0], "beside") if self.spec.lora else None
             native = self.family.native_side(pipeline.pipe)
             size = asked or (native, native)
             hashed = hashed or teacher_of(pipeline)  # the teacher comes first
@@ -95,6 +98,8 @@ class RowDrawer:
                     left_out.append(f"{plan.name}: {error}")
                     del stores[plan]
                     continue
+                if style is not None and plan.lora_strength is not None:
+                    pipeline.weigh({style: plan.lora_strength})
                 store, generate = stores[plan], partial(pipeline.generate, calls, seed=plan.seed)
                 if self.state.is_main_process:
                     side = self.spec.side
@@ -158,6 +163,11 @@ class RowDrawer:
         ends = {name: kept.quantile(q).item() for name, q in (("p50", 0.5), ("p90", 0.9))}
         return {**ends, "batch": 1, "warmup": WARMUP, "repetitions": self.spec.latency}
 
+    @cached_property
+    def _lora(self) -> str | None:
+        """Digest of the LoRA's file."""
+        return file_digest(lora_path(self.spec.lora[0])) if self.spec.lora else None
+
     def _beside(self) -> list[object]:
         """What scores of likeness to the teacher's images depend on; nothing where there are none."""
         likeness = sorted({"pixels", "lpips"} & set(self.spec.metrics))
@@ -184,6 +194,7 @@ class RowDrawer:
             "clip": self.clip.facts if self.clip else None,
             "beside": self._beside() if plan.student else None,
             "kept": kept,
+            **({"lora": [self._lora, plan.lora_strength]} if self.spec.lora else {}),
             "save_images": self.spec.save_images,
             "export": self.spec.export,
         }

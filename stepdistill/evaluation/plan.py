@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from stepdistill.config.registry import every, find
 from stepdistill.core.errors import ConfigError, EvaluationError, problem
@@ -16,7 +18,7 @@ from stepdistill.evaluation.inputs import labels
 from stepdistill.evaluation.spec import EvalRun
 from stepdistill.families.base import Family
 from stepdistill.students.contract import Contract, read_contracts, teacher
-from stepdistill.students.draw.pipeline import DrawOptions
+from stepdistill.students.draw.pipeline import DrawOptions, check_one_lora
 from stepdistill.students.load import folder_of
 
 Role = Literal["reference", "teacher", "student"]
@@ -33,6 +35,7 @@ class SamplingPlan:
         steps: None is the student's own number.
         guidance: None is the student's own scale.
         seed: of the noises.
+        lora_strength: of the LoRA beside; None without one.
     """
 
     name: str
@@ -41,6 +44,7 @@ class SamplingPlan:
     steps: int | None
     guidance: float | None
     seed: int
+    lora_strength: float | None = None
 
     @property
     def options(self) -> DrawOptions:
@@ -49,19 +53,29 @@ class SamplingPlan:
 
 
 def sampling_plans(spec: EvalRun) -> list[SamplingPlan]:
-    """The plans, the teacher's first. Raises StudentError for a student without a contract."""
+    """The plans, the teacher's first.
+
+    Raises:
+        StudentError: a student without a contract, or with a LoRA beside it one that is no LoRA.
+    """
+    for place in spec.students if spec.lora else ():
+        check_one_lora(place)
     trained = {place: len(contract_of(place).timesteps) for place in spec.students}
     few = sorted({*(spec.steps or trained.values())} - {spec.teacher_steps}, reverse=True)
     common: dict[str, Any] = {"student": None, "guidance": spec.teacher_guidance, "role": "teacher", "seed": spec.seed}
+    beside = None if spec.lora is None else spec.lora[1]
     plans = [
-        SamplingPlan(name=_called("teacher", steps), steps=steps, **common) for steps in (spec.teacher_steps, *few)
+        SamplingPlan(name=_called("teacher", steps) + _with(spec, beside), steps=steps, lora_strength=beside, **common)
+        for steps in (spec.teacher_steps, *few)
     ]
     if spec.reference == "teacher":
         plans.insert(0, replace(plans[0], name="reference", role="reference", seed=spec.reference_seed))
     who = dict(zip(spec.students, labels(spec.students), strict=True))
-    for place, steps, w in product(spec.students, spec.steps or (None,), spec.guidance or (None,)):
+    strengths = spec.lora_strengths or (beside,)
+    for place, steps, w, strength in product(spec.students, spec.steps or (None,), spec.guidance or (None,), strengths):
         name = _called(who[place], steps or trained[place]) + ("" if w is None else f", w = {w:g}")
-        options = {"student": place, "steps": steps, "guidance": w}
+        name += _with(spec, strength)
+        options = {"student": place, "steps": steps, "guidance": w, "lora_strength": strength}
         plans.append(SamplingPlan(name=name, role="student", seed=spec.seed, **options))
     names = [plan.name for plan in plans]
     if len({slug(name) for name in names}) < len(names):
@@ -85,6 +99,14 @@ def size_of(students: Sequence[str]) -> tuple[int, int] | None:
 def _called(who: str, steps: int) -> str:
     """Such as `teacher, 4 steps`."""
     return f"{who}, {steps} step{'s' * (steps > 1)}"
+
+
+def _with(spec: EvalRun, strength: float | None) -> str:
+    """Such as `, ink 0.8`, where there is a LoRA beside."""
+    if spec.lora is None:
+        return ""
+    place = Path(spec.lora[0])
+    return f", {place.parent.name if place.name == LORA_WEIGHT_NAME_SAFE else place.stem} {strength:g}"
 
 
 def slug(name: str) -> str:

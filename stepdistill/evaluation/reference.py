@@ -43,7 +43,8 @@ class ReferenceBuilder:
         features = store.features()
         known = store.noted(FACTS) or {}
         # what the images and their features depend on, and not what else was measured beside them
-        digest = sha256(json.dumps({key: known[key] for key in DRAWN}).encode()).hexdigest()
+        drawn = {key: known[key] for key in (*DRAWN, "lora") if key in known}  # a LoRA only where there is one
+        digest = sha256(json.dumps(drawn).encode()).hexdigest()
         facts = {"kind": TEACHER, "path": name, "sha256": digest, "n": len(features)}
         return Reference(stats=store.stats(), features=features, paired=True, facts=facts)
 

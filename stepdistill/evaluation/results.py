@@ -107,6 +107,7 @@ def sampled(plan: SamplingPlan, store: Store, reasons: Sequence[str], clip: Prom
         default = contract.adapters.guidance_scale if contract.adapters else contract.guidance_scale
         guidance = default if guidance is None else guidance
     height, width = units[0]["size"]
+    beside = {} if plan.lora_strength is None else {"lora": plan.lora_strength}
     facts = {"student": plan.student, "steps": steps, "guidance": guidance, "seed": plan.seed, "n_skipped": 0}
     image = {"height": height, "width": width, "uint8": "round"}
     return Sampled(
@@ -116,7 +117,7 @@ def sampled(plan: SamplingPlan, store: Store, reasons: Sequence[str], clip: Prom
         scores=scores_of(store),
         clip=clip.facts if clip else {},
         cost=cost,
-        facts=facts | {"image": image},
+        facts=facts | beside | {"image": image},
         reasons=reasons,
     )
 

@@ -84,7 +84,8 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
         protocol,
         device,
         teacher={"id": spec.teacher, "steps": spec.teacher_steps, "guidance": spec.teacher_guidance}
-        | {"sha256": known["teacher"], "dtype": spec.dtype},
+        | {"sha256": known["teacher"], "dtype": spec.dtype}
+        | ({"lora": spec.lora[0], "lora_strength": spec.lora[1]} if spec.lora else {}),
         prompts={"source": str(spec.prompts or "bundled"), "n": len(records), "sha256": prompts_digest(each)},
         eval_res=spec.side,
         grids=write_sheets(spec, others, each),

@@ -95,6 +95,8 @@ class EvalRun(EvalSpec):
         reference_seed: of the teacher's images that all are compared with.
         steps: of the students, and of the teacher beside them; none are the students' own numbers.
         guidance: scales of the students; none are their own.
+        lora: a further LoRA, such as a style, and its strength: the teacher has it, and every student.
+        lora_strengths: of that LoRA beside the students, each a row; none is the teacher's.
         teacher_steps: of the teacher at its best.
         teacher_guidance: of the teacher.
         batch: images drawn at once, of a unit.
@@ -114,6 +116,8 @@ class EvalRun(EvalSpec):
     reference_seed: int = SEED_A
     steps: tuple[int, ...] = ()
     guidance: tuple[float, ...] = ()
+    lora: tuple[str, float] | None = None
+    lora_strengths: tuple[float, ...] = ()
     teacher_steps: int = 50
     teacher_guidance: float = 7.5
     batch: int = 8
@@ -134,6 +138,9 @@ class EvalRun(EvalSpec):
         if not all(math.isfinite(w) for w in scales) or len(set(self.guidance)) < len(self.guidance):
             got = f"guidance {list(scales)}"
             raise ConfigError(problem(got, "different finite scales", "each becomes a row", "correct them"))
+        if self.lora is None and self.lora_strengths:
+            got, why = f"lora_strengths {list(self.lora_strengths)} without a LoRA", "nothing has these strengths"
+            raise ConfigError(problem(got, "both or neither", why, "name the LoRA, or leave them out"))
         if self.reference == "teacher" and self.seed == self.reference_seed:
             why = "the teacher would be compared with its own images"
             raise ConfigError(

@@ -103,7 +103,7 @@ def _interval(name: str, path: str) -> dict[str, str]:
 
 
 # where the values of a flat row lie in a row of `eval.json`; {key} is `fid` or `fd`
-SETTING = {name: name for name in ("name", "role", "student", "steps", "guidance", "seed", "n_skipped")}
+SETTING = {name: name for name in ("name", "role", "student", "steps", "guidance", "seed", "n_skipped", "lora")}
 MEASURED = {
     **_interval("distance", "metrics.{key}"),
     **{name: f"metrics.{{key}}.{name}" for name in ("bias_corrected", "mean_term", "cov_term", "noise_floor")},
@@ -178,13 +178,8 @@ class PageTable(NamedTuple):
 # columns: the heading of each field
 DISTANCE = {"{title}": "distance", "Excess": "excess"}
 CLIP = {"CLIP score": "clip_score", "Minus teacher's": "clip_delta"}
-SAMPLING = {
-    "Steps": "steps",
-    "Guidance": "guidance",
-    "NFE": "nfe",
-    "Seconds per image": "seconds_per_image",
-    "Speed-up": "speedup_vs_teacher",
-}
+SAMPLING = {"Steps": "steps", "Guidance": "guidance", "LoRA strength": "lora", "NFE": "nfe"}
+SAMPLING |= {"Seconds per image": "seconds_per_image", "Speed-up": "speedup_vs_teacher"}
 FEATURES = {
     "{title}, bias-corrected": "bias_corrected",
     "Mean term": "mean_term",

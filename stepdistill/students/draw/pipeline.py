@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,22 +99,29 @@ class StudentPipeline:
             StudentError: there is no student, it does not fit the base, or it has no LoRA to scale or fuse.
         """
         folder = folder_of(place)
+        if strength is not None or loras or fuse:
+            check_one_lora(folder)
         family = absolute(teacher(read_contracts(folder)[0]))
         if base is not None:
             family = replace(family, pretrained_teacher_model=base)
         student = StudentPipeline.of(family, folder, device, controlnet=controlnet)
-        lora = student.contract.lora if student.contract else None
-        if lora is None and (strength is not None or loras or fuse):
-            got, todo = f"a strength, further LoRAs or fusing for {place}", "leave these options out"
-            raise StudentError(problem(got, "a student that is one LoRA", "these options apply to a LoRA only", todo))
-        if lora is not None:
-            weights = {STUDENT: lora.strength if strength is None else strength}
-            for i, (source, weight) in enumerate(loras):
-                weights |= {load_style(family, student.pipe, source, f"lora-{i}"): weight}
-            weigh_loras(family, student.pipe, weights)
+        styles = {load_style(family, student.pipe, source, f"lora-{i}"): w for i, (source, w) in enumerate(loras)}
+        student.weigh(styles, strength)
         if fuse:
             fuse_loras(student.pipe)
         return student
+
+    def weigh(self, loras: Mapping[str, float], strength: float | None = None) -> None:
+        """Let the student's LoRA and further ones be on, each at its strength; of several students nothing changes.
+
+        Args:
+            loras: strengths by adapter name.
+            strength: of the student's LoRA; None takes the contract's.
+        """
+        lora = self.contract.lora if self.contract else None
+        own = {} if lora is None else {STUDENT: lora.strength if strength is None else strength}
+        if own or loras:
+            weigh_loras(self.family, self.pipe, {**own, **loras})
 
     @property
     def contract(self) -> Contract | None:
@@ -255,3 +262,10 @@ class StudentPipeline:
     ) -> tuple[Tensor, Cost]:
         """Images (N, 3, H, W) uint8 from numbered noise, and their cost: see `students.draw.call.generate`."""
         return generate(self.drawer, calls, prompts, seed, batch, numbers=numbers, size=size)
+
+
+def check_one_lora(place: str | Path) -> None:
+    """Raise StudentError for a student that is no LoRA, or several: nothing beside it can be weighed or fused."""
+    if [contract.lora is None for contract in read_contracts(folder_of(place))] != [False]:
+        got, todo = f"a strength, further LoRAs or fusing for {place}", "leave these options out"
+        raise StudentError(problem(got, "a student that is one LoRA", "these options apply to a LoRA only", todo))
