@@ -23,10 +23,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stepdistill.core.errors import ConfigError, problem
 from stepdistill.networks.guidance_adapters import OFF, Context, Hooks, build
 from stepdistill.networks.lora_layers import Kept, choose_arithmetic
-from stepdistill.networks.roles import TEACHER, Adapters, Copy, Ema, Lora, LoraSpec, Module, Role, Sites, Tap
+from stepdistill.networks.peft_config import check_targets, peft_config
+from stepdistill.networks.roles import ASSISTANT, TEACHER, Adapters, Copy, Ema, Lora, LoraSpec, Module, Role, Sites, Tap
 from stepdistill.networks.taps import at_depths
 
 
@@ -69,14 +69,15 @@ class Backbone(nn.Module):
         self.others = nn.ModuleDict()  # Copy, Module and Adapters roles, and averages of these
         self._hooks: Hooks | None = None  # of adapters, where a role has any
         self._active: list[str] = []  # shared by all layers, so that a switch is one write and not hundreds
+        self._beside: list[str] = []  # LoRAs that are on with every role
         self._kept = Kept()
         self._own: dict[str, dict[str, nn.Parameter]] = {}  # `parameters_of`: a walk takes milliseconds
         self._current: tuple[str, bool] = (TEACHER, True)
 
     def add(self, name: str, role: Role) -> None:
         """Declare a role. A LoRA starts at zero, so that it equals the teacher bit for bit."""
-        if name == TEACHER or name in self.declared:
-            raise ValueError(f"role {name!r} exists already: have {[TEACHER, *self.declared]}")
+        if name in (TEACHER, ASSISTANT) or name in self.declared:
+            raise ValueError(f"role {name!r} exists already: have {[TEACHER, ASSISTANT, *self.declared]}")
         self.declared[name] = role
         self._own.clear()
         match role:
@@ -98,10 +99,10 @@ class Backbone(nn.Module):
             case Ema(of=of) if of in self.others:
                 self.others[name] = deepcopy(self.others[of]).requires_grad_(False)
             case Ema(of=of):
-                self._add_adapter(name, self.spec.of(of), trainable=False)
+                self._add_adapter(name, self._config(of), trainable=False)
                 self.load_state(name, self.state(of))
             case Lora():
-                self._add_adapter(name, self.spec.of(name), trainable=True)
+                self._add_adapter(name, self._config(name), trainable=True)
 
     def places(self, depths: Sequence[float] = ()) -> tuple[Tap, ...]:
         """Where the network's features are read: after these shares of its blocks, or with none halfway."""
@@ -128,14 +129,37 @@ class Backbone(nn.Module):
             torch.manual_seed(int.from_bytes(sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big"))
             yield
 
-    def _add_adapter(self, name: str, spec: LoraSpec, trainable: bool) -> None:
+    def assist(self, config: LoraConfig, state: dict[str, Tensor]) -> None:
+        """Add a frozen LoRA that is on beside every role inside `assisted`, and off everywhere else.
+
+        It is no role: no checkpoint and no student holds it.
+        """
+        self._add_adapter(ASSISTANT, config, trainable=False, layers=state)
+        set_peft_model_state_dict(self.net, state, adapter_name=ASSISTANT)
+
+    @contextmanager
+    def assisted(self) -> Iterator[None]:
+        """Inside, the LoRA of `assist` is on with every role on the base, the teacher too; nothing without one."""
+        self._beside = [ASSISTANT] if self.parameters_of(ASSISTANT) else []
+        try:
+            yield
+        finally:
+            self._beside = []
+            self._switch(*self._current, self._hooks.now if self._hooks else OFF)
+
+    def _config(self, role: str) -> LoraConfig:
+        spec = self.spec.of(role)
         check_targets(self.net, spec)
-        config = peft_config(spec, self.targets)
+        return peft_config(spec, self.targets)
+
+    def _add_adapter(
+        self, name: str, config: LoraConfig, trainable: bool, layers: dict[str, Tensor] | None = None
+    ) -> None:
         flags = {p: p.requires_grad for p in self.net.parameters()}
         with self._seeded(name), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are the point
-            inject_adapter_in_model(config, self.net, name)
-        choose_arithmetic(self.net, spec.arithmetic, self._kept)
+            inject_adapter_in_model(config, self.net, name, state_dict=layers)
+        choose_arithmetic(self.net, self.spec.arithmetic, self._kept)
         for p in self.parameters_of(name).values():
             p.data = p.data.float()  # PEFT gives an adapter the base's half precision
             p.requires_grad_(trainable)
@@ -149,7 +173,7 @@ class Backbone(nn.Module):
         self._current = (name, grad)
         if self._hooks is not None:
             self._hooks.now = context
-        self._active[:] = [] if name == TEACHER or name in self.others else [name]
+        self._active[:] = [*self._beside, *([] if name == TEACHER or name in self.others else [name])]
 
     def kind(self, name: str) -> Role:
         """The kind of a role, or of the role that it averages."""
@@ -270,23 +294,3 @@ class Backbone(nn.Module):
         for net in [self.net, *self.others.values()]:
             if isinstance(net, type(self.net)):
                 net.enable_gradient_checkpointing(run)  # pyright: ignore[reportCallIssue]
-
-
-def check_targets(net: nn.Module, spec: LoraSpec) -> None:
-    """Raise ConfigError where a target of `spec` is no layer's name, nor the end of one: PEFT passes it over."""
-    names = [f".{name}" for name, _ in net.named_modules()]
-    odd = [target for target in spec.target_modules or () if not any(name.endswith(f".{target}") for name in names)]
-    if odd:
-        got, expected = f"lora.target_modules with {', '.join(odd)}", "names of layers, or their ends, such as to_q"
-        why, todo = f"no layer of the {type(net).__name__} is called so", "correct or remove them"
-        raise ConfigError(problem(got, expected, why, todo))
-
-
-def peft_config(spec: LoraSpec, targets: Sequence[str]) -> LoraConfig:
-    """The PEFT config of a spec; `targets` if the spec names none."""
-    return LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.alpha or spec.rank,  # pyright: ignore[reportArgumentType]
-        target_modules=list(spec.target_modules or targets),
-        lora_dropout=0.0,
-    )

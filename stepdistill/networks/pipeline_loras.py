@@ -13,11 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from stepdistill.core.errors import StudentError
-from stepdistill.networks.backbone import peft_config
+from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.lora.layer import LayerLora
 from stepdistill.networks.lora.names import with_text_model
 from stepdistill.networks.lora.read import unmatched
 from stepdistill.networks.lora.tensors import Lora, lora_facts, peft_state
+from stepdistill.networks.peft_config import file_config, peft_config
 from stepdistill.networks.roles import LoraSpec
 
 
@@ -59,6 +60,20 @@ def load_lora(pipe: DiffusionPipeline, lora: Lora, name: str, source: str | Path
             loader.load_lora_into_text_encoder(state, None, networks[part], **given)
         else:
             networks[part].load_lora_adapter(state, **given)
+
+
+def assist(backbone: Backbone, lora: Lora, network: str, source: str | Path) -> None:
+    """A LoRA into a backbone as its training assistant, each layer at its own rank and alpha.
+
+    Args:
+        network: the pipeline's component that the backbone is of.
+
+    Raises:
+        StudentError: some of its layers are not in the network, or have other shapes.
+    """
+    check_fit({f"{network}.{name}": layer for name, layer in backbone.net.named_modules()}, lora, source)
+    state = {key.removeprefix(f"{network}."): value for key, value in peft_state(lora).items()}
+    backbone.assist(file_config(lora, network), state)
 
 
 def check_fit(layers: Mapping[str, nn.Module], lora: Lora, source: str | Path) -> None:

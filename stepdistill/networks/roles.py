@@ -11,6 +11,7 @@ from torch import nn
 from stepdistill.config.kinds import Place
 
 TEACHER = "teacher"
+ASSISTANT = "assistant"  # no role: a LoRA beside every role in training, see `Backbone.assist`
 AdapterArch = Literal["cross_attention", "mixed", "offset"]
 Arithmetic = Literal["auto", "merged", "apart"]
 

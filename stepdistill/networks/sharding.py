@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.roles import ASSISTANT
 
 PATIENCE = timedelta(days=7)  # how long the others wait for the next call while one process works alone
 
@@ -101,7 +102,7 @@ def shard(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Shard
     """
     net: Any = backbone.net
     mesh = init_device_mesh(device.type, (distributed.world()[1],))
-    roles = {p for name in backbone.declared for p in backbone.parameters_of(name).values()}
+    roles = {p for name in (*backbone.declared, ASSISTANT) for p in backbone.parameters_of(name).values()}
     blocks = [module for module in net.modules() if type(module).__name__ in (net._no_split_modules or ())]
     if not blocks:
         raise ConfigError(

@@ -102,7 +102,8 @@ def training_loop(session: Session, optimizers: Optimizers, source: Path | None 
         for step in range(start, spec.max_train_steps):
             began, micro_batches = time.perf_counter(), next(batches)
             try:
-                values = train_step(run.method, optimizers, session.context(step), micro_batches)
+                with session.backbone.assisted():
+                    values = train_step(run.method, optimizers, session.context(step), micro_batches)
             except NonFiniteLoss as error:
                 if optimizers.step != step:  # nothing of this step has been applied yet
                     save_session(session, optimizers, step, source)

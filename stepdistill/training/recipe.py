@@ -35,6 +35,8 @@ class TrainSpec:
         lr_warmup_steps: steps until the full learning rate.
         optimizer: optimizer by dotted path, with its arguments beside `type`.
         optimizers: optimizers of single roles, by role name.
+        assistant: a training assistant, for fine-tuning a few-step model on new images: a student folder, hub id or
+            LoRA file. It is on in training steps, and off in validation and in the student.
         max_grad_norm: norm to which the gradients of each role are clipped; none disables clipping.
         mixed_precision: no, bf16 or fp16, for the frozen base and the computation; none takes Accelerate's setting.
             Trained weights are float32.
@@ -85,6 +87,7 @@ class TrainSpec:
     lr_warmup_steps: Whole = 0
     optimizer: Factory = Factory("torch.optim.AdamW", {"weight_decay": 0.0})
     optimizers: dict[str, Factory] | None = None
+    assistant: Place | None = None
     max_grad_norm: Positive | None = 1.0
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     gradient_checkpointing: bool = False

@@ -36,6 +36,7 @@ KEPT = (
     "train.resolution",
     "train.cache_latents",
     "train.optimizers",
+    "train.assistant",
 )
 SAME = {
     "global_batch": (

@@ -26,6 +26,7 @@ from stepdistill.methods.base import StepContext
 from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.pipeline_loras import assist
 from stepdistill.networks.sharding import ShardedNetwork
 from stepdistill.students.base_model import Base, base_of
 from stepdistill.students.card import warn_of_licence
@@ -174,6 +175,9 @@ def session_of(run: Run, accelerator: Accelerator, parts: LazyPipeline, base: Ba
     targets = family.lora_targets(net)
     places = family.sites(net), family.taps(net)
     backbone = Backbone(net, run.lora, targets, family.tap(net), run.train.seed, family.narrow, *places)
+    if run.train.assistant:
+        lora = family.read_lora(run.train.assistant)
+        assist(backbone, lora, family.network_name, run.train.assistant)
     batches = Batches(parts, run.train, keys, accelerator.device)
     return Session(run, accelerator, pipe, base, dtype, backbone, batches, None)
 
