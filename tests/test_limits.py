@@ -51,7 +51,7 @@ ZERO = {  # the fields that may be 0
     *("ema_decay", "dropout", "ema", "eta", "proportion_empty_prompts", "threshold", "timestep", "timesteps"),
     *("warmup_steps", "lr_warmup_steps", "annealing_steps", "dataloader_num_workers", "student"),
     *("seed", "validation_seed", "learning_rate", "watch_samples", "eval_samples"),
-    *("boundary_weight", "curriculum_steps", "max_time_probability"),
+    *("boundary_weight", "kappa", "curriculum_steps", "max_time_probability"),
     *("weight", "flow_weight", "generator_weight", "discriminator_weight", "r1_weight"),
 }
 SIGNED = {"time_mean"}  # the fields that may be negative
@@ -63,7 +63,7 @@ EFFECTIVE = {  # with these every number of the class has an effect
 }
 BEYOND = {  # above the largest value of a field
     **dict.fromkeys(("ema_decay", "ema"), 1.0),
-    **dict.fromkeys(("eta", "proportion_empty_prompts", "threshold", "dropout"), 1.01),
+    **dict.fromkeys(("eta", "proportion_empty_prompts", "threshold", "dropout", "kappa"), 1.01),
     **dict.fromkeys(("seed", "validation_seed"), 2**32),
     **dict.fromkeys(("Flux.max_sequence_length", "StableDiffusion3.max_sequence_length"), 513),
     "count": VALIDATION + 1,

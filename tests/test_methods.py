@@ -15,9 +15,10 @@ from tables import matrix
 from tiny import FAMILIES, SIDE, pipeline
 
 from stepdistill import families, methods
+from stepdistill.core.solvers import Sampler
 from stepdistill.data import Prompts, Source, TeacherSamples, Trajectories
 from stepdistill.families.base import Family
-from stepdistill.methods.base import Method
+from stepdistill.methods.base import Method, Tuning
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.gan import Ladd
@@ -57,9 +58,11 @@ def data(method: Method, folder: Path) -> Source:
 
 
 def quick(kind: type[Method]) -> Method:
-    """The method as it comes, but for the number of steps where a student takes as many as its teacher, and for a
-    recording stage of one step, after which the student is trained."""
+    """The method as it comes, but for the number of steps where a student takes as many as its teacher, for a recording
+    stage of one step, after which the student is trained, and for the steps of the model that is tuned."""
     method = kind()
+    if isinstance(method, Tuning):
+        method = replace(method, sampling=Sampler((999.0, 499.0), eta=1.0))
     if isinstance(method, DisBack):
         return replace(method, waypoints=1, recording_steps=1)
     steps = {f.name: f.default for f in fields(kind)}.get("num_inference_steps")

@@ -31,6 +31,7 @@ from stepdistill.methods.gan import Gan, Ladd
 from stepdistill.methods.guided_lora import GuidedLora
 from stepdistill.methods.perflow import PeRFlow
 from stepdistill.methods.progressive import ProgressiveHalving
+from stepdistill.methods.pso_offline import PSOOffline
 from stepdistill.methods.reflow import Lpips, Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.methods.scm import SCM
@@ -171,6 +172,13 @@ CHANGES = [
         **EMA,
         **GUIDED,
     ),
+    *changes(
+        PSOOffline(sampling=Sampler((999.0, 749.0, 499.0, 249.0), eta=1.0)),
+        sampling=(Sampler((749.0, 399.0), eta=1.0), "sampler loss"),
+        beta=(2.0, "loss"),
+        kappa=(0.5, "loss"),
+        **EMA,
+    ),
     *changes(ProgressiveHalving(stage_steps=1), steps=((20, 10), "sampler roles loss"), stage_steps=(2, "roles loss")),
     *changes(
         Reflow(),
@@ -258,7 +266,7 @@ def paths(cls: type[Method]) -> Iterator[str]:
     for name, hint in fields(cls).items():
         yield f"{cls.__name__}.{name}"
         for term in structures(hint):
-            if not issubclass(term, Method):
+            if not issubclass(term, Method | Sampler):  # a sampler is set as a whole
                 yield from (f"{cls.__name__}.{name}.{inner}" for inner in fields(term))
 
 

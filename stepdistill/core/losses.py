@@ -67,6 +67,15 @@ def denoising(est: Estimate, x0: Tensor, eps: Tensor, schedule: NoiseSchedule) -
     return distance("l2", schedule.denoising_target(*est), schedule.denoising_target(x0, eps))
 
 
+def preference_loss(logit: Tensor, label: Tensor | float = 1.0) -> Tensor:
+    """Mean cross-entropy of logits (B,) that the first of two is better, which it is with the probability `label` (B,).
+
+    `-y log sigmoid(z) - (1 - y) log sigmoid(-z)`, Bradley & Terry's model of choices between pairs, as in direct
+    preference optimization (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7).
+    """
+    return (label * softplus(-logit) + (1 - label) * softplus(logit)).mean()
+
+
 def generator_loss(kind: Adversarial, fake: Tensor) -> Tensor:
     """What the student lowers: mean `softplus(-d)` (Goodfellow et al. 2014, non-saturating), or `-d` with hinge."""
     return softplus(-fake).mean() if kind == "softplus" else -fake.mean()

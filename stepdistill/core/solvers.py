@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from stepdistill.core.denoise import Condition, Denoise
@@ -42,13 +43,13 @@ class Sampler:
             multiple of the signal: the ancestral sampling of SDXL-Turbo. It has eta 1 and ends at clean data.
     """
 
-    timesteps: tuple[float, ...]
-    eta: float = 0.0
+    timesteps: tuple[Annotated[float, Ge(0)], ...]
+    eta: Annotated[float, Ge(0), Le(1)] = 0.0
     clean: bool = True
-    guidance_scale: float = 1.0
+    guidance_scale: Annotated[float, Ge(0)] = 1.0
     first_noise: bool = False
-    adapter_scale: float | None = None
-    adapter_range: tuple[float, float] | None = None
+    adapter_scale: Annotated[float, Gt(0)] | None = None
+    adapter_range: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]] | None = None
     ancestral: bool = False
 
     def __post_init__(self) -> None:
