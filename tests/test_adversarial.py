@@ -60,7 +60,7 @@ def logits(stage: Stage, gan: Gan, x0: Tensor, purpose: str, shake: float = 0.0)
 def sample(stage: Stage, method: DMD2) -> Tensor:
     """What the student makes, with its graph."""
     context = stage.context(0)
-    x_t, t = simulate(context, PART, method.sampler(stage.schedule))
+    x_t, t = simulate(context, PART, method.sampler(stage.schedule), context.noise(PART, "start"))
     return context.denoiser("student")(x_t, t, PART.cond).x0
 
 

@@ -397,7 +397,8 @@ def test_simulated_inputs_have_the_distribution_that_sampling_makes(schedule, et
     mean, variance = 0.0, 1.0
     for k in range(steps):
         context = drawn(schedule, {"student": student}, step=(k + 0.5) / steps)
-        x_t, t = simulate(context, prompts(size, 0.0), method.sampler(schedule))
+        part = prompts(size, 0.0)
+        x_t, t = simulate(context, part, method.sampler(schedule), context.noise(part, "start"))
         assert set(t.tolist()) == {times[k]} and not x_t.requires_grad
         assert abs(x_t.mean() - mean) < 5 * (variance / size) ** 0.5
         assert abs(x_t.var() / variance - 1) < 5 * (2 / size) ** 0.5

@@ -148,18 +148,18 @@ BUGS = {
     # simulation
     "data in the place of simulation": Bug(
         TOWARDS,
-        "x_t, t = simulate(context, batch, self.sampler(context.schedule))",
-        "x_t, t = simulate(context, batch, self.sampler(context.schedule)); x_t = x_t + 0 * batch.latents",
+        "x_t, t = simulate(context, batch, self.sampler(context.schedule), start)",
+        "x_t, t = simulate(context, batch, self.sampler(context.schedule), start + 0 * batch.latents)",
         prompts_alone,
     ),
-    "one step too far": Bug(dmd2.simulate, "taken=k", "taken=k + 1", simulated),
-    "always the first step": Bug(dmd2.simulate, "taken=k", "taken=0", simulated),
-    "the last start again": Bug(dmd2.simulate, "sampler.timesteps[k]", "sampler.timesteps[0]", simulated),
+    "one step too far": Bug(dmd2.reached, "taken=taken", "taken=taken + 1", simulated),
+    "always the first step": Bug(dmd2.reached, "taken=taken", "taken=0", simulated),
+    "the last start again": Bug(dmd2.reached, "sampler.timesteps[taken]", "sampler.timesteps[0]", simulated),
     "old noise again": Bug(
-        dmd2.simulate, 'context.noise(batch, f"again {i}")', 'context.noise(batch, "start") * 0', simulated
+        dmd2.reached, 'context.noise(batch, f"again {i}")', 'context.noise(batch, "start") * 0', simulated
     ),
     "simulation with a graph": Bug(
-        dmd2.simulate,
+        dmd2.reached,
         "torch.no_grad()",
         "torch.enable_grad()",
         plumbing.test_only_the_last_call_of_the_student_has_a_graph,

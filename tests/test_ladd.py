@@ -72,7 +72,7 @@ def sample(stage: Stage, method: Consistency | DMD2) -> Tensor:
     """What the student makes, with its graph."""
     context, schedule = stage.context(0), stage.schedule
     if isinstance(method, DMD2):
-        x_t, t = simulate(context, PART, method.sampler(schedule))
+        x_t, t = simulate(context, PART, method.sampler(schedule), context.noise(PART, "start"))
     else:
         grid = schedule.grid(method.num_ddim_timesteps)
         t = grid[1 + (context.draw(PART, "gan input t") * method.num_ddim_timesteps).long()]

@@ -21,7 +21,10 @@ from stepdistill.families.base import Family
 from stepdistill.methods.base import Method, Tuning
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.disback import DisBack
+from stepdistill.methods.feedback import Feedback
 from stepdistill.methods.gan import Ladd
+from stepdistill.methods.reward import RewardTerm
+from stepdistill.networks.rewards.white_border import WhiteBorder
 from stepdistill.networks.roles import Ema, LoraSpec
 from stepdistill.students.draw.call import generate
 from stepdistill.students.write import write_student
@@ -58,11 +61,14 @@ def data(method: Method, folder: Path) -> Source:
 
 
 def quick(kind: type[Method]) -> Method:
-    """The method as it comes, but for the number of steps where a student takes as many as its teacher, for a recording
-    stage of one step, after which the student is trained, and for the steps of the model that is tuned."""
+    """The method as it comes, but for the number of steps where a student takes as many as its teacher, for a
+    recording stage of one step, after which the student is trained, and for what has no default of use: how a few-step
+    model is sampled, and a reward without weights to download."""
     method = kind()
     if isinstance(method, Tuning):
         method = replace(method, sampling=Sampler((999.0, 499.0), eta=1.0))
+    if isinstance(method, Feedback):
+        return replace(method, rewards=(RewardTerm(reward=WhiteBorder()),))
     if isinstance(method, DisBack):
         return replace(method, waypoints=1, recording_steps=1)
     steps = {f.name: f.default for f in fields(kind)}.get("num_inference_steps")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from oracles import close
 from oracles.context import Flow, stable_diffusion
-from oracles.fakes import Keyed, Stage, batch, perceptual, similarity, updates
+from oracles.fakes import Brightness, Keyed, Stage, batch, perceptual, similarity, updates
 from torch import Tensor
 
 from stepdistill.config.registry import every, offered
@@ -27,6 +27,7 @@ from stepdistill.methods.boot import Boot
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.feedback import Feedback
 from stepdistill.methods.gan import Gan, Ladd
 from stepdistill.methods.guided_lora import GuidedLora
 from stepdistill.methods.perflow import PeRFlow
@@ -34,6 +35,7 @@ from stepdistill.methods.progressive import ProgressiveHalving
 from stepdistill.methods.pso_offline import PSOOffline
 from stepdistill.methods.reflow import Lpips, Reflow
 from stepdistill.methods.regression import Regression
+from stepdistill.methods.reward import RewardTerm
 from stepdistill.methods.scm import SCM
 from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.methods.slimflow import FlowGuided
@@ -58,10 +60,18 @@ class Change:
         name, _, inner = self.path.partition(".")
         if not inner:
             return replace(self.method, **{name: self.value})
-        return replace(self.method, **{name: replace(vars(self.method)[name], **{inner: self.value})})
+        before = vars(self.method)[name]
+        after = replace(term_of(self.method, name), **{inner: self.value})
+        return replace(self.method, **{name: (after, *before[1:]) if isinstance(before, tuple) else after})
 
     def __str__(self) -> str:
         return f"{type(self.method).__name__}.{self.path}"
+
+
+def term_of(method: Method, name: str) -> Any:
+    """The term in a field of a method, or the first of several; None where there is none."""
+    value = vars(method)[name]
+    return next(iter(value), None) if isinstance(value, tuple) else value
 
 
 def changes(method: Method, **values: tuple[Any, str] | tuple[Any, str, dict[str, Any]]) -> list[Change]:
@@ -79,6 +89,15 @@ LADD = {
     "gan__time_mean": (0.4, "loss"),
     "gan__time_std": (1.6, "loss"),
     "gan__misaligned_pairs": (True, "loss"),
+}
+TERM = RewardTerm(reward=Brightness(), margin=2.0, mean=0.2, std=0.7, slope=1.0)
+OTHER = replace(TERM, reward=Brightness(kappa=2.0), weight=0.3)
+OF_A_TERM = {
+    "rewards__reward": (Brightness(kappa=4.0), "rewards loss"),
+    "rewards__weight": (0.5, "loss"),
+    "rewards__margin": (3.0, "loss"),
+    "rewards__mean": (0.5, "loss"),
+    "rewards__std": (0.3, "loss"),
 }
 EMA = {"ema_decay": (0.5, "roles")}
 GUIDED = {"sampling_guidance_scale": (3.0, "sampler guidance")}
@@ -110,8 +129,11 @@ CHANGES = [
         warmup_steps=(1, "turns"),
         t_range=((200.0, 600.0), "loss"),
         gan=(Gan(), "roles needs turns loss"),
+        rewards=((TERM,), "rewards loss"),
+        regression_weight=(0.5, "needs loss", {"num_inference_steps": 1}),
         **EMA,
     ),
+    *changes(DMD2(critic_steps=2, rewards=(TERM, OTHER)), **OF_A_TERM),
     *changes(
         DMD2(critic_steps=1, gan=Gan(generator_weight=0.3, discriminator_weight=0.4)),
         gan__generator_weight=(0.7, "loss"),
@@ -146,6 +168,17 @@ CHANGES = [
         waypoints=(3, "roles turns loss"),
         recording_steps=(2, "roles turns loss"),
         backtracking_steps=(2, "loss"),
+    ),
+    *changes(
+        Feedback(sampling=Sampler((999.0, 749.0, 499.0, 249.0), eta=1.0), rewards=(TERM, OTHER)),
+        sampling=(Sampler((749.0, 399.0), eta=1.0), "sampler loss"),
+        rewards=((TERM,), "rewards loss"),
+        rewards__slope=(2.0, "loss"),
+        exits=("all", "loss"),
+        anchor_shift=(0.5, "loss"),
+        held_out=(Brightness(kappa=3.0), "rewards"),
+        **OF_A_TERM,
+        **EMA,
     ),
     *changes(
         GuidedLora(),
@@ -258,6 +291,7 @@ CHANGES = [
 ELSEWHERE = {
     "FlowGuided.lpips.divide": "refused: its one step starts at the share of noise 1",
     "DMD2.gan.max_time_probability": "refused: its student starts from its own steps",
+    "DMD2.rewards.slope": "of the anchor, which it does not have",
 }
 
 
@@ -307,6 +341,7 @@ def effects(method: Method, models: list[str]) -> dict[str, Any]:
         "finalized": finalized.sampler(schedule) == method.sampler(schedule),
         "turns": list(seen),
         "models": sorted(set(models)),
+        "rewards": (method.trained_rewards, method.held_out),
         "loss": seen,
     }
 
@@ -340,9 +375,9 @@ def test_a_method_inside_of_another_has_its_own_fields(change, models):
 def on(method: Method, change: Change) -> Change | None:
     """The same change of another method; None where it has no such term, or has the value already."""
     name, _, inner = change.path.partition(".")
-    if inner and inner not in (vars(vars(method)[name]) if vars(method)[name] else ()):
+    owner = term_of(method, name) if inner else method
+    if owner is None or (inner or name) not in vars(owner):
         return None
-    owner = vars(method)[name] if inner else method
     return None if vars(owner)[inner or name] == change.value else replace(change, method=method)
 
 

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 from oracles.context import Flow, Table, stable_diffusion
+from oracles.fakes import Brightness
 from oracles.gaussian import GaussianTeacher
 from torch import Tensor, nn
 
 from stepdistill.config.registry import offered
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule
+from stepdistill.core.solvers import Sampler
 from stepdistill.data.base import GuidedState
 from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.base import Batch, Method, StepContext
@@ -29,12 +31,14 @@ from stepdistill.methods.boot import Boot
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.feedback import Feedback
 from stepdistill.methods.gan import Gan
 from stepdistill.methods.guided_lora import GuidedLora
 from stepdistill.methods.perflow import PeRFlow
 from stepdistill.methods.progressive import ProgressiveHalving
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
+from stepdistill.methods.reward import RewardTerm
 from stepdistill.methods.scm import SCM
 from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.methods.slimflow import FlowGuided
@@ -233,6 +237,8 @@ def cases(schedule: NoiseSchedule) -> dict[str, tuple[Method, dict[str, Law]]]:
     exits = weighted(starts, draws=SHARED)
     before = weighted(starts, range(4), draws=SHARED)  # k steps are simulated before step k, the noisiest first
     through = weighted(starts, range(1, 5), draws=SHARED)
+    few = Sampler(schedule.starts(4), eta=1.0)
+    rewards = (RewardTerm(reward=Brightness(), mean=0.0, std=1.0, slope=1.0),)
     matching = {"teacher": scores, "fake": scores, "fake, with a graph": span}
     halves = {t: 0.1 for t in fine[2::2]}
     halves |= {t: halves.get(t, 0.0) + 0.2 for t in coarse[2::2]}
@@ -285,6 +291,18 @@ def cases(schedule: NoiseSchedule) -> dict[str, tuple[Method, dict[str, Law]]]:
             {TRAINED: weighted([high]), "flow": along(schedule, low, high, part=(0.2, 0.8))},
         ),
         "slimflow, late": (FlowGuided(turn_range=(0.5, 0.9)), {"flow": along(schedule, low, high, part=(0.1, 0.5))}),
+        "feedback": (
+            Feedback(sampling=few, rewards=rewards, exits="all"),
+            {TRAINED: exits, "student": before, "teacher": exits},
+        ),
+        "feedback on the last half": (
+            Feedback(sampling=few, rewards=rewards),
+            {
+                TRAINED: weighted(starts[:2], draws=SHARED),
+                "student": weighted(starts, (0, 1, 2, 2), draws=SHARED),
+                "teacher": weighted(starts[:2], draws=SHARED),
+            },
+        ),
         "regression": (Regression(), {TRAINED: exits, "student": before}),
         "progressive": (
             ProgressiveHalving(steps=(10, 5), stage_steps=half),

@@ -165,7 +165,8 @@ def finished(spec: TrainSpec, patch: Patch) -> Log:
     repo = SimpleNamespace(repo_id="repo")
     hub = SimpleNamespace(create_repo=log.note("repo", result=repo), upload_folder=log.note("upload"))
     patch.setattr(finish, "HfApi", lambda: hub)
-    session = setup.Session(run_of(spec), *[None] * 5, SimpleNamespace(side=8))  # pyright: ignore
+    run = run_of(spec)
+    session = setup.Session(run, *[None] * 5, SimpleNamespace(side=8), run.method)  # pyright: ignore
     finish.finish_run(session)
     try:
         log.append(("reference", reference_file(spec).name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from stepdistill.core.random import step_generator
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts, student_starts
 from stepdistill.data.base import GuidedState
+from stepdistill.networks.rewards.base import Reward
 from stepdistill.networks.roles import Ema, Lora, Role
 
 
@@ -123,6 +124,21 @@ class StepContext:
         return step_generator(self.seed, self.step, index, purpose)
 
 
+class RewardScale(NamedTuple):
+    """A reward on samples of the teacher.
+
+    Args:
+        mean: of the scores.
+        std: standard deviation of the scores.
+        slope: root mean square of the score's gradient over the elements of a sample's latents, times their number: a
+            reward that is linear in the latents rises by at most `slope` where they move by 1.
+    """
+
+    mean: float
+    std: float
+    slope: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """A distillation method. Subclasses are final, hold nothing but hyper-parameters, and cite their paper.
@@ -135,10 +151,12 @@ class Method(ABC):
             method that guides its teacher declares it as a hyper-parameter; for any other it is None.
         sampling_guidance_scale: default guidance scale of the student, stored in the contract; None for a method
             without this choice.
+        held_out: a reward that the student is never trained on, which scores it at each validation.
     """
 
     guidance_scale: float | tuple[float, float] | None = field(init=False, default=None)
     sampling_guidance_scale: float | None = field(init=False, default=None)
+    held_out: Reward | None = field(init=False, default=None)
 
     @property
     @abstractmethod
@@ -172,6 +190,19 @@ class Method(ABC):
     def check(self, schedule: NoiseSchedule) -> None:
         """Raise ValueError where this method cannot run on this noise process; called before any training."""
         schedule.check(self.sampler(schedule).timesteps)
+
+    @property
+    def trained_rewards(self) -> tuple[Reward, ...]:
+        """The rewards that the student is trained on. They score it at each validation, as `held_out` does."""
+        return ()
+
+    def calibrate(self, measure: Callable[[Reward], RewardScale]) -> Method:
+        """The method as it is trained, with what it must know of its rewards.
+
+        Args:
+            measure: scores samples of the teacher.
+        """
+        return self
 
     def finalize(self, straightness: Callable[[], float]) -> Method:
         """The method as it is written into the contract after training.

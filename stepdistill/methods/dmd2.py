@@ -8,19 +8,30 @@ data are needed, unless a discriminator is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from stepdistill.config.kinds import Amount, Count, Whole
-from stepdistill.core.denoise import guided
-from stepdistill.core.losses import denoising, surrogate
+from stepdistill.core.denoise import Denoise, guided
+from stepdistill.core.losses import denoising, distance, surrogate
 from stepdistill.core.schedule import NoiseSchedule, per_sample
 from stepdistill.core.solvers import Sampler, few_step, student_starts
-from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_effect, check_range, check_steps
+from stepdistill.methods.base import (
+    Averaged,
+    Batch,
+    RewardScale,
+    StepContext,
+    Update,
+    check_effect,
+    check_range,
+    check_steps,
+)
 from stepdistill.methods.gan import Gan, Ladd
+from stepdistill.methods.reward import RewardTerm, calibrated, reward_loss
+from stepdistill.networks.rewards.base import Reward
 from stepdistill.networks.roles import TEACHER, Lora, Role
 
 
@@ -35,11 +46,15 @@ class DMD2(Averaged):
         gan:     student + lambda_g softplus(-D(x_s))
                  fake + lambda_d (softplus(D(x_s)) + softplus(-D(data_s)))
                  or those of `Ladd`
+        rewards: student + sum_d w_d mean relu(margin_d - r_d(decode(x0))), as `RewardTerm` has them
+        pairs:   student + lambda mean |x0 - x0'|^2, x_t the noise from which the teacher's solver made x0'
 
     References:
         Improved distribution matching distillation, Yin et al. 2024, https://arxiv.org/abs/2405.14867.
         One-step diffusion with distribution matching distillation, Yin et al. 2023,
-        https://arxiv.org/abs/2311.18828.
+        https://arxiv.org/abs/2311.18828, section 3.3, for the pairs.
+        Hyper-SD, Ren et al. 2024, https://arxiv.org/abs/2404.13686, section 3.4, for its one-step stage: one step with
+        `rewards` and `regression_weight`, from 999 for the LoRA of all numbers of steps, from 800 for one step alone.
 
     Args:
         num_inference_steps: steps of the student, evenly spaced from the noisiest time.
@@ -54,6 +69,10 @@ class DMD2(Averaged):
         t_range: lowest and highest timestep at which the scores are compared.
         gan: adversarial term, which needs images; none trains on prompts alone. Without a `type` it is `Gan`, the
             paper's; `type: stepdistill.methods.gan.Ladd` reads several depths of the teacher.
+        rewards: terms that score the student's samples, of one reward each.
+        regression_weight: lambda, weight of the squared distance from the teacher's samples of the same noise, for a
+            student of one step; it needs pairs. The student then starts from their noise in every update. 0 disables
+            it.
     """
 
     num_inference_steps: Count = 4
@@ -64,6 +83,8 @@ class DMD2(Averaged):
     warmup_steps: Whole = 0
     t_range: tuple[float, float] = (20.0, 980.0)
     gan: Gan | Ladd | None = None
+    rewards: tuple[RewardTerm, ...] = ()
+    regression_weight: Amount = 0.0
 
     def __post_init__(self) -> None:
         if self.critic_steps < 1:
@@ -72,16 +93,30 @@ class DMD2(Averaged):
         if self.eta not in (0, 1):
             raise ValueError(f"eta is {self.eta}: expected 1 (renoise) or 0 (deterministic)")
         check_steps(self)
+        if self.regression_weight and len(self.timesteps or range(self.num_inference_steps)) > 1:
+            raise ValueError(
+                f"regression_weight is {self.regression_weight}: expected 0 for a student of several steps, whose "
+                "samples do not follow from the noise of a pair alone; set timesteps to one, such as [999]"
+            )
         if isinstance(self.gan, Ladd):
             check_effect(self.gan, "max_time_probability", False, "a method whose student starts from noised data")
 
     @property
     def needs(self) -> frozenset[str]:
+        if self.regression_weight:
+            return frozenset({"pairs"})
         return frozenset({"prompts"} if self.gan is None else {"latents"})
+
+    @property
+    def trained_rewards(self) -> tuple[Reward, ...]:
+        return tuple(one.reward for one in self.rewards)
 
     def roles(self) -> dict[str, Role]:
         head = {} if self.gan is None else self.gan.roles()
         return {"student": Lora(), "fake": Lora(), **head, **self.average}
+
+    def calibrate(self, measure: Callable[[Reward], RewardScale]) -> DMD2:
+        return replace(self, rewards=calibrated(self.rewards, measure))
 
     def check(self, schedule: NoiseSchedule) -> None:
         schedule.check((*self.sampler(schedule).timesteps, *self.t_range))
@@ -95,7 +130,8 @@ class DMD2(Averaged):
     def towards(self, target: str, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         """The updates of one step, with the role `target` as the real score."""
         student, turn = context.denoiser("student"), step - self.warmup_steps
-        x_t, t = simulate(context, batch, self.sampler(context.schedule))
+        start = batch.pair[0] if self.regression_weight else context.noise(batch, "start")
+        x_t, t = simulate(context, batch, self.sampler(context.schedule), start)
         if turn >= 0 and turn % self.critic_steps == 0:
             x0 = student(x_t, t, batch.cond).x0
             loss, logs = self.student_loss(target, context, batch, x0)
@@ -115,7 +151,7 @@ class DMD2(Averaged):
     def student_loss(
         self, target: str, context: StepContext, batch: Batch, x0: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A loss whose gradient with respect to the sample is that of the matching and the adversarial term."""
+        """A loss whose gradient with respect to the sample is that of the matching and of all further terms."""
         sample = x0.detach()
         s = context.schedule.random_times(context.draw(batch, "score t"), *self.t_range)
         x_s = context.schedule.add_noise(sample, context.noise(batch, "score eps"), s)
@@ -125,31 +161,42 @@ class DMD2(Averaged):
             gradient = normalised(sample, fake, real)
             if isinstance(self.gan, Gan):
                 gradient = self.gan.weighted(context, batch, x_s, s, gradient)
-        loss = surrogate(x0, gradient)
-        if self.gan is None:
-            return loss, {"loss": loss}
-        term, logs = self.gan.sample_term(context, batch, x0)
-        return loss + term, {"loss": loss, **logs}
+        matching = surrogate(x0, gradient)
+        term, logs = reward_loss(self.rewards, context, batch, x0)
+        loss, logs = matching + term, {"loss": matching, **logs}
+        if self.gan is not None:
+            term, logs_gan = self.gan.sample_term(context, batch, x0)
+            loss, logs = loss + term, {**logs, **logs_gan}
+        if self.regression_weight:
+            logs["loss_pairs"] = distance("l2", x0, batch.pair[1])
+            loss = loss + self.regression_weight * logs["loss_pairs"]
+        return loss, logs
 
 
-def simulate(context: StepContext, batch: Batch, sampler: Sampler) -> tuple[Tensor, Tensor]:
-    """The input `(x_t, t)` of one of the student's steps, as sampling reaches it from pure noise.
+def simulate(context: StepContext, batch: Batch, sampler: Sampler, start: Tensor) -> tuple[Tensor, Tensor]:
+    """The input `(x_t, t)` of one of the student's steps, as sampling reaches it from pure noise `start` (B, C, H, W).
 
-    Backward simulation (DMD2, section 4.4). The step is drawn once for all samples and processes, and those
-    before it are taken without a graph.
+    Backward simulation (DMD2, section 4.4). The step is drawn once for all samples and processes.
     """
-    k = int(context.shared("step") * len(sampler.timesteps))
+    taken = int(context.shared("step") * len(sampler.timesteps))
+    return reached(context.denoiser("student"), context, batch, sampler, start, taken)
+
+
+def reached(
+    denoise: Denoise, context: StepContext, batch: Batch, sampler: Sampler, start: Tensor, taken: int
+) -> tuple[Tensor, Tensor]:
+    """The input `(x_t, t)` of the step after `taken` ones, which are sampled without a graph from noise `start`."""
     with torch.no_grad():
         x_t = few_step(
-            context.denoiser("student"),
+            denoise,
             context.schedule,
             sampler,
-            context.noise(batch, "start"),
+            start,
             batch.cond,
             lambda i: context.noise(batch, f"again {i}"),
-            taken=k,
+            taken=taken,
         )
-    return x_t, per_sample(sampler.timesteps[k], x_t)
+    return x_t, per_sample(sampler.timesteps[taken], x_t)
 
 
 def fake_loss(context: StepContext, batch: Batch, x0: Tensor) -> Tensor:

@@ -48,6 +48,9 @@ def check_loaded(session: Session) -> None:
     check_derivative(session)
     sampler = run.method.sampler(schedule)
     check_sampling(run.family, session.pipe, sampler)
+    for reward in (*run.method.trained_rewards, run.method.held_out):
+        if reward is not None:  # its weights may not be there
+            reward.load(session.accelerator.device)
     check_guidance_range(run.data, sampler)
     if run.train.validation_prompts or run.train.eval_samples:
         teacher_call(run.family, session.pipe, run.train.teacher_steps, 1.0, "teacher")
@@ -246,6 +249,14 @@ def check_guidance_scale(run: Run) -> None:
         )
 
 
+def check_held_out(run: Run) -> None:
+    """A reward that is held out is measured at validations."""
+    if run.method.held_out is not None and not run.train.is_watched:
+        got, why = "method.held_out without validations", "it is measured on the collapse monitor's images"
+        todo = "set train.validation_steps, train.validation_prompts and train.watch_samples, or remove it"
+        raise ConfigError(problem(got, "a run that is watched", why, todo))
+
+
 def check_unused(run: Run) -> None:
     """Warn of images and latents that the method does not train on."""
     unused = provided(run.data) & {"images", "latents", "trajectories"}
@@ -278,5 +289,5 @@ def check_teacher(run: Run) -> None:
 CHECKS: tuple[Callable[[Run], None], ...] = (
     *(check_teacher, check_cache_dir, check_scheduler, check_sharding, check_data, check_control, check_reference_file),
     *(check_export_formats, check_loras, check_output_dir, check_data_folders, check_quantized_roles),
-    *(check_start_from, check_roles, check_attention, check_guidance_scale, check_unused),
+    *(check_start_from, check_roles, check_attention, check_guidance_scale, check_held_out, check_unused),
 )

@@ -39,6 +39,7 @@ from stepdistill.students.write import write_student
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.sampling import relative_straightness
 from stepdistill.training.setup import Session
+from stepdistill.training.watch.rules import read_metrics, reward_scores, reward_sentence
 
 FEW = 4  # steps at which teacher and student are compared
 
@@ -46,7 +47,7 @@ FEW = 4  # steps at which teacher and student are compared
 def finish_run(session: Session) -> None:
     """Write and prove the student folder, draw `samples/grid.png`, measure `eval.json`, print the summary."""
     session = replace(
-        session, run=replace(session.run, method=session.run.method.finalize(partial(relative_straightness, session)))
+        session, run=replace(session.run, method=session.method.finalize(partial(relative_straightness, session)))
     )
     run, out = session.run, Path(session.run.train.output_dir)
     spec = run.train
@@ -200,5 +201,7 @@ def _print(out: Path, summary: Mapping[str, Any]) -> None:
             f"  {row['name']:<20} calls {cost['calls']:4.0f}  nfe {cost['nfe']:5.0f}  "
             f"{1000 * cost['seconds_per_image']:7.2f} ms an image{excess}"
         )
+    for key, scores in reward_scores(read_metrics(out / "metrics.jsonl")).items():
+        print(f"  {reward_sentence(key, scores)}, on the validation prompts")
     print("\nSample with it:\n\n" + snippet(contract, out.resolve()))
     print(f"\nMeasure it:\n\nstepdistill eval run {contract.base_model} {out} --prompts-file FILE -o {out}-eval")

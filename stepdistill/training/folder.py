@@ -23,7 +23,17 @@ from stepdistill.training.setup import Session
 
 METRICS = "metrics.jsonl"
 WRITTEN = (  # patterns; a tracker's folder is left out, since trackers add files and replace none
-    *(METRICS, "config.yaml", "checkpoint-[0-9]*", "best", "samples", "watch.json", "non_finite.pt", "eval.json"),
+    *(
+        METRICS,
+        "config.yaml",
+        "checkpoint-[0-9]*",
+        "best",
+        "samples",
+        "watch.json",
+        "rewards.json",
+        "non_finite.pt",
+        "eval.json",
+    ),
     *(CONTRACT, WEIGHTS, ADAPTERS, ROUTER, WORKFLOW, "README.md", "scheduler", "unet", "transformer"),
     *(f"*_{'[0-9a-f]' * 8}_{to}.safetensors" for to in ("kohya", "comfyui")),
 )

@@ -20,6 +20,7 @@ from stepdistill.core import distributed
 from stepdistill.core.errors import NonFiniteLoss, problem
 from stepdistill.core.progress import progress
 from stepdistill.methods.base import Batch, Method, StepContext
+from stepdistill.training.calibrate import calibrate
 from stepdistill.training.folder import open_folder
 from stepdistill.training.logs import Logs, banner
 from stepdistill.training.optimizers import Optimizers
@@ -86,6 +87,7 @@ def training_loop(session: Session, optimizers: Optimizers, source: Path | None 
     if spec.torch_compile:
         session.backbone.net.compile()
     open_folder(session, source)
+    calibrate(session)
     logs = Logs(accelerator, Path(spec.output_dir), start)
     accelerator.init_trackers(spec.tracker_project_name, config=None)
     if accelerator.is_main_process:
@@ -103,7 +105,7 @@ def training_loop(session: Session, optimizers: Optimizers, source: Path | None 
             began, micro_batches = time.perf_counter(), next(batches)
             try:
                 with session.backbone.assisted():
-                    values = train_step(run.method, optimizers, session.context(step), micro_batches)
+                    values = train_step(session.method, optimizers, session.context(step), micro_batches)
             except NonFiniteLoss as error:
                 if optimizers.step != step:  # nothing of this step has been applied yet
                     save_session(session, optimizers, step, source)

@@ -70,6 +70,23 @@ def sample_teacher(session: Session, prompts: list[str], ids: Sequence[int]) -> 
     return TeacherSampler(session).sample(prompts, noise, steps, session.run.teacher_guidance_scale)
 
 
+def teacher_facts(session: Session) -> dict[str, object]:
+    """What `sample_teacher` depends on, beside prompts and noises."""
+    run, spec = session.run, session.run.train
+    facts: dict[str, object] = {
+        "teacher_sha256": session.digest,
+        "seed": spec.validation_seed,
+        "steps": spec.teacher_steps,
+        "guidance_scale": run.teacher_guidance_scale,
+        "shape": list(session.batches.shape),
+        "dtype": str(session.dtype),
+    }
+    if isinstance(run.method, Tuning):
+        sampler = run.method.sampler(session.context(0).schedule)
+        facts |= {"steps": len(sampler.timesteps), "guidance_scale": sampler.guidance_scale, "sampler": repr(sampler)}
+    return facts
+
+
 def relative_straightness(session: Session, count: int = 256) -> float:
     """Straightness over transport cost of the student's paths in 32 steps, from noises that it never saw."""
     run, context = session.run, session.context(0)

@@ -22,7 +22,7 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.data import BadSample
 from stepdistill.families.controlled import Controlled, controlnet_of, with_control
 from stepdistill.families.lazy_pipeline import LazyPipeline
-from stepdistill.methods.base import StepContext
+from stepdistill.methods.base import Method, StepContext
 from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
@@ -41,7 +41,7 @@ CAPTIONS = 1000  # in the digest of a data source
 
 @dataclass
 class Session:
-    """The parts of a run on this process."""
+    """The parts of a run on this process. `method` is the run's, with what is measured before training."""
 
     run: Run
     accelerator: Accelerator
@@ -50,6 +50,7 @@ class Session:
     dtype: torch.dtype
     backbone: Backbone
     batches: Batches
+    method: Method
     shards: ShardedNetwork | None = None
     controlnet: nn.Module | None = None
 
@@ -179,7 +180,7 @@ def session_of(run: Run, accelerator: Accelerator, parts: LazyPipeline, base: Ba
         lora = family.read_lora(run.train.assistant)
         assist(backbone, lora, family.network_name, run.train.assistant)
     batches = Batches(parts, run.train, keys, accelerator.device)
-    return Session(run, accelerator, pipe, base, dtype, backbone, batches, None)
+    return Session(run, accelerator, pipe, base, dtype, backbone, batches, run.method)
 
 
 def cache_keys(run: Run, accelerator: Accelerator) -> Keys:

@@ -18,6 +18,7 @@ from stepdistill.core.prediction import Estimate, Kind, estimate_at_levels, outp
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.data.base import GuidedState
 from stepdistill.methods.base import Batch, Method, StepContext
+from stepdistill.networks.rewards.base import Reward, Score
 
 SHAPE = (2, 2, 4)  # neither square nor of one channel
 
@@ -146,6 +147,19 @@ def updates(method: Method, stage: Stage, part: Batch, step: int, seed: int = 0)
         logs = {name: value.detach().double() for name, value in update.logs.items()}
         seen.append(Seen(update.roles, update.loss.detach(), dict(zip(update.roles, pull, strict=True)), logs))
     return seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brightness(Reward):
+    """kappa times the mean of an image, whatever the prompt, in the images' own precision."""
+
+    kappa: float = 1.0
+
+    def build(self, device: torch.device) -> Score:
+        return lambda images, prompts: self.kappa * images.flatten(1).mean(1)
+
+    def load(self, device: torch.device) -> Score:
+        return self.build(device)
 
 
 def perceptual(a: Tensor, b: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeAlias
@@ -44,6 +45,16 @@ class Reward(ABC):
             ConfigError: when loading or called; the weights are not there, or the scores are not as described.
         """
         return _loaded(self, device)
+
+
+def rewards_by_name(rewards: Iterable[Reward]) -> dict[str, Reward]:
+    """Rewards by class name; a second one of a class has a number."""
+    names, seen = {}, Counter[str]()
+    for reward in rewards:
+        name = type(reward).__name__
+        seen[name] += 1
+        names[name if seen[name] == 1 else f"{name}_{seen[name]}"] = reward
+    return names
 
 
 @cache

@@ -31,10 +31,10 @@ class WhiteBorder(Reward):
     def build(self, device: torch.device) -> Score:
         def score(images: Tensor, prompts: object) -> Tensor:
             height, width = images.shape[-2:]
-            frame = torch.ones(height, width, dtype=torch.bool, device=images.device)
+            frame = torch.ones(height, width, device=images.device)
             rows, columns = (max(1, round(self.width * length)) for length in (height, width))
-            frame[rows:-rows, columns:-columns] = False
-            apart = (1 - images[..., frame].clamp(0, 1)).square().mean(1)
-            return (1 / (1 + apart / self.softness**2)).mean(1)
+            frame[rows:-rows, columns:-columns] = 0
+            apart = (1 - images.clamp(0, 1)).square().mean(1)
+            return (frame / (1 + apart / self.softness**2)).sum((1, 2)) / frame.sum()
 
         return score

@@ -18,7 +18,7 @@ import yaml
 from stepdistill.core.errors import CheckpointError, problem
 from stepdistill.training.watch import rules
 from stepdistill.training.watch.curves import Curve, averages, differences, matching, settings_of
-from stepdistill.training.watch.rules import PREFIX, SCORE, Yardstick
+from stepdistill.training.watch.rules import HELD_OUT, PREFIX, SCORE, Yardstick
 
 Rows = Sequence[Mapping[str, float]]
 ENOUGH = 20  # values, below which a trend is not spoken of
@@ -200,6 +200,15 @@ def _watch(run: Remains, findings: Findings) -> None:
             findings.notes.append(
                 f"the {rules.title(name)} is {ratio:.3g} times the teacher's: still far, but no farther than before"
             )
+    findings.notes += [rules.reward_sentence(*pair) for pair in rules.reward_scores(looks).items()]
+    if rules.deceived(looks):
+        findings.off.append(
+            f"the held-out reward fell {rules.FALLS} validations in a row while a trained one rose: the student climbs "
+            "what is wrong with it. Use best/, the student that the held-out reward scores highest; hold the "
+            "student closer to the few-step model, lower train.learning_rate, or train on several rewards"
+        )
+    if any(key.startswith(HELD_OUT) for key in looks[-1]):
+        return  # best/ is by that
     best = min(looks[1:] or looks, key=lambda row: row[SCORE])
     if looks[-1][SCORE] > best[SCORE] + 1:
         findings.notes.append(

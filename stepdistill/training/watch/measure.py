@@ -20,14 +20,21 @@ from torch import Tensor
 
 from stepdistill.core.files import written_whole
 from stepdistill.core.pixels import contrast, diversity, high_frequency, luminance, saturation
+from stepdistill.networks.rewards.base import rewards_by_name
 from stepdistill.networks.roles import TEACHER
 from stepdistill.students.write import write_unproven
 from stepdistill.training.logs import Logs
-from stepdistill.training.sampling import sample_student, sample_teacher, to_images, validation_noise
+from stepdistill.training.sampling import (
+    sample_student,
+    sample_teacher,
+    teacher_facts,
+    to_images,
+    validation_noise,
+)
 from stepdistill.training.setup import Session
 from stepdistill.training.watch import rules
 from stepdistill.training.watch.plot import plot_drift
-from stepdistill.training.watch.rules import LEVELS, PREFIX, SCORE, Yardstick
+from stepdistill.training.watch.rules import HELD_OUT, LEVELS, PREFIX, SCORE, TRAINED, Yardstick
 
 logger = logging.getLogger(__name__)
 SETS = 4  # independent sets of the teacher's images, each of the student's size
@@ -61,8 +68,8 @@ def yardstick(sets: Sequence[Mapping[str, Tensor]], facts: Mapping[str, object])
 
 
 def ratios(statistics: Mapping[str, Tensor], teacher: Yardstick) -> dict[str, float]:
-    """Student / teacher of every statistic, each averaged over prompts."""
-    return {name: value.double().mean().item() / max(teacher.mean[name], 1e-12) for name, value in statistics.items()}
+    """Student / teacher of every statistic that the teacher has, each averaged over prompts."""
+    return {name: statistics[name].double().mean().item() / max(mean, 1e-12) for name, mean in teacher.mean.items()}
 
 
 class Watch:
@@ -92,12 +99,16 @@ class Watch:
         """Measure, log, warn, keep the best and plot; whether the run should stop. A step is measured once."""
         if any(row["step"] == step and SCORE in row for row in rules.read_metrics(self.logs.file)):
             return False
-        ratio = ratios(self._measure(sample_student, 0), self.teacher)
+        measured = self._measure(sample_student, 0)
+        ratio = ratios(measured, self.teacher)
         spread = self.teacher.spread
         score = rules.drift_score({name: rules.deviation(ratio[name], spread[name]) for name in ratio})
-        if step and math.isfinite(score):
-            self._keep(step, score)  # before the row that says the step is measured
-        self.logs.write(step, {PREFIX + name: value for name, value in ratio.items()} | {SCORE: score})
+        rewards = {key: measured[key].mean().item() for key in measured if key.startswith((TRAINED, HELD_OUT))}
+        # the student that a held-out reward scores highest is the best, whatever its distance
+        cost = min((-value for key, value in rewards.items() if key.startswith(HELD_OUT)), default=score)
+        if step and math.isfinite(cost):
+            self._keep(step, cost)  # before the row that says the step is measured
+        self.logs.write(step, {PREFIX + name: value for name, value in ratio.items()} | rewards | {SCORE: score})
         rows = rules.read_metrics(self.logs.file)
         past = rules.history(rows, spread)
         alarms = [name for name in past if rules.alarmed(past[name])]
@@ -105,6 +116,16 @@ class Watch:
         for name in rules.worth_reporting(fresh, past):
             logger.warning("step %d, twice running: %s", step, rules.sentence(name, past[name], spread[name]))
         plot_drift(rows, spread, self.out / "samples" / "watch.png")
+        if rules.deceived(rows):
+            said = "; ".join(rules.reward_sentence(*pair) for pair in rules.reward_scores(rows).items())
+            logger.warning(
+                "the run stops at step %d, after a checkpoint: the held-out reward has fallen %d validations in a row "
+                "while a trained one rose (%s). Use best/",
+                step,
+                rules.FALLS,
+                said,
+            )
+            return True
         if alarms and self.spec.watch_stop:
             names = ", ".join(rules.title(name) for name in alarms)
             logger.warning("the collapse monitor stops the run at step %d, after a checkpoint: %s", step, names)
@@ -122,7 +143,7 @@ class Watch:
                 pipe=session.pipe,
                 backbone=session.backbone,
                 role=session.run.method.student_role(),
-                method=session.run.method,
+                method=session.method,
                 resolution=(session.batches.side, session.batches.side),
                 base=session.base,
                 start_from=session.run.start_from,
@@ -136,17 +157,10 @@ class Watch:
 
     def _yardstick(self) -> Yardstick:
         """The teacher's statistics: those in the folder where they are of the same teacher and settings."""
-        spec = self.spec
-        facts = {
-            "teacher_sha256": self.session.digest,
+        facts = teacher_facts(self.session) | {
             "prompts": self.prompts,
-            "seed": spec.validation_seed,
-            "samples": spec.watch_samples,
+            "samples": self.spec.watch_samples,
             "sets": SETS,
-            "steps": spec.teacher_steps,
-            "guidance_scale": self.session.run.teacher_guidance_scale,
-            "shape": list(self.session.batches.shape),
-            "dtype": str(self.session.dtype),
         }
         stored = Yardstick.read(self.out / "watch.json")
         if stored and stored.facts == facts:
@@ -157,7 +171,8 @@ class Watch:
         return drawn
 
     def _measure(self, make: Callable[[Session, list[str], Sequence[int]], Tensor], number: int) -> dict[str, Tensor]:
-        """All statistics (P,) of one set of images; set 0 is the student's, the others the teacher's.
+        """All statistics (P,) of one set of images; set 0 is the student's, which rewards score, the others the
+        teacher's.
 
         One seed of all prompts at a time, which takes no more memory than a validation's images do.
         """
@@ -169,7 +184,20 @@ class Watch:
             drawn.append(to_images(self.session, latents))
             errors.append(self._errors(latents, range(j * prompts, (j + 1) * prompts)))
         gaps = {name: torch.stack([one[name] for one in errors]).mean(0) for name in rules.GAPS}
-        return drift_statistics(torch.stack(drawn)) | gaps
+        rewards = {} if number else self._rewards(drawn)
+        return drift_statistics(torch.stack(drawn)) | gaps | rewards
+
+    @torch.no_grad()
+    def _rewards(self, drawn: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The scores (P,) of sets of images (P, 3, H, W) by each reward."""
+        method, device = self.session.run.method, self.session.accelerator.device
+        rewards = {TRAINED + name: reward for name, reward in rewards_by_name(method.trained_rewards).items()}
+        if method.held_out is not None:
+            rewards[HELD_OUT + type(method.held_out).__name__] = method.held_out
+        return {
+            key: torch.stack([reward.load(device)(images.to(device), self.prompts) for images in drawn]).mean(0).cpu()
+            for key, reward in rewards.items()
+        }
 
     @torch.no_grad()
     def _errors(self, x0: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ BAND = 5.0  # spreads of the teacher
 RUNNING = 2  # validations in a row
 FLOOR = 0.01  # smallest relative spread: a teacher that always draws the same is no reason to ask for the impossible
 PREFIX, SCORE = "watch/", "watch/score"
+TRAINED, HELD_OUT = "watch/trained/", "watch/held_out/"  # mean scores by rewards, before their names
+FALLS = 3  # validations in a row at which a held-out reward falls, and training has gone too far
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the schedule at which the score gap is measured
 IMAGE = ("saturation", "luminance", "contrast", "high_frequency", "diversity")
 GAPS = tuple(f"gap_{level:g}" for level in LEVELS)
@@ -138,6 +141,31 @@ def worth_reporting(names: Sequence[str], past: Mapping[str, Sequence[float]]) -
 def drift_score(deviations: Mapping[str, float]) -> float:
     """The mean distance from the teacher, in spreads; about 0.8 for the teacher itself under other seeds."""
     return sum(abs(z) for z in deviations.values()) / len(deviations)
+
+
+def deceived(rows: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the held-out reward has fallen three validations in a row while one that is trained on has risen.
+
+    The student then climbs what is wrong with the trained reward.
+    """
+    looks = [row for row in rows if SCORE in row][-FALLS - 1 :]
+    falls = [all(a[key] > b[key] for a, b in pairwise(looks)) for key in looks[-1] if key.startswith(HELD_OUT)]
+    rises = [looks[-1][key] > looks[0][key] for key in looks[-1] if key.startswith(TRAINED)]
+    return len(looks) > FALLS and any(falls) and any(rises)
+
+
+def reward_scores(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
+    """The first and the last mean score by each reward, by key."""
+    looks = [row for row in rows if SCORE in row]
+    keys = [key for key in (looks[-1] if looks else {}) if key.startswith((TRAINED, HELD_OUT))]
+    return {key: (next(row[key] for row in looks if key in row), looks[-1][key]) for key in keys}
+
+
+def reward_sentence(key: str, scores: tuple[float, float]) -> str:
+    """How a mean score went."""
+    name = key.removeprefix(TRAINED).removeprefix(HELD_OUT)
+    kind = "trained" if key.startswith(TRAINED) else "held-out"
+    return f"the {kind} reward {name} went from {scores[0]:.4g} to {scores[1]:.4g}"
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
