@@ -12,7 +12,7 @@ from test_distribution_updates import DMD
 
 from stepdistill.core import losses
 from stepdistill.core.schedule import DiscreteVP, Rectified
-from stepdistill.methods import dmd2, gan
+from stepdistill.methods import dmd2, finetune, gan
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.vsd import VSD
@@ -137,12 +137,10 @@ BUGS = {
     "fake score on the noise as target of x0": Bug(
         losses.denoising, "schedule.denoising_target(*est)", "est.x0", floor_dmd
     ),
-    "fake score told another time": Bug(dmd2.fake_loss, ", eps, t), t,", ", eps, t), t / 2,", floor_dmd),
+    "fake score told another time": Bug(finetune.score_matching_loss, ", eps, t), t,", ", eps, t), t / 2,", floor_dmd),
     "a flow's fake score on noise alone": Bug(Rectified.denoising_target, "eps - x0", "eps", floor_flow),
     "fake score trained through the student": Bug(TOWARDS, "x0 = x0.detach()", "pass", trained),
-    "fake score never trained": Bug(
-        TOWARDS, "loss = fake_loss(context, batch, x0)", "loss = 0 * fake_loss(context, batch, x0)", trained
-    ),
+    "fake score never trained": Bug(TOWARDS, "loss = score_matching_loss(", "loss = 0 * score_matching_loss(", trained),
     "student at every step": Bug(TOWARDS, "turn % self.critic_steps == 0", "True", COUNT),
     "no warm-up": Bug(TOWARDS, "step - self.warmup_steps", "step", COUNT),
     # simulation

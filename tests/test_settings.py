@@ -21,6 +21,7 @@ from stepdistill.core.random import step_generator
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.methods import reflow, vsd
+from stepdistill.methods.adapter import Assistant
 from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.base import Method
 from stepdistill.methods.boot import Boot
@@ -28,12 +29,12 @@ from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.feedback import Feedback
+from stepdistill.methods.finetune import FineTune
 from stepdistill.methods.gan import Gan, Ladd
 from stepdistill.methods.guided_lora import GuidedLora
 from stepdistill.methods.perflow import PeRFlow
 from stepdistill.methods.progressive import ProgressiveHalving
 from stepdistill.methods.pso_offline import PSOOffline
-from stepdistill.methods.pso_online import PSOOnline
 from stepdistill.methods.reflow import Lpips, Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.methods.reward import RewardTerm
@@ -101,6 +102,7 @@ OF_A_TERM = {
     "rewards__std": (0.3, "loss"),
 }
 EMA = {"ema_decay": (0.5, "roles")}
+FEW = Sampler((999.0, 749.0, 499.0, 249.0), eta=1.0)
 GUIDED = {"sampling_guidance_scale": (3.0, "sampler guidance")}
 CHANGES = [
     *changes(
@@ -207,21 +209,17 @@ CHANGES = [
         **GUIDED,
     ),
     *changes(
-        PSOOffline(sampling=Sampler((999.0, 749.0, 499.0, 249.0), eta=1.0)),
+        Assistant(sampling=FEW),
+        sampling=(Sampler((749.0, 399.0), eta=1.0), "loss"),
+        num_inference_steps=(10, "sampler"),
+        **EMA,
+    ),
+    *changes(FineTune(sampling=FEW), sampling=(Sampler((749.0, 399.0), eta=1.0), "sampler"), **EMA),
+    *changes(
+        PSOOffline(sampling=FEW),
         sampling=(Sampler((749.0, 399.0), eta=1.0), "sampler loss"),
         beta=(2.0, "loss"),
         kappa=(0.5, "loss"),
-        **EMA,
-    ),
-    *changes(
-        PSOOnline(sampling=Sampler((999.0, 749.0, 499.0, 249.0), eta=1.0), reward=Brightness(), std=0.7),
-        sampling=(Sampler((749.0, 99.0), eta=1.0), "sampler loss"),
-        reward=(Brightness(kappa=2.0), "rewards loss"),
-        beta=(2.0, "loss"),
-        clip_range=(None, "loss"),
-        temperature=(0.5, "loss"),
-        std=(0.3, "loss"),
-        held_out=(Brightness(kappa=3.0), "rewards"),
         **EMA,
     ),
     *changes(ProgressiveHalving(stage_steps=1), steps=((20, 10), "sampler roles loss"), stage_steps=(2, "roles loss")),
@@ -303,7 +301,6 @@ CHANGES = [
 ELSEWHERE = {
     "FlowGuided.lpips.divide": "refused: its one step starts at the share of noise 1",
     "DMD2.gan.max_time_probability": "refused: its student starts from its own steps",
-    "PSOOnline.labels": "refused: hard labels have no scale; what they do is in test_pso_online.py",
     "DMD2.rewards.slope": "of the anchor, which it does not have",
 }
 

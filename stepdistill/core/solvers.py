@@ -75,6 +75,13 @@ def check_starts(timesteps: Sequence[float] | None) -> None:
         raise ValueError(f"timesteps are {list(timesteps)}: expected descending timesteps, such as [999, 499]")
 
 
+def check_range(t_range: tuple[float, float]) -> None:
+    """Raise ValueError for a `t_range` that does not ascend."""
+    low, high = t_range
+    if not 0 <= low < high:
+        raise ValueError(f"t_range is {list(t_range)}: expected two ascending timesteps, such as [20, 980]")
+
+
 def student_starts(
     schedule: NoiseSchedule, timesteps: Sequence[float] | None, trained: int, steps: int | None
 ) -> tuple[float, ...]:

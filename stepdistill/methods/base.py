@@ -5,19 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.config.kinds import Decay
-from stepdistill.core.denoise import Condition, RoleDenoise
+from stepdistill.core.denoise import Condition, RoleDenoise, guided
 from stepdistill.core.random import step_generator
 from stepdistill.core.schedule import NoiseSchedule
-from stepdistill.core.solvers import Sampler, check_starts, student_starts
+from stepdistill.core.solvers import Sampler, check_starts, few_step, student_starts
 from stepdistill.data.base import GuidedState
 from stepdistill.networks.rewards.base import Reward
-from stepdistill.networks.roles import Ema, Lora, Role
+from stepdistill.networks.roles import TEACHER, Ema, Lora, Role
 
 
 class Update:
@@ -154,6 +154,8 @@ class Method(ABC):
         held_out: a reward that the student is never trained on, which scores it at each validation.
     """
 
+    use: ClassVar[Literal["sampling", "training"]] = "sampling"  # "training": the student is no model to draw with
+    takes_assistant: ClassVar[bool] = False  # whether `train.assistant` fits: not where a step of training samples
     guidance_scale: float | tuple[float, float] | None = field(init=False, default=None)
     sampling_guidance_scale: float | None = field(init=False, default=None)
     held_out: Reward | None = field(init=False, default=None)
@@ -257,7 +259,10 @@ class Tuning(Averaged):
             check_starts(self.sampling.timesteps)
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
-        """The few-step model's; other numbers of steps than its own are spaced evenly."""
+        return self.few_steps(schedule, steps)
+
+    def few_steps(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
+        """The few-step model's sampler; other numbers of steps than its own are spaced evenly."""
         if self.sampling is None:
             raise ValueError(
                 "sampling is none: expected how the few-step model is sampled, since it is trained at these times; set "
@@ -265,6 +270,16 @@ class Tuning(Averaged):
             )
         own = self.sampling.timesteps
         return replace(self.sampling, timesteps=student_starts(schedule, own, len(own), steps))
+
+    @torch.no_grad()
+    def own_samples(self, context: StepContext, batch: Batch) -> Tensor:
+        """Samples (B, C, H, W) of the few-step model for the prompts of the batch, each from a noise of its own."""
+        schedule, sampler = context.schedule, self.few_steps(context.schedule)
+        teacher = guided(context.denoiser(TEACHER), context.null, sampler.guidance_scale)
+        start = context.noise(batch, "sample start")
+        return few_step(
+            teacher, schedule, sampler, start, batch.cond, lambda k: context.noise(batch, f"sample again {k}")
+        )
 
 
 def check_effect(settings: Any, name: str, effective: bool, needs: str) -> None:  # noqa: ANN401
@@ -283,10 +298,3 @@ def check_steps(method: Any) -> None:  # noqa: ANN401
     times, steps = method.timesteps, method.num_inference_steps
     check_starts(times)
     check_effect(method, "num_inference_steps", times is None or len(times) == steps, "timesteps none")
-
-
-def check_range(t_range: tuple[float, float]) -> None:
-    """Raise ValueError for a `t_range` that does not ascend."""
-    low, high = t_range
-    if not 0 <= low < high:
-        raise ValueError(f"t_range is {list(t_range)}: expected two ascending timesteps, such as [20, 980]")

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from stepdistill.config.kinds import Amount, Count, Whole
 from stepdistill.core.denoise import Denoise, guided
-from stepdistill.core.losses import denoising, distance, surrogate
+from stepdistill.core.losses import distance, surrogate
 from stepdistill.core.schedule import NoiseSchedule, per_sample
-from stepdistill.core.solvers import Sampler, few_step, student_starts
+from stepdistill.core.solvers import Sampler, check_range, few_step, student_starts
 from stepdistill.methods.base import (
     Averaged,
     Batch,
@@ -26,9 +26,9 @@ from stepdistill.methods.base import (
     StepContext,
     Update,
     check_effect,
-    check_range,
     check_steps,
 )
+from stepdistill.methods.finetune import score_matching_loss
 from stepdistill.methods.gan import Gan, Ladd
 from stepdistill.methods.reward import RewardTerm, calibrated, reward_loss
 from stepdistill.networks.rewards.base import Reward
@@ -140,7 +140,7 @@ class DMD2(Averaged):
         else:
             with torch.no_grad():
                 x0 = student(x_t, t, batch.cond).x0
-        loss = fake_loss(context, batch, x0)
+        loss = score_matching_loss(context, batch, "fake", x0)
         if self.gan is None:
             yield Update("fake", loss)
         else:
@@ -197,14 +197,6 @@ def reached(
             taken=taken,
         )
     return x_t, per_sample(sampler.timesteps[taken], x_t)
-
-
-def fake_loss(context: StepContext, batch: Batch, x0: Tensor) -> Tensor:
-    """Denoising score matching of the fake score on the student's samples, at any time of the schedule."""
-    t = context.schedule.random_times(context.draw(batch, "fake t"), *context.schedule.span)
-    eps = context.noise(batch, "fake eps")
-    est = context.denoiser("fake")(context.schedule.add_noise(x0, eps, t), t, batch.cond)
-    return denoising(est, x0, eps, context.schedule)
 
 
 def normalised(x0: Tensor, fake: Tensor, real: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from stepdistill.config.kinds import Positive, Share
 from stepdistill.core.denoise import guided
 from stepdistill.core.losses import preference_loss, sample_distances
 from stepdistill.core.schedule import NoiseSchedule, expand
-from stepdistill.core.solvers import few_step
 from stepdistill.methods.base import Batch, StepContext, Tuning, Update
 from stepdistill.networks.roles import TEACHER
 
@@ -64,10 +63,7 @@ class PSOOffline(Tuning):
         t = starts[(context.draw(batch, "t") * len(starts)).long()]
         cond = {key: torch.cat([value, value]) for key, value in batch.cond.items()}
         with torch.no_grad():
-            start = context.noise(batch, "sample start")
-            own = few_step(
-                teacher, schedule, sampler, start, batch.cond, lambda k: context.noise(batch, f"sample again {k}")
-            )
+            own = self.own_samples(context, batch)
             pair, times, eps = torch.cat([batch.x0, own]), torch.cat([t, t]), torch.cat([eps, eps])
             first = expand(times == sampler.timesteps[0], pair)
             inputs = torch.where(first, eps, schedule.add_noise(pair, eps, times))

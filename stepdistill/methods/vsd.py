@@ -18,8 +18,8 @@ from stepdistill.config.kinds import Amount, Count, Place, Share, Whole
 from stepdistill.core.denoise import guided, without_prompt
 from stepdistill.core.losses import distance, surrogate
 from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
-from stepdistill.core.solvers import Sampler
-from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_range
+from stepdistill.core.solvers import Sampler, check_range
+from stepdistill.methods.base import Averaged, Batch, StepContext, Update
 from stepdistill.networks.clip import clip
 from stepdistill.networks.roles import TEACHER, Lora, Role
 

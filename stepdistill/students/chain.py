@@ -22,11 +22,10 @@ from stepdistill.networks.lora.read import lora_path
 from stepdistill.networks.lora.tensors import Lora
 from stepdistill.networks.pipeline_loras import check_fit
 from stepdistill.students.base_model import base_hash
-from stepdistill.students.contract import CONTRACT, Contract, Stage, is_multi, read_contract
+from stepdistill.students.contract import CONTRACT, LAST, Contract, Stage, is_multi, read_contract
 from stepdistill.students.load import folder_of
 
 logger = logging.getLogger(__name__)
-LAST = "last_lora.safetensors"
 
 
 def start_contract(source: str) -> Contract | None:
@@ -65,6 +64,32 @@ def start_lora(source: str, family: Family) -> Lora:
         todo = "fuse that LoRA into a pipeline, and take the pipeline as the teacher"
         raise StudentError(problem(got, f"a LoRA of the {family.network_name}", "a student trains no other part", todo))
     return {name: LayerLora(layer.down.float(), layer.up.float(), layer.alpha) for name, layer in lora.items()}
+
+
+def read_assistant(source: str, family: Family, start_from: str | None) -> Lora:
+    """The LoRA of a training assistant (student folder, hub id or LoRA file), without what it was trained on top of.
+
+    A warning is logged where it was trained for another few-step model than that of `start_from`.
+
+    Raises:
+        StudentError: it is a student to draw with, or no LoRA of this family.
+    """
+    contract = start_contract(source)
+    if contract is None:
+        return family.read_lora(source)
+    if contract.use != "training":
+        got, expected = f"train.assistant {source}, which is a student", "a training assistant, or a LoRA file"
+        why, todo = "the student would be trained beside itself", "name it in start_from, and train an assistant for it"
+        raise StudentError(problem(got, expected, why, todo))
+    before = stages(start_from) if start_from else ()
+    if [stage.sha256 for stage in before] != [stage.sha256 for stage in contract.start_from]:
+        logger.warning(
+            "the assistant in %s was trained for another few-step model than that of start_from: what it leaves "
+            "undone of the distillation, the fine-tuning will undo",
+            source,
+        )
+    alone = folder_of(source) / LAST
+    return family.read_lora(alone if alone.is_file() else source)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from stepdistill.networks.roles import AdapterArch
 
 CONTRACT = "distill_config.json"
 WEIGHTS = "pytorch_lora_weights.safetensors"
+LAST = "last_lora.safetensors"  # of a student trained on top of another: its own LoRA alone
 ADAPTERS = "guidance_adapters.safetensors"
 STUDENTS = "students"  # the subfolder of a folder of several students
 SCHEMA = 1
@@ -110,6 +111,7 @@ class Contract:
         schema_version: of this format; a folder with another version is refused.
         kind: what the folder holds: a LoRA, a whole network in a subfolder with the component's name, or guidance
             adapters.
+        use: `sampling`, or `training` for a training assistant, which is no model to draw with.
         method: class and hyper-parameters.
         start_from: the trainings before, the earliest first, whose LoRAs are part of `lora`; none for most students.
         base_model: hub id, absolute path, or name of a bundled teacher.
@@ -142,6 +144,7 @@ class Contract:
 
     schema_version: int = SCHEMA
     kind: Literal["lora", "full", "adapters"] = "lora"
+    use: Literal["sampling", "training"] = "sampling"
     method: dict[str, Any]
     start_from: tuple[Stage, ...] = ()
     base_model: str

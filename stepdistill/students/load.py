@@ -14,12 +14,12 @@ from stepdistill.data.routing import ROUTER
 from stepdistill.families.base import Family
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import Adapters, Ema
-from stepdistill.students.contract import ADAPTERS, CONTRACT, STUDENTS, WEIGHTS, is_multi
+from stepdistill.students.contract import ADAPTERS, CONTRACT, LAST, STUDENTS, WEIGHTS, is_multi
 from stepdistill.students.several import load_several
 from stepdistill.students.single import load_adapters, load_network, load_one, load_state, network_state
 
 # the files of a hub folder that loading needs
-PATTERNS = [CONTRACT, WEIGHTS, ADAPTERS, "scheduler/*", "unet/*", "transformer/*", ROUTER, f"{STUDENTS}/*"]
+PATTERNS = [CONTRACT, WEIGHTS, LAST, ADAPTERS, "scheduler/*", "unet/*", "transformer/*", ROUTER, f"{STUDENTS}/*"]
 
 
 def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_name: str = "student") -> Any:  # noqa: ANN401
@@ -35,7 +35,8 @@ def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_
         students the result is a `stepdistill.students.several.Students`: `load_student(pipe, folder)(prompts)`.
 
     Raises:
-        StudentError: there is no student, or it does not fit the pipeline.
+        StudentError: there is no student, or it does not fit the pipeline; or it is a training assistant, which is
+            loaded under the adapter name `assistant` only.
         ConfigError: the pipeline has a ControlNet, and it does not fit the student's network.
     """
     folder = folder_of(folder_or_hub_id)

@@ -19,7 +19,7 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.guidance_adapters import Attachment, GuidedCall, build
 from stepdistill.networks.lora.tensors import peft_state
 from stepdistill.networks.pipeline_loras import adapters_on, attach, same_keys, switch_on, target_keys
-from stepdistill.networks.roles import Adapters, Copy, Lora, LoraSpec
+from stepdistill.networks.roles import ASSISTANT, Adapters, Copy, Lora, LoraSpec
 from stepdistill.students.base_model import base_hash, controlnet_hash, name_of
 from stepdistill.students.contract import (
     ADAPTERS,
@@ -61,6 +61,10 @@ def in_memory(folder: Path, contract: Contract, family: Family) -> tuple[Diffusi
 def load_one(pipe: DiffusionPipeline, folder: Path, adapter_name: str) -> Any:  # noqa: ANN401
     """Load the student of a local folder; returns the same as `stepdistill.load_student`."""
     contract = read_contract(folder)
+    if contract.use == "training" and adapter_name != ASSISTANT:
+        why = "it turns a few-step model back into one of many steps, so that its few steps are blurred"
+        todo = f"set it as train.assistant; to load it all the same, pass adapter_name={ASSISTANT!r}"
+        raise StudentError(problem(f"{folder}, which is a training assistant", "a student to draw with", why, todo))
     family = teacher(contract)
     name = family.network_name
     if name not in pipe.components:

@@ -25,9 +25,10 @@ from stepdistill.networks.lora.tensors import A, B, peft_state
 from stepdistill.networks.roles import Adapters, Module
 from stepdistill.students.base_model import Base, absolute, base_of, name_of
 from stepdistill.students.card import write_card
-from stepdistill.students.chain import LAST, chained, stages, start_lora
+from stepdistill.students.chain import chained, stages, start_lora
 from stepdistill.students.contract import (
     ADAPTERS,
+    LAST,
     Contract,
     GuidanceAdapters,
     LoraWeights,
@@ -165,6 +166,7 @@ def _contract(
     arguments = TypeAdapter(type(stored)).dump_python(stored, mode="json")
     return Contract(
         kind=KINDS[type(weights)],
+        use=method.use,
         method=to_node(method, Method),
         base_model=stored.pretrained_teacher_model,
         base_hash=base.hashes,

@@ -16,17 +16,17 @@ from stepdistill.core.solvers import Sampler
 from stepdistill.data import Source, Stream, Trajectories, inside
 from stepdistill.data.made import TeacherMade
 from stepdistill.families.controlled import Controlled
-from stepdistill.methods.base import Method, Tuning
+from stepdistill.methods.base import Method
 from stepdistill.networks.lora.names import OUTSIDE
 from stepdistill.networks.lora.tensors import FAMILIES
-from stepdistill.networks.roles import Adapters, Copy, Ema, Lora
-from stepdistill.students.chain import start_lora
+from stepdistill.networks.roles import Copy, Ema, Lora
 from stepdistill.students.draw.call import teacher_call
 from stepdistill.students.lora.files import warn_of_ignored
 from stepdistill.students.proof import check_sampling
 from stepdistill.training.derivative import check_derivative
 from stepdistill.training.finish import load_reference, reference_file
 from stepdistill.training.folder import check_data_folders, check_output_dir
+from stepdistill.training.lora_checks import check_assistant, check_loras, check_start_from
 from stepdistill.training.recipe import Run
 from stepdistill.training.setup import Session
 
@@ -170,37 +170,6 @@ def check_export_formats(run: Run) -> None:
         warn_of_ignored([name for name in outside if any(f".{name}".endswith(f".{end}") for end in targets)])
 
 
-def check_loras(run: Run) -> None:
-    """The LoRAs that a run starts from are complete files of its family. A resumed run reads them later."""
-    if run.train.resume_from_checkpoint:
-        return
-    run.family.read_teacher_loras()
-    if run.start_from:
-        start_lora(run.start_from, run.family)
-    if run.lora.init_from and isinstance(run.method.roles().get("student"), Lora):
-        run.family.read_lora(run.lora.init_from)
-
-
-def check_start_from(run: Run) -> None:
-    """What is trained on top of `start_from` adds up with it, and is asked only what a few-step model knows."""
-    if run.start_from is None:
-        return
-    if isinstance(run.method.roles()["student"], Adapters):
-        got, why = f"start_from with {type(run.method).__name__}", "guidance adapters fit the weights of the base alone"
-        raise ConfigError(problem(got, "a method whose student is a LoRA", why, "remove start_from"))
-    if run.family.quantization is not None:
-        got, why = "start_from with family.quantization", "a LoRA cannot be added to quantized weights"
-        todo = "remove one of them, or write the fused network with `stepdistill convert --to fused` first"
-        raise ConfigError(problem(got, "one of the two", why, todo))
-    if not isinstance(run.method, Tuning):
-        logger.warning(
-            "start_from makes the few-step student the teacher of %s, which asks its teacher for many steps or for all "
-            "noise levels: the student was trained at its few ones. To go on training from the student, with the base "
-            "as the teacher, use lora.init_from",
-            type(run.method).__name__,
-        )
-
-
 def check_quantized_roles(run: Run) -> None:
     """A quantised base has no role that is a network of its own."""
     copies = [name for name, role in run.method.roles().items() if isinstance(role, Copy)]
@@ -288,6 +257,6 @@ def check_teacher(run: Run) -> None:
 
 CHECKS: tuple[Callable[[Run], None], ...] = (
     *(check_teacher, check_cache_dir, check_scheduler, check_sharding, check_data, check_control, check_reference_file),
-    *(check_export_formats, check_loras, check_output_dir, check_data_folders, check_quantized_roles),
-    *(check_start_from, check_roles, check_attention, check_guidance_scale, check_held_out, check_unused),
+    *(check_export_formats, check_loras, check_start_from, check_assistant, check_output_dir, check_data_folders),
+    *(check_quantized_roles, check_roles, check_attention, check_guidance_scale, check_held_out, check_unused),
 )

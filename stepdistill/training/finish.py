@@ -28,6 +28,7 @@ from stepdistill.evaluation.results import document, protocol_facts
 from stepdistill.evaluation.spec import SEED_B
 from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.networks import sharding
+from stepdistill.networks.roles import ASSISTANT
 from stepdistill.students.card import write_card
 from stepdistill.students.contract import read_contract
 from stepdistill.students.draw.call import PipelineCall, generate, student_calls, teacher_call
@@ -88,7 +89,7 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
         teacher_call(run.family, teacher, n, run.teacher_guidance_scale, f"teacher, {n} steps")
         for n in (FEW, spec.teacher_steps)
     )
-    load_student(plain, out)
+    load_student(plain, out, "student" if run.method.use == "sampling" else ASSISTANT)
     trained = len(run.method.sampler(run.family.schedule(teacher.scheduler)).timesteps)
     counts = sorted({trained, FEW, 2, 1}, reverse=True)
     rows = list(student_calls(run.family, run.method, teacher, counts).values())

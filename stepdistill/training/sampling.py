@@ -12,7 +12,7 @@ from torch import Tensor
 from stepdistill.core.denoise import guided, with_scale
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import VALIDATION, fresh_noise, noise_of
-from stepdistill.core.solvers import few_step
+from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.evaluation.metrics.straightness import paths
 from stepdistill.methods.base import Tuning
 from stepdistill.networks.roles import TEACHER
@@ -35,13 +35,13 @@ def _noise(session: Session, seed: int, ids: Iterable[int]) -> Tensor:
 @torch.no_grad()
 def sample_student(session: Session, prompts: list[str], ids: Sequence[int]) -> Tensor:
     """The student's latents under its contract; row i starts from the noise of `ids[i]`."""
-    return _sample_few(session, session.run.method.student_role(), prompts, ids)
+    method = session.run.method
+    return _sample_few(session, method.student_role(), method.sampler(session.context(0).schedule), prompts, ids)
 
 
-def _sample_few(session: Session, role: str, prompts: list[str], ids: Sequence[int]) -> Tensor:
-    """Latents of a role under the student's contract."""
+def _sample_few(session: Session, role: str, sampler: Sampler, prompts: list[str], ids: Sequence[int]) -> Tensor:
+    """Latents of a role under a sampler."""
     context, seed = session.context(0), session.run.train.validation_seed
-    sampler = session.run.method.sampler(context.schedule)
     denoise = guided(session.denoiser(role), context.null, sampler.guidance_scale)
     denoise = with_scale(denoise, sampler.adapter_scale)
 
@@ -62,8 +62,9 @@ def sample_teacher(session: Session, prompts: list[str], ids: Sequence[int]) -> 
     In `train.teacher_steps`, or the next smaller number that divides 1,000, the length of the usual table. A few-step
     model that is tuned takes its own steps.
     """
-    if isinstance(session.run.method, Tuning):
-        return _sample_few(session, TEACHER, prompts, ids)
+    method = session.run.method
+    if isinstance(method, Tuning):
+        return _sample_few(session, TEACHER, method.few_steps(session.context(0).schedule), prompts, ids)
     spec = session.run.train
     steps = max(n for n in range(1, spec.teacher_steps + 1) if 1000 % n == 0)
     noise = validation_noise(session, ids)

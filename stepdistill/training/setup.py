@@ -30,7 +30,7 @@ from stepdistill.networks.pipeline_loras import assist
 from stepdistill.networks.sharding import ShardedNetwork
 from stepdistill.students.base_model import Base, base_of
 from stepdistill.students.card import warn_of_licence
-from stepdistill.students.chain import fuse_start, stages
+from stepdistill.students.chain import fuse_start, read_assistant, stages
 from stepdistill.training.batches import Batches
 from stepdistill.training.cache.keys import Keys, family_keys
 from stepdistill.training.launcher import DTYPES, check_launcher
@@ -177,7 +177,7 @@ def session_of(run: Run, accelerator: Accelerator, parts: LazyPipeline, base: Ba
     places = family.sites(net), family.taps(net)
     backbone = Backbone(net, run.lora, targets, family.tap(net), run.train.seed, family.narrow, *places)
     if run.train.assistant:
-        lora = family.read_lora(run.train.assistant)
+        lora = read_assistant(run.train.assistant, family, run.start_from)
         assist(backbone, lora, family.network_name, run.train.assistant)
     batches = Batches(parts, run.train, keys, accelerator.device)
     return Session(run, accelerator, pipe, base, dtype, backbone, batches, run.method)
