@@ -27,6 +27,8 @@ import dmd2_plain as plain
 import guidance_step as guidance
 import lcm_quality as quality
 import lora_pass
+import scm_step
+from harness import interleaved
 from tables import render
 
 from stepdistill.core.denoise import guided, with_scale
@@ -209,6 +211,23 @@ def test_a_step_with_adapters_is_one_call_on_half_the_rows():
     assert line["name"] == "guidance_step" and {"time_ratio", "tiny"} < line.keys()
     assert line["calls"] == dict.fromkeys(guidance.SIDES, 1) and line["rows"] == {"two passes": 4, "adapters": 2}
     assert line["extra_parameters"] == pytest.approx(share, abs=1e-4)
+
+
+def test_the_methods_sides_take_the_calls_of_their_updates():
+    setup = replace(CYCLE, batch=2, checkpointing=False)
+    sides = {name: scm_step.make(method, setup) for name, method in scm_step.METHODS.items()}
+    rows = scm_step.figures(interleaved(sides, 0, 1), setup)
+    dmd2 = rows.pop("DMD2")  # as many calls as there are steps before the one that is drawn
+    assert 2 + 3 / 5 <= dmd2["calls"] <= 5 + 3 / 5
+    assert {name: (row["calls"], row["rows"]) for name, row in rows.items()} == {
+        "LCM": (3, 4),
+        "sCM": (3, 4),
+        "sCM by difference": (3, 5),
+        "SANA-Sprint": (7, 8),
+        "SANA-Sprint by difference": (7, 9),
+        "BOOT": (4, 7),
+    }
+    assert rows["LCM"]["ratio"] == [1, 1, 1]
 
 
 def test_both_sides_of_a_guided_step_are_what_the_library_computes():

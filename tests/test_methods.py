@@ -23,6 +23,7 @@ from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.feedback import Feedback
 from stepdistill.methods.gan import Ladd
+from stepdistill.methods.pso_online import PSOOnline
 from stepdistill.methods.reward import RewardTerm
 from stepdistill.networks.rewards.white_border import WhiteBorder
 from stepdistill.networks.roles import Ema, LoraSpec
@@ -67,6 +68,8 @@ def quick(kind: type[Method]) -> Method:
     method = kind()
     if isinstance(method, Tuning):
         method = replace(method, sampling=Sampler((999.0, 499.0), eta=1.0))
+    if isinstance(method, PSOOnline):
+        return replace(method, reward=WhiteBorder())
     if isinstance(method, Feedback):
         return replace(method, rewards=(RewardTerm(reward=WhiteBorder()),))
     if isinstance(method, DisBack):

@@ -35,6 +35,7 @@ from stepdistill.methods.guided_lora import GuidedLora
 from stepdistill.methods.perflow import PeRFlow
 from stepdistill.methods.progressive import ProgressiveHalving
 from stepdistill.methods.pso_offline import PSOOffline
+from stepdistill.methods.pso_online import PSOOnline
 from stepdistill.methods.reflow import Lpips, Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.methods.reward import RewardTerm
@@ -222,6 +223,17 @@ CHANGES = [
         kappa=(0.5, "loss"),
         **EMA,
     ),
+    *changes(
+        PSOOnline(sampling=Sampler((999.0, 749.0, 499.0, 249.0), eta=1.0), reward=Brightness(), std=0.7),
+        sampling=(Sampler((749.0, 99.0), eta=1.0), "sampler loss"),
+        reward=(Brightness(kappa=2.0), "rewards loss"),
+        beta=(2.0, "loss"),
+        clip_range=(None, "loss"),
+        temperature=(0.5, "loss"),
+        std=(0.3, "loss"),
+        held_out=(Brightness(kappa=3.0), "rewards"),
+        **EMA,
+    ),
     *changes(ProgressiveHalving(stage_steps=1), steps=((20, 10), "sampler roles loss"), stage_steps=(2, "roles loss")),
     *changes(
         Reflow(),
@@ -301,6 +313,7 @@ CHANGES = [
 ELSEWHERE = {
     "FlowGuided.lpips.divide": "refused: its one step starts at the share of noise 1",
     "DMD2.gan.max_time_probability": "refused: its student starts from its own steps",
+    "PSOOnline.labels": "refused: hard labels have no scale; what they do is in test_pso_online.py",
     "DMD2.rewards.slope": "of the anchor, which it does not have",
 }
 

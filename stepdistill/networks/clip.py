@@ -18,6 +18,8 @@ from stepdistill.core.pixels import resized_square
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
 
 def pretrained(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
     """A model in float32 and eval mode; transformers draws the weights that a folder lacks at random."""
@@ -39,6 +41,12 @@ def pretrained(kind: type[PreTrainedModel], name: str) -> PreTrainedModel:
             )
         )
     return net.float().eval().requires_grad_(False)
+
+
+def clip_normalized(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], less the mean and over the standard deviation of OpenAI's CLIP."""
+    mean, std = (images.new_tensor(value).reshape(3, 1, 1) for value in (CLIP_MEAN, CLIP_STD))
+    return (images - mean) / std
 
 
 class Clip:
