@@ -15,7 +15,7 @@ from stepdistill.core.files import file_digest
 from stepdistill.core.pixels import resized_square
 from stepdistill.networks.clip import clip_digest, clip_normalized, pretrained
 from stepdistill.networks.rewards.base import Reward, Score
-from stepdistill.networks.rewards.weights import linear, renamed, tensors_of
+from stepdistill.networks.rewards.weights import linear, renamed, weights_in
 
 HEADS = (  # of v2, of v1 beside its CLIP, and of v1 alone
     (r"(?:mlp\.)?layers\.(\d+)\.(weight|bias)", r"\1.\2"),
@@ -57,7 +57,7 @@ class Aesthetic(Reward):
         from transformers import CLIPVisionModelWithProjection
 
         network: Any = pretrained(CLIPVisionModelWithProjection, self.pretrained_clip_model)
-        with tensors_of(self.weights) as tensors:
+        with weights_in(self.weights) as tensors:
             head = renamed(tensors, HEADS)
             vector, bias = (part.to(device) for part in linear(head))
             if len(vector) != network.config.projection_dim:

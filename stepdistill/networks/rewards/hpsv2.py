@@ -16,7 +16,7 @@ from stepdistill.config.kinds import Place
 from stepdistill.core.files import file_digest
 from stepdistill.networks.clip import clip_normalized
 from stepdistill.networks.rewards.base import Reward, Score
-from stepdistill.networks.rewards.weights import depth_of, network_of, renamed, tensors_of
+from stepdistill.networks.rewards.weights import depth_of, network_of, renamed, weights_in
 
 SIDE, PATCH, HEADS = 224, 14, 16  # pixels, pixels, attention heads of both towers of a ViT-H/14
 PLACES = "text_model.embeddings.position_embedding.weight"  # one for each token of a prompt
@@ -75,7 +75,7 @@ class HPSv2(Reward):
         from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-        with tensors_of(self.weights) as theirs:
+        with weights_in(self.weights) as theirs:
             tensors = clip_tensors(theirs)
             config = CLIPConfig(**_shapes(tensors, tokenizer.eos_token_id))
             network = network_of(CLIPModel, config, tensors).to(device)

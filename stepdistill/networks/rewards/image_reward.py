@@ -16,7 +16,7 @@ from stepdistill.core.files import file_digest
 from stepdistill.core.pixels import resized_square
 from stepdistill.networks.clip import clip_normalized
 from stepdistill.networks.rewards.base import Reward, Score
-from stepdistill.networks.rewards.weights import depth_of, linear, network_of, renamed, tensors_of
+from stepdistill.networks.rewards.weights import depth_of, linear, network_of, renamed, weights_in
 
 HEAD = 64  # numbers of an attention head, in both networks
 TOKENS = 35  # of a prompt
@@ -61,7 +61,7 @@ class ImageReward(Reward):
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-        with tensors_of(self.weights) as tensors:
+        with weights_in(self.weights) as tensors:
             vision, text = renamed(tensors, VISION), renamed(tensors, TEXT)
             config, side = _eyes(vision)
             eyes = network_of(BlipVisionModel, BlipVisionConfig(**config), vision).to(device)
@@ -70,7 +70,8 @@ class ImageReward(Reward):
             )
             head = linear(renamed(tensors, [(r"mlp\.layers\.(\d+)\.(\w+)", r"\1.\2")]))
         vector, bias = (part.to(device) for part in head)
-        eyes.to(device), reader.to(device)
+        eyes.to(device)
+        reader.to(device)
 
         def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
             fill = {"padding": "max_length", "truncation": True, "max_length": TOKENS}

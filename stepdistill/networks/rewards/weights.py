@@ -22,7 +22,7 @@ TODO = "see docs/guides/rewards.md for where it is, and for how to convert a pic
 
 
 @contextmanager
-def tensors_of(place: str) -> Iterator[dict[str, Tensor]]:
+def weights_in(place: str) -> Iterator[dict[str, Tensor]]:
     """The tensors of a safetensors file in float32, as long as a network is made of them. No pickle is read.
 
     Raises:
