@@ -35,8 +35,10 @@ from stepdistill.training.watch import rules
 from stepdistill.training.watch.rules import Yardstick
 from tables.benchmark import N, Results, data_features, figures, places, prompts, reference
 from tables.control import measure_control
+from tables.feedback import measure_feedback
 from tables.guidance import measure_guidance
 from tables.hybrid import measure_hybrid
+from tables.hyper_sd import measure_hyper_sd
 from tables.lcm_study import measure_lcm
 from tables.matrix import measure_families
 from tables.memory_at_size import cycle_of, figures_of_cycle
@@ -256,6 +258,8 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "guidance": measure_guidance,
     "negative": measure_negative,
     "control": measure_control,
+    "feedback": measure_feedback,
+    "hyper_sd": measure_hyper_sd,
     "hybrid": measure_hybrid,
     "lcm_study": measure_lcm,
     "time": measure_time,

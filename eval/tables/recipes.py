@@ -43,8 +43,9 @@ def trained(file: Path) -> Path:
 
 def warm_start(run: Run) -> None:
     """Train the student that a run starts from, where a table's config makes it and it is missing."""
-    for other in CONFIGS.glob("*/*.yaml"):
-        if run.lora.init_from and load_config(Run, other, []).train.output_dir == run.lora.init_from:
+    starts = {run.lora.init_from, run.start_from} - {None}
+    for other in CONFIGS.glob("*/*.yaml") if starts else ():
+        if load_config(Run, other, []).train.output_dir in starts:
             trained(other)
 
 
