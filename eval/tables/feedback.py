@@ -50,7 +50,7 @@ from tables.recipes import recipes, seconds, trained, warm_start
 
 CPU = torch.device("cpu")
 WHITE = WhiteBorder()
-WHITE_ENOUGH = 0.9  # of the border, for an image that offline PSO moves to
+WHITE_ENOUGH = 0.7  # of the border, for an image that offline PSO moves to
 BEFORE = "before"
 RISES = (1.0, 2.0)  # of the log-odds of a white border, which PSO's beta is set for
 STARTS, AGAIN = 256, 8  # starting noises, and images of each
