@@ -130,6 +130,9 @@ def test_the_export_is_one_lora_and_the_last_one_alone(name, place, tmp_path):
     assert contract.sampler() == before.sampler() and contract.base_hash == before.base_hash
     assert [stage.method for stage in contract.start_from] == [before.method]
     assert verify_student(out) < 1e-4
+    card = (out / "README.md").read_text()
+    assert "on top of a student of `Consistency`" in card and LAST in card
+    assert LAST not in (first / "README.md").read_text()
     family = family_of(place, name)
     both, one, last = (family.read_lora(file) for file in (out, first, out / LAST))
     assert both.keys() == one.keys() == last.keys()

@@ -42,7 +42,10 @@ TEMPLATE = """\
 ```python
 {{ snippet }}
 ```
-{% if lora %}
+{% if stages %}
+The student was trained on top of {{ stages }}, and the file includes both. `last_lora.safetensors` is what was trained
+last, alone. Beside the LoRA that it was trained on, it can have a strength of its own.
+{% endif %}{% if lora %}
 `pytorch_lora_weights.safetensors` is for Diffusers and programs built on it. Do not load it in ComfyUI, which ignores
 its alpha and some of its layers without an error. Use a file that ends in `_comfyui.safetensors`, or write one:
 `stepdistill convert FOLDER OUT.safetensors --to comfyui`.
@@ -129,6 +132,7 @@ def write_card(folder: Path, contract: Contract, address: str | None = None) -> 
         **_base(contract),
         steps=f"{n} step{'s' * (n > 1)}",
         what="A network" if contract.network and contract.network.fused else WHAT[contract.kind],
+        stages=_stages(contract),
         lora=contract.kind == "lora" and layout in FAMILIES["comfyui"],
         loader="stepdistill" if contract.adapters else "plain Diffusers",
         method=str(contract.method["type"]).rpartition(".")[2],
@@ -199,6 +203,16 @@ def _rows(contract: Contract) -> list[tuple[str, str]]:
         ("resolution", f"{width} x {height} pixels"),
         ("training precision", contract.dtype),
     ]
+
+
+def _stages(contract: Contract) -> str:
+    """The trainings before, such as "a student of `Consistency`"; nothing where there are none."""
+    kinds = [
+        f"a student of `{stage.method['type'].rpartition('.')[2]}`" for stage in contract.start_from if stage.method
+    ]
+    if len(kinds) < len(contract.start_from):  # the first has no contract
+        kinds.insert(0, f"the LoRA `{Path(contract.start_from[0].source).name}`")
+    return " and ".join(kinds)
 
 
 def _range(contract: Contract) -> list[tuple[str, str]]:
