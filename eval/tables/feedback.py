@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from stepdistill.core.random import noise_of
 from stepdistill.core.solvers import few_step
 from stepdistill.data import ImageFolder
 from stepdistill.evaluation.metrics.jackknife import mean_interval, ratio_of_means
-from stepdistill.evaluation.spec import SEED_B
+from stepdistill.evaluation.spec import SEED_A, SEED_B
 from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.families.base import Family
 from stepdistill.networks.denoiser import Denoiser
@@ -40,7 +40,7 @@ from stepdistill.networks.pipeline_loras import fuse_loras
 from stepdistill.networks.rewards.custom import Custom
 from stepdistill.networks.rewards.white_border import WhiteBorder
 from stepdistill.students.contract import CONTRACT, read_contract
-from stepdistill.students.draw.call import PipelineCall, generate
+from stepdistill.students.draw.call import PipelineCall, generate, teacher_call
 from stepdistill.students.load import load_student
 from stepdistill.students.single import in_memory
 from stepdistill.training.distill import distill
@@ -53,6 +53,7 @@ WHITE = WhiteBorder()
 WHITE_ENOUGH = 0.7  # of the border, for an image that offline PSO moves to
 BEFORE = "before"
 RISES = (1.0, 2.0)  # of the log-odds of a white border, which PSO's beta is set for
+ONE_STEP, SHRINK = 512, 0.1  # images in one step, and share of the mean variance that is added to all
 STARTS, AGAIN = 256, 8  # starting noises, and images of each
 
 
@@ -67,21 +68,29 @@ def measure_feedback(name: str, results: Results, work: Path, rows: Sequence[str
         ref, before = reference(name, run, work), Path(run.start_from)
         if isinstance(run.data, ImageFolder) and not Path(run.data.train_data_dir).exists():
             white_images(name, run, Path(run.data.train_data_dir))
-        results.once(f"{name}/{BEFORE}", partial(scored, run.family, before, ref), start=before.name)
+        judge = partial(scored, run.family, ref, cache(partial(quality, run.family, ref)))
+        results.once(f"{name}/{BEFORE}", partial(judge, before), start=before.name)
         out = trained(file)
         facts = {"config": config_digest(run), "train_steps": run.train.max_train_steps}
         facts |= {"train_seconds": round(seconds(out))}
-        results.once(f"{name}/{method}", partial(scored, run.family, out, ref), **facts)
+        results.once(f"{name}/{method}", partial(judge, out), **facts)
     for rise in RISES if not rows or "binary" in rows else ():
         measure_rise(name, rise, results, work)
 
 
-def scored(family: Family, folder: Path, ref: StoredFeatures, call: PipelineCall | None = None) -> dict[str, Any]:
+def scored(
+    family: Family,
+    ref: StoredFeatures,
+    held_out: Callable[[], Callable[[Tensor], Tensor]],
+    folder: Path,
+    call: PipelineCall | None = None,
+) -> dict[str, Any]:
     """Rewards, fine detail, distance and diversity of a student's images, in its contract's steps or by `call`."""
     images, cost = drawn_by(family, folder, ref, call)
-    row = judged(extractor()(images), cost, ref)
-    scores = {"reward": whiteness(images, ref.prompts), "held_out": quality(images)}
-    for key, values in (scores | {"detail": high_frequency(images.float() / 255)}).items():
+    features = extractor()(images)
+    row, detail = judged(features, cost, ref), high_frequency(images.float() / 255)
+    scores = {"reward": whiteness(images, ref.prompts), "held_out": held_out()(features), "detail": detail}
+    for key, values in scores.items():
         mean = mean_interval(values)
         row |= {key: mean.value, f"{key}_ci95": [mean.low, mean.high]}
     return row
@@ -96,6 +105,23 @@ def drawn_by(
     fuse_loras(pipe)  # the same student in two thirds of the time
     call = call or PipelineCall(folder.name, pipe.scheduler, arguments, family)
     return generate(pipe, call, ref.prompts, SEED_B, progress=True)
+
+
+def quality(family: Family, ref: StoredFeatures) -> Callable[[Tensor], Tensor]:
+    """A reward that nobody trains on: whether features (N, D) are the teacher's at full steps, or in one step.
+
+    Fisher's linear discriminant of the two, with a shrunken covariance: the mean is 1 for the former and -1 for the
+    latter, on the features that it is made of.
+    """
+    pipe = family.load()
+    call = teacher_call(family, pipe, 1, float(ref.facts["teacher_guidance_scale"]), "teacher, 1 step")
+    good = ref.features["reference"].double()
+    bad = extractor()(generate(pipe, call, ref.prompts[:ONE_STEP], SEED_A, progress=True)[0]).double()
+    spread = sum(torch.cov(each.T) for each in (good, bad)) / 2
+    spread += SHRINK * spread.diag().mean() * torch.eye(len(spread))
+    direction = torch.linalg.solve(spread, good.mean(0) - bad.mean(0))
+    low, high = ((each @ direction).mean() for each in (bad, good))
+    return lambda features: (2 * (features.double() @ direction - low) / (high - low) - 1).float()
 
 
 def whiteness(images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from stepdistill.config.dump import config_digest
@@ -11,7 +11,7 @@ from stepdistill.config.load import load_config
 from stepdistill.students.draw.call import student_call
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, reference
-from tables.feedback import scored
+from tables.feedback import quality, scored
 from tables.recipes import CONFIGS, seconds, trained
 
 STAGES = {"tscd": "distribution", "feedback": "hyper_sd", "one_step": "hyper_sd"}  # and where their configs are
@@ -24,6 +24,7 @@ def measure_hyper_sd(name: str, results: Results, work: Path, rows: Sequence[str
         return
     first = load_config(Run, CONFIGS / STAGES["tscd"] / "tiny_sd_tscd.yaml", [])
     ref, taken = reference(name, first, work), 0.0
+    judge = partial(scored, first.family, ref, cache(partial(quality, first.family, ref)))
     for stage, table in STAGES.items():
         file = CONFIGS / table / f"tiny_sd_{stage}.yaml"
         out, config = trained(file), config_digest(load_config(Run, file, []))
@@ -31,4 +32,4 @@ def measure_hyper_sd(name: str, results: Results, work: Path, rows: Sequence[str
         for steps in COUNTS if not rows or stage in rows else ():
             call = student_call(first.family, first.method, first.family.load(), steps)
             facts = {"config": config, "train_seconds": round(taken), "steps": steps}
-            results.once(f"{name}/{stage}/{steps}", partial(scored, first.family, out, ref, call), **facts)
+            results.once(f"{name}/{stage}/{steps}", partial(judge, out, call), **facts)
