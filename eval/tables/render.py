@@ -193,6 +193,47 @@ def _control(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
+def _feedback(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line a student: what is trained, what is held out, and what may be lost. Then the rises of a reward of 0 or 1."""
+    lines = ["| | reward [95 %] | held-out [95 %] | excess [95 %] | diversity | fine detail | trained |"]
+    lines += ["| --- " * 7 + "|"]
+    for key in sorted(rows, key=lambda key: (key.split("/")[0], not key.endswith("/before"))):
+        if "held_out" in (row := rows[key]):
+            detail = row["detail"] / rows[f"{key.split('/')[0]}/before"]["detail"]
+            taken = f"{row['train_steps']} steps, {row['train_seconds'] / 60:.1f} min" if "train_steps" in row else ""
+            cells = [*(_span(row, name, 3) for name in ("reward", "held_out")), _excess(row), f"{row['diversity']:.2f}"]
+            lines.append(f"| {key.replace('/', ': ')} | {' | '.join(cells)} | {detail:.2f} | {taken} |")
+    lines += ["", "| share with a white border, % [95 %] | before | optimum | trained | rise reached |"]
+    lines += ["| --- " * 5 + "|"]
+    for key, row in rows.items():
+        if "reached" in row:
+            cells = [_span(row, name, 1, 100) for name in ("before", "wanted", "after")]
+            lines.append(f"| {key.replace('/', ': ')} | {' | '.join(cells)} | {_span(row, 'reached', 2)} |")
+    return "\n".join(lines)
+
+
+def _span(row: Mapping[str, Any], name: str, digits: int, unit: float = 1.0) -> str:
+    value, low, high = (unit * each for each in (row[name], *row[f"{name}_ci95"]))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _hyper_sd(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    counts = sorted({row["steps"] for row in rows.values()})
+    heads = [f"{n} step{'s' * (n > 1)}" for n in counts]
+    lines = []
+    for title, cell in (
+        ("excess [95 %]", _excess),
+        ("reward [95 %]", partial(_span, name="reward", digits=3)),
+        ("held-out [95 %]", partial(_span, name="held_out", digits=3)),
+    ):
+        lines += ["", f"| {title} | {' | '.join(heads)} | training so far |", "| --- " * (len(heads) + 2) + "|"]
+        for stage in dict.fromkeys(key.rpartition("/")[0] for key in rows):
+            cells = [rows[f"{stage}/{n}"] for n in counts]
+            name, taken = stage.replace("/", ": "), f"{cells[0]['train_seconds'] / 60:.1f} min"
+            lines.append(f"| {name} | {' | '.join(cell(each) for each in cells)} | {taken} |")
+    return "\n".join(lines[1:])
+
+
 def _signed(value: float, span: Sequence[float]) -> str:
     return f"{value:+.3f} [{span[0]:+.3f}, {span[1]:+.3f}]"
 
@@ -275,6 +316,8 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "hybrid": _hybrid,
     "transfer": _transfer,
     "control": _control,
+    "feedback": _feedback,
+    "hyper_sd": _hyper_sd,
     "memory": _memory,
     "lcm_quality": _lcm_quality,
     "lcm_study": _lcm_study,
