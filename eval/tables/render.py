@@ -194,7 +194,7 @@ def _control(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _feedback(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line a student: what is trained, what is held out, and what may be lost. Then the rises of a reward of 0 or 1."""
+    """A line a student: what is trained, what is held out, what may be lost. Then the rises of a reward of 0 or 1."""
     lines = ["| | reward [95 %] | held-out [95 %] | excess [95 %] | diversity | fine detail | trained |"]
     lines += ["| --- " * 7 + "|"]
     for key in sorted(rows, key=lambda key: (key.split("/")[0], not key.endswith("/before"))):
