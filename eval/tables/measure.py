@@ -43,6 +43,7 @@ from tables.lcm_study import measure_lcm
 from tables.matrix import measure_families
 from tables.memory_at_size import cycle_of, figures_of_cycle
 from tables.negative import measure_negative
+from tables.new_images import measure_new_images
 from tables.recipes import recipes, seconds, step_seconds, trained, warm_start
 from tables.render import EARLY, STEPS
 from tables.transfer import measure_transfer
@@ -260,6 +261,7 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "control": measure_control,
     "feedback": measure_feedback,
     "hyper_sd": measure_hyper_sd,
+    "new_images": measure_new_images,
     "hybrid": measure_hybrid,
     "lcm_study": measure_lcm,
     "time": measure_time,

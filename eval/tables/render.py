@@ -212,6 +212,23 @@ def _feedback(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _new_images(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line a model, with the share of its few-step advantage that fine-tuning took."""
+    lines = ["| distance to drawings, over their own [95 %] | | steps | diversity | advantage lost | trained |"]
+    lines += ["| --- " * 6 + "|"]
+    for key, row in rows.items():
+        name, _, label = key.partition("/")
+        before, plain = (rows[f"{name}/{other}"]["excess"] for other in ("before", "teacher, few"))
+        trained = "train_seconds" in row
+        lost = f"{(row['excess'] - before) / (plain - before):.0%}" if trained else ""
+        taken = f"{row['train_seconds'] / 60:.1f} min" if trained else ""
+        if "assistant_seconds" in row:
+            taken += f", and {row['assistant_seconds'] / 60:.1f} of the assistant"
+        cells = [f"{row['calls']:.0f}", f"{row['diversity']:.2f}", lost, taken]
+        lines.append(f"| {name}: {label} | {_excess(row)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _span(row: Mapping[str, Any], name: str, digits: int, unit: float = 1.0) -> str:
     value, low, high = (unit * each for each in (row[name], *row[f"{name}_ci95"]))
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -318,6 +335,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "control": _control,
     "feedback": _feedback,
     "hyper_sd": _hyper_sd,
+    "new_images": _new_images,
     "memory": _memory,
     "lcm_quality": _lcm_quality,
     "lcm_study": _lcm_study,
