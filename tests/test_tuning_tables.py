@@ -1,0 +1,131 @@
+"""The tables of tuning: their held-out score, the optimum of a reward of 0 or 1, their images, and their pages."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tables import feedback, new_images, render
+from tables.recipes import recipes
+
+from stepdistill.config.load import load_config
+from stepdistill.data import ImageFolder
+from stepdistill.evaluation.stored_features import StoredFeatures
+from stepdistill.families.sd import StableDiffusion
+from stepdistill.training.recipe import Run
+
+FAMILY = StableDiffusion(pretrained_teacher_model="tiny-sd")
+
+
+def test_the_held_out_score_tells_full_steps_from_one(monkeypatch):
+    torch.manual_seed(0)
+    mix = torch.randn(8, 8)  # so that the direction of the means alone is not the best one
+    good, bad, fresh = (torch.randn(400, 8) @ mix + shift for shift in (1.0, -1.0, 1.0))
+    monkeypatch.setattr(feedback, "teacher_call", lambda *_: None)
+    monkeypatch.setattr(feedback, "generate", lambda *_, **__: (None, None))
+    monkeypatch.setattr(feedback, "extractor", lambda: lambda _: bad)
+    facts = {"teacher_guidance_scale": "7.5"}
+    score = feedback.quality(FAMILY, StoredFeatures({"reference": good}, ["rose"] * 400, facts))
+    assert score(good).mean() == pytest.approx(1, abs=1e-4) and score(bad).mean() == pytest.approx(-1, abs=1e-4)
+    assert score(fresh).mean() == pytest.approx(1, abs=0.2)
+    plain = (good.mean(0) - bad.mean(0)).double()
+    apart = (score(good).mean() - score(bad).mean()) / score(good).std()
+    assert apart > 1.2 * ((good.mean(0) - bad.mean(0)) @ plain.float() / (good @ plain.float()).std())
+
+
+@pytest.mark.parametrize(("share", "reached"), [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
+def test_the_optimum_raises_the_log_odds_of_every_noise(monkeypatch, tmp_path, share, reached):
+    p, rise = torch.linspace(0.05, 0.95, 40), 1.5
+    wanted = 1 / (1 + (1 - p) / p * math.exp(-rise))
+    made = {"before": p, "after": p + share * (wanted - p)}
+    monkeypatch.setattr(feedback, "whites", lambda family, folder: made[folder.name])
+    (tmp_path / "after").mkdir()
+    (tmp_path / "after" / "distill_config.json").write_text("{}")
+    train = SimpleNamespace(output_dir=str(tmp_path / "after"), max_train_steps=1)
+    run: Any = SimpleNamespace(train=train, start_from="before", family=FAMILY)
+    row = feedback.risen(run, rise)
+    assert row["wanted"] == pytest.approx(wanted.mean().item()) and row["before"] == pytest.approx(0.5)
+    assert row["reached"] == pytest.approx(reached, abs=1e-6)
+
+
+@pytest.mark.parametrize("rise", [1.0, 2.0])
+def test_pso_has_the_beta_of_its_rise(rise, tmp_path, monkeypatch):
+    """`p ~ p_before exp(D r / (beta temperature std))`: a reward that differs by 1 is worth `rise` nats."""
+    runs = []
+    monkeypatch.setattr(feedback, "risen", lambda run, rise: runs.append(run) or {})
+
+    @dataclass
+    class Kept:
+        def once(self, key, make, **facts):
+            make()
+
+    kept: Any = Kept()
+    feedback.measure_rise("tiny-sd", rise, kept, tmp_path)
+    method, pipe = runs[0].method, FAMILY.load()
+    numbers = math.prod(FAMILY.latent_shape(pipe, 32, 32))
+    assert numbers / (method.beta * method.temperature * method.std) == pytest.approx(rise)
+    assert method.clip_range is None and method.labels == "soft"
+    white = torch.stack([torch.ones(3, 32, 32), torch.zeros(3, 32, 32)])
+    assert method.reward.load(torch.device("cpu"))(white, ["", ""]).tolist() == [1.0, 0.0]
+
+
+def test_offline_pso_gets_the_white_ones_of_the_teachers_samples(tmp_path, monkeypatch):
+    run = load_config(Run, recipes("tiny-sd", "feedback")["pso_offline"], [])
+    source = load_config(Run, recipes("tiny-sd", "consistency")["regression"], ["data.count=64"]).data
+    monkeypatch.setattr(feedback, "load_config", lambda *_: SimpleNamespace(data=source))
+    feedback.white_images("tiny-sd", run, tmp_path / "white")
+    data = replace(run.data, train_data_dir=str(tmp_path / "white"))
+    assert isinstance(data, ImageFolder) and 8 < len(data) < 56
+    files = [json.loads(line) for line in (tmp_path / "white" / "metadata.jsonl").read_text().splitlines()]
+    for row in files:
+        image = Image.open(tmp_path / "white" / row["file_name"])
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(1, 32, 32, 3)
+        assert feedback.whiteness(pixels.permute(0, 3, 1, 2), [row["text"]]) > feedback.WHITE_ENOUGH
+        assert row["text"] == source.prompt_of(int(row["file_name"][:5]))
+
+
+def test_drawings_are_written_once_with_their_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(new_images, "DRAWINGS", 6)
+    new_images.write_drawings(tmp_path / "drawings")
+    new_images.write_drawings(tmp_path / "drawings")
+    data = ImageFolder(train_data_dir=str(tmp_path / "drawings"), resolution=32)
+    assert [list(data.captions(i)) for i in range(len(data))] == [[p] for p in new_images.prompts(6)]
+
+
+def spans(**values: float) -> dict[str, Any]:
+    return values | {f"{key}_ci95": [value - 0.1, value + 0.1] for key, value in values.items()}
+
+
+def test_the_pages_show_each_row_once():
+    row = {"excess": 10.0, "ci95": [5.0, 15.0], "diversity": 0.9, "calls": 4.0}
+    scores = spans(reward=0.5, held_out=0.25, detail=2.0)
+    taken = {"train_steps": 200, "train_seconds": 90}
+    rise = spans(before=0.5, wanted=0.7, after=0.6, reached=0.5)
+    made = render.RENDERERS["feedback"](
+        {"t/a": row | scores | taken | {"detail": 3.0}, "t/before": row | scores, "t/rise 1": rise}
+    ).split("\n")
+    assert made[2:4] == [
+        "| t: before | 0.500 [0.400, 0.600] | 0.250 [0.150, 0.350] | 10 [5, 15] | 0.90 | 1.00 |  |",
+        "| t: a | 0.500 [0.400, 0.600] | 0.250 [0.150, 0.350] | 10 [5, 15] | 0.90 | 1.50 | 200 steps, 1.5 min |",
+    ]
+    assert made[-1] == "| t: rise 1 | 50.0 [40.0, 60.0] | 70.0 [60.0, 80.0] | 60.0 [50.0, 70.0] | 0.50 [0.40, 0.60] |"
+    stages = {f"t/s/{n}": row | scores | taken | {"steps": n} for n in (1, 2)}
+    assert render.RENDERERS["hyper_sd"](stages).count("| t: s | 10 [5, 15] | 10 [5, 15] | 1.5 min |") == 1
+    teacher, before, after = ({**row, "excess": value} for value in (50.0, 10.0, 20.0))
+    new = {"t/before": before, "t/teacher, few": teacher, "t/alone": after | taken}
+    assert "| t: alone | 20 [5, 15] | 4 | 0.90 | 25% | 1.5 min |" in render.RENDERERS["new_images"](new)
+
+
+@pytest.mark.parametrize("table", ["feedback", "new_images"])
+def test_the_configs_of_both_teachers_are_alike(table):
+    for method, file in recipes("tiny-sd", table).items():
+        one, other = (load_config(Run, each, []) for each in (file, recipes("tiny-sd3", table)[method]))
+        assert one.method == other.method and one.lora == other.lora
+        assert Path(one.train.output_dir).name.replace("tiny_sd_", "tiny_sd3_") == Path(other.train.output_dir).name
