@@ -145,6 +145,7 @@ def write_card(folder: Path, contract: Contract, address: str | None = None) -> 
         address: where the code loads the student from, such as a hub id; None is the folder itself.
     """
     n, layout = len(contract.timesteps), PIPELINES.get(teacher(contract).pipeline_class.__name__)
+    drawn = contract.kind == "lora" and contract.use == "sampling"
     card = ModelCard.from_template(
         _front_matter(contract),
         template_str=TEMPLATE,
@@ -152,14 +153,14 @@ def write_card(folder: Path, contract: Contract, address: str | None = None) -> 
         steps=f"{n} step{'s' * (n > 1)}",
         what="A network" if contract.network and contract.network.fused else WHAT[contract.kind],
         stages=_stages(contract),
-        lora=contract.kind == "lora" and layout in FAMILIES["comfyui"],
+        lora=drawn and layout in FAMILIES["comfyui"],
         loader="stepdistill" if contract.adapters else "plain Diffusers",
         method=str(contract.method["type"]).rpartition(".")[2],
         grid=(folder / "samples" / "grid.png").exists(),
         snippet=snippet(contract, address or folder.resolve()),
         address=address or folder.resolve(),
         training=contract.use == "training",
-        tunable=contract.kind == "lora" and contract.use == "sampling",
+        tunable=drawn,
         rows=_rows(contract),
         difference=contract.proof.difference if contract.proof else None,
         recipe=safe_dump(contract.method, sort_keys=False).strip(),
