@@ -25,6 +25,7 @@ from stepdistill.training.calibrate import SAMPLES, Scales
 from stepdistill.training.checks import check_held_out
 from stepdistill.training.distill import distill, dry_run
 from stepdistill.training.recipe import Run
+from stepdistill.training.setup import prepare
 from stepdistill.training.watch import measure as watching
 from stepdistill.training.watch import rules
 from stepdistill.training.watch.doctor import examine
@@ -126,6 +127,24 @@ def test_a_method_with_rewards_of_many_steps_is_scaled_by_its_teacher(teacher, t
 
 def test_memory_is_predicted_before_a_scale_is_known(teacher, tmp_path):
     assert "student" in dry_run(make(teacher, tmp_path / "out"))
+
+
+def test_checkpointing_spares_the_decoder_s_activations_and_changes_no_gradient(teacher, tmp_path):
+    kept, pulls = [], []
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        kept[-1] += value.nbytes
+        return value
+
+    for number, checkpointing in enumerate((False, True)):
+        session = prepare(make(teacher, tmp_path / f"{number}", gradient_checkpointing=checkpointing))
+        assert not any(p.requires_grad for p in session.pipe.vae.parameters())
+        latents = torch.randn(2, *session.batches.shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            images = session.decode(latents, "a test")
+        pulls += torch.autograd.grad(WhiteBorder().load(latents.device)(images, ()).sum(), latents)
+    assert torch.equal(*pulls) and kept[1] < 0.4 * kept[0]
 
 
 # --- the guards ------------------------------------------------------------------------------------------------------
