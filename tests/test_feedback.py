@@ -17,11 +17,11 @@ from torch import Tensor
 
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.solvers import Sampler, few_step
-from stepdistill.methods.base import Batch, RewardScale
+from stepdistill.methods.base import Batch
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.feedback import Feedback
 from stepdistill.methods.reward import RewardTerm, reward_loss
-from stepdistill.networks.rewards.base import Reward, rewards_by_name
+from stepdistill.networks.rewards.base import Reward, RewardScale, rewards_by_name
 from stepdistill.networks.rewards.white_border import WhiteBorder
 from stepdistill.networks.roles import TEACHER
 
@@ -237,7 +237,8 @@ def test_a_reward_that_all_samples_reach_leaves_dmd2_as_it_was():
 def test_a_scale_is_measured_once_for_each_term_that_has_none():
     asked: list[Reward] = []
 
-    def measure(reward: Reward) -> RewardScale:
+    def measure(reward: Reward, slope: bool = False) -> RewardScale:
+        assert slope
         asked.append(reward)
         return RewardScale(2.0, 3.0, 4.0)
 

@@ -63,7 +63,7 @@ BUGS = {
     # the anchor
     "no anchor": Bug(UPDATES, "loss = loss + pull / (2 * self.anchor_shift)", "pull; loss = loss + 0", SHIFT),
     "half the shift": Bug(UPDATES, "pull / (2 * self.anchor_shift)", "pull / self.anchor_shift", SHIFT),
-    "weight of the anchor without that of the reward": Bug(UPDATES, "one.weight * one.scale", "one.scale", SHIFT),
+    "weight of the anchor without that of the reward": Bug(UPDATES, "one.weight * slope", "slope", SHIFT),
     "anchored to the student": Bug(UPDATES, "held = before(", "held = student(", SHIFT),
     "anchored to other samples": Bug(UPDATES, "(x0 - held)", "(x0 - held.roll(1, 0))", START),
     "anchored to the batch's mean": Bug(UPDATES, "(x0 - held)", "(x0 - held.mean(0))", START),

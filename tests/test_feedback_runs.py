@@ -19,6 +19,7 @@ from stepdistill.data import Prompts
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.feedback import Feedback
 from stepdistill.methods.reward import RewardTerm
+from stepdistill.networks.rewards.base import Score
 from stepdistill.networks.rewards.white_border import WhiteBorder
 from stepdistill.training import calibrate as calibration
 from stepdistill.training.calibrate import SAMPLES, Scales
@@ -64,6 +65,13 @@ def whole(teacher, tmp_path_factory) -> Path:
     return distill(make(teacher, tmp_path_factory.mktemp("whole") / "out"))
 
 
+class Rounded(Brightness):
+    """A reward without a gradient."""
+
+    def build(self, device: torch.device) -> Score:
+        return lambda images, prompts: images.detach().flatten(1).mean(1).round(decimals=1)
+
+
 # --- the scale -------------------------------------------------------------------------------------------------------
 
 
@@ -84,11 +92,13 @@ def test_the_scale_of_a_linear_reward_on_a_linear_decoder(monkeypatch):
         decode=lambda x, why: 5 * x,
     )
     scales = Scales(session)  # pyright: ignore[reportArgumentType]
-    found = scales.measured(Brightness(kappa=4.0))
+    found = scales.measured(Brightness(kappa=4.0), slope=True)
     scores = 4 * (5 * latents.mean((1, 2, 3)) / 2 + 0.5)
     close(found, (scores.mean(), scores.std(), 4 * 5 / 2), 1e-5)  # 6 elements of slope 4 * 5 / 2 / 6 each
     assert scales.measured(Brightness(kappa=4.0)) is found and len(asked) == 3
     assert scales.prompts[0] == "0" and scales.prompts[-1] == "984"  # of the whole data
+    rough = scales.measured(Rounded())
+    assert rough.slope is None and 0 < rough.std < 1
     with pytest.raises(ConfigError, match="the score -?0, expected scores that differ"):
         scales.measured(Brightness(kappa=0.0))
 
