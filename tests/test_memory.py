@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
+from transformers import CLIPModel
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
@@ -31,6 +32,7 @@ from tables.render import render
 from stepdistill.config.schema import Factory
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.schedule import Rectified
+from stepdistill.core.solvers import Sampler
 from stepdistill.data import Prompts, TeacherSamples, Trajectories
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
@@ -40,10 +42,15 @@ from stepdistill.methods.base import Method
 from stepdistill.methods.boot import Boot
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.feedback import Feedback
 from stepdistill.methods.gan import Gan, Ladd
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
+from stepdistill.methods.reward import RewardTerm
 from stepdistill.methods.scm import SCM
+from stepdistill.networks.rewards.clip_score import ClipScore
+from stepdistill.networks.rewards.pick_score import PickScore
+from stepdistill.networks.rewards.white_border import WhiteBorder
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.training import distill as running
 from stepdistill.training.distill import dry_run
@@ -494,6 +501,24 @@ def test_a_dry_run_reads_no_weights_and_is_right(folders, tmp_path, monkeypatch,
         tracker.reset()
         cycle(loop, next(loop.batches))
     assert (found.static, found.peak) == (kept, tracker.peak)
+
+
+def test_the_networks_of_rewards_are_counted(folders, tmp_path):
+    """Each once, though its weights are read for it; a reward without a network has no row."""
+    places = [str(tiny.clip(tmp_path / name)) for name in ("a", "b")]
+    rewards = (ClipScore(pretrained_clip_model=places[0]), PickScore(pretrained_clip_model=places[0]), WhiteBorder())
+    terms, held_out = tuple(RewardTerm(reward=each) for each in rewards), ClipScore(pretrained_clip_model=places[1])
+    sampler = Sampler((999.0, 499.0), eta=1.0, clean=True)
+    given = run(folders("sd"), "sd", Feedback(sampling=sampler, rewards=terms, held_out=held_out), tmp_path)
+    AcceleratorState._reset_state()
+    found = predict(given)
+    model = CLIPModel.from_pretrained(places[0])
+    size = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), torch.empty(6)))  # with a mean and a deviation
+    rows = [(part.name, part.weights) for part in found.parts if "reward" in part.name]
+    assert rows == [("reward ClipScore", size), ("reward ClipScore_2", size)]
+    assert found.static == sum(part.weights + part.optimizer for part in found.parts)
+    bare = predict(replace(given, method=replace(given.method, held_out=None)))
+    assert "reward ClipScore_2" not in str(bare)
 
 
 def test_what_an_outline_does_not_show_is_said(folders, tmp_path, monkeypatch):

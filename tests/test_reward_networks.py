@@ -15,11 +15,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from test_rewards import CPU, photos
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BertTokenizer, CLIPConfig, CLIPModel
 
 from stepdistill.core.errors import MissingWeights, WrongWeights
 from stepdistill.core.files import file_digest, hash_of
 from stepdistill.core.pixels import resized_square
+from stepdistill.networks.rewards import hpsv2 as hpsv2_module
+from stepdistill.networks.rewards import image_reward as image_reward_module
+from stepdistill.networks.rewards import weights as weights_module
 from stepdistill.networks.rewards.aesthetic import Aesthetic
 from stepdistill.networks.rewards.base import Reward
 from stepdistill.networks.rewards.clip_score import ClipScore
@@ -27,6 +31,7 @@ from stepdistill.networks.rewards.hpsv2 import HPSv2, clip_tensors, resized_whol
 from stepdistill.networks.rewards.image_reward import ImageReward
 from stepdistill.networks.rewards.pick_score import PickScore
 from stepdistill.networks.rewards.weights import linear
+from stepdistill.training.memory.tracker import Tracker
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PROMPTS = ["red apple", "a cat face that smiles"]
@@ -339,6 +344,45 @@ def test_an_aesthetic_score_is_the_head_of_the_normalised_embedding(folder, tmp_
     scores.sum().backward()
     assert images.grad is not None and images.grad.any()
     assert reward.identity.endswith(f"CLIP@{hash_of(model.state_dict())}")
+
+
+# --- the real size ---------------------------------------------------------------------------------------------------
+
+
+def blank(kind, config, tensors: Tensors, device: torch.device, **given) -> nn.Module:
+    """Stands for `network_of`: the same network, of fake tensors."""
+    with torch.device("meta"):
+        network = kind(config, **given)
+    assert {name: t.shape for name, t in network.state_dict().items()} == {name: t.shape for name, t in tensors.items()}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return network.to_empty(device=device).eval().requires_grad_(False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "module", "sizes", "weights"),
+    [(HPSv2, hpsv2_module, open_clip(), 986_109_441), (ImageReward, image_reward_module, blip(), 445_271_808)],
+)
+def test_a_reward_of_the_real_size_scores_a_batch(monkeypatch, tmp_path, words, bert, kind, module, sizes, weights):
+    """On tensors without content, which is how its memory is predicted: 3.7 and 1.7 GiB of weights."""
+
+    def shaped(path: Path) -> Tensors:
+        with torch.device("meta"):
+            return {
+                name: torch.empty(shape, device="cpu" if "mlp.l" in name else None) for name, shape in sizes.items()
+            }
+
+    monkeypatch.setattr(weights_module, "load_file", shaped)
+    monkeypatch.setattr(module, "network_of", blank)
+    (tmp_path / "real.safetensors").touch()
+    reward = kind(weights=str(tmp_path / "real.safetensors"), tokenizer=str(words if kind is HPSv2 else bert))
+    tracker = Tracker(CPU)
+    with tracker:
+        score = reward.load(CPU)
+        assert 0 <= tracker.total - 4 * weights < 1e5  # and numbers of positions
+        images = torch.rand(2, 3, 512, 512, requires_grad=True)
+        score(images, PROMPTS).sum().backward()
+    assert images.grad is not None and images.grad.shape == images.shape
 
 
 # --- files that are not what they should be --------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.networks.rewards.base import Reward, RewardScale
+from stepdistill.methods.base import RewardScale
+from stepdistill.networks.rewards.base import Reward
 from stepdistill.training.sampling import sample_teacher, teacher_facts
 from stepdistill.training.setup import Session
 
@@ -32,7 +33,7 @@ def calibrate(session: Session) -> None:
             scales.write(file)
     distributed.barrier()
     scales.read(file)
-    session.method = session.run.method.calibrate(lambda reward, slope=False: scales.known[reward.identity])
+    session.method = session.run.method.calibrate(lambda reward: scales.known[reward.identity])
 
 
 class Scales:
@@ -63,34 +64,28 @@ class Scales:
         ]
         return torch.cat(drawn)
 
-    def measured(self, reward: Reward, slope: bool = False) -> RewardScale:
+    def measured(self, reward: Reward) -> RewardScale:
         """A reward's scale, which is known from then on. Raises ConfigError where all samples score the same."""
         if reward.identity not in self.known:
-            parts = zip(*self._scored(reward, slope), strict=True)
-            scores, slopes = (torch.cat(part).double() for part in parts)
+            scores, slopes = (torch.cat(parts).double() for parts in zip(*self._scored(reward), strict=True))
             if not scores.std() > 0:
                 got = f"{reward.identity}, which gives {SAMPLES} images of the teacher the score {scores[0].item():g}"
                 why = "there is nothing to climb, and no unit for the margin"
                 todo = "check the reward on some images, or set mean, std and slope"
                 raise ConfigError(problem(got, "scores that differ", why, todo))
-            self.known[reward.identity] = RewardScale(
-                scores.mean().item(), scores.std().item(), slopes.mean().item() if slope else None
-            )
+            self.known[reward.identity] = RewardScale(scores.mean().item(), scores.std().item(), slopes.mean().item())
         return self.known[reward.identity]
 
-    def _scored(self, reward: Reward, slope: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Scores and slopes (B,) of parts of the samples; no slopes where they are not asked for."""
+    def _scored(self, reward: Reward) -> Iterator[tuple[Tensor, Tensor]]:
+        """Scores and slopes (B,) of parts of the samples."""
         session = self.session
         score, size = reward.load(session.accelerator.device), session.run.train.train_batch_size
         for i in range(0, SAMPLES, size):
-            latents = self.latents[i : i + size].to(session.accelerator.device).requires_grad_(slope)
-            with torch.set_grad_enabled(slope):
-                scores = score(session.decode(latents, "rewards see images") / 2 + 0.5, self.prompts[i : i + size])
-            slopes = torch.empty(0)
-            if slope:
-                (pull,) = torch.autograd.grad(scores.sum(), latents)
-                slopes = pull.flatten(1).square().mean(1).sqrt().cpu() * pull[0].numel()
-            yield scores.detach().cpu(), slopes
+            latents = self.latents[i : i + size].to(session.accelerator.device).requires_grad_()
+            images = session.decode(latents, "rewards see images") / 2 + 0.5
+            scores = score(images, self.prompts[i : i + size])
+            (pull,) = torch.autograd.grad(scores.sum(), latents)
+            yield scores.detach().cpu(), (pull.flatten(1).square().mean(1).sqrt() * pull[0].numel()).cpu()
 
     def read(self, file: Path) -> None:
         """What `write` wrote of the same samples; nothing where the file is of others, or broken."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +10,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from stepdistill.config.kinds import Place
-from stepdistill.core.files import file_digest
 from stepdistill.core.pixels import resized_square
 from stepdistill.networks.clip import clip_digest, clip_normalized, pretrained
 from stepdistill.networks.rewards.base import Reward, Score
-from stepdistill.networks.rewards.weights import linear, renamed, weights_in
+from stepdistill.networks.rewards.weights import linear, renamed, weights_digest, weights_in
 
 HEADS = (  # of v2, of v1 beside its CLIP, and of v1 alone
     (r"(?:mlp\.)?layers\.(\d+)\.(weight|bias)", r"\1.\2"),
@@ -50,7 +48,7 @@ class Aesthetic(Reward):
 
     @property
     def identity(self) -> str:
-        head, model = file_digest(Path(self.weights)), clip_digest(self.pretrained_clip_model)
+        head, model = weights_digest(self.weights), clip_digest(self.pretrained_clip_model)
         return f"{type(self).__name__}@{head}, CLIP@{model}"
 
     def build(self, device: torch.device) -> Score:

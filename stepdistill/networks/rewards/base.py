@@ -7,31 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from stepdistill.core.devices import full_precision
-from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, MissingWeights, problem
 
 Score: TypeAlias = Callable[[Tensor, Sequence[str]], Tensor]  # images (B, 3, H, W) and B prompts to scores (B,)
-
-
-class RewardScale(NamedTuple):
-    """A reward on samples of the teacher.
-
-    Args:
-        mean: of the scores.
-        std: standard deviation of the scores.
-        slope: root mean square of the score's gradient over the elements of a sample's latents, times their number: a
-            reward that is linear in the latents rises by at most `slope` where they move by 1. None where it is not
-            asked for: a reward may have no gradient.
-    """
-
-    mean: float
-    std: float
-    slope: float | None = None
+TODO = "see docs/guides/rewards.md for where weights are found, and for how a pickle is converted"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +43,11 @@ class Reward(ABC):
         and gives (B,). Where the images ask for a gradient, the scores have one.
 
         Raises:
-            ConfigError: when loading or called; the weights are not there, or the scores are not as described.
+            MissingWeights: when loading; the weights were not found.
+            WrongWeights: when loading; they are another network's.
+            ConfigError: when called; the scores are not as described.
         """
         return _loaded(self, device)
-
-
-class MeasureReward(Protocol):
-    """Scores samples of the teacher by a reward, with the slope where it is asked for."""
-
-    def __call__(self, reward: Reward, slope: bool = False) -> RewardScale: ...
 
 
 def rewards_by_name(rewards: Iterable[Reward]) -> dict[str, Reward]:
@@ -81,7 +62,11 @@ def rewards_by_name(rewards: Iterable[Reward]) -> dict[str, Reward]:
 
 @cache
 def _loaded(reward: Reward, device: torch.device) -> Score:
-    compute = reward.build(device)
+    try:
+        compute = reward.build(device)
+    except OSError as error:  # of Transformers
+        got, why = f"{reward!r} without its files ({str(error).splitlines()[0]})", "it could not be loaded"
+        raise MissingWeights(problem(got, "folders, or hub ids that can be reached", why, TODO)) from error
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
         with full_precision(device):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +12,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, pad
 
 from stepdistill.config.kinds import Place
-from stepdistill.core.files import file_digest
 from stepdistill.networks.clip import clip_normalized
 from stepdistill.networks.rewards.base import Reward, Score
-from stepdistill.networks.rewards.weights import depth_of, network_of, renamed, weights_in
+from stepdistill.networks.rewards.weights import depth_of, network_of, renamed, weights_digest, weights_in
 
 SIDE, PATCH, HEADS = 224, 14, 16  # pixels, pixels, attention heads of both towers of a ViT-H/14
 PLACES = "text_model.embeddings.position_embedding.weight"  # one for each token of a prompt
@@ -69,7 +67,7 @@ class HPSv2(Reward):
 
     @property
     def identity(self) -> str:
-        return f"{type(self).__name__}@{file_digest(Path(self.weights))}"
+        return f"{type(self).__name__}@{weights_digest(self.weights)}"
 
     def build(self, device: torch.device) -> Score:
         from transformers import AutoTokenizer, CLIPConfig, CLIPModel
@@ -78,7 +76,7 @@ class HPSv2(Reward):
         with weights_in(self.weights) as theirs:
             tensors = clip_tensors(theirs)
             config = CLIPConfig(**_shapes(tensors, tokenizer.eos_token_id))
-            network = network_of(CLIPModel, config, tensors).to(device)
+            network = network_of(CLIPModel, config, tensors, device)
         places = len(tensors[PLACES])
 
         def score(images: Tensor, prompts: Sequence[str]) -> Tensor:

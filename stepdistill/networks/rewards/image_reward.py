@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepdistill.config.kinds import Place
-from stepdistill.core.files import file_digest
 from stepdistill.core.pixels import resized_square
 from stepdistill.networks.clip import clip_normalized
 from stepdistill.networks.rewards.base import Reward, Score
-from stepdistill.networks.rewards.weights import depth_of, linear, network_of, renamed, weights_in
+from stepdistill.networks.rewards.weights import depth_of, linear, network_of, renamed, weights_digest, weights_in
 
 HEAD = 64  # numbers of an attention head, in both networks
 TOKENS = 35  # of a prompt
@@ -54,7 +52,7 @@ class ImageReward(Reward):
 
     @property
     def identity(self) -> str:
-        return f"{type(self).__name__}@{file_digest(Path(self.weights))}"
+        return f"{type(self).__name__}@{weights_digest(self.weights)}"
 
     def build(self, device: torch.device) -> Score:
         from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
@@ -64,14 +62,11 @@ class ImageReward(Reward):
         with weights_in(self.weights) as tensors:
             vision, text = renamed(tensors, VISION), renamed(tensors, TEXT)
             config, side = _eyes(vision)
-            eyes = network_of(BlipVisionModel, BlipVisionConfig(**config), vision).to(device)
-            reader = network_of(BlipTextModel, BlipTextConfig(**_reader(text)), text, add_pooling_layer=False).to(
-                device
-            )
+            eyes = network_of(BlipVisionModel, BlipVisionConfig(**config), vision, device)
+            reading = BlipTextConfig(**_reader(text))
+            reader = network_of(BlipTextModel, reading, text, device, add_pooling_layer=False)
             head = linear(renamed(tensors, [(r"mlp\.layers\.(\d+)\.(\w+)", r"\1.\2")]))
         vector, bias = (part.to(device) for part in head)
-        eyes.to(device)
-        reader.to(device)
 
         def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
             fill = {"padding": "max_length", "truncation": True, "max_length": TOKENS}

@@ -30,5 +30,5 @@ class PickScore(Reward):
 
     def build(self, device: torch.device) -> Score:
         cosine = clip(self.pretrained_clip_model, device)
-        scale = cosine.model.logit_scale.exp()
+        scale = cosine.model.logit_scale.exp().item()
         return lambda images, prompts: scale * cosine(images, prompts)

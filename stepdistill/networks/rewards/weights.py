@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,11 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stepdistill.core.errors import MissingWeights, WrongWeights, problem
+from stepdistill.core.files import file_digest
+from stepdistill.networks.rewards.base import TODO
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-TODO = "see docs/guides/rewards.md for where it is, and for how to convert a pickle"
+
+@cache
+def weights_digest(place: str) -> str:
+    """sha256 of a file of weights."""
+    return file_digest(Path(place))
 
 
 @contextmanager
@@ -64,9 +71,13 @@ def depth_of(tensors: Mapping[str, Tensor], layers: str) -> int:
 
 
 def network_of(
-    kind: type[PreTrainedModel], config: PretrainedConfig, tensors: Mapping[str, Tensor], **given: bool
+    kind: type[PreTrainedModel],
+    config: PretrainedConfig,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    **given: bool,
 ) -> Any:  # noqa: ANN401
-    """A frozen network in eval mode with exactly these tensors. Raises KeyError for one that does not fit.
+    """A frozen network on a device, with exactly these tensors. Raises KeyError for one that does not fit.
 
     Args:
         given: to its constructor, beside the config.
@@ -75,7 +86,7 @@ def network_of(
     network, info = cast(Any, kind).from_pretrained(None, config=config, state_dict=dict(tensors), **how)
     for name in sorted(str(name) for part in ("missing", "unexpected", "mismatched") for name in info[f"{part}_keys"]):
         raise KeyError(name)
-    return network.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False).to(device)
 
 
 def linear(layers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.methods.base import Batch, Method, StepContext
+from stepdistill.networks.rewards.base import rewards_by_name
 from stepdistill.training.loop import train_step
 from stepdistill.training.memory.tracker import Tracker
 from stepdistill.training.optimizers import Optimizers
@@ -162,7 +163,7 @@ def forecast(rehearsal: Rehearsal, frozen: Mapping[str, nn.Module], loading: int
             for optimizer in optimizers.by_role.values():
                 by_foreach(optimizer)
         prime(optimizers)
-        parts = tuple(_parts(optimizers, frozen, tracker))
+        parts = (*_parts(optimizers, frozen, tracker), *_rewards(rehearsal.method, tracker, device))
         for role in optimizers.by_role:
             for param in optimizers.params(role).values():
                 param.register_post_accumulate_grad_hook(lambda p: tracker.mark(_grad(p)))
@@ -222,6 +223,19 @@ def _parts(optimizers: Optimizers, frozen: Mapping[str, nn.Module], tracker: Tra
         optimizer = tracker.bytes(value for value in states if isinstance(value, Tensor))
         gradients = sum(p.nbytes for p in params) if name in optimizers.by_role else 0
         yield RoleMemory(name, _count(params), tracker.bytes(kept), gradients, optimizer)
+
+
+def _rewards(method: Method, tracker: Tracker, device: torch.device) -> Iterator[RoleMemory]:
+    """The networks of a method's rewards, which are loaded and used, each at the first reward that has it."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        image = torch.empty(1, 3, 64, 64, device=device)
+    held_out = () if method.held_out is None else (method.held_out,)
+    for name, reward in rewards_by_name([*method.trained_rewards, *held_out]).items():
+        before = tracker.total
+        with torch.no_grad():
+            reward.load(device)(image, ["a"])
+        if taken := tracker.total - before:
+            yield RoleMemory(f"reward {name}", taken // torch.float32.itemsize, taken)
 
 
 def _count(params: list[nn.Parameter]) -> int:

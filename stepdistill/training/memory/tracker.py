@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,9 +19,9 @@ DEVICE = torch.ops.prim.device.default  # asked at every other line, and no memo
 class Tracker(TorchDispatchMode):
     """Bytes of the storages that live on a device, while it is open as a context.
 
-    A storage counts from the operator that returns it until nothing refers to it, a view counts nothing. Fake tensors,
-    which have shapes and no content, count as real ones would. What a kernel takes and gives back before it returns is
-    not seen.
+    A storage counts from the operator that returns it until nothing refers to it, a view counts nothing. A network that
+    was read from files, which other threads do, counts from its first use. Fake tensors, which have shapes and no
+    content, count as real ones would. What a kernel takes and gives back before it returns is not seen.
 
     A fake tensor that is asked for its value says 1: a norm of 1, and yes to whether a loss is finite.
 
@@ -66,6 +66,9 @@ class Tracker(TorchDispatchMode):
     ) -> object:
         if func is VALUE and isinstance(args[0], FakeTensor):
             return True if args[0].dtype == torch.bool else 1
+        for given in args:
+            if isinstance(given, nn.Parameter):
+                self._see(given)
         out = func(*args, **(kwargs or {}))
         if func is not DEVICE:
             for leaf in tree_leaves(out):
