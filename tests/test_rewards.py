@@ -9,18 +9,21 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel
 
 from stepdistill.config.dump import to_node
 from stepdistill.config.load import read_node
 from stepdistill.config.registry import every
-from stepdistill.core.errors import ConfigError
-from stepdistill.core.files import hash_of
+from stepdistill.core.errors import ConfigError, MissingWeights, WrongWeights
+from stepdistill.core.files import file_digest, hash_of
 from stepdistill.core.pixels import resized_square
+from stepdistill.evaluation.metrics.features import efficientnet_lite0
 from stepdistill.networks.rewards.base import Reward
 from stepdistill.networks.rewards.clip_score import ClipScore
 from stepdistill.networks.rewards.custom import Custom
+from stepdistill.networks.rewards.quality import Quality, logistic_head
 from stepdistill.networks.rewards.white_border import WhiteBorder
 
 CPU = torch.device("cpu")
@@ -105,6 +108,11 @@ def test_scores_of_another_shape_or_without_a_gradient_are_refused():
     assert flat(images.detach(), ["", ""]).shape == (2,)
 
 
+def test_weights_that_are_not_there_are_an_error_of_the_user_s(tmp_path):
+    with pytest.raises(MissingWeights, match=r"ClipScore\(.*gone'\) without its files .*rewards.md"):
+        ClipScore(pretrained_clip_model=str(tmp_path / "gone")).load(CPU)
+
+
 # --- the border ------------------------------------------------------------------------------------------------------
 
 
@@ -181,3 +189,44 @@ def test_the_clip_score_is_the_cosine_of_image_and_prompt(folder):
     assert images.grad is not None and images.grad.isfinite().all() and images.grad.any()
     assert reward.identity == f"ClipScore@{hash_of(model.state_dict())}"
     assert replace(reward, pretrained_clip_model=folder).load(CPU) is reward.load(CPU)
+
+
+# --- a head of one's own ---------------------------------------------------------------------------------------------
+
+
+def test_a_logistic_head_is_at_the_minimum_of_its_loss():
+    """Where the loss has no slope in weight and bias. Either kind counts half, though one has more images."""
+    generator, ridge = torch.Generator().manual_seed(0), 0.05
+    good = torch.randn(200, 4, generator=generator) * torch.tensor([1.0, 5.0, 0.2, 1.0]) + torch.tensor([1.0, 9, 9, 0])
+    bad = torch.randn(50, 4, generator=generator) * torch.tensor([1.0, 5.0, 0.2, 1.0]) + torch.tensor([0.0, 5, 9, 0])
+    weight, bias = logistic_head(good, bad, ridge)
+    assert weight.shape == (4,) and bias.shape == () and weight.dtype == torch.float32
+    rows = torch.cat([good, bad]).double()
+    odds = rows @ weight.double() + bias
+    wrong = odds.sigmoid() - torch.cat([torch.ones(200), torch.zeros(50)])
+    wrong *= torch.cat([torch.full((200,), 1 / 400), torch.full((50,), 1 / 100)]).double()
+    slope = wrong @ ((rows - rows.mean(0)) / rows.std(0)) + ridge * weight.double() * rows.std(0)
+    assert slope.abs().max() < 1e-5 and wrong.sum().abs() < 1e-5
+    assert (good @ weight + bias).mean() > 0.5 > -0.5 > (bad @ weight + bias).mean()
+
+
+def test_features_that_tell_the_kinds_apart_give_a_finite_head():
+    weight, bias = logistic_head(torch.ones(8, 2), torch.zeros(8, 2))
+    assert weight.isfinite().all() and weight[0] > 0 and weight @ torch.ones(2) + bias > 1 > -1 > bias
+
+
+def test_quality_is_the_head_of_the_benchmark_s_features(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(1280, generator=generator), torch.tensor(0.3)
+    file = tmp_path / "head.safetensors"
+    save_file({"weight": weight, "bias": bias, "size": torch.tensor(64)}, file)
+    reward, images = Quality(head=str(file)), (photos(2, 32, 48) * 255).round()
+    seen, images = efficientnet_lite0(64)(images.byte()), (images / 255).requires_grad_()
+    scores = reward.load(CPU)(images, ["", ""])
+    torch.testing.assert_close(scores.detach(), seen @ weight + bias, atol=1e-3, rtol=1e-3)
+    scores.sum().backward()
+    assert images.grad is not None and images.grad.isfinite().all() and images.grad.any()
+    assert reward.identity == f"Quality@{file_digest(file)}"
+    save_file({"weight": weight[:9], "bias": bias, "size": torch.tensor(64)}, tmp_path / "short.safetensors")
+    with pytest.raises(WrongWeights, match="a weight of 1280 numbers"):
+        Quality(head=str(tmp_path / "short.safetensors")).load(CPU)

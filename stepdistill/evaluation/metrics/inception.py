@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stepdistill.core.errors import ConfigError, WrongWeights, problem
 from stepdistill.core.files import file_digest, hash_of
-from stepdistill.evaluation.metrics.features import BATCH, Extractor, fold_norm
+from stepdistill.evaluation.metrics.features import BATCH, Extractor
 from stepdistill.evaluation.metrics.identity import (
     DTYPES,
     FID_WEIGHTS,
@@ -28,6 +28,7 @@ from stepdistill.evaluation.metrics.identity import (
     Identity,
 )
 from stepdistill.evaluation.metrics.resize import Resize, to_299
+from stepdistill.networks.efficientnet import fold_norm
 
 
 def inception(
