@@ -19,12 +19,14 @@ from stepdistill.data import Prompts
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.feedback import Feedback
 from stepdistill.methods.reward import RewardTerm
+from stepdistill.networks.rewards.base import Score
 from stepdistill.networks.rewards.white_border import WhiteBorder
 from stepdistill.training import calibrate as calibration
 from stepdistill.training.calibrate import SAMPLES, Scales
 from stepdistill.training.checks import check_held_out
 from stepdistill.training.distill import distill, dry_run
 from stepdistill.training.recipe import Run
+from stepdistill.training.setup import prepare
 from stepdistill.training.watch import measure as watching
 from stepdistill.training.watch import rules
 from stepdistill.training.watch.doctor import examine
@@ -63,6 +65,13 @@ def whole(teacher, tmp_path_factory) -> Path:
     return distill(make(teacher, tmp_path_factory.mktemp("whole") / "out"))
 
 
+class Rounded(Brightness):
+    """A reward without a gradient."""
+
+    def build(self, device: torch.device) -> Score:
+        return lambda images, prompts: images.detach().flatten(1).mean(1).round(decimals=1)
+
+
 # --- the scale -------------------------------------------------------------------------------------------------------
 
 
@@ -83,11 +92,13 @@ def test_the_scale_of_a_linear_reward_on_a_linear_decoder(monkeypatch):
         decode=lambda x, why: 5 * x,
     )
     scales = Scales(session)  # pyright: ignore[reportArgumentType]
-    found = scales.measured(Brightness(kappa=4.0))
+    found = scales.measured(Brightness(kappa=4.0), slope=True)
     scores = 4 * (5 * latents.mean((1, 2, 3)) / 2 + 0.5)
     close(found, (scores.mean(), scores.std(), 4 * 5 / 2), 1e-5)  # 6 elements of slope 4 * 5 / 2 / 6 each
     assert scales.measured(Brightness(kappa=4.0)) is found and len(asked) == 3
     assert scales.prompts[0] == "0" and scales.prompts[-1] == "984"  # of the whole data
+    rough = scales.measured(Rounded())
+    assert rough.slope is None and 0 < rough.std < 1
     with pytest.raises(ConfigError, match="the score -?0, expected scores that differ"):
         scales.measured(Brightness(kappa=0.0))
 
@@ -126,6 +137,24 @@ def test_a_method_with_rewards_of_many_steps_is_scaled_by_its_teacher(teacher, t
 
 def test_memory_is_predicted_before_a_scale_is_known(teacher, tmp_path):
     assert "student" in dry_run(make(teacher, tmp_path / "out"))
+
+
+def test_checkpointing_spares_the_decoder_s_activations_and_changes_no_gradient(teacher, tmp_path):
+    kept, pulls = [], []
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        kept[-1] += value.nbytes
+        return value
+
+    for number, checkpointing in enumerate((False, True)):
+        session = prepare(make(teacher, tmp_path / f"{number}", gradient_checkpointing=checkpointing))
+        assert not any(p.requires_grad for p in session.pipe.vae.parameters())
+        latents = torch.randn(2, *session.batches.shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            images = session.decode(latents, "a test")
+        pulls += torch.autograd.grad(WhiteBorder().load(latents.device)(images, ()).sum(), latents)
+    assert torch.equal(*pulls) and kept[1] < 0.4 * kept[0]
 
 
 # --- the guards ------------------------------------------------------------------------------------------------------

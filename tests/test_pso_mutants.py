@@ -9,7 +9,7 @@ import test_sampling
 from oracles.planted import Bug, oracles_of, planted
 
 from stepdistill.core import losses, solvers
-from stepdistill.methods import pso_online
+from stepdistill.methods import pso_offline, pso_online
 from stepdistill.methods.base import Tuning
 from stepdistill.methods.pso_offline import PSOOffline
 from stepdistill.methods.pso_online import PSOOnline
@@ -50,7 +50,12 @@ CLAMP = online_oracles.test_the_clamp_ends_at_a_tenth_of_the_transition_s_std
 TCD = lambda: test_sampling.test_tcd_is_tcd_scheduler(0.3, (2,))  # noqa: E731
 ANCESTRAL = lambda: test_sampling.test_ancestral_steps_are_those_of_the_scheduler(4)  # noqa: E731
 RISES = offline_oracles.test_offline_moves_away_from_its_own_samples_step_by_step
-AUTO = offline_oracles.test_auto_takes_the_distance_of_each_pair
+
+
+def auto() -> None:
+    offline_oracles.test_auto_counts_independent_dimensions(6)
+
+
 DRAWS = offline_oracles.test_offline_draws_only_the_contract_s_times
 
 BUGS = {
@@ -131,7 +136,14 @@ BUGS = {
         "(alpha_t / sigma_t)",
         offline_flow,
     ),
-    "auto is the distance": Bug(PSOOffline.scale, "1 / sample_distances", "sample_distances", AUTO),
+    "auto without the dimensions": Bug(PSOOffline.scale, "return independent_dimensions(win - lose)", "return 1", auto),
+    "auto of all numbers": Bug(
+        PSOOffline.scale, "return independent_dimensions(win - lose)", "return win[0].numel()", auto
+    ),
+    "auto without the samples": Bug(PSOOffline.scale, "(win - lose).var(0)", "win.var(0)", auto),
+    "a pair compared with itself": Bug(
+        pso_offline.independent_dimensions, "(squares.sum() - squares.trace())", "squares.sum()", auto
+    ),
 }
 
 

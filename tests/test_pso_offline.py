@@ -13,11 +13,12 @@ from oracles.fakes import Fake, Stage, batch
 from torch import Tensor
 
 from stepdistill.core.denoise import Condition
+from stepdistill.core.errors import ConfigError
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.methods.base import Batch, StepContext, Update
-from stepdistill.methods.pso_offline import PSOOffline
+from stepdistill.methods.pso_offline import PSOOffline, independent_dimensions
 
 SD, FLOW = stable_diffusion(), Flow()
 STARTS = (999.0, 749.0, 499.0, 249.0)
@@ -114,18 +115,31 @@ def test_a_smaller_kappa_narrows_the_samples():
     assert abs(fitted(replace(OFFLINE, kappa=0.1, beta=1 / weight()))[1]) < 0.15
 
 
-def test_auto_takes_the_distance_of_each_pair():
-    """On images of many numbers it is near `1 / (w (v^2 + s^2 + m^2))`, and no unit of the latents matters."""
-    method, t = PSOOffline(sampling=LCM), torch.full((5,), 499.0).double()
-    noise = torch.randn(2, 5, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
-    win, lose = MEAN + WIDE * noise[0], SPREAD * noise[1]
-    close(method.scale(SD, t, win, lose), [1 / (WIDE**2 + SPREAD**2 + MEAN**2)] * 5, 0.08)
-    close(method.scale(SD, t, 7 * win, 7 * lose) * 49, method.scale(SD, t, win, lose), 1e-12)
+def test_auto_arrives_at_the_images():
+    mean, spread = fitted(PSOOffline(sampling=OFFLINE.sampling))
+    close([mean, spread], [MEAN, SPREAD], 0.04)
+
+
+@pytest.mark.parametrize("dimensions", [1, 6, 48])
+def test_auto_counts_independent_dimensions(dimensions):
+    """`d / (v^2 + s^2)` of errors of x0, whatever the mean is of the numbers that repeat each dimension."""
+    noise = torch.randn(2, 400, dimensions, 1, 1, generator=torch.Generator().manual_seed(0)).double()
+    win, lose = (part.repeat(1, 1, 4, 4) for part in (0.01 + WIDE * noise[0], SPREAD * noise[1]))
+    method, t = PSOOffline(sampling=LCM), torch.full((400,), 499.0).double()
+    scale = method.scale(SD, t, win, lose)
+    close(scale * (WIDE**2 + SPREAD**2) / dimensions, 1.0, 0.1)
+    close(method.scale(SD, t, 7 * win, 7 * lose) * 49, scale, 1e-9)  # no unit of the latents matters
+    close(independent_dimensions(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])), 3.0)  # one of three pairs agrees
+    with pytest.raises(ConfigError, match="micro-batch of 1"):
+        method.scale(SD, t[:1], win[:1], lose[:1])
+    assert (method.scale(SD, t, win, win) * 0).isfinite()
+
+
+def test_a_number_is_a_factor_of_the_errors_of_noise_or_velocity():
+    method, t, win = PSOOffline(sampling=LCM, beta=3.0), torch.full((5,), 499.0).double(), torch.ones(5, 1, 2, 2)
     alpha_t, sigma_t = SD(t)
-    close(replace(method, beta=3.0).scale(SD, t, win, lose), 3 * (alpha_t / sigma_t) ** 2, 1e-12)
-    close(replace(method, beta=3.0).scale(FLOW, t, win, lose), 3 / FLOW(t)[1] ** 2, 1e-9)
-    same = torch.ones(5, 1, 2, 2).double()
-    assert (method.scale(SD, t, same, same) * 0).isfinite().all()
+    close(method.scale(SD, t, win, win), 3 * (alpha_t / sigma_t) ** 2, 1e-12)
+    close(method.scale(FLOW, t, win, win), 3 / FLOW(t)[1] ** 2, 1e-9)
 
 
 def offline_step(schedule: NoiseSchedule, method: PSOOffline, now: Tensor) -> tuple[Update, StepContext, Batch]:

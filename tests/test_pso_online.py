@@ -18,9 +18,9 @@ from stepdistill.core.losses import preference_loss
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler, Transition, few_step, transition
-from stepdistill.methods.base import RewardScale, Update
+from stepdistill.methods.base import Update
 from stepdistill.methods.pso_online import PSOOnline, divergence, log_ratio, paths
-from stepdistill.networks.rewards.base import Reward, Score
+from stepdistill.networks.rewards.base import Reward, RewardScale, Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,9 +254,10 @@ def test_the_scale_of_the_reward_is_measured_once():
     method = replace(ONLINE, std=None)
     with pytest.raises(ValueError, match="no std"):
         method.loss(torch.zeros(1), torch.zeros(1))
-    measured = method.calibrate(lambda reward: RewardScale(3.0, 0.5, 1.0))
-    assert measured.std == 0.5 and measured.calibrate(lambda reward: RewardScale(3.0, 9.0, 1.0)) == measured
-    assert replace(ONLINE, std=None, labels="hard").calibrate(lambda reward: RewardScale(3.0, 9.0, 1.0)).std is None
+    scales = [lambda reward, slope=False, std=std: RewardScale(3.0, std) for std in (0.5, 9.0)]
+    measured = method.calibrate(scales[0])
+    assert measured.std == 0.5 and measured.calibrate(scales[1]) == measured
+    assert replace(ONLINE, std=None, labels="hard").calibrate(scales[1]).std is None
     ahead, logit = torch.tensor([1.0]).double(), torch.tensor([0.3]).double()
     close(measured.loss(logit, ahead), preference_loss(logit, torch.sigmoid(torch.tensor([2.0]))), 1e-6)
 

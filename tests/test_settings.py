@@ -217,9 +217,9 @@ CHANGES = [
     ),
     *changes(FineTune(sampling=FEW), sampling=(Sampler((749.0, 399.0), eta=1.0), "sampler"), **EMA),
     *changes(
-        PSOOffline(sampling=FEW),
+        PSOOffline(sampling=FEW, beta=2.0),
         sampling=(Sampler((749.0, 399.0), eta=1.0), "sampler loss"),
-        beta=(2.0, "loss"),
+        beta=("auto", "loss"),
         kappa=(0.5, "loss"),
         **EMA,
     ),
@@ -491,7 +491,7 @@ def test_no_two_draws_of_a_step_are_one(change):
         for step in STEPS:
             asked.clear()
             context = Listening(**vars(Stage(SCHEDULES["table"], {}).context(step)))
-            for _ in method.updates(context, batch(3), step):
+            for _ in method.updates(context, batch(3, 7), step):
                 pass
             twice = {purpose for key, purpose in asked if asked.count((key, purpose)) > 1}
             assert twice <= {"gan real t", "gan real eps"}
@@ -522,6 +522,7 @@ def test_the_clip_term_decays_from_the_student_s_first_step():
 
 NOT_A_MEAN = {
     "DMD2.gan.divergence": "the weights of f-distill are normalised over the batch, as published",
+    "PSOOffline.beta": "auto measures the pairs of a micro-batch",
     "Consistency.gan.misaligned_pairs": "the pairs are made within a batch, as published",
     "DMD2.gan.misaligned_pairs": "the same",
     "SCM.gan.misaligned_pairs": "the same",

@@ -15,7 +15,7 @@ from reference_pages import section, shipped
 from stepdistill.config.load import load_config
 from stepdistill.config.schema import dotted, fields, structures
 from stepdistill.core.schedule import Rectified
-from stepdistill.methods.base import Method
+from stepdistill.methods.base import Method, Tuning
 from stepdistill.training.recipe import Run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -46,8 +46,11 @@ class Recipe(NamedTuple):
     run: Run
 
     @property
-    def steps(self) -> int:
-        return len(self.run.method.sampler(Rectified()).timesteps)
+    def steps(self) -> str:
+        """How many; a tuned student has those of the one that it starts from."""
+        if isinstance(self.run.method, Tuning) and self.run.method.sampling is None:
+            return "its start's"
+        return str(len(self.run.method.sampler(Rectified()).timesteps))
 
 
 def pages() -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from stepdistill.core.random import step_generator
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts, few_step, student_starts
 from stepdistill.data.base import GuidedState
-from stepdistill.networks.rewards.base import Reward
+from stepdistill.networks.rewards.base import MeasureReward, Reward
 from stepdistill.networks.roles import TEACHER, Ema, Lora, Role
 
 
@@ -124,21 +124,6 @@ class StepContext:
         return step_generator(self.seed, self.step, index, purpose)
 
 
-class RewardScale(NamedTuple):
-    """A reward on samples of the teacher.
-
-    Args:
-        mean: of the scores.
-        std: standard deviation of the scores.
-        slope: root mean square of the score's gradient over the elements of a sample's latents, times their number: a
-            reward that is linear in the latents rises by at most `slope` where they move by 1.
-    """
-
-    mean: float
-    std: float
-    slope: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """A distillation method. Subclasses are final, hold nothing but hyper-parameters, and cite their paper.
@@ -198,12 +183,8 @@ class Method(ABC):
         """The rewards that the student is trained on. They score it at each validation, as `held_out` does."""
         return ()
 
-    def calibrate(self, measure: Callable[[Reward], RewardScale]) -> Method:
-        """The method as it is trained, with what it must know of its rewards.
-
-        Args:
-            measure: scores samples of the teacher.
-        """
+    def calibrate(self, measure: MeasureReward) -> Method:
+        """The method as it is trained, with what it must know of its rewards."""
         return self
 
     def finalize(self, straightness: Callable[[], float]) -> Method:

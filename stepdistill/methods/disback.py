@@ -7,15 +7,15 @@ targets, from the nearest to the student back to the teacher.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
-from stepdistill.methods.base import Batch, Method, RewardScale, StepContext, Update, check_effect
+from stepdistill.methods.base import Batch, Method, StepContext, Update, check_effect
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.vsd import VSD
-from stepdistill.networks.rewards.base import Reward
+from stepdistill.networks.rewards.base import MeasureReward, Reward
 from stepdistill.networks.roles import TEACHER, Ema, Role
 
 
@@ -78,7 +78,7 @@ class DisBack(Method):
     def trained_rewards(self) -> tuple[Reward, ...]:
         return self.matching.trained_rewards
 
-    def calibrate(self, measure: Callable[[Reward], RewardScale]) -> DisBack:
+    def calibrate(self, measure: MeasureReward) -> DisBack:
         return replace(self, matching=self.matching.calibrate(measure))
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:

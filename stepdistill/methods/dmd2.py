@@ -8,7 +8,7 @@ data are needed, unless a discriminator is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,6 @@ from stepdistill.core.solvers import Sampler, check_range, few_step, student_sta
 from stepdistill.methods.base import (
     Averaged,
     Batch,
-    RewardScale,
     StepContext,
     Update,
     check_effect,
@@ -31,7 +30,7 @@ from stepdistill.methods.base import (
 from stepdistill.methods.finetune import score_matching_loss
 from stepdistill.methods.gan import Gan, Ladd
 from stepdistill.methods.reward import RewardTerm, calibrated, reward_loss
-from stepdistill.networks.rewards.base import Reward
+from stepdistill.networks.rewards.base import MeasureReward, Reward
 from stepdistill.networks.roles import TEACHER, Lora, Role
 
 
@@ -115,7 +114,7 @@ class DMD2(Averaged):
         head = {} if self.gan is None else self.gan.roles()
         return {"student": Lora(), "fake": Lora(), **head, **self.average}
 
-    def calibrate(self, measure: Callable[[Reward], RewardScale]) -> DMD2:
+    def calibrate(self, measure: MeasureReward) -> DMD2:
         return replace(self, rewards=calibrated(self.rewards, measure))
 
     def check(self, schedule: NoiseSchedule) -> None:

@@ -8,7 +8,7 @@ sample is held to what the few-step model makes of the same input, which moves t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -16,10 +16,10 @@ import torch
 
 from stepdistill.config.kinds import Positive
 from stepdistill.core.denoise import guided
-from stepdistill.methods.base import Batch, RewardScale, StepContext, Tuning, Update
+from stepdistill.methods.base import Batch, StepContext, Tuning, Update
 from stepdistill.methods.dmd2 import reached
 from stepdistill.methods.reward import RewardTerm, calibrated, reward_loss
-from stepdistill.networks.rewards.base import Reward
+from stepdistill.networks.rewards.base import MeasureReward, Reward
 from stepdistill.networks.rewards.clip_score import ClipScore
 from stepdistill.networks.roles import TEACHER
 
@@ -69,7 +69,7 @@ class Feedback(Tuning):
     def trained_rewards(self) -> tuple[Reward, ...]:
         return tuple(one.reward for one in self.rewards)
 
-    def calibrate(self, measure: Callable[[Reward], RewardScale]) -> Feedback:
+    def calibrate(self, measure: MeasureReward) -> Feedback:
         return replace(self, rewards=calibrated(self.rewards, measure))
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
@@ -86,7 +86,7 @@ class Feedback(Tuning):
             with torch.no_grad():
                 held = before(x_t, t, batch.cond).x0
             logs["anchor"] = (x0 - held).square().mean()
-            pull = sum(one.weight * one.scale.slope / one.scale.std for one in self.rewards)
+            pull = sum(one.weight * slope / std for one in self.rewards for _, std, slope in (one.scale,))
             loss = loss + pull / (2 * self.anchor_shift) * logs["anchor"]
         yield Update("student", loss, **logs)
 

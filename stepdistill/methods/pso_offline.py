@@ -13,9 +13,11 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from stepdistill.config.kinds import Positive, Share
 from stepdistill.core.denoise import guided
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.losses import preference_loss, sample_distances
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.methods.base import Batch, StepContext, Tuning, Update
@@ -43,8 +45,8 @@ class PSOOffline(Tuning):
 
     Args:
         beta: factor of the errors, which are means over dimensions, as published. Smaller values push further. `auto`
-            takes each pair's own distance, `1 / (w_t mean |x^w - x^l|^2)`, which is near `1 / (w_t (v^2 + s^2))` and
-            weighs all times alike.
+            is `d / (w_t (v^2 + s^2))` with d the number of independent dimensions, so that the samples arrive at the
+            images. Both are measured on the pairs of each micro-batch, which needs two samples or more.
         kappa: share of the samples' term: 1 as published; below it, the rest is plain regression to the images, which
             narrows the samples (the released scripts have 0.1).
     """
@@ -76,8 +78,21 @@ class PSOOffline(Tuning):
         yield Update("student", preference_loss(logit), logit=logit.detach().mean(), moved=moved)
 
     def scale(self, schedule: NoiseSchedule, t: Tensor, win: Tensor, lose: Tensor) -> Tensor:
-        """beta (B,) of the errors of x0 in pairs (B, C, H, W) at t (B,)."""
+        """beta, () or (B,), of the errors of x0 in pairs (B, C, H, W) at t (B,). ConfigError for a single pair."""
         if self.beta == "auto":
-            return 1 / sample_distances("l2", win, lose).clamp(min=1e-12)
+            return independent_dimensions(win - lose) / (win - lose).var(0).mean().clamp(min=1e-12)
         alpha_t, sigma_t = schedule(t)
         return self.beta * schedule.denoising_target(torch.ones_like(sigma_t), -alpha_t / sigma_t) ** 2
+
+
+def independent_dimensions(x: Tensor) -> Tensor:
+    """In how many dimensions samples (B, ...) vary independently, (): the inverse of the mean squared cosine of two.
+
+    It is D for D independent numbers of one variance, and `(tr C)^2 / tr C^2` of a covariance C, about.
+    """
+    if len(x) < 2:
+        todo = "set train.train_batch_size to 2 or more, or method.beta to a number"
+        raise ConfigError(problem("beta auto in a micro-batch of 1", "2 or more", "samples are compared", todo))
+    unit = normalize(x.flatten(1))
+    squares = (unit @ unit.T).square()
+    return (len(x) * (len(x) - 1)) / (squares.sum() - squares.trace()).clamp(min=1e-12)

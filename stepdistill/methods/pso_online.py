@@ -8,7 +8,7 @@ reward needs no gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -21,8 +21,8 @@ from stepdistill.core.losses import preference_loss
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, per_sample
 from stepdistill.core.solvers import Sampler, Transition, few_step, transition
-from stepdistill.methods.base import Batch, RewardScale, StepContext, Tuning, Update, check_effect
-from stepdistill.networks.rewards.base import Reward
+from stepdistill.methods.base import Batch, StepContext, Tuning, Update, check_effect
+from stepdistill.networks.rewards.base import MeasureReward, Reward
 from stepdistill.networks.rewards.clip_score import ClipScore
 from stepdistill.networks.roles import TEACHER
 
@@ -98,7 +98,7 @@ class PSOOnline(Tuning):
                 "the probability of a transition is trained; use pso_offline.PSOOffline, or feedback.Feedback"
             )
 
-    def calibrate(self, measure: Callable[[Reward], RewardScale]) -> PSOOnline:
+    def calibrate(self, measure: MeasureReward) -> PSOOnline:
         return self if self.labels == "hard" or self.std else replace(self, std=measure(self.reward).std)
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:

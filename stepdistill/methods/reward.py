@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from stepdistill.config.kinds import Amount, Positive
-from stepdistill.methods.base import Batch, RewardScale, StepContext
-from stepdistill.networks.rewards.base import Reward, rewards_by_name
+from stepdistill.methods.base import Batch, StepContext
+from stepdistill.networks.rewards.base import MeasureReward, Reward, RewardScale, rewards_by_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +49,11 @@ class RewardTerm:
             raise ValueError(f"only {' and '.join(known)} given: expected mean, std and slope, or none of them")
 
     @property
-    def scale(self) -> RewardScale:
+    def scale(self) -> tuple[float, float, float]:
         """`mean`, `std` and `slope`; ValueError where they are not measured yet."""
         if self.mean is None or self.std is None or self.slope is None:
             raise ValueError(f"{self.reward.identity} has no mean, std and slope: call `Method.calibrate` first")
-        return RewardScale(self.mean, self.std, self.slope)
+        return self.mean, self.std, self.slope
 
     def term(self, context: StepContext, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The loss of images (B, 3, H, W) in about [0, 1], and their mean score in standard deviations."""
@@ -62,9 +62,11 @@ class RewardTerm:
         return self.weight * (self.margin - score).relu().mean(), score.mean().detach()
 
 
-def calibrated(terms: Sequence[RewardTerm], measure: Callable[[Reward], RewardScale]) -> tuple[RewardTerm, ...]:
+def calibrated(terms: Sequence[RewardTerm], measure: MeasureReward) -> tuple[RewardTerm, ...]:
     """The terms with their rewards' scales, each measured unless it is given."""
-    return tuple(one if one.mean is not None else replace(one, **measure(one.reward)._asdict()) for one in terms)
+    return tuple(
+        one if one.mean is not None else replace(one, **measure(one.reward, slope=True)._asdict()) for one in terms
+    )
 
 
 def reward_loss(

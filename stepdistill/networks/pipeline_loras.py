@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def assist(backbone: Backbone, lora: Lora, network: str, source: str | Path) -> 
     """
     check_fit({f"{network}.{name}": layer for name, layer in backbone.net.named_modules()}, lora, source)
     state = {key.removeprefix(f"{network}."): value for key, value in peft_state(lora).items()}
-    backbone.assist(file_config(lora, network), state)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")  # to predict memory
+        backbone.assist(file_config(lora, network), state)
 
 
 def check_fit(layers: Mapping[str, nn.Module], lora: Lora, source: str | Path) -> None:

@@ -30,21 +30,40 @@ TEMPLATE = """\
 {{ card_data }}
 ---
 
+{% if training -%}
+# Training assistant for {{ name }}
+
+A training assistant for a few-step model of {{ base }}, made with stepdistill. It turns the few-step model back into a
+diffusion model of many steps. While it is on, a LoRA can learn new images without undoing the few steps. It is for
+training only: leave it out where images are generated.
+{%- else -%}
 # {{ name }} in {{ steps }}
 
 {{ what }} distilled from {{ base }} with stepdistill, by the method `{{ method }}`. The student generates an image in
 {{ steps }}. Load it with {{ loader }}.
+{%- endif %}
 {% if grid %}
 ![Images of the teacher and of the student from the same prompts and seeds](samples/grid.png)
 {% endif %}
 ## How to use
 
+{% if training -%}
+Fine-tune the same few-step model with this line in the config:
+
+```yaml
+train: {assistant: {{ address }}}
+```
+{%- else -%}
 ```python
 {{ snippet }}
 ```
+{%- endif %}
 {% if stages %}
 The student was trained on top of {{ stages }}, and the file includes both. `last_lora.safetensors` is what was trained
 last, alone. Beside the LoRA that it was trained on, it can have a strength of its own.
+{% endif %}{% if tunable %}
+To teach the student something new, such as a style, train a LoRA on the base model without the student, and load both.
+A LoRA that is trained plainly on top of the student undoes its few steps.
 {% endif %}{% if lora %}
 `pytorch_lora_weights.safetensors` is for Diffusers and programs built on it. Do not load it in ComfyUI, which ignores
 its alpha and some of its layers without an error. Use a file that ends in `_comfyui.safetensors`, or write one:
@@ -126,6 +145,7 @@ def write_card(folder: Path, contract: Contract, address: str | None = None) -> 
         address: where the code loads the student from, such as a hub id; None is the folder itself.
     """
     n, layout = len(contract.timesteps), PIPELINES.get(teacher(contract).pipeline_class.__name__)
+    drawn = contract.kind == "lora" and contract.use == "sampling"
     card = ModelCard.from_template(
         _front_matter(contract),
         template_str=TEMPLATE,
@@ -133,11 +153,14 @@ def write_card(folder: Path, contract: Contract, address: str | None = None) -> 
         steps=f"{n} step{'s' * (n > 1)}",
         what="A network" if contract.network and contract.network.fused else WHAT[contract.kind],
         stages=_stages(contract),
-        lora=contract.kind == "lora" and layout in FAMILIES["comfyui"],
+        lora=drawn and layout in FAMILIES["comfyui"],
         loader="stepdistill" if contract.adapters else "plain Diffusers",
         method=str(contract.method["type"]).rpartition(".")[2],
         grid=(folder / "samples" / "grid.png").exists(),
         snippet=snippet(contract, address or folder.resolve()),
+        address=address or folder.resolve(),
+        training=contract.use == "training",
+        tunable=drawn,
         rows=_rows(contract),
         difference=contract.proof.difference if contract.proof else None,
         recipe=safe_dump(contract.method, sort_keys=False).strip(),

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.methods.base import RewardScale
-from stepdistill.networks.rewards.base import Reward
+from stepdistill.networks.rewards.base import Reward, RewardScale
 from stepdistill.training.sampling import sample_teacher, teacher_facts
 from stepdistill.training.setup import Session
 
@@ -33,7 +32,7 @@ def calibrate(session: Session) -> None:
             scales.write(file)
     distributed.barrier()
     scales.read(file)
-    session.method = session.run.method.calibrate(lambda reward: scales.known[reward.identity])
+    session.method = session.run.method.calibrate(lambda reward, slope=False: scales.known[reward.identity])
 
 
 class Scales:
@@ -64,28 +63,34 @@ class Scales:
         ]
         return torch.cat(drawn)
 
-    def measured(self, reward: Reward) -> RewardScale:
+    def measured(self, reward: Reward, slope: bool = False) -> RewardScale:
         """A reward's scale, which is known from then on. Raises ConfigError where all samples score the same."""
         if reward.identity not in self.known:
-            scores, slopes = (torch.cat(parts).double() for parts in zip(*self._scored(reward), strict=True))
+            parts = zip(*self._scored(reward, slope), strict=True)
+            scores, slopes = (torch.cat(part).double() for part in parts)
             if not scores.std() > 0:
                 got = f"{reward.identity}, which gives {SAMPLES} images of the teacher the score {scores[0].item():g}"
                 why = "there is nothing to climb, and no unit for the margin"
                 todo = "check the reward on some images, or set mean, std and slope"
                 raise ConfigError(problem(got, "scores that differ", why, todo))
-            self.known[reward.identity] = RewardScale(scores.mean().item(), scores.std().item(), slopes.mean().item())
+            self.known[reward.identity] = RewardScale(
+                scores.mean().item(), scores.std().item(), slopes.mean().item() if slope else None
+            )
         return self.known[reward.identity]
 
-    def _scored(self, reward: Reward) -> Iterator[tuple[Tensor, Tensor]]:
-        """Scores and slopes (B,) of parts of the samples."""
+    def _scored(self, reward: Reward, slope: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Scores and slopes (B,) of parts of the samples; no slopes where they are not asked for."""
         session = self.session
         score, size = reward.load(session.accelerator.device), session.run.train.train_batch_size
         for i in range(0, SAMPLES, size):
-            latents = self.latents[i : i + size].to(session.accelerator.device).requires_grad_()
-            images = session.decode(latents, "rewards see images") / 2 + 0.5
-            scores = score(images, self.prompts[i : i + size])
-            (pull,) = torch.autograd.grad(scores.sum(), latents)
-            yield scores.detach().cpu(), (pull.flatten(1).square().mean(1).sqrt() * pull[0].numel()).cpu()
+            latents = self.latents[i : i + size].to(session.accelerator.device).requires_grad_(slope)
+            with torch.set_grad_enabled(slope):
+                scores = score(session.decode(latents, "rewards see images") / 2 + 0.5, self.prompts[i : i + size])
+            slopes = torch.empty(0)
+            if slope:
+                (pull,) = torch.autograd.grad(scores.sum(), latents)
+                slopes = pull.flatten(1).square().mean(1).sqrt().cpu() * pull[0].numel()
+            yield scores.detach().cpu(), slopes
 
     def read(self, file: Path) -> None:
         """What `write` wrote of the same samples; nothing where the file is of others, or broken."""

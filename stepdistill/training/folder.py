@@ -56,7 +56,7 @@ def check_output_dir(run: Run) -> None:
 
 def read_by(run: Run) -> list[str]:
     """The files and folders that a run reads; some may be hub ids."""
-    inputs = [*places(run.family), *places(run.lora), *places(run.data), run.train.eval_reference]
+    inputs = [*places(run.family), *places(run.lora), *places(run.data), *places(run.method), run.train.eval_reference]
     return [place for place in inputs if place]
 
 

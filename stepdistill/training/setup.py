@@ -108,7 +108,11 @@ class Session:
 
     def decode(self, latents: Tensor, why: str) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], not clamped; `why` is said where the autoencoder must be loaded for it."""
-        return self.run.family.decode(self.batches.parts.vae(why), latents)
+        pipe = self.batches.parts.vae(why)
+        # the decoder's activations at full size are most of what a loss on images keeps
+        if self.run.train.gradient_checkpointing and pipe.vae._supports_gradient_checkpointing:
+            pipe.vae.enable_gradient_checkpointing()
+        return self.run.family.decode(pipe, latents)
 
 
 def begin(run: Run) -> Accelerator:

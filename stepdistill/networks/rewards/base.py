@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,22 @@ from stepdistill.core.errors import ConfigError, MissingWeights, problem
 
 Score: TypeAlias = Callable[[Tensor, Sequence[str]], Tensor]  # images (B, 3, H, W) and B prompts to scores (B,)
 TODO = "see docs/guides/rewards.md for where weights are found, and for how a pickle is converted"
+
+
+class RewardScale(NamedTuple):
+    """A reward on samples of the teacher.
+
+    Args:
+        mean: of the scores.
+        std: standard deviation of the scores.
+        slope: root mean square of the score's gradient over the elements of a sample's latents, times their number: a
+            reward that is linear in the latents rises by at most `slope` where they move by 1. None where it is not
+            asked for: a reward may have no gradient.
+    """
+
+    mean: float
+    std: float
+    slope: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +64,12 @@ class Reward(ABC):
             ConfigError: when called; the scores are not as described.
         """
         return _loaded(self, device)
+
+
+class MeasureReward(Protocol):
+    """Scores samples of the teacher by a reward, with the slope where it is asked for."""
+
+    def __call__(self, reward: Reward, slope: bool = False) -> RewardScale: ...
 
 
 def rewards_by_name(rewards: Iterable[Reward]) -> dict[str, Reward]:

@@ -17,7 +17,7 @@ from stepdistill.data.base import Wrapper
 from stepdistill.data.made import TeacherMade
 from stepdistill.families.controlled import Controlled
 from stepdistill.families.lazy_pipeline import LazyPipeline
-from stepdistill.methods.base import RewardScale
+from stepdistill.networks.rewards.base import RewardScale
 from stepdistill.students.base_model import Base
 from stepdistill.students.load import start_from
 from stepdistill.students.proof import check_sampling
@@ -88,7 +88,7 @@ def rehearse(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Reh
         data = Unmade(source=data, shape=session.batches.shape)
     optimizers = Optimizers(session.backbone, run.train, session.scaler)
     batches = session.batches.steps(data, 0, 0, 1)
-    method = run.method.calibrate(lambda reward: RewardScale(0.0, 1.0, 1.0))
+    method = run.method.calibrate(lambda reward, slope=False: RewardScale(0.0, 1.0, 1.0))
     return Rehearsal(method, optimizers, session.context, batches, accelerator.device)
 
 
