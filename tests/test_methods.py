@@ -23,6 +23,7 @@ from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.feedback import Feedback
 from stepdistill.methods.gan import Ladd
+from stepdistill.methods.pso_offline import PSOOffline
 from stepdistill.methods.pso_online import PSOOnline
 from stepdistill.methods.reward import RewardTerm
 from stepdistill.networks.rewards.white_border import WhiteBorder
@@ -88,6 +89,10 @@ def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch, record_pro
 @pytest.mark.parametrize("name", ["sd", "sana", "flux"])
 def test_two_steps_with_a_term_on_the_teacher_s_depths(name, tmp_path, monkeypatch):
     trained(Consistency(gan=Ladd(misaligned_pairs=True)), name, tmp_path, monkeypatch)
+
+
+def test_two_steps_with_the_sampler_of_sdxl_turbo(tmp_path, monkeypatch):
+    trained(PSOOffline(sampling=Sampler((999.0, 499.0), eta=1.0, ancestral=True)), "sd", tmp_path, monkeypatch)
 
 
 def trained(method: Method, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> float:
