@@ -43,10 +43,14 @@ OPPOSED = replace(
 )
 
 
-@pytest.fixture(autouse=True)
-def no_plot(monkeypatch):
-    """Most of a look's time."""
-    monkeypatch.setattr(watching, "plot_drift", lambda *args: None)
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """Without what takes most of the time of such short runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watching, "plot_drift", lambda *args: None)
+        patch.setattr(watching, "SETS", 2)
+        patch.setattr(calibration, "SAMPLES", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,7 @@ def test_the_scale_of_a_linear_reward_on_a_linear_decoder(monkeypatch):
         asked.append(ids)
         return latents[[i - calibration.FIRST for i in ids]]
 
+    monkeypatch.setattr(calibration, "SAMPLES", SAMPLES)
     monkeypatch.setattr(calibration, "sample_teacher", sample)
     data = Prompts(prompts=tuple(map(str, range(1000))))
     session = SimpleNamespace(
@@ -209,8 +214,9 @@ def test_a_held_out_reward_that_falls_ends_the_run(teacher, tmp_path, caplog):
 
 def test_without_a_held_out_reward_it_goes_on_and_both_ends_are_said(teacher, tmp_path, capsys):
     method = replace(OPPOSED, held_out=None)
-    out = distill(watched(teacher, tmp_path / "out", method, max_train_steps=4))
-    assert [one["step"] for one in looks(out)] == [0, 1, 2, 3, 4]
+    run = watched(teacher, tmp_path / "out", method, max_train_steps=4, validation_steps=4)
+    out = distill(run)
+    assert [one["step"] for one in looks(out)] == [0, 4]
     assert "the trained reward Brightness went from" in capsys.readouterr().out
     report, _ = examine(out)
     assert "the trained reward Brightness went from" in report and "held-out" not in report
