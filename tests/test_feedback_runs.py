@@ -12,6 +12,7 @@ import runs
 import torch
 from oracles import close
 from oracles.fakes import Brightness
+from test_sharding import two
 
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.solvers import Sampler
@@ -138,6 +139,25 @@ def test_a_method_with_rewards_of_many_steps_is_scaled_by_its_teacher(teacher, t
     facts = json.loads((out / "rewards.json").read_text())["facts"]
     assert facts["steps"] == 5 and facts["guidance_scale"] == 7.5 and "sampler" not in facts
     assert "reward/WhiteBorder" in rules.read_metrics(out / "metrics.jsonl")[0]
+
+
+def _one_of_two(rank: int, teacher: Path, out: Path, shard: bool) -> None:
+    calibration.SAMPLES = 8
+    if rank:
+        del calibration.sample_teacher
+    distill(make(teacher, out, train_batch_size=2, shard_base=shard))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_the_first_of_two_processes_measures_for_both(teacher, whole, tmp_path, shard):
+    two(_one_of_two, teacher, tmp_path / "out", shard)
+    (ours,), (alone,) = (
+        json.loads((folder / "distill_config.json").read_text())["method"]["rewards"]
+        for folder in (tmp_path / "out", whole)
+    )
+    for key in ("mean", "std", "slope"):
+        assert ours[key] == pytest.approx(alone[key], rel=1e-4)
 
 
 def test_memory_is_predicted_before_a_scale_is_known(teacher, tmp_path):
