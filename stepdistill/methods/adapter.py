@@ -30,6 +30,7 @@ class Assistant(Tuning):
     References:
         Z-Image-Turbo training adapter, Ostris 2025, https://huggingface.co/ostris/zimage_turbo_training_adapter, a LoRA
         trained plainly on thousands of the distilled model's images at a learning rate of 1e-5.
+        LoRA: low-rank adaptation of large language models, Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 
     Args:
         num_inference_steps: steps in which validation draws the assistant, which is no few-step model.

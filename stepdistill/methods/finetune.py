@@ -28,7 +28,8 @@ class FineTune(Tuning):
 
     References:
         High-resolution image synthesis with latent diffusion models, Rombach et al. 2022,
-        https://arxiv.org/abs/2112.10752, is the loss; LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+        https://arxiv.org/abs/2112.10752.
+        LoRA: low-rank adaptation of large language models, Hu et al. 2021, https://arxiv.org/abs/2106.09685.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"latents"})
