@@ -61,11 +61,14 @@ DRAWS = offline_oracles.test_offline_draws_only_the_contract_s_times
 BUGS = {
     # online
     "separate starts": Bug(
-        pso_online.paths, "torch.cat([start, start])", 'torch.cat([start, context.noise(batch, "other")])', optimum
+        pso_online.sample_paths,
+        "torch.cat([start, start])",
+        'torch.cat([start, context.noise(batch, "other")])',
+        optimum,
     ),
-    "one fresh noise for both paths": Bug(pso_online.paths, 'f"again {k} {path}"', 'f"again {k}"', replay),
+    "one fresh noise for both paths": Bug(pso_online.sample_paths, 'f"again {k} {path}"', 'f"again {k}"', replay),
     "one fresh noise for the batch": Bug(
-        pso_online.paths, "return torch.cat([context.noise", "return sum([context.noise", optimum
+        pso_online.sample_paths, "return torch.cat([context.noise", "return sum([context.noise", optimum
     ),
     "summed over dimensions": Bug(pso_online.log_ratio, ".mean(1)", ".sum(1)", optimum),
     "the reference with its LoRA on": Bug(

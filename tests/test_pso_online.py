@@ -19,7 +19,7 @@ from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler, Transition, few_step, transition
 from stepdistill.methods.base import Update
-from stepdistill.methods.pso_online import PSOOnline, divergence, log_ratio, paths
+from stepdistill.methods.pso_online import PSOOnline, divergence, log_ratio, sample_paths
 from stepdistill.networks.rewards.base import Reward, RewardScale, Score
 
 
@@ -186,7 +186,7 @@ def test_stored_transitions_replay(name):
     network, context = Fake(schedule, torch.tensor(0.7).double()), Stage(schedule, {}).context(0)
     part = batch(3, 7)
     cond = {key: torch.cat([value, value]) for key, value in part.cond.items()}
-    states, transitions = paths(network, context, part, cond, sampler)
+    states, transitions = sample_paths(network, context, part, cond, sampler)
     assert len(states) == len(sampler.timesteps) + 1 and len(transitions) == len(sampler.timesteps) - 1
     close(states[0][:2], states[0][2:], 0)  # one starting noise
     for k, (mean, std) in enumerate(transitions):
@@ -210,7 +210,7 @@ def test_ratios_are_those_of_densities(name):
     part = prompts(count)
     with torch.no_grad():
         cond = {key: torch.cat([value, value]) for key, value in part.cond.items()}
-        states, transitions = paths(teacher, drawn(schedule, {}), part, cond, sampler)
+        states, transitions = sample_paths(teacher, drawn(schedule, {}), part, cond, sampler)
         total = torch.zeros(2 * count).double()
         for k, reference in enumerate(transitions):
             t = torch.full((2 * count,), sampler.timesteps[k]).double()

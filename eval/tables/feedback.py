@@ -38,6 +38,7 @@ from stepdistill.families.base import Family
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.pipeline_loras import fuse_loras
 from stepdistill.networks.rewards.custom import Custom
+from stepdistill.networks.rewards.quality import logistic_head
 from stepdistill.networks.rewards.white_border import WhiteBorder
 from stepdistill.students.contract import CONTRACT, read_contract
 from stepdistill.students.draw.call import PipelineCall, generate, teacher_call
@@ -53,7 +54,7 @@ WHITE = WhiteBorder()
 WHITE_ENOUGH = 0.7  # of the border, for an image that offline PSO moves to
 BEFORE = "before"
 RISES = (1.0, 2.0)  # of the log-odds of a white border, which PSO's beta is set for
-ONE_STEP, SHRINK = 512, 0.1  # images in one step, and share of the mean variance that is added to all
+ONE_STEP = 512  # images in one step
 STARTS, AGAIN = 256, 8  # starting noises, and images of each
 
 
@@ -108,20 +109,12 @@ def drawn_by(
 
 
 def quality(family: Family, ref: StoredFeatures) -> Callable[[Tensor], Tensor]:
-    """A reward that nobody trains on: whether features (N, D) are the teacher's at full steps, or in one step.
-
-    Fisher's linear discriminant of the two, with a shrunken covariance: the mean is 1 for the former and -1 for the
-    latter, on the features that it is made of.
-    """
+    """A reward that nobody trains on: the log-odds that features (N, D) are the teacher's at full steps, not in one."""
     pipe = family.load()
     call = teacher_call(family, pipe, 1, float(ref.facts["teacher_guidance_scale"]), "teacher, 1 step")
-    good = ref.features["reference"].double()
-    bad = extractor()(generate(pipe, call, ref.prompts[:ONE_STEP], SEED_A, progress=True)[0]).double()
-    spread = sum(torch.cov(each.T) for each in (good, bad)) / 2
-    spread += SHRINK * spread.diag().mean() * torch.eye(len(spread))
-    direction = torch.linalg.solve(spread, good.mean(0) - bad.mean(0))
-    low, high = ((each @ direction).mean() for each in (bad, good))
-    return lambda features: (2 * (features.double() @ direction - low) / (high - low) - 1).float()
+    bad = extractor()(generate(pipe, call, ref.prompts[:ONE_STEP], SEED_A, progress=True)[0])
+    weight, bias = logistic_head(ref.features["reference"], bad)
+    return lambda features: features @ weight + bias
 
 
 def whiteness(images: Tensor, prompts: Sequence[str]) -> Tensor:

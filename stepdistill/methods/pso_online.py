@@ -108,7 +108,7 @@ class PSOOnline(Tuning):
         )
         cond = {key: torch.cat([value, value]) for key, value in batch.cond.items()}
         with torch.no_grad():
-            states, policy = paths(student, context, batch, cond, sampler)
+            states, policy = sample_paths(student, context, batch, cond, sampler)
             times = [per_sample(t, states[0]) for t in sampler.timesteps[:-1]]
             reference = [transition(schedule, sampler, k, teacher(states[k], t, cond)) for k, t in enumerate(times)]
             both = list(zip(policy, reference, strict=True))
@@ -152,7 +152,7 @@ class PSOOnline(Tuning):
         return preference_loss(logit, torch.sigmoid(ahead / (self.temperature * self.std)))
 
 
-def paths(
+def sample_paths(
     denoise: Denoise, context: StepContext, batch: Batch, cond: Condition, sampler: Sampler
 ) -> tuple[list[Tensor], list[Transition]]:
     """Two paths of each prompt from one starting noise, with fresh noises apart.
