@@ -162,13 +162,13 @@ def test_an_assistant_is_drawn_in_many_steps_and_the_model_in_its_few():
 BUGS = {
     "samples of the student": Bug(
         Tuning.own_samples,
-        "context.denoiser(TEACHER)",
-        'context.denoiser("student")',
+        "self.sampled(context, TEACHER)",
+        'self.sampled(context, "student")',
         test_the_assistant_is_the_way_to_the_denoiser_of_the_model_s_own_samples,
     ),
     "samples without the contract's guidance": Bug(
-        Tuning.own_samples,
-        "sampler.guidance_scale",
+        Tuning.sampled,
+        "self.few_steps(context.schedule).guidance_scale",
         "1.0",
         test_own_samples_follow_the_contract_with_its_guidance,
     ),

@@ -130,7 +130,7 @@ BUGS = {
         PSOOffline.updates, "torch.cat([eps, eps])", 'torch.cat([eps, context.noise(batch, "other")])', offline
     ),
     "samples from the student": Bug(
-        Tuning.own_samples, "context.denoiser(TEACHER)", 'context.denoiser("student")', moves
+        Tuning.own_samples, "self.sampled(context, TEACHER)", 'self.sampled(context, "student")', moves
     ),
     "errors of x0": Bug(PSOOffline.scale, "return self.beta * schedule", "return self.beta + 0 * schedule", offline),
     "errors of noise on a flow": Bug(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.config.kinds import Decay
-from stepdistill.core.denoise import Condition, RoleDenoise, guided
+from stepdistill.core.denoise import Condition, Denoise, RoleDenoise, guided
 from stepdistill.core.random import step_generator
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts, few_step, student_starts
@@ -252,11 +252,15 @@ class Tuning(Averaged):
         own = self.sampling.timesteps
         return replace(self.sampling, timesteps=student_starts(schedule, own, len(own), steps))
 
+    def sampled(self, context: StepContext, role: str) -> Denoise:
+        """A role's denoiser with the guidance that it is sampled with."""
+        return guided(context.denoiser(role), context.null, self.few_steps(context.schedule).guidance_scale)
+
     @torch.no_grad()
     def own_samples(self, context: StepContext, batch: Batch) -> Tensor:
         """Samples (B, C, H, W) of the few-step model for the prompts of the batch, each from a noise of its own."""
         schedule, sampler = context.schedule, self.few_steps(context.schedule)
-        teacher = guided(context.denoiser(TEACHER), context.null, sampler.guidance_scale)
+        teacher = self.sampled(context, TEACHER)
         start = context.noise(batch, "sample start")
         return few_step(
             teacher, schedule, sampler, start, batch.cond, lambda k: context.noise(batch, f"sample again {k}")

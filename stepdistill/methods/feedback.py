@@ -15,7 +15,6 @@ from typing import ClassVar, Literal
 import torch
 
 from stepdistill.config.kinds import Positive
-from stepdistill.core.denoise import guided
 from stepdistill.methods.base import Batch, StepContext, Tuning, Update
 from stepdistill.methods.dmd2 import reached
 from stepdistill.methods.reward import RewardTerm, calibrated, reward_loss
@@ -74,9 +73,7 @@ class Feedback(Tuning):
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         sampler = self.sampler(context.schedule)
-        student, before = (
-            guided(context.denoiser(role), context.null, sampler.guidance_scale) for role in ("student", TEACHER)
-        )
+        student, before = (self.sampled(context, role) for role in ("student", TEACHER))
         first = self.first_exit(count := len(sampler.timesteps))
         exit_at = first + int(context.shared("exit") * (count - first))
         x_t, t = reached(student, context, batch, sampler, context.noise(batch, "start"), exit_at)

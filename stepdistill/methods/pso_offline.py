@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from stepdistill.config.kinds import Positive, Share
-from stepdistill.core.denoise import guided
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.losses import preference_loss, sample_distances
 from stepdistill.core.schedule import NoiseSchedule, expand
@@ -58,9 +57,7 @@ class PSOOffline(Tuning):
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         schedule, sampler = context.schedule, self.sampler(context.schedule)
-        student, teacher = (
-            guided(context.denoiser(role), context.null, sampler.guidance_scale) for role in ("student", TEACHER)
-        )
+        student, teacher = (self.sampled(context, role) for role in ("student", TEACHER))
         starts, eps = torch.tensor(sampler.timesteps, device=context.device), context.noise(batch, "eps")
         t = starts[(context.draw(batch, "t") * len(starts)).long()]
         cond = {key: torch.cat([value, value]) for key, value in batch.cond.items()}

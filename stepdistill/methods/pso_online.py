@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.config.kinds import Positive
-from stepdistill.core.denoise import Condition, Denoise, guided
+from stepdistill.core.denoise import Condition, Denoise
 from stepdistill.core.losses import preference_loss
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, per_sample
@@ -103,9 +103,7 @@ class PSOOnline(Tuning):
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         schedule, sampler = context.schedule, self.sampler(context.schedule)
-        student, teacher = (
-            guided(context.denoiser(role), context.null, sampler.guidance_scale) for role in ("student", TEACHER)
-        )
+        student, teacher = (self.sampled(context, role) for role in ("student", TEACHER))
         cond = {key: torch.cat([value, value]) for key, value in batch.cond.items()}
         with torch.no_grad():
             states, policy = sample_paths(student, context, batch, cond, sampler)
@@ -118,7 +116,7 @@ class PSOOnline(Tuning):
         logs = {
             "reward": reward,
             "kl": torch.stack([divergence(*each) for each in both]).sum(),
-            "beta_per_nat": torch.tensor(self.beta / states[0][0].numel()),
+            "beta_per_nat": torch.full_like(reward, self.beta / states[0][0].numel()),
             "clipped": torch.stack([self.clipped(ratio) != ratio for ratio in ratios]).float().mean(),
         }
         for k, t in enumerate(times):
