@@ -103,7 +103,10 @@ def test_what_does_not_fit_an_assistant_is_refused(folder, tmp_path, caplog):
     assert "trained for another few-step model" in caplog.text
     caplog.clear()
     check_assistant(with_train(run, assistant=str(folder / "sd-assistant" / LAST)))  # a file says nothing of itself
+    check_assistant(replace(with_train(run, assistant=None), method=OFFLINE))
     assert not caplog.records
+    check_assistant(with_train(run, assistant=None))
+    assert "FineTune without train.assistant undoes the few steps" in caplog.text
 
 
 def test_a_checkpoint_has_no_assistant_and_a_resumed_run_has_the_same(folder, tmp_path):

@@ -45,8 +45,14 @@ def check_start_from(run: Run) -> None:
 
 
 def check_assistant(run: Run) -> None:
-    """A training assistant fits the method, and can be read."""
+    """A training assistant fits the method, and can be read; a warning is logged where the method needs one."""
     if run.train.assistant is None:
+        if run.method.takes_assistant:
+            logger.warning(
+                "%s without train.assistant undoes the few steps of the model before it has learnt the images. Train "
+                "an assistant first; of a student that is a LoRA, train the new LoRA on the base, and load both",
+                type(run.method).__name__,
+            )
         return
     if not run.method.takes_assistant:
         got = f"train.assistant with {type(run.method).__name__}"
