@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from test_rewards import CPU, photos
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import BertTokenizer, CLIPConfig, CLIPModel
+from transformers import BertTokenizer, CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
 
 from stepdistill.core.errors import MissingWeights, WrongWeights
 from stepdistill.core.files import file_digest, hash_of
@@ -343,7 +343,9 @@ def test_an_aesthetic_score_is_the_head_of_the_normalised_embedding(folder, tmp_
     assert (want[0] - want[1]).abs() > 1e-4
     scores.sum().backward()
     assert images.grad is not None and images.grad.any()
-    assert reward.identity.endswith(f"CLIP@{hash_of(model.state_dict())}")
+    assert reward.identity.endswith(
+        f"CLIP@{hash_of(CLIPVisionModelWithProjection.from_pretrained(folder).state_dict())}"
+    )
 
 
 # --- the real size ---------------------------------------------------------------------------------------------------

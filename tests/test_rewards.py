@@ -70,10 +70,15 @@ def test_a_config_names_a_reward_by_its_dotted_path():
         node = to_node(reward, Reward)
         assert node["type"] == f"{type(reward).__module__}.{type(reward).__name__}"
         assert read_node(Reward, node, "reward") == reward
+
+
+def test_a_function_is_looked_for_when_it_is_needed():
+    """The method of a student whose reward is not installed here can be read."""
+    assert read_node(Reward, to_node(own("brigthness"), Reward), "reward") == own("brigthness")
     with pytest.raises(ConfigError, match="no brigthness; did you mean brightness"):
-        own("brigthness")
+        own("brigthness").load(CPU)
     with pytest.raises(ConfigError, match="cannot be called"):
-        own("CPU")
+        own("CPU").load(CPU)
 
 
 def test_every_reward_is_hashable_and_says_what_its_scores_depend_on():

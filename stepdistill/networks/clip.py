@@ -90,9 +90,13 @@ def clip(name: str, device: torch.device) -> Clip:
 
 
 @cache
-def clip_digest(name: str) -> str:
-    """sha256 of a CLIP's tensors (`hash_of`); the model is loaded for it, and dropped."""
-    from transformers import CLIPModel
+def clip_digest(name: str, network: str = "CLIPModel") -> str:
+    """sha256 of the tensors (`hash_of`) of a CLIP, or of a part of it; it is loaded for that, and dropped.
 
-    model: Any = pretrained(CLIPModel, name)
+    Args:
+        network: its class in Transformers.
+    """
+    import transformers
+
+    model: Any = pretrained(getattr(transformers, network), name)
     return hash_of(model.state_dict())

@@ -48,8 +48,8 @@ class Aesthetic(Reward):
 
     @property
     def identity(self) -> str:
-        head, model = weights_digest(self.weights), clip_digest(self.pretrained_clip_model)
-        return f"{type(self).__name__}@{head}, CLIP@{model}"
+        model = clip_digest(self.pretrained_clip_model, "CLIPVisionModelWithProjection")
+        return f"{type(self).__name__}@{weights_digest(self.weights)}, CLIP@{model}"
 
     def build(self, device: torch.device) -> Score:
         from transformers import CLIPVisionModelWithProjection

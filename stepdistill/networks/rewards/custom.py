@@ -22,10 +22,9 @@ class Custom(Reward):
 
     function: str
 
-    def __post_init__(self) -> None:
+    def build(self, device: torch.device) -> Score:
+        # not before: a student is sampled without its reward's module
         if not callable(locate(self.function)):
             why, todo = "it is called with images and prompts", "name a function"
             raise ConfigError(problem(f"function {self.function}, which cannot be called", "a function", why, todo))
-
-    def build(self, device: torch.device) -> Score:
         return locate(self.function)
