@@ -25,6 +25,7 @@ from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.data.base import GuidedState
+from stepdistill.methods.adapter import Assistant
 from stepdistill.methods.agd import AdapterGuidance
 from stepdistill.methods.base import Batch, Method, StepContext
 from stepdistill.methods.boot import Boot
@@ -32,10 +33,13 @@ from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.feedback import Feedback
+from stepdistill.methods.finetune import FineTune
 from stepdistill.methods.gan import Gan
 from stepdistill.methods.guided_lora import GuidedLora
 from stepdistill.methods.perflow import PeRFlow
 from stepdistill.methods.progressive import ProgressiveHalving
+from stepdistill.methods.pso_offline import PSOOffline
+from stepdistill.methods.pso_online import PSOOnline
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.methods.reward import RewardTerm
@@ -303,6 +307,13 @@ def cases(schedule: NoiseSchedule) -> dict[str, tuple[Method, dict[str, Law]]]:
                 "teacher": weighted(starts[:2], draws=SHARED),
             },
         ),
+        "online pso": (
+            PSOOnline(sampling=few, reward=Brightness(), std=1.0),
+            {TRAINED: weighted(starts[1:]), "student": weighted(starts), "teacher": weighted(starts[1:])},
+        ),
+        "offline pso": (PSOOffline(sampling=few), {TRAINED: weighted(starts), "teacher": weighted(starts)}),
+        "assistant": (Assistant(sampling=few), {TRAINED: span, "teacher": weighted(starts)}),
+        "fine-tuning": (FineTune(sampling=few), {TRAINED: span}),
         "regression": (Regression(), {TRAINED: exits, "student": before}),
         "progressive": (
             ProgressiveHalving(steps=(10, 5), stage_steps=half),
