@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracles.planted import Bug, planted
 from tiny import FAMILIES, awake, backbone, batch, context, pipeline
 from torch import Tensor, nn
 
@@ -111,3 +112,32 @@ def test_in_half_precision_it_stays_in_float32():
     bone = backbone("sd", pipe)
     assist(bone, lora_of("sd", net), "unet", "assistant")
     assert {p.dtype for p in bone.parameters_of(ASSISTANT).values()} == {torch.float32}
+
+
+BUGS = {
+    "left on": Bug(
+        Backbone.assisted,
+        "self._beside = []\n",
+        "pass\n",
+        lambda: test_on_is_the_lora_in_the_weights_and_off_is_the_base_bit_for_bit("sd"),
+    ),
+    "on beside the student only": Bug(
+        Backbone._switch,
+        "*self._beside, *([] if",
+        "*([] if name == TEACHER else self._beside), *([] if",
+        lambda: test_on_is_the_lora_in_the_weights_and_off_is_the_base_bit_for_bit("sd"),
+    ),
+    "trained, too": Bug(
+        Backbone.assist,
+        "trainable=False",
+        "trainable=True",
+        lambda: test_the_student_learns_beside_it_and_nothing_else_does(False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_is_noticed(name):
+    bug = BUGS[name]
+    with planted(bug.function, bug.old, bug.new), pytest.raises(AssertionError):
+        bug.test()
