@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +30,7 @@ from stepdistill.networks.rewards.custom import Custom
 from stepdistill.networks.rewards.quality import Quality, logistic_head
 from stepdistill.networks.rewards.white_border import WhiteBorder
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 CALLS: list[tuple[Tensor, list[str]]] = []
 
@@ -235,3 +240,14 @@ def test_quality_is_the_head_of_the_benchmark_s_features(tmp_path):
     save_file({"weight": weight[:9], "bias": bias, "size": torch.tensor(64)}, tmp_path / "short.safetensors")
     with pytest.raises(WrongWeights, match="a weight of 1280 numbers"):
         Quality(head=str(tmp_path / "short.safetensors")).load(CPU)
+
+
+@pytest.mark.slow
+def test_the_script_makes_a_head_that_tells_full_steps_from_one(tmp_path):
+    script, config = ROOT / "train" / "quality.py", ROOT / "configs" / "quickstart.yaml"
+    args = ["train.teacher_steps=8", "--output", tmp_path / "head.safetensors", "--num-images", "32"]
+    done = subprocess.run([sys.executable, script, config, *args], cwd=ROOT, capture_output=True, text=True, check=True)
+    right = float(re.search(r": ([\d.]+)% of 32 held-out images are told right", done.stdout)[1])
+    assert right > 80
+    scores = Quality(head=str(tmp_path / "head.safetensors")).load(CPU)(photos(2, 32, 32), ["", ""])
+    assert scores.isfinite().all()
