@@ -16,12 +16,13 @@ from PIL import Image
 
 from stepdistill.config.dump import config_digest
 from stepdistill.config.load import load_config
+from stepdistill.core.cost import Cost
 from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.families.base import Family
 from stepdistill.students.contract import read_contract
 from stepdistill.students.draw.call import teacher_call
 from stepdistill.training.recipe import Run
-from tables.benchmark import Results, data_features, drawings, extractor, figures, judged, prompts
+from tables.benchmark import Results, data_features, drawings, extractor, figures, judged, prompts, reference
 from tables.feedback import drawn_by
 from tables.recipes import recipes, seconds, trained, warm_start
 
@@ -42,10 +43,12 @@ def measure_new_images(name: str, results: Results, work: Path, rows: Sequence[s
         warm_start(run)
         write_drawings(Path(data.train_data_dir))
         before, family = Path(run.start_from), run.family
-        pipe, steps = family.load(), len(read_contract(before).timesteps)
-        for n, label in ((steps, "few"), (run.train.teacher_steps, "full")):
-            call = teacher_call(family, pipe, n, run.teacher_guidance_scale, f"teacher, {n} steps")
-            results.once(f"{name}/teacher, {label}", partial(figures, pipe, call, ref), steps=n)
+        pipe, steps, full = family.load(), len(read_contract(before).timesteps), run.train.teacher_steps
+        call = teacher_call(family, pipe, steps, run.teacher_guidance_scale, f"teacher, {steps} steps")
+        results.once(f"{name}/teacher, few", partial(figures, pipe, call, ref), steps=steps)
+        drawn = reference(name, run, work).features["floor"]  # the teacher at full steps, with the seeds of all rows
+        cost = Cost(calls=full, rows=2 * full * len(drawn), batches=1)
+        results.once(f"{name}/teacher, full", partial(judged, drawn, cost, ref), steps=full)
         results.once(f"{name}/before", partial(near_drawings, family, before, ref), start=before.name)
         out = trained(file)
         facts = {"config": config_digest(run), "train_seconds": round(seconds(out))}
