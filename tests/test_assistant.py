@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from oracles.planted import Bug, planted
+from test_sharding import two
 from tiny import FAMILIES, awake, backbone, batch, context, pipeline
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stepdistill.core.errors import StudentError
+from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.lora.layer import LayerLora
 from stepdistill.networks.lora.tensors import Lora as LoraOfFile
@@ -112,6 +116,27 @@ def test_in_half_precision_it_stays_in_float32():
     bone = backbone("sd", pipe)
     assist(bone, lora_of("sd", net), "unet", "assistant")
     assert {p.dtype for p in bone.parameters_of(ASSISTANT).values()} == {torch.float32}
+
+
+def sharded(rank: int, expected: Tensor) -> None:
+    """One of two processes: the base is spread over both, and the assistant is whole on each."""
+    PartialState(cpu=True)
+    pipe = pipeline("sd3")
+    bone = backbone("sd3", pipe)
+    assist(bone, lora_of("sd3", pipe.transformer), "transformer", "assistant")
+    sharding.shard(bone, torch.device("cpu"), torch.float32)
+    bone.add("student", Lora())
+    awake(bone, "student")
+    assert not any(isinstance(p, DTensor) for p in bone.parameters_of(ASSISTANT).values())
+    with bone.assisted():
+        assert torch.allclose(drawn("sd3", bone, "student"), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sharded_base_has_it_too():
+    bone = student("sd3")
+    with bone.assisted():
+        two(sharded, drawn("sd3", bone, "student"))
 
 
 BUGS = {
