@@ -14,6 +14,8 @@ from test_pso_offline import OFFLINE
 
 from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.data import Prompts, TeacherSamples
+from stepdistill.evaluation.plan import sampling_plans
+from stepdistill.evaluation.spec import EvalRun
 from stepdistill.methods.adapter import Assistant
 from stepdistill.methods.finetune import FineTune
 from stepdistill.networks.roles import ASSISTANT
@@ -86,6 +88,8 @@ def test_an_assistant_is_for_training_only(folder):
         load_student(family_of(folder, "sd").load(), assistant)
     with pytest.raises(StudentError, match="a training assistant"):
         StudentPipeline.load(assistant)
+    with pytest.raises(StudentError, match="a training assistant"):
+        sampling_plans(EvalRun(teacher="tiny-sd", students=(str(assistant),), output_dir=folder))
     assert load_student(family_of(folder, "sd").load(), assistant, ASSISTANT)["guidance_scale"] == 1.0
     assert "training assistant" in (assistant / "README.md").read_text()
 

@@ -20,6 +20,7 @@ from stepdistill.families.base import Family
 from stepdistill.students.contract import Contract, read_contracts, teacher
 from stepdistill.students.draw.pipeline import DrawOptions, check_one_lora
 from stepdistill.students.load import folder_of
+from stepdistill.students.single import check_use
 
 Role = Literal["reference", "teacher", "student"]
 
@@ -56,8 +57,10 @@ def sampling_plans(spec: EvalRun) -> list[SamplingPlan]:
     """The plans, the teacher's first.
 
     Raises:
-        StudentError: a student without a contract, or with a LoRA beside it one that is no LoRA.
+        StudentError: a student without a contract, a training assistant, or with a LoRA beside it one that is no LoRA.
     """
+    for place in spec.students:
+        check_use(place, contract_of(place))
     for place in spec.students if spec.lora else ():
         check_one_lora(place)
     trained = {place: len(contract_of(place).timesteps) for place in spec.students}

@@ -61,10 +61,7 @@ def in_memory(folder: Path, contract: Contract, family: Family) -> tuple[Diffusi
 def load_one(pipe: DiffusionPipeline, folder: Path, adapter_name: str) -> Any:  # noqa: ANN401
     """Load the student of a local folder; returns the same as `stepdistill.load_student`."""
     contract = read_contract(folder)
-    if contract.use == "training" and adapter_name != ASSISTANT:
-        why = "it turns a few-step model back into one of many steps, so that its few steps are blurred"
-        todo = f"set it as train.assistant; to load it all the same, pass adapter_name={ASSISTANT!r}"
-        raise StudentError(problem(f"{folder}, which is a training assistant", "a student to draw with", why, todo))
+    check_use(folder, contract, adapter_name)
     family = teacher(contract)
     name = family.network_name
     if name not in pipe.components:
@@ -103,6 +100,14 @@ def load_one(pipe: DiffusionPipeline, folder: Path, adapter_name: str) -> Any:  
         return dict(contract.call)
     assert contract.guidance_range is not None
     return GuidedCall(contract.call, adapters, contract.guidance_range)
+
+
+def check_use(folder: Path | str, contract: Contract, adapter_name: str = "student") -> None:
+    """Raise StudentError for a training assistant, unless it is asked for by its adapter name."""
+    if contract.use == "training" and adapter_name != ASSISTANT:
+        why = "it turns a few-step model back into one of many steps, so that its few steps are blurred"
+        todo = f"set it as train.assistant; to load it all the same, pass adapter_name={ASSISTANT!r}"
+        raise StudentError(problem(f"{folder}, which is a training assistant", "a student to draw with", why, todo))
 
 
 def _check_strength(folder: Path, lora: LoraWeights, family: Family) -> None:
