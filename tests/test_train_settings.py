@@ -116,7 +116,7 @@ def looped(spec: TrainSpec, patch: Patch) -> Log:
     """The events of the loop: what is set up, saved, rotated and drawn, and when."""
     log = Log()
     net = SimpleNamespace(compile=log.note("compile"))
-    bone = SimpleNamespace(enable_checkpointing=log.note("checkpointing"), net=net, declared={})
+    bone = SimpleNamespace(enable_checkpointing=log.note("checkpointing"), assisted=nullcontext, net=net, declared={})
     state: Any = SimpleNamespace(
         is_main_process=True, device=CPU, process_index=0, num_processes=1, init_trackers=log.note("tracker")
     )
@@ -237,7 +237,10 @@ TRAIN: dict[str, tuple[Any, str] | tuple[Any, str, dict[str, Any]]] = {
     "push_to_hub": (True, "finished"),
     "hub_model_id": ("me/it", "finished", {"push_to_hub": True}),
 }
-ELSEWHERE = {"watch_stop": "test_watch.py: test_it_asks_to_stop_at_an_alarm_and_looks_once_at_a_step"}
+ELSEWHERE = {
+    "watch_stop": "test_watch.py: test_it_asks_to_stop_at_an_alarm_and_looks_once_at_a_step",
+    "assistant": "test_assistant_runs.py: test_it_is_on_in_training_steps_and_nowhere_else",
+}
 
 
 def test_every_field_of_train_is_here():
