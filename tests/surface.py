@@ -12,17 +12,23 @@ from stepdistill.data.base import Source
 from stepdistill.data.bundled.teacher import TeacherSpec
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
+from stepdistill.networks.rewards.base import Reward
 from stepdistill.networks.roles import LoraSpec
-from stepdistill.training.recipe import TrainSpec
+from stepdistill.training.recipe import Run, TrainSpec
 
 
 def config_classes() -> list[type]:
     """Every class of the library that a config may have, with the terms of a method and the like."""
-    rooms = {Family: "families", Method: "methods", Source: "data"}  # others make some for themselves
+    rooms = {
+        Family: "families",
+        Method: "methods",
+        Source: "data",
+        Reward: "networks.rewards",
+    }  # others make some for themselves
     heirs = [
         cls for base, room in rooms.items() for cls in every(base) if cls.__module__.startswith(f"stepdistill.{room}.")
     ]
-    classes = [*heirs, LoraSpec, TrainSpec, TeacherSpec]
+    classes = [*heirs, Run, LoraSpec, TrainSpec, TeacherSpec]
     for cls in classes:  # grows on the way
         for hint in fields(cls).values():
             inner = (part for part in structures(hint) if not isabstract(part) and part is not Factory)

@@ -52,14 +52,24 @@ ZERO = {  # the fields that may be 0
     *("warmup_steps", "lr_warmup_steps", "annealing_steps", "dataloader_num_workers", "student"),
     *("seed", "validation_seed", "learning_rate", "watch_samples", "eval_samples"),
     *("boundary_weight", "kappa", "curriculum_steps", "max_time_probability"),
-    *("weight", "flow_weight", "generator_weight", "discriminator_weight", "r1_weight"),
+    *(
+        "regression_weight",
+        "slope",
+        "WhiteBorder.width",
+        "weight",
+        "flow_weight",
+        "generator_weight",
+        "discriminator_weight",
+        "r1_weight",
+    ),
 }
-SIGNED = {"time_mean"}  # the fields that may be negative
+SIGNED = {"time_mean", "margin", "mean"}  # the fields that may be negative
 LEARNED = {f"AdapterGuidance.{name}" for name in ("guidance_range", "sampling_guidance_scale")}  # one holds the other
 EFFECTIVE = {  # with these every number of the class has an effect
     "Consistency": {"end": "any", "segments": [2, 1], "stage_steps": 10},
     "Regression": {"loss_type": "huber"},
     "Gan": {"r1_weight": 1.0},
+    "RewardTerm": {"mean": 0.0, "std": 1.0, "slope": 1.0},
 }
 BEYOND = {  # above the largest value of a field
     **dict.fromkeys(("ema_decay", "ema"), 1.0),
@@ -77,7 +87,7 @@ def test_every_number_of_a_config_has_a_range(cls) -> None:
     read_node(cls, node, "config")  # nothing else is wrong
     for name, hint in fields(cls).items():
         full = f"{cls.__name__}.{name}"
-        zero = name in ZERO | SIGNED and full not in LEARNED
+        zero = bool({name, full} & (ZERO | SIGNED)) and full not in LEARNED
         negative = [] if name in SIGNED else [-1.0]
         beyond = [BEYOND[key] for key in (name, full) if key in BEYOND] + [0] * (not zero)
         for good in shaped(hint, [0], [0.0]) if zero else ():
@@ -89,7 +99,12 @@ def test_every_number_of_a_config_has_a_range(cls) -> None:
             assert "has an effect only" not in str(caught.value)
 
 
-ANY = {"--guidance-scale", "--strength", "--negative-scale"}  # the arguments that take negative numbers
+ANY = {
+    "--guidance-scale",
+    "--strength",
+    "--lora-strengths",
+    "--negative-scale",
+}  # the arguments that take negative numbers
 NONE = ANY | {"--seed", "--reference-seed", "--base-steps", "--latency", "--timesteps", "--sigmas", "--eta"}
 NONE |= {"--tolerance", "--controlnet-conditioning-scale"}  # those that take 0
 REAL = ANY | {"--controlnet-conditioning-scale", "--timesteps", "--sigmas", "--tolerance", "--teacher-guidance-scale"}
