@@ -77,7 +77,7 @@ def test_offline_pso_gets_the_white_ones_of_the_teachers_samples(tmp_path, monke
     run = load_config(Run, recipes("tiny-sd", "feedback")["pso_offline"], [])
     source = load_config(Run, recipes("tiny-sd", "consistency")["regression"], ["data.count=64"]).data
     monkeypatch.setattr(feedback, "load_config", lambda *_: SimpleNamespace(data=source))
-    feedback.white_images("tiny-sd", run, tmp_path / "white")
+    feedback.sample_images("tiny-sd", run, tmp_path / "white", feedback.WHITE_ENOUGH)
     data = replace(run.data, train_data_dir=str(tmp_path / "white"))
     assert isinstance(data, ImageFolder) and 8 < len(data) < 56
     files = [json.loads(line) for line in (tmp_path / "white" / "metadata.jsonl").read_text().splitlines()]
@@ -88,12 +88,10 @@ def test_offline_pso_gets_the_white_ones_of_the_teachers_samples(tmp_path, monke
         assert row["text"] == source.prompt_of(int(row["file_name"][:5]))
 
 
-def test_drawings_are_written_once_with_their_prompts(tmp_path, monkeypatch):
-    monkeypatch.setattr(new_images, "DRAWINGS", 6)
-    new_images.write_drawings(tmp_path / "drawings")
-    new_images.write_drawings(tmp_path / "drawings")
-    data = ImageFolder(train_data_dir=str(tmp_path / "drawings"), resolution=32)
-    assert [list(data.captions(i)) for i in range(len(data))] == [[p] for p in new_images.prompts(6)]
+def test_the_plain_sampler_to_compare_with_is_the_best_one_of_as_many_steps(tmp_path):
+    rows = {"a/DDIM/4": 3.0, "a/DPM/4": 2.0, "a/DPM/8": 1.0, "b/DPM/4": 0.5}
+    (tmp_path / "teachers.json").write_text(json.dumps({key: {"excess": value} for key, value in rows.items()}))
+    assert new_images.plain_row("a", tmp_path / "teachers.json", 4) == {"excess": 2.0}
 
 
 def spans(**values: float) -> dict[str, Any]:
@@ -116,7 +114,7 @@ def test_the_pages_show_each_row_once():
     stages = {f"t/s/{n}": row | scores | taken | {"steps": n} for n in (1, 2)}
     assert render.RENDERERS["hyper_sd"](stages).count("| t: s | 10 [5, 15] | 10 [5, 15] | 1.5 min |") == 1
     teacher, before, after = ({**row, "excess": value} for value in (50.0, 10.0, 20.0))
-    new = {"t/before": before, "t/teacher, few": teacher, "t/alone": after | taken}
+    new = {"t/before": before, "t/teacher": teacher, "t/alone": after | taken}
     assert "| t: alone | 20 [5, 15] | 4 | 0.90 | 25% | 1.5 min |" in render.RENDERERS["new_images"](new)
 
 

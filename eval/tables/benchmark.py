@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -44,20 +44,15 @@ def extractor() -> Extractor:
     return efficientnet_lite0()
 
 
-def drawings(seed: int, captions: Sequence[str]) -> Tensor:
-    """A drawing that belongs to each prompt (N, 3, H, W) uint8, drawn and augmented at random."""
+@cache
+def data_features(seed: int) -> Tensor:
+    """Features of drawings that belong to each prompt, drawn and augmented at random."""
     rng, source = random.Random(seed), emoji.packed_sheet()
     pool: dict[str, list[emoji.Drawing]] = {}
     for drawing in emoji.subjects():
         pool.setdefault(drawing.subgroup, []).append(drawing)
-    pixels = emoji.pixels([emoji.image(source, rng.choice(pool[prompt]), rng) for prompt in captions])
-    return (pixels * 127.5 + 127.5).round().to(torch.uint8)
-
-
-@cache
-def data_features(seed: int) -> Tensor:
-    """Features of drawings, one for each of the benchmark's prompts."""
-    return extractor()(drawings(seed, prompts()))
+    pixels = emoji.pixels([emoji.image(source, rng.choice(pool[prompt]), rng) for prompt in prompts()])
+    return extractor()((pixels * 127.5 + 127.5).round().to(torch.uint8))
 
 
 def reference(name: str, run: Run, work: Path) -> StoredFeatures:

@@ -68,7 +68,7 @@ def measure_feedback(name: str, results: Results, work: Path, rows: Sequence[str
         warm_start(run)
         ref, before = reference(name, run, work), Path(run.start_from)
         if isinstance(run.data, ImageFolder) and not Path(run.data.train_data_dir).exists():
-            white_images(name, run, Path(run.data.train_data_dir))
+            sample_images(name, run, Path(run.data.train_data_dir), WHITE_ENOUGH)
         judge = partial(scored, run.family, ref, cache(partial(quality, run.family, ref)))
         results.once(f"{name}/{BEFORE}", partial(judge, before), start=before.name)
         out = trained(file)
@@ -122,8 +122,8 @@ def whiteness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return WHITE.load(CPU)(images.float() / 255, prompts)
 
 
-def white_images(name: str, run: Run, folder: Path) -> None:
-    """Write those of the teacher's samples whose border is white, with their prompts, for offline PSO."""
+def sample_images(name: str, run: Run, folder: Path, least: float = -1.0) -> None:
+    """Write those of the teacher's samples whose border is whiter than `least`, with their prompts."""
     source = load_config(Run, recipes(name, "consistency")["regression"], []).data
     pipe, rng, lines = run.family.load(), random.Random(0), []
     samples = [source.sample(i, rng) for i in range(len(source))]
@@ -133,12 +133,12 @@ def white_images(name: str, run: Run, folder: Path) -> None:
         latents = torch.stack([one.latents for one in some if one.latents is not None])
         with torch.no_grad():
             images = to_uint8((run.family.decode(pipe, latents) / 2 + 0.5).clamp(0, 1))
-        for i in (whiteness(images, []) > WHITE_ENOUGH).nonzero().flatten().tolist():
+        for i in (whiteness(images, []) > least).nonzero().flatten().tolist():
             file = f"{start + i:05d}.png"
             Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(folder / file)
             lines.append(json.dumps({"file_name": file, "text": some[i].prompt}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    print(f"{len(lines)} of {len(samples)} samples of {name} have a white border")
+    print(f"{len(lines)} of {len(samples)} samples of {name} have a border above {least:g}")
 
 
 def is_white(images: Tensor, prompts: Sequence[str]) -> Tensor:

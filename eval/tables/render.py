@@ -214,11 +214,11 @@ def _feedback(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _new_images(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """A line a model, with the share of its few-step advantage that fine-tuning took."""
-    lines = ["| distance to drawings, over their own [95 %] | | steps | diversity | advantage lost | trained |"]
+    lines = ["| | excess [95 %] | steps | diversity | advantage lost | trained |"]
     lines += ["| --- " * 6 + "|"]
     for key, row in rows.items():
         name, _, label = key.partition("/")
-        before, plain = (rows[f"{name}/{other}"]["excess"] for other in ("before", "teacher, few"))
+        before, plain = (rows[f"{name}/{other}"]["excess"] for other in ("before", "teacher"))
         trained = "train_seconds" in row
         lost = f"{(row['excess'] - before) / (plain - before):.0%}" if trained else ""
         taken = f"{row['train_seconds'] / 60:.1f} min" if trained else ""
