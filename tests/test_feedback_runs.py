@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,11 +127,11 @@ def test_a_resumed_run_reads_the_scale_and_goes_on_bit_for_bit(whole, teacher, t
     assert (out / "rewards.json").read_text() == (whole / "rewards.json").read_text()
 
 
-def test_a_new_run_measures_anew(whole, teacher, monkeypatch):
+def test_a_new_run_measures_anew(whole, teacher, tmp_path, monkeypatch):
     """What lies in an overwritten folder is of another run."""
     monkeypatch.delattr(calibration, "sample_teacher")
     with pytest.raises(NameError, match="sample_teacher"):
-        distill(make(teacher, whole, overwrite_output_dir=True))
+        distill(make(teacher, shutil.copytree(whole, tmp_path / "copy"), overwrite_output_dir=True))
 
 
 def test_a_method_with_rewards_of_many_steps_is_scaled_by_its_teacher(teacher, tmp_path):

@@ -284,7 +284,8 @@ def test_every_value_of_a_config_is_decided_on(two, teacher, samples):
     run: Run = make(teacher, samples, two, REGRESSION)
     paths = resume.settings(resume.to_node(run, Run), run.method)
     free = {path.removeprefix("train.") for path in paths if not resume.is_kept(path)}
-    assert all(path.startswith(("family.", "method.", "data.", "lora.", "train.")) for path in paths)
+    places = ("family.", "method.", "data.", "lora.", "train.")
+    assert all(path.startswith(places) or path == "start_from" for path in paths)
     schedule = {"max_train_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm"}
     batch = {"train_batch_size", "gradient_accumulation_steps"}  # at an equal global batch
     machine = {"mixed_precision", "gradient_checkpointing", "shard_base", "torch_compile", "allow_tf32", "cache_dir"}
