@@ -203,12 +203,13 @@ def _feedback(rows: Mapping[str, Mapping[str, Any]]) -> str:
             taken = f"{row['train_steps']} steps, {row['train_seconds'] / 60:.1f} min" if "train_steps" in row else ""
             cells = [*(_span(row, name, 3) for name in ("reward", "held_out")), _excess(row), f"{row['diversity']:.2f}"]
             lines.append(f"| {key.replace('/', ': ')} | {' | '.join(cells)} | {detail:.2f} | {taken} |")
-    lines += ["", "| share with a white border, % [95 %] | before | optimum | trained | rise reached |"]
-    lines += ["| --- " * 5 + "|"]
-    for key, row in rows.items():
-        if "reached" in row:
-            cells = [_span(row, name, 1, 100) for name in ("before", "wanted", "after")]
-            lines.append(f"| {key.replace('/', ': ')} | {' | '.join(cells)} | {_span(row, 'reached', 2)} |")
+    risen = {key: row for key, row in rows.items() if "reached" in row}
+    if risen:
+        lines += ["", "| share with a white border, % [95 %] | before | optimum | trained | rise reached |"]
+        lines += ["| --- " * 5 + "|"]
+    for key, row in risen.items():
+        cells = [_span(row, name, 1, 100) for name in ("before", "wanted", "after")]
+        lines.append(f"| {key.replace('/', ': ')} | {' | '.join(cells)} | {_span(row, 'reached', 2)} |")
     return "\n".join(lines)
 
 
