@@ -238,6 +238,7 @@ def _span(row: Mapping[str, Any], name: str, digits: int, unit: float = 1.0) -> 
 def _hyper_sd(rows: Mapping[str, Mapping[str, Any]]) -> str:
     counts = sorted({row["steps"] for row in rows.values()})
     heads = [f"{n} step{'s' * (n > 1)}" for n in counts]
+    stages = dict.fromkeys(key.rpartition("/")[0] for key in sorted(rows, key=lambda key: rows[key]["train_seconds"]))
     lines = []
     for title, cell in (
         ("excess [95 %]", _excess),
@@ -245,7 +246,7 @@ def _hyper_sd(rows: Mapping[str, Mapping[str, Any]]) -> str:
         ("held-out [95 %]", partial(_span, name="held_out", digits=3)),
     ):
         lines += ["", f"| {title} | {' | '.join(heads)} | training so far |", "| --- " * (len(heads) + 2) + "|"]
-        for stage in dict.fromkeys(key.rpartition("/")[0] for key in rows):
+        for stage in stages:
             cells = [rows[f"{stage}/{n}"] for n in counts]
             name, taken = stage.replace("/", ": "), f"{cells[0]['train_seconds'] / 60:.1f} min"
             lines.append(f"| {name} | {' | '.join(cell(each) for each in cells)} | {taken} |")
