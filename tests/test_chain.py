@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from stepdistill.core.errors import ConfigError, StudentError
+from stepdistill.core.files import file_digest
 from stepdistill.core.solvers import Sampler
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.families.base import Family
@@ -29,6 +31,7 @@ from stepdistill.students.lora.files import convert_lora
 from stepdistill.students.lora.fuse import fuse_student
 from stepdistill.students.verify import verify_student
 from stepdistill.students.write import write_student
+from stepdistill.training import distill as distilling
 from stepdistill.training.checks import check_run, check_start_from
 from stepdistill.training.distill import distill
 from stepdistill.training.recipe import Run, TrainSpec
@@ -141,6 +144,20 @@ def test_the_export_is_one_lora_and_the_last_one_alone(name, place, tmp_path):
         torch.testing.assert_close(layer.product(), one[key].product() + last[key].product(), rtol=1e-5, atol=1e-6)
         moved = max(moved, last[key].product().abs().max().item())
     assert moved > 1e-3 and {layer.scale for layer in last.values()} == {1.5}
+
+
+def test_the_start_is_that_of_the_first_step_whatever_becomes_of_its_folder(place, tmp_path, monkeypatch):
+    first = shutil.copytree(place / "sd-student", tmp_path / "first")
+    loop = distilling.training_loop
+
+    def removed(*given):
+        shutil.rmtree(first)
+        return loop(*given)
+
+    monkeypatch.setattr(distilling, "training_loop", removed)
+    contract = read_contract(distill(run_of(place, "sd", tmp_path / "out", start=str(first))))
+    assert contract.proof is not None and contract.proof.difference < 1e-4
+    assert [stage.sha256 for stage in contract.start_from] == [file_digest(place / "sd-student" / WEIGHTS)]
 
 
 def test_a_third_stage_goes_on_from_the_second(place, tmp_path):

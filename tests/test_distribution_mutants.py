@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import test_distribution as closed_forms
 import test_distribution_updates as plumbing
 from oracles.context import stable_diffusion
-from oracles.planted import Bug, oracles_of, planted
+from oracles.planted import Bug, bug_tests
 from test_distribution import FLOW, ONE, SD
 from test_distribution_updates import DMD
 
@@ -235,16 +234,6 @@ def heads() -> None:
         assert losses.generator_loss(kind, torch.tensor([[1.0]])) < losses.generator_loss(kind, torch.tensor([[0.0]]))
 
 
-@pytest.mark.parametrize("name", oracles_of(BUGS))
-def test_without_a_bug_the_oracle_passes(name):
-    BUGS[name].test()
-
-
-@pytest.mark.parametrize("name", BUGS)
-def test_the_bug_is_noticed(name):
-    bug = BUGS[name]
-    with (
-        planted(bug.function, bug.old, bug.new),
-        pytest.raises((AssertionError, RuntimeError, TypeError, adversarial._Reached)),
-    ):
-        bug.test()
+test_without_a_bug_the_oracle_passes, test_the_bug_is_noticed = bug_tests(
+    BUGS, RuntimeError, TypeError, adversarial._Reached
+)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from oracles.context import Scripted, column, stable_diffusion
-from oracles.planted import Bug, oracles_of, planted
+from oracles.planted import Bug, bug_tests
 from tiny import FAMILIES, awake, backbone, batch, context, pipeline
 from torch import Tensor, nn
 
@@ -205,13 +205,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("name", oracles_of(BUGS))
-def test_without_a_bug_the_oracle_passes(name):
-    BUGS[name].test()
-
-
-@pytest.mark.parametrize("name", BUGS)
-def test_a_bug_is_noticed(name):
-    bug = BUGS[name]
-    with planted(bug.function, bug.old, bug.new), pytest.raises((AssertionError, ValueError)):
-        bug.test()
+test_without_a_bug_the_oracle_passes, test_a_bug_is_noticed = bug_tests(BUGS, ValueError)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import test_adapters as roles
 import test_guidance_distillation as methods
 from oracles.context import Flow, stable_diffusion
-from oracles.planted import Bug, oracles_of, planted
+from oracles.planted import Bug, bug_tests
 
 from stepdistill.core.solvers import teacher_sampler
 from stepdistill.methods.agd import AdapterGuidance
@@ -133,13 +132,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("name", oracles_of(BUGS))
-def test_without_a_bug_the_oracle_passes(name):
-    BUGS[name].test()
-
-
-@pytest.mark.parametrize("name", BUGS)
-def test_a_planted_bug_is_noticed(name):
-    bug = BUGS[name]
-    with planted(bug.function, bug.old, bug.new), pytest.raises((AssertionError, RuntimeError, TypeError, KeyError)):
-        bug.test()
+test_without_a_bug_the_oracle_passes, test_a_planted_bug_is_noticed = bug_tests(BUGS, RuntimeError, TypeError, KeyError)

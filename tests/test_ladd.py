@@ -11,7 +11,7 @@ import torch
 from oracles import close
 from oracles.context import Flow, drawn, stable_diffusion
 from oracles.fakes import Fake, Stage, batch, updates
-from oracles.planted import Bug, oracles_of, planted
+from oracles.planted import Bug, bug_tests
 from runs import LCM, make, saved_teacher, weights
 from test_distribution_updates import DMD, scene
 from torch import Tensor
@@ -417,13 +417,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("name", oracles_of(BUGS))
-def test_without_a_bug_the_oracle_passes(name):
-    BUGS[name].test()
-
-
-@pytest.mark.parametrize("name", BUGS)
-def test_the_bug_is_noticed(name):
-    bug = BUGS[name]
-    with planted(bug.function, bug.old, bug.new), pytest.raises((AssertionError, RuntimeError)):
-        bug.test()
+test_without_a_bug_the_oracle_passes, test_the_bug_is_noticed = bug_tests(BUGS, RuntimeError)

@@ -12,7 +12,7 @@ import test_sampling
 import test_schedule
 from oracles import close
 from oracles.context import stable_diffusion
-from oracles.planted import Bug, oracles_of, planted
+from oracles.planted import Bug, bug_tests, planted
 from torch import nn
 
 from stepdistill.core import denoise, losses, prediction, random
@@ -264,16 +264,7 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("name", oracles_of(BUGS))
-def test_without_a_bug_the_oracle_passes(name):
-    BUGS[name].test()
-
-
-@pytest.mark.parametrize("name", BUGS)
-def test_the_bug_is_noticed(name):
-    bug = BUGS[name]
-    with planted(bug.function, bug.old, bug.new), pytest.raises(AssertionError):
-        bug.test()
+test_without_a_bug_the_oracle_passes, test_the_bug_is_noticed = bug_tests(BUGS)
 
 
 def test_a_planted_bug_leaves_no_trace():

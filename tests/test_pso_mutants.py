@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import test_pso_offline as offline_oracles
 import test_pso_online as online_oracles
 import test_sampling
-from oracles.planted import Bug, oracles_of, planted
+from oracles.planted import Bug, bug_tests
 
 from stepdistill.core import losses, solvers
 from stepdistill.methods import pso_offline, pso_online
@@ -150,13 +149,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("name", oracles_of(BUGS))
-def test_without_a_bug_the_oracle_passes(name):
-    BUGS[name].test()
-
-
-@pytest.mark.parametrize("name", BUGS)
-def test_a_bug_is_noticed(name):
-    bug = BUGS[name]
-    with planted(bug.function, bug.old, bug.new), pytest.raises((AssertionError, RuntimeError, ValueError)):
-        bug.test()
+test_without_a_bug_the_oracle_passes, test_a_bug_is_noticed = bug_tests(BUGS, RuntimeError, ValueError)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import test_reflow as closed_forms
-from oracles.planted import Bug, oracles_of, planted
+from oracles.planted import Bug, bug_tests
 from test_reflow import SD
 
 from stepdistill.core import losses
@@ -94,13 +93,4 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("name", oracles_of(BUGS))
-def test_without_a_bug_the_oracle_passes(name):
-    BUGS[name].test()
-
-
-@pytest.mark.parametrize("name", BUGS)
-def test_the_bug_is_noticed(name):
-    bug = BUGS[name]
-    with planted(bug.function, bug.old, bug.new), pytest.raises((AssertionError, KeyError, RuntimeError)):
-        bug.test()
+test_without_a_bug_the_oracle_passes, test_the_bug_is_noticed = bug_tests(BUGS, KeyError, RuntimeError)

@@ -10,7 +10,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from tables.cells import excess_cell
 from tables.matrix import matrix
+from tables.render_tuning import feedback_page, hyper_sd_page, new_images_page
 
 STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4), "reflow": (1, 2, 4)}
 DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1, "reflow": 1}  # steps whose other figures are shown
@@ -49,7 +51,7 @@ def _overview(results: Path) -> str:
     for label, (name, key) in chosen.items():
         row = _rows(results, name)[key]
         trained = f"{row['train_seconds'] / 60:.1f} min" if "train_seconds" in row else "none"
-        lines.append(f"| {label} | {row['nfe']:.0f} | {_excess(row)} | {row['diversity']:.2f} | {trained} |")
+        lines.append(f"| {label} | {row['nfe']:.0f} | {excess_cell(row)} | {row['diversity']:.2f} | {trained} |")
     return "\n".join(lines)
 
 
@@ -81,7 +83,7 @@ def _by_steps(table: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
         cells = []
         for steps in heads:
             row = rows.get(f"{name}/{steps}")
-            cells.append(_excess(row) if row else "")
+            cells.append(excess_cell(row) if row else "")
         row = rows.get(f"{name}/{DETAILED[table]}")
         cells += [f"{row['paired']:.1f}", f"{row['diversity']:.2f}", f"{row['nfe']:.0f}"] if row else [""] * 3
         if timed:
@@ -93,7 +95,7 @@ def _by_steps(table: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
 def _distribution(rows: Mapping[str, Mapping[str, Any]]) -> str:
     plain = {key: row for key, row in rows.items() if "/unguided/" in key}
     table = _by_steps("distribution", {key: row for key, row in rows.items() if key not in plain})
-    teachers = [f"{key.split('/')[0]} {_excess(row)} in {key.split('/')[2]} steps" for key, row in plain.items()]
+    teachers = [f"{key.split('/')[0]} {excess_cell(row)} in {key.split('/')[2]} steps" for key, row in plain.items()]
     return f"{table}\n\nThe teachers themselves, without guidance: {'; '.join(teachers)}." if teachers else table
 
 
@@ -119,7 +121,7 @@ def _guidance(rows: Mapping[str, Mapping[str, Any]]) -> str:
         name = key.rpartition("/")[0].replace("/", ": ")
         cost = f"{row['nfe']:.0f} of {row['two_passes']['nfe']:.0f} | {row['time_ratio']:.2f}"
         more = f"{row['extra']:.1%}" if "extra" in row else "a LoRA"
-        lines.append(f"| {name}, {scale} | {near} | {_excess(row)} | {row['paired']:.1f} | {cost} | {more} |")
+        lines.append(f"| {name}, {scale} | {near} | {excess_cell(row)} | {row['paired']:.1f} | {cost} | {more} |")
     return "\n".join(lines)
 
 
@@ -157,7 +159,7 @@ def _hybrid(rows: Mapping[str, Mapping[str, Any]]) -> str:
         row, (teacher, method, way) = rows[key], key.split("/")
         more = _signed(row["gain"], row["gain_ci95"]) if way != "student" else ""
         diversity = f"{row['diversity']:.3f} [{row['diversity_ci95'][0]:.3f}, {row['diversity_ci95'][1]:.3f}]"
-        cells = [f"{row['steps']}, {row['base_steps']}", diversity, more, _excess(row), f"{row['paired']:.1f}"]
+        cells = [f"{row['steps']}, {row['base_steps']}", diversity, more, excess_cell(row), f"{row['paired']:.1f}"]
         lines.append(f"| {teacher}: {method}, {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -193,73 +195,8 @@ def _control(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def _feedback(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line a student: what is trained, what is held out, what may be lost. Then the rises of a reward of 0 or 1."""
-    lines = ["| | reward [95 %] | held-out [95 %] | excess [95 %] | diversity | fine detail | trained |"]
-    lines += ["| --- " * 7 + "|"]
-    for key in sorted(rows, key=lambda key: (key.split("/")[0], not key.endswith("/before"))):
-        if "held_out" in (row := rows[key]):
-            detail = row["detail"] / rows[f"{key.split('/')[0]}/before"]["detail"]
-            taken = f"{row['train_steps']} steps, {row['train_seconds'] / 60:.1f} min" if "train_steps" in row else ""
-            cells = [*(_span(row, name, 3) for name in ("reward", "held_out")), _excess(row), f"{row['diversity']:.2f}"]
-            lines.append(f"| {key.replace('/', ': ')} | {' | '.join(cells)} | {detail:.2f} | {taken} |")
-    risen = {key: row for key, row in rows.items() if "reached" in row}
-    if risen:
-        lines += ["", "| share with a white border, % [95 %] | before | optimum | trained | rise reached |"]
-        lines += ["| --- " * 5 + "|"]
-    for key, row in risen.items():
-        cells = [_span(row, name, 1, 100) for name in ("before", "wanted", "after")]
-        lines.append(f"| {key.replace('/', ': ')} | {' | '.join(cells)} | {_span(row, 'reached', 2)} |")
-    return "\n".join(lines)
-
-
-def _new_images(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line a model, with the share of its few-step advantage that fine-tuning took."""
-    lines = ["| | excess [95 %] | steps | diversity | advantage lost | trained |"]
-    lines += ["| --- " * 6 + "|"]
-    for key, row in rows.items():
-        name, _, label = key.partition("/")
-        before, plain = (rows[f"{name}/{other}"]["excess"] for other in ("before", "teacher"))
-        trained = "train_seconds" in row
-        lost = f"{(row['excess'] - before) / (plain - before):.0%}" if trained else ""
-        taken = f"{row['train_seconds'] / 60:.1f} min" if trained else ""
-        if "assistant_seconds" in row:
-            taken += f", and {row['assistant_seconds'] / 60:.1f} of the assistant"
-        cells = [f"{row['calls']:.0f}", f"{row['diversity']:.2f}", lost, taken]
-        lines.append(f"| {name}: {label} | {_excess(row)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _span(row: Mapping[str, Any], name: str, digits: int, unit: float = 1.0) -> str:
-    value, low, high = (unit * each for each in (row[name], *row[f"{name}_ci95"]))
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _hyper_sd(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    counts = sorted({row["steps"] for row in rows.values()})
-    heads = [f"{n} step{'s' * (n > 1)}" for n in counts]
-    stages = dict.fromkeys(key.rpartition("/")[0] for key in sorted(rows, key=lambda key: rows[key]["train_seconds"]))
-    lines = []
-    for title, cell in (
-        ("excess [95 %]", _excess),
-        ("reward [95 %]", partial(_span, name="reward", digits=3)),
-        ("held-out [95 %]", partial(_span, name="held_out", digits=3)),
-    ):
-        lines += ["", f"| {title} | {' | '.join(heads)} | training so far |", "| --- " * (len(heads) + 2) + "|"]
-        for stage in stages:
-            cells = [rows[f"{stage}/{n}"] for n in counts]
-            name, taken = stage.replace("/", ": "), f"{cells[0]['train_seconds'] / 60:.1f} min"
-            lines.append(f"| {name} | {' | '.join(cell(each) for each in cells)} | {taken} |")
-    return "\n".join(lines[1:])
-
-
 def _signed(value: float, span: Sequence[float]) -> str:
     return f"{value:+.3f} [{span[0]:+.3f}, {span[1]:+.3f}]"
-
-
-def _excess(row: Mapping[str, Any]) -> str:
-    value, low, high = (round(each) for each in (row["excess"], *row["ci95"]))  # no minus before a zero
-    return f"{value} [{low}, {high}]"
 
 
 def _watch(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -288,7 +225,7 @@ def _lcm_quality(race: Mapping[str, Any]) -> str:
     lines = [f"| excess [95 %] | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
     for side in ("ours", *race["ratios"]):
         for k, seed in enumerate(race["seeds"]):
-            cells = [_excess(race["excess"][f"{side}/{seed}/{n}"]) for n in race["steps"]]
+            cells = [excess_cell(race["excess"][f"{side}/{seed}/{n}"]) for n in race["steps"]]
             name, share = (side, "") if side == "ours" else (f"plain loop, {side}", f"{race['ratios'][side][k]:.2f}")
             lines.append(f"| {name}, seed {seed} | {' | '.join(cells)} | {share} |")
     return "\n".join(lines)
@@ -299,7 +236,7 @@ def _quickstart(report: Mapping[str, Any]) -> str:
     for row in report["rows"]:
         delta, sure = row["metrics"].get("delta_vs_teacher"), "0"
         if delta is not None:
-            sure = _excess({"excess": delta["fd"]["value"], "ci95": delta["fd"]["ci95"]})
+            sure = excess_cell({"excess": delta["fd"]["value"], "ci95": delta["fd"]["ci95"]})
         lines.append(f"| {row['name']} | {row['cost']['calls']:.0f} | {row['cost']['nfe']:.0f} | {sure} |")
     return "\n".join(lines)
 
@@ -311,7 +248,7 @@ def _lcm_study(rows: Mapping[str, Mapping[str, Any]]) -> str:
     for label in dict.fromkeys(key.rpartition("/")[0] for key in rows):
         row = [rows.get(f"{label}/{n}") for n in STEPS["consistency"]]
         if any(row):
-            lines.append(f"| {label} | {' | '.join(_excess(each) if each else '' for each in row)} |")
+            lines.append(f"| {label} | {' | '.join(excess_cell(each) if each else '' for each in row)} |")
     gaps = {key.rpartition("/")[0]: row for key, row in rows.items() if key.endswith("/gap")}
     shares = sorted({key.partition("/")[2] for row in gaps.values() for key in row if "/" in key})
     lines += ["", f"| gap, noised data / trajectory | {' | '.join(shares)} |", "| --- " * (len(shares) + 1) + "|"]
@@ -335,9 +272,9 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "hybrid": _hybrid,
     "transfer": _transfer,
     "control": _control,
-    "feedback": _feedback,
-    "hyper_sd": _hyper_sd,
-    "new_images": _new_images,
+    "feedback": feedback_page,
+    "hyper_sd": hyper_sd_page,
+    "new_images": new_images_page,
     "memory": _memory,
     "lcm_quality": _lcm_quality,
     "lcm_study": _lcm_study,

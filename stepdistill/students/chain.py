@@ -8,6 +8,7 @@ alone, which can be given a strength of its own beside the first student.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +27,19 @@ from stepdistill.students.contract import CONTRACT, LAST, Contract, Stage, is_mu
 from stepdistill.students.load import folder_of
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The student that a run is trained on top of, as it was when it was fused: its folder may change in the meantime.
+
+    Args:
+        lora: in float32.
+        stages: the trainings that it comes from, the earliest first.
+    """
+
+    lora: Lora
+    stages: tuple[Stage, ...]
 
 
 def start_contract(source: str) -> Contract | None:
@@ -93,7 +107,7 @@ def read_assistant(source: str, family: Family, start_from: str | None) -> Lora:
 
 
 @torch.no_grad()
-def fuse_start(pipe: DiffusionPipeline, family: Family, source: str) -> None:
+def fuse_start(pipe: DiffusionPipeline, family: Family, source: str) -> Start:
     """Add the LoRA of `start_from` to the weights of a float32 pipeline's denoiser.
 
     Raises:
@@ -113,6 +127,7 @@ def fuse_start(pipe: DiffusionPipeline, family: Family, source: str) -> None:
         weight = net.get_submodule(name.partition(".")[2]).weight
         assert isinstance(weight, torch.Tensor)
         weight += layer.product().reshape(weight.shape).to(weight)
+    return Start(lora, stages(source))
 
 
 def chained(first: Lora, second: Lora) -> Lora:

@@ -20,12 +20,11 @@ from stepdistill.core.files import save_tensors
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.networks.backbone import Backbone
-from stepdistill.networks.lora.layer import LayerLora
-from stepdistill.networks.lora.tensors import A, B, peft_state
+from stepdistill.networks.lora.tensors import peft_state
 from stepdistill.networks.roles import Adapters, Module
 from stepdistill.students.base_model import Base, absolute, base_of, name_of
 from stepdistill.students.card import write_card
-from stepdistill.students.chain import chained, stages, start_lora
+from stepdistill.students.chain import Start, chained
 from stepdistill.students.contract import (
     ADAPTERS,
     LAST,
@@ -59,7 +58,7 @@ def write_student(
     seed: int = 0,
     steps: int | None = None,
     licence: str | None = None,
-    start_from: str | None = None,
+    start: Start | None = None,
 ) -> float:
     """Write a student folder, load it into a new plain pipeline, and compare that with the student in memory.
 
@@ -70,7 +69,7 @@ def write_student(
         seed: of the comparison's noise.
         steps: of the contract's sampler; None takes the method's.
         licence: of the base; None reads the base's model card.
-        start_from: the student that is fused into `pipe`, and becomes part of the one that is written.
+        start: the student that is fused into `pipe`, and becomes part of the one that is written.
 
     Returns:
         The largest difference of final latents, relative to the teacher's largest value.
@@ -90,7 +89,7 @@ def write_student(
         resolution=resolution,
         base=base_of(plain, family, licence),
         steps=steps,
-        start_from=start_from,
+        start=start,
     )
     dtype = next(backbone.net.parameters()).dtype
     if family.quantization is None:
@@ -128,7 +127,7 @@ def write_unproven(
     resolution: tuple[int, int],
     base: Base,
     steps: int | None = None,
-    start_from: str | None = None,
+    start: Start | None = None,
 ) -> Contract:
     """Write a student folder as `write_student` does, but without a proof, which needs time and a second pipeline."""
     if isinstance(backbone.declared[role], Module):
@@ -137,11 +136,11 @@ def write_unproven(
         raise StudentError(problem(got, expected, why, todo))
     folder.mkdir(parents=True, exist_ok=True)
     sampler = method.sampler(family.schedule(pipe.scheduler), steps)
-    weights = save_weights(folder, family, backbone, role, sampler.adapter_scale, start_from)
+    weights = save_weights(folder, family, backbone, role, sampler.adapter_scale, start)
     scheduler, _ = family.scheduler(pipe, sampler)
     scheduler.save_pretrained(folder / "scheduler")
     dtype = next(backbone.net.parameters()).dtype
-    before = stages(start_from) if start_from and isinstance(weights, LoraWeights) else ()
+    before = start.stages if start and isinstance(weights, LoraWeights) else ()
     contract = _contract(family, pipe, base, method, steps, weights, resolution)
     contract = replace(contract, dtype=name_of(dtype), start_from=before)
     write_contract(folder, contract)
@@ -202,13 +201,13 @@ def save_weights(
     backbone: Backbone,
     role: str,
     guidance_scale: float | None = None,
-    start_from: str | None = None,
+    start: Start | None = None,
 ) -> LoraWeights | Network | GuidanceAdapters:
     """Write the weights of a role, in the format of Diffusers if it has one, and return their description.
 
     Args:
         guidance_scale: the default scale of guidance adapters.
-        start_from: the student in the base, whose LoRA becomes part of the file; what was trained lies in another one.
+        start: the student in the base, whose LoRA becomes part of the file; what was trained lies in another one.
     """
     (folder / LAST).unlink(missing_ok=True)  # of an earlier run in this folder
     kind = backbone.kind(role)
@@ -229,12 +228,9 @@ def save_weights(
         net.save_pretrained(folder / family.network_name)
         return Network(class_name=type(net).__name__, parameters=sum(p.numel() for p in net.state_dict().values()))
     config, state = backbone.lora_config(role), backbone.state(role)
-    if start_from:
+    if start:
         family.save_lora(folder, state, config, LAST)
-        prefix, alpha = f"{family.network_name}.", float(config["lora_alpha"])
-        layers = {key.removesuffix(f".{A}") for key in state if key.endswith(A)}
-        last = {f"{prefix}{n}": LayerLora(state[f"{n}.{A}"].cpu(), state[f"{n}.{B}"].cpu(), alpha) for n in layers}
-        both = chained(start_lora(start_from, family), last)
+        both, prefix = chained(start.lora, family.read_lora(folder / LAST)), f"{family.network_name}."
         rank = len(next(iter(both.values())).down)
         names = [name.removeprefix(prefix) for name in both]
         config |= {"r": rank, "lora_alpha": rank, "target_modules": names}

@@ -61,7 +61,7 @@ def finish_run(session: Session) -> None:
         method=run.method,
         resolution=(session.batches.side, session.batches.side),
         seed=spec.seed,
-        start_from=run.start_from,
+        start=session.start,
     )
     (out / ROUTER).unlink(missing_ok=True)  # of an earlier run in this folder
     remove_formats(out)

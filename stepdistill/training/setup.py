@@ -30,7 +30,7 @@ from stepdistill.networks.pipeline_loras import assist
 from stepdistill.networks.sharding import ShardedNetwork
 from stepdistill.students.base_model import Base, base_of
 from stepdistill.students.card import warn_of_licence
-from stepdistill.students.chain import fuse_start, read_assistant, stages
+from stepdistill.students.chain import Start, fuse_start, read_assistant
 from stepdistill.training.batches import Batches
 from stepdistill.training.cache.keys import Keys, family_keys
 from stepdistill.training.launcher import DTYPES, check_launcher
@@ -51,16 +51,17 @@ class Session:
     backbone: Backbone
     batches: Batches
     method: Method
+    start: Start | None = None
     shards: ShardedNetwork | None = None
     controlnet: nn.Module | None = None
 
     @cached_property
     def digest(self) -> str:
         """Of the teacher's network, in float32, with what is fused into it."""
-        base, source = self.base.hashes["float32"], self.run.start_from
-        if source is None:
+        base = self.base.hashes["float32"]
+        if self.start is None:
             return base
-        return sha256("".join([base, *(stage.sha256 for stage in stages(source))]).encode()).hexdigest()
+        return sha256("".join([base, *(stage.sha256 for stage in self.start.stages)]).encode()).hexdigest()
 
     @property
     def scaler(self) -> torch.amp.GradScaler:
@@ -154,8 +155,7 @@ def prepare(run: Run) -> Session:
     pipe = family.load(("text", "vae") if spec.cache_dir else ())
     warn_of_licence(family)
     base = base_of(pipe, family)  # before any rounding
-    if run.start_from:
-        fuse_start(pipe, family, run.start_from)
+    start = fuse_start(pipe, family, run.start_from) if run.start_from else None
     dtype = DTYPES[accelerator.mixed_precision]
     net = family.network(pipe)
     if spec.enable_xformers_memory_efficient_attention:
@@ -165,6 +165,7 @@ def prepare(run: Run) -> Session:
         net.to(dtype)  # first, so that the device never holds it in float32
     parts = LazyPipeline(family, pipe, accelerator.device, stay)
     session = session_of(run, accelerator, parts, base, cache_keys(run, accelerator))
+    session.start = start
     controlnet = controlnet_of(family, pipe)
     if controlnet is not None:  # the base's precision, as the network has it
         session.controlnet = controlnet.to(accelerator.device, dtype)

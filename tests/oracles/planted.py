@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from textwrap import dedent
 
+import pytest
+
 
 @dataclass(frozen=True)
 class Bug:
@@ -50,3 +52,23 @@ def planted(function: Callable, old: str, new: str) -> Iterator[None]:
         yield
     finally:
         function.__code__ = before
+
+
+def bug_tests(bugs: Mapping[str, Bug], *also: type[Exception]) -> tuple[Callable, Callable]:
+    """Two tests for a module to hold: its oracles pass on the code as it is, and each bug makes its oracle fail.
+
+    Args:
+        also: what an oracle may raise beside AssertionError.
+    """
+
+    @pytest.mark.parametrize("name", oracles_of(bugs))
+    def passes(name: str) -> None:
+        bugs[name].test()
+
+    @pytest.mark.parametrize("name", bugs)
+    def noticed(name: str) -> None:
+        bug = bugs[name]
+        with planted(bug.function, bug.old, bug.new), pytest.raises((AssertionError, *also)):
+            bug.test()
+
+    return passes, noticed

@@ -146,7 +146,7 @@ class Watch:
                 method=session.method,
                 resolution=(session.batches.side, session.batches.side),
                 base=session.base,
-                start_from=session.run.start_from,
+                start=session.start,
             )
             (part / "watch.json").write_text(json.dumps({"step": step, "score": score}) + "\n")
 
