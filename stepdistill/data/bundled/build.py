@@ -10,12 +10,15 @@ from collections.abc import Iterable
 
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
@@ -27,6 +30,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from stepdistill.data.bundled import emoji
@@ -188,6 +193,76 @@ def sd3(
             text_encoder_3=t5,
             tokenizer_3=t5_tokens,
         )
+
+
+def wan_vae(
+    base: int = 16, multiples: tuple[int, ...] = (1, 2, 2), latents: int = 16, patch: int | None = None
+) -> AutoencoderKLWan:
+    """A causal video autoencoder.
+
+    The first frame has a latent frame of its own; then `2 ** (len(multiples) - 1)` frames share one, and each side
+    shrinks by that number times `patch`.
+    """
+    factor = 2 ** (len(multiples) - 1)
+    return AutoencoderKLWan(
+        base_dim=base,
+        z_dim=latents,
+        dim_mult=list(multiples),
+        num_res_blocks=1,
+        temperal_downsample=[True] * (len(multiples) - 1),
+        latents_mean=[0.0] * latents,
+        latents_std=[1.0] * latents,
+        patch_size=patch,
+        in_channels=3 * (patch or 1) ** 2,
+        out_channels=3 * (patch or 1) ** 2,
+        scale_factor_temporal=factor,
+        scale_factor_spatial=factor * (patch or 1),
+    )
+
+
+def wan(
+    tokens: CLIPTokenizer,
+    video: AutoencoderKLWan,
+    width: int = 192,
+    layers: int = 6,
+    text_width: int = 128,
+    shift: float = 3.0,
+) -> WanPipeline:
+    """A whole `WanPipeline` with random weights, told the time of each token as Wan 2.2 TI2V is.
+
+    `WanImageToVideoPipeline.from_pretrained` opens its folder, too.
+    """
+    channels = video.config["z_dim"]
+    return WanPipeline(
+        tokenizer=tokens,
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(tokens),
+                d_model=text_width,
+                d_kv=32,
+                d_ff=2 * text_width,
+                num_heads=text_width // 32,
+                num_layers=2,
+                dropout_rate=0.0,
+                pad_token_id=tokens.pad_token_id,
+                eos_token_id=tokens.eos_token_id,
+            )
+        ),
+        vae=video,
+        transformer=WanTransformer3DModel(
+            num_attention_heads=width // 32,
+            attention_head_dim=32,
+            in_channels=channels,
+            out_channels=channels,
+            text_dim=text_width,
+            freq_dim=64,
+            ffn_dim=8 * width // 3,
+            num_layers=layers,
+            rope_max_seq_len=32,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        expand_timesteps=True,
+    )
 
 
 def drawing_texts() -> list[str]:
