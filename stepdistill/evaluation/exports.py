@@ -1,4 +1,4 @@
-"""Exports of images in the folder layouts of GenEval and T2I-CompBench.
+"""Exports of images in the folder layouts of GenEval and T2I-CompBench, and of clips in that of VBench.
 
 Every file is written beside its place and then moved there, so that a run that was cut short leaves no broken image,
 and one that is done again writes the same names.
@@ -18,6 +18,7 @@ from torch import Tensor
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.files import written_whole
 from stepdistill.evaluation.records import prompt_of
+from stepdistill.students.draw.animation import clip_images, save_animation
 
 LONGEST = 255 - len("_000000.png")  # bytes of a file name that its prompt may take
 
@@ -77,6 +78,33 @@ class T2ICompBench:
             )
         name = f"{_file_name(prompt_of(record))}_{number:06}.png"
         return _write(_image(image), self.folder / "samples" / name, self.folder / f"{number:06}.part")
+
+
+class VBench:
+    """`<prompt>-<number>.mp4`, the number counted from 0 for each prompt; VBench draws five.
+
+    Huang et al. 2024, https://arxiv.org/abs/2311.17982. It finds a clip by its whole prompt, so that none is altered.
+    Prompts of one's own have `vbench evaluate --mode=custom_input`, which needs no names.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add(self, prompt_number: int, sample_number: int, record: Mapping[str, object], clip: Tensor) -> Path:
+        """Write a clip, uint8 (F, 3, H, W); returns its file.
+
+        Raises ValueError; DataError for a prompt that no file can be named by, OutputError without PyAV.
+        """
+        _check_numbers(prompt_number, sample_number)
+        prompt = prompt_of(record)
+        name = f"{prompt}-{sample_number}.mp4"
+        if re.search(r"[\x00-\x1f/]", prompt) or len(f"{name}.stepdistill.part".encode()) > 255:
+            why, todo = (
+                "VBench finds a clip by its whole prompt",
+                "shorten or correct it, and evaluate with custom_input",
+            )
+            raise DataError(problem(f"prompt {prompt!r}", "one that is valid as a file name", why, todo))
+        return save_animation(clip_images(clip), self.folder / name)
 
 
 def _check_numbers(prompt_number: int, sample_number: int) -> None:

@@ -43,6 +43,7 @@ def page(evaluations: Sequence[Evaluation], title: str) -> str:
         rows=len(rows),
         figures=_figures(rows),
         grids=[(one, file.stem, _uri(file)) for one in evaluations for file in one.grids],
+        moving=any(file.suffix == ".webp" for one in evaluations for file in one.grids),
         against=against,
         reading=reading,
     )
@@ -87,4 +88,4 @@ def _points(rows: Sequence[Row], key: str) -> list[Point]:
 
 
 def _uri(file: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    return f"data:image/{file.suffix[1:]};base64," + base64.b64encode(file.read_bytes()).decode()

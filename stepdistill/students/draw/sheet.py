@@ -86,10 +86,15 @@ def check_image_file(file: Path, inputs: Iterable[Path | str] = (), overwrite: b
 
 def save_image(image: Image.Image, file: Path) -> None:
     """Write an image with the mark by which a later command knows it. The parents of `file` are made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file, exif=signature())
+
+
+def signature() -> Image.Exif:
+    """The mark as metadata of an image."""
     exif = Image.Exif()
     exif[ExifTags.Base.Software] = MARK.decode()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image.save(file, exif=exif)
+    return exif
 
 
 def _wrapped(text: str, width: int) -> list[str]:
