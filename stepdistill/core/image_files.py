@@ -8,15 +8,16 @@ import mimetypes
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
 HIDDEN, OTHER, UNREAD = "hidden", "not an image", "an image format that is not read"
-HARMLESS = (HIDDEN, OTHER)  # reasons that nobody has to be told of before asking
+NO_CLIP = "not a clip"
+HARMLESS = (HIDDEN, OTHER, NO_CLIP)  # reasons that nobody has to be told of before asking
 NAMED = 5  # files of each reason that a report names
 
 
@@ -24,7 +25,7 @@ class ImageFiles(NamedTuple):
     """The files of a folder or an archive, by their names relative to it.
 
     Args:
-        images: sorted, so that item numbers are the same on every machine.
+        images: or clips; sorted, so that item numbers are the same on every machine.
         left_out: why each other file is none of them, by name.
     """
 
@@ -64,6 +65,13 @@ def left_out_lines(left_out: dict[str, str]) -> dict[str, str]:
         names.setdefault(reason, []).append(name)
     first = {reason: [*some[:NAMED], *["..."] * (len(some) > NAMED)] for reason, some in names.items()}
     return {reason: f"{reason}: {len(some)} ({', '.join(first[reason])})" for reason, some in names.items()}
+
+
+def upright(file: Path | IO[bytes]) -> Image.Image:
+    """A file's image as `flatten` makes it, rotated by its EXIF orientation."""
+    with Image.open(file) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return flatten(image)
 
 
 def flatten(image: Image.Image) -> Image.Image:

@@ -1,7 +1,8 @@
-"""Data sources of prompts, images and latents, the order of samples in a run, and a check of sources."""
+"""Data sources of prompts, images, clips and latents, the order of samples in a run, and a check of sources."""
 
 from stepdistill.data.base import BadSample, FixedCrops, GuidedState, PromptsOf, Sample, Source, inside
 from stepdistill.data.check import check_source
+from stepdistill.data.clips import Clips
 from stepdistill.data.folder import ImageFolder
 from stepdistill.data.hub import HubDataset
 from stepdistill.data.images import ImageSource
@@ -16,6 +17,7 @@ from stepdistill.data.trajectories import Trajectories
 
 __all__ = [
     "BadSample",
+    "Clips",
     "FixedCrops",
     "GuidedState",
     "HubDataset",

@@ -51,8 +51,8 @@ class Sample:
 
     Args:
         prompt: the caption; empty where it was dropped.
-        pixels: (3, H, W) float32 in [-1, 1].
-        latents: (C, h, w), already in the network's scale.
+        pixels: (3, H, W) float32 in [-1, 1]; (3, F, H, W) of a clip.
+        latents: (C, h, w), already in the network's scale; (C, F', h, w) of a clip.
         noise: (C, h, w), what the teacher made the latents from.
         state: of a guided trajectory.
         item: index of the item that was read; it differs from the requested one if that was unusable.
@@ -196,7 +196,7 @@ class PromptsOf(Wrapper):
 
 @dataclass(frozen=True, kw_only=True)
 class FixedCrops(Wrapper):
-    """An image source whose crop and flip belong to the item instead of to the position in the run.
+    """A source of images or clips whose crop, flip and first frame belong to the item, not to the position in the run.
 
     Only then can an item's latents be cached: else what the cache holds would depend on where the item came
     first, and would change with a resume or with the number of processes. Captions are drawn as before.

@@ -61,7 +61,7 @@ class _Tally:
         self.shapes[facts.shape] += 1
         if facts.size is not None:
             self.sides.append(min(facts.size))
-            self.enlarged += any(have < want for have, want in zip(facts.size, facts.shape[1:], strict=True))
+            self.enlarged += any(have < want for have, want in zip(facts.size, facts.shape[-2:], strict=True))
 
     def lines(self) -> Iterator[str]:
         usable = self.shapes.total()
@@ -69,7 +69,9 @@ class _Tally:
             yield f"  images: shorter side {_spread(self.sides)} px; {self.enlarged} smaller than the crop"
         shapes = [f"{'x'.join(map(str, shape))}: {count}" for shape, count in self.shapes.most_common() if shape]
         if shapes:
-            yield f"  shapes ({'C x h x w' if not self.sides else '3 x H x W'}): {', '.join(shapes)}"
+            axes = "H x W" if self.sides else "h x w"
+            frames = "F x " * (max(map(len, self.shapes)) == 4)
+            yield f"  shapes ({'3' if self.sides else 'C'} x {frames}{axes}): {', '.join(shapes)}"
         spread, empty = _spread(self.words), self.words.count(0)
         yield f"  captions: {len(self.words)} for {usable} samples, {spread} words, {empty} empty"
         if self.bad:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import log
 from multiprocessing.pool import ThreadPool
-from typing import IO, Annotated, ClassVar, Literal
+from typing import IO, Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.core.errors import DataError, problem
-from stepdistill.core.image_files import flatten
+from stepdistill.core.image_files import upright
 from stepdistill.data.base import BadSample, Sample, Source
 
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
@@ -96,6 +96,21 @@ def nearest_shape(shapes: Sequence[tuple[int, int]], size: tuple[int, int]) -> i
     return min(range(len(shapes)), key=lambda b: abs(log(shapes[b][0] / shapes[b][1]) - aspect))
 
 
+class Crop(NamedTuple):
+    """A window of an image, as `window` has it, and whether it is flipped."""
+
+    size: tuple[int, int]
+    down: float
+    across: float
+    mirrored: bool
+    interpolation: Interpolation
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """(3, H, W) float32 in [-1, 1]."""
+        part = window(image, self.size, self.down, self.across, self.interpolation)
+        return to_tensor(ImageOps.mirror(part) if self.mirrored else part)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSource(Source):
     """Images with captions, in any storage format.
@@ -135,9 +150,8 @@ class ImageSource(Source):
         Raises:
             BadSample: it does not decode.
         """
-        with self._guarded(i), self.open(i) as file, Image.open(file) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            return flatten(image)
+        with self._guarded(i), self.open(i) as file:
+            return upright(file)
 
     @contextmanager
     def _guarded(self, i: int) -> Iterator[None]:
@@ -182,13 +196,15 @@ class ImageSource(Source):
         return self._bucket_of
 
     def sample(self, i: int, rng: random.Random) -> Sample:
-        prompt = self.prompt(i, rng)
+        prompt, crop = self.prompt(i, rng), self.crop(i, rng)
+        with self._guarded(i):
+            return Sample(prompt=prompt, pixels=crop(self.image(i)), item=i)
+
+    def crop(self, i: int, rng: random.Random) -> Crop:
+        """The crop and flip of item i that `rng` draws: three numbers, whatever the options are."""
         # always drawn, so that switching an option off moves no other draw
         down, across, mirrored = rng.random(), rng.random(), rng.random() < 0.5
-        size = self.shapes[self._bucket_of[i]]
         if self.center_crop:
             down = across = 0.5
-        with self._guarded(i):
-            image = window(self.image(i), size, down, across, self.interpolation)
-            pixels = to_tensor(ImageOps.mirror(image) if self.random_flip and mirrored else image)
-        return Sample(prompt=prompt, pixels=pixels, item=i)
+        size = self.shapes[self._bucket_of[i]]
+        return Crop(size, down, across, self.random_flip and mirrored, self.interpolation)

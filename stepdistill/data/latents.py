@@ -25,8 +25,8 @@ class Latents(Source):
     """Latents with captions, as the sampling scripts write them.
 
     Args:
-        folder: holds `latents.safetensors` with the key `latents` (N, C, h, w), already in the network's
-            scale, and either `prompts.txt` (line n for latent n; an empty line is the empty prompt) or
+        folder: holds `latents.safetensors` with the key `latents` (N, C, h, w), of videos (N, C, F, h, w), already in
+            the network's scale, and either `prompts.txt` (line n for latent n; an empty line is the empty prompt) or
             `captions.json` (N texts, or N lists of alternative texts).
     """
 
@@ -35,7 +35,7 @@ class Latents(Source):
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """(N, C, h, w)."""
+        """(N, C, h, w), or (N, C, F, h, w)."""
         path = Path(self.folder, FILE)
         todo = "check data.folder, or write the file again"
         if not path.is_file():
@@ -48,9 +48,10 @@ class Latents(Source):
             raise DataError(
                 problem(f"{path}: {error}", "a safetensors file", "it is incomplete or another format", todo)
             ) from None
-        if len(shape) != 4 or not shape[0]:
+        if len(shape) not in (4, 5) or 0 in shape:
             got = f"{path} with keys {keys}, {KEY} of shape {list(shape)}"
-            raise DataError(problem(got, f"{KEY} of shape (N, C, h, w), N > 0", "a sample has shape (C, h, w)", todo))
+            why = "a sample has shape (C, h, w), or (C, F, h, w)"
+            raise DataError(problem(got, f"{KEY} of shape (N, C, h, w), N > 0", why, todo))
         return shape
 
     @cached_property
