@@ -11,10 +11,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from oracles import close
 from oracles.planted import planted
-from tiny import FAMILIES, awake, backbone, batch, context, pipeline
+from tiny import FAMILIES, awake, backbone, batch, context, latent_shape, pipeline
 from torch import Tensor
 
 from stepdistill.core.denoise import SCALE, guided, with_scale
+from stepdistill.core.schedule import expand
 from stepdistill.data import GuidedState
 from stepdistill.data.bundled import emoji
 from stepdistill.methods.agd import AdapterGuidance
@@ -216,7 +217,7 @@ def states(name: str):
     bone, prompts = backbone(name, pipe), ["red apple", "cat face", "rose", "octopus"] * 2
     cond = FAMILIES[name].condition(pipe, prompts)
     generator = torch.Generator().manual_seed(3)
-    x_t, t = torch.randn(8, 4, 8, 8, generator=generator), torch.linspace(100, 900, 8).round()
+    x_t, t = torch.randn(8, *latent_shape(name), generator=generator), torch.linspace(100, 900, 8).round()
     own = context(name, pipe, bone)
     denoiser = own.denoiser(TEACHER)
     with torch.no_grad():
@@ -228,8 +229,9 @@ def states(name: str):
 def one(name: str, bone: Backbone, w: Tensor, step: int = 0):
     """The method's update at these states under scales w (8,)."""
     pipe, cond, x_t, t, u, c = states(name)
-    target = torch.where(w[:, None, None, None] == 1, c, u + w[:, None, None, None] * (c - u))
-    part = Batch(tuple(range(8)), cond, (4, 8, 8), state=GuidedState(x_t, t, w, target))
+    scale = expand(w, c)
+    target = torch.where(scale == 1, c, u + scale * (c - u))
+    part = Batch(tuple(range(8)), cond, latent_shape(name), state=GuidedState(x_t, t, w, target))
     (update,) = AdapterGuidance(width=16).updates(context(name, pipe, bone), part, step)
     return update
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import FAMILIES, awake, backbone, batch, context, pipeline, tokens
+from tiny import FAMILIES, awake, backbone, batch, context, latent_shape, pipeline, tokens
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -275,7 +275,8 @@ def test_a_copy_stops_where_it_is_told():
 def whole(name: str, net: nn.Module, tap: Tap, x: torch.Tensor, call) -> torch.Tensor:
     """The features as a plain hook behind the module before the tap sees them, in a whole pass."""
     found = []
-    last = {"sd": "mid_block", "sdxl": "mid_block", "flux": "transformer_blocks.1"}.get(name, "transformer_blocks.0")
+    last = {"sd": "mid_block", "sdxl": "mid_block", "flux": "transformer_blocks.1", "wan": "blocks.0"}
+    last = last.get(name, "transformer_blocks.0")
     handle = net.get_submodule(last).register_forward_hook(lambda m, args, out: found.append(out))
     with torch.no_grad():
         call()
@@ -283,7 +284,8 @@ def whole(name: str, net: nn.Module, tap: Tap, x: torch.Tensor, call) -> torch.T
     if last == "mid_block":
         return found[0]
     tokens = found[0][1] if name in ("sd3", "flux") else found[0]  # of two streams the image's is the second
-    return tokens.transpose(1, 2).unflatten(2, (x.shape[2] // tap.patch, x.shape[3] // tap.patch))
+    *frames, height, width = x.shape[2:]
+    return tokens.transpose(1, 2).unflatten(2, (*frames, height // tap.patch, width // tap.patch))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -292,7 +294,7 @@ def test_features_are_those_of_a_whole_pass_which_ends_early(name):
     pipe = pipeline(name)
     net, part, t = family.network(pipe), batch(name, pipe), torch.full((2,), 300.0)
     tap, after = family.tap(net), []
-    x = torch.randn(2, 4, 4, 8)  # not square: rows and columns must not be exchanged
+    x = torch.randn(2, *latent_shape(name)[:-2], 4, 8)  # not square: rows and columns must not be exchanged
 
     def call():
         return family.call(net, x, t, part.cond)
@@ -303,7 +305,7 @@ def test_features_are_those_of_a_whole_pass_which_ends_early(name):
     )
     (found,) = features_before(net, (tap,), x, call)
     assert torch.equal(found, expected) and found.shape[1] == tap.channels and not after
-    assert found.shape[2:] == (4 // tap.patch, 8 // tap.patch)
+    assert found.shape[2:] == (*x.shape[2:-2], 4 // tap.patch, 8 // tap.patch)
     call()
     assert after == [1]  # the hook is gone
 

@@ -135,7 +135,7 @@ def is_called_as_its_pipeline_calls_it(family: Family, pipe: DiffusionPipeline) 
     x, y = (
         torch.cat([family.unpack(call[key], height // 4, width // 4) for call in seen[::-1]]) for key in ("x", "y")
     )  # null first
-    assert x.shape == (2, 4, height // 4, width // 4) and torch.equal(x[0], x[1])
+    assert x.shape == (2, *family.latent_shape(pipe, height, width)) and torch.equal(x[0], x[1])
     t = torch.full((2,), family.time(net, float(seen[0]["timestep"].flatten()[0])))
     assert 0 < t[0] <= 1000
     cond, null = family.condition(pipe, ["red apple"]), family.unconditional(pipe)

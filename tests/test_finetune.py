@@ -14,7 +14,7 @@ import pytest
 import torch
 from oracles.context import Scripted, column, stable_diffusion
 from oracles.planted import Bug, bug_tests
-from tiny import FAMILIES, awake, backbone, batch, context, pipeline
+from tiny import FAMILIES, FLOWS, awake, backbone, batch, context, pipeline
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition, guided
@@ -144,7 +144,7 @@ def test_the_loss_is_the_network_s_own_error(name):
     eps = scene.noise(part, "student eps")
     with bone.use("student") as net:
         raw = FAMILIES[name].call(net, scene.schedule.add_noise(part.x0, eps, t), t, part.cond)
-    goal = eps - part.x0 if name in ("sd3", "flux", "sana") else eps
+    goal = eps - part.x0 if name in FLOWS else eps
     assert only.loss.item() == pytest.approx((raw[:, :4] - goal).square().mean().item(), rel=1e-5)
 
 

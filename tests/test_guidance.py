@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from types import SimpleNamespace
 
@@ -35,8 +36,8 @@ class Bare:
     def limits(self, pipe):
         return {}
 
-    def native_side(self, pipe):
-        return 8
+    def native_size(self, pipe):
+        return 8, 8
 
     def latent_shape(self, pipe, height, width):
         return self.shape
@@ -365,6 +366,12 @@ def test_nag_is_held_within_the_limit_and_blended():
     assert torch.allclose(nasa(z, other, 0.5), torch.tensor([[[1.5, -1.5], [1.05, 0.0]]]))
 
 
+def per_prompt(family, count: int) -> dict[str, int]:
+    """The argument that asks a pipeline for several samples of each prompt."""
+    names = ("num_images_per_prompt", "num_videos_per_prompt")
+    return {key: count for key in inspect.signature(family.pipeline_class.__call__).parameters if key in names}
+
+
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_a_plain_pipeline_with_a_lora_active_or_fused(name):
     pipe, family = tiny.pipeline(name), tiny.FAMILIES[name]
@@ -375,8 +382,8 @@ def test_a_plain_pipeline_with_a_lora_active_or_fused(name):
     call |= family.guidance(1.0) | family.arguments()
 
     def draw(prompts, **more):
-        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        return pipe(list(prompts), latents=family.pack(noise), **call, **more).images
+        noise = torch.randn(2, *tiny.latent_shape(name), generator=torch.Generator().manual_seed(0))
+        return pipe(list(prompts), latents=family.pack(noise), **call, **more)[0]
 
     pipe.set_progress_bar_config(disable=True)
     both = ["red apple", "cat face"]
@@ -387,7 +394,7 @@ def test_a_plain_pipeline_with_a_lora_active_or_fused(name):
         active = draw(both)
     assert (active - plain).abs().max() > 1e-3
     with negative_prompt(pipe, ["octopus", "rose"], 0.5, family=family):
-        two = draw(["red apple"], num_images_per_prompt=2)
+        two = draw(["red apple"], **per_prompt(family, 2))
     with negative_prompt(pipe, "rose", 0.5, family=family):
         assert torch.allclose(two[1], draw(["red apple"] * 2)[1], atol=1e-5)
     for lora in loras:

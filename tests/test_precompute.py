@@ -20,12 +20,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLWan
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_families import one_file
 from tiny import FAMILIES, pipeline
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, Gemma2Model, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, Gemma2Model, T5EncoderModel, UMT5EncoderModel
 
 from stepdistill.cli import main as cli
 from stepdistill.core.errors import ConfigError, DataError, StepdistillError
@@ -57,8 +57,8 @@ SIDE = 32
 WORDS = ("red apple", "cat face", "rose", "octopus", "blue sky", "dog face", "smiling face", "red heart", "tree")
 PROMPTS = Prompts(prompts=WORDS, proportion_empty_prompts=0.2)
 ENCODERS = (
-    *(CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, Gemma2Model),
-    *(AutoencoderKL, AutoencoderDC),
+    *(CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, UMT5EncoderModel, Gemma2Model),
+    *(AutoencoderKL, AutoencoderDC, AutoencoderKLWan),
 )
 LCM = Consistency(num_ddim_timesteps=10, guidance_scale=3.0, ema_decay=None, loss_type="l2")
 
@@ -98,7 +98,8 @@ def run_of(place: Path, out: Path, data, kept: Path | None, name: str = "sd", **
         "checkpointing_steps": 1,
         "cache_dir": str(kept) if kept else None,
     }
-    family = replace(FAMILIES[name], pretrained_teacher_model=str(place / name))
+    still = {"num_frames": 1} if name == "wan" else {}  # images are videos of one frame
+    family = replace(FAMILIES[name], pretrained_teacher_model=str(place / name), **still)
     return Run(family=family, method=LCM, data=data, lora=LoraSpec(rank=4), train=TrainSpec(**given | train))
 
 
@@ -287,7 +288,7 @@ def test_shells_say_what_networks_say(place, name):
     assert there == {n for n, part in hollow.components.items() if is_shell(part)}
     size = (32, 16) if name == "sd3" else (64, 32)  # the tiny SD3 has no position beyond 32
     assert family.latent_shape(hollow, *size) == family.latent_shape(whole, *size)
-    assert family.native_side(hollow) == family.native_side(whole)
+    assert family.native_size(hollow) == family.native_size(whole)
     partly = family.load(("text", "vae"))
     assert base_of(partly, family) == base_of(whole, family)
 

@@ -169,9 +169,11 @@ def place(tmp_path_factory) -> Path:
 
 def images(pipe, family: str = "sd", **call) -> torch.Tensor:
     """Latents as the pipeline has them."""
-    noises = tiny.FAMILIES[family].pack(torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
+    noises = tiny.FAMILIES[family].pack(
+        torch.randn(2, *tiny.latent_shape(family), generator=torch.Generator().manual_seed(0))
+    )
     made = pipe(["red apple", "cat face"], latents=noises, output_type="latent", **call)
-    return made if isinstance(made, torch.Tensor) else made.images
+    return made if isinstance(made, torch.Tensor) else made[0]
 
 
 @pytest.mark.parametrize(("name", "part"), [("sd", "unet"), ("sd3", "transformer")])

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from oracles.planted import Bug, bug_tests
-from tiny import FAMILIES, backbone, batch, context, pipeline
+from tiny import FAMILIES, backbone, batch, context, latent_shape, pipeline
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -25,7 +25,8 @@ def blocks(net) -> list[nn.Module]:
     """The blocks of a network, in the order of a pass."""
     if hasattr(net, "mid_block"):
         return [*net.down_blocks, net.mid_block, *net.up_blocks]
-    return [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", [])]
+    names = ("blocks", "transformer_blocks", "single_transformer_blocks")
+    return [block for name in names for block in getattr(net, name, [])]
 
 
 def image(out: Tensor | tuple) -> Tensor:
@@ -38,23 +39,23 @@ def test_places_are_after_each_block_and_several_take_one_pass(name):
     """Each map is what a block puts out in a whole pass; and bit for bit what a pass for it alone gives."""
     pipe = pipeline(name)
     bone, part = backbone(name, pipe), batch(name, pipe)
-    made: list[Tensor] = []
+    x, made = torch.randn(2, *latent_shape(name)[:-2], 4, 8), list[Tensor]()  # rows and columns differ
     handles = [block.register_forward_hook(lambda m, a, out: made.append(image(out))) for block in blocks(bone.net)]
     denoiser, n = context(name, pipe, bone).denoiser(TEACHER), len(bone.taps)
     with torch.no_grad():
-        denoiser(X, T, part.cond)
+        denoiser(x, T, part.cond)
         expected = made.copy()
         for handle in handles:
             handle.remove()
         every = tuple((i + 1) / n for i in range(n))
         with count_calls(bone.net) as cost:
-            found = denoiser.features_at(X, T, part.cond, every)
+            found = denoiser.features_at(x, T, part.cond, every)
         assert cost.calls == 1 and len(found) == n == len(expected)
-        alone = [denoiser.features_at(X, T, part.cond, (depth,)) for depth in every]
-        half = denoiser.features(X, T, part.cond)
+        alone = [denoiser.features_at(x, T, part.cond, (depth,)) for depth in every]
+        half = denoiser.features(x, T, part.cond)
     assert not any(module._forward_pre_hooks for module in bone.net.modules())
     for tap, maps, (single,), whole in zip(bone.taps, found, alone, expected, strict=True):
-        assert maps.shape[1:] == (tap.channels, 4 // tap.patch, 8 // tap.patch)
+        assert maps.shape[1:] == (tap.channels, *x.shape[2:-2], 4 // tap.patch, 8 // tap.patch)
         rows = whole if whole.ndim == 4 else whole.transpose(1, 2).unflatten(2, maps.shape[2:])
         assert torch.equal(maps, rows) and torch.equal(maps, single)
     assert bone.tap in bone.taps and torch.equal(half, found[bone.taps.index(bone.tap)])

@@ -97,7 +97,7 @@ def read(spec: TrainSpec, patch: Patch) -> Log:
     family: Any = SimpleNamespace(
         condition=lambda pipe, prompts: {"mean": torch.zeros(len(prompts), 1)},
         latent_shape=lambda pipe, height, width: (1, height, width),
-        native_side=lambda pipe: 64,
+        native_size=lambda pipe: (64, 64),
     )
     patch.setattr(batches, "warn_of_cut", lambda *_: True)
     parts: Any = SimpleNamespace(family=family, pipe=SimpleNamespace(vae_scale_factor=8), text=log.note("text"))

@@ -99,11 +99,11 @@ def test_a_state_is_on_its_guided_trajectory_and_its_output_is_the_guided_one(pl
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_samples_are_what_plain_diffusers_draws_with_guidance(place, tmp_path, name):
     session = stage_of(place, source(tmp_path / "states"), name)
-    family, prompts, side = session.run.family, ["rose", "red apple"], session.batches.side
+    family, prompts, (height, width) = session.run.family, ["rose", "red apple"], session.batches.size
     noise = torch.stack([trajectories.noise_of(3, i, session.batches.shape) for i in range(2)])
     ours = TeacherSampler(session).sample(prompts, noise, 4, 6.0)
     pipe = family.load()
-    call, size = teacher_call(family, pipe, 4, 6.0, "teacher"), {"height": side, "width": side}
+    call, size = teacher_call(family, pipe, 4, 6.0, "teacher"), {"height": height, "width": width}
     with scheduled(pipe, call.scheduler):
         drawn = pipe(prompts, latents=family.pack(noise), output_type="latent", **call.arguments, **size).images
     theirs = family.unpack(drawn, *noise.shape[2:])

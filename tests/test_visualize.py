@@ -16,7 +16,7 @@ from torch import Tensor
 from stepdistill.cli import main as cli
 from stepdistill.core.denoise import guided
 from stepdistill.core.errors import ConfigError
-from stepdistill.core.pixels import to_uint8
+from stepdistill.core.pixels import frames_of, to_uint8
 from stepdistill.core.schedule import DiscreteVP, expand
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.data.routing import Routing, consecutive
@@ -33,7 +33,6 @@ from stepdistill.students.load import load_student
 from stepdistill.students.write import write_student
 
 PROMPTS = ["red apple", "cat face"]
-NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
 EVEN = (999.0, 749.0, 499.0, 249.0)
 SAMPLERS = {  # those that a table's and a flow's families have a scheduler for
     "lcm": Sampler(EVEN, eta=1.0),
@@ -43,13 +42,17 @@ SAMPLERS = {  # those that a table's and a flow's families have a scheduler for
     "euler": Sampler((799.0, 500.0, 99.0)),
     "one step": Sampler((799.0,), eta=1.0),
 }
-FLOWED = ("sd3", "flux", "sana")
 FLOWS = {"euler": Sampler((1000.0, 700.0, 200.0)), "noised again": Sampler((1000.0, 500.0), eta=1.0)}
 CASES = [
     (name, key, w)
     for name in sorted(tiny.FAMILIES)
-    for key, w in [(key, 1.0) for key in (FLOWS if name in FLOWED else SAMPLERS)] + [("euler", 3.0)]
+    for key, w in [(key, 1.0) for key in (FLOWS if name in tiny.FLOWS else SAMPLERS)] + [("euler", 3.0)]
 ]
+
+
+def noise_for(name: str) -> Tensor:
+    """Latents of two samples to start from."""
+    return torch.randn(2, *tiny.latent_shape(name), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +69,19 @@ def drawn(pipe, family: Family, sampler: Sampler, w: float):
 
 @pytest.mark.parametrize(("name", "key", "w"), CASES)
 def test_frames_are_our_own_sampler_s_estimates_and_the_last_is_the_image(pipes, name, key, w):
-    pipe, family, sampler = pipes[name], tiny.FAMILIES[name], (FLOWS if name in FLOWED else SAMPLERS)[key]
-    own, call = pipe.scheduler, drawn(pipe, family, sampler, w)
+    pipe, family, sampler = pipes[name], tiny.FAMILIES[name], (FLOWS if name in tiny.FLOWS else SAMPLERS)[key]
+    own, call, noise = pipe.scheduler, drawn(pipe, family, sampler, w), noise_for(name)
     schedule, kind = family.schedule(pipe.scheduler), family.kind(pipe)
     torch.manual_seed(5)
-    seen = predictions_of_steps(pipe, family, PROMPTS, NOISE, call, clean=sampler.clean)
+    seen = predictions_of_steps(pipe, family, PROMPTS, noise, call, clean=sampler.clean)
     assert seen.timesteps == pytest.approx(sampler.timesteps)
     assert "step" not in vars(pipe.scheduler)
     # the image, bit for bit
     torch.manual_seed(5)
     with torch.no_grad():
-        image = pipe(PROMPTS, latents=family.pack(NOISE), output_type="pt", **each(call, 2)).images
-        frame = to_uint8((family.decode(pipe, seen.final) / 2 + 0.5).clamp(0, 1))
-    assert torch.equal(frame, to_uint8(image.clamp(0, 1)))
+        image = pipe(PROMPTS, latents=family.pack(noise), output_type="pt", **each(call, 2))[0]
+        frame = to_uint8((frames_of(family.decode(pipe, seen.final)) / 2 + 0.5).clamp(0, 1))
+    assert torch.equal(frame, to_uint8(image.flatten(0, -4).clamp(0, 1)))
     size = seen.final.abs().max()
     assert (seen.predicted[-1] - seen.final).abs().max() < 1e-5 * size
     # every frame by the library's own sampler
@@ -93,11 +96,11 @@ def test_frames_are_our_own_sampler_s_estimates_and_the_last_is_the_image(pipes,
         return est
 
     def fresh(i):
-        return family.unpack(torch.randn_like(family.pack(NOISE)), 8, 8)
+        return family.unpack(torch.randn_like(family.pack(noise)), 8, 8)
 
     torch.manual_seed(5)
     with torch.no_grad():
-        few_step(kept, schedule, sampler, NOISE, family.condition(pipe, PROMPTS), fresh)
+        few_step(kept, schedule, sampler, noise, family.condition(pipe, PROMPTS), fresh)
     for mine, theirs in zip(estimates, seen.predicted, strict=True):
         assert (mine - theirs).abs().max() < 1e-4 * mine.abs().max()
     pipe.scheduler = own
@@ -106,9 +109,9 @@ def test_frames_are_our_own_sampler_s_estimates_and_the_last_is_the_image(pipes,
 @pytest.mark.parametrize("name", sorted(tiny.FAMILIES))
 def test_every_frame_of_a_single_point_is_the_point(pipes, name):
     pipe, family = pipes[name], tiny.FAMILIES[name]
-    own = pipe.scheduler
-    call = drawn(pipe, family, (FLOWS if name in FLOWED else SAMPLERS)["euler"], 1.0)
-    schedule, point = family.schedule(pipe.scheduler), torch.linspace(-1, 1, 256).reshape(4, 8, 8)
+    own, noise = pipe.scheduler, noise_for(name)
+    call = drawn(pipe, family, (FLOWS if name in tiny.FLOWS else SAMPLERS)["euler"], 1.0)
+    schedule, point = family.schedule(pipe.scheduler), torch.linspace(-1, 1, noise[0].numel()).reshape(noise[0].shape)
 
     def single(net, args, kwargs, output):
         given = inspect.signature(net.forward).bind(*args, **kwargs).arguments
@@ -120,7 +123,7 @@ def test_every_frame_of_a_single_point_is_the_point(pipes, name):
         return (torch.cat([y, y], 1) if output[0].shape[1] == 8 else y,)  # PixArt's predicts a variance, too
 
     hook = family.network(pipe).register_forward_hook(single, with_kwargs=True)
-    seen = predictions_of_steps(pipe, family, PROMPTS, NOISE, call)
+    seen = predictions_of_steps(pipe, family, PROMPTS, noise, call)
     hook.remove()
     assert (seen.predicted - point).abs().max() < 2e-5
     assert (seen.final - point).abs().max() < 2e-5
@@ -135,7 +138,7 @@ def test_the_scheduler_is_as_before_after_an_exception(pipes):
 
     hook = pipe.unet.register_forward_hook(broken)
     with pytest.raises(KeyboardInterrupt):
-        predictions_of_steps(pipe, family, PROMPTS, NOISE, {"num_inference_steps": 2})
+        predictions_of_steps(pipe, family, PROMPTS, noise_for("sd"), {"num_inference_steps": 2})
     hook.remove()
     assert "step" not in vars(pipe.scheduler)
 

@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLWan,
     ControlNetModel,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -30,6 +31,8 @@ from diffusers import (
     SD3ControlNetModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from torch import nn
 from transformers import (
@@ -44,6 +47,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from stepdistill.data.bundled import build
@@ -55,6 +60,7 @@ from stepdistill.families.sana import Sana
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.families.sdxl import StableDiffusionXL
+from stepdistill.families.wan import Wan
 from stepdistill.methods.base import Batch, StepContext
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
@@ -74,8 +80,22 @@ FAMILIES: dict[str, Family] = {
         max_sequence_length=12,
         human_instruction=False,
     ),
+    "wan": Wan(
+        pretrained_teacher_model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        num_frames=5,
+        sample_size=(32, 32),
+        max_sequence_length=12,
+    ),
 }
 SIDE = 32  # of images, in pixels
+
+
+FLOWS = ("sd3", "flux", "sana", "wan")
+
+
+def latent_shape(name: str) -> tuple[int, ...]:
+    """The shape of one sample's latents in a family's random pipeline."""
+    return (4, 3, 8, 8) if name == "wan" else (4, 8, 8)
 
 
 @cache
@@ -98,6 +118,8 @@ def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
             return flux(vae)
         case "sana":
             return sana()
+        case "wan":
+            return wan()
     return pixart(name, vae)
 
 
@@ -186,6 +208,40 @@ def pixart(name: str, vae: AutoencoderKL, side: int = 8) -> DiffusionPipeline:
             use_additional_conditions=side == 128 and name == "pixart_alpha",
         ),
         scheduler=DPMSolverMultistepScheduler(),
+    )
+
+
+def wan(**more: Any) -> WanPipeline:
+    """Wan's shape, with latents of 4 x 3 x 8 x 8 for five frames of 32 pixels."""
+    letters = t5(32)[1]
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return WanPipeline(
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[0.9, 1.1, 1.3, 0.7],
+            scale_factor_temporal=2,
+            scale_factor_spatial=4,
+        ).eval(),
+        text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=len(letters), **shape)).eval(),
+        tokenizer=letters,
+        transformer=WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=32,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        **more,
     )
 
 
@@ -305,12 +361,12 @@ def awake(bone: Backbone, role: str, size: float = 0.05) -> None:
 
 def batch(name: str, pipe: DiffusionPipeline, size: int = 2, first: int = 0) -> Batch:
     prompts = ["red apple", "cat face", "rose", "octopus"][:size]
-    index = tuple(range(first, first + size))
+    index, shape = tuple(range(first, first + size)), latent_shape(name)
     latents, noise = (
-        torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(base + i)) for i in index])
+        torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(base + i)) for i in index])
         for base in (100, 200)
     )
-    return Batch(index, FAMILIES[name].condition(pipe, prompts), (4, 8, 8), latents, noise)
+    return Batch(index, FAMILIES[name].condition(pipe, prompts), shape, latents, noise)
 
 
 def context(name: str, pipe: DiffusionPipeline, bones: dict[str, Backbone] | Backbone, step: int = 0) -> StepContext:

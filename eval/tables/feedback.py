@@ -150,7 +150,7 @@ def measure_rise(name: str, rise: float, results: Results, work: Path) -> None:
     """PSO on the reward `is_white`, with the beta for which its log-odds rise by `rise` for each starting noise."""
     run = load_config(Run, recipes(name, "feedback")["pso_online"], [])
     pipe, out = run.family.load(), work / "feedback" / f"{name}-rise-{rise:g}"
-    numbers = math.prod(run.family.latent_shape(pipe, *[run.family.native_side(pipe)] * 2))
+    numbers = math.prod(run.family.latent_shape(pipe, *run.family.native_size(pipe)))
     method: Any = run.method  # a difference of 1 in a reward of standard deviation 1: the rise is D / beta
     reward = Custom(function="tables.feedback.is_white")
     method = replace(method, reward=reward, std=1.0, beta=numbers / rise, clip_range=None)

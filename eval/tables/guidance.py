@@ -89,7 +89,7 @@ def agreement(run: Run, teacher: DiffusionPipeline, pipe: DiffusionPipeline, w: 
     network's own form.
     """
     schedule, kind = run.family.schedule(teacher.scheduler), run.family.kind(teacher)
-    shape = run.family.latent_shape(teacher, *[run.family.native_side(teacher)] * 2)
+    shape = run.family.latent_shape(teacher, *run.family.native_size(teacher))
     cond, null = run.family.condition(teacher, prompts(PATHS)), run.family.unconditional(teacher)
 
     def alone(each: DiffusionPipeline) -> Denoiser:

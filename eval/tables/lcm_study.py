@@ -138,7 +138,7 @@ def figures_of(
 ) -> dict[str, Any]:
     """Figures of an estimator, with the starting and the fresh noise of the tables."""
     schedule, features = run.family.schedule(pipe.scheduler), []
-    shape = run.family.latent_shape(pipe, *[run.family.native_side(pipe)] * 2)
+    shape = run.family.latent_shape(pipe, *run.family.native_size(pipe))
     for ids in torch.arange(len(ref.prompts)).split(64):
         fresh = [fresh_noise(SEED_B, int(i)) for i in ids]
         x_t = torch.stack([noise_of(SEED_B, int(i), shape) for i in ids])
@@ -206,7 +206,7 @@ def gaps(run: Run, denoise: Denoise, file: Path) -> dict[str, Any]:
 def states(run: Run, pipe: DiffusionPipeline, cond: Condition) -> dict[str, Tensor]:
     """States on the guided trajectories of held-out noises, their ends noised anew, and the exact student's answers."""
     teacher, schedule = teacher_of(run, pipe, W), run.family.schedule(pipe.scheduler)
-    shape = run.family.latent_shape(pipe, *[run.family.native_side(pipe)] * 2)
+    shape = run.family.latent_shape(pipe, *run.family.native_size(pipe))
     x_t, z = (torch.stack([noise_of(SEED_B, k * GAPS + i, shape) for i in range(GAPS)]) for k in range(2))
     times = schedule.grid(GRID).flip(0).tolist()
     found, starts = {}, {GRID - round(level * GRID): level for level in LEVELS}

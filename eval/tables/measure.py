@@ -153,7 +153,7 @@ def bends(run: Run, pipe: DiffusionPipeline) -> dict[str, Any]:
     scale: Any = run.method.guidance_scale or data.guidance_scale
     row: dict[str, Any] = {"n": count, "steps": 32, "guidance_scale": scale, "seeds": [SEED_B]}
     schedule, kind = run.family.schedule(before.scheduler), run.family.kind(before)
-    shape = run.family.latent_shape(before, *[run.family.native_side(before)] * 2)
+    shape = run.family.latent_shape(before, *run.family.native_size(before))
     noise = torch.stack([noise_of(SEED_B, i, shape) for i in range(count)])
     cond, null = run.family.condition(before, prompts(count)), run.family.unconditional(before)
     for label, each, w in (("teacher", before, scale), ("student", pipe, 1.0)):

@@ -12,6 +12,25 @@ from torch import Tensor
 THUMBNAIL = 16  # pixels a side; collapsed images under unlike noise are still the same image
 
 
+def clips_of(pixels: Tensor) -> Tensor:
+    """Images (B, 3, H, W) as they are, and videos (B, 3, F, H, W) frame by frame, (B, F, 3, H, W)."""
+    return pixels if pixels.ndim == 4 else pixels.transpose(1, 2)
+
+
+def frames_of(pixels: Tensor) -> Tensor:
+    """Images (B, 3, H, W) as they are; of videos (B, 3, F, H, W) their frames, one after the other, (B F, 3, H, W)."""
+    return clips_of(pixels).flatten(0, -4)
+
+
+def filmstrip(clips: Tensor, most: int = 5) -> Tensor:
+    """Images (N, 3, H, W) as they are; of clips (N, F, 3, H, W) at most `most` frames, evenly spaced, side by side."""
+    if clips.ndim == 4:
+        return clips
+    frames, count = clips.shape[1], min(most, clips.shape[1])
+    chosen = [round(i * (frames - 1) / max(1, count - 1)) for i in range(count)]
+    return torch.cat([clips[:, f] for f in chosen], -1)
+
+
 def luma(images: Tensor) -> Tensor:
     """Brightness (..., H, W) in [0, 1] with the weights of Rec. 601."""
     red, green, blue = images.unbind(-3)

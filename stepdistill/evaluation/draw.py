@@ -87,8 +87,7 @@ class RowDrawer:
         for place in dict.fromkeys(plan.student for plan in plans):
             pipeline = StudentPipeline.of(self.family, place, self.device, DTYPES[self.spec.dtype])
             style = load_style(self.family, pipeline.pipe, self.spec.lora[0], "beside") if self.spec.lora else None
-            native = self.family.native_side(pipeline.pipe)
-            size = asked or (native, native)
+            size = asked or self.family.native_size(pipeline.pipe)
             hashed = hashed or teacher_of(pipeline)  # the teacher comes first
             scores = [*([self.clip] if self.clip else []), *(self._against(teacher) if place else ())]
             for plan in [plan for plan in plans if plan.student == place]:

@@ -177,13 +177,21 @@ class Family(ABC):
         """The denoiser among the pipeline's components."""
         return pipe.components[self.network_name]
 
-    def native_side(self, pipe: DiffusionPipeline) -> int:
-        """The side in pixels that the network was trained at."""
-        return pipe.components[self.network_name].config["sample_size"] * pipe.vae_scale_factor
+    def scale_factor(self, pipe: DiffusionPipeline) -> int:
+        """Pixels along one side of a latent."""
+        return pipe.vae_scale_factor
 
-    def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of an image of `height` x `width` pixels. Raises ConfigError for other sizes."""
-        scale, config = pipe.vae_scale_factor, pipe.components[self.network_name].config
+    def native_size(self, pipe: DiffusionPipeline) -> tuple[int, int]:
+        """Height and width in pixels that the network was trained at."""
+        side = pipe.components[self.network_name].config["sample_size"] * self.scale_factor(pipe)
+        return side, side
+
+    def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, ...]:
+        """(C, H, W) of the latents of an image of `height` x `width` pixels, or (C, F, H, W) of a video's.
+
+        Raises ConfigError for sizes that the pipeline or its network refuses.
+        """
+        scale, config = self.scale_factor(pipe), pipe.components[self.network_name].config
         unit = scale * config.get("patch_size", 1)
         check_size(height, width, math.lcm(self.multiple, unit), unit * config.get("pos_embed_max_size", 10**9))
         return (config["in_channels"], height // scale, width // scale)
@@ -275,6 +283,11 @@ class Family(ABC):
 
     def _shift(self, pipe: DiffusionPipeline) -> float:
         return pipe.vae.config.shift_factor if self.needs.shifts_latents else 0.0
+
+    @abstractmethod
+    def solver(self, pipe: DiffusionPipeline, steps: int) -> tuple[SchedulerMixin, dict[str, Any]]:
+        """The teacher's plain solver on even steps, DDIM with trailing spacing or Euler, and the keyword arguments that
+        the pipeline's call needs for it. Raises ConfigError for more steps than a table has timesteps."""
 
     @abstractmethod
     def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:

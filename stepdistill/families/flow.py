@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,13 +11,18 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.prediction import Kind
+from stepdistill.core.schedule import Rectified
 from stepdistill.core.solvers import Sampler
 from stepdistill.families.base import Family
 from stepdistill.families.schedulers import FirstNoiseEulerScheduler
 
 
 def shift_of(scheduler: Any) -> float:  # noqa: ANN401
-    """The fixed shift of a flow's grid."""
+    """The fixed shift of a flow's grid. Raises ConfigError where it depends on the image's size."""
+    if scheduler.config.get("use_dynamic_shifting"):
+        got, why = "a scheduler with use_dynamic_shifting", "the solver's grid must be the same for every image size"
+        todo = "set use_dynamic_shifting to false and shift to the value for your resolution"
+        raise ConfigError(problem(got, "one fixed shift", why, todo))
     return scheduler.config["flow_shift" if "flow_shift" in scheduler.config else "shift"]
 
 
@@ -41,23 +47,33 @@ class Flow(Family):
     def kind(self, pipe: DiffusionPipeline) -> Kind:
         return "flow"
 
+    def solver(self, pipe: DiffusionPipeline, steps: int) -> tuple[SchedulerMixin, dict[str, Any]]:
+        # the scheduler applies its shift to the sigmas that it is given: pass the even ones
+        even = [1 - i / steps for i in range(steps)]
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.schedule(pipe.scheduler).shift)
+        return scheduler, {"num_inference_steps": steps, "sigmas": even}
+
     def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
-        if sampler.eta not in (0, 1):
-            raise ConfigError(
-                problem(
-                    f"eta {sampler.eta} for a flow student",
-                    "0 (Euler) or 1 (renoise from clean data)",
-                    "Diffusers has no flow scheduler for values in between",
-                    "set method.eta to 0 or 1",
-                )
-            )
-        if sampler.ancestral:
-            why, todo = "Diffusers has no ancestral sampler for flows", "set ancestral to false"
-            raise ConfigError(problem("ancestral steps of a flow student", "eta 0 or 1", why, todo))
         # shift 1: explicit sigmas are warped by the shift, and would no longer be the trained ones
-        stock = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=sampler.eta == 1)
-        scheduler = FirstNoiseEulerScheduler(shift=1.0) if sampler.first_noise else stock
-        return scheduler, {
+        return flow_scheduler(sampler, shift=1.0), {
             "sigmas": [t / 1000 for t in sampler.timesteps],
             "num_inference_steps": len(sampler.timesteps),
         }
+
+    @abstractmethod
+    def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
+        """The straight path, with the shift of the scheduler's grid."""
+
+
+def flow_scheduler(sampler: Sampler, **config: Any) -> FlowMatchEulerDiscreteScheduler:  # noqa: ANN401
+    """The Euler scheduler of a config that steps as a sampler says. Raises ConfigError where there is none."""
+    if sampler.eta not in (0, 1):
+        why, todo = "Diffusers has no flow scheduler for values in between", "set method.eta to 0 or 1"
+        expected = "0 (Euler) or 1 (renoise from clean data)"
+        raise ConfigError(problem(f"eta {sampler.eta} for a flow student", expected, why, todo))
+    if sampler.ancestral:
+        why, todo = "Diffusers has no ancestral sampler for flows", "set ancestral to false"
+        raise ConfigError(problem("ancestral steps of a flow student", "eta 0 or 1", why, todo))
+    if sampler.first_noise:
+        return FirstNoiseEulerScheduler(**config)
+    return FlowMatchEulerDiscreteScheduler(**config, stochastic_sampling=sampler.eta == 1)

@@ -81,10 +81,11 @@ class Flux(Flow):
         shift = math.exp(scheduler.config["max_shift"]) if dynamic else shift_of(scheduler)
         return Rectified(shift if self.shift is None else self.shift)
 
-    def native_side(self, pipe: DiffusionPipeline) -> int:
-        return pipe.default_sample_size * pipe.vae_scale_factor
+    def native_size(self, pipe: DiffusionPipeline) -> tuple[int, int]:
+        side = pipe.default_sample_size * pipe.vae_scale_factor
+        return side, side
 
-    def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
+    def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, ...]:
         scale = pipe.vae_scale_factor
         check_size(height, width, 2 * scale, 10**9)
         return (pipe.transformer.config["in_channels"] // 4, height // scale, width // scale)

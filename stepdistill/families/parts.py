@@ -37,6 +37,8 @@ class Needs:
             to it.
         places: latents of one channel that the network takes as one token's channels.
         shifts_latents: whether the pipeline subtracts its autoencoder's `shift_factor`.
+        scales_channels: whether it has a mean and a standard deviation for each channel of its latents.
+        pipeline: what settings of the pipeline's index must be, and why.
         single_file: what Diffusers calls the single files of the family.
         prefixes: of the names of tensors, one for each part that a single file must hold.
     """
@@ -47,6 +49,8 @@ class Needs:
     width: tuple[str, tuple[str, ...]]
     places: int = 1
     shifts_latents: bool = False
+    scales_channels: bool = False
+    pipeline: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     single_file: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
 
@@ -120,6 +124,10 @@ def check_folder(
     """
     index: Any = pipeline.load_config(where, revision=revision)
     _check_class(where, index.get("_class_name"), pipeline, needs)
+    for key, (value, why) in needs.pipeline.items():
+        if index.get(key) != value:
+            todo = "choose another teacher"
+            raise ConfigError(problem(f"{where} with {key} {index[key]!r}", repr(value), why, todo))
     types = pipeline._get_signature_types()
     texts = [name for name in types if name.startswith(("text_encoder", "tokenizer"))]
     there = {name for name, part in index.items() if isinstance(part, list) and part[0] is not None}
@@ -195,7 +203,7 @@ def _check_configs(
 ) -> None:
     net, vae = (_config_of(where, revision, name, _class_of(parts[name])) for name in (network, "vae"))
     wanted = dict(needs.network)
-    channels = vae.get("latent_channels")
+    channels = vae.get("latent_channels", vae.get("z_dim"))
     if channels is not None:
         wanted["in_channels"] = needs.places * channels
     setting, encoders = needs.width
@@ -206,19 +214,22 @@ def _check_configs(
         if net.get(key) != value:
             got, why = f"a {network} of {where} with {key} {net.get(key)!r}", "it takes other inputs than the family's"
             raise ConfigError(problem(got, repr(value), why, todo))
+    colours = 3 * (vae.get("patch_size") or 1) ** 2
     for key in ("in_channels", "out_channels"):
-        if vae.get(key, 3) != 3:
+        if vae.get(key, colours) != colours:
             got, why = f"a vae of {where} with {key} {vae[key]}", "images have red, green and blue"
-            raise ConfigError(problem(got, "3", why, todo))
+            raise ConfigError(problem(got, str(colours), why, todo))
     numbers = [(network, net, "sample_size"), ("vae", vae, "scaling_factor")]
     numbers += [("vae", vae, "shift_factor")] if needs.shifts_latents else []
     for part, config, key in numbers:
         if not isinstance(config.get(key, 1), int | float):  # some families have no such key
             got, why = f"a {part} of {where} with {key} {config[key]!r}", "the latents' size or scale is read there"
             raise ConfigError(problem(got, "a number", why, f"set it in the config.json of the {part}"))
-    if vae.get("latents_mean") is not None:
-        got, why = f"an autoencoder of {where} with latents_mean", "the family scales latents by one factor"
-        raise ConfigError(problem(got, "one without", why, todo))
+    if (vae.get("latents_mean") is not None) != needs.scales_channels:
+        has, lacks = ("without", "with") if needs.scales_channels else ("with", "without")
+        scales = "each channel of its latents" if needs.scales_channels else "latents by one factor"
+        got, why = f"an autoencoder of {where} {has} latents_mean", f"the family scales {scales}"
+        raise ConfigError(problem(got, f"one {lacks}", why, todo))
 
 
 def _width(where: str, revision: str | None, name: str, cls: Any) -> int:  # noqa: ANN401

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from stepdistill.config.kinds import Tokens
 from stepdistill.core.denoise import Condition
-from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.schedule import Rectified
 from stepdistill.families.control import ControlNets
 from stepdistill.families.flow import Flow, shift_of
@@ -73,15 +72,6 @@ class StableDiffusion3(Flow):
         return {"max_sequence_length": self.max_sequence_length}
 
     def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
-        if scheduler.config.get("use_dynamic_shifting"):
-            raise ConfigError(
-                problem(
-                    "a scheduler with use_dynamic_shifting",
-                    "one fixed shift",
-                    "the solver's grid must be the same for every image size",
-                    "set use_dynamic_shifting to false and shift to the value for your resolution",
-                )
-            )
         return Rectified(shift_of(scheduler))
 
     def lora_targets(self, net: nn.Module) -> list[str]:

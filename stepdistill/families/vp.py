@@ -51,6 +51,15 @@ class VariancePreserving(Family):
     def kind(self, pipe: DiffusionPipeline) -> Kind:
         return pipe.scheduler.config.prediction_type
 
+    def solver(self, pipe: DiffusionPipeline, steps: int) -> tuple[SchedulerMixin, dict[str, Any]]:
+        most = len(pipe.scheduler.alphas_cumprod)
+        if steps > most:
+            why, todo = "its noise schedule has no more timesteps", "choose fewer steps of the teacher"
+            raise ConfigError(problem(f"{steps} steps of the teacher", f"at most {most}", why, todo))
+        ends: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False}
+        scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", **ends)
+        return scheduler, {"num_inference_steps": steps}
+
     def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
         times = [round(t) for t in sampler.timesteps]
         table: dict[str, Any] = _table(pipe.scheduler) | {"prediction_type": self.kind(pipe)}

@@ -17,6 +17,7 @@ from torch import Tensor
 from stepdistill.config.kinds import Amount, Count, Place, Share, Whole
 from stepdistill.core.denoise import guided, without_prompt
 from stepdistill.core.losses import distance, surrogate
+from stepdistill.core.pixels import frames_of
 from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
 from stepdistill.core.solvers import Sampler, check_range
 from stepdistill.methods.base import Averaged, Batch, StepContext, Update
@@ -110,8 +111,9 @@ class VSD(Averaged):
             loss = surrogate(x0, self.gradient(target, context, batch, x0.detach()))
             logs = {"loss": loss}
             if self.clip is not None:
-                images = (context.decode(x0) / 2 + 0.5).clamp(0, 1)
-                cosine = clip(self.clip.pretrained_clip_model, context.device)(images, batch.prompts)
+                images = frames_of((context.decode(x0) / 2 + 0.5).clamp(0, 1))
+                prompts = [prompt for prompt in batch.prompts for _ in range(len(images) // len(x0))]
+                cosine = clip(self.clip.pretrained_clip_model, context.device)(images, prompts)
                 loss = loss + self.clip.weight_at(turn) * (self.clip.threshold - cosine).relu().mean()
                 logs["clip"] = cosine.mean()
             x0 = x0.detach()

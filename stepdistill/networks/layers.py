@@ -64,13 +64,14 @@ def after_blocks(net: nn.Module, place: Tap, *lists: str) -> tuple[Tap, ...]:
     return tuple(replace(place, before=name) for name in [*before[1:], "norm_out"])
 
 
-def attentions(net: nn.Module, layer: str, time: str) -> Sites:
+def attentions(net: nn.Module, layer: str, time: str, blocks: str = "transformer_blocks") -> Sites:
     """The attention `layer` of every block of a transformer, to a prompt as wide as its tokens.
 
     Args:
         time: dotted name of the module whose output is the time's embedding, as wide, too.
+        blocks: name of the network's list of blocks.
     """
     config: Any = net.config
     width = inner(net)
-    places = [Site(f"transformer_blocks.{i}.{layer}", width, width) for i in range(config["num_layers"])]
+    places = [Site(f"{blocks}.{i}.{layer}", width, width) for i in range(config["num_layers"])]
     return Sites(time, width, tuple(places))

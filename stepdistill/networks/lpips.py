@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.pixels import frames_of
 
 Net = Literal["vgg", "alex", "squeeze"]
 SIDE = 224  # of the images that the networks were trained on
@@ -19,6 +20,8 @@ SIDE = 224  # of the images that the networks were trained on
 @cache
 def lpips(net: Net, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Distances (B,) of images (B, 3, H, W) in about [-1, 1], resized to 224; one network in this process.
+
+    Videos (B, 3, F, H, W) have the distances (B F,) of their frames.
 
     Zhang et al. 2018, https://arxiv.org/abs/1801.03924, as implemented in torchmetrics. Raises ConfigError if
     torchmetrics or the network's weights are missing.
@@ -38,7 +41,8 @@ def lpips(net: Net, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
         ) from error
 
     def compare(a: Tensor, b: Tensor) -> Tensor:
-        a, b = (interpolate(each.float(), (SIDE, SIDE), mode="bilinear", antialias=True) for each in (a, b))
+        each = (frames_of(videos).float() for videos in (a, b))
+        a, b = (interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True) for images in each)
         return network(a, b).flatten()
 
     return compare

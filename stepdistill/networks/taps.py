@@ -47,13 +47,13 @@ def inputs_of(net: nn.Module, place: nn.Module, call: Callable[[], object]) -> d
 
 
 def features_before(net: nn.Module, taps: Sequence[Tap], x_t: Tensor, call: Callable[[], object]) -> tuple[Tensor, ...]:
-    """The features (B, channels, H / patch, W / patch) that come into each `tap.before` while `call()` runs `net`.
+    """The features (B, channels, [F,] H / patch, W / patch) that come into each `tap.before` while `call()` runs `net`.
 
     It is one pass, which ends at the last place.
 
     Args:
         taps: in order of depth.
-        x_t: (B, C, H, W), what `call` gives the network; it tells the map's size where features are tokens.
+        x_t: (B, C, [F,] H, W), what `call` gives the network; it tells the map's size where features are tokens.
     """
     *passed, last = (net.get_submodule(tap.before) for tap in taps)
     found: list[Tensor] = []
@@ -74,8 +74,9 @@ def features_before(net: nn.Module, taps: Sequence[Tap], x_t: Tensor, call: Call
 
 def _map(features: Tensor, tap: Tap, x_t: Tensor) -> Tensor:
     if features.ndim == 3:  # tokens (B, N, C), row by row
-        height, width = (side // tap.patch for side in x_t.shape[-2:])
-        features = features.transpose(1, 2).reshape(len(features), -1, height, width)
+        *frames, height, width = x_t.shape[2:]
+        sides = (*frames, height // tap.patch, width // tap.patch)
+        features = features.transpose(1, 2).reshape(len(features), -1, *sides)
     return features
 
 
@@ -158,7 +159,10 @@ class Head(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits (B, 1), float32, of features (B, channels, h, w)."""
+        """Logits (B, 1), float32, of features (B, channels, h, w), or (B, channels, F, h, w): the mean over frames."""
+        if features.ndim == 5:
+            frames = features.transpose(1, 2)
+            return self(frames.flatten(0, 1)).view(frames.shape[:2]).mean(1, keepdim=True)
         features = features.float()
         size = [max(side, self.side) for side in features.shape[-2:]]
         if size != list(features.shape[-2:]):

@@ -70,7 +70,7 @@ def prove(
     half = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with half, _seeded(seed, device):
         drawn: Any = plain(list(PROMPTS), latents=packed, output_type="latent", **call)  # pyright: ignore[reportCallIssue]
-    theirs = family.unpack(drawn.images, *subject.noise.shape[2:])
+    theirs = family.unpack(drawn[0], *subject.noise.shape[-2:])
     _compare(visited, contract.timesteps)
     return Proof(
         difference=((theirs - ours).abs().max() / taught.abs().max()).item(),
@@ -137,7 +137,7 @@ class _Subject:
     def fresh(self, i: int) -> Tensor:
         """The noise after step i, in the order of the pipeline's draws."""
         packed = torch.randn_like(self.family.pack(self.noise))
-        return self.family.unpack(packed, *self.noise.shape[2:])
+        return self.family.unpack(packed, *self.noise.shape[-2:])
 
     def sample(self, role: str) -> Tensor:
         """The final latents (B, C, H, W) of a role by the library's own sampler."""
@@ -166,7 +166,7 @@ def _watch(family: Family, net: nn.Module) -> list[float]:
 
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = signature.bind(*args, **kwargs).arguments["timestep"]
-        t = family.time(net, float(given.flatten()[0]))
+        t = family.time(net, float(given.max()))
         if visited[-1:] != [t]:  # guidance may be two calls
             visited.append(t)
 

@@ -41,19 +41,20 @@ class Batches:
         self.latents: LatentCache | None = None
         self.warned = False  # of prompts that are cut; once is enough
         self.encoded = 0  # rows of prompts that were in no cache
-        key = f"{keys.text}/{self.pipe.vae_scale_factor}"  # SDXL's conditions hold it
+        key = f"{keys.text}/{self.family.scale_factor(self.pipe)}"  # SDXL's conditions hold it
         folder = self.folder and self.folder / "prompts"
         self.prompts = PromptCache(self._embed, folder, key, BLOCK)
 
     @property
-    def side(self) -> int:
-        """Side in pixels where no image says so."""
-        return self.spec.resolution or self.family.native_side(self.pipe)
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels where no image says so."""
+        size = self.spec.resolution or self.family.native_size(self.pipe)
+        return (size, size) if isinstance(size, int) else size
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of latents where no image says so."""
-        return self.family.latent_shape(self.pipe, self.side, self.side)
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W), or (C, F, H, W) of videos, of latents where no image says so."""
+        return self.family.latent_shape(self.pipe, *self.size)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Embeddings on the device, each prompt encoded once."""

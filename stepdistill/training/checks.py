@@ -42,8 +42,7 @@ def check_run(run: Run) -> None:
 def check_loaded(session: Session) -> None:
     """Raise ConfigError for problems that need the teacher's pipeline, before anything is generated or trained."""
     run, schedule = session.run, session.run.family.schedule(session.pipe.scheduler)
-    side = session.batches.side
-    run.family.latent_shape(session.pipe, side, side)  # the pipeline must take this size
+    run.family.latent_shape(session.pipe, *session.batches.size)  # the pipeline must take this size
     check_noise_process(run, schedule)
     check_derivative(session)
     sampler = run.method.sampler(schedule)

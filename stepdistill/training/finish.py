@@ -59,7 +59,7 @@ def finish_run(session: Session) -> None:
         backbone=session.backbone,
         role=run.method.student_role(),
         method=run.method,
-        resolution=(session.batches.side, session.batches.side),
+        resolution=session.batches.size,
         seed=spec.seed,
         start=session.start,
     )
@@ -99,7 +99,7 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
         else:
             sharding.stream(pipe, run.family.network(pipe), session.accelerator.device)
     if spec.validation_prompts:
-        prompts, size = list(spec.validation_prompts), (session.batches.side, session.batches.side)
+        prompts, size = list(spec.validation_prompts), session.batches.size
         seed, numbers = spec.validation_seed, range(VALIDATION, VALIDATION + len(prompts))
         columns = [
             (row.name.replace(", ", "\n"), generate(pipe, row, prompts, seed, numbers=numbers, size=size)[0])

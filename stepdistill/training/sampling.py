@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.denoise import guided, with_scale
-from stepdistill.core.pixels import to_uint8
+from stepdistill.core.pixels import clips_of, to_uint8
 from stepdistill.core.random import VALIDATION, fresh_noise, noise_of
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.evaluation.metrics.straightness import paths
@@ -104,8 +104,8 @@ def relative_straightness(session: Session, count: int = 256) -> float:
 
 @torch.no_grad()
 def to_images(session: Session, latents: Tensor) -> Tensor:
-    """Float images (B, 3, H, W) in [0, 1] on the cpu."""
-    return (session.decode(latents, "images are drawn").float().cpu() / 2 + 0.5).clamp(0, 1)
+    """Float images (B, 3, H, W), or clips (B, F, 3, H, W), in [0, 1] on the cpu."""
+    return clips_of((session.decode(latents, "images are drawn").float().cpu() / 2 + 0.5).clamp(0, 1))
 
 
 def draw_validation(session: Session, step: int, logs: Logs) -> None:

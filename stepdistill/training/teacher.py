@@ -46,9 +46,9 @@ class TeacherSampler:
         session, context = self.session, self.session.context(0)
         latents = session.run.family.encode(session.batches.parts.vae("images are inverted"), pixels.to(context.device))
         if latents.shape != noise.shape:
-            got, why = f"images of {pixels.shape[-1]} pixels", "they are inverted at the student's size"
+            got, expected = (f"{size[0]} x {size[1]} pixels" for size in (pixels.shape[-2:], session.batches.size))
             todo = "set train.resolution and data.source.resolution to the same value"
-            raise ConfigError(problem(got, f"{session.batches.side}", why, todo))
+            raise ConfigError(problem(f"images of {got}", expected, "they are inverted at the student's size", todo))
         times = context.schedule.grid(steps).tolist()
         lowest = per_sample(times[0], latents)
         x_t = context.schedule.add_noise(latents, noise.to(context.device), lowest)

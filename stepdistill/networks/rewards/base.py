@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stepdistill.core.devices import full_precision
 from stepdistill.core.errors import ConfigError, MissingWeights, problem
+from stepdistill.core.pixels import frames_of
 
 Score: TypeAlias = Callable[[Tensor, Sequence[str]], Tensor]  # images (B, 3, H, W) and B prompts to scores (B,)
 TODO = "see docs/guides/rewards.md for where weights are found, and for how a pickle is converted"
@@ -91,6 +92,10 @@ def _loaded(reward: Reward, device: torch.device) -> Score:
         raise MissingWeights(problem(got, "folders, or hub ids that can be reached", why, TODO)) from error
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if images.ndim == 5:
+            count = images.shape[2]
+            each = score(frames_of(images), [prompt for prompt in prompts for _ in range(count)])
+            return each.view(-1, count).mean(1)
         with full_precision(device):
             scores = compute(images.float(), prompts)
         if scores.shape != images.shape[:1]:

@@ -9,15 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepdistill.core.cost import Cost, count_calls
-from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import fresh_noise, noise_of
-from stepdistill.core.schedule import Rectified
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.students.contract import each
@@ -76,24 +74,9 @@ def seeded_steps(family: Family, scheduler: Any, generators: Sequence[torch.Gene
 
 
 def teacher_call(family: Family, pipe: DiffusionPipeline, steps: int, guidance_scale: float, name: str) -> PipelineCall:
-    """The teacher with a plain solver on even steps: DDIM with trailing spacing, or Euler.
-
-    Raises ConfigError for more steps than its table has timesteps.
-    """
-    call = {"num_inference_steps": steps} | family.guidance(guidance_scale) | family.arguments()
-    schedule = family.schedule(pipe.scheduler)
-    if not isinstance(schedule, Rectified):
-        most = len(pipe.scheduler.alphas_cumprod)
-        if steps > most:
-            why, todo = "its noise schedule has no more timesteps", "choose fewer steps of the teacher"
-            raise ConfigError(problem(f"{steps} steps of the teacher", f"at most {most}", why, todo))
-        scheduler = DDIMScheduler.from_config(
-            pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
-        )
-        return PipelineCall(name, scheduler, call, family)
-    # the scheduler applies its shift to the sigmas that it is given: pass the even ones
-    call["sigmas"] = [1 - i / steps for i in range(steps)]
-    return PipelineCall(name, FlowMatchEulerDiscreteScheduler(shift=schedule.shift), call, family)
+    """The teacher with `Family.solver`. Raises ConfigError for more steps than its table has timesteps."""
+    scheduler, call = family.solver(pipe, steps)
+    return PipelineCall(name, scheduler, call | family.guidance(guidance_scale) | family.arguments(), family)
 
 
 def student_call(family: Family, method: Method, pipe: DiffusionPipeline, steps: int) -> PipelineCall:
@@ -126,7 +109,7 @@ def generate(
     numbers: Sequence[int] | None = None,
     size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Cost]:
-    """Images (N, 3, H, W) uint8 of the prompts, and what they cost.
+    """Images (N, 3, H, W) uint8 of the prompts, or clips (N, F, 3, H, W), and what they cost.
 
     Image i starts from `noise_of(seed, i)` and has its own generator of fresh noise, so it depends on neither the batch
     size nor the other prompts. Each of several students generates its own prompts, in full batches. The pipeline's
@@ -151,8 +134,8 @@ def generate(
         return torch.stack([images[i] for i in range(len(prompts))]), total
     (call,) = [call] if isinstance(call, PipelineCall) else call
     family, arguments, batches = call.family, dict(call.arguments), []
-    side = family.native_side(drawer)
-    height, width = (arguments.pop(name, side) for name in ("height", "width"))
+    native = family.native_size(drawer)
+    height, width = (arguments.pop(name, side) for name, side in zip(("height", "width"), native, strict=True))
     height, width = size or (height, width)
     shape = family.latent_shape(drawer, height, width)
     drawer.set_progress_bar_config(disable=True)
@@ -162,7 +145,7 @@ def generate(
             ids = numbers[start : start + batch]
             fresh = [fresh_noise(seed, i) for i in ids]
             with seeded_steps(family, call.scheduler, fresh):
-                images = drawer(  # pyright: ignore[reportCallIssue]
+                images = drawer(  # pyright: ignore[reportCallIssue, reportIndexIssue]
                     list(prompts[start : start + batch]),
                     latents=family.pack(torch.stack([noise_of(seed, i, shape) for i in ids]).to(drawer.device)),
                     generator=fresh,
@@ -170,7 +153,7 @@ def generate(
                     width=width,
                     output_type="pt",
                     **each(arguments, len(ids)),
-                ).images
+                )[0]
             batches.append(to_uint8(images.float().cpu().clamp(0, 1)))
             cost.batches += 1
     return torch.cat(batches), cost

@@ -9,8 +9,8 @@ attention output of the negative prompt from that of the prompt, before the last
 `Z = Z+ - scale Z-` with `Z+- = softmax(Q K+-^T / sqrt(d)) V+-`, from the same queries and weights. Nguyen et al. 2024,
 https://arxiv.org/abs/2412.02687. NAG extrapolates and stays near Z+. Chen et al. 2025, https://arxiv.org/abs/2505.21179.
 
-In networks with cross-attention (UNets, PixArt, SANA) every cross-attention layer is called a second time, with the
-tokens of the negative prompt and their mask. For networks with joint attention of text and image (SD3, Flux) NASA's
+In networks with cross-attention (UNets, PixArt, SANA, Wan) every cross-attention layer is called a second time, with
+the tokens of the negative prompt and their mask. For networks with joint attention of text and image (SD3, Flux) NASA's
 authors give no code, so this is our interpretation. Each block is called a second time, with the tokens of the negative
 prompt in place of the prompt's. The tokens of the image, and the embedding of time and pooled prompt, are the same in
 both calls. The second call gives Z-, the attention of the image's queries to [image; negative], and the negative tokens
@@ -35,6 +35,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
 from stepdistill.config.registry import every
@@ -45,6 +46,7 @@ from stepdistill.networks.taps import inputs_of
 
 Mode = Literal["nasa", "nag"]
 Combine = Callable[[Tensor, Tensor], Tensor]
+CROSS = (Attention, WanAttention)
 JOINT = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
 _busy: WeakSet[nn.Module] = WeakSet()
 
@@ -86,7 +88,7 @@ def negative_prompt(
     net: Any = family.network(pipe)
     _check(net)
     places = [m for m in net.modules() if isinstance(m, JOINT)]
-    places = places or [m for m in net.modules() if isinstance(m, Attention) and m.is_cross_attention]
+    places = places or [m for m in net.modules() if isinstance(m, CROSS) and m.is_cross_attention]
     if not places:
         got, expected = f"a {type(net).__name__}", "a network with cross-attention or joint attention"
         why, todo = "the negative prompt is subtracted inside these layers", "sample without a negative prompt"
@@ -158,11 +160,10 @@ def _embedded(
     The network itself projects and normalizes the tokens and converts the tokenizer's mask: it is run up to `place`.
     """
     net: Any = family.network(pipe)
-    side = family.native_side(pipe)
     where: Any = {"device": net.device, "dtype": net.dtype}
     cond = family.condition(pipe, texts)
     cond = {key: v.to(**where) if v.is_floating_point() else v.to(net.device) for key, v in cond.items()}
-    x_t = torch.zeros(len(texts), *family.latent_shape(pipe, side, side), **where)
+    x_t = torch.zeros(len(texts), *family.latent_shape(pipe, *family.native_size(pipe)), **where)
     t = torch.zeros(len(texts), device=net.device)
     inputs = inputs_of(net, place, lambda: family.call(net, x_t, t, cond))
     return inputs["encoder_hidden_states"], inputs.get("attention_mask")
@@ -189,8 +190,8 @@ class _Subtraction:
         """Hook into a network that sees the prompt at `places`, all cross-attention layers or all joint blocks."""
         self.handles.append(net.register_forward_pre_hook(self._start))
         for place in places:
-            attn: Any = place if isinstance(place, Attention) else place.attn
-            ask = self._ask_layer if isinstance(place, Attention) else self._ask_block
+            attn: Any = place if isinstance(place, CROSS) else place.attn
+            ask = self._ask_layer if isinstance(place, CROSS) else self._ask_block
             self.handles.append(place.register_forward_pre_hook(ask, with_kwargs=True))
             if isinstance(place, FluxSingleTransformerBlock):  # its attention has no output layer
                 self.handles.append(attn.register_forward_hook(self._end_single))

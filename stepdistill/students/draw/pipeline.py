@@ -248,7 +248,7 @@ class StudentPipeline:
             if several:  # each draws its share at once
                 order = [i for places in self.loaded.route(some).values() for i in places]
             flagged = dict(zip(order, flags, strict=False))  # none without a checker
-            for i, image in enumerate(drawn if several else drawn.images):
+            for i, image in enumerate(drawn if several else drawn[0]):
                 yield DrawnImage(image, flagged.get(i, False))
 
     def generate(

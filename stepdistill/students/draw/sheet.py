@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageDraw
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stepdistill.core.errors import OutputError, problem
 from stepdistill.core.outputs import MARK, check_output_file
+from stepdistill.core.pixels import filmstrip
 
 LEFT, LINE, GAP = 150, 14, 6  # pixels: of the labels, of a line of text, between images
 LETTERS, LETTER = 16, 6  # of a caption's line, and the width of one
@@ -19,7 +20,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # formats that hold who wrote the
 
 @dataclass(frozen=True)
 class SheetRow:
-    """A row of images (n, 3, H, W) uint8, and its text.
+    """A row of images (n, 3, H, W) or clips (n, F, 3, H, W) uint8, and its text. Of a clip some frames are shown.
 
     Args:
         label: text on the left.
@@ -39,6 +40,7 @@ def image_sheet(rows: Sequence[SheetRow], scale: int = 1) -> Image.Image:
     Args:
         scale: factor by which the images are enlarged.
     """
+    rows = [replace(row, images=filmstrip(row.images)) for row in rows]
     height, width = (scale * side for side in rows[0].images.shape[-2:])
     captions = [["\n".join(_wrapped(caption, LETTERS)[:2]) for caption in row.captions] for row in rows]
     lines = [max((caption.count("\n") + 1 for caption in above), default=0) for above in captions]
@@ -69,7 +71,7 @@ def image_grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], scal
     """A labelled row of images for each way to sample, with the same prompt and seed below each caption.
 
     Args:
-        rows: label and images (columns, 3, H, W) uint8.
+        rows: label and images (columns, 3, H, W), or clips (columns, F, 3, H, W), uint8.
         scale: factor by which the images are enlarged.
     """
     above = [captions, *[()] * (len(rows) - 1)]

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.core.pixels import to_uint8
+from stepdistill.core.pixels import clips_of, filmstrip, to_uint8
 from stepdistill.core.prediction import estimate
 from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.families.base import Family
@@ -29,6 +29,8 @@ from stepdistill.students.draw.sheet import SheetRow, image_sheet
 from stepdistill.students.load import folder_of, load_student
 from stepdistill.students.several import Students
 
+STILLS = 2  # of a video, its first and its last frame
+
 
 @dataclass(frozen=True)
 class StepPredictions:
@@ -36,8 +38,8 @@ class StepPredictions:
 
     Args:
         timesteps: the start of each step, in the scheduler's time.
-        predicted: (n, B, C, h, w), from the network's output with the guidance of the call.
-        final: (B, C, h, w), the latents that the pipeline returns.
+        predicted: (n, B, C, [F,] h, w), from the network's output with the guidance of the call.
+        final: (B, C, [F,] h, w), the latents that the pipeline returns.
     """
 
     timesteps: tuple[float, ...]
@@ -78,7 +80,7 @@ def predictions_of_steps(
     scaled = not schedule.straight
     with _stepped(pipe.scheduler, scaled) as steps:
         packed, arguments = family.pack(latents), each(call, len(prompts))
-        final = pipe(list(prompts), latents=packed, generator=generator, output_type="latent", **arguments).images
+        final = pipe(list(prompts), latents=packed, generator=generator, output_type="latent", **arguments)[0]
     for *packed, time in steps:
         y, x_t = (family.unpack(value, *latents.shape[-2:]) for value in packed)
         t = time.float().to(x_t.device).expand(len(x_t))
@@ -175,7 +177,7 @@ def _strip(pipe: Any, call: PipelineCall, wanted: View, i: int, clean: bool) -> 
     chosen = picked(len(seen.timesteps), wanted.columns)
     latents = [*(seen.predicted[k] for k in chosen[:-1]), seen.final]
     with torch.no_grad():
-        pixels = torch.cat([family.decode(pipe, frame) for frame in latents])
+        pixels = torch.cat([filmstrip(clips_of(family.decode(pipe, frame)), STILLS) for frame in latents])
     return Strip(call.name, tuple(seen.timesteps[k] for k in chosen), to_uint8((pixels.cpu() / 2 + 0.5).clamp(0, 1)))
 
 

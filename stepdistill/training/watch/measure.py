@@ -144,7 +144,7 @@ class Watch:
                 backbone=session.backbone,
                 role=session.run.method.student_role(),
                 method=session.method,
-                resolution=(session.batches.side, session.batches.side),
+                resolution=session.batches.size,
                 base=session.base,
                 start=session.start,
             )
@@ -210,5 +210,5 @@ class Watch:
             eps = validation_noise(self.session, noises)
             t = torch.full((len(x0),), level * top, device=x0.device)
             est = context.denoiser(TEACHER)(context.schedule.add_noise(x0, eps, t), t, cond)
-            errors[name] = (est.eps - eps).square().mean((1, 2, 3)).cpu()
+            errors[name] = (est.eps - eps).square().flatten(1).mean(1).cpu()
         return errors

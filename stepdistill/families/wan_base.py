@@ -1,0 +1,155 @@
+"""Base of the Wan pipelines: videos and images of a flow transformer over frames, rows and columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+
+from stepdistill.config.kinds import Count, Tokens
+from stepdistill.core.denoise import Condition
+from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.schedule import Rectified
+from stepdistill.core.solvers import Sampler, teacher_sampler
+from stepdistill.families.flow import Flow, flow_scheduler, shift_of
+from stepdistill.families.parts import Needs
+from stepdistill.families.shift_terminal import shift_terminal
+from stepdistill.families.sizes import check_frames, check_size
+from stepdistill.networks.layers import after_blocks, attentions, inner, named, rebuilt
+from stepdistill.networks.roles import Sites, Tap
+
+# not `patch_embedding`: its LoRA would not load into the network of image to video, which has more channels there
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2"),
+    "condition_embedder.time_proj",
+)
+HEAD_SIDE = 4  # tokens a side that a discriminator's head judges at once; the network's config has no native size
+TWO_EXPERTS = "it has two networks, one for high and one for low noise, and a student of both is not supported"
+
+
+def wan_needs(**more: Any) -> Needs:  # noqa: ANN401
+    """What every Wan pipeline needs of its parts."""
+    return Needs(
+        optional=frozenset({"transformer_2", "image_encoder", "image_processor"}),
+        width=("text_dim", ("text_encoder",)),
+        pipeline={"boundary_ratio": (None, TWO_EXPERTS)},
+        scales_channels=True,
+        **more,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanBase(Flow):
+    """A Wan pipeline. Its latents are (B, C, F, h, w); its autoencoder is causal and gives `(num_frames - 1) / 4 + 1`
+    latent frames.
+
+    Args:
+        num_frames: frames of a video, `4 k + 1`; 1 is an image.
+        sample_size: height and width in pixels that the network was trained at, which its config does not say.
+        max_sequence_length: number of tokens of a prompt, the padding included, which the network attends to.
+    """
+
+    multiple: ClassVar[int] = 16
+
+    num_frames: Count = 81
+    sample_size: tuple[Count, Count] = (480, 832)
+    max_sequence_length: Tokens = 512
+
+    def arguments(self) -> dict[str, Any]:
+        return {"num_frames": self.num_frames, "max_sequence_length": self.max_sequence_length}
+
+    def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
+        return Rectified(shift_of(scheduler))
+
+    def solver(self, pipe: DiffusionPipeline, steps: int) -> tuple[SchedulerMixin, dict[str, Any]]:
+        return self.scheduler(pipe, teacher_sampler(self.schedule(pipe.scheduler), steps))
+
+    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
+        config = shift_terminal(sampler.timesteps)
+        return flow_scheduler(sampler, **config), {"num_inference_steps": len(sampler.timesteps)}
+
+    def scale_factor(self, pipe: DiffusionPipeline) -> int:
+        return pipe.vae_scale_factor_spatial
+
+    def native_size(self, pipe: DiffusionPipeline) -> tuple[int, int]:
+        return self.sample_size
+
+    def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, ...]:
+        """(C, F, h, w) of a video's latents. Raises ConfigError for sizes and numbers of frames that do not fit."""
+        space, time = self.scale_factor(pipe), pipe.vae_scale_factor_temporal
+        config = pipe.transformer.config
+        check_size(height, width, max(self.multiple, space * config["patch_size"][1]), 10**9)
+        check_frames(self.num_frames, time)
+        return (config["out_channels"], (self.num_frames - 1) // time + 1, height // space, width // space)
+
+    def lora_targets(self, net: nn.Module) -> list[str]:
+        return named(net, TARGETS, (nn.Linear,))
+
+    def tap(self, net: nn.Module) -> Tap:
+        """The video's tokens at half the depth."""
+        config: Any = net.config
+        return Tap(f"blocks.{config['num_layers'] // 2}", inner(net), config["patch_size"][1], HEAD_SIDE)
+
+    def taps(self, net: nn.Module) -> tuple[Tap, ...]:
+        """The video's tokens after each block."""
+        return after_blocks(net, self.tap(net), "blocks")
+
+    def sites(self, net: nn.Module) -> Sites:
+        """Every cross-attention."""
+        return attentions(net, "attn2", "condition_embedder.time_embedder", "blocks")
+
+    def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
+        return {"tokenizer": self.max_sequence_length}
+
+    @torch.no_grad()
+    def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
+        states, _ = pipe.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+            device=pipe.text_encoder.device,
+        )
+        return {"states": states}
+
+    @torch.no_grad()
+    def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
+        """Latents (B, C, F, h, w) from pixels (B, 3, num_frames, H, W) in [-1, 1], or from images (B, 3, H, W)."""
+        video = pixels if pixels.ndim == 5 else pixels[:, :, None]
+        if video.shape[2] != self.num_frames:
+            got, expected = f"samples of {video.shape[2]} frames", f"{self.num_frames}, as family.num_frames says"
+            todo = "set family.num_frames to the number of the data's frames, or choose other data"
+            raise ConfigError(problem(got, expected, "the student is trained for one number of frames", todo))
+        return self.encode_frames(pipe, video)
+
+    @torch.no_grad()
+    def encode_frames(self, pipe: DiffusionPipeline, video: Tensor) -> Tensor:
+        """Latents (B, C, F, h, w) of a video of any number of frames."""
+        latents = pipe.vae.encode(video.to(pipe.vae.dtype), return_dict=False)[0].mode().float()
+        mean, std = _statistics(pipe, latents)
+        return (latents - mean) / std
+
+    def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, num_frames, H, W) from latents (B, C, F, h, w), differentiable.
+
+        Wan's autoencoder clamps them to [-1, 1] itself, so that no gradient passes where a pixel is at an end.
+        """
+        mean, std = _statistics(pipe, latents)
+        return pipe.vae.decode((latents * std + mean).to(pipe.vae.dtype), return_dict=False)[0].float()
+
+    def narrow(self, net: nn.Module, width: float) -> nn.Module:
+        config: Any = net.config
+        heads = max(1, round(width * config["num_attention_heads"]))
+        return rebuilt(net, num_attention_heads=heads, ffn_dim=max(1, round(width * config["ffn_dim"])))
+
+
+def _statistics(pipe: DiffusionPipeline, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel, (1, C, 1, 1, 1)."""
+    config = pipe.vae.config
+    values = (config["latents_mean"], config["latents_std"])
+    mean, std = (torch.tensor(value, device=like.device).view(1, -1, 1, 1, 1) for value in values)
+    return mean, std
