@@ -75,14 +75,15 @@ def written(families, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
-NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+def noise_for(name: str) -> torch.Tensor:
+    return torch.randn(2, *tiny.latent_shape(name), generator=torch.Generator().manual_seed(0))
 
 
-def latents(pipe, call) -> torch.Tensor:
-    """(2, 4, 8, 8), whatever the pipeline calls latents."""
+def latents(pipe, call, name: str) -> torch.Tensor:
+    """Latents of two samples, whatever the pipeline calls latents."""
     torch.manual_seed(0)
-    family = tiny.FAMILIES["flux"] if "true_cfg_scale" in call else tiny.FAMILIES["sd"]
-    made = pipe(["red apple", "cat face"], latents=family.pack(NOISE), output_type="latent", **each(call, 2)).images
+    family, start = tiny.FAMILIES[name], noise_for(name)
+    made = pipe(["red apple", "cat face"], latents=family.pack(start), output_type="latent", **each(call, 2))[0]
     return family.unpack(made, 8, 8)
 
 
@@ -116,10 +117,10 @@ def test_a_plain_pipeline_draws_what_was_trained_at_every_scale_in_one_pass(fami
     for w in (1.0, 3.0, 8.0):
         call.guidance_scale = w
         with count_calls(family.network(pipe)) as cost:
-            drawn.append(latents(pipe, call))
+            drawn.append(latents(pipe, call, name))
         assert (cost.calls, cost.rows) == (4, 8)  # O-d5: as many as without guidance
         with torch.no_grad():
-            ours = few_step(with_scale(denoiser, w), schedule, sampler, NOISE, cond)
+            ours = few_step(with_scale(denoiser, w), schedule, sampler, noise_for(name), cond)
         assert (drawn[-1] - ours).abs().max() < 1e-4 * ours.abs().max()
     assert (drawn[2] - drawn[1]).abs().max() > 1e-3 and list(family.network(pipe).state_dict()) == keys
 
@@ -129,13 +130,13 @@ def test_taken_off_again_the_pipeline_guides_as_ever(families, written, name):
     """O-d8, and no second set of hooks by a second load."""
     family, plain, pipe = families[name], families[name].load(), families[name].load()
     call = load_student(pipe, written[name])
-    once = latents(pipe, call)
+    once = latents(pipe, call, name)
     plain.scheduler = pipe.scheduler
     again = load_student(pipe, written[name])
-    assert torch.equal(latents(pipe, again), once)
+    assert torch.equal(latents(pipe, again, name), once)
     again.remove()
     usual = {**again, **family.guidance(4.0)}
-    assert torch.equal(latents(pipe, usual), latents(plain, usual))
+    assert torch.equal(latents(pipe, usual, name), latents(plain, usual, name))
     assert not any(module._forward_hooks for module in family.network(pipe).modules())
 
 
@@ -174,17 +175,17 @@ def test_with_a_style_lora_and_on_a_checkpoint_that_was_fine_tuned(families, wri
     call = load_student(ours, written[name])
     assert "has other weights" in caplog.text
     assert ours.get_active_adapters() == ["style"]
-    both = latents(ours, call)
+    both = latents(ours, call, name)
     plain.scheduler = ours.scheduler
-    assert (both - latents(plain, call)).abs().max() > 1e-3  # the adapters have an effect
+    assert (both - latents(plain, call, name)).abs().max() > 1e-3  # the adapters have an effect
     net = tuned.network(plain)
     merged = Backbone(net, LoraSpec(), (), sites=tuned.sites(net))  # the same, put together by hand
     merged.add("student", Adapters("mixed", 16))
     merged.load_state("student", load_file(written[name] / ADAPTERS))
     merged._hooks.now = merged._context("student", torch.tensor(7.5))  # `use` would switch the style off
-    assert (latents(plain, call) - both).abs().max() < 1e-4 * both.abs().max()
+    assert (latents(plain, call, name) - both).abs().max() < 1e-4 * both.abs().max()
     ours.unload_lora_weights()  # with the adapters on
-    assert (latents(ours, call) - both).abs().max() > 1e-3
+    assert (latents(ours, call, name) - both).abs().max() > 1e-3
 
 
 def test_half_precision_and_a_pipeline_that_is_moved_later(families, tmp_path):
@@ -194,7 +195,7 @@ def test_half_precision_and_a_pipeline_that_is_moved_later(families, tmp_path):
     call = load_student(pipe, tmp_path)
     adapters = call.attachment.adapters
     assert {p.dtype for p in adapters.parameters()} == {torch.bfloat16}
-    half, whole = latents(pipe, call), latents(other, load_student(other, tmp_path))
+    half, whole = latents(pipe, call, "sd3"), latents(other, load_student(other, tmp_path), "sd3")
     assert (half - whole).abs().max() < 0.1 * whole.abs().max()
     call.attachment.net.to("meta")  # anywhere else
     call.attachment._follow(call.attachment.net, ())

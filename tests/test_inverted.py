@@ -53,7 +53,8 @@ def source(place: Path, folder: Path, **fields) -> InvertedImages:
 
 
 def stage_of(place: Path, data: InvertedImages, name: str):
-    family = replace(FAMILIES[name], pretrained_teacher_model=str(place / name))
+    still = {"num_frames": 1} if name == "wan" else {}  # images are videos of one frame
+    family = replace(FAMILIES[name], pretrained_teacher_model=str(place / name), **still)
     spec = TrainSpec(
         output_dir=str(Path(data.folder).parent / "out"),
         report_to="none",

@@ -198,8 +198,9 @@ def test_what_other_builds_of_torch_say_is_one_line(error, monkeypatch) -> None:
 def test_sizes_that_the_pipeline_refuses_are_told_before(name, scale, monkeypatch) -> None:
     """Diffusers' own check of each pipeline is the oracle: whatever it refuses or makes smaller, we refuse."""
     pipe: Any = pipeline(name)
-    monkeypatch.setattr(pipe, "vae_scale_factor", scale or pipe.vae_scale_factor)
     family = FAMILIES[name]
+    factor = "vae_scale_factor_spatial" if name == "wan" else "vae_scale_factor"
+    monkeypatch.setattr(pipe, factor, scale or vars(pipe)[factor])
     taken = 0
     for height, width in [(32, 32), (64, 32), (36, 32), (32, 40), (30, 32), (32, 1), (48, 48), (96, 64)]:
         try:
@@ -217,7 +218,7 @@ def test_sizes_that_the_pipeline_refuses_are_told_before(name, scale, monkeypatc
                 **family.arguments(),
                 **family.guidance(1.0),
             )
-            assert drawn.images.shape == family.pack(torch.zeros(1, *shape)).shape
+            assert drawn[0].shape == family.pack(torch.zeros(1, *shape)).shape
     assert taken >= 1
 
 

@@ -55,6 +55,7 @@ class WanBase(Flow):
     """
 
     multiple: ClassVar[int] = 16
+    seeds_steps: ClassVar[bool] = False
 
     num_frames: Count = 81
     sample_size: tuple[Count, Count] = (480, 832)
