@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
@@ -13,7 +12,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from stepdistill.config.kinds import Place
 from stepdistill.config.schema import Factory, locate
 from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.core.files import is_single_file, save_tensors
+from stepdistill.core.files import is_single_file
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
@@ -35,7 +34,7 @@ from stepdistill.networks.lora.names import PIPELINES
 from stepdistill.networks.lora.read import Layout, check_plain, layout_of, lora_path, read_pipeline_lora
 from stepdistill.networks.lora.tensors import Lora
 from stepdistill.networks.meta import shell
-from stepdistill.networks.pipeline_loras import fuse_loras, load_lora
+from stepdistill.networks.pipeline_loras import fuse_loras, load_lora, write_component_lora
 from stepdistill.networks.roles import Sites, Tap
 
 Part = Literal["text", "vae", "denoiser"]
@@ -187,10 +186,7 @@ class Family(ABC):
         return side, side
 
     def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, ...]:
-        """(C, H, W) of the latents of an image of `height` x `width` pixels, or (C, F, H, W) of a video's.
-
-        Raises ConfigError for sizes that the pipeline or its network refuses.
-        """
+        """(C, H, W), or (C, F, H, W), of the latents for `height` x `width` pixels. ConfigError for other sizes."""
         scale, config = self.scale_factor(pipe), pipe.components[self.network_name].config
         unit = scale * config.get("patch_size", 1)
         check_size(height, width, math.lcm(self.multiple, unit), unit * config.get("pos_embed_max_size", 10**9))
@@ -305,8 +301,4 @@ class Family(ABC):
         self, folder: Path, state: dict[str, Tensor], config: dict[str, Any], file: str = LORA_WEIGHT_NAME_SAFE
     ) -> None:
         """Write a LoRA with its metadata, as Diffusers' loaders read it."""
-        tensors = {f"{self.network_name}.{key}": value.contiguous() for key, value in state.items()}
-        facts = {f"{self.network_name}.{key}": value for key, value in config.items()}
-        metadata = json.dumps(facts, indent=2, sort_keys=True, default=sorted)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(tensors, folder / file, {"format": "pt", LORA_ADAPTER_METADATA_KEY: metadata})
+        write_component_lora(folder / file, self.network_name, state, config)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from stepdistill.core.errors import StudentError
+from stepdistill.core.files import save_tensors
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.lora.layer import LayerLora
 from stepdistill.networks.lora.names import with_text_model
@@ -21,6 +24,15 @@ from stepdistill.networks.lora.read import unmatched
 from stepdistill.networks.lora.tensors import Lora, lora_facts, peft_state
 from stepdistill.networks.peft_config import file_config, peft_config
 from stepdistill.networks.roles import LoraSpec
+
+
+def write_component_lora(file: Path, component: str, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write a LoRA of one component of a pipeline with its metadata, as Diffusers' loaders read it."""
+    tensors = {f"{component}.{key}": value.contiguous() for key, value in state.items()}
+    facts = {f"{component}.{key}": value for key, value in config.items()}
+    metadata = json.dumps(facts, indent=2, sort_keys=True, default=sorted)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, file, {"format": "pt", LORA_ADAPTER_METADATA_KEY: metadata})
 
 
 def attach(net: nn.Module, spec: LoraSpec, state: dict[str, Tensor], name: str) -> None:

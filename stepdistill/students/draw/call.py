@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepdistill.core.cost import Cost, count_calls
+from stepdistill.core.errors import ConfigError
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.families.base import Family
@@ -90,13 +91,15 @@ def student_call(family: Family, method: Method, pipe: DiffusionPipeline, steps:
 def student_calls(
     family: Family, method: Method, pipe: DiffusionPipeline, counts: Iterable[int]
 ) -> dict[int, PipelineCall]:
-    """`student_call` for each number of steps that the method has a sampler for, by number."""
-    schedule, sampled = family.schedule(pipe.scheduler), list[int]()
+    """`student_call` by number of steps, for those that the method has a sampler for, and the family a scheduler.
+
+    Raises ConfigError where the family has none for the number of steps that the student is trained for.
+    """
+    calls, own = {}, len(method.sampler(family.schedule(pipe.scheduler)).timesteps)
     for steps in counts:
-        with suppress(ValueError):  # here alone: that the family has no scheduler for a sampler is an error
-            method.sampler(schedule, steps)
-            sampled.append(steps)
-    return {steps: student_call(family, method, pipe, steps) for steps in sampled}
+        with suppress(ValueError, *([] if steps == own else [ConfigError])):
+            calls[steps] = student_call(family, method, pipe, steps)
+    return calls
 
 
 def generate(
