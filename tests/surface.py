@@ -9,7 +9,7 @@ from inspect import isabstract
 from stepdistill.config.registry import every
 from stepdistill.config.schema import Factory, fields, structures
 from stepdistill.data.base import Source
-from stepdistill.data.bundled.teacher import TeacherSpec
+from stepdistill.data.bundled.teacher_spec import TeacherSpec
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.networks.rewards.base import Reward
