@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as WEIGHTS
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
@@ -282,8 +283,7 @@ class Family(ABC):
 
     @abstractmethod
     def solver(self, pipe: DiffusionPipeline, steps: int) -> tuple[SchedulerMixin, dict[str, Any]]:
-        """The teacher's plain solver on even steps, DDIM with trailing spacing or Euler, and the keyword arguments that
-        the pipeline's call needs for it. Raises ConfigError for more steps than a table has timesteps."""
+        """The teacher's plain solver on even steps, and what the call needs. ConfigError for more than a table has."""
 
     @abstractmethod
     def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
@@ -293,12 +293,8 @@ class Family(ABC):
     @abstractmethod
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
         """A network with the inputs and outputs of `net`, about `width` of its channels (in (0, 1)) and fresh weights.
+        What the loss cannot reach is no parameter of it, so that every parameter learns."""
 
-        What the loss cannot reach is no parameter of it, so that every parameter learns.
-        """
-
-    def save_lora(
-        self, folder: Path, state: dict[str, Tensor], config: dict[str, Any], file: str = LORA_WEIGHT_NAME_SAFE
-    ) -> None:
+    def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any], file: str = WEIGHTS) -> None:
         """Write a LoRA with its metadata, as Diffusers' loaders read it."""
         write_component_lora(folder / file, self.network_name, state, config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
@@ -95,10 +95,18 @@ def student_calls(
 
     Raises ConfigError where the family has none for the number of steps that the student is trained for.
     """
-    calls, own = {}, len(method.sampler(family.schedule(pipe.scheduler)).timesteps)
+    schedule, calls = family.schedule(pipe.scheduler), {}
+    own = len(method.sampler(schedule).timesteps)
     for steps in counts:
-        with suppress(ValueError, *([] if steps == own else [ConfigError])):
+        try:
+            method.sampler(schedule, steps)
+        except ValueError:
+            continue
+        try:
             calls[steps] = student_call(family, method, pipe, steps)
+        except ConfigError:
+            if steps == own:
+                raise
     return calls
 
 
