@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, SD3Transformer2DModel
 from safetensors.torch import save_file
-from tiny import FAMILIES, SIDE, awake, flux, pipeline, pixart, sana
+from tiny import FAMILIES, SIDE, awake, flux, pipeline, pixart, sana, wan
 
 from stepdistill.core.errors import ConfigError
 from stepdistill.data.bundled import build
@@ -158,6 +158,7 @@ VARIANTS = {
     "sigma at 1024": ("pixart_sigma", lambda: pixart("pixart_sigma", build.vae((16, 16, 16)), side=128)),
     "base of SANA-Sprint": ("sana", lambda: sana(sprint=True)),
     "SD3.5": ("sd3", lambda: sd35()),
+    "Wan 2.2, which tells each token the time": ("wan", lambda: wan(expand_timesteps=True)),
 }
 
 

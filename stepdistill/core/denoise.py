@@ -47,12 +47,12 @@ class RoleDenoise(Denoise, Protocol):
 
 
 def without_prompt(null: Condition, cond: Condition) -> Condition:
-    """The unconditional embeddings in the rows of `cond`, with its control image, which is no part of a prompt.
+    """The unconditional embeddings in the rows of `cond`, with its images, which are no part of a prompt.
 
     Args:
-        null: the unconditional embeddings, one row or B rows.
+        null: the unconditional embeddings, one row or B rows. What they lack keeps its value.
     """
-    return {key: value if key == CONTROL else null[key].expand_as(value) for key, value in cond.items()}
+    return {key: null[key].expand_as(value) if key in null else value for key, value in cond.items()}
 
 
 def guided(denoise: Denoise, null: Condition, scale: float | Tensor) -> Denoise:
