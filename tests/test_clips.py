@@ -13,6 +13,7 @@ from clips import CODECS, caption, grey, level, moving, write_animation, write_f
 from PIL import Image
 from torch import Tensor
 
+from stepdistill.core import clip_files
 from stepdistill.core.clip_files import CLIP_SUFFIXES, VideoFile, open_clip
 from stepdistill.core.errors import DataError
 from stepdistill.core.random import sample_rng
@@ -72,11 +73,14 @@ def test_a_part_of_a_video_is_what_decoding_all_of_it_gives(tmp_path: Path, suff
 
 def test_a_seek_that_lands_too_late_is_made_up_for(tmp_path: Path, monkeypatch) -> None:
     clip = VideoFile(write_video(tmp_path / "a.mp4", grey(30)))
-    decoded = VideoFile._decoded
-    monkeypatch.setattr(
-        VideoFile, "_decoded", lambda self, wanted, start: decoded(self, wanted, start and start + 16000)
-    )
-    assert level(clip.frames([17, 18])) == [17, 18]
+    honest, stamps = clip_files._decoded_from, []
+
+    def late(stamp: int, *rest):
+        stamps.append(stamp)
+        return honest(stamp + 16000 * (stamp > 0), *rest)  # by a second
+
+    monkeypatch.setattr(clip_files, "_decoded_from", late)
+    assert level(list(clip.frames([10, 11]))) == [10, 11] and len(stamps) == 2 and stamps[1] == 0
 
 
 def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -113,12 +117,12 @@ def test_rotation_and_the_shape_of_pixels(tmp_path: Path) -> None:
     matrix = content.index(b"tkhd") + 4 + 40  # as a phone held upright writes it: x' = -y, y' = x, clockwise
     content[matrix : matrix + 36] = np.array([0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
     path.write_bytes(content)
-    (image,) = open_clip(path).frames([1])
+    image = next(open_clip(path).frames([1]))
     assert np.asarray(image)[4, 12].mean() > 200 and np.asarray(image)[4, 4].mean() < 50, "at the top right"
     wide = open_clip(write_video(tmp_path / "b.mp4", grey(3, 32, 48), aspect=Fraction(4, 3)))
-    assert wide.frames([0])[0].size == (64, 32)
+    assert next(wide.frames([0])).size == (64, 32)
     tall = open_clip(write_video(tmp_path / "c.mp4", grey(3, 32, 48), turned=-90))
-    assert tall.frames([0])[0].size == (32, 48)
+    assert next(tall.frames([0])).size == (32, 48)
 
 
 # which frames
@@ -248,7 +252,7 @@ def test_a_frame_that_decodes_with_errors_spoils_what_depends_on_it(tmp_path: Pa
     clip, bad = VideoFile(path), []
     for number in range(40):
         try:
-            clip.frames([number])
+            next(clip.frames([number]))
         except ValueError as error:
             assert "decodes with errors" in str(error)
             bad.append(number)
@@ -308,6 +312,15 @@ def test_what_is_a_clip_and_what_is_left_out(tmp_path: Path, caplog) -> None:
     assert "c.avi" in caplog.text and "poster.png" in caplog.text and "README" not in caplog.text
     with pytest.raises(DataError, match="no mp4, mkv, webm, mov, gif, webp, apng file below .*expected clips"):
         len(clips(tmp_path / "deep" / "walk.v2"))
+
+
+def test_what_folders_of_frames_are_called(tmp_path: Path) -> None:
+    caption(write_frames(tmp_path / "walk.v1", grey(5)))
+    caption(write_frames(tmp_path / "walk.v2", grey(5)), "another clip")
+    caption(write_animation(tmp_path / "more" / "b.webp", grey(5)))
+    Image.new("RGB", (8, 8)).save(tmp_path / "more" / "b.jpg")
+    source = clips(tmp_path)
+    assert [source.captions(i)[0] for i in range(len(source))] == ["a clip", "a clip", "another clip"]
 
 
 def test_a_table_names_clips_and_folders_of_frames(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import mimetypes
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ class ClipFile(ABC):
         """Number of frames that are there."""
 
     @abstractmethod
-    def frames(self, numbers: Sequence[int]) -> list[Image.Image]:
+    def frames(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
         """Frames in upright RGB, by ascending numbers, which may repeat.
 
         Raises:
@@ -60,12 +61,6 @@ class ClipFile(ABC):
     def declared(self) -> float:
         """Seconds that the file's header gives; 0 where it gives none."""
         return 0.0
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of the first frame."""
-        (first,) = self.frames([0])
-        return first.height, first.width
 
 
 class FrameFolder(ClipFile):
@@ -83,11 +78,14 @@ class FrameFolder(ClipFile):
     def __len__(self) -> int:
         return len(self.files)
 
-    def frames(self, numbers: Sequence[int]) -> list[Image.Image]:
-        images = [upright(self.files[number]) for number in numbers]
-        if len({image.size for image in images}) > 1:
-            raise ValueError(f"frames of several sizes: {sorted({image.size for image in images})}")
-        return images
+    def frames(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        sizes = set()
+        for number in numbers:
+            image = upright(self.files[number])
+            sizes.add(image.size)
+            if len(sizes) > 1:
+                raise ValueError(f"frames of several sizes: {sorted(sizes)}")
+            yield image
 
 
 class AnimationFile(ClipFile):
@@ -102,10 +100,11 @@ class AnimationFile(ClipFile):
     def __len__(self) -> int:
         return len(self.times)
 
-    def frames(self, numbers: Sequence[int]) -> list[Image.Image]:
+    def frames(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
         with Image.open(self.path) as image:
             every = self._numbers(image)
-            return [flatten(_seek(image, every[number]).copy()) for number in numbers]
+            for number in numbers:
+                yield flatten(_seek(image, every[number]).copy())
 
     @staticmethod
     def _numbers(image: Image.Image) -> range:
@@ -153,33 +152,28 @@ class VideoFile(ClipFile):
     def declared(self) -> float:
         return self._packets[3]
 
-    def frames(self, numbers: Sequence[int]) -> list[Image.Image]:
+    def frames(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
         stamps, starts, _, _ = self._packets
         wanted = stamps[list(numbers)].tolist()
-        before = stamps[starts & (stamps <= wanted[0])]
-        images = self._decoded(wanted, int(before[-1])) if len(before) else {}
-        if len(images) < len(set(wanted)):  # where the index of the file misleads
-            images = self._decoded(wanted, None)
-        if lacking := sorted(set(wanted) - set(images)):
-            raise ValueError(f"the frame with time stamp {lacking[0]} does not decode")
-        return [images[stamp] for stamp in wanted]
-
-    def _decoded(self, wanted: Sequence[int], start: int | None) -> dict[int, Image.Image]:
-        """The wanted frames by time stamp, decoded from the stamp `start` or from the beginning."""
-        images: dict[int, Image.Image] = {}
+        start = max(stamps[starts & (stamps <= wanted[0])], default=stamps[0])
         with self._open() as container:
             stream = _video(container)
-            if start is not None:
-                container.seek(start, stream=stream)
-            for frame in container.decode(stream):
+            decoded = _decoded_from(int(start), container, stream)
+            first = next(decoded, None)
+            if first is not None and (first.pts or 0) > wanted[0]:  # the index of the file misleads
+                decoded = _decoded_from(int(stamps[0]), container, stream)
+            elif first is not None:
+                decoded = chain([first], decoded)
+            for frame in decoded:
                 stamp = frame.pts or 0
-                if frame.is_corrupt and (start is None or stamp >= start):
+                if frame.is_corrupt and stamp >= start:
                     raise ValueError(f"the frame with time stamp {stamp} decodes with errors")
-                if stamp in wanted:
-                    images[stamp] = _shown(frame, stream)
-                if stamp >= wanted[-1]:
-                    break
-        return images
+                while wanted and stamp == wanted[0]:
+                    yield _shown(frame, stream)
+                    del wanted[0]
+                if not wanted:
+                    return
+        raise ValueError(f"the frame with time stamp {wanted[0]} does not decode")
 
 
 def open_clip(path: Path) -> ClipFile:
@@ -244,6 +238,11 @@ def _video(container: InputContainer) -> VideoStream:
     if stream is None:
         raise ValueError("it holds no video")
     return stream
+
+
+def _decoded_from(stamp: int, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    container.seek(stamp, stream=stream)
+    return container.decode(stream)
 
 
 def _shown(frame: VideoFrame, stream: VideoStream) -> Image.Image:

@@ -69,7 +69,7 @@ class Clips(ImageFolder):
     def image(self, i: int) -> Image.Image:
         """The first frame of item i, at its own size."""
         with self._guarded(i):
-            return self.clip(i).frames([0])[0]
+            return next(self.clip(i).frames([0]))
 
     def size(self, i: int) -> tuple[int, int] | None:
         """(H, W) of the first frame; None where it does not read."""
@@ -88,8 +88,9 @@ class Clips(ImageFolder):
         prompt, crop, share = self.prompt(i, rng), self.crop(i, rng), rng.random()
         with self._guarded(i):
             clip = self.clip(i)
-            images = clip.frames(self._picked(i, clip, share))
-            return Sample(prompt=prompt, pixels=torch.stack([crop(image) for image in images], 1), item=i)
+            # cropped one by one: whole frames of a sample may be larger than memory
+            frames = [crop(image) for image in clip.frames(self._picked(i, clip, share))]
+            return Sample(prompt=prompt, pixels=torch.stack(frames, 1), item=i)
 
     def _picked(self, i: int, clip: ClipFile, share: float) -> list[int]:
         """The numbers of the frames of a sample of item i that begins at a share, in [0, 1), of the possible starts."""
