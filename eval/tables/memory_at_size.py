@@ -76,7 +76,7 @@ class Cycle:
     @property
     def latents(self) -> tuple[int, int, int]:
         """(C, h, w)."""
-        assert self.run.train.resolution is not None
+        assert isinstance(self.run.train.resolution, int)
         side = self.run.train.resolution // PIXELS
         return self.shape.channels, side, side
 

@@ -48,7 +48,8 @@ class TrainSpec:
         allow_tf32: allow TF32 matrix multiplications on CUDA.
         enable_xformers_memory_efficient_attention: use xformers attention, on CUDA only; the default is PyTorch's
             attention.
-        resolution: image size in pixels if the data has no images; none takes the network's native size.
+        resolution: size in pixels if the data has no images: a square's side, or height and width. None takes the
+            network's native size.
         cache_latents: encode each image once, with a fixed crop and flip.
         cache_dir: folder of cached embeddings and latents; text encoders and autoencoder are loaded only if one is
             missing. `stepdistill precompute` fills it. None caches in memory only.
@@ -95,7 +96,7 @@ class TrainSpec:
     torch_compile: bool = False
     allow_tf32: bool = False
     enable_xformers_memory_efficient_attention: bool = False
-    resolution: Count | None = None
+    resolution: Count | tuple[Count, Count] | None = None
     cache_latents: bool = False
     cache_dir: Place | None = None
     dataloader_num_workers: Whole = 0
