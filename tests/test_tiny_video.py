@@ -29,9 +29,9 @@ def test_the_factors_that_an_autoencoder_states_are_those_of_its_latents(multipl
     vae: AutoencoderKLWan = build.wan_vae(4, multiples, 4, patch)
     temporal, spatial = vae.config["scale_factor_temporal"], vae.config["scale_factor_spatial"]
     x = torch.rand(1, 3, 1 + 2 * temporal, 32, 32) * 2 - 1
-    latents = vae.encode(x).latent_dist.mode()
+    latents = vae.encode(x, return_dict=False)[0].mode()
     assert latents.shape == (1, 4, 3, 32 // spatial, 32 // spatial)
-    assert vae.decode(latents).sample.shape == x.shape
+    assert vae.decode(latents, return_dict=False)[0].shape == x.shape
 
 
 def test_one_folder_opens_for_text_to_video_one_frame_and_image_to_video(tmp_path, monkeypatch) -> None:

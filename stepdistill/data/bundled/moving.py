@@ -115,3 +115,23 @@ def motion_prompts() -> list[str]:
 def clip_pixels(clips: Tensor) -> Tensor:
     """Clips, uint8 (N, F, 3, H, W), as a video (N, 3, F, H, W) in [-1, 1]."""
     return clips.transpose(1, 2).float() / 127.5 - 1
+
+
+def displacement(clips: Tensor) -> Tensor:
+    """How far the drawing of each clip, uint8 (N, F, 3, H, W), has moved and grown: (N, 3).
+
+    Right and down in pixels, and the last frame's area over the first one's. A place is the phase of the mass along an
+    axis, since opposite sides meet; what is far from the median colour of a frame's edge is a drawing.
+    """
+    pixels = clips.float()
+    edge = torch.cat([pixels[..., [0, -1], :].flatten(-2), pixels[..., [0, -1]].flatten(-2)], -1)
+    ground = edge.median(-1).values[..., None, None]
+    mask = ((pixels - ground).abs().mean(2) > 20).float()
+    columns = []
+    for mass in (mask.sum(-2), mask.sum(-1)):  # along x, along y
+        turns = torch.polar(torch.ones(mass.shape[-1]), torch.arange(mass.shape[-1]) * 2 * torch.pi / mass.shape[-1])
+        phase = (mass * turns).sum(-1)
+        steps = (phase[:, 1:] * phase[:, :-1].conj()).angle() * mass.shape[-1] / (2 * torch.pi)
+        columns.append(steps.sum(1))
+    area = mask.sum((-2, -1))
+    return torch.stack([*columns, area[:, -1] / area[:, 0].clamp(min=1)], 1)
