@@ -1,6 +1,6 @@
 """What a video teacher has learnt of each motion: `python train/motion.py FOLDER` prints it beside the data.
 
-A row is a motion: pixels moved to the right and down, growth of the area, mean difference of neighbouring frames, each
+The autoencoder comes first: PSNR of each frame, over clips that it was not trained on. Then a row is a motion: pixels moved to the right and down, growth of the area, mean difference of neighbouring frames, each
 a mean over the clips of all groups. The sheet of the clips is written beside the folder.
 """
 
@@ -14,6 +14,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
 from stepdistill.data.bundled import emoji, moving
+from stepdistill.data.bundled.video_autoencoder import draw, psnr
 
 CALL = {
     "height": moving.SIZE,
@@ -92,6 +93,7 @@ if __name__ == "__main__":
     for pipe in (text, image):
         pipe.set_progress_bar_config(disable=True)
     true = data(args.num)
+    print("autoencoder, dB of each frame:", psnr(text.vae, draw(emoji.packed_sheet(), random.Random("unseen"), 256)))
     report("data", true)
     for steps in args.steps:
         made = from_text(text, args.num, steps, args.guidance_scale, args.seed)
