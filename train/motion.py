@@ -1,7 +1,8 @@
 """What a video teacher has learnt of each motion: `python train/motion.py FOLDER` prints it beside the data.
 
-The autoencoder comes first: PSNR of each frame, over clips that it was not trained on. Then a row is a motion: pixels moved to the right and down, growth of the area, mean difference of neighbouring frames, each
-a mean over the clips of all groups. The sheet of the clips is written beside the folder.
+The autoencoder comes first: PSNR of each frame, over clips that it was not trained on. Then a row is a motion: pixels
+moved to the right and down, growth of the area, mean difference of neighbouring frames, each a mean over the clips of
+all groups. The sheet of the clips is written beside the folder.
 """
 
 import argparse
