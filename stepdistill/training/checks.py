@@ -13,7 +13,7 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.outputs import check_output_folder
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
-from stepdistill.data import Source, Stream, Trajectories, inside
+from stepdistill.data import Clips, Source, Stream, Trajectories, inside
 from stepdistill.data.made import TeacherMade
 from stepdistill.families.controlled import Controlled
 from stepdistill.methods.base import Method
@@ -130,6 +130,19 @@ def check_data(run: Run) -> None:
     for source in inside(run.data):
         len(source)  # reads the index, also of a source that the teacher's samples are wrapped around
     Stream(run.data, 1, run.train.seed)
+
+
+def check_clips(run: Run) -> None:
+    """Clips are for families of videos, and have as many frames as theirs."""
+    frames = run.family.arguments().get("num_frames")
+    for source in inside(run.data):
+        if isinstance(source, Clips) and source.num_frames != frames:
+            family = type(run.family).__name__
+            got = f"num_frames {source.num_frames} of {type(source).__name__} with family {family}"
+            expected = "images" if frames is None else f"{frames}, as family.num_frames says"
+            why = "this family makes images" if frames is None else "all videos of a run have one number of frames"
+            todo = "use an image source" if frames is None else "make the two numbers equal"
+            raise ConfigError(problem(got, expected, why, todo))
 
 
 def check_control(run: Run) -> None:
@@ -255,7 +268,8 @@ def check_teacher(run: Run) -> None:
 
 
 CHECKS: tuple[Callable[[Run], None], ...] = (
-    *(check_teacher, check_cache_dir, check_scheduler, check_sharding, check_data, check_control, check_reference_file),
-    *(check_export_formats, check_loras, check_start_from, check_assistant, check_output_dir, check_data_folders),
-    *(check_quantized_roles, check_roles, check_attention, check_guidance_scale, check_held_out, check_unused),
+    *(check_teacher, check_cache_dir, check_scheduler, check_sharding, check_data, check_clips, check_control),
+    *(check_reference_file, check_export_formats, check_loras, check_start_from, check_assistant, check_output_dir),
+    *(check_data_folders, check_quantized_roles, check_roles, check_attention, check_guidance_scale, check_held_out),
+    *(check_unused,),
 )
