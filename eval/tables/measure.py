@@ -41,7 +41,7 @@ from tables.hybrid import measure_hybrid
 from tables.hyper_sd import measure_hyper_sd
 from tables.lcm_study import measure_lcm
 from tables.matrix import measure_families
-from tables.memory_at_size import cycle_of, figures_of_cycle
+from tables.memory_at_size import cycle_of, figures_of_cycle, prediction_of_cycle
 from tables.negative import measure_negative
 from tables.new_images import measure_new_images
 from tables.recipes import recipes, seconds, step_seconds, trained, warm_start
@@ -66,7 +66,8 @@ WATCHED = {  # runs of DMD2's recipe and of others, and what is wrong with them
 }
 WATCHED_STEPS, WATCHED_EVERY = 240, 40
 TEACHERS = ("tiny-sd", "tiny-sd3")
-LARGE = ("sd15", "sdxl", "sd3", "pixart")
+LARGE = ("sd15", "sdxl", "sd3", "pixart", "wan13b")
+LARGER = ("wan13b_480p", "wan5b", "wan14b")  # of 81 frames; predicted alone
 
 
 def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, PipelineCall]]:
@@ -246,9 +247,10 @@ def watched(run: Run) -> dict[str, Any]:
 
 def measure_memory(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
     """A cycle of DMD2 at each network's real size: its memory, predicted and measured, SDXL's with 13 GB."""
-    for label in LARGE if name == TEACHERS[0] else ():
+    figures = dict.fromkeys(LARGE, figures_of_cycle) | dict.fromkeys(LARGER, prediction_of_cycle)
+    for label, of in figures.items() if name == TEACHERS[0] else ():
         if not rows or label in rows:
-            results.once(label, partial(figures_of_cycle, label), config=config_digest(cycle_of(label).run))
+            results.once(label, partial(of, label), config=config_digest(cycle_of(label).run))
 
 
 TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {

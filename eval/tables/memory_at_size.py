@@ -23,12 +23,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, WanTransformer3DModel
 from torch import nn
 
 from stepdistill.config.load import load_config
@@ -46,7 +47,6 @@ from stepdistill.training.recipe import Run
 from tables.recipes import CONFIGS
 
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-PIXELS = 8  # a side, that one latent stands for
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Shape:
         network: builds it, in torch's default precision.
         condition: the shape of each embedding of one prompt.
         channels: of the latents.
+        space: pixels along one side of a latent.
+        time: frames of a latent frame, the first one alone; None for images.
     """
 
     network: Callable[[], nn.Module]
@@ -64,6 +66,8 @@ class Shape:
     schedule: NoiseSchedule
     kind: Kind
     channels: int = 4
+    space: int = 8
+    time: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,13 @@ class Cycle:
     shape: Shape
 
     @property
-    def latents(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
-        assert isinstance(self.run.train.resolution, int)
-        side = self.run.train.resolution // PIXELS
-        return self.shape.channels, side, side
+    def latents(self) -> tuple[int, ...]:
+        """(C, h, w), or (C, F, h, w)."""
+        size: Any = self.run.train.resolution
+        height, width = (size, size) if isinstance(size, int) else size
+        family, shape = self.run.family, self.shape
+        frames = () if shape.time is None else ((vars(family)["num_frames"] - 1) // shape.time + 1,)
+        return shape.channels, *frames, height // shape.space, width // shape.space
 
 
 def stable_diffusion() -> nn.Module:
@@ -119,8 +125,15 @@ def pixart() -> nn.Module:
     return PixArtTransformer2DModel(sample_size=128, caption_channels=4096, use_additional_conditions=False)
 
 
+def wan(heads: int, ffn: int, blocks: int, channels: int = 16) -> nn.Module:
+    """The network of a Wan pipeline from text to video."""
+    shape = {"num_attention_heads": heads, "attention_head_dim": 128, "ffn_dim": ffn, "num_layers": blocks}
+    return WanTransformer3DModel(in_channels=channels, out_channels=channels, text_dim=4096, **shape)
+
+
 VP = DiscreteVP(vp_scheduler().alphas_cumprod)
 SD15 = Shape(stable_diffusion, {"states": (77, 768)}, VP, "epsilon")
+WAN_13B = Shape(partial(wan, 12, 8960, 30), {"states": (512, 4096)}, Rectified(5.0), "flow", channels=16, time=4)
 SHAPES = {
     "sd15": SD15,
     "sd15_lcm": SD15,
@@ -128,6 +141,9 @@ SHAPES = {
     "sd3": Shape(
         stable_diffusion_3, {"states": (77 + 256, 4096), "pooled": (2048,)}, Rectified(3.0), "flow", channels=16
     ),
+    **{name: WAN_13B for name in ("wan13b", "wan13b_480p")},
+    "wan5b": replace(WAN_13B, network=partial(wan, 24, 14336, 30, 48), channels=48, space=16),
+    "wan14b": replace(WAN_13B, network=partial(wan, 40, 13824, 40)),
     "pixart": Shape(pixart, {"states": (300, 4096), "mask": (300,), "scale": (1,)}, VP, "epsilon"),
 }
 
@@ -201,6 +217,11 @@ def figures_of_cycle(name: str) -> dict[str, Any]:
     predicted, measured = (_apart(task, name) for task in ("predict", "measure"))
     ratios = {"ratio": measured["peak"] / predicted["peak"], "static_ratio": measured["static"] / predicted["static"]}
     return {"predicted": predicted, "measured": measured} | {key: round(value, 4) for key, value in ratios.items()}
+
+
+def prediction_of_cycle(name: str) -> dict[str, Any]:
+    """What is predicted of a cycle that no machine at hand can run."""
+    return {"predicted": _apart("predict", name)}
 
 
 def _apart(task: str, name: str) -> dict[str, Any]:

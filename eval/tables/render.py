@@ -16,7 +16,11 @@ from tables.render_tuning import feedback_page, hyper_sd_page, new_images_page
 
 STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4), "reflow": (1, 2, 4)}
 DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1, "reflow": 1}  # steps whose other figures are shown
-MEMORY = {"sd15": "SD 1.5", "sdxl": "SDXL", "sd3": "SD 3 medium", "pixart": "PixArt-Sigma"}
+MEMORY = {
+    **{"sd15": "SD 1.5", "sdxl": "SDXL", "sd3": "SD 3 medium", "pixart": "PixArt-Sigma"},
+    **{"wan13b": "Wan 2.1 1.3B, 5 frames of 256 x 256", "wan13b_480p": "Wan 2.1 1.3B, 81 frames of 480 x 832"},
+    **{"wan5b": "Wan 2.2 5B, 81 frames of 480 x 832", "wan14b": "Wan 2.1 14B, 81 frames of 480 x 832"},
+}
 EARLY = {"distribution": 799.0}  # one step may do better from an earlier time, for any method: shown for all
 AWAY = {  # distances of negative prompts' images, in features
     "to_teacher": "distance to the teacher's images of the concept",
@@ -213,9 +217,11 @@ def _memory(rows: Mapping[str, Mapping[str, Any]]) -> str:
     for key, row in sorted(rows.items(), key=lambda each: each[1]["predicted"]["peak"]):
         said = row["predicted"]
         weights, _, states = zip(*(said["parts"][name] for name in ("base", "student", "fake")), strict=True)
-        sizes = (*weights, sum(states), said["gradients"], said["activations"], said["peak"], row["measured"]["peak"])
-        name = f"{MEMORY[key]}, {said['parameters'] / 1e9:.2f} B"
-        lines.append(f"| {name} | {' | '.join(f'{size / 2**30:.2f}' for size in sizes)} | {row['ratio']:.3f} |")
+        sizes = (*weights, sum(states), said["gradients"], said["activations"], said["peak"])
+        cells = [f"{size / 2**30:.2f}" for size in sizes]
+        measured = row.get("measured")
+        cells += [f"{measured['peak'] / 2**30:.2f}", f"{row['ratio']:.3f}"] if measured else ["", ""]
+        lines.append(f"| {MEMORY[key]}, {said['parameters'] / 1e9:.2f} B | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
