@@ -131,7 +131,6 @@ BUGS = {
     "the weight": Bug(
         VSD.gradient, "** 2 * (real", "** 1 * (real", test_the_gradient_over_frames_is_that_of_the_divergence
     ),
-    "the levels of an estimate": Bug(estimate_at_levels, "(alpha_t * y - p * x_t)", "(alpha_t * y + p * x_t)", euler),
     "the grid without its shift": Bug(
         Rectified.grid, "1000 * self.shift * u / (1 + (self.shift - 1) * u)", "1000 * u", euler
     ),
