@@ -387,6 +387,20 @@ def test_a_reward_of_the_real_size_scores_a_batch(monkeypatch, tmp_path, words, 
     assert images.grad is not None and images.grad.shape == images.shape
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "sizes"), [(HPSv2, open_clip()), (ImageReward, blip())])
+def test_a_reward_of_the_real_size_runs_on_one_batch(tmp_path, words, bert, kind, sizes):
+    """On tensors with content: forward, and backward to the images."""
+    file = tmp_path / "real.safetensors"
+    save_file({name: tensor.half() for name, tensor in random(sizes).items()}, file)
+    score = kind(weights=str(file), tokenizer=str(words if kind is HPSv2 else bert)).load(CPU)
+    images = photos(2, 512, 512).requires_grad_()
+    scores = score(images, PROMPTS)
+    scores.sum().backward()
+    assert scores.isfinite().all() and (scores[0] - scores[1]).abs() > 1e-4
+    assert images.grad is not None and images.grad.isfinite().all() and images.grad.flatten(1).any(1).all()
+
+
 # --- files that are not what they should be --------------------------------------------------------------------------
 
 
