@@ -20,6 +20,7 @@ FAMILIES = {
     "pixart_alpha": "PixArt-alpha",
     "pixart_sigma": "PixArt-Sigma",
     "sana": "SANA",
+    "wan": "Wan",
 }
 
 
