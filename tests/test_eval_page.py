@@ -21,9 +21,9 @@ from PIL import Image, ImageDraw
 
 from stepdistill.core.errors import DataError
 from stepdistill.evaluation.report.chart import Point, against_clip, against_cost, front
+from stepdistill.evaluation.report.fields import FIELDS
 from stepdistill.evaluation.report.page import page
 from stepdistill.evaluation.report.table import (
-    FIELDS,
     comparison_key,
     digits,
     flat_rows,

@@ -77,10 +77,12 @@ def add_eval_commands(commands: Any) -> None:  # noqa: ANN401
     command = add_command(parts, "score", _score, "measure existing images", SCORE)
     command.add_argument("images", metavar="IMAGES", nargs="+", type=local_path, help="folder, .zip, .npz or .npy")
     command.add_argument("--prompts-file", dest="prompts", metavar="FILE", type=local_path, help="prompts for --clip")
+    command.add_argument("--clips", action="store_true", help="folders of clips: videos, animations, or frame folders")
     _measures(command, None, "an .npz of statistics, or images")
 
     command = add_command(parts, "ref", _ref, "compute statistics of images", REF)
     command.add_argument("images", metavar="IMAGES", type=local_path, help="folder, .zip, .npz or .npy")
+    command.add_argument("--clips", action="store_true", help="a folder of clips; the statistics are of frames")
     _features(command)
     command.add_argument("-o", "--output", metavar="FILE.npz", type=local_path, required=True, help="file to write")
     add_overwrite(command)
@@ -133,7 +135,7 @@ def _add_run(parts: Any) -> None:  # noqa: ANN401
     command.add_argument(
         "--latency", type=whole(0), default=0, metavar="N", help="time N images one by one (default: 0)"
     )
-    command.add_argument("--export", choices=("geneval", "t2i-compbench"), help="save images for this benchmark")
+    command.add_argument("--export", choices=("geneval", "t2i-compbench", "vbench"), help="save for this benchmark")
     _measures(command, "teacher", "teacher, an .npz of statistics, or images (default: teacher)")
 
 
@@ -230,7 +232,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 def _score(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.evaluation.inputs import check_score
 
-    spec = EvalSpec(**_measured(args, ("kid",)))
+    spec = EvalSpec(clips=args.clips, **_measured(args, ("kid",)))
     check_score(args.images, spec, args.prompts)
     _open(args, args.images)
     from stepdistill.evaluation.run import score_images  # after the checks: it loads torch
@@ -268,8 +270,8 @@ def _print_rows(results: dict[str, Any], args: argparse.Namespace) -> None:
 def _ref(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.evaluation.inputs import open_statistics
 
-    work = open_statistics(args.images, args.output, args.overwrite)
-    spec = EvalSpec(output_dir=work, **_chosen(args))
+    work = open_statistics(args.images, args.output, args.overwrite, args.clips)
+    spec = EvalSpec(output_dir=work, clips=args.clips, **_chosen(args))
     from stepdistill.evaluation.run import write_statistics  # after the checks: it loads torch
 
     write_statistics(args.images, spec, args.output)
@@ -278,7 +280,7 @@ def _ref(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.evaluation.compare import compare_evaluations
-    from stepdistill.evaluation.report.table import CSV_MARK
+    from stepdistill.evaluation.report.fields import CSV_MARK
 
     check_output_file(args.output, args.folders, args.overwrite)
     if args.csv:

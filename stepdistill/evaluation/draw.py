@@ -11,16 +11,21 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.cost import Cost
 from stepdistill.core.errors import EvaluationError, StepdistillError, problem
 from stepdistill.core.files import file_digest
-from stepdistill.evaluation.exports import GenEval, T2ICompBench
+from stepdistill.evaluation.exports import GenEval, T2ICompBench, VBench
 from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.identity import DTYPES
-from stepdistill.evaluation.metrics.image_scores import ImageScore, PromptLikeness, perceptual_likeness, pixel_likeness
+from stepdistill.evaluation.metrics.image_scores import (
+    ImageScore,
+    PromptLikeness,
+    motion_score,
+    perceptual_likeness,
+    pixel_likeness,
+)
 from stepdistill.evaluation.plan import SamplingPlan, size_of, slug
 from stepdistill.evaluation.read import Unit, cropped, fill_store
 from stepdistill.evaluation.records import prompt_of, prompts_digest
@@ -29,6 +34,7 @@ from stepdistill.evaluation.store import Store
 from stepdistill.families.base import Family
 from stepdistill.networks.lora.read import lora_path
 from stepdistill.students.base_model import pipeline_hash
+from stepdistill.students.draw.animation import clip_images
 from stepdistill.students.draw.filters import unfiltered
 from stepdistill.students.draw.loras import load_style
 from stepdistill.students.draw.pipeline import StudentPipeline
@@ -73,7 +79,13 @@ class RowDrawer:
         whole = plan.role == "teacher" and {"pixels", "lpips"} & set(self.spec.metrics)
         kept = self.n if whole else min(self.n, self.spec.columns)
         folder = self.spec.output_dir / "work" / slug(plan.name)
-        return Store(folder, self.n, self.spec.feature_batch, self.extractor.identity.dim, kept)
+        identity = self.extractor.identity
+        return Store(folder, self.n, self.spec.feature_batch, identity.dim, kept, 1 + identity.clips)
+
+    @property
+    def frames(self) -> int:
+        """Of what is drawn; 1 is an image."""
+        return frames_of_family(self.family)
 
     def draw(self, plans: Sequence[SamplingPlan]) -> tuple[dict[SamplingPlan, Store], list[str]]:
         """Draw what is missing of every plan; one pipeline at a time is in memory.
@@ -90,6 +102,7 @@ class RowDrawer:
             size = asked or self.family.native_size(pipeline.pipe)
             hashed = hashed or teacher_of(pipeline)  # the teacher comes first
             scores = [*([self.clip] if self.clip else []), *(self._against(teacher) if place else ())]
+            scores += [motion_score] if self.frames > 1 else []
             for plan in [plan for plan in plans if plan.student == place]:
                 try:
                     calls = pipeline.calls(replace(plan.options, height=size[0], width=size[1]), plan.name)
@@ -102,7 +115,7 @@ class RowDrawer:
                 store, generate = stores[plan], partial(pipeline.generate, calls, seed=plan.seed)
                 if self.state.is_main_process:
                     side = self.spec.side
-                    shape = (3, side, side) if side else (3, *size)
+                    shape = (*[self.frames] * (self.frames > 1), 3, *((side, side) if side else size))
                     store.open(self._facts(plan, size, store.kept, hashed), shape)
                 self.state.wait_for_everyone()
                 units = partial(self._units, plan, store, generate)
@@ -129,8 +142,10 @@ class RowDrawer:
                     raise
                 got, todo = f"images {numbers[0]} to {numbers[-1]} of {plan.name}: {error}", "sample with --dtype fp32"
                 raise EvaluationError(problem(got, "finite images", "the stored images stay complete", todo)) from error
+            if self.frames == 1:
+                images = images.flatten(0, -4)  # a video pipeline gives its image as a clip of one frame
             facts = {"calls": cost.calls, "batches": cost.batches, "rows": cost.rows}
-            facts |= {"seconds": perf_counter() - start, "peak_mem_mib": peak(), "size": list(images.shape[2:])}
+            facts |= {"seconds": perf_counter() - start, "peak_mem_mib": peak(), "size": list(images.shape[-2:])}
             self._keep(plan, numbers, images)
             yield Unit(k, numbers, cropped(images, self.spec.side), facts)
 
@@ -141,13 +156,17 @@ class RowDrawer:
         name, each = slug(plan.name), list(zip(numbers, images, strict=True))
         if self.spec.save_images:
             folder = self.spec.output_dir / "images" / name
-            folder.mkdir(parents=True, exist_ok=True)
-            for i, image in each:
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:06d}.png")
+            for i, image in each:  # a clip becomes a folder of its frames: animations join equal ones
+                files = [folder / f"{i:06d}" / f"{f:04d}" for f in range(self.frames)]
+                files = files if self.frames > 1 else [folder / f"{i:06d}"]
+                for file, frame in zip(files, clip_images(image.reshape(-1, *image.shape[-3:])), strict=True):
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    frame.save(file.with_suffix(".png"))
         if self.spec.export:
             kinds = {
                 "geneval": GenEval,
                 "t2i-compbench": partial(T2ICompBench, per_prompt=-(-self.n // len(self.records))),
+                "vbench": VBench,
             }
             out = kinds[self.spec.export](self.spec.output_dir / self.spec.export / name)
             for i, image in each:
@@ -205,6 +224,11 @@ def teacher_of(pipeline: StudentPipeline) -> str:
         networks = pipeline_hash(pipeline.pipe)
     parts = [networks, pipeline.native.to_json_string(), repr(pipeline.family.arguments())]
     return sha256("\n".join(parts).encode()).hexdigest()
+
+
+def frames_of_family(family: Family) -> int:
+    """Frames of what a family's pipeline draws; 1 is an image."""
+    return family.arguments().get("num_frames", 1)
 
 
 def peak() -> float | None:

@@ -1,4 +1,4 @@
-"""Existing images in a folder, a zip or an array, read lazily in a fixed order, as uint8."""
+"""Existing images in a folder, a zip or an array, or clips in a folder, read lazily in a fixed order, as uint8."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.image_files import say_left_out
-from stepdistill.evaluation.stored_images import stored_images
+from stepdistill.evaluation.stored_clips import stored_items
 
 logger = logging.getLogger(__name__)
 NAMED = 10  # skipped images that the warning names
@@ -28,7 +28,7 @@ class ReadImages(NamedTuple):
         k: its number, from 0.
         numbers: places in the source's order, from 0; an image that was skipped leaves a gap.
         names: file names relative to the source.
-        images: uint8 (B, 3, H, W).
+        images: uint8 (B, 3, H, W), or clips (B, F, 3, H, W).
     """
 
     k: int
@@ -49,17 +49,18 @@ class Images:
             (N, H, W, 3) is taken; or such an array as `.npy`.
         eval_res: side in pixels; the middle is cut out and resized to it by PIL's Lanczos filter, as in DMD2's COCO
             protocol.
+        clips: whether it is a folder of clips, whose frames are all read.
 
     Attributes:
         skipped: name and reason of each unreadable image of the last pass; more than 1 % of them is an error.
     """
 
-    def __init__(self, source: Path, eval_res: int | None = None) -> None:
+    def __init__(self, source: Path, eval_res: int | None = None, clips: bool = False) -> None:
         if eval_res is not None and eval_res < 1:
             raise ValueError(f"Images got eval_res={eval_res}, expected 1 or more: it is a side in pixels; use 256")
         self.source, self.eval_res = source, eval_res
         self.skipped: list[tuple[str, str]] = []
-        self._stored = stored_images(source)
+        self._stored = stored_items(source, clips)
         self._names = self._stored.names
         say_left_out(self._stored.left_out, source)
         lossy = sum(name.lower().endswith((".jpg", ".jpeg")) for name in self._names)
@@ -102,11 +103,13 @@ class Images:
         """Hex digest of names and files, `eval_res` left aside: a folder and a zip of it have the same."""
         return self._stored.sha256()
 
-    def _pixels(self, name: str, image: Image.Image | Exception) -> Tensor | None:
-        """(3, H, W); None where it was skipped."""
-        if isinstance(image, Image.Image):
+    def _pixels(self, name: str, image: Image.Image | list[Image.Image] | Exception) -> Tensor | None:
+        """(3, H, W), of a clip (F, 3, H, W); None where it was skipped."""
+        if not isinstance(image, Exception):
             try:
-                return torch.from_numpy(np.array(fitted(image, self.eval_res))).permute(2, 0, 1).contiguous()
+                if isinstance(image, list):
+                    return torch.stack([self._frame(frame) for frame in image])
+                return self._frame(image)
             except MemoryError as error:
                 image = error
         self.skipped.append((name, f"{type(image).__name__}: {image}"))
@@ -116,8 +119,15 @@ class Images:
             raise DataError(problem(got, f"at most {SKIPPED:.0%}", why, todo))
         return None
 
+    def _frame(self, image: Image.Image) -> Tensor:
+        return torch.from_numpy(np.array(fitted(image, self.eval_res))).permute(2, 0, 1).contiguous()
+
     def _unequal(self, first: str, one: Sequence[int], second: str, other: Sequence[int]) -> str:
-        got = f"{first} with {one[2]} x {one[1]} pixels and {second} with {other[2]} x {other[1]} in {self.source}"
+        if len(one) == 4 and one[0] != other[0]:
+            got = f"{first} with {one[0]} frames and {second} with {other[0]} in {self.source}"
+            why = "features of motion are means over a clip; a gif or webp holds equal frames as one"
+            return problem(got, "one number of frames", why, "cut all to one length, as mp4 files or folders of frames")
+        got = f"{first} with {one[-1]} x {one[-2]} pixels and {second} with {other[-1]} x {other[-2]} in {self.source}"
         todo = "choose an eval_res, such as 256: the middle of each is cut out and resized to it"
         return problem(got, "one size", "the resizing affects the distance", todo)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from stepdistill.core.errors import DataError, EvaluationError, problem
 from stepdistill.core.files import remove
+from stepdistill.core.image_files import images_below
 from stepdistill.core.outputs import check_output_file, check_output_tree, present_in
 from stepdistill.evaluation.metrics.stats_file import STATS_MARK, read_statistics
 from stepdistill.evaluation.records import prompt_of, read_records
 from stepdistill.evaluation.spec import EvalRun, EvalSpec
-from stepdistill.evaluation.stored_images import stored_images
+from stepdistill.evaluation.stored_clips import stored_items
 
 LEAST = 40  # images: 20 blocks of two
 TEACHER = "teacher"
@@ -19,7 +20,7 @@ FACTS = "facts.json"
 WORK = "work"  # the folder of an evaluation's stores
 WRITTEN = (  # by an evaluation in its folder
     *(WORK, "eval.json", "rows.csv", "report.html", "per_sample.jsonl", "grids", "stats", "images"),
-    *("geneval", "t2i-compbench"),
+    *("geneval", "t2i-compbench", "vbench"),
 )
 
 
@@ -54,15 +55,15 @@ def check_score(places: Sequence[Path], spec: EvalSpec, prompts: Path | None) ->
         raise EvaluationError(problem(f"CLIP {spec.clip} and prompts {prompts}", "both or neither", why, todo))
     sources = dict(zip(labels([str(place) for place in places]), places, strict=True))
     for place in places:
-        n = len(stored_images(place).names)
+        n = len(stored_items(place, spec.clips).names)
         enough(n, f"in {place}")
         if prompts is not None:
             prompts_of_images(prompts, n)
-    is_stats(Path(spec.reference))
+    is_stats(Path(spec.reference), spec.clips)
     return sources
 
 
-def open_statistics(images: Path, out: Path, overwrite: bool) -> Path:
+def open_statistics(images: Path, out: Path, overwrite: bool, clips: bool = False) -> Path:
     """Check that statistics of images can be written to a file. Returns the folder of what a run that is cut leaves.
 
     Raises EvaluationError, DataError, OutputError.
@@ -71,7 +72,7 @@ def open_statistics(images: Path, out: Path, overwrite: bool) -> Path:
     work = out.with_suffix(".work")
     check_output_file(out, [images], overwrite, STATS_MARK)
     check_output_tree(work, ["*"], [images], (work / FACTS).exists(), overwrite=True)
-    stored_images(images)
+    stored_items(images, clips)
     return work
 
 
@@ -96,12 +97,13 @@ def check_draws(spec: EvalRun) -> None:
     n = spec.num or spec.under.n or len(records)
     if n:
         enough(n, "a row")
-    if spec.reference != TEACHER:
-        is_stats(Path(spec.reference))
+    if spec.reference != TEACHER:  # which the family draws, images or clips, is known later
+        place = Path(spec.reference)
+        is_stats(place, place.is_dir() and not images_below(place).images)
 
 
-def is_stats(place: Path) -> bool:
-    """Whether a reference is statistics, `mu` and `sigma` in an npz, and not images.
+def is_stats(place: Path, clips: bool = False) -> bool:
+    """Whether a reference is statistics, `mu` and `sigma` in an npz, and not images, or clips.
 
     Raises EvaluationError, DataError where it is neither.
     """
@@ -110,13 +112,13 @@ def is_stats(place: Path) -> bool:
         why, todo = "rows are compared with it", "check the path"
         raise EvaluationError(problem(f"reference {place}, which does not exist", expected, why, todo))
     if place.suffix.lower() != ".npz":
-        stored_images(place)
+        stored_items(place, clips)
         return False
     try:
         read_statistics(place)
     except ValueError as error:
         try:
-            stored_images(place)
+            stored_items(place, clips)
         except DataError:
             raise EvaluationError(str(error)) from error
         return False

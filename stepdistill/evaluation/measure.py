@@ -23,9 +23,11 @@ from stepdistill.evaluation.metrics.jackknife import (
     interval,
     mean_interval,
     noise_floor,
+    ratio_of_means,
     replicates,
 )
 from stepdistill.evaluation.metrics.kernel import cmmd, kid
+from stepdistill.evaluation.metrics.motion import replicates_by_group
 from stepdistill.evaluation.metrics.neighbours import prdc
 from stepdistill.evaluation.metrics.stats import Stats, all_alike
 from stepdistill.evaluation.metrics.vendi import vendi
@@ -33,6 +35,7 @@ from stepdistill.evaluation.spec import PICKED
 
 BLOCKS = 20
 ENOUGH = 4  # images a dimension, from which on the jackknife's bias correction is of use
+CLIP_SCORES = ("motion", "consistency", "consistency_first")  # of clips alone
 SUBSET = 1000  # images of one of KID's subsets, or half of them where there are fewer
 
 
@@ -42,8 +45,9 @@ class Sampled:
 
     Args:
         name, role: as the report shows them; the row of role `teacher` that comes first is what others differ from.
-        features: (N, D), in the order of prompts and noises that all rows have.
-        scores: one number an image, (N,), by name: clip, psnr, ssim, lpips.
+        features: (N, D), in the order of prompts and noises that all rows have; of clips those of one frame each.
+        motion: (N, D), of the motion of clips; None of images.
+        scores: one number an image, (N,), by name: clip, psnr, ssim, lpips; of clips motion and consistency, too.
         clip: what CLIP scores depend on, where there are any.
         cost: as the report shows it; `seconds_per_image` among it.
         facts: what else the report says of the row.
@@ -53,6 +57,7 @@ class Sampled:
     name: str
     role: str
     features: Tensor
+    motion: Tensor | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     clip: Mapping[str, str] = field(default_factory=dict)
     cost: Mapping[str, Any] = field(default_factory=dict)
@@ -67,12 +72,14 @@ class Reference:
     Args:
         stats: the Gaussian of its features.
         features: (M, D), or None where only the Gaussian is known.
+        motion: (M, D), of the motion of clips; None of images, and where only the Gaussian of frames is known.
         paired: whether image i is of the rows' prompt i; a block then leaves both sides.
         facts: kind, path, sha256, n, as the report shows them.
     """
 
     stats: Stats
     features: Tensor | None
+    motion: Tensor | None = None
     paired: bool
     facts: Mapping[str, Any]
 
@@ -96,24 +103,25 @@ def measured(
     key: str,
     metrics: Collection[str] = PICKED,
     prompt_index: Tensor | None = None,
+    motions: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """The rows of `eval.json`, in their order.
 
     Args:
-        key: `fid` or `fd`, as the features' identity says.
+        key: `fid`, `fd` or `fd_frames`, as the features' identity says.
         metrics: of `METRICS`; the distance is always there.
         prompt_index: (N,) which prompt an image is of, for `diversity`.
+        motions: (N,) names of the motions that clips are to show; none leaves out the distances within each.
 
     Raises:
         EvaluationError: the images of the teacher at its best are all alike.
     """
     sizes = block_sizes(len(rows[0].features), BLOCKS)
-    if reference.paired:
-        assert reference.features is not None
-        distances = replicates([row.features for row in rows], reference.features, BLOCKS)
-    else:  # one by one: each is in memory, in double precision
-        distances = torch.cat([replicates([row.features], reference.stats, BLOCKS) for row in rows])
+    ref = reference.features if reference.paired else reference.stats
+    assert ref is not None
+    distances = _distances([row.features for row in rows], ref)
     first = next((i for i, row in enumerate(rows) if row.role == "teacher"), None)
+    moved = _of_motion(rows, reference, first, motions)
     if not reference.paired:
         floor = noise_floor(reference.stats, len(rows[0].features))
     else:  # what the teacher has by chance
@@ -135,10 +143,12 @@ def measured(
         figures = {key: value} | _of_features(row, reference, metrics, prompt_index) | _of_scores(row)
         if first is not None and i != first:
             figures |= _beside(row, rows[first], metrics, prompt_index)
-            figures["delta_vs_teacher"] = {key: interval_facts(interval(distances[i] - distances[first], sizes))}
+            excess = interval(distances[i] - distances[first], sizes)
+            figures["delta_vs_teacher"] = {key: interval_facts(excess)} | moved[i].pop("delta_vs_teacher")
             if "clip" in row.scores:
                 gap = difference_of_means(row.scores["clip"], rows[first].scores["clip"], BLOCKS)
                 figures["delta_vs_teacher"]["clip_score"] = interval_facts(gap)
+        figures |= moved[i]
         cost = dict(row.cost)
         if first is not None and cost.get("seconds_per_image"):
             cost["speedup_vs_teacher"] = rows[first].cost["seconds_per_image"] / cost["seconds_per_image"]
@@ -150,9 +160,50 @@ def measured(
     return _finite(values)
 
 
-def interval_facts(value: Interval) -> dict[str, Any]:
+def interval_facts(value: Interval, blocks: int = BLOCKS) -> dict[str, Any]:
     """An interval as `eval.json` has it."""
-    return {"value": value.value, "ci95": [value.low, value.high], "ci_method": f"jackknife-{BLOCKS}"}
+    return {"value": value.value, "ci95": [value.low, value.high], "ci_method": f"jackknife-{blocks}"}
+
+
+def _distances(rows: Sequence[Tensor], ref: Tensor | Stats) -> Tensor:
+    if isinstance(ref, Tensor):
+        return replicates(rows, ref, BLOCKS)
+    return torch.cat([replicates([row], ref, BLOCKS) for row in rows])  # each is in memory, in double precision
+
+
+def _of_motion(
+    rows: Sequence[Sampled], reference: Reference, first: int | None, motions: Sequence[str]
+) -> list[dict[str, Any]]:
+    """How clips move: their distance from the reference, over all and within each motion, and beside the teacher.
+
+    Nothing for images.
+    """
+    figures: list[dict[str, Any]] = [{} for _ in rows]
+    moved, names = [row.motion for row in rows if row.motion is not None], sorted(set(motions))
+    tables, each = dict[str, tuple[Tensor, list[int]]](), dict[int, Tensor]()
+    if moved and reference.motion is not None:
+        ref = reference.motion if reference.paired else Stats.of(reference.motion)
+        tables["fd_motion"] = _distances(moved, ref), block_sizes(len(moved[0]), BLOCKS)
+        if names and isinstance(ref, Tensor):
+            each, sizes = replicates_by_group(moved, ref, torch.tensor([names.index(name) for name in motions]), BLOCKS)
+            tables["fd_by_motion"] = torch.stack([*each.values()]).mean(0), sizes
+    for i, (row, known) in enumerate(zip(rows, figures, strict=True)):
+        teacher = None if i == first else first
+        known |= {} if teacher is None else {"delta_vs_teacher": {}}
+        for name, (table, sizes) in tables.items():
+            known[name] = interval_facts(interval(table[i], sizes), len(sizes))
+            if teacher is not None:
+                excess = interval(table[i] - table[teacher], sizes)
+                known["delta_vs_teacher"][name] = interval_facts(excess, len(sizes))
+        if each:
+            known["by_motion"] = {names[k]: {"fd_motion": value[i, 0].item()} for k, value in each.items()}
+        for name in CLIP_SCORES:
+            if name in row.scores:
+                known[name] = interval_facts(mean_interval(row.scores[name], BLOCKS))
+        if teacher is not None and "motion" in row.scores:
+            ratio = ratio_of_means(row.scores["motion"], rows[teacher].scores["motion"], BLOCKS)
+            known["motion_ratio"] = interval_facts(ratio)
+    return figures
 
 
 def _of_features(

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.evaluation.images import SKIPPED, Images, fitted
 from stepdistill.evaluation.metrics.features import Extractor
-from stepdistill.evaluation.metrics.image_scores import ImageScore, PromptLikeness
+from stepdistill.evaluation.metrics.image_scores import ImageScore, PromptLikeness, motion_score
+from stepdistill.evaluation.metrics.motion import frame_features, motion_features
 from stepdistill.evaluation.records import prompts_digest
 from stepdistill.evaluation.spec import EvalSpec
 from stepdistill.evaluation.store import Store
@@ -29,7 +30,7 @@ class Unit(NamedTuple):
     Args:
         k: its number.
         numbers: of its images; one that could not be read is left out.
-        images: (B, 3, H, W) uint8.
+        images: (B, 3, H, W) uint8, or clips (B, F, 3, H, W).
         facts: what making them cost.
     """
 
@@ -59,9 +60,9 @@ def fill_store(
     with tqdm(total=total, desc=title, unit="image", disable=quiet) as bar:
         for unit in units(mine):
             rows, facts = store.rows(unit.k), dict(unit.facts)
-            features = torch.zeros(len(rows), store.dim)
+            features = torch.zeros(len(rows), store.views * store.dim)
             if unit.numbers:
-                features[[i - rows.start for i in unit.numbers]] = extractor(unit.images)
+                features[[i - rows.start for i in unit.numbers]] = _features(extractor, unit.images, unit.numbers)
                 for score in scores:
                     facts |= score(unit.images, unit.numbers)
             facts["skipped"] = sorted(set(rows) - set(unit.numbers))
@@ -71,12 +72,19 @@ def fill_store(
 
 
 def cropped(images: Tensor, side: int | None) -> Tensor:
-    """Images (B, 3, H, W) uint8 as `stepdistill.evaluation.images.fitted` leaves them."""
+    """Images (B, 3, H, W) or clips (B, F, 3, H, W) uint8 as `stepdistill.evaluation.images.fitted` leaves them."""
     if side is None:
         return images
-    pils = (Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images)
+    pils = (Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images.flatten(0, -4))
     squares = [torch.from_numpy(np.array(fitted(pil, side))) for pil in pils]
-    return torch.stack(squares).permute(0, 3, 1, 2).contiguous()
+    return torch.stack(squares).permute(0, 3, 1, 2).reshape(*images.shape[:-2], side, side).contiguous()
+
+
+def _features(extractor: Extractor, images: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Of images (B, dim); of clips, of one frame each and of their motion, (B, 2 dim)."""
+    if images.ndim == 4:
+        return extractor(images)
+    return torch.cat([frame_features(extractor, images, numbers), motion_features(extractor, images)], 1)
 
 
 def read_into(
@@ -96,7 +104,8 @@ def read_into(
         DataError: of `Images`, for what is seen in one pass.
         EvaluationError: the images of all passes together have several sizes, or too many were skipped.
     """
-    store = Store(folder, len(images), spec.feature_batch, extractor.identity.dim)
+    clips = extractor.identity.clips
+    store = Store(folder, len(images), spec.feature_batch, extractor.identity.dim, views=1 + clips)
     if state.is_main_process:
         store.open(
             {
@@ -109,14 +118,16 @@ def read_into(
             }
         )
     state.wait_for_everyone()
-    fill_store(store, partial(_units, store, images), extractor, [clip] if clip else [], images.source.name, state)
+    scores = [*([clip] if clip else []), *([motion_score] if clips else [])]
+    fill_store(store, partial(_units, store, images), extractor, scores, images.source.name, state)
     _check(store, images)
     return store
 
 
 def _units(store: Store, images: Images, mine: Sequence[int]) -> Iterator[Unit]:
     for batch in images.batches(store.unit, set(mine)) if mine else ():
-        size = list(batch.images.shape[2:]) if batch.numbers else None
+        shape = batch.images.shape
+        size = [*shape[1:-3], *shape[-2:]] if batch.numbers else None  # of clips with the number of frames
         yield Unit(batch.k, batch.numbers, batch.images, {"size": size})
 
 

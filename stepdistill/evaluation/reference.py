@@ -40,28 +40,27 @@ class ReferenceBuilder:
 
     def of_teacher(self, store: Store, name: str) -> Reference:
         """The teacher's images under other noises."""
-        features = store.features()
-        known = store.noted(FACTS) or {}
+        features, known = store.features(), store.noted(FACTS) or {}
         # what the images and their features depend on, and not what else was measured beside them
         drawn = {key: known[key] for key in (*DRAWN, "lora") if key in known}  # a LoRA only where there is one
         digest = sha256(json.dumps(drawn).encode()).hexdigest()
         facts = {"kind": TEACHER, "path": name, "sha256": digest, "n": len(features)}
-        return Reference(stats=store.stats(), features=features, paired=True, facts=facts)
+        return Reference(stats=store.stats(), features=features, motion=store.motion(), paired=True, facts=facts)
 
     def of_file(self, place: Path) -> Reference:
         """Statistics, or the features of images; each process makes its share of these.
 
         Raises EvaluationError, DataError where there are none, or of other features or another size.
         """
-        if is_stats(place):
+        if is_stats(place, self.extractor.identity.clips):
             return self._of_stats(place)
-        images = Images(place, self.spec.side)
+        images = Images(place, self.spec.side, self.extractor.identity.clips)
         folder = self.spec.output_dir / "work" / "reference-images"
         store = read_into(folder, images, self.spec, self.extractor, self.state)
         features, known = store.features(), store.noted(FACTS) or {}
         facts = {"kind": "images", "path": str(place), "sha256": known["images"], "n": len(features)}
         facts |= {"features_id": self.extractor.identity.id, "eval_res": self.spec.side}
-        return Reference(stats=store.stats(), features=features, paired=False, facts=facts)
+        return Reference(stats=store.stats(), features=features, motion=store.motion(), paired=False, facts=facts)
 
     def _of_stats(self, place: Path) -> Reference:
         try:

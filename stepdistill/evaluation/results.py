@@ -17,7 +17,7 @@ from torch import Tensor
 from stepdistill.core.files import write_text
 from stepdistill.evaluation.draw import LATENCY
 from stepdistill.evaluation.inputs import labels
-from stepdistill.evaluation.measure import Reference, Sampled
+from stepdistill.evaluation.measure import CLIP_SCORES, Reference, Sampled
 from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.metrics.image_scores import PromptLikeness
 from stepdistill.evaluation.plan import SamplingPlan, contract_of, slug
@@ -26,10 +26,12 @@ from stepdistill.evaluation.report.page import page
 from stepdistill.evaluation.report.table import SCHEMA, flat_rows, read_evaluation, write_csv
 from stepdistill.evaluation.spec import EvalRun
 from stepdistill.evaluation.store import Store
+from stepdistill.students.draw.animation import animated_grid, clip_sheet, save_animation
 from stepdistill.students.draw.sheet import image_grid
 
+SHEET_RATE = 8  # frames a second of the animations in a report
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
-SCORES = ("clip", "psnr", "ssim", "lpips")  # what a unit tells of single images
+SCORES = ("clip", "psnr", "ssim", "lpips", *CLIP_SCORES)  # what a unit tells of single images
 
 
 def document(
@@ -114,6 +116,7 @@ def sampled(plan: SamplingPlan, store: Store, reasons: Sequence[str], clip: Prom
         name=plan.name,
         role=plan.role,
         features=store.features(),
+        motion=store.motion(),
         scores=scores_of(store),
         clip=clip.facts if clip else {},
         cost=cost,
@@ -130,7 +133,8 @@ def scores_of(store: Store) -> dict[str, Tensor]:
 
 
 def write_sheets(spec: EvalRun, stores: Mapping[SamplingPlan, Store], prompts: Sequence[str]) -> list[str]:
-    """Draw `grids/WHO.png`: the teacher's rows and each student's, the same prompts and noises below each caption.
+    """Draw `grids/WHO.png`: the teacher's rows and each student's, the same prompts and noises below each caption. Of
+    clips that is an animation, `WHO.webp`, and `WHO.png` shows their frames beside one another.
 
     Returns:
         Their names; those of an earlier evaluation in the folder go.
@@ -146,9 +150,15 @@ def write_sheets(spec: EvalRun, stores: Mapping[SamplingPlan, Store], prompts: S
             (plan.name.replace(", ", "\n"), stores[plan].images(shown))
             for plan in [*taught, *(plan for plan in stores if place and plan.student == place)]
         ]
-        scale = max(1, 96 // rows[0][1].shape[-1])
+        scale, captions = max(1, 96 // rows[0][1].shape[-1]), [prompts[i] for i in shown]
+        if rows[0][1].ndim == 5:
+            names.append(f"{slug(who)}.webp")
+            save_animation(animated_grid(rows, captions, scale), folder / names[-1], SHEET_RATE)
+            sheet = clip_sheet(rows, captions, spec.columns, scale)
+        else:
+            sheet = image_grid(rows, captions, scale)
         names.append(f"{slug(who)}.png")
-        image_grid(rows, [prompts[i] for i in shown], scale).save(folder / names[-1])
+        sheet.save(folder / names[-1])
     return names
 
 
@@ -189,9 +199,14 @@ def summary_lines(contents: Mapping[str, Any]) -> list[str]:
     texts.append(f"{key} on {contents['features']['id']}, reference: {contents['reference']['path']}")
     for row in contents["rows"]:
         metrics, cost = row["metrics"], row["cost"]
-        parts = [f"{row['name']:<{width}}", f"n {row['n']}", f"{key} {_brief(metrics[key])}"]
-        if "delta_vs_teacher" in metrics:
-            parts.append(f"excess {_brief(metrics['delta_vs_teacher'][key])}")
+        parts = [f"{row['name']:<{width}}", f"n {row['n']}"]
+        for name in (key, "fd_motion", "fd_by_motion"):
+            if name in metrics:
+                parts.append(f"{name} {_brief(metrics[name])}")
+            if name in metrics.get("delta_vs_teacher", {}):
+                parts.append(f"excess {_brief(metrics['delta_vs_teacher'][name])}")
+        if metrics.get("motion_ratio", {}).get("value") is not None:
+            parts.append(f"motion ratio {_brief(metrics['motion_ratio'])}")
         if "clip_score" in metrics:
             parts.append(f"clip {_brief(metrics['clip_score'])}")
         if cost:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from stepdistill.core.devices import usable_device
 from stepdistill.core.distributed import check_plugins
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.data.bundled import emoji
-from stepdistill.evaluation.draw import RowDrawer
+from stepdistill.evaluation.draw import RowDrawer, frames_of_family
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.inputs import FACTS, TEACHER, check_draws, check_npz, check_score, enough, prompts_of_images
 from stepdistill.evaluation.measure import Reference, Sampled, check_images_differ, measured
@@ -24,6 +26,7 @@ from stepdistill.evaluation.metrics.extractors import extractor_named
 from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.metrics.image_scores import PromptLikeness
+from stepdistill.evaluation.metrics.motion import LEAST_OF_GROUP
 from stepdistill.evaluation.metrics.stats import all_alike
 from stepdistill.evaluation.plan import contract_of, family_of, sampling_plans, slug
 from stepdistill.evaluation.read import read_into
@@ -41,6 +44,7 @@ from stepdistill.evaluation.results import (
 from stepdistill.evaluation.spec import EvalRun, EvalSpec
 from stepdistill.families.location import BUNDLED_NAMES
 from stepdistill.networks.lpips import lpips
+from stepdistill.students.draw.animation import require_encoder
 
 
 def evaluate(spec: EvalRun) -> dict[str, Any]:
@@ -59,7 +63,10 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
     n = spec.num or spec.under.n or len(records)
     enough(n, "a row")
     plans = sampling_plans(spec)
-    extractor = extractor_of(spec, device, family.load().components["vae"] if spec.features == "vae" else None)
+    clips = frames_of_family(family) > 1
+    check_kind(spec, clips)
+    vae = family.load().components["vae"] if spec.features == "vae" else None
+    extractor = extractor_of(spec, device, vae, clips)
     if "lpips" in spec.metrics:
         lpips("alex", device)
     each = [prompt_of(records[i % len(records)]) for i in range(n)]
@@ -69,6 +76,7 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
     reference = None if spec.reference == TEACHER else builder.of_file(Path(spec.reference))
     index = torch.arange(n) % len(records) if n >= 2 * len(records) else None
     metrics, left_out = possible(spec.metrics, extractor.identity, reference, index is not None)
+    motions, without = motions_of([records[i % len(records)] for i in range(n)] if clips else [])
     stores, undrawn = drawer.draw(plans)
     if not state.is_main_process:
         return {}
@@ -80,7 +88,7 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
     contents = document(
         extractor.identity,
         reference.facts,
-        measured(rows, reference, extractor.identity.key, metrics, index),
+        measured(rows, reference, extractor.identity.key, metrics, index, motions),
         protocol,
         device,
         teacher={"id": spec.teacher, "steps": spec.teacher_steps, "guidance": spec.teacher_guidance}
@@ -89,7 +97,7 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
         prompts={"source": str(spec.prompts or "bundled"), "n": len(records), "sha256": prompts_digest(each)},
         eval_res=spec.side,
         grids=write_sheets(spec, others, each),
-        left_out=[*left_out, *undrawn],
+        left_out=[*left_out, *without, *undrawn],
     )
     named = {plan.name: store for plan, store in others.items()}
     write_samples(named, each, spec.seed, spec.output_dir / "per_sample.jsonl")
@@ -103,9 +111,10 @@ def score_images(places: Sequence[Path], spec: EvalSpec, prompts: Path | None = 
     Args:
         prompts: of the images in the order of their names, in turn, for the CLIP score.
     """
-    sources = {name: Images(place, spec.side) for name, place in check_score(places, spec, prompts).items()}
+    found = check_score(places, spec, prompts)
+    sources = {name: Images(place, spec.side, spec.clips) for name, place in found.items()}
     state, device = joined(spec)
-    extractor = extractor_of(spec, device)
+    extractor = extractor_of(spec, device, clips=spec.clips)
     clips = {name: clip_score_of(spec, images, prompts, device) for name, images in sources.items()}
     reference = ReferenceBuilder(spec, extractor, state).of_file(Path(spec.reference))
     metrics, left_out = possible(spec.metrics, extractor.identity, reference, several=False, teacher=False)
@@ -124,6 +133,7 @@ def score_images(places: Sequence[Path], spec: EvalSpec, prompts: Path | None = 
             name=name,
             role="images",
             features=features,
+            motion=store.motion(),
             scores=scores_of(store),
             clip=clip.facts if clip else {},
             facts={"n_skipped": store.n - n},
@@ -144,8 +154,8 @@ def write_statistics(place: Path, spec: EvalSpec, out: Path) -> None:
     """
     check_npz(out)
     state, device = joined(spec)
-    images = Images(place, spec.side)
-    extractor = extractor_of(spec, device)
+    images = Images(place, spec.side, spec.clips)
+    extractor = extractor_of(spec, device, clips=spec.clips)
     store = read_into(spec.output_dir, images, spec, extractor, state)
     check_images_differ(all_alike(store.features()), str(place))
     if state.is_main_process:
@@ -165,13 +175,18 @@ def joined(spec: EvalSpec) -> tuple[PartialState, torch.device]:
     return state, device
 
 
-def extractor_of(spec: EvalSpec, device: torch.device, vae: AutoencoderKL | None = None) -> Extractor:
-    """The extractor. Raises MissingWeights, which a command tells before anything is drawn."""
+def extractor_of(
+    spec: EvalSpec, device: torch.device, vae: AutoencoderKL | None = None, clips: bool = False
+) -> Extractor:
+    """The extractor, of clips where these are measured.
+
+    Raises MissingWeights, which a command tells before anything is drawn.
+    """
     name = spec.features or spec.under.features
     if spec.resize and not name.removeprefix("random-").startswith("inception"):
         got, why = f"resize {spec.resize} with features {name}", "other extractors have a fixed size"
         raise EvaluationError(problem(got, "features inception", why, "remove --resize"))
-    return extractor_named(
+    extractor = extractor_named(
         name,
         resize=spec.resize or spec.under.resize,
         weights=spec.weights,
@@ -181,6 +196,32 @@ def extractor_of(spec: EvalSpec, device: torch.device, vae: AutoencoderKL | None
         vae=vae,
         allow_unknown_weights=spec.allow_unknown_weights,
     )
+    return replace(extractor, identity=replace(extractor.identity, clips=clips))
+
+
+def check_kind(spec: EvalRun, clips: bool) -> None:
+    """Raise EvaluationError for what cannot be measured of clips, or of images, and OutputError without PyAV where
+    clips are to be written as videos."""
+    kind, other = ("clips", "images") if clips else ("images", "clips")
+    if spec.export and (spec.export == "vbench") != clips:
+        got, why = f"export {spec.export} of {kind}", f"it is a benchmark of {other}"
+        raise EvaluationError(problem(got, f"a teacher that draws {other}", why, "leave --export out"))
+    if clips and spec.features == "vae":
+        why, todo = "the pipeline's autoencoder codes clips as a whole", "choose other features"
+        raise EvaluationError(problem("features vae of clips", "features of images", why, todo))
+    if spec.export == "vbench":
+        require_encoder()
+
+
+def motions_of(records: Sequence[Mapping[str, object]]) -> tuple[list[str], list[str]]:
+    """The `motion` of each clip's prompt, if all have one, and why clips are not compared within each, in words."""
+    names = [str(record["motion"]) for record in records if "motion" in record]
+    if not names or len(names) < len(records):
+        return [], []
+    name, count = min(Counter(names).items(), key=lambda item: item[1])
+    if count < LEAST_OF_GROUP:
+        return [], [f"fd_by_motion: {count} clips of motion {name!r}, and an interval needs {LEAST_OF_GROUP}"]
+    return names, []
 
 
 def possible(

@@ -37,11 +37,13 @@ class EvalSpec:
         features: name of the extractor.
         resize: how images are brought to the extractor's size.
         eval_res: side in pixels that all images are cropped and resized to before.
+        clips: whether existing images are clips; what is drawn is what the family draws.
         metrics: of `METRICS`.
         clip: folder or hub id of the CLIP of the CLIP score; None leaves the score out.
         weights: files of extractors.
         allow_unknown_weights: measure with Inception weights that are not FID's, as `fd`.
-        feature_batch: images that the extractor takes at once, and that make a unit.
+        feature_batch: images that the extractor takes at once, and that make a unit; clips of a unit, which is in
+            memory as a whole.
         feature_dtype: of the extractor.
         device: of everything; None is the first accelerator, or the CPU.
     """
@@ -52,6 +54,7 @@ class EvalSpec:
     features: str | None = None
     resize: Resize | None = None
     eval_res: int | None = None
+    clips: bool = False
     metrics: tuple[str, ...] = PICKED
     clip: str | None = None
     weights: Weights = field(default_factory=Weights)
@@ -125,7 +128,7 @@ class EvalRun(EvalSpec):
     save_images: bool = False
     columns: int = 8
     latency: int = 0
-    export: Literal["geneval", "t2i-compbench"] | None = None
+    export: Literal["geneval", "t2i-compbench", "vbench"] | None = None
 
     def __post_init__(self) -> None:
         EvalSpec.__post_init__(self)

@@ -36,6 +36,7 @@ class Store:
         unit: images of a unit; the last may have fewer.
         dim: features of an image.
         kept: of how many images, from the first on, the pixels are kept, too.
+        views: rows of features an item: 2 of a clip, of one of its frames and of its motion.
     """
 
     folder: Path
@@ -43,13 +44,14 @@ class Store:
     unit: int
     dim: int
     kept: int = 0
+    views: int = 1
 
     def open(self, facts: Mapping[str, object], shape: Sequence[int] = ()) -> None:
         """Make the folder, or go on in it where it is of the same facts; one process does, and the others wait.
 
         Args:
             facts: all that features, costs and scores depend on, as JSON.
-            shape: (3, H, W) of images that are kept.
+            shape: (3, H, W) of images that are kept, (F, 3, H, W) of clips.
 
         Raises:
             EvaluationError: what lies there is of other facts, or it cannot be written.
@@ -61,7 +63,7 @@ class Store:
             raise EvaluationError(problem(got, "the same", why, "name another output folder, or remove this one"))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _fresh(self.folder / FEATURES, np.dtype(np.float32), (self.n, self.dim))
+            _fresh(self.folder / FEATURES, np.dtype(np.float32), (self.n, self.views * self.dim))
             if self.kept:
                 _fresh(self.folder / IMAGES, np.dtype(np.uint8), (self.kept, *shape))
             write_facts(file, facts)
@@ -78,15 +80,16 @@ class Store:
         return self._units.rows(k)
 
     def put(self, k: int, images: Tensor, features: Tensor, facts: Mapping[str, object]) -> None:
-        """Keep unit k: features (B, dim) float32 of images (B, 3, H, W) uint8, and its facts as JSON; lists
-        in it have an entry an image, but for `skipped`, the numbers of those without.
+        """Keep unit k: features (B, views dim) float32 of images (B, 3, H, W) or clips (B, F, 3, H, W) uint8, and its
+        facts as JSON; lists in it have an entry an image, but for `skipped`, the numbers of those without.
 
         Raises ValueError for another number of features.
         """
         rows = self.rows(k)
-        if features.shape != (len(rows), self.dim):
+        if features.shape != (len(rows), self.views * self.dim):
+            expected = (len(rows), self.views * self.dim)
             raise ValueError(
-                f"unit {k} got features {tuple(features.shape)}, expected {(len(rows), self.dim)}: one row an image; "
+                f"unit {k} got features {tuple(features.shape)}, expected {expected}: one row an image; "
                 "look at the extractor"
             )
         self._write(FEATURES, rows.start, features)
@@ -94,8 +97,9 @@ class Store:
             self._write(IMAGES, rows.start, images[: self.kept - rows.start])
         write_text(self._file(k), json.dumps(dict(facts)))  # last: it says that the unit is whole
 
-    def features(self) -> Tensor:
-        """All features (n, dim) float32, without those of skipped images: pages of the file, read when they are used.
+    def features(self, view: int = 0) -> Tensor:
+        """All features (n, dim) float32 of a view, without those of skipped images: pages of the file, read when they
+        are used.
 
         Raises EvaluationError where a unit is missing.
         """
@@ -103,12 +107,19 @@ class Store:
         if missing:
             got = f"{len(missing)} of {len(self._units)} units missing in {self.folder}"
             raise EvaluationError(problem(got, "all", "a distance is over all images", "run it again: it goes on"))
-        found = torch.from_numpy(np.load(self.folder / FEATURES, mmap_mode="c"))
+        found = torch.from_numpy(np.load(self.folder / FEATURES, mmap_mode="c")).split(self.dim, 1)[view]
         skipped = {i for unit in self.unit_facts() for i in unit["skipped"]}
         return found[[i for i in range(self.n) if i not in skipped]] if skipped else found
 
+    def motion(self) -> Tensor | None:
+        """The features (n, dim) of the motion of clips; None of images. Raises EvaluationError."""
+        return self.features(1) if self.views > 1 else None
+
     def stats(self) -> Stats:
-        """The Gaussian of all features, read part by part where there are many. Raises EvaluationError."""
+        """The Gaussian of all features, of clips those of frames, read part by part where there are many.
+
+        Raises EvaluationError.
+        """
         found = self.features()
         if len(found) < found.shape[1]:
             return Stats.of(found)
@@ -118,7 +129,7 @@ class Store:
         return sums.stats()
 
     def images(self, rows: Sequence[int]) -> Tensor:
-        """The kept images of these consecutive numbers, uint8 (B, 3, H, W)."""
+        """The kept images of these consecutive numbers, uint8 (B, 3, H, W), or clips (B, F, 3, H, W)."""
         return torch.from_numpy(np.load(self.folder / IMAGES, mmap_mode="r")[rows[0] : rows[-1] + 1].copy())
 
     def unit_facts(self) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,7 @@ Wanted = Callable[[int], bool]  # of an image's number
 
 
 @dataclass(frozen=True)
-class _Files:
+class StoredFiles:
     """Encoded images of a folder or a zip.
 
     `images` yields each in RGB, or the reason why it cannot be decoded, or None where its number is not wanted.
@@ -67,7 +67,7 @@ class _Files:
 
 
 @dataclass(frozen=True)
-class _Array:
+class StoredArray:
     """A uint8 array (N, H, W, 3): of a npy file, or a member of an npz, read row by row."""
 
     source: Path
@@ -105,7 +105,7 @@ class _Array:
         return stack.enter_context(zipfile.ZipFile(self.source)).open(self.member)
 
 
-def stored_images(source: Path) -> _Files | _Array:
+def stored_images(source: Path) -> StoredFiles | StoredArray:
     """The images of a source, as `stepdistill.evaluation.images.Images` has it, by name; none is decoded yet.
 
     Raises DataError where the source cannot be read, or holds fewer than two images.
@@ -119,9 +119,9 @@ def stored_images(source: Path) -> _Files | _Array:
     return stored
 
 
-def _stored(source: Path) -> _Files | _Array:
+def _stored(source: Path) -> StoredFiles | StoredArray:
     if source.is_dir():
-        return _Files(source, *images_below(source))
+        return StoredFiles(source, *images_below(source))
     suffix = source.suffix.lower()
     if suffix not in (".zip", ".npz", ".npy") or not source.is_file():
         got = f"{source}{'' if source.exists() else ', which does not exist'}"
@@ -129,12 +129,12 @@ def _stored(source: Path) -> _Files | _Array:
     try:
         if suffix == ".npy":
             with source.open("rb") as file:
-                return _Array(source, None, _checked(source, {source.name: _header(file)})[1])
+                return StoredArray(source, None, _checked(source, {source.name: _header(file)})[1])
         with zipfile.ZipFile(source) as archive:
             if suffix == ".zip":
                 files = images_among(name for name in archive.namelist() if not name.endswith("/"))
-                return _Files(source, *files)
-            return _Array(source, *_checked(source, _headers(archive)))
+                return StoredFiles(source, *files)
+            return StoredArray(source, *_checked(source, _headers(archive)))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _broken(source, error) from error
 

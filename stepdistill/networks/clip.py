@@ -82,6 +82,17 @@ class Clip:
         embedded = self.model(**words, pixel_values=(pixels - self.mean) / self.std)
         return cosine_similarity(embedded.image_embeds, embedded.text_embeds)
 
+    def features(self, images: Tensor) -> Tensor:
+        """Image embeddings (B, D), not normalised, of images (B, 3, H, W) in about [0, 1]."""
+        pixels = resized_square(images, self.model.config.vision_config.image_size)
+        return image_embeddings(self.model, (pixels - self.mean) / self.std)
+
+
+def image_embeddings(model: Any, pixels: Tensor) -> Tensor:  # noqa: ANN401
+    """A CLIPModel's embeddings (B, D) of normalised pixels (B, 3, side, side)."""
+    output = model.get_image_features(pixel_values=pixels)
+    return output if isinstance(output, Tensor) else output.pooler_output  # an output since transformers 5
+
 
 @cache
 def clip(name: str, device: torch.device) -> Clip:

@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, CLIPModel, Dinov2Model
 from stepdistill.core.files import hash_of
 from stepdistill.evaluation.metrics.features import BATCH, Extractor
 from stepdistill.evaluation.metrics.identity import DTYPES, NO_WEIGHTS, Dtype, Identity
-from stepdistill.networks.clip import pretrained
+from stepdistill.networks.clip import image_embeddings, pretrained
 
 DINO_SIDE = 224
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -93,8 +93,7 @@ def clip_images(name: str, device: str | torch.device = "cpu", dtype: Dtype = "f
 
     def embedding(images: Tensor) -> Tensor:
         x = _bicubic(images, vision.image_size, mean, std)
-        output = net.get_image_features(pixel_values=x.to(net.dtype))
-        return output if isinstance(output, Tensor) else output.pooler_output  # an output since transformers 5
+        return image_embeddings(net, x.to(net.dtype))
 
     return Extractor(identity, embedding, torch.device(device))
 

@@ -29,6 +29,7 @@ class Identity:
         input_norm: what the network is given for a grey level u in [0, 255].
         dtype: of the network's weights and activations.
         batch: images that go through the network at once; results depend on it by rounding.
+        clips: whether they are of clips: of one frame each, and of the differences of frames.
     """
 
     arch: str
@@ -40,18 +41,24 @@ class Identity:
     input_norm: str
     dtype: Dtype
     batch: int
+    clips: bool = False
 
     @property
     def id(self) -> str:
-        """`<arch>@<first 8 hex digits of the weights' sha256>/<resize>`, and `/<dtype>` where that is not fp32."""
-        return f"{self.arch}@{self.weights_sha256[:8]}/{self.resize}" + f"/{self.dtype}" * (self.dtype != "fp32")
+        """`<arch>@<first 8 hex digits of the weights' sha256>/<resize>`, and `/<dtype>` where that is not fp32, and
+        `/clips` of clips."""
+        text = f"{self.arch}@{self.weights_sha256[:8]}/{self.resize}" + f"/{self.dtype}" * (self.dtype != "fp32")
+        return text + "/clips" * self.clips
 
     @property
-    def key(self) -> Literal["fid", "fd"]:
-        """The name of a Frechet distance on these features: `fid` on the weights that FID is defined on, else `fd`.
+    def key(self) -> Literal["fid", "fd", "fd_frames"]:
+        """The name of a Frechet distance on these features: `fid` on the weights that FID is defined on, else `fd`; of
+        clips, whose frames it compares, `fd_frames`.
 
         Heusel et al. 2017, https://arxiv.org/abs/1706.08500.
         """
+        if self.clips:
+            return "fd_frames"
         return "fid" if self.arch == INCEPTION and self.weights_sha256.startswith(FID_WEIGHTS) else "fd"
 
     def reasons(self) -> list[str]:

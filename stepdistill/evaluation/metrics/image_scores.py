@@ -1,4 +1,7 @@
-"""Scores of single images beside their features: CLIPScore, and likeness to the teacher's image."""
+"""Scores of single images and clips beside their features: CLIPScore, likeness to the teacher's, and motion.
+
+A clip's score is the mean of its frames'.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from stepdistill.core.errors import EvaluationError, MissingWeights, problem
 from stepdistill.core.files import hash_of
 from stepdistill.data.images import resized_part
 from stepdistill.evaluation.metrics.features import check_images
+from stepdistill.evaluation.metrics.motion import frame_consistency, motion
 from stepdistill.networks.clip import Clip, clip
 from stepdistill.networks.lpips import lpips
 
@@ -60,9 +64,16 @@ class PromptLikeness:
         return {"model": f"{self.name}@{digest[:8]}", "weights_sha256": digest, "prefix": self.prefix}
 
     def __call__(self, images: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
-        """Scores by name, of images (B, 3, H, W) uint8 with these numbers."""
-        prompts = [self.prompts[i] for i in numbers]
-        return {"clip": clip_scores(self.model, images, prompts, self.prefix).tolist()}
+        """Scores by name, of images (B, 3, H, W) or clips (B, F, 3, H, W) uint8 with these numbers."""
+        frames = images.flatten(0, -4)
+        prompts = [self.prompts[i] for i in numbers for _ in range(len(frames) // len(images))]
+        scores = {"clip": _per_item(clip_scores(self.model, frames, prompts, self.prefix), images)}
+        return scores if images.ndim == 4 else scores | clip_consistency(self.model, images)
+
+
+def motion_score(clips: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
+    """How much clips (B, F, 3, H, W) uint8 move, see `stepdistill.evaluation.metrics.motion`."""
+    return {"motion": motion(clips).tolist()}
 
 
 def pixel_likeness(teacher: TeacherImages) -> ImageScore:
@@ -75,13 +86,13 @@ def pixel_likeness(teacher: TeacherImages) -> ImageScore:
         raise EvaluationError(problem(f"metric pixels, and {error}", "torchmetrics", why, todo)) from error
 
     def score(images: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
-        a, b = images.double(), teacher(numbers).double()
+        a, b = (each.flatten(0, -4).double() for each in (images, teacher(numbers)))
         psnr = peak_signal_noise_ratio(a, b, data_range=255.0, reduction="none", dim=(1, 2, 3))
         ssim = structural_similarity_index_measure(a, b, data_range=255.0, reduction="none")
         assert isinstance(ssim, Tensor)
         # equal images have infinite PSNR, which JSON cannot hold: one grey level in one value is the next best
-        best = 10 * math.log10(255.0**2 * images[0].numel())
-        return {"psnr": psnr.clamp(max=best).tolist(), "ssim": ssim.tolist()}
+        best = 10 * math.log10(255.0**2 * a[0].numel())
+        return {"psnr": _per_item(psnr.clamp(max=best), images), "ssim": _per_item(ssim, images)}
 
     return score
 
@@ -92,10 +103,26 @@ def perceptual_likeness(teacher: TeacherImages, device: torch.device) -> ImageSc
 
     @torch.no_grad()
     def score(images: Tensor, numbers: Sequence[int]) -> dict[str, list[float]]:
-        a, b = (each.to(device).float() / 127.5 - 1 for each in (images, teacher(numbers)))
-        return {"lpips": network(a, b).tolist()}
+        a, b = (each.flatten(0, -4).to(device).float() / 127.5 - 1 for each in (images, teacher(numbers)))
+        return {"lpips": _per_item(network(a, b), images)}
 
     return score
+
+
+def _per_item(scores: Tensor, items: Tensor) -> list[float]:
+    """The mean score of each item's frames; an image is one frame."""
+    return scores.reshape(len(items), -1).mean(1).tolist()
+
+
+@torch.no_grad()
+def clip_consistency(clip: Clip, clips: Tensor) -> dict[str, list[float]]:
+    """`frame_consistency` of CLIP's embeddings of clips (B, F, 3, H, W) uint8: with the frame before, and the first."""
+    side, features = clip.model.config.vision_config.image_size, []
+    for part in clips.flatten(0, 1).cpu().split(BATCH):
+        squares = torch.stack([_square(image, side) for image in part])
+        features.append(clip.features(squares.to(clip.model.device, torch.float32) / 255).cpu())
+    adjacent, first = frame_consistency(torch.cat(features).unflatten(0, clips.shape[:2]))
+    return {"consistency": adjacent.tolist(), "consistency_first": first.tolist()}
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from stepdistill.evaluation.metrics.jackknife import replicates
 
 FRAME_SEED = 0  # of the draws of one frame a clip
 GREY = 127  # of a difference image where nothing moves
-LEAST = 5  # blocks of a jackknife, of two clips or more
+LEAST_OF_GROUP = 10  # clips: five blocks of two
 
 
 class Bend(NamedTuple):
@@ -135,10 +135,10 @@ def replicates_by_group(
     members = {int(group): (groups == group).nonzero().flatten() for group in groups.unique()}
     smallest = min(members, key=lambda group: len(members[group]))
     blocks = min(blocks, len(members[smallest]) // 2)
-    if blocks < LEAST:
+    if len(members[smallest]) < LEAST_OF_GROUP:
         raise ValueError(
-            f"replicates_by_group got {len(members[smallest])} samples of group {smallest}, expected {2 * LEAST} or "
-            "more: an interval needs five blocks of two; draw more, or merge groups"
+            f"replicates_by_group got {len(members[smallest])} samples of group {smallest}, expected {LEAST_OF_GROUP} "
+            "or more: an interval needs five blocks of two; draw more, or merge groups"
         )
     values = {group: replicates([row[own] for row in rows], ref[own], blocks) for group, own in members.items()}
     return values, [sum(len(own.tensor_split(blocks)[k]) for own in members.values()) for k in range(blocks)]

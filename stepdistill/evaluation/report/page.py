@@ -10,7 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stepdistill.evaluation.report import table, words
 from stepdistill.evaluation.report.chart import Point, against_clip, against_cost
-from stepdistill.evaluation.report.table import TITLES, Evaluation, Row, flat_rows
+from stepdistill.evaluation.report.fields import TITLES
+from stepdistill.evaluation.report.table import Evaluation, Row, flat_rows
 
 NORMAL = 1.96  # half a 95 % interval in standard errors
 

@@ -13,10 +13,23 @@ from typing import Any, NamedTuple
 
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.files import written_whole
+from stepdistill.evaluation.report.fields import (
+    CLIP,
+    DISTANCE,
+    FEATURES,
+    FIELDS,
+    MEASURED,
+    PIXELS,
+    RUN,
+    SAMPLING,
+    SETTING,
+    SPREAD,
+    TITLES,
+    UNKNOWN,
+    ComparisonKey,
+)
 
 SCHEMA = "stepdistill.eval/1"
-TITLES = {"fid": "FID", "fd": "fd"}  # a distance is one or the other; nothing here turns one into the other
-UNKNOWN = "unknown"
 
 # what differs between comparison keys, and why it matters
 DIFFERENCE = {
@@ -35,16 +48,6 @@ class Evaluation:
     name: str
     facts: dict[str, Any]
     grids: list[Path]
-
-
-class ComparisonKey(NamedTuple):
-    """What two distances must have in common to be compared; its fields are keys of `flat_rows`."""
-
-    key: str
-    features_id: str
-    n: int | None
-    reference_sha256: str
-    protocol: str
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -98,36 +101,6 @@ def key_differences(evaluations: Sequence[Evaluation]) -> list[str]:
     return words
 
 
-def _interval(name: str, path: str) -> dict[str, str]:
-    return {name: f"{path}.value", f"{name}_low": f"{path}.ci95.0", f"{name}_high": f"{path}.ci95.1"}
-
-
-# where the values of a flat row lie in a row of `eval.json`; {key} is `fid` or `fd`
-SETTING = {name: name for name in ("name", "role", "student", "steps", "guidance", "seed", "n_skipped", "lora")}
-MEASURED = {
-    **_interval("distance", "metrics.{key}"),
-    **{name: f"metrics.{{key}}.{name}" for name in ("bias_corrected", "mean_term", "cov_term", "noise_floor")},
-    **_interval("excess", "metrics.delta_vs_teacher.{key}"),
-    "kid": "metrics.kid.value",
-    "kid_std": "metrics.kid.std",
-    **{name: f"metrics.prdc.{name}" for name in ("precision", "recall", "density", "coverage")},
-    **{name: f"metrics.{name}" for name in ("cmmd", "vendi", "diversity", "diversity_vs_teacher")},
-    "clip_score": "metrics.clip_score.value",
-    "clip_stderr": "metrics.clip_score.stderr",
-    "clip_model": "metrics.clip_score.model",
-    **_interval("clip_delta", "metrics.delta_vs_teacher.clip_score"),
-    "paired_features": "metrics.paired.features",
-    **{name: f"metrics.paired.{name}" for name in ("psnr", "ssim", "lpips")},
-    **{name: f"cost.{name}" for name in ("calls", "nfe", "seconds_per_image")},
-    "latency_ms_p50": "cost.latency_ms.p50",
-    "latency_ms_p90": "cost.latency_ms.p90",
-    **{name: f"cost.{name}" for name in ("peak_mem_mib", "speedup_vs_teacher")},
-    "comparable": "comparable",
-}
-FIELDS = ("evaluation", *SETTING, *ComparisonKey._fields, *MEASURED, "comparable_reasons")
-CSV_MARK = ",".join(FIELDS[:6]).encode()  # by which a file of `write_csv` is known
-
-
 def flat_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, object]]:
     """One dict for each row of each `eval.json`, in their order, with the keys `FIELDS`; None where unmeasured."""
     rows = []
@@ -173,38 +146,6 @@ class PageTable(NamedTuple):
     caption: str
     rows: list[tuple[int, Row]]
     groups: list[Group]
-
-
-# columns: the heading of each field
-DISTANCE = {"{title}": "distance", "Excess": "excess"}
-CLIP = {"CLIP score": "clip_score", "Minus teacher's": "clip_delta"}
-SAMPLING = {"Steps": "steps", "Guidance": "guidance", "LoRA strength": "lora", "NFE": "nfe"}
-SAMPLING |= {"Seconds per image": "seconds_per_image", "Speed-up": "speedup_vs_teacher"}
-FEATURES = {
-    "{title}, bias-corrected": "bias_corrected",
-    "Mean term": "mean_term",
-    "Covariance term": "cov_term",
-    "Noise floor": "noise_floor",
-    "KID": "kid",
-    **{name.capitalize(): name for name in ("precision", "recall", "density", "coverage")},
-    "CMMD": "cmmd",
-    "Vendi": "vendi",
-    "Diversity": "diversity",
-    "Diversity / teacher's": "diversity_vs_teacher",
-    "Paired distance": "paired_features",
-}
-PIXELS = {"PSNR (dB)": "psnr", "SSIM": "ssim", "LPIPS": "lpips"}
-RUN = {
-    "Seed": "seed",
-    "N": "n",
-    "Skipped": "n_skipped",
-    "Calls": "calls",
-    "Latency p50 (ms)": "latency_ms_p50",
-    "Latency p90 (ms)": "latency_ms_p90",
-    "Peak memory (MiB)": "peak_mem_mib",
-}
-SPREAD = {"kid": ["kid_std"], "clip_score": ["clip_stderr"]}  # what is ± a value; others have an interval, or nothing
-SPREAD |= {name: [f"{name}_low", f"{name}_high"] for name in ("distance", "excess", "clip_delta")}
 
 
 def tables(rows: Sequence[Row]) -> list[PageTable]:

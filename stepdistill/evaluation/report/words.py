@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from stepdistill.evaluation.report.table import (
-    TITLES,
-    UNKNOWN,
-    ComparisonKey,
-    Evaluation,
-    Row,
-    digits,
-    key_differences,
-    number,
-)
+from stepdistill.evaluation.report.fields import TITLES, UNKNOWN, ComparisonKey
+from stepdistill.evaluation.report.table import Evaluation, Row, digits, key_differences, number
 
 SHARED = {
     "teacher": "The teachers differ: excess and speed-up are relative to the teacher of each row's own evaluation.",
@@ -26,6 +18,13 @@ READING = {
     "interval is a 20-block jackknife of the difference, in which errors that both share cancel: compare excess rather "
     "than distances.",
     "distance_low": "Brackets are 95 % intervals.",
+    "motion": "The fd of motion is on the differences of adjacent frames, averaged over a clip; that of frames is on "
+    "one frame a clip, and cannot see a clip that is frozen, slow or shuffled.",
+    "by_motion_excess": "Excess by motion compares the clips of each motion alone and averages over motions: only it "
+    "sees clips that run backwards.",
+    "motion_ratio": "Motion / teacher's is the mean change from frame to frame over the teacher's. Below 0.5 the clips "
+    "are nearly static.",
+    "consistency": "Consistency is the mean cosine of CLIP's embeddings of adjacent frames. It is 1 for a frozen clip.",
     "kid_std": "The ± below KID is the standard deviation over its subsets.",
     "clip_stderr": "The ± below a CLIP score is its standard error. The plot shows 1.96 standard errors.",
     "nfe": "NFE is the number of network evaluations per image. A step with guidance takes two.",

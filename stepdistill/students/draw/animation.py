@@ -79,12 +79,19 @@ def save_animation(frames: Sequence[Image.Image], file: Path, frame_rate: float 
     return file
 
 
-def _encode(frames: Sequence[Image.Image], file: Path, frame_rate: float) -> None:
+def require_encoder() -> None:
+    """Raise OutputError where PyAV is not installed."""
     try:
-        import av
-    except ImportError as error:
+        import av  # noqa: F401
+    except ImportError:
         why, todo = "it encodes videos", "pip install 'stepdistill[video]', or write .webp files"
-        raise OutputError(problem("an .mp4 file without the package `av`", "PyAV", why, todo)) from error
+        raise OutputError(problem("an .mp4 file without the package `av`", "PyAV", why, todo)) from None
+
+
+def _encode(frames: Sequence[Image.Image], file: Path, frame_rate: float) -> None:
+    require_encoder()
+    import av
+
     width, height = frames[0].size
     if width % 2 or height % 2:
         got, todo = f"frames of {width} x {height} pixels for an .mp4 file", "write .webp files, or resize the frames"
