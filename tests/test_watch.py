@@ -105,8 +105,41 @@ def test_half_and_double_are_equally_far():
     assert rules.drift_score({"a": -2.0, "b": 4.0}) == 3.0
 
 
+@pytest.mark.parametrize(
+    ("ratios", "fires"),
+    [
+        ([0.2, 0.3], False),  # untrained, and one look
+        ([0.9, 0.45, 0.45], True),
+        ([0.2, 0.3, 0.31], True),  # it stays where it began
+        ([0.2, 0.3, 0.4], False),  # on its way
+        ([0.2, 0.45, 0.55], False),
+        ([1.0, 0.2, 0.9], False),  # once
+    ],
+)
+def test_half_the_motion_is_a_static_student(ratios, fires):
+    """However much the teacher's own motion varies, and wherever the student began."""
+    deviations = [rules.deviation(ratio, 2.0) for ratio in ratios]
+    assert rules.alarming(rules.MOTION, deviations, 2.0) == fires
+    assert not rules.alarming("contrast", deviations, 2.0)
+    assert "expected 0.5 to" in rules.sentence(rules.MOTION, deviations, 2.0)
+
+
+def test_statistics_of_clips_are_means_over_frames():
+    drawn = torch.rand(2, 3, 4, 3, 8, 8)
+    found, frames = drift_statistics(drawn), [drift_statistics(drawn[:, :, f]) for f in range(4)]
+    for name in rules.IMAGE:
+        torch.testing.assert_close(found[name], torch.stack([each[name] for each in frames]).mean(0))
+
+
+def test_motion_of_latents_by_hand():
+    latents = torch.zeros(2, 4, 3, 8, 8)
+    latents[0, :, 1] = -2.0  # there and back
+    latents[1, 0] = 7.0
+    assert watching.latent_motion(latents).tolist() == [2.0, 0.0]
+
+
 def test_every_statistic_has_words():
-    for name in rules.STATISTICS:
+    for name in (*rules.STATISTICS, rules.MOTION):
         for z in (-9.0, 9.0):
             text = rules.sentence(name, [0.0, z, z], 0.1)
             assert rules.title(name) in text and f"{math.exp(z / 10):.3g} times" in text and ";" in text

@@ -237,9 +237,10 @@ def watched(run: Run) -> dict[str, Any]:
     out = distill(run)
     stored = Yardstick.read(out / "watch.json")
     assert stored is not None
-    past = rules.history(rules.read_metrics(out / "metrics.jsonl"), stored.spread)
+    spread = stored.spread
+    past = rules.history(rules.read_metrics(out / "metrics.jsonl"), spread)
     looks = 1 + WATCHED_STEPS // WATCHED_EVERY
-    alarms = {k: [rules.title(n) for n in past if rules.alarmed(past[n][: k + 1])] for k in range(looks)}
+    alarms = {k: [rules.title(n) for n in past if rules.alarming(n, past[n][: k + 1], spread[n])] for k in range(looks)}
     fired = next((k for k, names in alarms.items() if names), None)
     row = {} if fired is None else {"fired": fired * WATCHED_EVERY, "signs": alarms[fired]}
     return {"steps": WATCHED_STEPS, "every": WATCHED_EVERY, "samples": run.train.watch_samples} | row

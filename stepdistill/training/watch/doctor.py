@@ -185,10 +185,10 @@ def _watch(run: Remains, findings: Findings) -> None:
         findings.notes.append("the collapse monitor was off: set train.validation_steps and train.validation_prompts")
         return
     spread, past = run.yardstick.spread, rules.history(looks, run.yardstick.spread)
-    alarms = [name for name in past if rules.alarmed(past[name])]
+    alarms = [name for name in past if rules.alarming(name, past[name], spread[name])]
     findings.off += [rules.sentence(name, past[name], spread[name]) for name in rules.worth_reporting(alarms, past)]
     for name in [name for name in past if name not in alarms]:
-        ever = [row["step"] for i, row in enumerate(looks) if rules.alarmed(past[name][: i + 1])]
+        ever = [row["step"] for i, row in enumerate(looks) if rules.alarming(name, past[name][: i + 1], spread[name])]
         if ever:
             findings.notes.append(f"the {rules.title(name)} was off at step {ever[-1]:.0f}, and has recovered")
         ratio = looks[-1][PREFIX + name]

@@ -42,14 +42,25 @@ FIXED = 50_000  # the gap's noises have numbers from here on, clear of the noise
 
 
 def drift_statistics(drawn: Tensor) -> dict[str, Tensor]:
-    """Each statistic of images, by prompt (P,). drawn: (S, P, 3, H, W) in [0, 1], S seeds of each of P prompts."""
-    return {
-        "saturation": saturation(drawn).mean(0),
-        "luminance": luminance(drawn).mean(0),
-        "contrast": contrast(drawn).mean(0),
-        "high_frequency": high_frequency(drawn).mean(0),
-        "diversity": diversity(drawn),
+    """Each statistic of images, by prompt (P,); of clips the mean over their frames.
+
+    drawn: (S, P, 3, H, W) or (S, P, F, 3, H, W) in [0, 1], S seeds of each of P prompts.
+    """
+    seeds, prompts = drawn.shape[:2]
+    frames = drawn.reshape(seeds, -1, *drawn.shape[-3:])  # (S, P F, 3, H, W)
+    each = {
+        "saturation": saturation(frames).mean(0),
+        "luminance": luminance(frames).mean(0),
+        "contrast": contrast(frames).mean(0),
+        "high_frequency": high_frequency(frames).mean(0),
+        "diversity": diversity(frames),
     }
+    return {name: value.reshape(prompts, -1).mean(1) for name, value in each.items()}
+
+
+def latent_motion(latents: Tensor) -> Tensor:
+    """Mean of `|x_{f+1} - x_f|` of each clip's latents (B, C, F, h, w), F of 2 or more, (B,); 0 is a frozen one."""
+    return latents.diff(dim=2).abs().flatten(1).mean(1)
 
 
 def yardstick(sets: Sequence[Mapping[str, Tensor]], facts: Mapping[str, object]) -> Yardstick:
@@ -111,8 +122,9 @@ class Watch:
         self.logs.write(step, {PREFIX + name: value for name, value in ratio.items()} | rewards | {SCORE: score})
         rows = rules.read_metrics(self.logs.file)
         past = rules.history(rows, spread)
-        alarms = [name for name in past if rules.alarmed(past[name])]
-        fresh = [name for name in alarms if not rules.alarmed(past[name][:-1])]  # it is said once, when it begins
+        alarms = [name for name in past if rules.alarming(name, past[name], spread[name])]
+        # it is said once, when it begins
+        fresh = [name for name in alarms if not rules.alarming(name, past[name][:-1], spread[name])]
         for name in rules.worth_reporting(fresh, past):
             logger.warning("step %d, twice running: %s", step, rules.sentence(name, past[name], spread[name]))
         plot_drift(rows, spread, self.out / "samples" / "watch.png")
@@ -177,15 +189,18 @@ class Watch:
         One seed of all prompts at a time, which takes no more memory than a validation's images do.
         """
         prompts, seeds = len(self.prompts), self.spec.watch_samples
-        drawn, errors = [], []
+        drawn, errors, moves = [], [], []
         for j in range(seeds):
             first = (number * seeds + j) * prompts
             latents = make(self.session, self.prompts, range(first, first + prompts))
             drawn.append(to_images(self.session, latents))
+            if latents.ndim == 5 and latents.shape[2] > 1:
+                moves.append(latent_motion(latents).cpu())
             errors.append(self._errors(latents, range(j * prompts, (j + 1) * prompts)))
         gaps = {name: torch.stack([one[name] for one in errors]).mean(0) for name in rules.GAPS}
+        motion = {rules.MOTION: torch.stack(moves).mean(0)} if moves else {}
         rewards = {} if number else self._rewards(drawn)
-        return drift_statistics(torch.stack(drawn)) | gaps | rewards
+        return drift_statistics(torch.stack(drawn)) | motion | gaps | rewards
 
     @torch.no_grad()
     def _rewards(self, drawn: Sequence[Tensor]) -> dict[str, Tensor]:

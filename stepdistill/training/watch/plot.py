@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepdistill.training.watch.rules import BAND, GAPS, IMAGE, PREFIX, SCORE, deviation, title
+from stepdistill.training.watch.rules import BAND, GAPS, IMAGE, MOTION, PREFIX, SCORE, deviation, title
 
 
 def plot_drift(rows: Sequence[Mapping[str, float]], spread: Mapping[str, float], file: Path) -> None:
@@ -17,7 +17,7 @@ def plot_drift(rows: Sequence[Mapping[str, float]], spread: Mapping[str, float],
     above: Any = figure.subplots(3, 1, sharex=True)
     looks = [row for row in rows if SCORE in row]
     steps = [row["step"] for row in looks]
-    for axes, names in zip(above[:2], (IMAGE, GAPS), strict=True):
+    for axes, names in zip(above[:2], ([*IMAGE, *[MOTION] * (MOTION in spread)], GAPS), strict=True):
         axes.axhspan(-BAND, BAND, color="0.92")
         axes.axhline(0, color="0.6", linewidth=0.8)
         for name in names:

@@ -22,6 +22,7 @@ TRAINED, HELD_OUT = "watch/trained/", "watch/held_out/"  # mean scores by reward
 FALLS = 3  # validations in a row at which a held-out reward falls, and training has gone too far
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the schedule at which the score gap is measured
 IMAGE = ("saturation", "luminance", "contrast", "high_frequency", "diversity")
+MOTION, STATIC = "motion", 0.5  # of videos alone; the share of the teacher's motion below which a student is static
 GAPS = tuple(f"gap_{level:g}" for level in LEVELS)
 STATISTICS = (*IMAGE, *GAPS)
 
@@ -51,6 +52,13 @@ MEANING = {
         "train the critic more often, lower guidance_scale, and go back to best/",
         "images of one prompt have less in common than the teacher's: the prompt has too little effect, or the "
         "learning rate is too high; lower it, or raise guidance_scale",
+    ),
+    "motion": (
+        "videos are nearly static: few-step Euler sampling loses motion before it loses sharpness, and distribution "
+        "matching can lose it, too; train longer, train the critic more often, lower guidance_scale, and judge "
+        "students by motion, not by smoothness",
+        "videos move or flicker more than the teacher's: the learning rate is too high, or the last step leaves noise; "
+        "lower it, or compare the sampler with the contract",
     ),
     "gap": (
         "the teacher finds the student's images easier than its own: they are smoother and more alike, as before a "
@@ -131,6 +139,17 @@ def alarmed(deviations: Sequence[float]) -> bool:
     return len(deviations) >= RUNNING and all(outside(deviations)[-RUNNING:])
 
 
+def static(ratios: Sequence[float]) -> bool:
+    """Whether a trained student moves less than half as much as its teacher at the last two validations, and does not
+    recover. An untrained one may."""
+    return len(ratios) > RUNNING and max(ratios[-RUNNING:]) < STATIC and ratios[-1] <= 1.1 * ratios[-2]
+
+
+def alarming(name: str, deviations: Sequence[float], spread: float) -> bool:
+    """Whether a statistic is to be reported: it is `alarmed`, or is the motion of a student that is `static`."""
+    return alarmed(deviations) or (name == MOTION and static([math.exp(z * spread) for z in deviations]))
+
+
 def worth_reporting(names: Sequence[str], past: Mapping[str, Sequence[float]]) -> list[str]:
     """Of these statistics those to speak of: of the gaps, which move together, only the one that is farthest off."""
     gaps = [name for name in names if name in GAPS]
@@ -189,6 +208,7 @@ def sentence(name: str, deviations: Sequence[float], spread: float) -> str:
     """What is off, how far, what usually causes it, what to do."""
     z = deviations[-1]
     low, high = (math.exp(limit * spread) for limit in band(deviations[:-1]))
+    low = max(low, STATIC) if name == MOTION else low
     return (
         f"the {title(name)} is {math.exp(z * spread):.3g} times the teacher's, expected {low:.3g} to {high:.3g}: "
         f"{meaning(name, not z < 0)}"
