@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from stepdistill.cli import main as cli
 from stepdistill.core.errors import DataError, EvaluationError, OutputError
+from stepdistill.evaluation import run as evaluation
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.measure import Reference, Sampled, measured
 from stepdistill.evaluation.metrics.encoders import pixel_features
@@ -26,11 +28,16 @@ from stepdistill.evaluation.metrics.jackknife import ratio_of_means
 from stepdistill.evaluation.metrics.motion import frame_features, motion, motion_features, replicates_by_group
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.read import cropped, read_into
-from stepdistill.evaluation.run import check_kind, extractor_of, motions_of, score_images
+from stepdistill.evaluation.run import check_kind, evaluate, extractor_of, motions_of, score_images
 from stepdistill.evaluation.spec import EvalRun, EvalSpec
 from stepdistill.evaluation.stored_clips import stored_clips
+from stepdistill.families.base import Family
+from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.clip import Clip
+from stepdistill.networks.roles import Lora
 from stepdistill.students.draw.animation import clip_images, save_animation
+from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
+from stepdistill.students.write import write_student
 
 N = 48
 
@@ -155,8 +162,8 @@ def test_statistics_of_clips_are_of_frames(spec, tmp_path, capsys):
 
 def sampled(name: str, role: str, clips: Tensor) -> Sampled:
     pixels, numbers = pixel_features(), range(len(clips))
-    features = {"features": frame_features(pixels, clips, numbers), "motion": motion_features(pixels, clips)}
-    return Sampled(name=name, role=role, scores={"motion": motion(clips)}, **features)
+    frames, moved = frame_features(pixels, clips, numbers), motion_features(pixels, clips)
+    return Sampled(name=name, role=role, features=frames, motion=moved, scores={"motion": motion(clips)})
 
 
 def test_rows_are_beside_the_teacher_in_motion():
@@ -169,8 +176,11 @@ def test_rows_are_beside_the_teacher_in_motion():
     ]
     against = Reference(stats=Stats.of(ref.features), features=ref.features, motion=ref.motion, paired=True, facts={})
     teacher, slow, back = (row["metrics"] for row in measured(rows, against, "fd_frames", (), motions=kinds))
-    assert rows[1].motion is not None and rows[0].motion is not None and ref.motion is not None
-    by_hand = excess(rows[1].motion, ref.motion, rows[0].motion)
+    best_moved, slow_moved, back_moved = (
+        motion_features(pixel_features(), x) for x in (best, slowed(best), best.flip(1))
+    )
+    assert ref.motion is not None
+    by_hand = excess(slow_moved, ref.motion, best_moved)
     assert slow["delta_vs_teacher"]["fd_motion"]["value"] == pytest.approx(by_hand.value)
     assert slow["delta_vs_teacher"]["fd_motion"]["ci95"] == pytest.approx([by_hand.low, by_hand.high])
     ratio = ratio_of_means(motion(slowed(best)), motion(best))
@@ -182,7 +192,7 @@ def test_rows_are_beside_the_teacher_in_motion():
         and split["ci_method"] == "jackknife-15"
     )
     assert list(back["by_motion"]) == sorted(MOTIONS)
-    left, _ = replicates_by_group([rows[2].motion], ref.motion, torch.arange(120) % 4)
+    left, _ = replicates_by_group([back_moved], ref.motion, torch.arange(120) % 4)
     assert back["by_motion"]["left"]["fd_motion"] == pytest.approx(left[0][0, 0].item())  # the first of MOTIONS
     mean = sum(each["fd_motion"] for each in back["by_motion"].values()) / 4
     assert back["fd_by_motion"]["value"] == pytest.approx(mean)
@@ -222,6 +232,94 @@ def test_scores_of_a_clip_are_means_over_its_frames(tmp_path):
     frames = pixel_likeness(lambda numbers: clips.flatten(0, 1)[list(numbers)])(darker.flatten(0, 1), range(15))
     for name in ("psnr", "ssim"):
         assert whole[name] == pytest.approx(torch.tensor(frames[name]).reshape(3, 5).mean(1).tolist())
+
+
+@pytest.fixture
+def run(tmp_path) -> EvalRun:
+    """Of a Wan pipeline with random weights and a student of it, on prompts of two motions."""
+    pipe, family = tiny.pipeline("wan"), replace(tiny.FAMILIES["wan"], pretrained_teacher_model=str(tmp_path / "wan"))
+    pipe.save_pretrained(tmp_path / "wan")
+    pipe = family.load()
+    bone = tiny.backbone("wan", pipe)
+    bone.add("student", Lora())
+    tiny.awake(bone, "student", 0.2)
+    method = Consistency(ema_decay=None, num_ddim_timesteps=8)
+    given = {
+        "family": family,
+        "pipe": pipe,
+        "backbone": bone,
+        "role": "student",
+        "resolution": (32, 32),
+        "method": method,
+    }
+    write_student(tmp_path / "near", **given)
+    records = [{"prompt": f"{what} {way}", "motion": way} for what in ("cat", "rose") for way in ("left", "right")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return EvalRun(
+        teacher=str(tmp_path / "wan"),
+        students=(str(tmp_path / "near"),),
+        output_dir=tmp_path / "out",
+        prompts=tmp_path / "prompts.jsonl",
+        num=40,
+        teacher_steps=2,
+        steps=(1,),
+        batch=20,
+        features="pixels",
+        feature_batch=20,
+        metrics=("paired", "diversity"),
+        columns=3,
+    )
+
+
+def test_a_video_student_is_drawn_and_measured(run):
+    found = evaluate(replace(run, save_images=True, export="vbench"))
+    teacher, few, student = found["rows"]
+    assert (teacher["role"], few["role"], student["role"]) == ("teacher", "teacher", "student")
+    assert not found["left_out"] and student["image"]["height"] == student["image"]["width"] == 32
+    for name in ("fd_frames", "fd_motion", "fd_by_motion"):
+        low, high = student["metrics"]["delta_vs_teacher"][name]["ci95"]
+        assert low < student["metrics"]["delta_vs_teacher"][name]["value"] < high
+    assert list(student["metrics"]["by_motion"]) == ["left", "right"]
+    out = run.output_dir
+    saved = Images(out / "images" / "near_1-step", clips=True)
+    (clips,) = (batch.images for batch in saved.batches())
+    assert clips.shape == (40, 5, 3, 32, 32)
+    pipe = StudentPipeline.of(tiny_family(run), run.students[0])
+    calls = pipe.calls(replace(DrawOptions(steps=1), height=32, width=32))
+    texts = [json.loads(line)["prompt"] for line in run.prompts.read_text().splitlines()] * 10
+    again = pipe.generate(calls, texts, run.seed, batch=20)[0]
+    assert torch.equal(clips, again)
+    assert student["metrics"]["motion"]["value"] == pytest.approx(motion(clips).mean().item())
+    features = torch.from_numpy(np.load(out / "work" / "near_1-step" / "features.npy"))
+    torch.testing.assert_close(features[:, 198:], motion_features(pixel_features(), clips))
+    assert sorted(file.name for file in (out / "grids").iterdir()) == ["near.png", "near.webp"]
+    assert len(list((out / "vbench" / "near_1-step").glob("cat left-*.mp4"))) == 10
+    assert "data:image/webp;base64," in (out / "report.html").read_text()
+    before = (out / "eval.json").read_text()
+    evaluate(replace(run, save_images=True, export="vbench"))  # nothing is drawn again
+    assert [row["metrics"] for row in json.loads(before)["rows"]] == [
+        row["metrics"] for row in json.loads((out / "eval.json").read_text())["rows"]
+    ]
+    scored = score_images([out / "images" / "near_1-step"], replace(run_spec(run), output_dir=out.parent / "scored"))
+    assert scored["rows"][0]["metrics"]["motion"] == student["metrics"]["motion"]
+
+
+def tiny_family(run: EvalRun) -> Family:
+    return replace(tiny.FAMILIES["wan"], pretrained_teacher_model=run.teacher)
+
+
+def run_spec(run: EvalRun) -> EvalSpec:
+    """Of the same clips, against those of the teacher's few steps."""
+    names = {"features": run.features, "feature_batch": run.feature_batch, "metrics": ()}
+    return EvalSpec(clips=True, reference=str(run.output_dir / "images" / "teacher_1-step"), **names, output_dir=Path())
+
+
+def test_one_frame_is_an_image(run, monkeypatch):
+    one = replace(tiny_family(run), num_frames=1)
+    monkeypatch.setattr(evaluation, "family_of", lambda *args: one)
+    found = evaluate(replace(run, students=(), steps=(1,)))
+    assert found["features"]["key"] == "fd" and "motion" not in found["rows"][0]["metrics"]
+    assert [file.suffix for file in (run.output_dir / "grids").iterdir()] == [".png"]
 
 
 def test_exports_and_features_are_of_one_kind(tmp_path, monkeypatch):

@@ -47,6 +47,7 @@ from tables.new_images import measure_new_images
 from tables.recipes import recipes, seconds, step_seconds, trained, warm_start
 from tables.render import EARLY, STEPS
 from tables.transfer import measure_transfer
+from tables.video import measure_video
 
 TIMES = {  # steps that take about 2.5, 5, 10, 20 and 40 minutes, with the student that the run starts from
     "tiny-sd": {
@@ -66,6 +67,7 @@ WATCHED = {  # runs of DMD2's recipe and of others, and what is wrong with them
 }
 WATCHED_STEPS, WATCHED_EVERY = 240, 40
 TEACHERS = ("tiny-sd", "tiny-sd3")
+VIDEO_TEACHERS = ("tiny-wan",)
 LARGE = ("sd15", "sdxl", "sd3", "pixart", "wan13b")
 LARGER = ("wan13b_480p", "wan5b", "wan14b")  # of 81 frames; predicted alone
 
@@ -269,6 +271,7 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "lcm_study": measure_lcm,
     "time": measure_time,
     "transfer": measure_transfer,
+    "video": measure_video,
     "watch": measure_watch,
     "families": measure_families,
     "memory": measure_memory,
@@ -279,5 +282,5 @@ def measure(table: str, results: Path, threads: int, only: str | None = None, ro
     """Measure a table for every bundled teacher, or for one; of students all, or those of some configs."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # a quarter of the time on a CPU
-    for name in [only] if only else TEACHERS:
+    for name in [only] if only else VIDEO_TEACHERS if table == "video" else TEACHERS:
         TABLES[table](name, Results(results / f"{table}.json"), Path("runs/tables"), rows)

@@ -13,6 +13,7 @@ from typing import Any
 from tables.cells import excess_cell
 from tables.matrix import matrix
 from tables.render_tuning import feedback_page, hyper_sd_page, new_images_page
+from tables.render_video import video_page
 
 STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4), "reflow": (1, 2, 4)}
 DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1, "reflow": 1}  # steps whose other figures are shown
@@ -281,6 +282,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "feedback": feedback_page,
     "hyper_sd": hyper_sd_page,
     "new_images": new_images_page,
+    "video": video_page,
     "memory": _memory,
     "lcm_quality": _lcm_quality,
     "lcm_study": _lcm_study,

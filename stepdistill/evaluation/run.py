@@ -18,6 +18,7 @@ from stepdistill.core.devices import usable_device
 from stepdistill.core.distributed import check_plugins
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.data.bundled import emoji
+from stepdistill.data.bundled.moving import GROUPS, MOTIONS
 from stepdistill.evaluation.draw import RowDrawer, frames_of_family
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.inputs import FACTS, TEACHER, check_draws, check_npz, check_score, enough, prompts_of_images
@@ -59,12 +60,12 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
     check_draws(spec)
     state, device = joined(spec)
     family = family_of(spec.teacher, spec.family, [contract_of(place) for place in spec.students])
-    records = records_of(spec)
+    clips = frames_of_family(family) > 1
+    check_kind(spec, clips)
+    records = records_of(spec, clips)
     n = spec.num or spec.under.n or len(records)
     enough(n, "a row")
     plans = sampling_plans(spec)
-    clips = frames_of_family(family) > 1
-    check_kind(spec, clips)
     vae = family.load().components["vae"] if spec.features == "vae" else None
     extractor = extractor_of(spec, device, vae, clips)
     if "lpips" in spec.metrics:
@@ -258,7 +259,7 @@ def clip_score_of(spec: EvalSpec, images: Images, prompts: Path | None, device: 
     return PromptLikeness.load(spec.clip, each, spec.under.prefix, device)
 
 
-def records_of(spec: EvalRun) -> list[dict[str, object]]:
+def records_of(spec: EvalRun, clips: bool = False) -> list[dict[str, object]]:
     """The prompts, with whatever else their file says of them. Raises EvaluationError, DataError."""
     records = read_records(spec.prompts) if spec.prompts else []
     if spec.export == "geneval" and not (records and all("tag" in record for record in records)):
@@ -269,4 +270,6 @@ def records_of(spec: EvalRun) -> list[dict[str, object]]:
     if spec.teacher not in BUNDLED_NAMES:
         why, todo = f"{spec.teacher} has no prompts of its own", "pass a .txt, .jsonl or .csv file with --prompts-file"
         raise EvaluationError(problem("no prompts", "a prompts file", why, todo))
+    if clips:
+        return [{"prompt": f"{group} {motion}", "motion": motion} for group in GROUPS for motion in MOTIONS]
     return [{"prompt": prompt} for prompt in emoji.prompts()]
