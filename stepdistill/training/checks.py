@@ -132,7 +132,7 @@ def check_data(run: Run) -> None:
     Stream(run.data, 1, run.train.seed)
 
 
-def check_clips(run: Run) -> None:
+def check_clip_frames(run: Run) -> None:
     """Clips are for families of videos, and have as many frames as theirs."""
     frames = run.family.arguments().get("num_frames")
     for source in inside(run.data):
@@ -268,7 +268,7 @@ def check_teacher(run: Run) -> None:
 
 
 CHECKS: tuple[Callable[[Run], None], ...] = (
-    *(check_teacher, check_cache_dir, check_scheduler, check_sharding, check_data, check_clips, check_control),
+    *(check_teacher, check_cache_dir, check_scheduler, check_sharding, check_data, check_clip_frames, check_control),
     *(check_reference_file, check_export_formats, check_loras, check_start_from, check_assistant, check_output_dir),
     *(check_data_folders, check_quantized_roles, check_roles, check_attention, check_guidance_scale, check_held_out),
     *(check_unused,),

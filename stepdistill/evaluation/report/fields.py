@@ -67,8 +67,8 @@ DISTANCE = {
 CLIP = {
     "CLIP score": "clip_score",
     "Minus teacher's": "clip_delta",
-    "Consistency": "consistency",
-    "Consistency with frame 0": "consistency_first",
+    "Frame consistency": "consistency",
+    "Frame consistency, with frame 0": "consistency_first",
 }
 SAMPLING = {"Steps": "steps", "Guidance": "guidance", "LoRA strength": "lora", "NFE": "nfe"}
 SAMPLING |= {"Seconds per image": "seconds_per_image", "Speed-up": "speedup_vs_teacher"}
