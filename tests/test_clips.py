@@ -11,13 +11,14 @@ import pytest
 import torch
 from clips import CODECS, caption, grey, level, moving, write_animation, write_frames, write_video
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.core import clip_files
 from stepdistill.core.clip_files import CLIP_SUFFIXES, VideoFile, open_clip
 from stepdistill.core.errors import DataError
 from stepdistill.core.random import sample_rng
-from stepdistill.data import BadSample, Clips, FixedCrops, Stream, check_source, loader
+from stepdistill.data import BadSample, Clips, FixedCrops, Latents, Stream, check_source, loader
 
 
 def clips(place: Path, num_frames: int = 5, **fields) -> Clips:
@@ -239,7 +240,7 @@ def test_files_that_are_cut_short_or_no_videos_are_bad_samples(tmp_path: Path) -
             found[Path(source.name(i)).name] = str(error)
     assert set(found) == {"b.mkv", "cut.mp4", "text.webm", "empty.gif", "still.webp"}
     assert "InvalidDataError" in found["cut.mp4"] and "InvalidDataError" in found["text.webm"]
-    assert found["b.mkv"].endswith("a second end at 2.00 s; its header gives 2.06 s: it is cut short")
+    assert found["b.mkv"].endswith("a second end at 2.00 s; its header gives 2.06 s: it may be cut short")
     assert "1 frames" in found["still.webp"]
 
 
@@ -371,5 +372,16 @@ def test_the_check_reports_clips(tmp_path: Path) -> None:
     report = check_source(clips(tmp_path)).splitlines()
     assert report[0] == "Clips: 9 samples, 8 usable"
     assert report[1] == "  images: shorter side 32 to 32 (median 32) px; 0 smaller than the crop"
-    assert report[2] == "  shapes (3 x F x H x W): 3x5x16x16: 8"
+    assert report[2] == "  clips: 9 to 9 (median 9) frames, 16 to 16.67 (median 16) a second"
+    assert report[3] == "  shapes (3 x F x H x W): 3x5x16x16: 8"
     assert "short.mp4: 3 frames, the last at 0.12 s; 5 at 16 a second end at 0.25 s" in "\n".join(report)
+
+
+def test_latents_of_videos_are_samples(tmp_path: Path) -> None:
+    latents = torch.randn(2, 4, 3, 8, 8)
+    save_file({"latents": latents}, tmp_path / "latents.safetensors")
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    found = Latents(folder=str(tmp_path)).sample(1, sample_rng(0, 0)).latents
+    assert found is not None and torch.equal(found, latents[1])
+    report = check_source(Latents(folder=str(tmp_path)), strict=True)
+    assert "shapes (C x F x h x w): 4x3x8x8: 2" in report

@@ -44,7 +44,7 @@ def mp4_in_parts(place: Path) -> None:
 BUGS = {  # what cached properties compute is not among them: their code cannot be replaced
     "times taken at their word": (Clips._picked, "/ 4  # a file", "* 0  # a file", rounded),
     "the frame after the time": (Clips._picked, 'side="right") - 1', 'side="right")', halved),
-    "the frame rate ignored": (Clips._picked, "rate or own", "own", halved),
+    "the frame rate ignored": (Clips._picked, "self.frame_rate or own", "own", halved),
     "always from the first frame": (Clips._picked, "int(share * len(starts))", "0", STARTS),
     "one start too few": (Clips._picked, "+ (self.num_frames - 1) * apart", "+ self.num_frames * apart", STARTS),
     "a start where the clip ends": (Clips._picked, "(self.num_frames - 1) * apart", "0 * apart", SHORT),

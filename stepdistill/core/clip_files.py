@@ -62,6 +62,12 @@ class ClipFile(ABC):
         """Seconds that the file's header gives; 0 where it gives none."""
         return 0.0
 
+    @property
+    def rate(self) -> float:
+        """Mean number of frames a second; 0 where there are no times."""
+        last = 0 if self.times is None or not len(self) else self.times[-1]
+        return (len(self) - 1) / float(last) if last > 0 else 0.0
+
 
 class FrameFolder(ClipFile):
     """A folder of images, in the order of the numbers in their names."""
@@ -136,7 +142,8 @@ class VideoFile(ClipFile):
             stream = _video(container)
             found = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None and not p.is_discard]
             assert stream.time_base is not None
-            unit, declared = float(stream.time_base), (container.duration or 0) / 1e6
+            unit = float(stream.time_base)
+            declared = stream.duration * unit if stream.duration else (container.duration or 0) / 1e6
         stamps, starts = np.array(sorted(found), dtype=np.int64).reshape(-1, 2).T
         return stamps, starts.astype(bool), unit, declared
 

@@ -117,6 +117,10 @@ class Source(ABC):
         """(H, W) of item i's image as stored, in pixels; None for a source without images."""
         return None
 
+    def length(self, i: int) -> tuple[int, float] | None:
+        """Number of frames of item i as stored, and frames a second, 0 where it has no times; None if it is no clip."""
+        return None
+
     def prompt(self, i: int, rng: random.Random) -> str:
         """Item i's caption: one of several, or empty. Always two draws, so that no option moves another's."""
         choice, dropped = rng.random(), rng.random()
@@ -210,3 +214,6 @@ class FixedCrops(Wrapper):
 
     def size(self, i: int) -> tuple[int, int] | None:
         return self.source.size(i)
+
+    def length(self, i: int) -> tuple[int, float] | None:
+        return self.source.length(i)

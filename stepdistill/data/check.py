@@ -19,6 +19,7 @@ from stepdistill.data.made import TeacherMade
 class _Facts(NamedTuple):
     shape: tuple[int, ...]
     size: tuple[int, int] | None
+    length: tuple[int, float] | None
     words: list[int]
     bad: BadSample | None
     error: DataError | None
@@ -36,11 +37,12 @@ class _Examiner(Dataset[_Facts]):
             words = [len(caption.split()) for caption in self.source.captions(i)]
             sample = self.source.sample(i, random.Random(0))
         except BadSample as error:
-            return _Facts((), None, [], error, None)
+            return _Facts((), None, None, [], error, None)
         except DataError as error:
-            return _Facts((), None, [], None, error)
+            return _Facts((), None, None, [], None, error)
         tensor = sample.latents if sample.pixels is None else sample.pixels
-        return _Facts(() if tensor is None else tuple(tensor.shape), self.source.size(i), words, None, None)
+        shape = () if tensor is None else tuple(tensor.shape)
+        return _Facts(shape, self.source.size(i), self.source.length(i), words, None, None)
 
 
 class _Tally:
@@ -51,6 +53,8 @@ class _Tally:
         self.words: list[int] = []
         self.sides: list[int] = []
         self.enlarged = 0
+        self.lengths: list[int] = []
+        self.rates: list[float] = []
         self.shapes: Counter[tuple[int, ...]] = Counter()
 
     def add(self, facts: _Facts) -> None:
@@ -63,10 +67,17 @@ class _Tally:
             self.sides.append(min(facts.size))
             self.enlarged += any(have < want for have, want in zip(facts.size, facts.shape[-2:], strict=True))
 
+        if facts.length is not None:
+            self.lengths.append(facts.length[0])
+            self.rates += [round(facts.length[1], 2)] * (facts.length[1] > 0)
+
     def lines(self) -> Iterator[str]:
         usable = self.shapes.total()
         if self.sides:
             yield f"  images: shorter side {_spread(self.sides)} px; {self.enlarged} smaller than the crop"
+        if self.lengths:
+            rates = f", {_spread(self.rates)} a second" if self.rates else ""
+            yield f"  clips: {_spread(self.lengths)} frames{rates}"
         shapes = [f"{'x'.join(map(str, shape))}: {count}" for shape, count in self.shapes.most_common() if shape]
         if shapes:
             axes = "H x W" if self.sides else "h x w"
@@ -81,9 +92,9 @@ class _Tally:
                 yield f"    ... and {len(self.bad) - NAMED} more"
 
 
-def _spread(values: Sequence[int]) -> str:
+def _spread(values: Sequence[float]) -> str:
     ordered = sorted(values)
-    return f"{ordered[0]} to {ordered[-1]} (median {ordered[len(ordered) // 2]})"
+    return f"{ordered[0]:g} to {ordered[-1]:g} (median {ordered[len(ordered) // 2]:g})"
 
 
 def check_source(source: Source, strict: bool = False, workers: int = 0) -> str:

@@ -79,6 +79,10 @@ class Clips(ImageFolder):
             return None
         return image.height, image.width
 
+    def length(self, i: int) -> tuple[int, float] | None:
+        clip = self.clip(i)
+        return len(clip), clip.rate
+
     def stored(self, i: int) -> list[Path]:
         clip = self.clip(i)
         return [clip.path, *(clip.files if isinstance(clip, FrameFolder) else ())]
@@ -94,9 +98,9 @@ class Clips(ImageFolder):
 
     def _picked(self, i: int, clip: ClipFile, share: float) -> list[int]:
         """The numbers of the frames of a sample of item i that begins at a share, in [0, 1), of the possible starts."""
-        rate, times = (None, np.arange(len(clip))) if clip.times is None else (self.frame_rate, clip.times)
-        own = (len(times) - 1) / times[-1] if len(times) and times[-1] > 0 else 1.0
-        apart = 1 / (rate or own)
+        own = clip.rate or 1.0
+        rate, times = (own, np.arange(len(clip))) if clip.times is None else (self.frame_rate or own, clip.times)
+        apart = 1 / rate
         slack = min(apart, 1 / own) / 4  # a file may round its times to 1 or even 10 ms
         starts = np.flatnonzero(times + (self.num_frames - 1) * apart <= times[-1:] + slack)
         if not len(starts):
@@ -111,7 +115,9 @@ class Clips(ImageFolder):
             return f"{len(times)} frames, fewer than num_frames {self.num_frames}"
         last, needed = times[-1] if len(times) else 0.0, (self.num_frames - 1) * apart
         got = f"{len(times)} frames, the last at {last:.2f} s; {self.num_frames} at {1 / apart:.4g} a second"
-        cut = f"; its header gives {clip.declared:.2f} s: it is cut short" if clip.declared > 2 * apart + last else ""
+        cut = (
+            f"; its header gives {clip.declared:.2f} s: it may be cut short" if clip.declared > 2 * apart + last else ""
+        )
         return f"{got} end at {needed:.2f} s{cut}"
 
     def _note(self, i: int, times: np.ndarray, picked: np.ndarray) -> None:
