@@ -44,7 +44,7 @@ class StoredClips:
     def _frames(self, name: str) -> list[Image.Image] | Exception:
         try:
             clip = open_clip(self.source / name)
-            return clip.frames(range(len(clip)))
+            return list(clip.frames(range(len(clip))))
         except Exception as error:  # as many kinds as there are decoders
             return error
 
