@@ -188,7 +188,7 @@ def whites(family: Family, folder: Path) -> Tensor:
     denoise = Denoiser(backbone, "student", schedule, family.kind(pipe), family.call, grad=False)
     shape, captions = family.latent_shape(pipe, *contract.resolution), prompts(STARTS)
     shares = []
-    for i in progress(range(STARTS), title=folder.name, unit="noise"):
+    for i in progress(range(STARTS), title=folder.name, unit="noise", shown=True):
         x_t = noise_of(SEED_B, i, shape).expand(AGAIN, *shape)
         fresh = torch.Generator().manual_seed(i)
         ends = few_step(
