@@ -9,12 +9,13 @@ import pytest
 import torch
 from clips import caption, moving, write_frames
 from diffusers import AutoencoderKLWan, WanPipeline
+from PIL import Image
 from tiny import FAMILIES, SIDE, pipeline
 from transformers import UMT5EncoderModel
 
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.random import sample_rng
-from stepdistill.data import Clips, FixedCrops, Stream
+from stepdistill.data import Clips, FixedCrops, ImageFolder, Stream
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.training.cache.precompute import precompute
@@ -115,3 +116,14 @@ def test_numbers_of_frames_are_compared_before_anything_is_loaded(place, tmp_pat
     images = replace(run, family=replace(FAMILIES["sd"], pretrained_teacher_model="tiny-sd"))
     with pytest.raises(ConfigError, match="num_frames 5 of Clips with family StableDiffusion, expected images"):
         check_run(images)
+
+
+def test_images_are_no_videos(place, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "images" / "a.png")
+    caption(tmp_path / "images" / "a.png")
+    run = run_of(place, tmp_path)
+    images = replace(run, data=ImageFolder(train_data_dir=str(tmp_path / "images"), resolution=SIDE))
+    with pytest.raises(ConfigError, match="images from ImageFolder with family.num_frames 5, expected clips: "):
+        check_run(images)
+    check_run(replace(images, family=replace(run.family, num_frames=1)))

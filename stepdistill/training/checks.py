@@ -13,7 +13,7 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.outputs import check_output_folder
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
-from stepdistill.data import Clips, Source, Stream, Trajectories, inside
+from stepdistill.data import Clips, ImageSource, Source, Stream, Trajectories, inside
 from stepdistill.data.made import TeacherMade
 from stepdistill.families.controlled import Controlled
 from stepdistill.methods.base import Method
@@ -133,8 +133,13 @@ def check_data(run: Run) -> None:
 
 
 def check_clip_frames(run: Run) -> None:
-    """Clips are for families of videos, and have as many frames as theirs."""
+    """Clips are for families of videos, and have as many frames as theirs; latents of videos are of clips."""
     frames = run.family.arguments().get("num_frames")
+    still = isinstance(run.data, ImageSource) and not isinstance(run.data, Clips)
+    if still and (frames or 1) > 1 and "latents" in run.method.needs:
+        got = f"images from {type(run.data).__name__} with family.num_frames {frames}"
+        why = f"{type(run.method).__name__} trains on latents of videos"
+        raise ConfigError(problem(got, "clips", why, "use stepdistill.data.Clips, or set family.num_frames to 1"))
     for source in inside(run.data):
         if isinstance(source, Clips) and source.num_frames != frames:
             family = type(run.family).__name__
