@@ -19,7 +19,7 @@ from stepdistill.core.outputs import check_output_file
 from stepdistill.evaluation.exports import VBench
 from stepdistill.evaluation.report.page import page
 from stepdistill.evaluation.report.table import read_evaluation
-from stepdistill.students.draw.animation import animated_grid, clip_images, clip_sheet, save_animation
+from stepdistill.students.draw.animation import animated_grid, clip_sheet, images_of_clip, save_animation
 from stepdistill.students.draw.sheet import GAP, LEFT, image_grid
 
 
@@ -64,17 +64,17 @@ def test_webp_is_lossless_and_in_time(tmp_path):
     """12 frames a second are 83 or 84 ms each, and 12 of them one second; equal frames become one."""
     clip = moving(1, 1, frames=12)[0]
     clip[5] = clip[4]
-    frames = shown(save_animation(clip_images(clip), tmp_path / "of" / "clip.webp", 12))
+    frames = shown(save_animation(images_of_clip(clip), tmp_path / "of" / "clip.webp", 12))
     ends = np.cumsum([ms for _, ms in frames])
     assert ends[-1] == 1000
     for k, frame in enumerate(clip):
         at = next(image for (image, _), end in zip(frames, ends, strict=True) if 1000 * (k + 0.5) / 12 < end)
         assert np.array_equal(at, frame.permute(1, 2, 0).numpy())
-    assert len(shown(save_animation(clip_images(frozen(clip[None])[0]), tmp_path / "still.webp", 8))) == 1
+    assert len(shown(save_animation(images_of_clip(frozen(clip[None])[0]), tmp_path / "still.webp", 8))) == 1
 
 
 def test_gif_counts_hundredths(tmp_path):
-    frames = shown(save_animation(clip_images(grey(*range(0, 240, 20))[0]), tmp_path / "clip.gif", 12))
+    frames = shown(save_animation(images_of_clip(grey(*range(0, 240, 20))[0]), tmp_path / "clip.gif", 12))
     assert {ms for _, ms in frames} == {80, 90} and sum(ms for _, ms in frames) == 1000
 
 
@@ -90,23 +90,23 @@ def test_mp4_has_every_frame_nearly_as_it_was(tmp_path):
     clip = moving(1, 2, frames=9)[0]
     clip[3] = clip[2]  # a video keeps equal frames apart
     frames, rate = decoded(
-        save_animation(clip_images(clip.repeat_interleave(2, 2).repeat_interleave(2, 3)), tmp_path / "a.mp4", 8)
+        save_animation(images_of_clip(clip.repeat_interleave(2, 2).repeat_interleave(2, 3)), tmp_path / "a.mp4", 8)
     )
     error = (frames[:, ::2, ::2].astype(float) - clip.permute(0, 2, 3, 1).numpy()) ** 2
     assert len(frames) == 9 and rate == 8
     assert 10 * math.log10(255**2 / error.mean()) > 35
-    assert decoded(save_animation(clip_images(clip), tmp_path / "b.mp4", 29.97))[1] == pytest.approx(29.97, rel=1e-4)
+    assert decoded(save_animation(images_of_clip(clip), tmp_path / "b.mp4", 29.97))[1] == pytest.approx(29.97, rel=1e-4)
 
 
 @pytest.mark.parametrize("suffix", ["webp", "gif", "mp4"])
 def test_an_own_file_may_be_replaced(tmp_path, suffix):
-    file = save_animation(clip_images(moving(1, 2)[0]), tmp_path / f"clip.{suffix}")
+    file = save_animation(images_of_clip(moving(1, 2)[0]), tmp_path / f"clip.{suffix}")
     check_output_file(file, overwrite=True)
     assert [place.name for place in tmp_path.iterdir()] == [file.name]
 
 
 def test_what_cannot_be_written(tmp_path, monkeypatch):
-    frames = clip_images(grey(1, 2, side=7)[0])
+    frames = images_of_clip(grey(1, 2, side=7)[0])
     with pytest.raises(OutputError, match="ends in .webp, .gif, .mp4"):
         save_animation(frames, tmp_path / "clip.avi")
     with pytest.raises(OutputError, match="7 x 7 pixels .* expected even sides"):

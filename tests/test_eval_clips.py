@@ -15,10 +15,12 @@ import torch
 from accelerate import PartialState
 from oracles.clips import MOTIONS, frozen, moving, slowed
 from oracles.excess import excess
+from oracles.planted import Bug, bug_tests
 from torch import Tensor
 
 from stepdistill.cli import main as cli
 from stepdistill.core.errors import DataError, EvaluationError, OutputError
+from stepdistill.evaluation import measure
 from stepdistill.evaluation import run as evaluation
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.measure import Reference, Sampled, measured
@@ -35,7 +37,7 @@ from stepdistill.families.base import Family
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.clip import Clip
 from stepdistill.networks.roles import Lora
-from stepdistill.students.draw.animation import clip_images, save_animation
+from stepdistill.students.draw.animation import images_of_clip, save_animation
 from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
 from stepdistill.students.write import write_student
 
@@ -46,7 +48,7 @@ def frames_in(folder: Path, clips: Tensor) -> Path:
     """A folder of frame folders."""
     for i, clip in enumerate(clips):
         (folder / f"{i:04d}").mkdir(parents=True)
-        for f, image in enumerate(clip_images(clip)):
+        for f, image in enumerate(images_of_clip(clip)):
             image.save(folder / f"{i:04d}" / f"{f:02d}.png")
     return folder
 
@@ -110,7 +112,7 @@ def test_features_do_not_depend_on_the_units(spec, tmp_path):
 def test_files_are_read_as_frames(tmp_path, kind):
     clips = moving(3, 4)
     for i, clip in enumerate(clips):
-        save_animation(clip_images(clip), tmp_path / f"{i}.{kind}", 8)
+        save_animation(images_of_clip(clip), tmp_path / f"{i}.{kind}", 8)
     (batch,) = Images(tmp_path, clips=True).batches()
     assert batch.images.shape == clips.shape
     error = (batch.images.float() - clips.float()).abs().mean().item()
@@ -123,7 +125,7 @@ def test_the_digest_is_of_every_frame(tmp_path):
     clips = moving(2, 5)
     a, b = (frames_in(tmp_path / name, clips) for name in "ab")
     assert stored_clips(a).sha256() == stored_clips(b).sha256()
-    clip_images(clips[0])[0].save(b / "0001" / "04.png")
+    images_of_clip(clips[0])[0].save(b / "0001" / "04.png")
     assert stored_clips(a).sha256() != stored_clips(b).sha256()
 
 
@@ -199,6 +201,21 @@ def test_rows_are_beside_the_teacher_in_motion():
     assert "motion_ratio" not in teacher and "delta_vs_teacher" not in teacher
     still = replace(rows[0], scores={"motion": torch.zeros(120)})
     assert measured([still, rows[1]], against, "fd_frames", ())[1]["metrics"]["motion_ratio"]["value"] is None
+
+
+BESIDE = test_rows_are_beside_the_teacher_in_motion
+ROWS = {
+    "features of frames": Bug(measure._of_motion, "row.motion for row", "row.features for row", BESIDE),
+    "excess the other way": Bug(measure._of_motion, "table[i] - table[teacher]", "table[teacher] - table[i]", BESIDE),
+    "one motion for all": Bug(measure._of_motion, "torch.stack([*each.values()]).mean(0)", "each[0]", BESIDE),
+    "all motions as one": Bug(measure._of_motion, "names.index(name)", "0", BESIDE),
+    "another row's ratio": Bug(
+        measure._of_motion, 'ratio_of_means(row.scores["motion"]', 'ratio_of_means(rows[1].scores["motion"]', BESIDE
+    ),
+    "motions of another row": Bug(measure._of_motion, "value[i, 0].item()", "value[0, 0].item()", BESIDE),
+    "no motion beside the teacher": Bug(measure.measured, ' | moved[i].pop("delta_vs_teacher")', "", BESIDE),
+}
+test_rows_are_right, test_planted_bugs_are_noticed = bug_tests(ROWS, KeyError)
 
 
 def test_images_have_nothing_of_motion():

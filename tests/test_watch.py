@@ -108,7 +108,9 @@ def test_half_and_double_are_equally_far():
 @pytest.mark.parametrize(
     ("ratios", "fires"),
     [
-        ([0.2, 0.3], False),  # untrained, and one look
+        ([0.3], False),  # untrained
+        ([0.3, 0.3], False),  # and one look
+        ([0.9, 0.6, 0.6], False),
         ([0.9, 0.45, 0.45], True),
         ([0.2, 0.3, 0.31], True),  # it stays where it began
         ([0.2, 0.3, 0.4], False),  # on its way

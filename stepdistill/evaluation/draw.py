@@ -34,7 +34,7 @@ from stepdistill.evaluation.store import Store
 from stepdistill.families.base import Family
 from stepdistill.networks.lora.read import lora_path
 from stepdistill.students.base_model import pipeline_hash
-from stepdistill.students.draw.animation import clip_images
+from stepdistill.students.draw.animation import images_of_clip
 from stepdistill.students.draw.filters import unfiltered
 from stepdistill.students.draw.loras import load_style
 from stepdistill.students.draw.pipeline import StudentPipeline
@@ -159,7 +159,7 @@ class RowDrawer:
             for i, image in each:  # a clip becomes a folder of its frames: animations join equal ones
                 files = [folder / f"{i:06d}" / f"{f:04d}" for f in range(self.frames)]
                 files = files if self.frames > 1 else [folder / f"{i:06d}"]
-                for file, frame in zip(files, clip_images(image.reshape(-1, *image.shape[-3:])), strict=True):
+                for file, frame in zip(files, images_of_clip(image.reshape(-1, *image.shape[-3:])), strict=True):
                     file.parent.mkdir(parents=True, exist_ok=True)
                     frame.save(file.with_suffix(".png"))
         if self.spec.export:

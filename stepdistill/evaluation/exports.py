@@ -18,7 +18,7 @@ from torch import Tensor
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.files import written_whole
 from stepdistill.evaluation.records import prompt_of
-from stepdistill.students.draw.animation import clip_images, save_animation
+from stepdistill.students.draw.animation import images_of_clip, save_animation
 
 LONGEST = 255 - len("_000000.png")  # bytes of a file name that its prompt may take
 
@@ -104,7 +104,7 @@ class VBench:
                 "shorten or correct it, and evaluate with custom_input",
             )
             raise DataError(problem(f"prompt {prompt!r}", "one that is valid as a file name", why, todo))
-        return save_animation(clip_images(clip), self.folder / name)
+        return save_animation(images_of_clip(clip), self.folder / name)
 
 
 def _check_numbers(prompt_number: int, sample_number: int) -> None:

@@ -113,8 +113,7 @@ def measured(
         prompt_index: (N,) which prompt an image is of, for `diversity`.
         motions: (N,) names of the motions that clips are to show; none leaves out the distances within each.
 
-    Raises:
-        EvaluationError: the images of the teacher at its best are all alike.
+    Raises EvaluationError where the images of the teacher at its best are all alike.
     """
     sizes = block_sizes(len(rows[0].features), BLOCKS)
     ref = reference.features if reference.paired else reference.stats

@@ -30,7 +30,7 @@ class Bend(NamedTuple):
     inside: Tensor
 
 
-def check_clips(who: str, clips: Tensor) -> None:
+def check_uint8_clips(who: str, clips: Tensor) -> None:
     """Raise TypeError, ValueError for anything but uint8 (N, F, 3, H, W) with F >= 2; `who` is named in it."""
     if clips.dtype != torch.uint8:
         raise TypeError(
@@ -49,7 +49,7 @@ def frame_features(extractor: Extractor, clips: Tensor, numbers: Sequence[int]) 
 
     All frames of a clip would be N F rows that depend on one another. Raises TypeError, ValueError.
     """
-    check_clips("frame_features", clips)
+    check_uint8_clips("frame_features", clips)
     picked = [sample_rng(FRAME_SEED, number).randrange(clips.shape[1]) for number in numbers]
     return extractor(torch.stack([clip[f] for clip, f in zip(clips, picked, strict=True)]))
 
@@ -59,7 +59,7 @@ def motion_features(extractor: Extractor, clips: Tensor) -> Tensor:
 
     Raises TypeError, ValueError.
     """
-    check_clips("motion_features", clips)
+    check_uint8_clips("motion_features", clips)
     return torch.stack([extractor(_difference_images(clip)).mean(0) for clip in clips])
 
 
@@ -68,7 +68,7 @@ def motion(clips: Tensor) -> Tensor:
 
     A student's mean over clips, over its teacher's at equal noises, is its motion ratio. Raises TypeError, ValueError.
     """
-    check_clips("motion", clips)
+    check_uint8_clips("motion", clips)
     return torch.stack([_differences(clip).abs().double().mean() for clip in clips])
 
 
@@ -78,7 +78,7 @@ def image_distance(clips: Tensor, images: Tensor, frame: int = 1) -> Tensor:
     Where a pipeline holds its image, frame 0 is that image, and only frame 1 shows whether the clip goes on from it.
     Raises TypeError, ValueError.
     """
-    check_clips("image_distance", clips)
+    check_uint8_clips("image_distance", clips)
     if images.shape != clips[:, 0].shape or images.dtype != torch.uint8:
         raise ValueError(
             f"image_distance got images {tuple(images.shape)} of {images.dtype}, expected {tuple(clips[:, 0].shape)} "

@@ -49,7 +49,7 @@ def animated_grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], s
     return [image_grid([(label, clips[:, f]) for label, clips in rows], captions, scale) for f in frames]
 
 
-def clip_images(clip: Tensor) -> list[Image.Image]:
+def images_of_clip(clip: Tensor) -> list[Image.Image]:
     """The frames of a clip (F, 3, H, W) uint8."""
     return [Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()) for frame in clip]
 
