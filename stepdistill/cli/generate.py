@@ -1,4 +1,4 @@
-"""`stepdistill generate`: images of a student folder. Heavy imports wait inside."""
+"""`stepdistill generate`: images or videos of a student folder. Heavy imports wait inside."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ and the seed of each image. --overwrite replaces all images that an earlier comm
 Names the images that the base model's safety checker flagged, which are black. Prints a warning for steps that the
 student was not trained for. A negative prompt is applied by guidance if the student uses guidance, otherwise inside
 attention (NASA or NAG). A ControlNet of the base controls the student, too. It sees the same control image, which has
-the size of the output, for every prompt.
+the size of the output, for every prompt. A student that makes videos writes an animation (00000.webp and so on) for
+each, and --grid shows some frames of it.
 
 examples:
   stepdistill generate runs/quickstart "cat face" rose --grid sheet.png
@@ -48,6 +49,8 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
     command.add_argument("--seed", type=seed, default=0, help="seed of the first image (default: 0)")
     command.add_argument("--num-images-per-prompt", type=whole(), default=1, metavar="N", help="(default: 1)")
     command.add_argument("--batch", type=whole(), default=4, metavar="N", help="batch size (default: 4)")
+    command.add_argument("--format", choices=("webp", "gif", "mp4"), help="of videos (default: webp); mp4 needs PyAV")
+    command.add_argument("--frame-rate", type=real(1, 120), metavar="N", help="frames a second of videos (default: 16)")
     steps = command.add_mutually_exclusive_group()
     steps.add_argument("--steps", type=whole(), metavar="N", help="number of sampling steps")
     steps.add_argument("--timesteps", type=several(real(0)), metavar="T,...", help="timestep of each step, descending")
@@ -104,7 +107,8 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError(problem("no prompt", "at least one", "there is nothing to generate", todo))
     _check_control(args)
     control = read_control(args.control_image) if args.controlnet else None
-    stale = _check_outputs(args, len(prompts) * args.num_images_per_prompt)
+    suffix = _suffix(args)
+    stale = _check_outputs(args, len(prompts) * args.num_images_per_prompt, suffix)
     device = usable_device(args.device)
     options = (args.strength, args.lora, args.fuse, args.controlnet)
     student = StudentPipeline.load(args.student, args.base, device, *options)
@@ -117,7 +121,23 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
         scale = args.controlnet_conditioning_scale
         call = controlled(student, call, control, 1.0 if scale is None else scale)
     repeated = [prompt for prompt in prompts for _ in range(args.num_images_per_prompt)]
-    _draw(student, repeated, args, call, stale)
+    _draw(student, repeated, args, call, stale, suffix)
+
+
+def _suffix(args: argparse.Namespace) -> str:
+    """Of the files that are written. Raises ConfigError for options of videos where the student makes images."""
+    from stepdistill.students.contract import read_contracts, teacher
+    from stepdistill.students.draw.animation import require_encoder
+    from stepdistill.students.load import folder_of
+
+    if teacher(read_contracts(folder_of(args.student))[0]).arguments().get("num_frames", 1) == 1:
+        if args.format or args.frame_rate:
+            why, todo = "the student makes images, which are PNG files", "leave them out"
+            raise ConfigError(problem("--format or --frame-rate", "neither", why, todo))
+        return ".png"
+    if args.format == "mp4":
+        require_encoder()
+    return f".{args.format or 'webp'}"
 
 
 def _check_control(args: argparse.Namespace) -> None:
@@ -130,17 +150,16 @@ def _check_control(args: argparse.Namespace) -> None:
         raise ConfigError(problem("options of a ControlNet without --controlnet", "both", why, todo))
 
 
-def _check_outputs(args: argparse.Namespace, count: int) -> list[Path]:
+def _check_outputs(args: argparse.Namespace, count: int, suffix: str) -> list[Path]:
     """The images of an earlier command, which go. Raises OutputError where what is there must stay."""
     from stepdistill.students.draw.sheet import check_image_file
 
     given = (args.student, args.base, args.prompts_file, args.controlnet, args.control_image)
     places = (*given, *(place for place, _ in args.lora))
     inputs = [place for place in places if place is not None]
-    written = [args.output / f"{n:05d}.png" for n in range(count)]
-    stale = [
-        file for file in sorted(args.output.glob("*.png")) if re.fullmatch(r"\d{5,}", file.stem) and is_marked(file)
-    ]
+    written = [args.output / f"{n:05d}{suffix}" for n in range(count)]
+    named = [file for file in sorted(args.output.glob("*.*")) if re.fullmatch(r"\d{5,}\.(png|webp|gif|mp4)", file.name)]
+    stale = [file for file in named if is_marked(file)]
     for file in dict.fromkeys([*written, *stale, args.output / "images.jsonl"]):
         check_output_file(file, inputs, args.overwrite)
     if args.grid:
@@ -151,13 +170,22 @@ def _check_outputs(args: argparse.Namespace, count: int) -> list[Path]:
     return stale
 
 
-def _draw(student: Any, prompts: list[str], args: argparse.Namespace, call: Any, stale: list[Path]) -> None:  # noqa: ANN401
+def _draw(
+    student: Any,  # noqa: ANN401
+    prompts: list[str],
+    args: argparse.Namespace,
+    call: Any,  # noqa: ANN401
+    stale: list[Path],
+    suffix: str,
+) -> None:
     from tqdm.auto import tqdm
 
     from stepdistill.core.cost import count_calls
+    from stepdistill.students.draw.animation import FRAME_RATE, save_animation
     from stepdistill.students.draw.base_first import base_first
     from stepdistill.students.draw.sheet import save_image
 
+    what = "images" if suffix == ".png" else "videos"
     args.output.mkdir(parents=True, exist_ok=True)
     seeds, images_of_grid, lines, began = [args.seed + n for n in range(len(prompts))], [], [], time.perf_counter()
     against = student.against(args.negative_prompt, call, args.negative_scale, args.negative_mode)
@@ -165,28 +193,32 @@ def _draw(student: Any, prompts: list[str], args: argparse.Namespace, call: Any,
     with count_calls(student.family.network(student.pipe)) as cost, against as call, mixed:
         for file in stale:
             file.unlink()
-        images = tqdm(student.draw(prompts, seeds, call, args.batch), total=len(prompts), desc="Images")
+        images = tqdm(student.draw(prompts, seeds, call, args.batch), total=len(prompts), desc=what.title())
         for n, (image, flagged) in enumerate(images):
-            save_image(image, args.output / f"{n:05d}.png")
-            line = {"file": f"{n:05d}.png", "prompt": prompts[n], "seed": seeds[n], "software": MARK.decode()}
+            frames, file = image if isinstance(image, list) else [image], args.output / f"{n:05d}{suffix}"
+            if suffix == ".png":
+                save_image(frames[0], file)
+            else:
+                save_animation(frames, file, args.frame_rate or FRAME_RATE)
+            line = {"file": file.name, "prompt": prompts[n], "seed": seeds[n], "software": MARK.decode()}
             lines.append(line | {"flagged": True} if flagged else line)
-            images_of_grid += [image] if args.grid else []
+            images_of_grid += [frames] if args.grid else []
     (args.output / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if args.grid:
         save_image(_sheet(images_of_grid, prompts, args.num_images_per_prompt), args.grid)
     seconds = time.perf_counter() - began
-    print(f"{args.output}: {len(prompts)} images, {cost.calls} calls of the network, {seconds:.1f} s")
+    print(f"{args.output}: {len(prompts)} {what}, {cost.calls} calls of the network, {seconds:.1f} s")
     if flagged := [line["file"] for line in lines if "flagged" in line]:
         names = ", ".join(flagged)
         print(f"{len(flagged)} of them were flagged by the base's safety checker and are black: {names}")
 
 
-def _sheet(images: list[Any], prompts: list[str], each: int) -> Any:  # noqa: ANN401
+def _sheet(clips: list[list[Any]], prompts: list[str], each: int) -> Any:  # noqa: ANN401
     import numpy as np
     import torch
 
     from stepdistill.students.draw.sheet import image_grid
 
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.stack([[np.asarray(frame) for frame in clip] for clip in clips])).movedim(-1, -3)
     rows = [(f"image {k + 1}", pixels[k::each]) for k in range(each)]
-    return image_grid(rows, prompts[::each], max(1, 96 // images[0].width))
+    return image_grid(rows, prompts[::each], max(1, 96 // clips[0][0].width))

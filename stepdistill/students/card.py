@@ -39,8 +39,8 @@ training only: leave it out where images are generated.
 {%- else -%}
 # {{ name }} in {{ steps }}
 
-{{ what }} distilled from {{ base }} with stepdistill, by the method `{{ method }}`. The student generates an image in
-{{ steps }}. Load it with {{ loader }}.
+{{ what }} distilled from {{ base }} with stepdistill, by the method `{{ method }}`. The student generates
+{{ output }} in {{ steps }}. Load it with {{ loader }}.
 {%- endif %}
 {% if grid %}
 ![Images of the teacher and of the student from the same prompts and seeds](samples/grid.png)
@@ -151,6 +151,7 @@ def write_card(folder: Path, contract: Contract, address: str | None = None) -> 
         template_str=TEMPLATE,
         **_base(contract),
         steps=f"{n} step{'s' * (n > 1)}",
+        output="a video" if _is_video(contract) else "an image",
         what="A network" if contract.network and contract.network.fused else WHAT[contract.kind],
         stages=_stages(contract),
         lora=drawn and layout in FAMILIES["comfyui"],
@@ -186,18 +187,23 @@ def _is_hub_id(base: str) -> bool:
     return base not in BUNDLED_NAMES and not Path(base).exists()
 
 
+def _is_video(contract: Contract | MultiContract) -> bool:
+    return teacher(contract).arguments().get("num_frames", 1) > 1
+
+
 def _front_matter(contract: Contract | MultiContract) -> ModelCardData:
     """The metadata that the hub reads."""
     base, licence = contract.base_model, contract.licence
     known = licence is not None and HUB_LICENCES.fullmatch(licence)
     lora = ["lora", "template:sd-lora"] if contract.kind in ("lora", "multi") else []
+    task = "text-to-video" if _is_video(contract) else "text-to-image"
     return ModelCardData(
         base_model=base if _is_hub_id(base) else None,  # the hub accepts only its own ids
         library_name="diffusers",
         license=licence if known or licence is None else "other",
         license_name=None if known else licence,
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", *lora, "stepdistill", "step-distillation"],
+        pipeline_tag=task,
+        tags=[task, "diffusers", *lora, "stepdistill", "step-distillation"],
     )
 
 
@@ -212,7 +218,7 @@ def _base(contract: Contract | MultiContract) -> dict[str, str]:
 def _rows(contract: Contract) -> list[tuple[str, str]]:
     """The rows of the table of the sampling contract."""
     height, width = contract.resolution
-    scale = contract.guidance_scale
+    scale, frames = contract.guidance_scale, contract.call.get("num_frames", 1)
     return [
         ("scheduler", f"`{contract.scheduler['_class_name']}`, configured in `scheduler/`"),
         ("timesteps", ", ".join(f"{t:g}" for t in contract.timesteps)),
@@ -224,6 +230,7 @@ def _rows(contract: Contract) -> list[tuple[str, str]]:
         ("negative prompts", "supported" if contract.negative_prompt else "no effect"),
         _weights(contract),
         ("resolution", f"{width} x {height} pixels"),
+        *([("frames", f"{frames}")] if frames > 1 else []),
         ("training precision", contract.dtype),
     ]
 

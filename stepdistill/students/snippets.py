@@ -6,16 +6,23 @@ from pathlib import Path
 
 from stepdistill.core.files import is_single_file
 from stepdistill.students.contract import Contract, GuidanceAdapters, MultiContract, teacher
+from stepdistill.students.draw.animation import FRAME_RATE
+
+ANIMATED = f"save_all=True, append_images=frames[1:], duration={1000 // FRAME_RATE}, loop=0"  # of a list of frames
 
 
 def snippet(contract: Contract, address: Path | str) -> str:
-    """Code that generates an image, with Diffusers alone if possible; `address` is the student's folder or hub id."""
+    """Code that generates an image or a video, with Diffusers alone if possible.
+
+    Args:
+        address: the student's folder or hub id.
+    """
     if contract.adapters is not None:
         return _adapter_snippet(contract, contract.adapters, address)
     if contract.lora is not None and not teacher(contract).loads_lora:
         return _loaded_snippet(contract, address)
     scheduler, net, name = contract.scheduler["_class_name"], contract.network, teacher(contract).network_name
-    call = "".join(f"    {key}={value!r},\n" for key, value in contract.call.items())
+    call = "".join(f"    {key}={value!r},\n" for key, value in (contract.call | _asked(contract)).items())
     stock = [] if contract.first_noise else [scheduler]
     lines = [
         *([f"from stepdistill.families.schedulers import {scheduler}"] if contract.first_noise else []),
@@ -25,8 +32,7 @@ def snippet(contract: Contract, address: Path | str) -> str:
         else "pipe.load_lora_weights(student)",
         f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")',
         "",
-        f'image = pipe(\n    "red apple",\n{call}    generator=torch.manual_seed(0),\n).images[0]',
-        'image.save("student.png")',
+        *_saved(contract, f'pipe(\n    "red apple",\n{call}    generator=torch.manual_seed(0),\n)'),
     ]
     return "\n".join(lines)
 
@@ -39,20 +45,47 @@ def _adapter_snippet(contract: Contract, adapters: GuidanceAdapters, address: Pa
 
 def _loaded_snippet(contract: Contract, address: Path | str, *settings: str) -> str:
     """Code for a student that plain Diffusers cannot load."""
+    asked = "".join(f"{key}={value!r}, " for key, value in _asked(contract).items())
     lines = [
         "import stepdistill",
         *_loading(contract, address),
         "call = stepdistill.load_student(pipe, student)",
         *settings,
         "",
-        'image = pipe("red apple", **call, generator=torch.manual_seed(0)).images[0]',
-        'image.save("student.png")',
+        *_saved(contract, f'pipe("red apple", **call, {asked}generator=torch.manual_seed(0))'),
     ]
     return "\n".join(lines)
 
 
+def _frames(contract: Contract | MultiContract) -> int:
+    """Of a video; 0 for the pipelines of images."""
+    return teacher(contract).arguments().get("num_frames", 0)
+
+
+def _asked(contract: Contract | MultiContract) -> dict[str, str]:
+    """What the call needs so that frames are images; the pipelines of images give them anyway."""
+    return {"output_type": "pil"} if _frames(contract) else {}
+
+
+def _saved(contract: Contract, call: str) -> list[str]:
+    """The lines that make a call of the pipeline, and save its image or its video."""
+    frames = _frames(contract)
+    if frames < 2:
+        return [f"image = {call}.{'frames[0]' if frames else 'images'}[0]", 'image.save("student.png")']
+    return [
+        f"frames = {call}.frames[0]",
+        f'frames[0].save("student.webp", {ANIMATED})',
+        "# or as an mp4 file, with the packages imageio and imageio-ffmpeg:",
+        f'# diffusers.utils.export_to_video(frames, "student.mp4", fps={FRAME_RATE})',
+    ]
+
+
 def multi_snippet(contract: MultiContract, address: Path | str) -> str:
-    """Code that generates two images, each with the student of its prompt."""
+    """Code that generates two images or videos, each with the student of its prompt."""
+    asked = "".join(f", {key}={value!r}" for key, value in _asked(contract).items())
+    frames = _frames(contract)
+    name = "frames" if frames else "image"
+    file = f'webp", {ANIMATED}' if frames > 1 else 'png"'
     lines = [
         "import stepdistill",
         *_loading(contract, address),
@@ -60,8 +93,8 @@ def multi_snippet(contract: MultiContract, address: Path | str) -> str:
         "",
         'prompts = ["red apple", "cat face"]',
         "generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]",
-        "for prompt, image in zip(prompts, students(prompts, generator=generators)):",
-        '    image.save(f"{prompt}.png")',
+        f"for prompt, {name} in zip(prompts, students(prompts, generator=generators{asked})):",
+        f'    {name}{"[0]" if frames else ""}.save(f"{{prompt}}.{file})',
     ]
     return "\n".join(lines)
 

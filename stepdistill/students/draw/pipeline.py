@@ -226,7 +226,7 @@ class StudentPipeline:
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], call: PipelineCall, batch: int = 4
     ) -> Iterator[DrawnImage]:
-        """Generate an image of each prompt. The pipeline's safety checker and watermarker stay in.
+        """Generate an image of each prompt, or a video as a list of frames. Safety checker and watermarker stay in.
 
         Image n is the one that the pipeline generates from this prompt alone with
         `generator=torch.manual_seed(seeds[n])`, except for rounding. The other prompts have no effect on it.
@@ -243,7 +243,8 @@ class StudentPipeline:
                     generators = [torch.manual_seed(batch_seeds[0])]
                 else:
                     generators = [torch.Generator().manual_seed(seed) for seed in batch_seeds]
-                drawn = self.drawer(some, generator=generators, **each(call.arguments, len(some)))
+                given = {"output_type": "pil"} | each(call.arguments, len(some))  # videos are arrays by default
+                drawn = self.drawer(some, generator=generators, **given)
             several, order = isinstance(self.loaded, Students), range(len(some))
             if several:  # each draws its share at once
                 order = [i for places in self.loaded.route(some).values() for i in places]
