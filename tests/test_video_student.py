@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
@@ -157,6 +159,19 @@ def test_formats_are_checked_before_anything_is_loaded(written, still, tmp_path,
         with pytest.raises(SystemExit):
             generate(folder, "rose", "-o", tmp_path / "out", *option)
         assert said in capsys.readouterr().err
+
+
+def test_the_guide_s_levels_are_those_of_the_schedulers():
+    """Each row of the table that names a scheduler, as Diffusers sets it up for four steps."""
+    guide = (Path(__file__).parents[1] / "docs" / "guides" / "video.md").read_text()
+    rows = re.findall(r"^\|.*`(\w+)\(([^)]*)\)` \| (.*) \|$", guide, re.M)
+    assert len(rows) == 3
+    for name, arguments, levels in rows:
+        given = {key: float(value) for key, value in (part.split("=") for part in arguments.split(", "))}
+        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if "flow_shift" in given else {}
+        scheduler = getattr(diffusers, name)(**given, **flow)
+        scheduler.set_timesteps(4)
+        assert [f"{t:.1f}".removesuffix(".0") for t in scheduler.timesteps.tolist()] == levels.split(" | ")
 
 
 def test_a_video_family_s_images_are_png_files(still, tmp_path):
