@@ -275,6 +275,17 @@ def test_a_bad_clip_is_replaced_and_named(tmp_path: Path, caplog) -> None:
     assert all(sample.pixels is not None and sample.pixels.shape == (3, 5, 16, 16) for sample in batch)
 
 
+def test_workers_read_the_same_clips(tmp_path: Path) -> None:
+    for suffix in CODECS:
+        caption(write_video(tmp_path / f"{suffix}.{suffix}", moving(20)))
+    stream = Stream(clips(tmp_path), 2, 0)
+    here, there = (loader(stream, 0, [[0, 1]], workers, 0) for workers in (0, 2))
+    for _ in range(4):
+        for a, b in zip(next(here), next(there), strict=True):
+            assert a.item == b.item and a.pixels is not None and b.pixels is not None
+            assert torch.equal(a.pixels, b.pixels)
+
+
 def test_without_pyav_videos_are_refused_and_animations_read(tmp_path: Path, monkeypatch) -> None:
     caption(write_animation(tmp_path / "a.gif", grey(9)))
     caption(write_video(tmp_path / "b.mp4", grey(9)))
