@@ -123,9 +123,9 @@ def test_the_normaliser_is_the_mean_distance_to_the_guided_target():
     """O6: `E |x - real|` of Gaussians, and scale does not matter."""
     generator = torch.Generator().manual_seed(0)
     x, real, fake = (torch.randn(4, 4, 64, 64, generator=generator).double() for _ in range(3))
-    close(normalised(x, fake, real), (fake - real) / math.sqrt(4 / math.pi), 0.2)
-    close(normalised(7 * x, 7 * fake, 7 * real), normalised(x, fake, real), 1e-12)
-    assert not normalised(x, x, x).any()
+    close(normalised(x, fake, real, {}), (fake - real) / math.sqrt(4 / math.pi), 0.2)
+    close(normalised(7 * x, 7 * fake, 7 * real, {}), normalised(x, fake, real, {}), 1e-12)
+    assert not normalised(x, x, x, {}).any()
 
 
 @SCHEDULES

@@ -69,7 +69,7 @@ BUGS = {
     # the score term
     "away from the teacher": Bug(dmd2.normalised, "(fake - real) / n", "(real - fake) / n", guidance),
     "normalised by the unguided target": Bug(
-        STUDENT, "normalised(sample, fake, real)", "normalised(sample, fake, fake)", guidance
+        STUDENT, "normalised(sample, fake, real, batch", "normalised(sample, fake, fake, batch", guidance
     ),
     "one norm for the batch": Bug(
         dmd2.normalised, ".flatten(1).mean(1).reshape(-1, *[1] * (x0.ndim - 1))", ".mean()", starts

@@ -396,8 +396,9 @@ class FakeTeacher:
     make: Callable
     shape: tuple[int, ...] = (1, 2, 2)
     digest: str = "teacher"
+    takes_images: bool = False
 
-    def sample(self, prompts, noise, steps, guidance_scale):
+    def sample(self, prompts, noise, steps, guidance_scale, images=None):
         return self.make(prompts, noise)
 
     def invert(self, prompts, pixels, noise, steps):

@@ -14,6 +14,7 @@ from stepdistill.core.schedule import expand
 Condition = Mapping[str, Tensor]
 SCALE = "guidance_scale"  # the condition by which guidance adapters get their scale, (B,)
 CONTROL = "control"  # the condition that a ControlNet sees, (B, C, h, w)
+HELD = "held"  # the first latent frames of a video, which are given and clean, (B, C, k, h, w)
 
 
 class Denoise(Protocol):
@@ -44,6 +45,19 @@ class RoleDenoise(Denoise, Protocol):
     def frozen(self) -> RoleDenoise:
         """The same role with gradients to its inputs but not to its weights."""
         ...
+
+
+def with_held(x: Tensor, cond: Condition) -> Tensor:
+    """`x` (B, C, F, h, w) with the frames that `cond` holds in the place of its first ones; `x` where it holds none."""
+    if HELD not in cond:
+        return x
+    held = cond[HELD].to(x.dtype)
+    return torch.cat([held, x[:, :, held.shape[2] :]], 2)
+
+
+def free_part(x: Tensor, cond: Condition) -> Tensor:
+    """`x` (B, C, F, h, w) without the frames that `cond` holds; a loss compares these alone."""
+    return x if HELD not in cond else x[:, :, cond[HELD].shape[2] :]
 
 
 def without_prompt(null: Condition, cond: Condition) -> Condition:

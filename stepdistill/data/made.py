@@ -32,15 +32,20 @@ class TeacherCalls(Protocol):
     Attributes:
         digest: of the teacher's weights.
         shape: (C, h, w) of latents.
+        takes_images: whether it continues images.
     """
 
+    @property
+    def takes_images(self) -> bool: ...
     @property
     def digest(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    def sample(self, prompts: list[str], noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
-        """Latents (B, C, h, w) by deterministic guided steps from `noise`."""
+    def sample(
+        self, prompts: list[str], noise: Tensor, steps: int, guidance_scale: float, images: Tensor | None = None
+    ) -> Tensor:
+        """Latents (B, C, h, w) by deterministic guided steps from `noise`; of videos that begin with images."""
         ...
 
     def invert(self, prompts: list[str], pixels: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -98,6 +103,7 @@ class TeacherMade(Source):
             DataError: what lies there is of another teacher, setting or source; or the disk refuses.
         """
         facts, file = self.facts(teacher.digest, teacher.shape), self.path / self.stored
+        facts |= {"images": self.source.digest()} if teacher.takes_images else {}
         if changed := changed_facts(file, facts):
             raise DataError(
                 problem(

@@ -61,7 +61,15 @@ class TeacherSamples(TeacherMade):
     def make(self, teacher: TeacherCalls, ids: Sequence[int]) -> dict[str, Tensor]:
         noise = torch.stack([noise_of(self.seed, i, teacher.shape) for i in ids])
         prompts = [self.prompt_of(i) for i in ids]
-        return {"latents": teacher.sample(prompts, noise, self.num_inference_steps, self.guidance_scale).half()}
+        images = torch.stack([self.image_of(i) for i in ids]) if teacher.takes_images else None
+        made = teacher.sample(prompts, noise, self.num_inference_steps, self.guidance_scale, images)
+        return {"latents": made.half()}
+
+    def image_of(self, i: int) -> Tensor:
+        """The image (3, H, W) that sample i begins with, in [-1, 1]: that of its source, or a clip's first frame."""
+        pixels = self.source.sample(i % len(self.source), sample_rng(self.seed, i)).pixels
+        assert pixels is not None, "training.checks.check_first_frames"
+        return pixels if pixels.ndim == 3 else pixels[:, 0]
 
     def prompt_of(self, i: int) -> str:
         """The prompt of sample i: the source's items in turn."""

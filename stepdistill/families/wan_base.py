@@ -32,14 +32,14 @@ HEAD_SIDE = 4  # tokens a side that a discriminator's head judges at once; the n
 TWO_EXPERTS = "it has two networks, one for high and one for low noise, and a student of both is not supported"
 
 
-def wan_needs(**more: Any) -> Needs:  # noqa: ANN401
-    """What every Wan pipeline needs of its parts."""
+def wan_needs(relatives: tuple[str, ...] = (), **pipeline: tuple[Any, str]) -> Needs:
+    """What every Wan pipeline needs of its parts, and further settings of the pipeline's index, with the reasons."""
     return Needs(
         optional=frozenset({"transformer_2", "image_encoder", "image_processor"}),
+        relatives=relatives,
         width=("text_dim", ("text_encoder",)),
-        pipeline={"boundary_ratio": (None, TWO_EXPERTS)},
+        pipeline={"boundary_ratio": (None, TWO_EXPERTS), **pipeline},
         scales_channels=True,
-        **more,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.config.kinds import Amount, Count, Whole
-from stepdistill.core.denoise import Denoise, guided
+from stepdistill.core.denoise import Condition, Denoise, free_part, guided
 from stepdistill.core.losses import distance, surrogate
 from stepdistill.core.schedule import NoiseSchedule, per_sample
 from stepdistill.core.solvers import Sampler, check_range, few_step, student_starts
@@ -157,7 +157,7 @@ class DMD2(Averaged):
         with torch.no_grad():
             real = guided(context.denoiser(target), context.null, self.guidance_scale)(x_s, s, batch.cond).x0
             fake = context.denoiser("fake")(x_s, s, batch.cond).x0
-            gradient = normalised(sample, fake, real)
+            gradient = normalised(sample, fake, real, batch.cond)
             if isinstance(self.gan, Gan):
                 gradient = self.gan.weighted(context, batch, x_s, s, gradient)
         matching = surrogate(x0, gradient)
@@ -198,7 +198,10 @@ def reached(
     return x_t, per_sample(sampler.timesteps[taken], x_t)
 
 
-def normalised(x0: Tensor, fake: Tensor, real: Tensor) -> Tensor:
-    """`(fake - real) / mean |x0 - real|`, the mean over each sample; Yin et al. 2023, eq. 7 and 8. All (B, ...)."""
-    n = (x0 - real).abs().flatten(1).mean(1).reshape(-1, *[1] * (x0.ndim - 1))
+def normalised(x0: Tensor, fake: Tensor, real: Tensor, cond: Condition) -> Tensor:
+    """`(fake - real) / mean |x0 - real|`, the mean over each sample; Yin et al. 2023, eq. 7 and 8. All (B, ...).
+
+    Frames that `cond` holds are left out of the mean: they are equal in all three.
+    """
+    n = free_part((x0 - real).abs(), cond).flatten(1).mean(1).reshape(-1, *[1] * (x0.ndim - 1))
     return ((fake - real) / n).nan_to_num(0.0, 0.0, 0.0)  # a sample that equals its target has nowhere to go

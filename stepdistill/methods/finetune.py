@@ -8,7 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from stepdistill.core.denoise import free_part
 from stepdistill.core.losses import denoising
+from stepdistill.core.prediction import Estimate
 from stepdistill.methods.base import Batch, StepContext, Tuning, Update
 
 
@@ -44,4 +46,5 @@ def score_matching_loss(context: StepContext, batch: Batch, role: str, x0: Tenso
     t = context.schedule.random_times(context.draw(batch, f"{role} t"), *context.schedule.span)
     eps = context.noise(batch, f"{role} eps")
     est = context.denoiser(role)(context.schedule.add_noise(x0, eps, t), t, batch.cond)
-    return denoising(est, x0, eps, context.schedule)
+    free = Estimate(*(free_part(part, batch.cond) for part in est))
+    return denoising(free, free_part(x0, batch.cond), free_part(eps, batch.cond), context.schedule)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.config.kinds import Amount, Count, Place, Share, Whole
-from stepdistill.core.denoise import guided, without_prompt
+from stepdistill.core.denoise import free_part, guided, without_prompt
 from stepdistill.core.losses import distance, surrogate
 from stepdistill.core.pixels import frames_of
 from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
@@ -141,7 +141,7 @@ class VSD(Averaged):
         empty = context.shared("empty prompt") < self.proportion_empty_prompts
         cond = without_prompt(context.null, batch.cond) if empty else batch.cond
         est = context.denoiser("fake")(context.schedule.add_noise(x0, eps, t), t, cond)
-        return distance("l2", alpha_t * est.eps, alpha_t * eps)
+        return distance("l2", free_part(alpha_t * est.eps, cond), free_part(alpha_t * eps, cond))
 
     def _guidance(self, context: StepContext) -> float:
         if isinstance(self.guidance_scale, tuple):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from stepdistill.core.denoise import SCALE, Condition
+from stepdistill.core.denoise import SCALE, Condition, with_held
 from stepdistill.core.prediction import Estimate, Kind, estimate_at_levels, output
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.networks.backbone import Backbone
@@ -40,10 +40,15 @@ class Denoiser:
         return self.queried(x_t, t, cond, *self.schedule(t))
 
     def queried(self, x_t: Tensor, t: Tensor, cond: Condition, alpha_t: Tensor, sigma_t: Tensor) -> Estimate:
-        """The estimate at levels (B,) of `x_t`, by a network that is told t."""
+        """The estimate at levels (B,) of `x_t`, by a network that is told t.
+
+        Frames that `cond` holds are their own x0 and eps: on a straight path they stay clean at every time, since
+        their velocity is 0.
+        """
         with self._network(x_t.device, cond) as net:
             y = self.call(net, x_t, t, cond)
-        return estimate_at_levels(self.kind, y, x_t, alpha_t, sigma_t)
+        est = estimate_at_levels(self.kind, y, x_t, alpha_t, sigma_t)
+        return Estimate(*(with_held(part, cond) for part in est))
 
     def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """What the network makes of its input halfway, (B, channels, h, w) at the family's tap."""

@@ -20,6 +20,7 @@ from stepdistill.core.random import fresh_noise
 from stepdistill.core.schedule import expand
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.families.base import Family
+from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER
@@ -66,10 +67,10 @@ def prove(
     subject = _Subject(contract, family, plain, pipe, backbone, seed)
     ours, taught = subject.sample(role), subject.sample(TEACHER)
     visited = _watch(family, family.network(plain))
-    packed, call = family.pack(subject.noise), each(contract.call, len(PROMPTS))
+    packed, call = family.pack(subject.noise), each(contract.call, len(subject.prompts)) | subject.image
     half = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with half, _seeded(seed, device):
-        drawn: Any = plain(list(PROMPTS), latents=packed, output_type="latent", **call)  # pyright: ignore[reportCallIssue]
+        drawn: Any = plain(prompt=subject.prompts, latents=packed, output_type="latent", **call)  # pyright: ignore[reportCallIssue]
     theirs = family.unpack(drawn[0], *subject.noise.shape[-2:])
     _compare(visited, contract.timesteps)
     return Proof(
@@ -122,11 +123,17 @@ class _Subject:
         parameter = next(backbone.net.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.family, self.backbone, self.seed = family, backbone, seed
-        shape = family.latent_shape(plain, *contract.resolution)
-        noise = torch.randn(len(PROMPTS), *shape, generator=torch.Generator().manual_seed(seed))
-        self.noise = noise.to(self.device)
+        shape, generator = family.latent_shape(plain, *contract.resolution), torch.Generator().manual_seed(seed)
+        begins = isinstance(family, ImageToVideo)
+        self.prompts = list(PROMPTS[:1] if begins else PROMPTS)  # such a pipeline takes one image for all prompts
+        self.noise = torch.randn(len(self.prompts), *shape, generator=generator).to(self.device)
+        self.image: dict[str, Any] = {}
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            self.cond, self.null = family.condition(plain, PROMPTS), family.unconditional(plain)
+            self.cond, self.null = family.condition(plain, self.prompts), family.unconditional(plain)
+        if begins:
+            pixels = torch.rand(1, 3, *contract.resolution, generator=generator)
+            self.image = {"image": pixels}
+            self.cond = {**self.cond, **family.first_frame(plain, 2 * pixels.to(self.device) - 1)}
         self.sampler = contract.sampler()
         self.schedule = family.schedule(pipe.scheduler)
         self.kind: Kind = family.kind(pipe)

@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill.core.denoise import CONTROL, Condition
+from stepdistill.core.denoise import CONTROL, HELD, Condition
 from stepdistill.data import FixedCrops, GuidedState, Sample, Source, Stream, loader
 from stepdistill.families.controlled import Controlled
+from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.families.prompt_limits import warn_of_cut
 from stepdistill.methods.base import Batch
@@ -63,6 +65,15 @@ class Batches:
             self.parts.text(f"{len(lacking)} prompts, such as {lacking[0][:40]!r}, are not in {self.folder}")
         return {key: value.to(self.device) for key, value in self.prompts(prompts).items()}
 
+    def with_images(self, prompts: Sequence[str], images: Tensor | None) -> Condition:
+        """Embeddings of prompts, with what the network sees of the images (B, 3, H, W) that a family continues."""
+        cond = self.condition(prompts)
+        if not isinstance(self.family, ImageToVideo):
+            return cond
+        assert images is not None, "check_first_frames"
+        pipe = self.parts.vae("the images that videos begin with are encoded")
+        return {**cond, **self.family.first_frame(pipe, images.to(self.device))}
+
     def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
         # kernels round by the number of rows (the pooled row of 3 prompts is another than that of 4), and a row must
         # not depend on which run or process made it
@@ -108,10 +119,11 @@ class Batches:
         read = loader(stream, start, places, spec.dataloader_num_workers, spec.seed)
         step = start
         while True:
-            yield [self._batch(next(read), [step * whole + j for j in place]) for place in places]
+            yield [self.batch_of(next(read), [step * whole + j for j in place]) for place in places]
             step += 1
 
-    def _batch(self, samples: list[Sample], index: Sequence[int]) -> Batch:
+    def batch_of(self, samples: Sequence[Sample], index: Sequence[int]) -> Batch:
+        """The micro-batch of samples, whose draws are those of `index`."""
         cond = self.condition([sample.prompt for sample in samples])
         first = samples[0]
         latents = None
@@ -119,6 +131,8 @@ class Batches:
             latents = torch.stack([s.latents for s in samples if s.latents is not None]).float()
         elif first.pixels is not None:
             latents = self.encode(samples)
+        if isinstance(self.family, ImageToVideo):
+            cond, latents = self._beginning(cond, latents)
         if isinstance(self.family, Controlled) and self.family.controlnet and latents is not None:
             cond = {**cond, CONTROL: self._control(self.family, samples, latents.to(self.device))}
         shape = self.shape if latents is None else tuple(latents.shape[1:])
@@ -130,6 +144,12 @@ class Batches:
             parts = zip(*(sample.state for sample in samples if sample.state is not None), strict=True)
             state = GuidedState(*(torch.stack(part).to(self.device) for part in parts))
         return Batch(tuple(index), cond, shape, _to(latents, self.device), _to(noise, self.device), prompts, state)
+
+    def _beginning(self, cond: Condition, latents: Tensor | None) -> tuple[Condition, Tensor | None]:
+        """The condition with the first latent frame of the samples, and the latents if they are whole videos."""
+        assert latents is not None, "check_first_frames"
+        whole = latents.shape[2] == self.shape[1]
+        return {**cond, HELD: latents[:, :, :1].to(self.device)}, latents if whole else None
 
     def _control(self, family: Controlled, samples: Sequence[Sample], latents: Tensor) -> Tensor:
         """What the ControlNet sees of the samples' images, or of their latents where they have none."""
@@ -144,16 +164,22 @@ class Batches:
         pixels = torch.stack([s.pixels for s in samples if s.pixels is not None])
         if self.latents is None:
             pipe = self.parts.vae("without train.cache_latents images are encoded at every step")
-            return self.family.encode(pipe, pixels.to(self.device))
+            return self._latents(pipe, pixels.to(self.device))
         place = {sample.item: n for n, sample in enumerate(samples)}
 
         def encode(items: list[int]) -> Tensor:
             pipe = self.parts.vae(f"latents of {len(items)} images are not in {self.folder}")
             rows = pixels[[place[item] for item in items]].to(self.device)
             # one by one, for the reason in `_embed`
-            return torch.cat([self.family.encode(pipe, row).cpu() for row in rows.split(1)])
+            return torch.cat([self._latents(pipe, row).cpu() for row in rows.split(1)])
 
         return self.latents([sample.item for sample in samples], encode)
+
+    def _latents(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
+        """Latents of images or videos; of an image that begins a video those of its one frame."""
+        if isinstance(self.family, ImageToVideo) and pixels.ndim == 4:
+            return self.family.encode_frames(pipe, pixels[:, :, None])
+        return self.family.encode(pipe, pixels)
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -13,9 +13,10 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.outputs import check_output_folder
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
-from stepdistill.data import Clips, ImageSource, Source, Stream, Trajectories, inside
+from stepdistill.data import Source, Stream, Trajectories, inside
 from stepdistill.data.made import TeacherMade
 from stepdistill.families.controlled import Controlled
+from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.methods.base import Method
 from stepdistill.networks.lora.names import OUTSIDE
 from stepdistill.networks.lora.tensors import FAMILIES
@@ -29,6 +30,7 @@ from stepdistill.training.folder import check_data_folders, check_output_dir
 from stepdistill.training.lora_checks import check_assistant, check_loras, check_start_from
 from stepdistill.training.recipe import Run
 from stepdistill.training.setup import Session
+from stepdistill.training.video_checks import check_clip_frames, check_first_frames, provided
 
 logger = logging.getLogger(__name__)
 
@@ -103,13 +105,6 @@ def check_sharding(run: Run) -> None:
             raise ConfigError(problem(got, "roles that are LoRAs, adapters or heads on the base", why, todo))
 
 
-def provided(source: Source) -> set[str]:
-    """What methods may ask of a source: images give latents too, latents with their noise are pairs."""
-    have = set(source.provides)
-    have |= {"latents"} if "images" in have else set()
-    return have | ({"pairs"} if {"latents", "noise"} <= have else set())
-
-
 def check_needs(source: Source, method: Method) -> None:
     """The source provides what the method needs."""
     missing = method.needs - provided(source)
@@ -130,24 +125,6 @@ def check_data(run: Run) -> None:
     for source in inside(run.data):
         len(source)  # reads the index, also of a source that the teacher's samples are wrapped around
     Stream(run.data, 1, run.train.seed)
-
-
-def check_clip_frames(run: Run) -> None:
-    """Clips are for families of videos, and have as many frames as theirs; latents of videos are of clips."""
-    frames = run.family.arguments().get("num_frames")
-    still = isinstance(run.data, ImageSource) and not isinstance(run.data, Clips)
-    if still and (frames or 1) > 1 and "latents" in run.method.needs:
-        got = f"images from {type(run.data).__name__} with family.num_frames {frames}"
-        why = f"{type(run.method).__name__} trains on latents of videos"
-        raise ConfigError(problem(got, "clips", why, "use stepdistill.data.Clips, or set family.num_frames to 1"))
-    for source in inside(run.data):
-        if isinstance(source, Clips) and source.num_frames != frames:
-            family = type(run.family).__name__
-            got = f"num_frames {source.num_frames} of {type(source).__name__} with family {family}"
-            expected = "images" if frames is None else f"{frames}, as family.num_frames says"
-            why = "this family makes images" if frames is None else "all videos of a run have one number of frames"
-            todo = "use an image source" if frames is None else "make the two numbers equal"
-            raise ConfigError(problem(got, expected, why, todo))
 
 
 def check_control(run: Run) -> None:
@@ -246,7 +223,7 @@ def check_held_out(run: Run) -> None:
 def check_unused(run: Run) -> None:
     """Warn of images and latents that the method does not train on."""
     unused = provided(run.data) & {"images", "latents", "trajectories"}
-    if run.method.needs == {"prompts"} and unused:
+    if run.method.needs == {"prompts"} and unused and not isinstance(run.family, ImageToVideo):
         logger.warning(
             "%s trains on prompts alone: the %s of the %s are read and not used. Use stepdistill.data.Prompts, which "
             "saves their time and memory",
@@ -273,8 +250,16 @@ def check_teacher(run: Run) -> None:
 
 
 CHECKS: tuple[Callable[[Run], None], ...] = (
-    *(check_teacher, check_cache_dir, check_scheduler, check_sharding, check_data, check_clip_frames, check_control),
+    *(
+        check_teacher,
+        check_cache_dir,
+        check_scheduler,
+        check_sharding,
+        check_data,
+        check_clip_frames,
+        check_first_frames,
+    ),
     *(check_reference_file, check_export_formats, check_loras, check_start_from, check_assistant, check_output_dir),
     *(check_data_folders, check_quantized_roles, check_roles, check_attention, check_guidance_scale, check_held_out),
-    *(check_unused,),
+    *(check_control, check_unused),
 )

@@ -38,7 +38,7 @@ from stepdistill.students.snippets import snippet
 from stepdistill.students.verify import export_formats, remove_formats
 from stepdistill.students.write import write_student
 from stepdistill.training.recipe import Run, TrainSpec
-from stepdistill.training.sampling import relative_straightness
+from stepdistill.training.sampling import relative_straightness, validation_images
 from stepdistill.training.setup import Session
 from stepdistill.training.watch.rules import read_metrics, reward_scores, reward_sentence
 
@@ -101,8 +101,10 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
     if spec.validation_prompts:
         prompts, size = list(spec.validation_prompts), session.batches.size
         seed, numbers = spec.validation_seed, range(VALIDATION, VALIDATION + len(prompts))
+        begun = validation_images(session, prompts)
+        more = {} if begun is None else {"images": begun / 2 + 0.5}
         columns = [
-            (row.name.replace(", ", "\n"), generate(pipe, row, prompts, seed, numbers=numbers, size=size)[0])
+            (row.name.replace(", ", "\n"), generate(pipe, row, prompts, seed, numbers=numbers, size=size, **more)[0])
             for pipe, row in ((teacher, full), (teacher, few), *((plain, row) for row in rows))
         ]
         scale = max(1, 96 // columns[0][1].shape[-1])

@@ -62,6 +62,7 @@ class TrainSpec:
         tracker_project_name: project name for the trackers.
         validation_prompts: prompts of the validation images, which are sampled at fixed seeds as the student's contract
             says.
+        validation_images: the image that each of the validation prompts continues, for a family that takes one.
         validation_steps: steps between validations; none validates only at the end.
         validation_seed: seed of the validation images.
         teacher_steps: sampling steps of the teacher in the validation images.
@@ -107,6 +108,7 @@ class TrainSpec:
     report_to: Tracker | tuple[Tracker, ...] = "tensorboard"
     tracker_project_name: str = "stepdistill"
     validation_prompts: tuple[str, ...] = ()
+    validation_images: tuple[Place, ...] = ()
     validation_steps: Count | None = None
     validation_seed: Seed = 0
     teacher_steps: Count = 50

@@ -9,11 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stepdistill.core.denoise import guided, with_scale
+from stepdistill.core.denoise import Condition, guided, with_scale
+from stepdistill.core.image_files import upright
 from stepdistill.core.pixels import clips_of, to_uint8
-from stepdistill.core.random import VALIDATION, fresh_noise, noise_of
+from stepdistill.core.random import VALIDATION, fresh_noise, noise_of, sample_rng
 from stepdistill.core.solvers import Sampler, few_step
+from stepdistill.data.images import Crop
 from stepdistill.evaluation.metrics.straightness import paths
+from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.methods.base import Tuning
 from stepdistill.networks.roles import TEACHER
 from stepdistill.students.draw.sheet import image_grid
@@ -30,6 +33,19 @@ def validation_noise(session: Session, ids: Iterable[int]) -> Tensor:
 def _noise(session: Session, seed: int, ids: Iterable[int]) -> Tensor:
     rows = [noise_of(seed, i, session.batches.shape) for i in ids]
     return torch.stack(rows).to(session.accelerator.device)
+
+
+def validation_images(session: Session, prompts: Sequence[str]) -> Tensor | None:
+    """The images (B, 3, H, W) in [-1, 1] that the videos of validation prompts begin with; None without any.
+
+    Each is resized until it covers the size of the run, and its centre is cut out.
+    """
+    spec = session.run.train
+    if not spec.validation_images:
+        return None
+    crop = Crop(session.batches.size, 0.5, 0.5, False, "lanczos")
+    files = dict(zip(spec.validation_prompts, spec.validation_images, strict=True))
+    return torch.stack([crop(upright(Path(files[prompt]))) for prompt in prompts])
 
 
 @torch.no_grad()
@@ -51,7 +67,7 @@ def _sample_few(session: Session, role: str, sampler: Sampler, prompts: list[str
         rows = [torch.randn(session.batches.shape, generator=generator) for generator in generators]
         return torch.stack(rows).to(session.accelerator.device)
 
-    condition = session.batches.condition(prompts)
+    condition = session.batches.with_images(prompts, validation_images(session, prompts))
     return few_step(denoise, context.schedule, sampler, validation_noise(session, ids), condition, fresh)
 
 
@@ -68,7 +84,8 @@ def sample_teacher(session: Session, prompts: list[str], ids: Sequence[int]) -> 
     spec = session.run.train
     steps = max(n for n in range(1, spec.teacher_steps + 1) if 1000 % n == 0)
     noise = validation_noise(session, ids)
-    return TeacherSampler(session).sample(prompts, noise, steps, session.run.teacher_guidance_scale)
+    images = validation_images(session, prompts)
+    return TeacherSampler(session).sample(prompts, noise, steps, session.run.teacher_guidance_scale, images)
 
 
 def teacher_facts(session: Session) -> dict[str, object]:
@@ -96,10 +113,19 @@ def relative_straightness(session: Session, count: int = 256) -> float:
     straightness = cost = 0.0
     for part in torch.arange(count).split(run.train.train_batch_size):
         ids = part.tolist()
-        cond = session.batches.condition([run.data.captions(i % len(run.data))[0] for i in ids])
+        cond = _data_condition(session, ids)
         followed = paths(denoise, context.schedule, _noise(session, -1, ids), cond)
         straightness, cost = straightness + followed.straightness * len(ids), cost + followed.cost * len(ids)
     return straightness / cost if cost else math.nan
+
+
+def _data_condition(session: Session, ids: Sequence[int]) -> Condition:
+    """The condition of items of the run's data, in turn."""
+    data, batches = session.run.data, session.batches
+    items = [i % len(data) for i in ids]
+    if isinstance(session.run.family, ImageToVideo):
+        return batches.batch_of([data.sample(i, sample_rng(0, i)) for i in items], ids).cond
+    return batches.condition([data.captions(i)[0] for i in items])
 
 
 @torch.no_grad()

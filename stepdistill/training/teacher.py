@@ -12,6 +12,7 @@ from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.schedule import per_sample
 from stepdistill.core.solvers import each_step, follow
 from stepdistill.data import GuidedState
+from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.networks.roles import TEACHER
 from stepdistill.training.setup import Session
 
@@ -32,13 +33,21 @@ class TeacherSampler:
         """(C, h, w) of latents."""
         return self.session.batches.shape
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether it continues images."""
+        return isinstance(self.session.run.family, ImageToVideo)
+
     @torch.no_grad()
-    def sample(self, prompts: list[str], noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
-        """Latents (B, C, h, w) by `steps` deterministic guided steps from `noise`."""
+    def sample(
+        self, prompts: list[str], noise: Tensor, steps: int, guidance_scale: float, images: Tensor | None = None
+    ) -> Tensor:
+        """Latents (B, C, h, w) by `steps` deterministic guided steps from `noise`; of videos that begin with images."""
         session, context = self.session, self.session.context(0)
         denoise = guided(session.denoiser(TEACHER), context.null, guidance_scale)
         times = context.schedule.grid(steps).flip(0).tolist()
-        return follow(denoise, context.schedule, times, noise.to(context.device), session.batches.condition(prompts))
+        cond = session.batches.with_images(prompts, images)
+        return follow(denoise, context.schedule, times, noise.to(context.device), cond)
 
     @torch.no_grad()
     def invert(self, prompts: list[str], pixels: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepdistill.core.cost import Cost, count_calls
-from stepdistill.core.errors import ConfigError
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.families.base import Family
+from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.methods.base import Method
 from stepdistill.students.contract import each
 from stepdistill.students.draw.filters import unfiltered
@@ -119,6 +120,7 @@ def generate(
     progress: bool = False,
     numbers: Sequence[int] | None = None,
     size: tuple[int, int] | None = None,
+    images: Tensor | None = None,
 ) -> tuple[Tensor, Cost]:
     """Images (N, 3, H, W) uint8 of the prompts, or clips (N, F, 3, H, W), and what they cost.
 
@@ -131,19 +133,29 @@ def generate(
         call: how to sample; for several students one call for all, or one for each.
         numbers: i for each image; None counts them from 0.
         size: height and width in pixels; None takes the call's, else the size that the network was trained at.
+        images: (N, 3, H, W) in [0, 1], that the videos begin with, for a family that continues images.
+
+    Raises:
+        ConfigError: such a family is given none.
     """
     numbers = numbers or range(len(prompts))
     if isinstance(drawer, Students):
-        images, total = {}, Cost()
+        rows, total = {}, Cost()
         for k, places in drawer.route(prompts).items():
             one = call if isinstance(call, PipelineCall) else call[k]
             some, ids = [prompts[i] for i in places], [numbers[i] for i in places]
             with drawer.use(k):
-                drawn, cost = generate(drawer.pipe, one, some, seed, batch, progress, ids, size)
-            images |= dict(zip(places, drawn, strict=True))
+                begun = None if images is None else images[places]
+                drawn, cost = generate(drawer.pipe, one, some, seed, batch, progress, ids, size, begun)
+            rows |= dict(zip(places, drawn, strict=True))
             total = Cost(*(a + b for a, b in zip(astuple(total), astuple(cost), strict=True)))
-        return torch.stack([images[i] for i in range(len(prompts))]), total
+        return torch.stack([rows[i] for i in range(len(prompts))]), total
     (call,) = [call] if isinstance(call, PipelineCall) else call
+    begins = isinstance(call.family, ImageToVideo)
+    if begins and images is None:
+        got, why = f"a {type(call.family).__name__} pipeline without images", "it continues an image as a video"
+        raise ConfigError(problem(got, "one image for each prompt", why, "use a family of text to video, or pass them"))
+    batch = 1 if begins else batch  # its pipeline takes one image for all prompts
     family, arguments, batches = call.family, dict(call.arguments), []
     native = family.native_size(drawer)
     height, width = (arguments.pop(name, side) for name, side in zip(("height", "width"), native, strict=True))
@@ -156,15 +168,16 @@ def generate(
             ids = numbers[start : start + batch]
             fresh = [fresh_noise(seed, i) for i in ids]
             with seeded_steps(family, call.scheduler, fresh):
-                images = drawer(  # pyright: ignore[reportCallIssue, reportIndexIssue]
-                    list(prompts[start : start + batch]),
+                drawn = drawer(  # pyright: ignore[reportCallIssue, reportIndexIssue]
+                    prompt=list(prompts[start : start + batch]),
                     latents=family.pack(torch.stack([noise_of(seed, i, shape) for i in ids]).to(drawer.device)),
                     generator=fresh,
                     height=height,
                     width=width,
                     output_type="pt",
+                    **({"image": images[start : start + 1]} if begins else {}),
                     **each(arguments, len(ids)),
                 )[0]
-            batches.append(to_uint8(images.float().cpu().clamp(0, 1)))
+            batches.append(to_uint8(drawn.float().cpu().clamp(0, 1)))
             cost.batches += 1
     return torch.cat(batches), cost

@@ -1,0 +1,64 @@
+"""Checks of runs on videos, before anything is loaded."""
+
+from __future__ import annotations
+
+from stepdistill.core.errors import ConfigError, problem
+from stepdistill.data import InvertedImages, Source, Trajectories, inside
+from stepdistill.data.clips import Clips
+from stepdistill.families.image_to_video import ImageToVideo
+from stepdistill.training.recipe import Run
+
+
+def provided(source: Source) -> set[str]:
+    """What methods may ask of a source: images give latents too, latents with their noise are pairs."""
+    have = set(source.provides)
+    have |= {"latents"} if "images" in have else set()
+    return have | ({"pairs"} if {"latents", "noise"} <= have else set())
+
+
+def check_clip_frames(run: Run) -> None:
+    """Clips are for families of videos, and have as many frames as theirs; latents of videos are of clips."""
+    frames = run.family.arguments().get("num_frames")
+    still = isinstance(run.data, ImageSource) and not isinstance(run.data, Clips)
+    if still and (frames or 1) > 1 and "latents" in run.method.needs:
+        got = f"images from {type(run.data).__name__} with family.num_frames {frames}"
+        why = f"{type(run.method).__name__} trains on latents of videos"
+        raise ConfigError(problem(got, "clips", why, "use stepdistill.data.Clips, or set family.num_frames to 1"))
+    for source in inside(run.data):
+        if isinstance(source, Clips) and source.num_frames != frames:
+            family = type(run.family).__name__
+            got = f"num_frames {source.num_frames} of {type(source).__name__} with family {family}"
+            expected = "images" if frames is None else f"{frames}, as family.num_frames says"
+            why = "this family makes images" if frames is None else "all videos of a run have one number of frames"
+            todo = "use an image source" if frames is None else "make the two numbers equal"
+            raise ConfigError(problem(got, expected, why, todo))
+
+
+def check_first_frames(run: Run) -> None:
+    """A family that continues images has one for each sample and each validation prompt; others have none."""
+    prompts, images = len(run.train.validation_prompts), len(run.train.validation_images)
+    if not isinstance(run.family, ImageToVideo):
+        if images:
+            got, why = f"train.validation_images with family {type(run.family).__name__}", "it takes prompts alone"
+            raise ConfigError(problem(got, "a family that continues an image", why, "remove them"))
+        return
+    made = [source for source in inside(run.data) if isinstance(source, InvertedImages | Trajectories)]
+    if made:
+        got, why = f"a {type(made[0]).__name__} source with family {type(run.family).__name__}", "it is made of prompts"
+        raise ConfigError(problem(got, "clips, images or TeacherSamples", why, "use another data source"))
+    given = provided(run.data)
+    needed = {"latents", "pairs", "trajectories"} & run.method.needs
+    clips = any(isinstance(source, Clips) for source in inside(run.data)) or "latents" in run.data.provides
+    if "latents" not in given or (needed and not clips):
+        got = f"a {type(run.data).__name__} source with family {type(run.family).__name__}"
+        expected = "clips, or the teacher's samples" if needed else "images or clips"
+        why = f"{type(run.method).__name__} trains on whole videos" if needed else "the videos begin with them"
+        todo = "use stepdistill.data.Clips, or stepdistill.data.TeacherSamples around an image source"
+        raise ConfigError(problem(got, expected, why, todo if needed else "use an image source"))
+    if prompts != images:
+        got, why = f"{images} train.validation_images for {prompts} prompts", "each video begins with an image"
+        raise ConfigError(problem(got, str(prompts), why, "set one for each of train.validation_prompts, in order"))
+    rewards = (*run.method.trained_rewards, run.method.held_out)
+    if any(reward is not None for reward in rewards):
+        got, why = f"rewards with family {type(run.family).__name__}", "they are measured on samples of prompts alone"
+        raise ConfigError(problem(got, "none", why, "remove them, or train text to video"))

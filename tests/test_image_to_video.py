@@ -1,0 +1,293 @@
+"""Image to video: the first latent frame is given, clean, and never trained."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusers import WanImageToVideoPipeline
+from oracles.planted import Bug, bug_tests
+from PIL import Image
+from torch import Tensor
+
+from stepdistill.core.denoise import HELD, free_part, guided, with_held
+from stepdistill.core.errors import ConfigError
+from stepdistill.core.solvers import Sampler, few_step
+from stepdistill.data import ImageFolder, Prompts, TeacherSamples
+from stepdistill.families.wan_image import WanImageToVideo
+from stepdistill.methods.base import Batch, Method, StepContext
+from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.dmd2 import DMD2, normalised
+from stepdistill.methods.finetune import score_matching_loss
+from stepdistill.methods.regression import Regression
+from stepdistill.methods.vsd import VSD
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.roles import Lora, LoraSpec
+from stepdistill.students.write import write_student
+from stepdistill.training.checks import check_run
+from stepdistill.training.distill import distill
+from stepdistill.training.recipe import Run, TrainSpec
+
+SHAPE = (4, 3, 8, 8)
+LCM = Consistency(num_ddim_timesteps=40)
+FAMILY = WanImageToVideo(
+    pretrained_teacher_model="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    num_frames=5,
+    sample_size=(32, 32),
+    max_sequence_length=12,
+)
+
+
+def image_pipeline() -> WanImageToVideoPipeline:
+    torch.manual_seed(0)
+    pipe = tiny.wan(expand_timesteps=True)
+    parts = {name: part for name, part in pipe.components.items() if name != "transformer_2"}
+    other = WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None, expand_timesteps=True)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+@cache
+def scene() -> tuple[WanImageToVideoPipeline, Backbone, Batch, StepContext]:
+    """A backbone with student and fake score awake, a batch whose samples begin with images, and a context."""
+    pipe = image_pipeline()
+    net = FAMILY.network(pipe)
+    bone = Backbone(net, LoraSpec(rank=4), FAMILY.lora_targets(net))
+    for role in ("student", "fake"):
+        bone.add(role, Lora())
+        tiny.awake(bone, role)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    cond = {**FAMILY.condition(pipe, ["red apple", "cat face"]), **FAMILY.first_frame(pipe, images)}
+    schedule = FAMILY.schedule(pipe.scheduler)
+    context = StepContext(
+        schedule=schedule,
+        null=FAMILY.unconditional(pipe),
+        denoiser=lambda role: Denoiser(bone, role, schedule, "flow", FAMILY.call),
+        module=lambda role: bone.others[role],
+        decode=lambda latents: FAMILY.decode(pipe, latents),
+        seed=0,
+        step=0,
+        device=torch.device("cpu"),
+    )
+    return pipe, bone, Batch((0, 1), cond, SHAPE), context
+
+
+def noise(*seed: int) -> Tensor:
+    return torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(*seed))
+
+
+def other_beginning(x: Tensor) -> Tensor:
+    """The same but for the first latent frame."""
+    return torch.cat([x[:, :, :1] + 3, x[:, :, 1:]], 2)
+
+
+# V6
+
+
+def the_frame_stays_and_what_lies_in_its_place_has_no_effect() -> None:
+    _, _, part, context = scene()
+    denoise, t = guided(context.denoiser("student"), context.null, 3.0), torch.full((2,), 700.0)
+    with torch.no_grad():
+        est, other = denoise(noise(0), t, part.cond), denoise(other_beginning(noise(0)), t, part.cond)
+    assert torch.equal(est.x0[:, :, :1], part.cond[HELD]) and torch.equal(est.x0, other.x0)
+    assert torch.allclose(est.velocity[:, :, :1], torch.zeros(1), atol=1e-6)
+    assert est.velocity[:, :, 1:].abs().min() > 0
+
+
+def test_the_frame_stays_and_what_lies_in_its_place_has_no_effect():
+    the_frame_stays_and_what_lies_in_its_place_has_no_effect()
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_whole_rollout_keeps_it_bit_for_bit(eta):
+    _, _, part, context = scene()
+    sampler = Sampler(context.schedule.starts(3), eta)
+    with torch.no_grad():
+        ends = [
+            few_step(context.denoiser("student"), context.schedule, sampler, start, part.cond, lambda i: noise(i + 9))
+            for start in (noise(0), other_beginning(noise(0)))
+        ]
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0][:, :, :1], part.cond[HELD])
+
+
+def the_network_is_told_the_image_and_time_0_there() -> None:
+    """An image changes the whole video; the time of the first frame's tokens is 0."""
+    pipe, bone, part, context = scene()
+    seen: list[Tensor] = []
+    net = FAMILY.network(pipe)
+    hook = net.register_forward_pre_hook(lambda m, a, k: seen.append(k["timestep"]), with_kwargs=True)
+    with torch.no_grad():
+        t = torch.tensor([300.0, 700.0])
+        one = context.denoiser("student")(noise(0), t, part.cond)
+        two = context.denoiser("student")(noise(0), t, {**part.cond, HELD: part.cond[HELD] + 1})
+    hook.remove()
+    assert seen[0].shape == (2, 48) and (seen[0][:, :16] == 0).all()
+    assert torch.equal(seen[0][:, 16:], t[:, None].expand(2, 32))
+    assert (one.x0 - two.x0)[:, :, 1:].abs().max() > 1e-3
+
+
+def test_the_network_is_told_the_image_and_time_0_there():
+    the_network_is_told_the_image_and_time_0_there()
+
+
+# losses
+
+
+def the_normaliser_counts_free_entries() -> None:
+    """The held frame is equal in all three: counted, it would make the gradient (F - 1) / F of what it should be."""
+    x0, fake, real = (with_held(noise(i), scene()[2].cond) for i in range(3))
+    cond = scene()[2].cond
+    whole, free = normalised(x0, fake, real, cond), normalised(*(part[:, :, 1:] for part in (x0, fake, real)), {})
+    assert torch.equal(free_part(whole, cond), free) and not whole[:, :, :1].any()
+
+
+def test_the_normaliser_counts_free_entries():
+    the_normaliser_counts_free_entries()
+
+
+def a_critic_is_not_trained_on_the_held_frame() -> None:
+    _, _, part, context = scene()
+    for loss in (
+        lambda x0: score_matching_loss(context, part, "fake", x0),
+        lambda x0: VSD(proportion_empty_prompts=0.0).fake_loss(context, part, x0),
+    ):
+        assert loss(noise(4)).item() == loss(other_beginning(noise(4))).item() > 1e-3
+
+
+def test_a_critic_is_not_trained_on_the_held_frame():
+    a_critic_is_not_trained_on_the_held_frame()
+
+
+def test_the_student_s_gradient_of_dmd2_is_zero_there():
+    _, _, part, context = scene()
+    x0 = with_held(noise(5), part.cond).requires_grad_()
+    loss, _ = DMD2(guidance_scale=3.0).student_loss("teacher", context, part, x0)
+    loss.backward()
+    assert x0.grad is not None and not x0.grad[:, :, :1].any() and x0.grad[:, :, 1:].abs().min() > 0
+
+
+# against the pipeline
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wan")
+    tiny.wan(expand_timesteps=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_plain_pipeline_continues_an_image_as_in_training(teacher, tmp_path, eta):
+    family = replace(FAMILY, pretrained_teacher_model=str(teacher))
+    family.check_files()
+    pipe = family.load()
+    net = family.network(pipe)
+    bone = Backbone(net, LoraSpec(rank=4, alpha=2), family.lora_targets(net))
+    bone.add("student", Lora())
+    tiny.awake(bone, "student", 0.2)
+    method = DMD2(num_inference_steps=3, eta=eta)
+    options = {"family": family, "pipe": pipe, "backbone": bone, "role": "student", "method": method}
+    assert write_student(tmp_path, **options, resolution=(32, 32)) < 1e-5
+
+
+def test_a_pipeline_whose_network_takes_the_image_as_channels_is_refused(tmp_path):
+    tiny.wan().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="expand_timesteps False, expected True: its network takes the image as"):
+        replace(FAMILY, pretrained_teacher_model=str(tmp_path)).check_files()
+
+
+# runs
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(4):
+        Image.effect_noise((40, 36), 60 + 10 * i).convert("RGB").save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("red apple")
+    return folder
+
+
+def run_of(teacher: Path, images: Path, out: Path, method: Method, data: object, **train: object) -> Run:
+    spec = {"max_train_steps": 2, "train_batch_size": 2, "report_to": "none", "teacher_steps": 2} | train
+    return Run(
+        family=replace(FAMILY, pretrained_teacher_model=str(teacher)),
+        method=method,
+        data=data,  # pyright: ignore[reportArgumentType]
+        lora=LoraSpec(rank=2, alpha=6),
+        train=TrainSpec(output_dir=str(out), **spec),
+    )
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_from_captioned_images_alone(teacher, images, tmp_path, cached):
+    """DMD2 needs no clips. Validation continues the images that it is given."""
+    data = ImageFolder(train_data_dir=str(images), resolution=32)
+    shown = {"validation_prompts": ("rose",), "validation_images": (str(images / "0.png"),), "cache_latents": cached}
+    method = DMD2(num_inference_steps=2, critic_steps=2)
+    out = distill(run_of(teacher, images, tmp_path / "out", method, data, **shown))
+    contract = json.loads((out / "distill_config.json").read_text())
+    assert contract["proof"]["difference"] < 1e-5 and contract["call"]["num_frames"] == 5
+    assert (out / "samples" / "grid.png").exists()
+
+
+def test_a_run_from_the_teacher_s_continuations(teacher, images, tmp_path):
+    source = ImageFolder(train_data_dir=str(images), resolution=32, center_crop=True)
+    data = TeacherSamples(source=source, folder=str(tmp_path / "made"), count=4, num_inference_steps=2)
+    run = run_of(teacher, images, tmp_path / "out", Regression(num_inference_steps=2), data)
+    distill(run)
+    made = data.sample(1, random.Random(0)).latents
+    pipe = run.family.load()
+    held = run.family.first_frame(pipe, data.image_of(1)[None])[HELD]  # pyright: ignore[reportAttributeAccessIssue]
+    assert made is not None and torch.allclose(made[:, :1], held[0], atol=2e-3)  # it is stored in half precision
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "train", "said"),
+    [
+        (
+            DMD2(),
+            Prompts(prompts=("rose",)),
+            {},
+            "a Prompts source with family WanImageToVideo, expected images or clips",
+        ),
+        (LCM, None, {}, "expected clips, or the teacher's samples: Consistency trains on whole videos"),
+        (DMD2(), None, {"validation_prompts": ("a", "b")}, "0 train.validation_images for 2 prompts, expected 2"),
+    ],
+)
+def test_what_lacks_an_image_is_refused(teacher, images, tmp_path, method, data, train, said):
+    data = data or ImageFolder(train_data_dir=str(images), resolution=32)
+    with pytest.raises(ConfigError, match=said):
+        check_run(run_of(teacher, images, tmp_path / "out", method, data, **train))
+
+
+def test_images_for_a_family_of_prompts_are_refused(teacher, images, tmp_path):
+    run = run_of(teacher, images, tmp_path / "out", DMD2(), Prompts(prompts=("rose",)), validation_images=("a.png",))
+    family = replace(tiny.FAMILIES["wan"], pretrained_teacher_model=str(teacher))
+    with pytest.raises(ConfigError, match="train.validation_images with family Wan, expected a family that continues"):
+        check_run(replace(run, family=family))
+
+
+BUGS = {
+    "the estimate is not held": Bug(
+        Denoiser.queried, "with_held(part, cond)", "part", the_frame_stays_and_what_lies_in_its_place_has_no_effect
+    ),
+    "the input is not held": Bug(
+        WanImageToVideo.call, "with_held(x_t, cond)", "x_t", the_frame_stays_and_what_lies_in_its_place_has_no_effect
+    ),
+    "one time for all": Bug(WanImageToVideo.call, "] = 0", "] *= 1", the_network_is_told_the_image_and_time_0_there),
+    "the mean over all": Bug(
+        normalised, "free_part((x0 - real).abs(), cond)", "(x0 - real).abs()", the_normaliser_counts_free_entries
+    ),
+    "the critic sees it": Bug(
+        score_matching_loss, "free_part(eps, batch.cond)", "eps", a_critic_is_not_trained_on_the_held_frame
+    ),
+}
+test_the_oracles_pass_on_the_code_as_it_is, test_a_bug_is_noticed = bug_tests(BUGS, RuntimeError)
