@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from oracles.context import Flow, drawn
 from oracles.planted import Bug, bug_tests
 from torch import Tensor
 
+from stepdistill.core.denoise import HELD, with_held
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import Rectified
 from stepdistill.core.solvers import Sampler, few_step
@@ -49,6 +51,40 @@ class Affine:
         return Estimate(x0[:, None, :, None, None], torch.zeros_like(x_t))
 
 
+def gradient(roles: dict[str, object], batch: Batch, share: float) -> tuple[Tensor, Tensor]:
+    """VSD's gradient at the student's samples over its weight `alpha s`, and the noise that they come from; (B, F)."""
+    schedule, found = Flow(), list[Tensor]()
+    student: Callable[..., Estimate] = roles["student"]  # pyright: ignore[reportAssignmentType]
+
+    def watched(x_t: Tensor, t: Tensor, cond: object) -> Estimate:
+        est = student(x_t, t, cond)
+        if torch.is_grad_enabled():
+            est.x0.retain_grad()
+            found.append(est.x0)
+        return est
+
+    context = drawn(schedule, {**roles, "student": watched}, score_t=share)
+    next(VSD(guidance_scale=1.0).updates(context, batch, 0)).loss.backward()
+    assert found[0].grad is not None
+    alpha, s = levels_at(share)
+    g = found[0].grad * found[0].numel() / (alpha * s)
+    return g[:, 0, :, 0, 0], context.seen["start"][:, 0, :, 0, 0]
+
+
+def levels_at(share: float) -> tuple[float, float]:
+    """alpha and s of the times that `share` draws."""
+    t = Flow().random_times(torch.full((1,), share).double(), 20.0, 980.0)
+    alpha, s = (value.item() for value in Flow()(t))
+    return alpha, s
+
+
+def agrees(values: Tensor, expected: Tensor) -> None:
+    """Means over samples are as expected, and most are far enough from 0 to be seen."""
+    error = values.std(0) / len(values) ** 0.5
+    assert ((values.mean(0) - expected).abs() < 5 * error).all()
+    assert (expected.abs() > 10 * error).float().mean() > 0.5
+
+
 def test_the_gradient_over_frames_is_that_of_the_divergence():
     """V1: E[mu_fake - mu_real] = s^2 C^-1 (b - m) and E[(mu_fake - mu_real) z'] = s^2 (C^-1 - C_q^-1) A.
 
@@ -58,37 +94,91 @@ def test_the_gradient_over_frames_is_that_of_the_divergence():
     generator = torch.Generator().manual_seed(0)
     frames, size, share = 6, 60_000, 0.6
     covariance, mean = smooth(frames, 3.0, 1e-3), torch.linspace(-1, 1, frames).double()
-    matrix = torch.randn(frames, frames, generator=generator).double() / 2
+    a = torch.randn(frames, frames, generator=generator).double() / 2
     offset = torch.randn(frames, generator=generator).double()
-    schedule, student = Flow(), Affine(matrix, offset)
-    fake = process(offset, matrix.detach() @ matrix.detach().T)
-    roles = {"student": student, "fake": fake, TEACHER: process(mean, covariance)}
-    context = drawn(schedule, roles, score_t=share)
+    roles = {"fake": process(offset, a @ a.T), TEACHER: process(mean, covariance)}
     batch = Batch(tuple(range(size)), {}, (1, frames, 1, 1))
-    t = schedule.random_times(torch.full((1,), share).double(), 20.0, 980.0)
-    alpha, s = (value.item() for value in schedule(t))
-    found: list[Tensor] = []
+    g, z = gradient({**roles, "student": Affine(a.clone(), offset)}, batch, share)
+    (alpha, s), ones = levels_at(share), torch.eye(frames).double()
+    inverse, own = (torch.linalg.inv(alpha**2 * each + s**2 * ones) for each in (covariance, a @ a.T))
+    agrees(g, s**2 * inverse @ (offset - mean))
+    agrees(g[:, :, None] * z[:, None], s**2 * (inverse - own) @ a)
 
-    def watched(x_t: Tensor, t: Tensor, cond: object) -> Estimate:
-        est = student(x_t, t, cond)
-        if torch.is_grad_enabled():
-            est.x0.retain_grad()
-            found.append(est.x0)
-        return est
 
-    roles["student"] = watched
-    next(VSD(guidance_scale=1.0).updates(context, batch, 0)).loss.backward()
-    assert found[0].grad is not None
-    g = (found[0].grad * found[0].numel())[:, 0, :, 0, 0] / (alpha * s)
-    z = context.seen["start"][:, 0, :, 0, 0]
-    ones, a = torch.eye(frames).double(), matrix.detach()
-    inverse = torch.linalg.inv(alpha**2 * covariance + s**2 * ones)
-    own = torch.linalg.inv(alpha**2 * a @ a.T + s**2 * ones)
-    pairs = [(g, s**2 * inverse @ (offset - mean)), (g[:, :, None] * z[:, None], s**2 * (inverse - own) @ a)]
-    for values, expected in pairs:
-        error = values.std(0) / size**0.5
-        assert ((values.mean(0) - expected).abs() < 5 * error).all()
-        assert (expected.abs() > 10 * error).float().mean() > 0.5  # else nothing would be seen
+# image to video: the first frame is given
+
+
+@dataclass(frozen=True)
+class Given:
+    """Frames 1 ... of a process given frame 0, N(B c + b, covariance); frame 0 is held."""
+
+    slope: Tensor
+    offset: Tensor
+    covariance: Tensor
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Estimate:
+        c = cond[HELD][:, 0, 0, 0, 0]
+        (alpha, sigma), x = (value[0].item() for value in Flow()(t)), x_t[:, 0, 1:, 0, 0]
+        mean = c[:, None] * self.slope + self.offset
+        power = alpha**2 * self.covariance + sigma**2 * torch.eye(len(self.slope)).double()
+        x0 = mean + (x - alpha * mean) @ torch.linalg.solve(power, alpha * self.covariance)
+        return held_estimate(x0, (x - alpha * x0) / sigma, cond)
+
+
+@dataclass(frozen=True)
+class Continuing:
+    """A student that makes `A z + B c + b` of frames 1 ...; a student that does not see the image has B = 0."""
+
+    matrix: Tensor
+    slope: Tensor
+    offset: Tensor
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Estimate:
+        c = cond[HELD][:, 0, 0, 0, 0]
+        x0 = x_t[:, 0, 1:, 0, 0] @ self.matrix.T + c[:, None] * self.slope + self.offset
+        return held_estimate(x0.requires_grad_(), torch.zeros_like(x0), cond)
+
+
+def held_estimate(x0: Tensor, eps: Tensor, cond: Mapping[str, Tensor]) -> Estimate:
+    """As `Denoiser` returns it."""
+    whole = (torch.cat([torch.zeros_like(part[:, :1]), part], 1)[:, None, :, None, None] for part in (x0, eps))
+    return Estimate(*(with_held(part, cond) for part in whole))
+
+
+def conditional(covariance: Tensor, mean: Tensor) -> Given:
+    """The law of frames 1 ... given frame 0."""
+    slope = covariance[1:, 0] / covariance[0, 0]
+    return Given(slope, mean[1:] - slope * mean[0], covariance[1:, 1:] - torch.outer(slope, covariance[1:, 0]))
+
+
+def test_the_gradient_of_image_to_video_pulls_to_the_law_given_the_image():
+    """V2: E[g] and E[g c] = s^2 C^-1 ((b - b*) E c^k + (B - B*) E c^(k+1)), k = 0, 1; the held frame has none."""
+    frames, size, share = 6, 120_000, 0.5
+    covariance, mean = smooth(frames, 3.0, 1e-3), torch.linspace(0.5, 1.5, frames).double()
+    real = conditional(covariance, mean)
+    a = 0.5 * torch.eye(frames - 1).double()
+    slope, offset = torch.full((frames - 1,), 0.3).double(), torch.full((frames - 1,), 0.2).double()
+    c = mean[0] + covariance[0, 0].sqrt() * torch.randn(size, generator=torch.Generator().manual_seed(1)).double()
+    batch = Batch(tuple(range(size)), {HELD: c[:, None, None, None, None]}, (1, frames, 1, 1))
+    roles = {"student": Continuing(a, slope, offset), "fake": Given(slope, offset, a @ a.T), TEACHER: real}
+    g, _ = gradient(roles, batch, share)
+    assert not g[:, 0].any()
+    (alpha, s), ones = levels_at(share), torch.eye(frames - 1).double()
+    inverse = torch.linalg.inv(alpha**2 * real.covariance + s**2 * ones)
+    squared = covariance[0, 0] + mean[0] ** 2
+    agrees(g[:, 1:], s**2 * inverse @ (offset - real.offset + (slope - real.slope) * mean[0]))
+    moment = (offset - real.offset) * mean[0] + (slope - real.slope) * squared
+    agrees(g[:, 1:] * c[:, None], s**2 * inverse @ moment)
+    # at the law given the image nothing pulls, and a student that does not see the image is pulled towards seeing it
+    own = torch.linalg.cholesky(real.covariance)
+    there = {"student": Continuing(own, real.slope, real.offset), "fake": real, TEACHER: real}
+    assert not gradient(there, batch, share)[0].any()
+    blind = Given(torch.zeros_like(slope), mean[1:], covariance[1:, 1:])
+    whole = torch.linalg.cholesky(blind.covariance)
+    pulled, _ = gradient(
+        {"student": Continuing(whole, blind.slope, blind.offset), "fake": blind, TEACHER: real}, batch, share
+    )
+    agrees(pulled[:, 1:] * (c - mean[0])[:, None], -(s**2) * inverse @ real.slope * covariance[0, 0])
 
 
 def law(frames: int, covariance: Tensor, denoise: Callable[..., Estimate], steps: int) -> Tensor:
