@@ -19,7 +19,7 @@ from torch import Tensor
 from stepdistill.core.denoise import HELD, free_part, guided, with_held
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.solvers import Sampler, few_step
-from stepdistill.data import ImageFolder, Prompts, TeacherSamples
+from stepdistill.data import FixedCrops, ImageFolder, Prompts, Stream, TeacherSamples
 from stepdistill.families.wan_image import WanImageToVideo
 from stepdistill.methods.base import Batch, Method, StepContext
 from stepdistill.methods.consistency import Consistency
@@ -31,9 +31,11 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students.write import write_student
+from stepdistill.training.cache.precompute import precompute
 from stepdistill.training.checks import check_run
-from stepdistill.training.distill import distill
+from stepdistill.training.distill import distill, dry_run
 from stepdistill.training.recipe import Run, TrainSpec
+from stepdistill.training.setup import prepare
 
 SHAPE = (4, 3, 8, 8)
 LCM = Consistency(num_ddim_timesteps=40)
@@ -247,6 +249,25 @@ def test_a_run_from_the_teacher_s_continuations(teacher, images, tmp_path):
     pipe = run.family.load()
     held = run.family.first_frame(pipe, data.image_of(1)[None])[HELD]  # pyright: ignore[reportAttributeAccessIssue]
     assert made is not None and torch.allclose(made[:, :1], held[0], atol=2e-3)  # it is stored in half precision
+
+
+def test_memory_is_predicted_and_the_first_frames_are_cached(teacher, images, tmp_path):
+    data = ImageFolder(train_data_dir=str(images), resolution=32)
+    kept = {"cache_latents": True, "cache_dir": str(tmp_path / "kept")}
+    run = run_of(teacher, images, tmp_path / "out", DMD2(num_inference_steps=2, critic_steps=2), data, **kept)
+    assert "base" in dry_run(run)
+    filled = precompute(run)
+    assert (filled.images, filled.lacking) == (4, 0)
+    session = prepare(run)
+    (part,) = next(session.batches.steps(run.data, 0, 0, 1))
+    assert part.latents is None and part.shape == SHAPE and part.cond[HELD].shape == (2, 4, 1, 8, 8)
+    item = Stream(FixedCrops(source=data), 2, run.train.seed).items(0)[0]
+    pixels = FixedCrops(source=data).sample(item, random.Random(0)).pixels
+    assert pixels is not None
+    assert torch.allclose(
+        run.family.first_frame(run.family.load(), pixels[None])[HELD][0], part.cond[HELD][0], atol=1e-6
+    )
+    session.accelerator.end_training()
 
 
 @pytest.mark.parametrize(
