@@ -17,9 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.denoise import HELD, free_part, guided, with_held
-from stepdistill.core.errors import ConfigError
+from stepdistill.core.errors import ConfigError, EvaluationError
+from stepdistill.core.pixels import to_uint8
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.data import FixedCrops, ImageFolder, Prompts, Stream, TeacherSamples
+from stepdistill.evaluation.first_frames import FirstFrames
+from stepdistill.evaluation.metrics.motion import image_distance
+from stepdistill.evaluation.run import evaluate
+from stepdistill.evaluation.spec import EvalRun
 from stepdistill.families.wan_image import WanImageToVideo
 from stepdistill.methods.base import Batch, Method, StepContext
 from stepdistill.methods.consistency import Consistency
@@ -30,6 +35,9 @@ from stepdistill.methods.vsd import VSD
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Lora, LoraSpec
+from stepdistill.students.draw.call import generate, teacher_call
+from stepdistill.students.draw.options import AS_TRAINED
+from stepdistill.students.draw.pipeline import StudentPipeline
 from stepdistill.students.write import write_student
 from stepdistill.training.cache.precompute import precompute
 from stepdistill.training.checks import check_run
@@ -294,6 +302,58 @@ def test_images_for_a_family_of_prompts_are_refused(teacher, images, tmp_path):
     family = replace(tiny.FAMILIES["wan"], pretrained_teacher_model=str(teacher))
     with pytest.raises(ConfigError, match="train.validation_images with family Wan, expected a family that continues"):
         check_run(replace(run, family=family))
+
+
+# evaluation
+
+
+def test_videos_are_measured_beside_the_teacher_s_of_the_same_images(teacher, images, tmp_path):
+    records = [{"prompt": f"rose {i}", "image": f"{i % 4}.png"} for i in range(4)]
+    prompts = images / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, records)))
+    family = replace(FAMILY, pretrained_teacher_model=str(teacher))
+    pipe = family.load()
+    net = family.network(pipe)
+    bone = Backbone(net, LoraSpec(rank=4), family.lora_targets(net))
+    bone.add("student", Lora())
+    options = {
+        "family": family,
+        "pipe": pipe,
+        "backbone": bone,
+        "role": "student",
+        "method": DMD2(num_inference_steps=2),
+    }
+    write_student(tmp_path / "student", **options, resolution=(32, 32))
+    given = {"features": "pixels", "feature_batch": 20, "metrics": (), "columns": 2, "teacher_steps": 2, "num": 20}
+    spec = EvalRun(
+        teacher=str(teacher),
+        students=(str(tmp_path / "student"),),
+        output_dir=tmp_path / "out",
+        prompts=prompts,
+        **given,
+    )
+    found = evaluate(spec)
+    assert not found["left_out"] and [row["role"] for row in found["rows"]] == ["teacher", "student"]
+    first = FirstFrames(tuple(images / f"{i}.png" for i in range(4)), (32, 32))
+    drawer = StudentPipeline.of(family, str(tmp_path / "student"))
+    calls = drawer.calls(replace(AS_TRAINED, height=32, width=32))
+    texts = [record["prompt"] for record in records] * 10
+    clips = drawer.generate(calls, texts, spec.seed, numbers=range(40), first=first)[0]
+    expected = image_distance(clips, to_uint8(first(range(40)))).mean().item()
+    assert found["rows"][1]["metrics"]["image_distance"]["value"] == pytest.approx(expected)
+    prompts.write_text("\n".join(map(json.dumps, [{"prompt": "rose"}, *records])))
+    with pytest.raises(EvaluationError, match="prompt 1 of .*prompts.jsonl without an image, expected a record with"):
+        evaluate(replace(spec, output_dir=tmp_path / "other"))
+    prompts.write_text(json.dumps({"prompt": "rose", "image": "nowhere.png"}))
+    with pytest.raises(EvaluationError, match="nowhere.png of prompt 1, expected an image file"):
+        evaluate(replace(spec, output_dir=tmp_path / "other"))
+
+
+def test_a_call_without_its_image_is_refused(teacher):
+    family = replace(FAMILY, pretrained_teacher_model=str(teacher))
+    pipe = family.load()
+    with pytest.raises(ConfigError, match="pipeline without images, expected one image for each prompt"):
+        generate(pipe, teacher_call(family, pipe, 2, 1.0, "teacher"), ["rose"], 0)
 
 
 BUGS = {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from hashlib import sha256
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -17,6 +18,7 @@ from stepdistill.core.cost import Cost
 from stepdistill.core.errors import EvaluationError, StepdistillError, problem
 from stepdistill.core.files import file_digest
 from stepdistill.evaluation.exports import GenEval, T2ICompBench, VBench
+from stepdistill.evaluation.first_frames import FirstFrames
 from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.identity import DTYPES
 from stepdistill.evaluation.metrics.image_scores import (
@@ -58,6 +60,7 @@ class RowDrawer:
         clip: of the CLIP score, where there is one.
         state: this process among the others.
         device: where it draws.
+        begun: images that the videos of the prompts begin with, for a family that continues images.
     """
 
     spec: EvalRun
@@ -68,6 +71,7 @@ class RowDrawer:
     clip: PromptLikeness | None
     state: PartialState
     device: torch.device
+    begun: tuple[Path, ...] = ()
 
     @property
     def prompts(self) -> list[str]:
@@ -103,6 +107,9 @@ class RowDrawer:
             hashed = hashed or teacher_of(pipeline)  # the teacher comes first
             scores = [*([self.clip] if self.clip else []), *(self._against(teacher) if place else ())]
             scores += [motion_score] if self.frames > 1 else []
+            first = FirstFrames(self.begun, size) if self.begun else None
+            # images of another size than the clips' are not comparable
+            scores += [first.score] if first and self.frames > 1 and not self.spec.side else []
             for plan in [plan for plan in plans if plan.student == place]:
                 try:
                     calls = pipeline.calls(replace(plan.options, height=size[0], width=size[1]), plan.name)
@@ -112,7 +119,7 @@ class RowDrawer:
                     continue
                 if style is not None and plan.lora_strength is not None:
                     pipeline.weigh({style: plan.lora_strength})
-                store, generate = stores[plan], partial(pipeline.generate, calls, seed=plan.seed)
+                store, generate = stores[plan], partial(pipeline.generate, calls, seed=plan.seed, first=first)
                 if self.state.is_main_process:
                     side = self.spec.side
                     shape = (*[self.frames] * (self.frames > 1), 3, *((side, side) if side else size))
@@ -202,6 +209,7 @@ class RowDrawer:
             "seed": plan.seed,
             "n": self.n,
             "prompts": prompts_digest(self.prompts),
+            **({"begun": FirstFrames(self.begun, size).digest} if self.begun else {}),
             "size": size,
             "dtype": self.spec.dtype,
             "device": self.device.type,

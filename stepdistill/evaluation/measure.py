@@ -35,7 +35,7 @@ from stepdistill.evaluation.spec import PICKED
 
 BLOCKS = 20
 ENOUGH = 4  # images a dimension, from which on the jackknife's bias correction is of use
-CLIP_SCORES = ("motion", "consistency", "consistency_first")  # of clips alone
+CLIP_SCORES = ("motion", "consistency", "consistency_first", "image_distance")  # of clips alone
 SUBSET = 1000  # images of one of KID's subsets, or half of them where there are fewer
 
 

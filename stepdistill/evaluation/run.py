@@ -20,6 +20,7 @@ from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.data.bundled import emoji
 from stepdistill.data.bundled.moving import GROUPS, MOTIONS
 from stepdistill.evaluation.draw import RowDrawer, frames_of_family
+from stepdistill.evaluation.first_frames import first_frame_files
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.inputs import FACTS, TEACHER, check_draws, check_npz, check_score, enough, prompts_of_images
 from stepdistill.evaluation.measure import Reference, Sampled, check_images_differ, measured
@@ -43,6 +44,7 @@ from stepdistill.evaluation.results import (
     write_sheets,
 )
 from stepdistill.evaluation.spec import EvalRun, EvalSpec
+from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.families.location import BUNDLED_NAMES
 from stepdistill.networks.lpips import lpips
 from stepdistill.students.draw.animation import require_encoder
@@ -63,6 +65,7 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
     clips = frames_of_family(family) > 1
     check_kind(spec, clips)
     records = records_of(spec, clips)
+    begun = first_frame_files(records, spec.prompts) if isinstance(family, ImageToVideo) else ()
     n = spec.num or spec.under.n or len(records)
     enough(n, "a row")
     plans = sampling_plans(spec)
@@ -72,7 +75,7 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
         lpips("alex", device)
     each = [prompt_of(records[i % len(records)]) for i in range(n)]
     clip = PromptLikeness.load(spec.clip, each, spec.under.prefix, device) if spec.clip else None
-    drawer = RowDrawer(spec, family, records, n, extractor, clip, state, device)
+    drawer = RowDrawer(spec, family, records, n, extractor, clip, state, device, begun)
     builder = ReferenceBuilder(spec, extractor, state)
     reference = None if spec.reference == TEACHER else builder.of_file(Path(spec.reference))
     index = torch.arange(n) % len(records) if n >= 2 * len(records) else None

@@ -35,6 +35,7 @@ MEASURED = {
     "moves": "metrics.motion.value",
     "consistency": "metrics.consistency.value",
     "consistency_first": "metrics.consistency_first.value",
+    "image_distance": "metrics.image_distance.value",
     "kid": "metrics.kid.value",
     "kid_std": "metrics.kid.std",
     **{name: f"metrics.prdc.{name}" for name in ("precision", "recall", "density", "coverage")},
@@ -63,6 +64,7 @@ DISTANCE = {
     "Excess of motion": "motion_excess",
     "Excess by motion": "by_motion_excess",
     "Motion / teacher's": "motion_ratio",
+    "Distance of frame 1": "image_distance",
 }
 CLIP = {
     "CLIP score": "clip_score",

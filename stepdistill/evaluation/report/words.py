@@ -24,7 +24,10 @@ READING = {
     "sees clips that run backwards.",
     "motion_ratio": "Motion / teacher's is the mean change from frame to frame over the teacher's. Below 0.5 the clips "
     "are nearly static.",
-    "consistency": "Consistency is the mean cosine of CLIP's embeddings of adjacent frames. It is 1 for a frozen clip.",
+    "consistency": "Frame consistency is the mean cosine of CLIP's embeddings of adjacent frames. It is 1 for a "
+    "frozen clip.",
+    "image_distance": "Distance of frame 1 is the mean absolute difference, in grey levels, of the first new frame "
+    "from the image that the clip continues.",
     "kid_std": "The ± below KID is the standard deviation over its subsets.",
     "clip_stderr": "The ± below a CLIP score is its standard error. The plot shows 1.96 standard errors.",
     "nfe": "NFE is the number of network evaluations per image. A step with guidance takes two.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,9 +260,15 @@ class StudentPipeline:
         batch: int = 64,
         numbers: Sequence[int] | None = None,
         size: tuple[int, int] | None = None,
+        first: Callable[[Sequence[int]], Tensor] | None = None,
     ) -> tuple[Tensor, Cost]:
-        """Images (N, 3, H, W) uint8 from numbered noise, and their cost: see `students.draw.call.generate`."""
-        return generate(self.drawer, calls, prompts, seed, batch, numbers=numbers, size=size)
+        """Images (N, 3, H, W) uint8 from numbered noise, and their cost: see `students.draw.call.generate`.
+
+        Args:
+            first: the images that the videos with these numbers begin with.
+        """
+        images = None if first is None else first(numbers or range(len(prompts)))
+        return generate(self.drawer, calls, prompts, seed, batch, numbers=numbers, size=size, images=images)
 
 
 def check_one_lora(place: str | Path) -> None:
