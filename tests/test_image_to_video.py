@@ -324,7 +324,7 @@ def test_videos_are_measured_beside_the_teacher_s_of_the_same_images(teacher, im
         "method": DMD2(num_inference_steps=2),
     }
     write_student(tmp_path / "student", **options, resolution=(32, 32))
-    given = {"features": "pixels", "feature_batch": 20, "metrics": (), "columns": 2, "teacher_steps": 2, "num": 20}
+    given = {"features": "pixels", "feature_batch": 20, "metrics": (), "columns": 2, "teacher_steps": 2, "num": 40}
     spec = EvalRun(
         teacher=str(teacher),
         students=(str(tmp_path / "student"),),

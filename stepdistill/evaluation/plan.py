@@ -150,7 +150,8 @@ def family_of(place: str, kind: str | None, contracts: Sequence[Contract]) -> Fa
         why = str(error).splitlines()[0]
         raise ConfigError(problem(f"teacher {place}", "a pipeline", why, "check the name, and the network")) from error
     name = index["_class_name"]
-    if name not in known or chosen is not None and known[name] is not type(chosen):
+    fits = chosen is not None and name in (chosen.pipeline_class.__name__, *chosen.needs.relatives)
+    if not fits and (name not in known or chosen is not None):
         expected = chosen.pipeline_class.__name__ if chosen else f"one of {sorted(known)}"
         todo = "pass the teacher of the students" if contracts else "pass its family with --family, or write one"
         raise ConfigError(
