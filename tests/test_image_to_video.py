@@ -297,6 +297,15 @@ def test_what_lacks_an_image_is_refused(teacher, images, tmp_path, method, data,
         check_run(run_of(teacher, images, tmp_path / "out", method, data, **train))
 
 
+def test_images_of_another_size_than_the_videos_are_refused(teacher, images, tmp_path):
+    data = ImageFolder(train_data_dir=str(images), resolution=(32, 48))
+    run = run_of(teacher, images, tmp_path / "out", DMD2(), data)
+    with pytest.raises(ConfigError, match=r"sizes \[\(32, 48\)\], expected 32 x 32, that of the videos"):
+        distill(run)
+    wide = replace(run, train=replace(run.train, resolution=(32, 48)), method=DMD2(num_inference_steps=1))
+    assert (distill(wide) / "distill_config.json").exists()
+
+
 def test_images_for_a_family_of_prompts_are_refused(teacher, images, tmp_path):
     run = run_of(teacher, images, tmp_path / "out", DMD2(), Prompts(prompts=("rose",)), validation_images=("a.png",))
     family = replace(tiny.FAMILIES["wan"], pretrained_teacher_model=str(teacher))

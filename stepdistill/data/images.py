@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from stepdistill.config.kinds import Count
 from stepdistill.core.errors import DataError, problem
 from stepdistill.core.image_files import upright
 from stepdistill.data.base import BadSample, Sample, Source
@@ -119,7 +120,8 @@ class ImageSource(Source):
     (or until it covers its bucket), cropped and optionally flipped.
 
     Args:
-        resolution: side of the square crop in pixels; with buckets, the side of a square with the same area.
+        resolution: side of the square crop in pixels, or its height and width; with buckets, the side of a square with
+            the same area.
         caption_column: column of the captions, for sources with a table.
         center_crop: crop the centre instead of a random window.
         random_flip: flip half of the samples horizontally.
@@ -131,7 +133,7 @@ class ImageSource(Source):
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "images"})
-    resolution: Annotated[int, Ge(1)]
+    resolution: Count | tuple[Count, Count]
     caption_column: str = "text"
     center_crop: bool = False
     random_flip: bool = False
@@ -174,9 +176,13 @@ class ImageSource(Source):
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
         """(H, W) of each bucket id."""
+        size = self.resolution
         if not self.aspect_buckets:
-            return [(self.resolution, self.resolution)]
-        return bucket_shapes(self.resolution, self.bucket_step)
+            return [(size, size) if isinstance(size, int) else size]
+        if not isinstance(size, int):
+            got, why = f"resolution {list(size)} with aspect_buckets", "a bucket has the area of a square"
+            raise DataError(problem(got, "one number", why, "set one, or set data.aspect_buckets to false"))
+        return bucket_shapes(size, self.bucket_step)
 
     @cached_property
     def _bucket_of(self) -> Sequence[int]:

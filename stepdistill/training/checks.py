@@ -30,7 +30,7 @@ from stepdistill.training.folder import check_data_folders, check_output_dir
 from stepdistill.training.lora_checks import check_assistant, check_loras, check_start_from
 from stepdistill.training.recipe import Run
 from stepdistill.training.setup import Session
-from stepdistill.training.video_checks import check_clip_frames, check_first_frames, provided
+from stepdistill.training.video_checks import check_clip_frames, check_first_frame_size, check_first_frames, provided
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ def check_loaded(session: Session) -> None:
     """Raise ConfigError for problems that need the teacher's pipeline, before anything is generated or trained."""
     run, schedule = session.run, session.run.family.schedule(session.pipe.scheduler)
     run.family.latent_shape(session.pipe, *session.batches.size)  # the pipeline must take this size
+    check_first_frame_size(session)
     check_noise_process(run, schedule)
     check_derivative(session)
     sampler = run.method.sampler(schedule)

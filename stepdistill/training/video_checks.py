@@ -5,8 +5,10 @@ from __future__ import annotations
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.data import InvertedImages, Source, Trajectories, inside
 from stepdistill.data.clips import Clips
+from stepdistill.data.images import ImageSource
 from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.training.recipe import Run
+from stepdistill.training.setup import Session
 
 
 def provided(source: Source) -> set[str]:
@@ -62,3 +64,15 @@ def check_first_frames(run: Run) -> None:
     if any(reward is not None for reward in rewards):
         got, why = f"rewards with family {type(run.family).__name__}", "they are measured on samples of prompts alone"
         raise ConfigError(problem(got, "none", why, "remove them, or train text to video"))
+
+
+def check_first_frame_size(session: Session) -> None:
+    """Images that a family continues have the size of its videos."""
+    if isinstance(session.run.family, ImageToVideo):
+        height, width = session.batches.size
+        for source in inside(session.run.data):
+            if isinstance(source, ImageSource) and source.shapes != [(height, width)]:
+                got = f"a {type(source).__name__} source of sizes {source.shapes}"
+                why, todo = "a video has the size of the image that it begins with", "set resolution of the data"
+                todo = f"{todo} to [{height}, {width}], or train.resolution to that of the data"
+                raise ConfigError(problem(got, f"{height} x {width}, that of the videos", why, todo))
