@@ -43,6 +43,7 @@ from stepdistill.training.cache.precompute import precompute
 from stepdistill.training.checks import check_run
 from stepdistill.training.distill import distill, dry_run
 from stepdistill.training.recipe import Run, TrainSpec
+from stepdistill.training.sampling import sample_student, sample_teacher, validation_images
 from stepdistill.training.setup import prepare
 
 SHAPE = (4, 3, 8, 8)
@@ -246,6 +247,18 @@ def test_a_run_from_captioned_images_alone(teacher, images, tmp_path, cached):
     contract = json.loads((out / "distill_config.json").read_text())
     assert contract["proof"]["difference"] < 1e-5 and contract["call"]["num_frames"] == 5
     assert (out / "samples" / "grid.png").exists()
+
+
+def test_a_validation_image_is_what_the_videos_begin_with(teacher, images, tmp_path):
+    data = ImageFolder(train_data_dir=str(images), resolution=32)
+    shown = {"validation_prompts": ("a", "b"), "validation_images": (str(images / "0.png"), str(images / "1.png"))}
+    session = prepare(run_of(teacher, images, tmp_path / "out", DMD2(num_inference_steps=2), data, **shown))
+    for sample in (sample_student, sample_teacher):
+        drawn = sample(session, ["b", "a"], [0, 1])
+        begun = session.run.family.first_frame(session.batches.parts.vae(""), validation_images(session, ["b", "a"]))
+        assert torch.equal(drawn[:, :, :1], begun[HELD])
+    assert not torch.equal(begun[HELD][0], begun[HELD][1])
+    session.accelerator.end_training()
 
 
 def test_a_run_from_the_teacher_s_continuations(teacher, images, tmp_path):

@@ -98,9 +98,10 @@ def read(spec: TrainSpec, patch: Patch) -> Log:
         condition=lambda pipe, prompts: {"mean": torch.zeros(len(prompts), 1)},
         latent_shape=lambda pipe, height, width: (1, height, width),
         native_size=lambda pipe: (64, 64),
+        scale_factor=lambda pipe: 8,
     )
     patch.setattr(batches, "warn_of_cut", lambda *_: True)
-    parts: Any = SimpleNamespace(family=family, pipe=SimpleNamespace(vae_scale_factor=8), text=log.note("text"))
+    parts: Any = SimpleNamespace(family=family, pipe=SimpleNamespace(), text=log.note("text"))
     made = batches.Batches(parts, spec, Keys(), CPU)
     log.append(("folder", str(made.folder)))
     for micro_batches in islice(made.steps(PROMPTS, 0, 0, 1), 2):
@@ -166,7 +167,7 @@ def finished(spec: TrainSpec, patch: Patch) -> Log:
     hub = SimpleNamespace(create_repo=log.note("repo", result=repo), upload_folder=log.note("upload"))
     patch.setattr(finish, "HfApi", lambda: hub)
     run = run_of(spec)
-    session = setup.Session(run, *[None] * 5, SimpleNamespace(side=8), run.method)  # pyright: ignore
+    session = setup.Session(run, *[None] * 5, SimpleNamespace(size=(8, 8)), run.method)  # pyright: ignore
     finish.finish_run(session)
     try:
         log.append(("reference", reference_file(spec).name))
@@ -239,6 +240,7 @@ TRAIN: dict[str, tuple[Any, str] | tuple[Any, str, dict[str, Any]]] = {
 }
 ELSEWHERE = {
     "watch_stop": "test_watch.py: test_it_asks_to_stop_at_an_alarm_and_looks_once_at_a_step",
+    "validation_images": "test_image_to_video.py: test_a_validation_image_is_what_the_videos_begin_with",
     "assistant": "test_assistant_runs.py: test_it_is_on_in_training_steps_and_nowhere_else",
 }
 
