@@ -47,6 +47,7 @@ from stepdistill.training.sampling import sample_student, sample_teacher, valida
 from stepdistill.training.setup import prepare
 
 SHAPE = (4, 3, 8, 8)
+MADE = TeacherSamples(source=Prompts(prompts=("rose",)), folder="made", count=2)
 LCM = Consistency(num_ddim_timesteps=40)
 FAMILY = WanImageToVideo(
     pretrained_teacher_model="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
@@ -252,7 +253,9 @@ def test_a_run_from_captioned_images_alone(teacher, images, tmp_path, cached):
 def test_a_validation_image_is_what_the_videos_begin_with(teacher, images, tmp_path):
     data = ImageFolder(train_data_dir=str(images), resolution=32)
     shown = {"validation_prompts": ("a", "b"), "validation_images": (str(images / "0.png"), str(images / "1.png"))}
-    session = prepare(run_of(teacher, images, tmp_path / "out", DMD2(num_inference_steps=2), data, **shown))
+    method = DMD2(num_inference_steps=2, ema_decay=None)
+    session = prepare(run_of(teacher, images, tmp_path / "out", method, data, **shown))
+    session.backbone.add("student", Lora())
     for sample in (sample_student, sample_teacher):
         drawn = sample(session, ["b", "a"], [0, 1])
         begun = session.run.family.first_frame(session.batches.parts.vae(""), validation_images(session, ["b", "a"]))
@@ -300,7 +303,8 @@ def test_memory_is_predicted_and_the_first_frames_are_cached(teacher, images, tm
             {},
             "a Prompts source with family WanImageToVideo, expected images or clips",
         ),
-        (LCM, None, {}, "expected clips, or the teacher's samples: Consistency trains on whole videos"),
+        (LCM, None, {}, "images from ImageFolder with family.num_frames 5, expected clips"),
+        (Regression(), MADE, {}, "a TeacherSamples source with family WanImageToVideo, .* made from prompts alone"),
         (DMD2(), None, {"validation_prompts": ("a", "b")}, "0 train.validation_images for 2 prompts, expected 2"),
     ],
 )

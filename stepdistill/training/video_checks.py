@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.data import InvertedImages, Source, Trajectories, inside
-from stepdistill.data.clips import Clips
-from stepdistill.data.images import ImageSource
+from stepdistill.data import Clips, ImageSource, InvertedImages, Source, TeacherSamples, Trajectories, inside
 from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.training.recipe import Run
 from stepdistill.training.setup import Session
@@ -44,25 +42,22 @@ def check_first_frames(run: Run) -> None:
             got, why = f"train.validation_images with family {type(run.family).__name__}", "it takes prompts alone"
             raise ConfigError(problem(got, "a family that continues an image", why, "remove them"))
         return
-    made = [source for source in inside(run.data) if isinstance(source, InvertedImages | Trajectories)]
-    if made:
-        got, why = f"a {type(made[0]).__name__} source with family {type(run.family).__name__}", "it is made of prompts"
-        raise ConfigError(problem(got, "clips, images or TeacherSamples", why, "use another data source"))
-    given = provided(run.data)
-    needed = {"latents", "pairs", "trajectories"} & run.method.needs
-    clips = any(isinstance(source, Clips) for source in inside(run.data)) or "latents" in run.data.provides
-    if "latents" not in given or (needed and not clips):
-        got = f"a {type(run.data).__name__} source with family {type(run.family).__name__}"
-        expected = "clips, or the teacher's samples" if needed else "images or clips"
-        why = f"{type(run.method).__name__} trains on whole videos" if needed else "the videos begin with them"
-        todo = "use stepdistill.data.Clips, or stepdistill.data.TeacherSamples around an image source"
-        raise ConfigError(problem(got, expected, why, todo if needed else "use an image source"))
+    name = type(run.family).__name__
+    for source in inside(run.data):
+        alone = isinstance(source, TeacherSamples) and "images" not in source.source.provides
+        if alone or isinstance(source, InvertedImages | Trajectories):
+            got, why = f"a {type(source).__name__} source with family {name}", "it is made from prompts alone"
+            expected = "clips, images, or stepdistill.data.TeacherSamples around them"
+            raise ConfigError(problem(got, expected, why, "use another data source"))
+    if "latents" not in provided(run.data):
+        got, why = f"a {type(run.data).__name__} source with family {name}", "the videos begin with them"
+        raise ConfigError(problem(got, "images or clips", why, "use an image source, such as ImageFolder"))
     if prompts != images:
         got, why = f"{images} train.validation_images for {prompts} prompts", "each video begins with an image"
         raise ConfigError(problem(got, str(prompts), why, "set one for each of train.validation_prompts, in order"))
     rewards = (*run.method.trained_rewards, run.method.held_out)
     if any(reward is not None for reward in rewards):
-        got, why = f"rewards with family {type(run.family).__name__}", "they are measured on samples of prompts alone"
+        got, why = f"rewards with family {name}", "they are measured on samples of prompts alone"
         raise ConfigError(problem(got, "none", why, "remove them, or train text to video"))
 
 
