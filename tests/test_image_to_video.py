@@ -8,16 +8,18 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from diffusers import WanImageToVideoPipeline
 from oracles.planted import Bug, bug_tests
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Tensor
 
+from stepdistill.cli import main as cli
 from stepdistill.core.denoise import HELD, free_part, guided, with_held
-from stepdistill.core.errors import ConfigError, EvaluationError
+from stepdistill.core.errors import ConfigError, DataError, EvaluationError, StudentError
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.data import FixedCrops, ImageFolder, Prompts, Stream, TeacherSamples
@@ -35,9 +37,13 @@ from stepdistill.methods.vsd import VSD
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import Lora, LoraSpec
+from stepdistill.students.contract import read_contract
 from stepdistill.students.draw.call import generate, teacher_call
+from stepdistill.students.draw.first_frame import check_first_frame, continued
 from stepdistill.students.draw.options import AS_TRAINED
 from stepdistill.students.draw.pipeline import StudentPipeline
+from stepdistill.students.draw.steps import View, view
+from stepdistill.students.snippets import snippet
 from stepdistill.students.write import write_student
 from stepdistill.training.cache.precompute import precompute
 from stepdistill.training.checks import check_run
@@ -209,6 +215,13 @@ def test_a_plain_pipeline_continues_an_image_as_in_training(teacher, tmp_path, e
     assert write_student(tmp_path, **options, resolution=(32, 32)) < 1e-5
 
 
+def test_a_package_that_the_pipeline_fails_without_is_named(teacher, monkeypatch):
+    """Without ftfy Diffusers ends in a NameError at any prompt."""
+    monkeypatch.setattr("stepdistill.families.parts.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"without the package ftfy, .* pip install 'stepdistill\[video\]'"):
+        replace(FAMILY, pretrained_teacher_model=str(teacher)).check_files()
+
+
 def test_a_pipeline_whose_network_takes_the_image_as_channels_is_refused(tmp_path):
     tiny.wan().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="expand_timesteps False, expected True: its network takes the image as"):
@@ -373,6 +386,62 @@ def test_videos_are_measured_beside_the_teacher_s_of_the_same_images(teacher, im
     prompts.write_text(json.dumps({"prompt": "rose", "image": "nowhere.png"}))
     with pytest.raises(EvaluationError, match="nowhere.png of prompt 1, expected an image file"):
         evaluate(replace(spec, output_dir=tmp_path / "other"))
+
+
+@pytest.fixture(scope="module")
+def student(teacher, tmp_path_factory) -> Path:
+    """A student that renoises, whose LoRA matters."""
+    folder, family = tmp_path_factory.mktemp("student"), replace(FAMILY, pretrained_teacher_model=str(teacher))
+    pipe = family.load()
+    net = family.network(pipe)
+    bone = Backbone(net, LoraSpec(rank=4, alpha=2), family.lora_targets(net))
+    bone.add("student", Lora())
+    tiny.awake(bone, "student", 0.2)
+    options = {"family": family, "pipe": pipe, "backbone": bone, "role": "student"}
+    write_student(folder, **options, method=DMD2(num_inference_steps=2), resolution=(32, 48))
+    return folder
+
+
+def test_the_code_of_the_card_and_generate_make_the_same_video(student, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    first = Image.open(images / "2.png").resize((48, 32))
+    first.save("first.png")
+    code = snippet(read_contract(student), student)
+    assert 'load_image("first.png"),  # of 48 x 32 pixels' in code
+    exec(code, made := {})
+    cli.main(["generate", str(student), "red apple", "rose", "--image", "first.png", "-o", "out", "--grid", "grid.png"])
+    with Image.open("out/00000.webp") as animation:
+        frames = [np.asarray(animation.convert("RGB")) for _ in ImageSequence.Iterator(animation)]
+    theirs = [np.asarray(frame) for frame in made["frames"]]
+    assert len(theirs) == 5 and frames[0].shape == (32, 48, 3) and (Path("out") / "00001.webp").exists()
+    kept = [frame for k, frame in enumerate(theirs) if k == 0 or (frame != theirs[k - 1]).any()]
+    assert all((a == b).all() for a, b in zip(frames, kept, strict=True))
+
+
+def test_an_image_of_another_shape_is_cropped_and_not_stretched(student, images):
+    call = StudentPipeline.load(student).call()
+    Image.new("RGB", (200, 32), "red").save(images / "wide.png")
+    wide = Image.open(images / "wide.png").convert("RGB")
+    wide.paste("blue", (0, 0, 70, 32))
+    wide.save(images / "wide.png")
+    assert continued(call, images / "wide.png").arguments["image"].getcolors() == [(48 * 32, (255, 0, 0))]
+    (images / "broken.png").write_text("no image")
+    with pytest.raises(DataError, match="broken.png, expected an image file"):
+        continued(call, images / "broken.png")
+
+
+def test_its_steps_are_not_shown(student):
+    with pytest.raises(StudentError, match="a student of WanImageToVideo, expected one that takes prompts alone"):
+        view(image_pipeline(), student, View(prompts=["rose"]))
+
+
+@pytest.mark.parametrize(
+    ("family", "image", "said"),
+    [(FAMILY, None, "pass it with --image"), (tiny.FAMILIES["wan"], "a.png", "leave it out")],
+)
+def test_generate_is_told_whether_it_needs_an_image(family, image, said):
+    with pytest.raises(StudentError, match=said):
+        check_first_frame(family, None if image is None else Path(image))
 
 
 def test_a_call_without_its_image_is_refused(teacher):

@@ -27,6 +27,7 @@ each, and --grid shows some frames of it.
 
 examples:
   stepdistill generate runs/quickstart "cat face" rose --grid sheet.png
+  stepdistill generate runs/video "a cat walks" --image cat.png -o videos
   stepdistill generate me/student --prompts-file prompts.txt --num-images-per-prompt 4 --batch 8 -o images
   stepdistill generate runs/mine "a cat" --lora styles/ink.safetensors:0.8 --strength 0.9 --fuse
   stepdistill generate runs/mine "a cat" "a dog" --controlnet lllyasviel/sd-controlnet-canny --control-image edges.png
@@ -49,6 +50,9 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
     command.add_argument("--seed", type=seed, default=0, help="seed of the first image (default: 0)")
     command.add_argument("--num-images-per-prompt", type=whole(), default=1, metavar="N", help="(default: 1)")
     command.add_argument("--batch", type=whole(), default=4, metavar="N", help="batch size (default: 4)")
+    command.add_argument(
+        "--image", metavar="FILE", type=local_path, help="what the videos of an image-to-video student begin with"
+    )
     command.add_argument("--format", choices=("webp", "gif", "mp4"), help="of videos (default: webp); mp4 needs PyAV")
     command.add_argument("--frame-rate", type=real(1, 120), metavar="N", help="frames a second of videos (default: 16)")
     steps = command.add_mutually_exclusive_group()
@@ -96,8 +100,11 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
 
     from stepdistill.core.devices import usable_device
     from stepdistill.evaluation.records import prompt_of, read_records
+    from stepdistill.students.contract import read_contracts, teacher
     from stepdistill.students.draw.control import controlled, read_control
+    from stepdistill.students.draw.first_frame import check_first_frame, continued
     from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
+    from stepdistill.students.load import folder_of
 
     prompts = [*args.prompts]
     if args.prompts_file:
@@ -107,7 +114,9 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError(problem("no prompt", "at least one", "there is nothing to generate", todo))
     _check_control(args)
     control = read_control(args.control_image) if args.controlnet else None
-    suffix = _suffix(args)
+    family = teacher(read_contracts(folder_of(args.student))[0])
+    check_first_frame(family, args.image)
+    suffix = _suffix(args, family)
     stale = _check_outputs(args, len(prompts) * args.num_images_per_prompt, suffix)
     device = usable_device(args.device)
     options = (args.strength, args.lora, args.fuse, args.controlnet)
@@ -120,17 +129,16 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     if control is not None:
         scale = args.controlnet_conditioning_scale
         call = controlled(student, call, control, 1.0 if scale is None else scale)
+    call = continued(call, args.image) if args.image else call
     repeated = [prompt for prompt in prompts for _ in range(args.num_images_per_prompt)]
     _draw(student, repeated, args, call, stale, suffix)
 
 
-def _suffix(args: argparse.Namespace) -> str:
+def _suffix(args: argparse.Namespace, family: Any) -> str:  # noqa: ANN401
     """Of the files that are written. Raises ConfigError for options of videos where the student makes images."""
-    from stepdistill.students.contract import read_contracts, teacher
     from stepdistill.students.draw.animation import require_encoder
-    from stepdistill.students.load import folder_of
 
-    if teacher(read_contracts(folder_of(args.student))[0]).arguments().get("num_frames", 1) == 1:
+    if family.arguments().get("num_frames", 1) == 1:
         if args.format or args.frame_rate:
             why, todo = "the student makes images, which are PNG files", "leave them out"
             raise ConfigError(problem("--format or --frame-rate", "neither", why, todo))
@@ -154,7 +162,7 @@ def _check_outputs(args: argparse.Namespace, count: int, suffix: str) -> list[Pa
     """The images of an earlier command, which go. Raises OutputError where what is there must stay."""
     from stepdistill.students.draw.sheet import check_image_file
 
-    given = (args.student, args.base, args.prompts_file, args.controlnet, args.control_image)
+    given = (args.student, args.base, args.prompts_file, args.controlnet, args.control_image, args.image)
     places = (*given, *(place for place, _ in args.lora))
     inputs = [place for place in places if place is not None]
     written = [args.output / f"{n:05d}{suffix}" for n in range(count)]

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Needs:
         shifts_latents: whether the pipeline subtracts its autoencoder's `shift_factor`.
         scales_channels: whether it has a mean and a standard deviation for each channel of its latents.
         pipeline: what settings of the pipeline's index must be, and why.
+        package: one that the pipeline fails without; it comes with the extra `video`.
         single_file: what Diffusers calls the single files of the family.
         prefixes: of the names of tensors, one for each part that a single file must hold.
     """
@@ -51,6 +53,7 @@ class Needs:
     shifts_latents: bool = False
     scales_channels: bool = False
     pipeline: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    package: str | None = None
     single_file: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
 
@@ -122,6 +125,9 @@ def check_folder(
     Args:
         network: name of the denoiser among the parts.
     """
+    if needs.package and find_spec(needs.package) is None:
+        got, why = f"a {pipeline.__name__} without the package {needs.package}", "Diffusers cleans its prompts by it"
+        raise ConfigError(problem(got, "both", why, "pip install 'stepdistill[video]'"))
     index: Any = pipeline.load_config(where, revision=revision)
     _check_class(where, index.get("_class_name"), pipeline, needs)
     for key, (value, why) in needs.pipeline.items():

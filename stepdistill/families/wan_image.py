@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline
@@ -24,7 +24,7 @@ class WanImageToVideo(WanBase, ImageToVideo):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = WanImageToVideoPipeline
-    needs: ClassVar[Needs] = wan_needs(("WanPipeline",), expand_timesteps=(True, CONCATENATED))
+    needs: ClassVar[Needs] = replace(wan_needs(("WanPipeline",), expand_timesteps=(True, CONCATENATED)), package="ftfy")
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         config: Any = net.config

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from stepdistill.core.files import is_single_file
+from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.students.contract import Contract, GuidanceAdapters, MultiContract, teacher
 from stepdistill.students.draw.animation import FRAME_RATE
 
@@ -32,7 +34,7 @@ def snippet(contract: Contract, address: Path | str) -> str:
         else "pipe.load_lora_weights(student)",
         f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")',
         "",
-        *_saved(contract, f'pipe(\n    "red apple",\n{call}    generator=torch.manual_seed(0),\n)'),
+        *_saved(contract, f'pipe(\n{_begun(contract)}    "red apple",\n{call}    generator=torch.manual_seed(0),\n)'),
     ]
     return "\n".join(lines)
 
@@ -46,13 +48,14 @@ def _adapter_snippet(contract: Contract, adapters: GuidanceAdapters, address: Pa
 def _loaded_snippet(contract: Contract, address: Path | str, *settings: str) -> str:
     """Code for a student that plain Diffusers cannot load."""
     asked = "".join(f"{key}={value!r}, " for key, value in _asked(contract).items())
+    first = 'load_image("first.png"), ' if isinstance(teacher(contract), ImageToVideo) else ""
     lines = [
         "import stepdistill",
         *_loading(contract, address),
         "call = stepdistill.load_student(pipe, student)",
         *settings,
         "",
-        *_saved(contract, f'pipe("red apple", **call, {asked}generator=torch.manual_seed(0))'),
+        *_saved(contract, f'pipe({first}"red apple", **call, {asked}generator=torch.manual_seed(0))'),
     ]
     return "\n".join(lines)
 
@@ -62,9 +65,17 @@ def _frames(contract: Contract | MultiContract) -> int:
     return teacher(contract).arguments().get("num_frames", 0)
 
 
-def _asked(contract: Contract | MultiContract) -> dict[str, str]:
+def _asked(contract: Contract | MultiContract) -> dict[str, Any]:
     """What the call needs so that frames are images; the pipelines of images give them anyway."""
     return {"output_type": "pil"} if _frames(contract) else {}
+
+
+def _begun(contract: Contract) -> str:
+    """A line with the image that a video begins with, the call's first argument."""
+    if not isinstance(teacher(contract), ImageToVideo):
+        return ""
+    height, width = contract.resolution
+    return f'    load_image("first.png"),  # of {width} x {height} pixels\n'
 
 
 def _saved(contract: Contract, call: str) -> list[str]:
@@ -111,6 +122,7 @@ def _loading(contract: Contract | MultiContract, address: Path | str, *imported:
     lines = [
         "import torch",
         f"from diffusers import {', '.join(sorted([pipeline, *imported]))}",
+        *(["from diffusers.utils import load_image"] if isinstance(family, ImageToVideo) else []),
         "",
         f"student = {str(address)!r}",
         f"pipe = {pipeline}.{load}({', '.join(args)})",

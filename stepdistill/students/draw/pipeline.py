@@ -234,7 +234,7 @@ class StudentPipeline:
         warn_of_cut(self.family, self.pipe, prompts)
         stochastic = call.scheduler.config.get("stochastic_sampling", False) or "controlnet" in self.pipe.components
         alone = not self.family.seeds_steps and stochastic  # SD3 draws the control's latents from no given generator
-        size = 1 if alone else batch
+        size, several = 1 if alone else batch, isinstance(self.loaded, Students)
         cuda = [self.pipe.device] if self.pipe.device.type == "cuda" else []
         for start in range(0, len(prompts), size):
             some, batch_seeds = list(prompts[start : start + size]), seeds[start : start + size]
@@ -244,8 +244,10 @@ class StudentPipeline:
                 else:
                     generators = [torch.Generator().manual_seed(seed) for seed in batch_seeds]
                 given = {"output_type": "pil"} | each(call.arguments, len(some))  # videos are arrays by default
-                drawn = self.drawer(some, generator=generators, **given)
-            several, order = isinstance(self.loaded, Students), range(len(some))
+                given |= {"generator": generators}
+                # by name: in a pipeline of image to video the prompt is the second argument
+                drawn = self.drawer(some, **given) if several else self.drawer(prompt=some, **given)
+            order = range(len(some))
             if several:  # each draws its share at once
                 order = [i for places in self.loaded.route(some).values() for i in places]
             flagged = dict(zip(order, flags, strict=False))  # none without a checker

@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.core.pixels import clips_of, filmstrip, to_uint8
 from stepdistill.core.prediction import estimate
 from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.families.base import Family
+from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.students.contract import each, read_contracts, teacher
 from stepdistill.students.draw.call import PipelineCall, scheduled, seeded_steps, stepped_by, teacher_call
 from stepdistill.students.draw.sheet import SheetRow, image_sheet
@@ -143,11 +144,14 @@ def view(pipe: Any, folder_or_hub_id: str | Path, wanted: View) -> list[list[Str
         pipe: a plain pipeline of the student's base; the student is loaded into it.
 
     Raises:
-        StudentError: there is no student, or it does not fit the pipeline.
+        StudentError: there is no student, it does not fit the pipeline, or it continues images.
     """
     folder = folder_of(folder_or_hub_id)
     contracts = read_contracts(folder)
     family, steps, (height, width) = teacher(contracts[0]), len(contracts[0].timesteps), contracts[0].resolution
+    if isinstance(family, ImageToVideo):
+        got, todo = f"a student of {type(family).__name__}", "generate some with `stepdistill generate --image`"
+        raise StudentError(problem(got, "one that takes prompts alone", "its videos begin with an image", todo))
     pipe.set_progress_bar_config(disable=True)
     blocks: list[list[Strip]] = [[] for _ in wanted.prompts]
     for count in (wanted.teacher_steps, steps):
