@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -56,7 +57,7 @@ def _shifted(shift: float, u: float) -> float:
 
 
 def _visits(config: dict[str, float | None], timesteps: Sequence[float]) -> bool:
-    scheduler = FlowMatchEulerDiscreteScheduler(**config)  # pyright: ignore[reportArgumentType]
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(**config)  # pyright: ignore[reportArgumentType]
     scheduler.set_timesteps(len(timesteps))
     pairs = zip(scheduler.timesteps.tolist(), timesteps, strict=True)
     return all(abs(theirs - ours) <= OFF * ours for theirs, ours in pairs)

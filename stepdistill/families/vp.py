@@ -57,7 +57,7 @@ class VariancePreserving(Family):
             why, todo = "its noise schedule has no more timesteps", "choose fewer steps of the teacher"
             raise ConfigError(problem(f"{steps} steps of the teacher", f"at most {most}", why, todo))
         ends: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False}
-        scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", **ends)
+        scheduler: Any = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", **ends)
         return scheduler, {"num_inference_steps": steps}
 
     def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:

@@ -102,7 +102,7 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
         prompts, size = list(spec.validation_prompts), session.batches.size
         seed, numbers = spec.validation_seed, range(VALIDATION, VALIDATION + len(prompts))
         begun = validation_images(session, prompts)
-        more = {} if begun is None else {"images": begun / 2 + 0.5}
+        more: dict[str, Any] = {} if begun is None else {"images": begun / 2 + 0.5}
         columns = [
             (row.name.replace(", ", "\n"), generate(pipe, row, prompts, seed, numbers=numbers, size=size, **more)[0])
             for pipe, row in ((teacher, full), (teacher, few), *((plain, row) for row in rows))

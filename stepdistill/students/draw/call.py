@@ -175,7 +175,7 @@ def generate(
                     height=height,
                     width=width,
                     output_type="pt",
-                    **({"image": images[start : start + 1]} if begins else {}),
+                    **({"image": images[start : start + 1]} if begins and images is not None else {}),
                     **each(arguments, len(ids)),
                 )[0]
             batches.append(to_uint8(drawn.float().cpu().clamp(0, 1)))
