@@ -183,6 +183,7 @@ def test_rows_are_beside_the_teacher_in_motion():
     )
     assert ref.motion is not None
     by_hand = excess(slow_moved, ref.motion, best_moved)
+    assert list(slow["delta_vs_teacher"]) == ["fd_frames", "fd_motion", "fd_by_motion"]
     assert slow["delta_vs_teacher"]["fd_motion"]["value"] == pytest.approx(by_hand.value)
     assert slow["delta_vs_teacher"]["fd_motion"]["ci95"] == pytest.approx([by_hand.low, by_hand.high])
     ratio = ratio_of_means(motion(slowed(best)), motion(best))
