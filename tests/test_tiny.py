@@ -26,7 +26,7 @@ def test_a_prompt_of_the_tables_has_many_drawings_and_a_drawing_many_images() ->
     assert len(images) >= 16
 
 
-@pytest.mark.parametrize("name", ["tiny-sd", "tiny-sd3"])
+@pytest.mark.parametrize("name", ["tiny-sd", "tiny-sd3", "tiny-wan"])
 def test_plain_diffusers_loads_a_bundled_teacher(name: str) -> None:
     pipe = DiffusionPipeline.from_pretrained(bundled(name))
     assert all(part is not None for key, part in pipe.components.items() if key.startswith(("text", "token", "vae")))
