@@ -1,0 +1,141 @@
+"""Windows of a long video: their arithmetic, and the distribution of the whole against closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles.planted import Bug, bug_tests
+from torch import Tensor
+
+from stepdistill.core.errors import ConfigError
+from stepdistill.students.draw.windows import stitched
+
+
+def smooth(frames: int, length: float, jitter: float = 1e-3) -> Tensor:
+    i = torch.arange(frames, dtype=torch.float64)
+    return torch.exp(-0.5 * ((i[:, None] - i) / length) ** 2) + jitter * torch.eye(frames, dtype=torch.float64)
+
+
+def autoregressive(frames: int, rho: float) -> Tensor:
+    i = torch.arange(frames, dtype=torch.float64)
+    return rho ** (i[:, None] - i).abs()
+
+
+def whole(covariance: Tensor, frames: int, overlap: int, windows: int, bias: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the sequence of exact windows, from the linear maps that the stitcher applies.
+
+    Each window is given to it as a map of the noises of all windows: a sample is a row for each number of noise.
+    """
+    total = frames + (windows - 1) * (frames - overlap)
+    noises = torch.eye(total, dtype=torch.float64)
+    used = 0
+
+    def draw(given: Tensor, number: int) -> Tensor:
+        nonlocal used
+        o = given.shape[2]
+        fresh = frames - o
+        before, x = covariance[:o, :o], given[:, 0, :, 0, 0]
+        gain = covariance[o:frames, :o] @ torch.linalg.inv(before)
+        spread = torch.linalg.cholesky(covariance[o:frames, o:frames] - gain @ covariance[:o, o:frames])
+        own = noises[used : used + fresh]
+        used += fresh
+        # rows are the constant and the noises: what multiplies each of them
+        new = x @ gain.T + torch.cat([torch.full((1, fresh), bias if number else 0.0).double(), own.T @ spread.T])
+        return torch.cat([x, new], 1)[:, None, :, None, None]
+
+    first = torch.zeros(total + 1, 1, dtype=torch.float64)
+    first[1, 0] = covariance[0, 0].sqrt()
+    used = 1
+    rows = stitched(draw, first[:, None, :, None, None], windows, overlap)[:, 0, :, 0, 0]
+    return rows[0], rows[1:].T @ rows[1:]
+
+
+def reference(covariance: Tensor, frames: int, overlap: int, windows: int) -> Tensor:
+    """The covariance by the recursion of conditional distributions."""
+    total, n = frames + (windows - 1) * (frames - overlap), frames - overlap
+    made = torch.zeros(total, total, dtype=torch.float64)
+    made[:frames, :frames] = covariance[:frames, :frames]
+    gain = covariance[overlap:frames, :overlap] @ torch.linalg.inv(covariance[:overlap, :overlap])
+    own = covariance[overlap:frames, overlap:frames] - gain @ covariance[:overlap, overlap:frames]
+    for end in range(frames, total, n):
+        made[end : end + n, :end] = gain @ made[end - overlap : end, :end]
+        made[:end, end : end + n] = made[end : end + n, :end].T
+        made[end : end + n, end : end + n] = gain @ made[end - overlap : end, end - overlap : end] @ gain.T + own
+    return made
+
+
+def bend(covariance: Tensor, at: int) -> Tensor:
+    """The variance of the second difference around a frame."""
+    second = torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64)
+    return second @ covariance[at - 1 : at + 2, at - 1 : at + 2] @ second
+
+
+def the_whole_has_the_covariance_of_exact_windows() -> None:
+    frames, windows = 9, 4
+    for overlap in (1, 2, 3):
+        covariance = smooth(frames + (windows - 1) * (frames - overlap), 3.0)
+        made = whole(covariance, frames, overlap, windows)[1]
+        assert torch.allclose(made, reference(covariance, frames, overlap, windows), atol=1e-8)
+        for start in range(0, len(made) - frames + 1, frames - overlap):  # every window is right
+            inside = made[start : start + frames, start : start + frames]
+            assert torch.allclose(inside, covariance[:frames, :frames], atol=1e-6)
+
+
+def test_the_whole_has_the_covariance_of_exact_windows():
+    """V4."""
+    the_whole_has_the_covariance_of_exact_windows()
+
+
+@pytest.mark.parametrize(("overlap", "expected"), [(1, 5.68), (2, 1.0), (3, 1.0)])
+def test_one_frame_carries_no_velocity(overlap, expected):
+    """V4: the bend at the seam over that inside; the step there is right for any overlap."""
+    covariance = smooth(9 + 3 * (9 - overlap), 3.0)
+    made = whole(covariance, 9, overlap, 4)[1]
+    assert (bend(made, 8) / bend(covariance, 8)).item() == pytest.approx(expected, abs=0.01)
+    step = made[9, 9] - 2 * made[9, 8] + made[8, 8]
+    assert step.item() == pytest.approx((2 * covariance[0, 0] - 2 * covariance[0, 1]).item(), abs=1e-6)
+
+
+def test_a_process_without_memory_beyond_one_frame_is_exact():
+    covariance = autoregressive(30, 0.9)
+    for overlap in (1, 2):
+        made = whole(covariance, 9, overlap, 3)[1]
+        assert torch.allclose(made, covariance[: len(made), : len(made)], atol=1e-8)
+
+
+@pytest.mark.parametrize("rho", [0.85, 0.95])
+def test_a_bias_of_each_window_adds_up_to_its_limit(rho):
+    """Drift: with a carry-over M a bias b tends to b / (1 - M)."""
+    frames, bias = 2, 0.05
+    mean = whole(autoregressive(frames + 200, rho), frames, 1, 150, bias)[0]
+    carried = [bias * (1 - rho**k) / (1 - rho) for k in (1, 4, 149)]
+    assert [mean[1 + k].item() for k in (1, 4, 149)] == pytest.approx(carried, rel=1e-6)
+    assert mean[-1].item() == pytest.approx(bias / (1 - rho), rel=1e-3)
+
+
+def test_frames_are_neither_lost_nor_doubled():
+    def draw(given: Tensor, number: int) -> Tensor:
+        start = given[0, 0, 0].item()
+        assert torch.equal(given, torch.arange(start, start + given.shape[2])[None, None].float())
+        return torch.arange(start, start + 9)[None, None].float()
+
+    for overlap, windows in ((1, 4), (3, 3), (8, 2), (5, 1)):
+        video = stitched(draw, torch.zeros(1, 1, 1), windows, overlap)
+        assert video[0, 0].tolist() == list(range(9 + (windows - 1) * (9 - overlap)))
+    for overlap in (0, 9, 12):
+        with pytest.raises(ConfigError, match=f"an overlap of {overlap} frames, expected 1 to 8"):
+            stitched(draw, torch.zeros(1, 1, 1), 2, overlap)
+
+
+BUGS = {
+    "the overlap is kept twice": Bug(
+        stitched, "[:, :, overlap:]], 2)", "], 2)", test_frames_are_neither_lost_nor_doubled
+    ),
+    "the first frames are given": Bug(
+        stitched, "video[:, :, -overlap:]", "video[:, :, :overlap]", test_frames_are_neither_lost_nor_doubled
+    ),
+    "one frame is given": Bug(
+        stitched, "video[:, :, -overlap:]", "video[:, :, -1:]", the_whole_has_the_covariance_of_exact_windows
+    ),
+}
+test_the_oracles_pass_on_the_code_as_it_is, test_a_bug_is_noticed = bug_tests(BUGS, RuntimeError, IndexError)
