@@ -21,6 +21,7 @@ from stepdistill.cli import main as cli
 from stepdistill.core.denoise import HELD, free_part, guided, with_held
 from stepdistill.core.errors import ConfigError, DataError, EvaluationError, StudentError
 from stepdistill.core.pixels import to_uint8
+from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.data import FixedCrops, ImageFolder, Prompts, Stream, TeacherSamples
 from stepdistill.evaluation.first_frames import FirstFrames
@@ -43,6 +44,8 @@ from stepdistill.students.draw.first_frame import check_first_frame, continued
 from stepdistill.students.draw.options import AS_TRAINED
 from stepdistill.students.draw.pipeline import StudentPipeline
 from stepdistill.students.draw.steps import View, view
+from stepdistill.students.draw.windows import long_video
+from stepdistill.students.single import in_memory
 from stepdistill.students.snippets import snippet
 from stepdistill.students.write import write_student
 from stepdistill.training.cache.precompute import precompute
@@ -388,18 +391,22 @@ def test_videos_are_measured_beside_the_teacher_s_of_the_same_images(teacher, im
         evaluate(replace(spec, output_dir=tmp_path / "other"))
 
 
-@pytest.fixture(scope="module")
-def student(teacher, tmp_path_factory) -> Path:
+def written(folder: Path, family: WanImageToVideo, size: tuple[int, int]) -> Path:
     """A student that renoises, whose LoRA matters."""
-    folder, family = tmp_path_factory.mktemp("student"), replace(FAMILY, pretrained_teacher_model=str(teacher))
     pipe = family.load()
     net = family.network(pipe)
     bone = Backbone(net, LoraSpec(rank=4, alpha=2), family.lora_targets(net))
     bone.add("student", Lora())
     tiny.awake(bone, "student", 0.2)
     options = {"family": family, "pipe": pipe, "backbone": bone, "role": "student"}
-    write_student(folder, **options, method=DMD2(num_inference_steps=2), resolution=(32, 48))
+    write_student(folder, **options, method=DMD2(num_inference_steps=2), resolution=size)
     return folder
+
+
+@pytest.fixture(scope="module")
+def student(teacher, tmp_path_factory) -> Path:
+    family = replace(FAMILY, pretrained_teacher_model=str(teacher))
+    return written(tmp_path_factory.mktemp("student"), family, (32, 48))
 
 
 def test_the_code_of_the_card_and_generate_make_the_same_video(student, images, tmp_path, monkeypatch, capsys):
@@ -467,3 +474,52 @@ BUGS = {
     ),
 }
 test_the_oracles_pass_on_the_code_as_it_is, test_a_bug_is_noticed = bug_tests(BUGS, RuntimeError)
+
+
+# longer videos
+
+
+@pytest.fixture(scope="module")
+def longer(teacher, tmp_path_factory) -> Path:
+    """A student of nine frames."""
+    folder = tmp_path_factory.mktemp("longer")
+    family = replace(FAMILY, pretrained_teacher_model=str(teacher), num_frames=9)
+    return written(folder, family, (32, 32))
+
+
+@pytest.mark.parametrize("overlap", [1, 5])
+def test_windows_go_on_from_the_end_of_the_one_before(longer, images, overlap):
+    """The first is the plain call's; what is encoded of the overlap is held in the next, by the student as trained."""
+    drawer = StudentPipeline.load(longer)
+    family, call = drawer.family, continued(drawer.call(), images / "1.png")
+    whole = long_video(drawer, ["red apple", "rose"], call, 3, overlap, seed=4)
+    assert whole.shape == (9 + 2 * (9 - overlap), 3, 32, 32)
+    (plain,) = drawer.draw(["red apple"], [4], call.plus(output_type="pt"))
+    assert torch.equal(whole[:9], plain.image.float())
+    assert not torch.equal(whole[9:], long_video(drawer, ["red apple"], call, 3, overlap, seed=4)[9:])
+    held = family.encode_frames(drawer.pipe, 2 * whole[9 - overlap : 9].transpose(0, 1)[None] - 1)
+    assert held.shape[2] == 1 + (overlap - 1) // 2
+    backbone = in_memory(longer, read_contract(longer), family)[1]
+    schedule, fresh = family.schedule(drawer.native), fresh_noise(4, 1)
+    ends = few_step(
+        Denoiser(backbone, "student", schedule, "flow", family.call, grad=False),
+        schedule,
+        read_contract(longer).sampler(),
+        noise_of(4, 1, (4, 5, 8, 8))[None],
+        {**family.condition(drawer.pipe, ["rose"]), HELD: held},
+        lambda _: torch.randn(1, 4, 5, 8, 8, generator=fresh),
+    )
+    with torch.no_grad():
+        expected = (family.decode(drawer.pipe, ends) / 2 + 0.5).clamp(0, 1)[0].transpose(0, 1)[overlap:]
+    assert torch.allclose(whole[9 : 9 + len(expected)], expected, atol=1e-4)
+
+
+def test_an_overlap_that_is_not_encoded_whole_is_refused(longer, images):
+    """Wan's encoder takes one frame and then four at a time, whatever its factor, and drops what is left over."""
+    drawer = StudentPipeline.load(longer)
+    call = continued(drawer.call(), images / "1.png")
+    for overlap in (0, 2, 3, 9):
+        with pytest.raises(ConfigError, match=f"an overlap of {overlap} frames, expected one of 1, 5"):
+            long_video(drawer, ["rose"], call, 2, overlap)
+    with pytest.raises(ConfigError, match="3 frames to encode, expected a multiple of 4, and one"):
+        drawer.family.encode_frames(drawer.pipe, torch.zeros(1, 3, 3, 32, 32))  # pyright: ignore[reportAttributeAccessIssue]

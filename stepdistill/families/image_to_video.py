@@ -21,8 +21,12 @@ class ImageToVideo(Family):
     """
 
     @abstractmethod
+    def chunk(self, pipe: DiffusionPipeline) -> int:
+        """Frames that are encoded at once after the first, which is encoded alone."""
+
+    @abstractmethod
     def encode_frames(self, pipe: DiffusionPipeline, video: Tensor) -> Tensor:
-        """Latents (B, C, F, h, w) of videos (B, 3, frames, H, W) of any number of frames."""
+        """Latents (B, C, F, h, w) of videos (B, 3, frames, H, W) of one frame and whole chunks."""
 
     @torch.no_grad()
     def first_frame(self, pipe: DiffusionPipeline, images: Tensor) -> Condition:

@@ -28,6 +28,7 @@ TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2"),
     "condition_embedder.time_proj",
 )
+CHUNK = 4  # frames that the encoder takes at once after the first, whatever its factor; it drops what is left over
 HEAD_SIDE = 4  # tokens a side that a discriminator's head judges at once; the network's config has no native size
 TWO_EXPERTS = "it has two networks, one for high and one for low noise, and a student of both is not supported"
 
@@ -129,7 +130,10 @@ class WanBase(Flow):
 
     @torch.no_grad()
     def encode_frames(self, pipe: DiffusionPipeline, video: Tensor) -> Tensor:
-        """Latents (B, C, F, h, w) of a video of any number of frames."""
+        """Latents (B, C, F, h, w) of videos (B, 3, frames, H, W) of `4 k + 1` frames."""
+        if video.shape[2] % CHUNK != 1:
+            got, why = f"{video.shape[2]} frames to encode", "Wan's encoder takes one, and then four at a time"
+            raise ConfigError(problem(got, f"a multiple of {CHUNK}, and one", why, "choose another number"))
         latents = pipe.vae.encode(video.to(pipe.vae.dtype), return_dict=False)[0].mode().float()
         mean, std = _statistics(pipe, latents)
         return (latents - mean) / std

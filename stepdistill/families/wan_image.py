@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stepdistill.core.denoise import HELD, Condition, with_held
 from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.families.parts import Needs
-from stepdistill.families.wan_base import WanBase, wan_needs
+from stepdistill.families.wan_base import CHUNK, WanBase, wan_needs
 
 CONCATENATED = "its network takes the image as further channels, and such a student is not supported"
 
@@ -25,6 +25,9 @@ class WanImageToVideo(WanBase, ImageToVideo):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = WanImageToVideoPipeline
     needs: ClassVar[Needs] = replace(wan_needs(("WanPipeline",), expand_timesteps=(True, CONCATENATED)), package="ftfy")
+
+    def chunk(self, pipe: DiffusionPipeline) -> int:
+        return max(CHUNK, pipe.vae_scale_factor_temporal)
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         config: Any = net.config

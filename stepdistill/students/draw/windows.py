@@ -3,12 +3,20 @@ of the one before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.denoise import HELD, Condition, guided, with_held
+from stepdistill.core.errors import ConfigError, StudentError, problem
+from stepdistill.core.prediction import Estimate, estimate
+from stepdistill.core.random import fresh_noise, noise_of
+from stepdistill.core.solvers import Sampler, few_step
+from stepdistill.families.image_to_video import ImageToVideo
+from stepdistill.students.draw.call import PipelineCall
+from stepdistill.students.draw.options import AS_TRAINED, DrawOptions, changed_sampler
+from stepdistill.students.draw.pipeline import StudentPipeline
 
 Window = Callable[[Tensor, int], Tensor]  # frames (B, C, o, H, W) that are given and a number, to (B, C, F, H, W)
 
@@ -33,3 +41,74 @@ def stitched(draw: Window, begin: Tensor, windows: int, overlap: int) -> Tensor:
         given = video[:, :, -overlap:]
         video = torch.cat([video, draw(given, number)[:, :, overlap:]], 2)
     return video
+
+
+def check_windows(frames: int, chunk: int, overlap: int) -> None:
+    """Raise ConfigError for an overlap that the autoencoder does not encode whole, or that leaves nothing new.
+
+    Args:
+        frames: of a window.
+        chunk: frames that are encoded at once after the first.
+    """
+    fitting = list(range(1, frames, chunk))
+    if overlap not in fitting:
+        got, why = f"an overlap of {overlap} frames", f"one frame is encoded alone, and then {chunk} at once"
+        raise ConfigError(problem(got, f"one of {', '.join(map(str, fitting))}", why, "choose another --overlap"))
+
+
+@torch.no_grad()
+def long_video(
+    student: StudentPipeline,
+    prompts: Sequence[str],
+    call: PipelineCall,
+    windows: int,
+    overlap: int = 1,
+    seed: int = 0,
+    options: DrawOptions = AS_TRAINED,
+) -> Tensor:
+    """A video (T, 3, H, W) in [0, 1] of several windows by a student that continues images.
+
+    The first window is the pipeline's own with this seed. Each further one holds the encoded last `overlap` frames of
+    the video so far, in floats. More than one frame is beyond what plain Diffusers can do, and carries the velocity.
+
+    Args:
+        prompts: of each window; the last one serves the rest.
+        call: with the image that the video begins with.
+        options: of the sampler, as those that `call` was made with.
+
+    Raises:
+        StudentError: the student does not continue images, or is not one LoRA or network.
+        ConfigError: see `check_windows`.
+    """
+    family, contract, pipe = student.family, student.contract, student.pipe
+    if not isinstance(family, ImageToVideo) or contract is None or contract.adapters is not None:
+        got, todo = f"windows of a {type(family).__name__} student", "use a student of image to video"
+        raise StudentError(problem(got, "one that continues an image", "each window begins with frames", todo))
+    check_windows(call.arguments["num_frames"], family.chunk(pipe), overlap)
+    (first,) = student.draw([prompts[0]], [seed], call.plus(output_type="pt"))
+    schedule, kind, net = family.schedule(student.native), family.kind(pipe), family.network(pipe)
+    sampler: Sampler = changed_sampler(contract, schedule, options)
+    shape = family.latent_shape(pipe, call.arguments["height"], call.arguments["width"])
+
+    def denoise(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        with torch.autocast(x_t.device.type, net.dtype, enabled=net.dtype != torch.float32):
+            y = family.call(net, x_t, t, cond)
+        return Estimate(*(with_held(part, cond) for part in estimate(kind, y, x_t, t, schedule)))
+
+    def draw(given: Tensor, number: int) -> Tensor:
+        if number == 0:
+            return first.image.float().transpose(0, 1)[None]
+        prompt = prompts[min(number, len(prompts) - 1)]
+        cond = {**family.condition(pipe, [prompt]), HELD: family.encode_frames(pipe, 2 * given.to(pipe.device) - 1)}
+        noises, fresh = noise_of(seed, number, shape)[None].to(pipe.device), fresh_noise(seed, number)
+        ends = few_step(
+            guided(denoise, family.unconditional(pipe), sampler.guidance_scale),
+            schedule,
+            sampler,
+            noises,
+            cond,
+            lambda _: torch.randn((1, *shape), generator=fresh).to(pipe.device),
+        )
+        return (family.decode(pipe, ends) / 2 + 0.5).clamp(0, 1).cpu()
+
+    return stitched(draw, torch.empty(0), windows, overlap)[0].transpose(0, 1)
