@@ -25,7 +25,7 @@ from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.data import FixedCrops, ImageFolder, Prompts, Stream, TeacherSamples
 from stepdistill.evaluation.first_frames import FirstFrames
-from stepdistill.evaluation.metrics.motion import image_distance
+from stepdistill.evaluation.metrics.motion import image_distance, seam_bend
 from stepdistill.evaluation.run import evaluate
 from stepdistill.evaluation.spec import EvalRun
 from stepdistill.families.wan_image import WanImageToVideo
@@ -523,3 +523,24 @@ def test_an_overlap_that_is_not_encoded_whole_is_refused(longer, images):
             long_video(drawer, ["rose"], call, 2, overlap)
     with pytest.raises(ConfigError, match="3 frames to encode, expected a multiple of 4, and one"):
         drawer.family.encode_frames(drawer.pipe, torch.zeros(1, 3, 3, 32, 32))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_command_writes_a_long_video_and_says_how_it_is_joined(longer, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = ["generate", str(longer), "red apple", "--image", str(images / "1.png"), "--seed", "4", "-o", "out"]
+    cli.main([*given, "--windows", "3", "--overlap", "5", "--then", "rose", "--format", "gif"])
+    said = capsys.readouterr().out
+    assert "times that inside; by window: mean grey level" in said and said.count(",") >= 4
+    (line,) = map(json.loads, (tmp_path / "out" / "images.jsonl").read_text().splitlines())
+    assert (line["windows"], line["overlap"], len(line["means"])) == (3, 5, 3) and line["seam_bend"] > 0
+    drawer = StudentPipeline.load(longer)
+    call = continued(drawer.call(), images / "1.png")
+    whole = to_uint8(long_video(drawer, ["red apple", "rose"], call, 3, 5, seed=4))
+    parts = [whole[4 * k : 4 * k + 9].double() for k in range(3)]
+    assert line["means"] == pytest.approx([part.mean().item() for part in parts])
+    bend = seam_bend(whole[None].double(), 9, 5)
+    assert line["seam_bend"] == pytest.approx((bend.seam / bend.inside).item())
+    for odd in (["--overlap", "5"], ["--then", "rose"], ["--windows", "2", "--then", "a", "--then", "b"]):
+        with pytest.raises(SystemExit):
+            cli.main([*given, "--overwrite", *odd])
+        assert "fewer prompts than windows, of which there are several" in capsys.readouterr().err

@@ -28,6 +28,7 @@ each, and --grid shows some frames of it.
 examples:
   stepdistill generate runs/quickstart "cat face" rose --grid sheet.png
   stepdistill generate runs/video "a cat walks" --image cat.png -o videos
+  stepdistill generate runs/video "a cat walks" --then "it sits down" --image cat.png --windows 2 --overlap 5
   stepdistill generate me/student --prompts-file prompts.txt --num-images-per-prompt 4 --batch 8 -o images
   stepdistill generate runs/mine "a cat" --lora styles/ink.safetensors:0.8 --strength 0.9 --fuse
   stepdistill generate runs/mine "a cat" "a dog" --controlnet lllyasviel/sd-controlnet-canny --control-image edges.png
@@ -52,6 +53,11 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
     command.add_argument("--batch", type=whole(), default=4, metavar="N", help="batch size (default: 4)")
     command.add_argument(
         "--image", metavar="FILE", type=local_path, help="what the videos of an image-to-video student begin with"
+    )
+    command.add_argument("--windows", type=whole(), metavar="N", help="make the video N windows long (default: 1)")
+    command.add_argument("--overlap", type=whole(), metavar="N", help="frames that each window repeats (default: 1)")
+    command.add_argument(
+        "--then", metavar="TEXT", action="append", default=[], help="prompt of the next window; may be repeated"
     )
     command.add_argument("--format", choices=("webp", "gif", "mp4"), help="of videos (default: webp); mp4 needs PyAV")
     command.add_argument("--frame-rate", type=real(1, 120), metavar="N", help="frames a second of videos (default: 16)")
@@ -104,6 +110,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.students.draw.control import controlled, read_control
     from stepdistill.students.draw.first_frame import check_first_frame, continued
     from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
+    from stepdistill.students.draw.windows import Windows
     from stepdistill.students.load import folder_of
 
     prompts = [*args.prompts]
@@ -116,6 +123,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     control = read_control(args.control_image) if args.controlnet else None
     family = teacher(read_contracts(folder_of(args.student))[0])
     check_first_frame(family, args.image)
+    _check_windows(args)
     suffix = _suffix(args, family)
     stale = _check_outputs(args, len(prompts) * args.num_images_per_prompt, suffix)
     device = usable_device(args.device)
@@ -125,13 +133,15 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     if (args.dtype or usual) != "float32":
         student.pipe.to(getattr(torch, args.dtype or usual))
     names = ("steps", "timesteps", "sigmas", "guidance_scale", "eta", "height", "width")
-    call = student.call(DrawOptions(**{name: getattr(args, name) for name in names}))
+    drawn_with = DrawOptions(**{name: getattr(args, name) for name in names})
+    call = student.call(drawn_with)
     if control is not None:
         scale = args.controlnet_conditioning_scale
         call = controlled(student, call, control, 1.0 if scale is None else scale)
     call = continued(call, args.image) if args.image else call
     repeated = [prompt for prompt in prompts for _ in range(args.num_images_per_prompt)]
-    _draw(student, repeated, args, call, stale, suffix)
+    long = Windows(args.windows, args.overlap or 1, tuple(args.then), drawn_with) if args.windows else None
+    _draw(student, repeated, args, call, stale, suffix, long)
 
 
 def _suffix(args: argparse.Namespace, family: Any) -> str:  # noqa: ANN401
@@ -146,6 +156,18 @@ def _suffix(args: argparse.Namespace, family: Any) -> str:  # noqa: ANN401
     if args.format == "mp4":
         require_encoder()
     return f".{args.format or 'webp'}"
+
+
+def _check_windows(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options of windows that have no effect."""
+    windows = args.windows or 1
+    if windows == 1 and (args.overlap or args.then) or len(args.then) >= windows > 1:
+        got = f"--windows {windows} with " + (f"{len(args.then)} --then" if args.then else "--overlap")
+        why, todo = "each --then is the prompt of one more window", "raise --windows, or leave them out"
+        raise ConfigError(problem(got, "fewer prompts than windows, of which there are several", why, todo))
+    if windows > 1 and not args.image:
+        why, todo = "only a student of image to video goes on from frames", "pass --image, or leave --windows out"
+        raise ConfigError(problem("--windows without --image", "both", why, todo))
 
 
 def _check_control(args: argparse.Namespace) -> None:
@@ -185,6 +207,7 @@ def _draw(
     call: Any,  # noqa: ANN401
     stale: list[Path],
     suffix: str,
+    long: Any,  # noqa: ANN401
 ) -> None:
     from tqdm.auto import tqdm
 
@@ -201,7 +224,8 @@ def _draw(
     with count_calls(student.family.network(student.pipe)) as cost, against as call, mixed:
         for file in stale:
             file.unlink()
-        images = tqdm(student.draw(prompts, seeds, call, args.batch), total=len(prompts), desc=what.title())
+        drawn = long.draw(student, prompts, seeds, call) if long else student.draw(prompts, seeds, call, args.batch)
+        images = tqdm(drawn, total=len(prompts), desc=what.title())
         for n, (image, flagged) in enumerate(images):
             frames, file = image if isinstance(image, list) else [image], args.output / f"{n:05d}{suffix}"
             if suffix == ".png":
@@ -209,6 +233,7 @@ def _draw(
             else:
                 save_animation(frames, file, args.frame_rate or FRAME_RATE)
             line = {"file": file.name, "prompt": prompts[n], "seed": seeds[n], "software": MARK.decode()}
+            line |= _seams(frames, long, call) if long and long.windows > 1 else {}
             lines.append(line | {"flagged": True} if flagged else line)
             images_of_grid += [frames] if args.grid else []
     (args.output / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -219,6 +244,24 @@ def _draw(
     if flagged := [line["file"] for line in lines if "flagged" in line]:
         names = ", ".join(flagged)
         print(f"{len(flagged)} of them were flagged by the base's safety checker and are black: {names}")
+
+
+def _seams(frames: list[Any], long: Any, call: Any) -> dict[str, Any]:  # noqa: ANN401
+    """How the windows of a video are joined, and how its colours drift from the first one; printed, too."""
+    import numpy as np
+    import torch
+
+    from stepdistill.evaluation.metrics.motion import seam_bend
+
+    window, overlap = call.arguments["num_frames"], long.overlap
+    video = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).double()
+    bend = seam_bend(video[None], window, overlap)
+    ratio = (bend.seam / bend.inside).item()
+    parts = [video[k * (window - overlap) :][:window] for k in range(long.windows)]
+    means, spreads = [part.mean().item() for part in parts], [part.std().item() for part in parts]
+    print(f"seam bend {ratio:.2f} times that inside; by window: mean grey level", end=" ")
+    print(", ".join(f"{mean:.1f}" for mean in means), "; spread", ", ".join(f"{spread:.1f}" for spread in spreads))
+    return {"windows": long.windows, "overlap": overlap, "seam_bend": ratio, "means": means, "spreads": spreads}
 
 
 def _sheet(clips: list[list[Any]], prompts: list[str], each: int) -> Any:  # noqa: ANN401

@@ -3,18 +3,22 @@ of the one before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stepdistill.core.denoise import HELD, Condition, guided, with_held
 from stepdistill.core.errors import ConfigError, StudentError, problem
+from stepdistill.core.pixels import to_uint8
 from stepdistill.core.prediction import Estimate, estimate
 from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.families.image_to_video import ImageToVideo
+from stepdistill.students.draw.animation import images_of_clip
 from stepdistill.students.draw.call import PipelineCall
+from stepdistill.students.draw.filters import DrawnImage
 from stepdistill.students.draw.options import AS_TRAINED, DrawOptions, changed_sampler
 from stepdistill.students.draw.pipeline import StudentPipeline
 
@@ -41,6 +45,32 @@ def stitched(draw: Window, begin: Tensor, windows: int, overlap: int) -> Tensor:
         given = video[:, :, -overlap:]
         video = torch.cat([video, draw(given, number)[:, :, overlap:]], 2)
     return video
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How long videos are made.
+
+    Args:
+        windows: their number.
+        overlap: frames that each begins with.
+        then: prompts of the windows after the first.
+        options: of the sampler.
+    """
+
+    windows: int
+    overlap: int = 1
+    then: tuple[str, ...] = ()
+    options: DrawOptions = AS_TRAINED
+
+    def draw(
+        self, student: StudentPipeline, prompts: Sequence[str], seeds: Sequence[int], call: PipelineCall
+    ) -> Iterator[DrawnImage]:
+        """A video of each prompt, as a list of its frames."""
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            each = [prompt, *self.then]
+            video = long_video(student, each, call, self.windows, self.overlap, seed, self.options)
+            yield DrawnImage(images_of_clip(to_uint8(video)), False)
 
 
 def check_windows(frames: int, chunk: int, overlap: int) -> None:
