@@ -108,6 +108,7 @@ ANY = {
 NONE = ANY | {"--seed", "--reference-seed", "--base-steps", "--latency", "--timesteps", "--sigmas", "--eta"}
 NONE |= {"--tolerance", "--controlnet-conditioning-scale"}  # those that take 0
 REAL = ANY | {"--controlnet-conditioning-scale", "--timesteps", "--sigmas", "--tolerance", "--teacher-guidance-scale"}
+REAL |= {"--frame-rate"}
 
 
 def takes(action: argparse.Action, text: str) -> bool:
@@ -130,7 +131,12 @@ def test_every_number_of_a_command_has_a_range() -> None:
         assert not taking(bad)
     assert taking("-1") == ANY and taking("0") == NONE and taking("1.5") == REAL
     every = {action.option_strings[-1] for action in numbers}
-    assert taking("1") == every and every - taking(str(2**32)) == {"--seed", "--reference-seed", "--eta"}
+    assert taking("1") == every and every - taking(str(2**32)) == {
+        "--seed",
+        "--reference-seed",
+        "--eta",
+        "--frame-rate",
+    }
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     if not prompts:
         todo = "write prompts after STUDENT, or pass --prompts-file"
         raise ConfigError(problem("no prompt", "at least one", "there is nothing to generate", todo))
+    device = usable_device(args.device)
     _check_control(args)
     control = read_control(args.control_image) if args.controlnet else None
     family = teacher(read_contracts(folder_of(args.student))[0])
@@ -126,7 +127,6 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     _check_windows(args)
     suffix = _suffix(args, family)
     stale = _check_outputs(args, len(prompts) * args.num_images_per_prompt, suffix)
-    device = usable_device(args.device)
     options = (args.strength, args.lora, args.fuse, args.controlnet)
     student = StudentPipeline.load(args.student, args.base, device, *options)
     usual = "float32" if device.type == "cpu" or student.contract is None else student.contract.dtype

@@ -118,10 +118,11 @@ def long_video(
     (first,) = student.draw([prompts[0]], [seed], call.plus(output_type="pt"))
     schedule, kind, net = family.schedule(student.native), family.kind(pipe), family.network(pipe)
     sampler: Sampler = changed_sampler(contract, schedule, options)
+    dtype = next(net.parameters()).dtype
     shape = family.latent_shape(pipe, call.arguments["height"], call.arguments["width"])
 
     def denoise(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
-        with torch.autocast(x_t.device.type, net.dtype, enabled=net.dtype != torch.float32):
+        with torch.autocast(x_t.device.type, dtype, enabled=dtype != torch.float32):
             y = family.call(net, x_t, t, cond)
         return Estimate(*(with_held(part, cond) for part in estimate(kind, y, x_t, t, schedule)))
 
