@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from oracles.clips import moving, slowed
@@ -10,6 +12,8 @@ from tables import video
 from tables.render_video import DISTANCES, video_page
 
 from stepdistill.core.cost import Cost
+from stepdistill.data import ImageFolder
+from stepdistill.data.bundled.first_frames import first_frames, write_first_frames
 from stepdistill.evaluation.metrics.encoders import pixel_features
 from stepdistill.evaluation.metrics.jackknife import ratio_of_means
 from stepdistill.evaluation.metrics.motion import motion
@@ -49,14 +53,31 @@ def test_every_prompt_has_its_motion():
     assert len(counts) == 8 and min(counts.values()) == 64
 
 
-def test_the_page_has_a_line_for_each_row(row):
+def test_the_page_has_a_table_of_each_kind_and_a_line_for_each_row(row):
     rows = {
-        "tiny-wan/teacher/4": row | {"steps": 4},
-        "tiny-wan/dmd2/4": row | {"steps": 4, "frames": -0.2, "train_steps": 300, "train_seconds": 90},
+        "tiny-wan, video/Euler/4": row | {"steps": 4},
+        "tiny-wan, video/dmd2/4": row | {"steps": 4, "frames": -0.2, "train_steps": 300, "train_seconds": 90},
+        "tiny-wan, image_to_video/Euler/4": row | {"steps": 4, "image_distance": 1.25},
     }
     lines = video_page(rows).splitlines()
-    assert len(lines) == 6 and "| tiny-wan: teacher | 4 |" in lines[2] and lines[2].endswith("| 8 | none |")
-    assert "| tiny-wan: dmd2 | 4 | 0 [" in lines[3] and lines[3].endswith("| 300 steps, 1.5 min |")
-    assert f"{row['ratio']:.2f} [" in lines[2] and f"N {N}" in lines[5]
-    assert len({line.count("|") for line in lines[:4]}) == 1
+    table, other = lines[2:6], lines[11:14]
+    assert "| Euler | 4 |" in table[2] and table[2].endswith("| 8 | none |")
+    assert "| dmd2 | 4 | 0 [" in table[3] and table[3].endswith("| 300 steps, 1.5 min |")
+    assert f"{row['ratio']:.2f} [" in table[2] and f"N {N}" in lines[7]
+    assert other[2].endswith("| 1.2 | 8 | none |") and "| from the image | nfe |" in other[0]
+    assert len({line.count("|") for line in table}) == len({line.count("|") for line in other}) == 1
     assert torch.is_tensor(video.seen_in(moving(1, 0))["moves"])
+
+
+def test_first_frames_are_those_of_their_captions_and_new_ones_for_the_table(tmp_path):
+    write_first_frames(tmp_path, 33)
+    source = ImageFolder(train_data_dir=str(tmp_path), resolution=32)
+    images, captions = first_frames(33)
+    assert [source.captions(i)[0] for i in range(33)] == captions and captions[0] == captions[32]
+    pixels = source.sample(5, random.Random(0)).pixels
+    assert pixels is not None and torch.equal(((pixels + 1) * 127.5).round(), images[5].float())
+    unseen = first_frames(33, video.UNSEEN)[0]
+    assert (unseen != images).flatten(1).any(1).all()
+    right = [i for i, caption in enumerate(captions) if caption.endswith("moving right")]
+    ground = images[right][:, :, 0, -1, None, None]  # a drawing that moves to the right begins at the left
+    assert torch.equal(images[right][..., -8:], ground.expand(-1, -1, 32, 8))

@@ -1,4 +1,4 @@
-"""The page's table of videos."""
+"""The page's tables of videos."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ from typing import Any
 from tables.cells import excess_cell, span_cell
 
 DISTANCES = {"frames": "fd_frames", "motion": "fd_motion", "by_motion": "fd_by_motion"}  # of a row, of a report
+TITLES = {"video": "From text", "image_to_video": "From a first frame and text"}
 
 
 def video_page(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table for each kind of pipeline."""
+    kinds = {kind: {key: row for key, row in rows.items() if f", {kind}/" in key} for kind in TITLES}
+    return "\n\n".join(f"{TITLES[kind]}:\n\n{kind_table(found)}" for kind, found in kinds.items() if found)
+
+
+def kind_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """A line for each way to sample and number of steps."""
-    heads = ["frames [95 %]", "motion [95 %]", "within each motion [95 %]", "motion ratio [95 %]", "nfe", "trained"]
+    first = next(iter(rows.values()))
+    heads = ["frames [95 %]", "motion [95 %]", "within each motion [95 %]", "motion ratio [95 %]"]
+    begun = "image_distance" in first
+    heads += [*(["from the image"] if begun else []), "nfe", "trained"]
     lines = [f"| excess of | steps | {' | '.join(heads)} |", "| --- " * (len(heads) + 2) + "|"]
     for key, row in rows.items():
         cells = [excess_cell({"excess": row[name], "ci95": row[f"{name}_ci95"]}) for name in DISTANCES]
-        cells += [span_cell(row, "ratio", 2), f"{row['nfe']:.0f}"]
+        cells += [span_cell(row, "ratio", 2), *([f"{row['image_distance']:.1f}"] if begun else []), f"{row['nfe']:.0f}"]
         taken = f"{row['train_steps']} steps, {row['train_seconds'] / 60:.1f} min" if "train_seconds" in row else "none"
-        label = key.rpartition("/")[0].replace("/", ": ")
-        lines.append(f"| {label} | {row['steps']} | {' | '.join(cells)} | {taken} |")
-    floors = next(iter(rows.values()), None)
-    if floors:
-        parts = [f"{floors[f'{name}_floor']:.0f} ({name.replace('_', ' ')})" for name in DISTANCES]
-        lines += ["", f"The teacher's own distances at full steps: {', '.join(parts)}; N {floors['n']}."]
-    return "\n".join(lines)
+        lines.append(f"| {key.split('/')[1]} | {row['steps']} | {' | '.join(cells)} | {taken} |")
+    parts = [f"{first[f'{name}_floor']:.0f} ({name.replace('_', ' ')})" for name in DISTANCES]
+    return "\n".join([*lines, "", f"The teacher's own distances at full steps: {', '.join(parts)}; N {first['n']}."])

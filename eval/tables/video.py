@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from torch import Tensor
 
 from stepdistill.config.dump import config_digest
 from stepdistill.config.load import load_config
 from stepdistill.core.cost import Cost
+from stepdistill.core.pixels import to_uint8
+from stepdistill.core.schedule import Rectified
+from stepdistill.core.solvers import teacher_sampler
+from stepdistill.data.bundled.first_frames import first_frames, write_first_frames
 from stepdistill.data.bundled.moving import MOTIONS, motion_prompts
 from stepdistill.evaluation.measure import Reference, Sampled, measured
-from stepdistill.evaluation.metrics.motion import frame_features, motion, motion_features
+from stepdistill.evaluation.metrics.jackknife import mean_interval
+from stepdistill.evaluation.metrics.motion import frame_features, image_distance, motion, motion_features
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.spec import SEED_A, SEED_B
 from stepdistill.evaluation.stored_features import StoredFeatures
+from stepdistill.families.base import Family
+from stepdistill.families.flow import shift_of
+from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.students.base_model import base_hash
 from stepdistill.students.draw.call import PipelineCall, generate, student_calls, teacher_call
 from stepdistill.students.load import load_student
@@ -29,26 +37,47 @@ from tables.render_video import DISTANCES
 
 N = 512
 STEPS = (1, 2, 4)
+BEGUN = Path("runs/tables/first-frames")  # of the configs
+UNSEEN = 1  # seed of the first frames of the table; students are trained with those of seed 0
 
 
 def measure_video(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
-    """The teacher's full and few steps, and each student that is trained where it is missing."""
-    for method, file in recipes(name, "video").items():
-        if rows and method not in rows:
-            continue
-        run = load_config(Run, file, [])
-        ref, pipe = video_reference(name, run, work), run.family.load()
-        facts: dict[str, Any] = {"teacher": name, "hash": ref.facts["teacher_sha256"][:16]}
-        for steps in STEPS:
-            call = teacher_call(run.family, pipe, steps, run.teacher_guidance_scale, "teacher")
-            results.once(f"{name}/teacher/{steps}", partial(video_figures, pipe, call, ref), **facts, steps=steps)
-        facts |= {"config": config_digest(run), "train_steps": run.train.max_train_steps}
-        out = trained(file)
-        calls = student_calls(run.family, run.method, pipe, STEPS)
-        load_student(pipe, out)
-        facts["train_seconds"] = round(seconds(out))
-        for steps, call in calls.items():
-            results.once(f"{name}/{method}/{steps}", partial(video_figures, pipe, call, ref), **facts, steps=steps)
+    """From text, and from a first frame: the teacher's full and few steps, and students, trained where missing."""
+    if not BEGUN.exists():
+        write_first_frames(BEGUN)
+    for table in ("video", "image_to_video"):
+        for method, file in recipes(name, table).items():
+            if rows and method not in rows:
+                continue
+            run = load_config(Run, file, [])
+            ref, pipe = video_reference(f"{name}-{table}", run, work), run.family.load()
+            facts: dict[str, Any] = {"teacher": name, "hash": ref.facts["teacher_sha256"][:16]}
+            for call in stock_calls(run, pipe):
+                steps = call.arguments["num_inference_steps"]
+                once = partial(results.once, f"{name}, {table}/{call.name}/{steps}")
+                once(partial(video_figures, pipe, call, ref), **facts, steps=steps)
+            facts |= {"config": config_digest(run), "train_steps": run.train.max_train_steps}
+            out = trained(file)
+            calls = student_calls(run.family, run.method, pipe, STEPS)
+            load_student(pipe, out)
+            facts["train_seconds"] = round(seconds(out))
+            for steps, call in calls.items():
+                once = partial(results.once, f"{name}, {table}/{method}/{steps}")
+                once(partial(video_figures, pipe, call, ref), **facts, steps=steps)
+
+
+def stock_calls(run: Run, pipe: DiffusionPipeline) -> Iterator[PipelineCall]:
+    """Few steps of the teacher: Euler at its shift and at 1, and UniPC of order 2, the scheduler of Wan's folders."""
+    w, shift = run.teacher_guidance_scale, shift_of(pipe.scheduler)
+    same = run.family.guidance(w) | run.family.arguments()
+    for steps in STEPS:
+        yield teacher_call(run.family, pipe, steps, w, "Euler, the teacher's shift")
+        if steps == 1:
+            continue  # one step is the same for all of them
+        scheduler, call = run.family.scheduler(pipe, teacher_sampler(Rectified(1.0), steps))
+        yield PipelineCall("Euler, shift 1", scheduler, call | same, run.family)
+        unipc = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        yield PipelineCall("UniPC, the teacher's shift", unipc, {"num_inference_steps": steps} | same, run.family)
 
 
 def prompts_and_motions(n: int = N) -> tuple[list[str], list[str]]:
@@ -66,12 +95,17 @@ def video_reference(name: str, run: Run, work: Path, n: int = N) -> StoredFeatur
         call = teacher_call(run.family, pipe, run.train.teacher_steps, run.teacher_guidance_scale, f"{name}, seeds")
         features = {}
         for key, seed in (("reference", SEED_A), ("floor", SEED_B)):
-            clips = generate(pipe, call, prompts, seed, progress=True)[0]
+            clips = generate(pipe, call, prompts, seed, progress=True, images=begun(run.family, n))[0]
             features |= {f"{key}_{what}": value for what, value in seen_in(clips).items()}
         facts = {"teacher_sha256": base_hash(pipe, run.family), "features": extractor().identity.id}
         work.mkdir(parents=True, exist_ok=True)
         StoredFeatures(features, prompts, facts).save(file)
     return StoredFeatures.load(file)
+
+
+def begun(family: Family, n: int) -> Tensor | None:
+    """The images (n, 3, H, W) in [0, 1] that clips begin with, for a family that continues an image."""
+    return first_frames(n, UNSEEN)[0] / 255 if isinstance(family, ImageToVideo) else None
 
 
 def seen_in(clips: Tensor) -> dict[str, Tensor]:
@@ -82,8 +116,13 @@ def seen_in(clips: Tensor) -> dict[str, Tensor]:
 
 def video_figures(pipe: DiffusionPipeline, call: PipelineCall, ref: StoredFeatures) -> dict[str, Any]:
     """What the table says of one way to sample."""
-    clips, cost = generate(pipe, call, ref.prompts, SEED_B, progress=True)
-    return judged_clips(seen_in(clips), cost, ref)
+    images = begun(call.family, len(ref.prompts))
+    clips, cost = generate(pipe, call, ref.prompts, SEED_B, progress=True, images=images)
+    row = judged_clips(seen_in(clips), cost, ref)
+    if images is not None:
+        far = mean_interval(image_distance(clips, to_uint8(images)))
+        row |= {"image_distance": far.value, "image_distance_ci95": [far.low, far.high]}
+    return row
 
 
 def judged_clips(seen: Mapping[str, Tensor], cost: Cost, ref: StoredFeatures) -> dict[str, Any]:
