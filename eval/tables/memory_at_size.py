@@ -127,7 +127,7 @@ def pixart() -> nn.Module:
 
 def wan(heads: int, ffn: int, blocks: int, channels: int = 16) -> nn.Module:
     """The network of a Wan pipeline from text to video."""
-    shape = {"num_attention_heads": heads, "attention_head_dim": 128, "ffn_dim": ffn, "num_layers": blocks}
+    shape: Any = {"num_attention_heads": heads, "attention_head_dim": 128, "ffn_dim": ffn, "num_layers": blocks}
     return WanTransformer3DModel(in_channels=channels, out_channels=channels, text_dim=4096, **shape)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tables.cells import excess_cell, span_cell
+from tables.windows import WINDOWS, windows_table
 
 DISTANCES = {"frames": "fd_frames", "motion": "fd_motion", "by_motion": "fd_by_motion"}  # of a row, of a report
 TITLES = {"video": "From text", "image_to_video": "From a first frame and text"}
@@ -14,7 +15,10 @@ TITLES = {"video": "From text", "image_to_video": "From a first frame and text"}
 def video_page(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """A table for each kind of pipeline."""
     kinds = {kind: {key: row for key, row in rows.items() if f", {kind}/" in key} for kind in TITLES}
-    return "\n\n".join(f"{TITLES[kind]}:\n\n{kind_table(found)}" for kind, found in kinds.items() if found)
+    pages = [f"{TITLES[kind]}:\n\n{kind_table(found)}" for kind, found in kinds.items() if found]
+    if long := {key: row for key, row in rows.items() if ", windows/" in key}:
+        pages.append(f"{WINDOWS} windows from a first frame, by the DMD2 student:\n\n{windows_table(long)}")
+    return "\n\n".join(pages)
 
 
 def kind_table(rows: Mapping[str, Mapping[str, Any]]) -> str:

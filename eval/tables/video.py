@@ -34,11 +34,11 @@ from stepdistill.training.recipe import Run
 from tables.benchmark import Results, extractor
 from tables.recipes import recipes, seconds, trained
 from tables.render_video import DISTANCES
+from tables.windows import UNSEEN, measure_windows
 
 N = 512
 STEPS = (1, 2, 4)
 BEGUN = Path("runs/tables/first-frames")  # of the configs
-UNSEEN = 1  # seed of the first frames of the table; students are trained with those of seed 0
 
 
 def measure_video(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
@@ -64,6 +64,8 @@ def measure_video(name: str, results: Results, work: Path, rows: Sequence[str]) 
             for steps, call in calls.items():
                 once = partial(results.once, f"{name}, {table}/{method}/{steps}")
                 once(partial(video_figures, pipe, call, ref), **facts, steps=steps)
+    if not rows or "windows" in rows:
+        measure_windows(name, results)
 
 
 def stock_calls(run: Run, pipe: DiffusionPipeline) -> Iterator[PipelineCall]:
