@@ -61,7 +61,9 @@ METHODS = {
     "lcm": LCM,
     "adversarial": Adversarial(),
     "dmd2": DMD,
-    "dmd2, teacher's features": replace(DMD, gan=replace(GAN, features="teacher", loss_type="softplus")),
+    "dmd2, weak, teacher's features": replace(
+        DMD, weak=0.25, gan=replace(GAN, features="teacher", loss_type="softplus")
+    ),
     "dmd2, ladd": replace(DMD, gan=Ladd(misaligned_pairs=True)),
     "lcm, ladd": replace(LCM, gan=Ladd()),
     "vsd": VSD(guidance_scale=(0.5, 4.0)),

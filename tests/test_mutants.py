@@ -44,15 +44,15 @@ TCD = fixed.test_tcd_converges_to_its_own_biased_point
 KINDS = fixed.test_every_prediction_type_converges_to_the_same
 ENDS = fixed.test_ends_stay_in_the_segment_and_meet_each_time_equally
 UPDATES = Consistency.updates
-MIX = "value[:batch] + w * (value[batch:] - value[:batch])"
+MIX = "u + w * (c - u)"
 TEACHER_STEP = "x_u = schedule.add_noise(*teacher(x_t, t, cond), u)"
 
 BUGS = {
     # guidance
     "1 + w for w": Bug(denoise.guided, MIX, MIX.replace("w *", "(1 + w) *"), GUIDED),
-    "cond and uncond swapped": Bug(denoise.guided, MIX, "value[batch:] + w * (value[:batch] - value[batch:])", GUIDED),
+    "cond and uncond swapped": Bug(denoise.guided, MIX, "c + w * (u - c)", GUIDED),
     "prompts in the wrong half": Bug(
-        denoise.guided,
+        denoise.without_and_with_prompt,
         "[empty[key], value]",
         "[value, empty[key]]",
         GUIDED,

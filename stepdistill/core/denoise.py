@@ -46,6 +46,10 @@ class RoleDenoise(Denoise, Protocol):
         """The same role with gradients to its inputs but not to its weights."""
         ...
 
+    def at_strength(self, strength: float) -> RoleDenoise:
+        """The same role with its LoRA at a strength, for calls without gradients; at 0 it is the teacher."""
+        ...
+
 
 def with_held(x: Tensor, cond: Condition) -> Tensor:
     """`x` (B, C, F, h, w) with the frames that `cond` holds in the place of its first ones; `x` where it holds none."""
@@ -83,15 +87,38 @@ def guided(denoise: Denoise, null: Condition, scale: float | Tensor) -> Denoise:
         return denoise
 
     def call(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
-        batch = len(x_t)
-        empty = without_prompt(null, cond)
-        both = {key: torch.cat([empty[key], value]) for key, value in cond.items()}
-        est = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         w = expand(scale, x_t) if isinstance(scale, Tensor) else scale
-        mixed = (value[:batch] + w * (value[batch:] - value[:batch]) for value in est)
-        return Estimate(*mixed)
+        uncond, cond_ = without_and_with_prompt(denoise, null, x_t, t, cond)
+        return Estimate(*(u + w * (c - u) for u, c in zip(uncond, cond_, strict=True)))
 
     return call
+
+
+def guided_by(denoise: Denoise, guide: Denoise, null: Condition, scale: float) -> Denoise:
+    """Guidance that another denoiser gives, `denoise + scale (cond - uncond)` with both of `guide` (scale 0 is none).
+
+    Args:
+        null: the unconditional embeddings, one row or B rows.
+    """
+    if scale == 0:
+        return denoise
+
+    def call(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+        uncond, cond_ = without_and_with_prompt(guide, null, x_t, t, cond)
+        return Estimate(*(x + scale * (c - u) for x, u, c in zip(denoise(x_t, t, cond), uncond, cond_, strict=True)))
+
+    return call
+
+
+def without_and_with_prompt(
+    denoise: Denoise, null: Condition, x_t: Tensor, t: Tensor, cond: Condition
+) -> tuple[Estimate, Estimate]:
+    """The two estimates that guidance compares, from one call of 2 B rows."""
+    empty = without_prompt(null, cond)
+    both = {key: torch.cat([empty[key], value]) for key, value in cond.items()}
+    est = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+    halves = [value.chunk(2) for value in est]
+    return Estimate(*(first for first, _ in halves)), Estimate(*(last for _, last in halves))
 
 
 def with_scale(denoise: Denoise, scale: float | None) -> Denoise:

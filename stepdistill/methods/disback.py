@@ -49,6 +49,11 @@ class DisBack(Method):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
         check_effect(self, "backtracking_steps", self.waypoints > 1, "several waypoints")
+        if isinstance(self.matching, DMD2) and self.matching.weak:
+            raise ValueError(
+                f"matching.weak is {self.matching.weak}: it moves the real score from the teacher, and here that is a "
+                "waypoint; use 0"
+            )
         if self.matching.warmup_steps:
             raise ValueError(
                 f"matching.warmup_steps is {self.matching.warmup_steps}: the recording replaces the warm-up; use 0"

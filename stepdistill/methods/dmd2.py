@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.config.kinds import Amount, Count, Whole
-from stepdistill.core.denoise import Condition, Denoise, free_part, guided
+from stepdistill.core.denoise import Condition, Denoise, free_part, guided, guided_by
 from stepdistill.core.losses import distance, surrogate
 from stepdistill.core.schedule import NoiseSchedule, per_sample
 from stepdistill.core.solvers import Sampler, check_range, few_step, student_starts
@@ -45,6 +45,8 @@ class DMD2(Averaged):
         gan:     student + lambda_g softplus(-D(x_s))
                  fake + lambda_d (softplus(D(x_s)) + softplus(-D(data_s)))
                  or those of `Ladd`
+        weak:    real = weak_c + (1 - weak) (w - 1) (c - u), c and u of the teacher with and without the prompt, and
+                 weak_c the prediction with the prompt and the fake score's LoRA at the strength `weak`
         rewards: student + sum_d w_d mean relu(margin_d - r_d(decode(x0))), as `RewardTerm` has them
         pairs:   student + lambda mean |x0 - x0'|^2, x_t the noise from which the teacher's solver made x0'
 
@@ -52,6 +54,7 @@ class DMD2(Averaged):
         Improved distribution matching distillation, Yin et al. 2024, https://arxiv.org/abs/2405.14867.
         One-step diffusion with distribution matching distillation, Yin et al. 2023,
         https://arxiv.org/abs/2311.18828, section 3.3, for the pairs.
+        MagicDistillation, Shao et al. 2025, https://arxiv.org/abs/2503.13319, for `weak`.
         Hyper-SD, Ren et al. 2024, https://arxiv.org/abs/2404.13686, section 3.4, for its one-step stage: one step with
         `rewards` and `regression_weight`, from 999 for the LoRA of all numbers of steps, from 800 for one step alone.
 
@@ -69,6 +72,10 @@ class DMD2(Averaged):
         gan: adversarial term, which needs images; none trains on prompts alone. Without a `type` it is `Gan`, the
             paper's; `type: stepdistill.methods.gan.Ladd` reads several depths of the teacher.
         rewards: terms that score the student's samples, of one reward each.
+        weak: strength, in [0, 1), of the fake score's LoRA in the real score, which brings the two scores closer
+            (weak-to-strong). The LoRA is in the prediction with the prompt alone, since the fake score never sees the
+            empty prompt. Where predictions are linear in the LoRA, `fake - real` is (1 - weak) times that of the
+            teacher, at any `guidance_scale`, so that training ends at the same place. 0 is off.
         regression_weight: lambda, weight of the squared distance from the teacher's samples of the same noise, for a
             student of one step; it needs pairs. The student then starts from their noise in every update. 0 disables
             it.
@@ -83,6 +90,7 @@ class DMD2(Averaged):
     t_range: tuple[float, float] = (20.0, 980.0)
     gan: Gan | Ladd | None = None
     rewards: tuple[RewardTerm, ...] = ()
+    weak: float = 0.0
     regression_weight: Amount = 0.0
 
     def __post_init__(self) -> None:
@@ -91,6 +99,11 @@ class DMD2(Averaged):
         check_range(self.t_range)
         if self.eta not in (0, 1):
             raise ValueError(f"eta is {self.eta}: expected 1 (renoise) or 0 (deterministic)")
+        if not 0 <= self.weak < 1:
+            raise ValueError(
+                f"weak is {self.weak}: expected at least 0 and below 1; at 1 the real score is the fake one, and the "
+                "student has no gradient"
+            )
         check_steps(self)
         if self.regression_weight and len(self.timesteps or range(self.num_inference_steps)) > 1:
             raise ValueError(
@@ -147,6 +160,15 @@ class DMD2(Averaged):
             total = loss + self.gan.discriminator_weight * judged
             yield Update(("fake", "head"), total, loss_fake=loss, loss_head=judged)
 
+    def real_score(self, target: str, context: StepContext) -> Denoise:
+        """The guided role `target`, moved towards the fake score by `weak`."""
+        teacher, w = context.denoiser(target), self.guidance_scale
+        if not self.weak:
+            return guided(teacher, context.null, w)
+        weak = context.denoiser("fake").at_strength(self.weak)
+        # guidance of the weak prediction itself would count the LoRA w times: from w weak = 1 on the gradient turns
+        return guided_by(weak, teacher, context.null, (1 - self.weak) * (w - 1))
+
     def student_loss(
         self, target: str, context: StepContext, batch: Batch, x0: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -155,7 +177,7 @@ class DMD2(Averaged):
         s = context.schedule.random_times(context.draw(batch, "score t"), *self.t_range)
         x_s = context.schedule.add_noise(sample, context.noise(batch, "score eps"), s)
         with torch.no_grad():
-            real = guided(context.denoiser(target), context.null, self.guidance_scale)(x_s, s, batch.cond).x0
+            real = self.real_score(target, context)(x_s, s, batch.cond).x0
             fake = context.denoiser("fake")(x_s, s, batch.cond).x0
             gradient = normalised(sample, fake, real, batch.cond)
             if isinstance(self.gan, Gan):

@@ -13,6 +13,8 @@ from stepdistill.core.denoise import SCALE, Condition, with_held
 from stepdistill.core.prediction import Estimate, Kind, estimate_at_levels, output
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.lora_layers import at_strength
+from stepdistill.networks.roles import TEACHER, Lora
 from stepdistill.networks.taps import features_before
 
 Call = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
@@ -26,6 +28,7 @@ class Denoiser:
         call: the family's way to call the network.
         dtype: precision of the network's arithmetic; estimates are always float32.
         grad: whether the role's own weights take gradients.
+        strength: of the role's LoRA, 1 as it is trained.
     """
 
     backbone: Backbone
@@ -35,6 +38,7 @@ class Denoiser:
     call: Call
     dtype: torch.dtype = torch.float32
     grad: bool = True
+    strength: float = 1.0
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
         return self.queried(x_t, t, cond, *self.schedule(t))
@@ -65,7 +69,8 @@ class Denoiser:
     def _network(self, device: torch.device, cond: Condition) -> Iterator[nn.Module]:
         half = self.dtype in (torch.bfloat16, torch.float16)
         use = self.backbone.use(self.role, self.grad, cond.get(SCALE))
-        with use as net, torch.autocast(device.type, self.dtype, enabled=half):
+        strong = at_strength(self.backbone.net, self.role, self.strength)
+        with use as net, strong, torch.autocast(device.type, self.dtype, enabled=half):
             yield net
 
     def native(self, est: Estimate, t: Tensor) -> Tensor:
@@ -75,3 +80,13 @@ class Denoiser:
     def frozen(self) -> Denoiser:
         """The same role with gradients to its inputs only."""
         return replace(self, grad=False)
+
+    def at_strength(self, strength: float) -> Denoiser:
+        """The same role with its LoRA at a strength, for calls without gradients; at 0 it is the teacher."""
+        kind = None if self.role == TEACHER else self.backbone.kind(self.role)
+        if not isinstance(kind, Lora):
+            what = "the frozen base" if kind is None else f"a {type(kind).__name__}"
+            raise ValueError(
+                f"role {self.role!r} at strength {strength}: expected a LoRA, which alone has a strength; it is {what}"
+            )
+        return replace(self, strength=strength)

@@ -17,7 +17,8 @@ Everywhere else PEFT's own forward is called. PEFT owns names, states and files 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -212,10 +213,14 @@ def is_hooked(base: nn.Module) -> bool:
 
 @dataclass
 class Kept:
-    """Weights with their LoRAs that are kept from pass to pass, by layer and role, for as long as no role changes."""
+    """Weights with their LoRAs that are kept from pass to pass, for as long as no role changes.
+
+    Args:
+        values: by layer, role and scale.
+    """
 
     open: bool = False
-    values: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    values: dict[tuple[int, str, float], Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -223,7 +228,7 @@ def merged_weight(layer: Any, name: str, weight: Tensor, a: Tensor, b: Tensor, s
     """The value of `W + s B A`; that of a small layer is kept if it may be."""
     if not layer.kept.open or torch.compiler.is_compiling() or weight.numel() > KEPT_NUMBERS:
         return add_lora(weight, a, b, scale)
-    key = (id(layer), name)
+    key = (id(layer), name, scale)
     if key not in layer.kept.values:
         layer.kept.values[key] = add_lora(weight, a, b, scale)
     return layer.kept.values[key]
@@ -252,6 +257,29 @@ def choose_arithmetic(net: nn.Module, arithmetic: Arithmetic, kept: Kept) -> Non
             base = layer.get_base_layer()
             layer.arithmetic, layer.kept = arithmetic, kept
             layer.window = None if isinstance(base, nn.Linear) else Window(base.stride, base.padding)
+
+
+@contextmanager
+def at_strength(net: nn.Module, name: str, strength: float) -> Iterator[None]:
+    """Inside, the LoRA `name` adds `strength` times as much, 1 being what it is trained at.
+
+    Without gradients only: checkpointing computes a block again in backward, where the strength is 1 again.
+    """
+    if strength == 1:
+        yield
+        return
+    if torch.is_grad_enabled():
+        raise ValueError(
+            f"role {name!r} is called at strength {strength} with gradients: call it under torch.no_grad()"
+        )
+    layers = [layer for layer in net.modules() if isinstance(layer, peft_layers.LoraLayer)]
+    try:
+        for layer in layers:
+            layer.set_scale(name, strength)
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(name, 1.0)
 
 
 def is_plain(base: Any) -> bool:  # noqa: ANN401
