@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles.planted import planted
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.core.errors import StepdistillError
 from stepdistill.training.cache import rows as module
-from stepdistill.training.cache.rows import LatentCache, PromptCache
+from stepdistill.training.cache.rows import LatentCache, PromptCache, RowStore
 
 
 class Encoder:
@@ -146,3 +148,52 @@ def test_memory_is_bounded_and_a_dropped_row_comes_back(tmp_path, monkeypatch, o
         assert len(prompts.store._rows) <= 10
     assert prompts(["0"])["states"].tolist() == [[0] * 3]
     assert made.count("0") == (1 if on_disk else 2)
+
+
+def padded(*tokens: int) -> dict[str, Tensor]:
+    """States of prompts with so many tokens each, and then zeros; and what has no zeros to leave out."""
+    states = torch.randn(len(tokens), 12, 3).bfloat16()
+    for row, used in zip(states, tokens, strict=True):
+        row[used:] = 0
+        row[1 : max(used - 1, 1) : 3] = 0  # zeros elsewhere stay
+    return {"states": states, "pooled": torch.zeros(len(tokens), 4), "number": torch.arange(len(tokens))}
+
+
+def check_padding(tmp_path: Path) -> None:
+    columns, ids = padded(5, 12, 0, 1), ["a", "b", "c", "d"]
+    store = RowStore(tmp_path, "key")
+    store.add(ids, columns)
+    assert same(store.rows(ids), columns)
+    assert store._bytes == (5 + 12 + 0 + 1) * 3 * 2 + 4 * 4 * 4 + 4 * 8
+    store.save()
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size < columns["states"].nbytes / 2 + 1200
+    assert store._bytes == 0 and same(store.rows(ids), columns)
+    assert same(RowStore(tmp_path, "key").rows(ids[::-1]), {name: part.flip(0) for name, part in columns.items()})
+
+
+def test_the_zeros_behind_a_prompt_take_no_place(tmp_path: Path) -> None:
+    """Wan's text encoder pads a prompt with zeros up to 512 tokens."""
+    check_padding(tmp_path)
+
+
+def test_files_of_whole_tensors_are_read_on(tmp_path: Path) -> None:
+    columns = padded(5, 2)
+    rows = {f"{n}.{name}": column[n].clone() for name, column in columns.items() for n in range(2)}
+    metadata = {"key": "key", "ids": json.dumps(["a", "b"]), "names": json.dumps(list(columns))}
+    save_file(rows, tmp_path / "old.safetensors", metadata)
+    assert same(RowStore(tmp_path, "key").rows(["a", "b"]), columns)
+
+
+@pytest.mark.parametrize(
+    ("function", "old", "new"),
+    [
+        (module._cut, "int(used.max()) + 1", "int(used.max())"),
+        (module._cut, "int(used.max()) + 1", "len(used)"),
+        (module._cut, "int(used.max()) + 1 if len(used) else 0", "len(tensor)"),
+        (module._Cut.whole, "[self.tensor, self", "[self.tensor, 1 + self"),
+    ],
+)
+def test_a_bug_of_the_padding_is_noticed(tmp_path: Path, function, old: str, new: str) -> None:
+    with planted(function, old, new), pytest.raises((AssertionError, StepdistillError)):
+        check_padding(tmp_path)

@@ -24,12 +24,42 @@ LIMIT = 4 * 2**30  # bytes of rows in memory beyond which the oldest are dropped
 Row = dict[str, Tensor]
 
 
+class _Cut(NamedTuple):
+    """A row's tensor without the zeros at its end, and its length (its first dimension) with them.
+
+    Wan's prompts are some tokens and then zeros up to 512, in all 4 MiB each in bfloat16.
+    """
+
+    tensor: Tensor
+    length: int
+
+    def whole(self) -> Tensor:
+        """The tensor as it was."""
+        if not self.tensor.ndim or len(self.tensor) == self.length:
+            return self.tensor
+        return torch.cat([self.tensor, self.tensor.new_zeros(self.length - len(self.tensor), *self.tensor.shape[1:])])
+
+
+def _cut(tensor: Tensor) -> _Cut:
+    """A copy on the cpu: a slice would keep its whole batch alive."""
+    used = tensor.flatten(1).any(1).nonzero() if tensor.ndim > 1 else None
+    kept = tensor if used is None else tensor[: int(used.max()) + 1 if len(used) else 0]
+    return _Cut(kept.detach().cpu().clone(), len(tensor) if tensor.ndim else 0)
+
+
 class _Stored(NamedTuple):
-    """Where a row lies: its file, its number there, the names of its tensors."""
+    """Where a row lies: its file, its number there, the names of its tensors and their lengths."""
 
     file: safe_open
     number: int
     names: list[str]
+    lengths: list[int] | None  # None in files of earlier versions, which hold whole tensors
+
+    def row(self) -> Row:
+        tensors = [self.file.get_tensor(f"{self.number}.{name}") for name in self.names]
+        if self.lengths is not None:
+            tensors = [_Cut(tensor, length).whole() for tensor, length in zip(tensors, self.lengths, strict=True)]
+        return dict(zip(self.names, tensors, strict=True))
 
 
 class RowStore:
@@ -46,7 +76,7 @@ class RowStore:
     def __init__(self, folder: Path | None, key: str) -> None:
         self.folder = folder
         self.key = key
-        self._rows: dict[str, Row] = {}
+        self._rows: dict[str, dict[str, _Cut]] = {}
         self._new: list[str] = []
         self._bytes = 0
         self._stored: dict[str, _Stored] = {}
@@ -65,8 +95,10 @@ class RowStore:
         metadata = file.metadata() or {}
         if metadata.get("key") != self.key:
             return False
-        names = json.loads(metadata["names"])
-        self._stored.update({row: _Stored(file, n, names) for n, row in enumerate(json.loads(metadata["ids"]))})
+        names, ids = json.loads(metadata["names"]), json.loads(metadata["ids"])
+        lengths = json.loads(metadata["lengths"]) if "lengths" in metadata else [None] * len(ids)
+        places = enumerate(zip(ids, lengths, strict=True))
+        self._stored.update({row: _Stored(file, n, names, each) for n, (row, each) in places})
         return True
 
     def missing(self, ids: Iterable[str]) -> list[str]:
@@ -82,8 +114,7 @@ class RowStore:
                     problem(got, "one row per input", "each row is stored on its own", "correct the encoder")
                 )
         for n, row in enumerate(ids):
-            # a clone, since a slice would keep the whole batch alive
-            tensors = {name: column[n].detach().cpu().clone() for name, column in columns.items()}
+            tensors = {name: _cut(column[n]) for name, column in columns.items()}
             self._bytes += _size(tensors)
             self._rows[row] = tensors
         self._new += ids if self.folder else []
@@ -110,17 +141,18 @@ class RowStore:
 
     def _row(self, row: str) -> Row:
         if row in self._rows:
-            return self._rows[row]
-        file, number, names = self._stored[row]
-        return {name: file.get_tensor(f"{number}.{name}") for name in names}
+            return {name: cut.whole() for name, cut in self._rows[row].items()}
+        return self._stored[row].row()
 
     def save(self) -> None:
         """Write what is new. Where the disk refuses, say so and go on in memory: nothing but time is lost."""
         if self.folder is None or not self._new:
             return
         rows = [self._rows[row] for row in self._new]
-        tensors = {f"{n}.{name}": tensor for n, row in enumerate(rows) for name, tensor in row.items()}
-        metadata = {"key": self.key, "ids": json.dumps(self._new), "names": json.dumps(list(rows[0]))}
+        tensors = {f"{n}.{name}": cut.tensor for n, row in enumerate(rows) for name, cut in row.items()}
+        lengths = [[cut.length for cut in row.values()] for row in rows]
+        described = {"ids": self._new, "names": list(rows[0]), "lengths": lengths}
+        metadata = {"key": self.key} | {name: json.dumps(value) for name, value in described.items()}
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         try:
             with written_whole(path) as part:
@@ -135,8 +167,8 @@ class RowStore:
         self._new = []
 
 
-def _size(row: Row) -> int:
-    return sum(tensor.nbytes for tensor in row.values())
+def _size(row: dict[str, _Cut]) -> int:
+    return sum(cut.tensor.nbytes for cut in row.values())
 
 
 class PromptCache:
