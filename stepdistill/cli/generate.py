@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from stepdistill.cli.dialect import add_command, add_overwrite, local_path, real, seed, several, weighed, whole
 from stepdistill.core.errors import ConfigError, OutputError, problem
-from stepdistill.core.outputs import MARK, check_output_file, expanded, is_marked
+from stepdistill.core.outputs import check_output_file, expanded, is_marked
 
 GENERATE = """\
 Loads the base model into a plain Diffusers pipeline, then the student, and generates images with the student's
@@ -25,10 +22,16 @@ attention (NASA or NAG). A ControlNet of the base controls the student, too. It 
 the size of the output, for every prompt. A student that makes videos writes an animation (00000.webp and so on) for
 each, and --grid shows some frames of it.
 
+--video VIDEO makes videos of the prompts with two students, one after the other: STUDENT makes an image of each, and
+VIDEO, a student of image to video, continues it. A base that both are of is loaded once. The image is written, too, and
+has the seed SEED + n. The video has another seed, which is in images.jsonl. --windows, --overlap, --then and
+--video-steps are for the videos, a size is for both, and the other options of sampling are for the images.
+
 examples:
   stepdistill generate runs/quickstart "cat face" rose --grid sheet.png
   stepdistill generate runs/video "a cat walks" --image cat.png -o videos
   stepdistill generate runs/video "a cat walks" --then "it sits down" --image cat.png --windows 2 --overlap 5
+  stepdistill generate runs/magic-image "a dog runs" --video runs/magic-video --windows 2 --overlap 5 -o videos
   stepdistill generate me/student --prompts-file prompts.txt --num-images-per-prompt 4 --batch 8 -o images
   stepdistill generate runs/mine "a cat" --lora styles/ink.safetensors:0.8 --strength 0.9 --fuse
   stepdistill generate runs/mine "a cat" "a dog" --controlnet lllyasviel/sd-controlnet-canny --control-image edges.png
@@ -54,6 +57,9 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
     command.add_argument(
         "--image", metavar="FILE", type=local_path, help="what the videos of an image-to-video student begin with"
     )
+    command.add_argument(
+        "--video", metavar="VIDEO", type=expanded, help="student of image to video that continues the images as videos"
+    )
     command.add_argument("--windows", type=whole(), metavar="N", help="make the video N windows long (default: 1)")
     command.add_argument("--overlap", type=whole(), metavar="N", help="frames that each window repeats (default: 1)")
     command.add_argument(
@@ -63,6 +69,7 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
     command.add_argument("--frame-rate", type=real(1, 120), metavar="N", help="frames a second of videos (default: 16)")
     steps = command.add_mutually_exclusive_group()
     steps.add_argument("--steps", type=whole(), metavar="N", help="number of sampling steps")
+    command.add_argument("--video-steps", type=whole(), metavar="N", help="number of sampling steps of VIDEO")
     steps.add_argument("--timesteps", type=several(real(0)), metavar="T,...", help="timestep of each step, descending")
     steps.add_argument("--sigmas", type=several(real(0)), metavar="S,...", help="noise level of each step, descending")
     command.add_argument(
@@ -102,15 +109,15 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
 
 
 def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
-    import torch
-
+    from stepdistill.cli.generate_draw import Stage, each_of, each_of_both, write_each
     from stepdistill.core.devices import usable_device
     from stepdistill.evaluation.records import prompt_of, read_records
     from stepdistill.students.contract import read_contracts, teacher
     from stepdistill.students.draw.control import controlled, read_control
     from stepdistill.students.draw.first_frame import check_first_frame, continued
-    from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
-    from stepdistill.students.draw.windows import Windows
+    from stepdistill.students.draw.image_then_video import check_stages
+    from stepdistill.students.draw.pipeline import DrawOptions
+    from stepdistill.students.draw.windows import Windows, check_windows
     from stepdistill.students.load import folder_of
 
     prompts = [*args.prompts]
@@ -121,27 +128,60 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError(problem("no prompt", "at least one", "there is nothing to generate", todo))
     device = usable_device(args.device)
     _check_control(args)
+    _check_stages(args)
     control = read_control(args.control_image) if args.controlnet else None
-    family = teacher(read_contracts(folder_of(args.student))[0])
-    check_first_frame(family, args.image)
+    family = teacher(read_contracts(folder_of(args.video or args.student))[0])
+    if args.video:
+        check_stages(args.student, args.video)
+    else:
+        check_first_frame(family, args.image)
     _check_windows(args)
     suffix = _suffix(args, family)
     stale = _check_outputs(args, len(prompts) * args.num_images_per_prompt, suffix)
-    options = (args.strength, args.lora, args.fuse, args.controlnet)
-    student = StudentPipeline.load(args.student, args.base, device, *options)
-    usual = "float32" if device.type == "cpu" or student.contract is None else student.contract.dtype
-    if (args.dtype or usual) != "float32":
-        student.pipe.to(getattr(torch, args.dtype or usual))
+    repeated = [prompt for prompt in prompts for _ in range(args.num_images_per_prompt)]
+    both, student = _students(args, device)
     names = ("steps", "timesteps", "sigmas", "guidance_scale", "eta", "height", "width")
     drawn_with = DrawOptions(**{name: getattr(args, name) for name in names})
     call = student.call(drawn_with)
     if control is not None:
         scale = args.controlnet_conditioning_scale
         call = controlled(student, call, control, 1.0 if scale is None else scale)
-    call = continued(call, args.image) if args.image else call
-    repeated = [prompt for prompt in prompts for _ in range(args.num_images_per_prompt)]
+    last, last_call = student, continued(call, args.image) if args.image else call
+    if both:
+        drawn_with = DrawOptions(steps=args.video_steps, height=args.height, width=args.width)
+        last, last_call = both.video, both.video.call(drawn_with)
     long = Windows(args.windows, args.overlap or 1, tuple(args.then), drawn_with) if args.windows else None
-    _draw(student, repeated, args, call, stale, suffix, long)
+    if long:
+        check_windows(last, last_call, long.overlap)
+    stage = Stage(last, last_call, long)
+    drawn = each_of_both(both, call, stage, repeated, args) if both else each_of(stage, repeated, args)
+    networks = [one.family.network(one.pipe) for one in (student, last)]
+    write_each(drawn, repeated, args, stale, suffix, networks)
+
+
+def _students(args: argparse.Namespace, device: Any) -> tuple[Any, Any]:  # noqa: ANN401
+    """Both students of --video, or None, and STUDENT, in the precision that is asked for."""
+    from stepdistill.students.draw.image_then_video import ImageThenVideo
+    from stepdistill.students.draw.pipeline import StudentPipeline
+
+    options = (args.base, device, args.strength, args.lora)
+    if args.video:
+        both = ImageThenVideo.load(args.student, args.video, *options, args.controlnet)
+        _cast(both.video, args.dtype)
+        _cast(both.image, args.dtype)
+        return both, both.image
+    student = StudentPipeline.load(args.student, *options, args.fuse, args.controlnet)
+    _cast(student, args.dtype)
+    return None, student
+
+
+def _cast(student: Any, name: str | None) -> None:  # noqa: ANN401
+    """Give a student's pipeline the precision of this name, by default its contract's where there is a GPU."""
+    import torch
+
+    usual = "float32" if student.pipe.device.type == "cpu" or student.contract is None else student.contract.dtype
+    if (name or usual) != "float32":
+        student.pipe.to(getattr(torch, name or usual))
 
 
 def _suffix(args: argparse.Namespace, family: Any) -> str:  # noqa: ANN401
@@ -165,9 +205,22 @@ def _check_windows(args: argparse.Namespace) -> None:
         got = f"--windows {windows} with " + (f"{len(args.then)} --then" if args.then else "--overlap")
         why, todo = "each --then is the prompt of one more window", "raise --windows, or leave them out"
         raise ConfigError(problem(got, "fewer prompts than windows, of which there are several", why, todo))
-    if windows > 1 and not args.image:
-        why, todo = "only a student of image to video goes on from frames", "pass --image, or leave --windows out"
-        raise ConfigError(problem("--windows without --image", "both", why, todo))
+    if windows > 1 and not args.image and not args.video:
+        why, todo = "only a student of image to video goes on from frames", "pass --image or --video, or no --windows"
+        raise ConfigError(problem("--windows without --image or --video", "one of them", why, todo))
+
+
+def _check_stages(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options that do not go with --video, or need it."""
+    if args.video is None and args.video_steps:
+        why = "it is the number of steps of the second student"
+        raise ConfigError(problem("--video-steps without --video", "both", why, "pass --steps for STUDENT's"))
+    if args.video is not None and args.image:
+        why, todo = "STUDENT makes the image", f"leave it out, or call `stepdistill generate {args.video}` with --image"
+        raise ConfigError(problem(f"--image {args.image} with --video", "one of them", why, todo))
+    if args.video is not None and args.fuse:
+        why = "a LoRA that is fused cannot take turns with another one"
+        raise ConfigError(problem("--fuse with --video", "one of them", why, "leave --fuse out"))
 
 
 def _check_control(args: argparse.Namespace) -> None:
@@ -184,10 +237,11 @@ def _check_outputs(args: argparse.Namespace, count: int, suffix: str) -> list[Pa
     """The images of an earlier command, which go. Raises OutputError where what is there must stay."""
     from stepdistill.students.draw.sheet import check_image_file
 
-    given = (args.student, args.base, args.prompts_file, args.controlnet, args.control_image, args.image)
+    given = (args.student, args.video, args.base, args.prompts_file, args.controlnet, args.control_image, args.image)
     places = (*given, *(place for place, _ in args.lora))
     inputs = [place for place in places if place is not None]
-    written = [args.output / f"{n:05d}{suffix}" for n in range(count)]
+    suffixes = [".png", suffix] if args.video else [suffix]
+    written = [args.output / f"{n:05d}{end}" for n in range(count) for end in suffixes]
     named = [file for file in sorted(args.output.glob("*.*")) if re.fullmatch(r"\d{5,}\.(png|webp|gif|mp4)", file.name)]
     stale = [file for file in named if is_marked(file)]
     for file in dict.fromkeys([*written, *stale, args.output / "images.jsonl"]):
@@ -198,78 +252,3 @@ def _check_outputs(args: argparse.Namespace, count: int, suffix: str) -> list[Pa
             why = "an image has that name"
             raise OutputError(problem(f"--grid {args.grid}", "another file", why, "name another"))
     return stale
-
-
-def _draw(
-    student: Any,  # noqa: ANN401
-    prompts: list[str],
-    args: argparse.Namespace,
-    call: Any,  # noqa: ANN401
-    stale: list[Path],
-    suffix: str,
-    long: Any,  # noqa: ANN401
-) -> None:
-    from tqdm.auto import tqdm
-
-    from stepdistill.core.cost import count_calls
-    from stepdistill.students.draw.animation import FRAME_RATE, save_animation
-    from stepdistill.students.draw.base_first import base_first
-    from stepdistill.students.draw.sheet import save_image
-
-    what = "images" if suffix == ".png" else "videos"
-    args.output.mkdir(parents=True, exist_ok=True)
-    seeds, images_of_grid, lines, began = [args.seed + n for n in range(len(prompts))], [], [], time.perf_counter()
-    against = student.against(args.negative_prompt, call, args.negative_scale, args.negative_mode)
-    mixed = nullcontext() if args.base_steps is None else base_first(student.pipe, args.base_steps)
-    with count_calls(student.family.network(student.pipe)) as cost, against as call, mixed:
-        for file in stale:
-            file.unlink()
-        drawn = long.draw(student, prompts, seeds, call) if long else student.draw(prompts, seeds, call, args.batch)
-        images = tqdm(drawn, total=len(prompts), desc=what.title())
-        for n, (image, flagged) in enumerate(images):
-            frames, file = image if isinstance(image, list) else [image], args.output / f"{n:05d}{suffix}"
-            if suffix == ".png":
-                save_image(frames[0], file)
-            else:
-                save_animation(frames, file, args.frame_rate or FRAME_RATE)
-            line = {"file": file.name, "prompt": prompts[n], "seed": seeds[n], "software": MARK.decode()}
-            line |= _seams(frames, long, call) if long and long.windows > 1 else {}
-            lines.append(line | {"flagged": True} if flagged else line)
-            images_of_grid += [frames] if args.grid else []
-    (args.output / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if args.grid:
-        save_image(_sheet(images_of_grid, prompts, args.num_images_per_prompt), args.grid)
-    seconds = time.perf_counter() - began
-    print(f"{args.output}: {len(prompts)} {what}, {cost.calls} calls of the network, {seconds:.1f} s")
-    if flagged := [line["file"] for line in lines if "flagged" in line]:
-        names = ", ".join(flagged)
-        print(f"{len(flagged)} of them were flagged by the base's safety checker and are black: {names}")
-
-
-def _seams(frames: list[Any], long: Any, call: Any) -> dict[str, Any]:  # noqa: ANN401
-    """How the windows of a video are joined, and how its colours drift from the first one; printed, too."""
-    import numpy as np
-    import torch
-
-    from stepdistill.evaluation.metrics.motion import seam_bend
-
-    window, overlap = call.arguments["num_frames"], long.overlap
-    video = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).double()
-    bend = seam_bend(video[None], window, overlap)
-    ratio = (bend.seam / bend.inside).item()
-    parts = [video[k * (window - overlap) :][:window] for k in range(long.windows)]
-    means, spreads = [part.mean().item() for part in parts], [part.std().item() for part in parts]
-    print(f"seam bend {ratio:.2f} times that inside; by window: mean grey level", end=" ")
-    print(", ".join(f"{mean:.1f}" for mean in means), "; spread", ", ".join(f"{spread:.1f}" for spread in spreads))
-    return {"windows": long.windows, "overlap": overlap, "seam_bend": ratio, "means": means, "spreads": spreads}
-
-
-def _sheet(clips: list[list[Any]], prompts: list[str], each: int) -> Any:  # noqa: ANN401
-    import numpy as np
-    import torch
-
-    from stepdistill.students.draw.sheet import image_grid
-
-    pixels = torch.from_numpy(np.stack([[np.asarray(frame) for frame in clip] for clip in clips])).movedim(-1, -3)
-    rows = [(f"image {k + 1}", pixels[k::each]) for k in range(each)]
-    return image_grid(rows, prompts[::each], max(1, 96 // clips[0][0].width))

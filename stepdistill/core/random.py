@@ -28,6 +28,15 @@ def fresh_noise(seed: int, i: int) -> torch.Generator:
     return _generator("fresh noise", seed, i)
 
 
+def seed_of_video(seed: int) -> int:
+    """The seed of a video that begins with an image of this seed.
+
+    Another one: with the same, both would draw the same numbers, and the video's noise would not be independent of the
+    image. It is half of the 2**32 seeds away, so that no image of the next seeds has it.
+    """
+    return (seed + 2**31) % 2**32
+
+
 def step_generator(seed: int, step: int, index: int | str, purpose: str) -> torch.Generator:
     """The generator of one draw in training, for a sample's position in the data (or a word) and a purpose."""
     return _generator(seed, step, index, purpose)

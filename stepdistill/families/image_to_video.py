@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -27,6 +28,20 @@ class ImageToVideo(Family):
     @abstractmethod
     def encode_frames(self, pipe: DiffusionPipeline, video: Tensor) -> Tensor:
         """Latents (B, C, F, h, w) of videos (B, 3, frames, H, W) of one frame and whole chunks."""
+
+    def takes_base_of(self, family: Family) -> bool:
+        """Whether the networks of another family's pipeline are all that this one's needs: see `around`."""
+        return family.pipeline_class.__name__ in (self.pipeline_class.__name__, *self.needs.relatives)
+
+    def around(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
+        """A pipeline of this family around the networks of another one, see `takes_base_of`: none is copied or cast.
+
+        Diffusers' `from_pipe` would cast them to float32, or to one precision.
+        """
+        make: Any = self.pipeline_class
+        parts, options = make._get_signature_keys(make)
+        settings = {name: pipe.config[name] for name in options if name in pipe.config}
+        return make(**{name: pipe.components.get(name) for name in parts}, **settings)
 
     @torch.no_grad()
     def first_frame(self, pipe: DiffusionPipeline, images: Tensor) -> Condition:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from stepdistill.core.errors import DataError, StudentError, problem
 from stepdistill.core.image_files import upright
@@ -37,3 +40,9 @@ def continued(call: PipelineCall, file: Path) -> PipelineCall:
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         why, todo = f"it cannot be read ({error})", "name a file such as first.png"
         raise DataError(problem(f"the image {file}", "an image file", why, todo)) from error
+
+
+def covering(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image (3, h, w) in [0, 1] as (3, H, W), by the rule of `continued`, in floats: none is rounded to 8 bits."""
+    planes = [window(Image.fromarray(plane.numpy()), size, 0.5, 0.5, "lanczos") for plane in image.float()]
+    return torch.stack([torch.from_numpy(np.array(plane)) for plane in planes]).clamp(0, 1)

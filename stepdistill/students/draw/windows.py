@@ -73,17 +73,23 @@ class Windows:
             yield DrawnImage(images_of_clip(to_uint8(video)), False)
 
 
-def check_windows(frames: int, chunk: int, overlap: int) -> None:
-    """Raise ConfigError for an overlap that the autoencoder does not encode whole, or that leaves nothing new.
+def check_windows(student: StudentPipeline, call: PipelineCall, overlap: int) -> ImageToVideo:
+    """The family of a student that can go on from the end of a window.
 
-    Args:
-        frames: of a window.
-        chunk: frames that are encoded at once after the first.
+    Raises:
+        StudentError: the student does not continue images, or is not one LoRA or network.
+        ConfigError: the autoencoder does not encode the overlap whole, or it leaves nothing new.
     """
-    fitting = list(range(1, frames, chunk))
+    family, contract = student.family, student.contract
+    if not isinstance(family, ImageToVideo) or contract is None or contract.adapters is not None:
+        got, todo = f"windows of a {type(family).__name__} student", "use a student of image to video"
+        raise StudentError(problem(got, "one that continues an image", "each window begins with frames", todo))
+    chunk = family.chunk(student.pipe)
+    fitting = list(range(1, call.arguments["num_frames"], chunk))
     if overlap not in fitting:
         got, why = f"an overlap of {overlap} frames", f"one frame is encoded alone, and then {chunk} at once"
         raise ConfigError(problem(got, f"one of {', '.join(map(str, fitting))}", why, "choose another --overlap"))
+    return family
 
 
 @torch.no_grad()
@@ -107,14 +113,10 @@ def long_video(
         options: of the sampler, as those that `call` was made with.
 
     Raises:
-        StudentError: the student does not continue images, or is not one LoRA or network.
-        ConfigError: see `check_windows`.
+        StudentError, ConfigError: see `check_windows`.
     """
-    family, contract, pipe = student.family, student.contract, student.pipe
-    if not isinstance(family, ImageToVideo) or contract is None or contract.adapters is not None:
-        got, todo = f"windows of a {type(family).__name__} student", "use a student of image to video"
-        raise StudentError(problem(got, "one that continues an image", "each window begins with frames", todo))
-    check_windows(call.arguments["num_frames"], family.chunk(pipe), overlap)
+    family, contract, pipe = check_windows(student, call, overlap), student.contract, student.pipe
+    assert contract is not None
     (first,) = student.draw([prompts[0]], [seed], call.plus(output_type="pt"))
     schedule, kind, net = family.schedule(student.native), family.kind(pipe), family.network(pipe)
     sampler: Sampler = changed_sampler(contract, schedule, options)
