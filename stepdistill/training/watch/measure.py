@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stepdistill.core.denoise import free_part
 from stepdistill.core.files import written_whole
 from stepdistill.core.pixels import contrast, diversity, high_frequency, luminance, saturation
 from stepdistill.networks.rewards.base import rewards_by_name
@@ -29,6 +30,7 @@ from stepdistill.training.sampling import (
     sample_teacher,
     teacher_facts,
     to_images,
+    validation_images,
     validation_noise,
 )
 from stepdistill.training.setup import Session
@@ -171,6 +173,7 @@ class Watch:
         """The teacher's statistics: those in the folder where they are of the same teacher and settings."""
         facts = teacher_facts(self.session) | {
             "prompts": self.prompts,
+            "images": list(self.spec.validation_images),
             "samples": self.spec.watch_samples,
             "sets": SETS,
         }
@@ -216,8 +219,12 @@ class Watch:
 
     @torch.no_grad()
     def _errors(self, x0: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:
-        """The teacher's mean squared error (P,) in the noise at each level, one call a level, without guidance."""
-        context, cond = self.session.context(0), self.session.batches.condition(self.prompts)
+        """The teacher's mean squared error (P,) in the noise at each level, one call a level, without guidance.
+
+        Frames that are held have none: they would bring the student's error and the teacher's together.
+        """
+        context, images = self.session.context(0), validation_images(self.session, self.prompts)
+        cond = self.session.batches.with_images(self.prompts, images)
         top = context.schedule.grid(1)[-1].item()
         errors = {}
         for number, (name, level) in enumerate(zip(rules.GAPS, LEVELS, strict=True)):
@@ -225,5 +232,5 @@ class Watch:
             eps = validation_noise(self.session, noises)
             t = torch.full((len(x0),), level * top, device=x0.device)
             est = context.denoiser(TEACHER)(context.schedule.add_noise(x0, eps, t), t, cond)
-            errors[name] = (est.eps - eps).square().flatten(1).mean(1).cpu()
+            errors[name] = free_part((est.eps - eps).square(), cond).flatten(1).mean(1).cpu()
         return errors
