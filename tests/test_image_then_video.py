@@ -32,7 +32,7 @@ from stepdistill.methods.regression import Regression
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.pipeline_loras import adapters_on
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.students.contract import read_contract, teacher
+from stepdistill.students.contract import read_contract, teacher, write_contract
 from stepdistill.students.draw.first_frame import covering
 from stepdistill.students.draw.image_then_video import ImageThenVideo, one_base
 from stepdistill.students.draw.pipeline import DrawOptions, StudentPipeline
@@ -80,6 +80,15 @@ def video() -> Path:
         pretrained_teacher_model=base(), num_frames=9, sample_size=(32, 32), max_sequence_length=12
     )
     return written("video", family, (32, 32), -0.3)
+
+
+@cache
+def of_one_frame() -> Path:
+    """The contract alone of a student of image to video that makes the image only."""
+    folder, contract = Path(KEPT.name) / "one frame", read_contract(video())
+    folder.mkdir()
+    write_contract(folder, replace(contract, family=contract.family | {"num_frames": 1}))
+    return folder
 
 
 @cache
@@ -266,6 +275,7 @@ def test_an_image_is_resized_in_floats_by_the_rule_of_files():
     [
         ((video, "--video", video), "which makes videos of 9 frames, with --video"),
         ((image, "--video", image), "a student of Wan, expected one that continues an image"),
+        ((image, "--video", of_one_frame), "a student of one frame, expected one of several frames"),
         ((image, "--video", video, "--image", "a.png"), "--image a.png with --video, expected one of them"),
         ((image, "--video", video, "--fuse"), "--fuse with --video, expected one of them"),
         ((image, "--video-steps", 2), "--video-steps without --video, expected both"),

@@ -142,7 +142,8 @@ def _beside(image: StudentPipeline, family: Family, folder: Path) -> StudentPipe
 def check_stages(image: str | Path, video: str | Path) -> None:
     """Raise StudentError where the students are not one that makes images and one that continues them."""
     made, contracts = teacher(read_contracts(folder_of(image))[0]), read_contracts(folder_of(video))
-    frames, continued = made.arguments().get("num_frames", 1), teacher(contracts[0])
+    continued = teacher(contracts[0])
+    frames, later = (family.arguments().get("num_frames", 1) for family in (made, continued))
     if isinstance(made, ImageToVideo) or frames > 1:
         got = f"the student {image}, which makes videos of {frames} frames, with --video {video}"
         todo = "name a student that makes images first, or leave --video out"
@@ -150,6 +151,9 @@ def check_stages(image: str | Path, video: str | Path) -> None:
     if not isinstance(continued, ImageToVideo):
         got, todo = f"--video {video}, a student of {type(continued).__name__}", "name a student of image to video"
         raise StudentError(problem(got, "one that continues an image", "its videos begin with the image", todo))
+    if later == 1:
+        got, todo = f"--video {video}, a student of one frame", "name one that was trained for several"
+        raise StudentError(problem(got, "one of several frames", "the first one is the image", todo))
     if len(contracts) > 1:
         got, todo = f"--video {video}, a folder of {len(contracts)} students", "name one of the folders in students/"
         raise StudentError(problem(got, "one student", "each has its own sampling contract", todo))
