@@ -207,6 +207,17 @@ def test_an_option_of_the_image_leaves_the_video_as_trained(tmp_path, capsys):
     assert "1 videos, 3 calls of the network" in capsys.readouterr().out
 
 
+def test_a_negative_prompt_is_the_image_s(tmp_path):
+    """It works inside the attention of the one network, which is as it was for the video."""
+    generate(image(), "rose", "--video", video(), "-o", tmp_path, "--negative-prompt", "cat")
+    drawer = StudentPipeline.load(image())
+    with drawer.against("cat", drawer.call().plus(output_type="pt")) as call:
+        (drawn,) = drawer.draw(["rose"], [0], call)
+    assert not torch.equal(drawn.image[0], by_hand(0, "rose")[0])
+    frames = plain(video(), diffusers.WanImageToVideoPipeline, 2**31, "rose", image=drawn.image.clamp(0, 1))[0]
+    assert torch.equal(animated(tmp_path / "00000.webp"), to_uint8(frames))
+
+
 @pytest.mark.parametrize(
     ("change", "same"),
     [
