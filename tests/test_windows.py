@@ -21,7 +21,9 @@ def autoregressive(frames: int, rho: float) -> Tensor:
     return rho ** (i[:, None] - i).abs()
 
 
-def whole(covariance: Tensor, frames: int, overlap: int, windows: int, bias: float = 0.0) -> tuple[Tensor, Tensor]:
+def whole(
+    covariance: Tensor, frames: int, overlap: int, windows: int, bias: float = 0.0, spread_share: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the sequence of exact windows, from the linear maps that the stitcher applies.
 
     Each window is given to it as a map of the noises of all windows: a sample is a row for each number of noise.
@@ -37,6 +39,7 @@ def whole(covariance: Tensor, frames: int, overlap: int, windows: int, bias: flo
         before, x = covariance[:o, :o], given[:, 0, :, 0, 0]
         gain = covariance[o:frames, :o] @ torch.linalg.inv(before)
         spread = torch.linalg.cholesky(covariance[o:frames, o:frames] - gain @ covariance[:o, o:frames])
+        spread = spread * (spread_share if number else 1.0)
         own = noises[used : used + fresh]
         used += fresh
         # rows are the constant and the noises: what multiplies each of them
@@ -111,6 +114,16 @@ def test_a_bias_of_each_window_adds_up_to_its_limit(rho):
     carried = [bias * (1 - rho**k) / (1 - rho) for k in (1, 4, 149)]
     assert [mean[1 + k].item() for k in (1, 4, 149)] == pytest.approx(carried, rel=1e-6)
     assert mean[-1].item() == pytest.approx(bias / (1 - rho), rel=1e-3)
+
+
+@pytest.mark.parametrize("rho", [0.85, 0.95])
+def test_a_spread_that_is_too_small_shrinks_the_variance_to_its_square(rho):
+    """Drift: what is new in each window has .9 of its spread, and the variance tends to .81, by a geometric series."""
+    covariance = whole(autoregressive(202, rho), 2, 1, 150, spread_share=0.9)[1]
+    for k in (0, 1, 4, 149):
+        expected = rho ** (2 * k) + 0.81 * (1 - rho ** (2 * k))
+        assert covariance[1 + k, 1 + k].item() == pytest.approx(expected, rel=1e-6)
+    assert covariance[-1, -1].item() == pytest.approx(0.81, rel=1e-3)
 
 
 def test_frames_are_neither_lost_nor_doubled():
