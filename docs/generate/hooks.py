@@ -17,7 +17,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent.parent
 NOTEBOOKS = {"start/quickstart.ipynb": "start/quickstart-notebook", "start/mathematics.ipynb": "start/mathematics"}
 TABLE = re.compile(r"<!-- table \w+ -->.*?<!-- end -->", re.DOTALL)
-RESULTS = re.compile(r"\]\((?:\.\./)*eval/results/(\w+\.png)\)")  # as GitHub wants it, from a file in docs/
+RESULTS = re.compile(r"\]\((?:\.\./)*eval/results/(\w+\.(?:png|webp))\)")  # as GitHub wants it, from a file in docs/
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -45,7 +45,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         texts |= {f"start/{image}": content for image, content in images.items()}
     for path, content in texts.items():
         files.append(File.generated(config, path, content=content))
-    for image in (ROOT / "eval/results").glob("*.png"):
+    results = ROOT / "eval/results"
+    for image in [*results.glob("*.png"), *results.glob("*.webp")]:
         files.append(File.generated(config, f"results/{image.name}", abs_src_path=str(image)))
     return files
 

@@ -34,6 +34,7 @@ from stepdistill.training.recipe import Run
 from tables.benchmark import Results, extractor
 from tables.recipes import recipes, seconds, trained
 from tables.render_video import DISTANCES
+from tables.video_pictures import draw_videos
 from tables.windows import UNSEEN, measure_windows
 
 N = 512
@@ -66,6 +67,8 @@ def measure_video(name: str, results: Results, work: Path, rows: Sequence[str]) 
                 once(partial(video_figures, pipe, call, ref), **facts, steps=steps)
     if not rows or "windows" in rows:
         measure_windows(name, results)
+    if not rows or "pictures" in rows:
+        draw_videos(name, results.file.parent)
 
 
 def stock_calls(run: Run, pipe: DiffusionPipeline) -> Iterator[PipelineCall]:
