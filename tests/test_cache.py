@@ -121,15 +121,15 @@ def test_encoders_that_break_the_rules() -> None:
 def test_latents_by_item(tmp_path: Path) -> None:
     calls: list[list[int]] = []
 
-    def encode(items: list[int]) -> Tensor:
+    def encode(items: list[int]) -> dict[str, Tensor]:
         calls.append(items)
-        return torch.stack([torch.full((4, 2, 2), float(item)) for item in items])
+        return {"latents": torch.stack([torch.full((4, 2, 2), float(item)) for item in items])}
 
     cache = LatentCache(tmp_path, "k")
-    assert cache([7, 3, 7], encode)[:, 0, 0, 0].tolist() == [7, 3, 7]
+    assert cache([7, 3, 7], encode)["latents"][:, 0, 0, 0].tolist() == [7, 3, 7]
     cache.save()
     again = LatentCache(tmp_path, "k")
-    assert again([3, 5], encode).shape == (2, 4, 2, 2)
+    assert again([3, 5], encode)["latents"].shape == (2, 4, 2, 2)
     assert calls == [[7, 3], [5]]
 
 

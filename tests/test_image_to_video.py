@@ -58,21 +58,14 @@ from stepdistill.training.setup import prepare
 SHAPE = (4, 3, 8, 8)
 MADE = TeacherSamples(source=Prompts(prompts=("rose",)), folder="made", count=2)
 LCM = Consistency(num_ddim_timesteps=40)
-FAMILY = WanImageToVideo(
-    pretrained_teacher_model="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-    num_frames=5,
-    sample_size=(32, 32),
-    max_sequence_length=12,
-)
+FAMILY = tiny.CONTINUING["wan_image"]
 
 
 def image_pipeline() -> WanImageToVideoPipeline:
     torch.manual_seed(0)
-    pipe = tiny.wan(expand_timesteps=True)
-    parts = {name: part for name, part in pipe.components.items() if name != "transformer_2"}
-    other = WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None, expand_timesteps=True)
-    other.set_progress_bar_config(disable=True)
-    return other
+    pipe = tiny.wan_image()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @cache

@@ -31,6 +31,7 @@ from diffusers import (
     SD3ControlNetModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -41,6 +42,8 @@ from transformers import (
     CLIPModel,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
@@ -54,6 +57,7 @@ from transformers import (
 from stepdistill.data.bundled import build
 from stepdistill.families.base import Family
 from stepdistill.families.flux import Flux
+from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.families.pixart_alpha import PixArtAlpha
 from stepdistill.families.pixart_sigma import PixArtSigma
 from stepdistill.families.sana import Sana
@@ -61,9 +65,12 @@ from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.families.sdxl import StableDiffusionXL
 from stepdistill.families.wan import Wan
+from stepdistill.families.wan_concat import WanConcatImageToVideo
+from stepdistill.families.wan_image import WanImageToVideo
 from stepdistill.methods.base import Batch, StepContext
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.layers import rebuilt
 from stepdistill.networks.roles import LoraSpec
 
 FAMILIES: dict[str, Family] = {
@@ -88,6 +95,18 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 SIDE = 32  # of images, in pixels
+# families that continue an image: the first latent frame is held, or the image is further channels of the input
+CONTINUING: dict[str, ImageToVideo] = {
+    "wan_image": WanImageToVideo(
+        pretrained_teacher_model="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        num_frames=5,
+        sample_size=(32, 32),
+        max_sequence_length=12,
+    ),
+    "wan_concat": WanConcatImageToVideo(
+        pretrained_teacher_model="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", num_frames=5, sample_size=(32, 32)
+    ),
+}
 
 
 FLOWS = ("sd3", "flux", "sana", "wan")
@@ -95,7 +114,7 @@ FLOWS = ("sd3", "flux", "sana", "wan")
 
 def latent_shape(name: str) -> tuple[int, ...]:
     """The shape of one sample's latents in a family's random pipeline."""
-    return (4, 3, 8, 8) if name == "wan" else (4, 8, 8)
+    return (4, 3, 8, 8) if name.startswith("wan") else (4, 8, 8)
 
 
 @cache
@@ -120,6 +139,10 @@ def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
             return sana()
         case "wan":
             return wan()
+        case "wan_image":
+            return wan_image()
+        case "wan_concat":
+            return wan_concat()
     return pixart(name, vae)
 
 
@@ -243,6 +266,26 @@ def wan(**more: Any) -> WanPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         **more,
     )
+
+
+def wan_image() -> WanImageToVideoPipeline:
+    """Wan 2.2's TI2V, which is told the time of each token: the network of text to video."""
+    parts = {name: part for name, part in wan().components.items() if name != "transformer_2"}
+    return WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None, expand_timesteps=True)
+
+
+def wan_concat(clip: bool = True, **more: Any) -> WanImageToVideoPipeline:
+    """Wan 2.1's image to video: a mask and an encoded image as further channels; tokens of a CLIP's vision tower."""
+    parts = {name: part for name, part in wan().components.items() if name != "transformer_2"}
+    changes: dict[str, Any] = {"in_channels": 4 + 2 + 4}
+    encoder = processor = None
+    if clip:
+        shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        encoder = CLIPVisionModel(CLIPVisionConfig(image_size=8, patch_size=4, **shape)).eval()
+        processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+        changes |= {"image_dim": 8, "added_kv_proj_dim": 24}
+    parts["transformer"] = rebuilt(parts["transformer"], **changes)
+    return WanImageToVideoPipeline(**parts, image_encoder=encoder, image_processor=processor, **more)
 
 
 def sana(sprint: bool = False) -> SanaPipeline:

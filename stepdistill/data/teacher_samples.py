@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stepdistill.config.kinds import Amount, Count, Seed
+from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import Sample
 from stepdistill.data.made import SampleCount, TeacherCalls, TeacherMade
@@ -63,7 +64,7 @@ class TeacherSamples(TeacherMade):
         prompts = [self.prompt_of(i) for i in ids]
         images = torch.stack([self.image_of(i) for i in ids]) if teacher.takes_images else None
         made = teacher.sample(prompts, noise, self.num_inference_steps, self.guidance_scale, images)
-        return {"latents": made.half()}
+        return {"latents": made.half(), **({} if images is None else {"images": to_uint8(images / 2 + 0.5)})}
 
     def image_of(self, i: int) -> Tensor:
         """The image (3, H, W) that sample i begins with, in [-1, 1]: that of its source, or a clip's first frame."""
@@ -76,12 +77,14 @@ class TeacherSamples(TeacherMade):
         return self.source.prompt(i % len(self.source), sample_rng(self.seed, i))
 
     @cached_property
-    def _latents(self) -> Tensor:
+    def _tensors(self) -> dict[str, Tensor]:
+        """All samples: `latents`, and `images` where videos begin with them."""
         parts = []
         for k in range(len(self.units)):
             with safe_open(self._chunk(k), "pt") as file:
-                parts.append(file.get_tensor("latents")[: len(self.units.rows(k))])
-        return torch.cat(parts)
+                rows = len(self.units.rows(k))
+                parts.append({key: file.get_tensor(key)[:rows] for key in file.keys()})  # noqa: SIM118 - it is no dict
+        return {key: torch.cat([part[key] for part in parts]) for key in set[str].intersection(*map(set, parts))}
 
     def __len__(self) -> int:
         return self.count
@@ -90,8 +93,11 @@ class TeacherSamples(TeacherMade):
         return [self.prompt_of(i)]
 
     def sample(self, i: int, rng: random.Random) -> Sample:
-        latents = self._latents[i].float()
-        return Sample(prompt=self.prompt(i, rng), latents=latents, noise=noise_of(self.seed, i, latents.shape), item=i)
+        stored = self._tensors
+        latents, image = stored["latents"][i].float(), stored["images"][i] if "images" in stored else None
+        noise = noise_of(self.seed, i, latents.shape)
+        pixels = None if image is None else image.float() / 127.5 - 1
+        return Sample(prompt=self.prompt(i, rng), pixels=pixels, latents=latents, noise=noise, item=i)
 
     def name(self, i: int) -> str:
         return f"sample {i} of {self.path}"

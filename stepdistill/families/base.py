@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,7 @@ class Family(ABC):
     multiple: ClassVar[int] = 8  # the pipeline asks for sides in pixels that are multiples of it
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     needs: ClassVar[Needs]
+    image_parts: ClassVar[frozenset[str]] = frozenset({"vae"})  # networks that see images: what they give is cached
     seeds_steps: ClassVar[bool] = True  # whether the pipeline hands its generator on to the scheduler
     filters: ClassVar[tuple[str, ...]] = ()  # parts of the pipeline that change a finished image
     controls: ClassVar[ControlNets | None] = None  # None: Diffusers has no pipeline with a ControlNet
@@ -83,8 +84,13 @@ class Family(ABC):
             if is_single_file(where):
                 check_single_file(where, self.pipeline_class, self.needs)
             else:
-                check_folder(where, self.revision, self.variant, self.pipeline_class, self.network_name, self.needs)
+                place = where, self.revision, self.variant
+                self.check_network(check_folder(*place, self.pipeline_class, self.network_name, self.needs))
                 self.check_scheduler(self.load_scheduler())
+
+    def check_network(self, config: Mapping[str, Any]) -> None:
+        """Raise ConfigError where the family's settings do not go with the config of the teacher's denoiser."""
+        return
 
     def reached(self) -> AbstractContextManager[None]:
         """Raise ConfigError for what cannot be read of the teacher inside."""
@@ -92,7 +98,7 @@ class Family(ABC):
 
     def part_of(self, component: str) -> Part | None:
         """What a component of the pipeline belongs to; None for tokenizers, schedulers and whatever is no network."""
-        parts: dict[str, Part] = {"vae": "vae", self.network_name: "denoiser"}
+        parts: dict[str, Part] = {**dict.fromkeys(self.image_parts, "vae"), self.network_name: "denoiser"}
         return "text" if component.startswith("text_encoder") else parts.get(component)
 
     def load(self, without: Collection[Part] = ()) -> DiffusionPipeline:
@@ -134,7 +140,12 @@ class Family(ABC):
         loras = {source: self.read_lora(source) for source in self.teacher_loras}
         for source, lora in loras.items():
             check_plain(lora_path(source), lora, PIPELINES.get(self.pipeline_class.__name__))
+            self.warn_of_lora(source, lora)
         return loras
+
+    def warn_of_lora(self, source: str, lora: Lora) -> None:
+        """Log what a LoRA of the teacher leaves as it is, where that may surprise."""
+        return
 
     def read_lora(self, source: str | Path) -> Lora:
         """The LoRA of a file, folder or hub id. Raises StudentError where a part of it is not of this family."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,24 +11,18 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill.core.denoise import HELD, Condition
+from stepdistill.core.denoise import Condition
 from stepdistill.families.base import Family
+from stepdistill.families.lazy_pipeline import LazyPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageToVideo(Family):
     """A family whose pipeline takes an image beside the prompt. The image is the first frame of the video.
 
-    In training it is the first frame of a sample: of an image, of a clip, or of latents that are there already.
+    In training it is the first frame of a sample: of an image, of a clip, or of latents that are there already. What
+    the network sees of it is a part of the condition, and stays in the unconditional call.
     """
-
-    @abstractmethod
-    def chunk(self, pipe: DiffusionPipeline) -> int:
-        """Frames that are encoded at once after the first, which is encoded alone."""
-
-    @abstractmethod
-    def encode_frames(self, pipe: DiffusionPipeline, video: Tensor) -> Tensor:
-        """Latents (B, C, F, h, w) of videos (B, 3, frames, H, W) of one frame and whole chunks."""
 
     def takes_base_of(self, family: Family) -> bool:
         """Whether the networks of another family's pipeline are all that this one's needs: see `around`."""
@@ -46,4 +41,20 @@ class ImageToVideo(Family):
     @torch.no_grad()
     def first_frame(self, pipe: DiffusionPipeline, images: Tensor) -> Condition:
         """What the network sees of images (B, 3, H, W) in [-1, 1]."""
-        return {HELD: self.encode_frames(pipe, images[:, :, None])}
+        return self.first_frames(pipe, images[:, :, None])
+
+    @abstractmethod
+    def first_frames(self, pipe: DiffusionPipeline, frames: Tensor) -> Condition:
+        """What the network sees of the first frames (B, 3, o, H, W) of videos, in [-1, 1], o one of `overlaps`."""
+
+    @abstractmethod
+    def first_frame_of(self, parts: LazyPipeline, latents: Tensor, images: Tensor | None) -> Condition:
+        """What the network sees of the first frame of videos that are there as latents (B, C, F, h, w).
+
+        Args:
+            images: (B, 3, H, W), that they were made from; None where these are not known.
+        """
+
+    @abstractmethod
+    def overlaps(self, pipe: DiffusionPipeline, frames: int) -> Sequence[int]:
+        """How many frames, ascending, a window of `frames` frames can begin with."""

@@ -16,6 +16,7 @@ from diffusers.loaders import FromSingleFileMixin
 from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import CLIPVisionModel
 
 from stepdistill.config.schema import locate
 from stepdistill.core.errors import ConfigError, StepdistillError, problem
@@ -38,6 +39,8 @@ class Needs:
             to it.
         places: latents of one channel that the network takes as one token's channels.
         shifts_latents: whether the pipeline subtracts its autoencoder's `shift_factor`.
+        image_channels: whether the network takes an encoded image and its mask as further channels, and, where its
+            config has an `image_dim`, tokens of an image encoder.
         scales_channels: whether it has a mean and a standard deviation for each channel of its latents.
         pipeline: what settings of the pipeline's index must be, and why.
         package: one that the pipeline fails without; it comes with the extra `video`.
@@ -52,6 +55,7 @@ class Needs:
     places: int = 1
     shifts_latents: bool = False
     scales_channels: bool = False
+    image_channels: bool = False
     pipeline: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     package: str | None = None
     single_file: tuple[str, ...] = ()
@@ -119,8 +123,10 @@ def check_marks(file: str, scheduler: Any) -> None:  # noqa: ANN401
 
 def check_folder(
     where: str, revision: str | None, variant: str | None, pipeline: type[DiffusionPipeline], network: str, needs: Needs
-) -> None:
-    """Raise ConfigError where a pipeline folder or hub id does not have the parts of a pipeline of this class.
+) -> dict[str, Any]:
+    """The config of the denoiser in a pipeline folder or hub id.
+
+    Raises ConfigError where this does not have the parts of a pipeline of this class.
 
     Args:
         network: name of the denoiser among the parts.
@@ -147,7 +153,7 @@ def check_folder(
     for name in (network, "vae", *texts):
         if name in there and not name.startswith("tokenizer"):
             _check_type(where, name, _class_of(index[name]), types[name])
-    _check_configs(where, revision, {name: index[name] for name in there}, network, needs)
+    return _checked_configs(where, revision, {name: index[name] for name in there}, network, needs)
 
 
 def _check_class(where: str, name: Any, pipeline: type[DiffusionPipeline], needs: Needs) -> None:  # noqa: ANN401
@@ -204,14 +210,17 @@ def _config_of(where: str, revision: str | None, name: str, cls: Any) -> dict[st
     return defaults | cls.load_config(where, subfolder=name, revision=revision)
 
 
-def _check_configs(
+def _checked_configs(
     where: str, revision: str | None, parts: Mapping[str, list[str]], network: str, needs: Needs
-) -> None:
+) -> dict[str, Any]:
     net, vae = (_config_of(where, revision, name, _class_of(parts[name])) for name in (network, "vae"))
     wanted = dict(needs.network)
     channels = vae.get("latent_channels", vae.get("z_dim"))
     if channels is not None:
-        wanted["in_channels"] = needs.places * channels
+        further = channels + vae["scale_factor_temporal"] if needs.image_channels else 0
+        wanted["in_channels"] = needs.places * channels + further
+    if needs.image_channels and net["image_dim"] is not None:
+        wanted["image_dim"] = _image_width(where, revision, parts)
     setting, encoders = needs.width
     if isinstance(net[setting], int) and all(name in parts for name in encoders):
         wanted[setting] = sum(_width(where, revision, name, _class_of(parts[name])) for name in encoders)
@@ -236,6 +245,23 @@ def _check_configs(
         scales = "each channel of its latents" if needs.scales_channels else "latents by one factor"
         got, why = f"an autoencoder of {where} {has} latents_mean", f"the family scales {scales}"
         raise ConfigError(problem(got, f"one {lacks}", why, todo))
+    return net
+
+
+def _image_width(where: str, revision: str | None, parts: Mapping[str, list[str]]) -> int:
+    """Of the tokens that a network attends to. Raises ConfigError for a teacher without an image encoder."""
+    for name in ("image_encoder", "image_processor"):
+        if name not in parts:
+            why, todo = (
+                "its network attends to tokens of the image",
+                "save the whole pipeline, or copy the part into it",
+            )
+            raise ConfigError(problem(f"{where} without {name}", SAVED, why, todo))
+    cls = _class_of(parts["image_encoder"])
+    if cls is not CLIPVisionModel:
+        got, why = f"a {cls.__name__} as image_encoder of {where}", "the family reads other outputs of it"
+        raise ConfigError(problem(got, "a CLIPVisionModel", why, "choose another teacher"))
+    return _width(where, revision, "image_encoder", cls)
 
 
 def _width(where: str, revision: str | None, name: str, cls: Any) -> int:  # noqa: ANN401

@@ -149,7 +149,8 @@ class WanBase(Flow):
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
         config: Any = net.config
         heads = max(1, round(width * config["num_attention_heads"]))
-        return rebuilt(net, num_attention_heads=heads, ffn_dim=max(1, round(width * config["ffn_dim"])))
+        image = {"added_kv_proj_dim": heads * config["attention_head_dim"]} if config["added_kv_proj_dim"] else {}
+        return rebuilt(net, num_attention_heads=heads, ffn_dim=max(1, round(width * config["ffn_dim"])), **image)
 
 
 def _statistics(pipe: DiffusionPipeline, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import HELD, Condition, with_held
 from stepdistill.families.image_to_video import ImageToVideo
+from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.families.parts import Needs
 from stepdistill.families.wan_base import CHUNK, WanBase, wan_needs
 
-CONCATENATED = "its network takes the image as further channels, and such a student is not supported"
+CONCATENATED = "its network takes the image as further channels, as stepdistill.families.wan_concat gives it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,15 @@ class WanImageToVideo(WanBase, ImageToVideo):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = WanImageToVideoPipeline
     needs: ClassVar[Needs] = replace(wan_needs(("WanPipeline",), expand_timesteps=(True, CONCATENATED)), package="ftfy")
 
-    def chunk(self, pipe: DiffusionPipeline) -> int:
-        return max(CHUNK, pipe.vae_scale_factor_temporal)
+    @torch.no_grad()
+    def first_frames(self, pipe: DiffusionPipeline, frames: Tensor) -> Condition:
+        return {HELD: self.encode_frames(pipe, frames)}
+
+    def first_frame_of(self, parts: LazyPipeline, latents: Tensor, images: Tensor | None) -> Condition:
+        return {HELD: latents[:, :, :1]}
+
+    def overlaps(self, pipe: DiffusionPipeline, frames: int) -> Sequence[int]:
+        return range(1, frames, max(CHUNK, pipe.vae_scale_factor_temporal))
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         config: Any = net.config

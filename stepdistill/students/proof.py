@@ -26,6 +26,7 @@ from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER
 from stepdistill.networks.sharding import is_sharded, stream
 from stepdistill.students.contract import Contract, Proof, each
+from stepdistill.students.draw.animation import image_of
 from stepdistill.students.lora.comfyui import SIGMA_FOR_ALPHA, comfy_levels, read_as_sigma
 from stepdistill.students.lora.comfyui_draw import ComfyRun
 
@@ -128,12 +129,13 @@ class _Subject:
         self.prompts = list(PROMPTS[:1] if begins else PROMPTS)  # such a pipeline takes one image for all prompts
         self.noise = torch.randn(len(self.prompts), *shape, generator=generator).to(self.device)
         self.image: dict[str, Any] = {}
+        pixels = torch.randint(0, 256, (3, *contract.resolution), generator=generator, dtype=torch.uint8)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             self.cond, self.null = family.condition(plain, self.prompts), family.unconditional(plain)
-        if begins:
-            pixels = torch.rand(1, 3, *contract.resolution, generator=generator)
-            self.image = {"image": pixels}
-            self.cond = {**self.cond, **family.first_frame(plain, 2 * pixels.to(self.device) - 1)}
+            if isinstance(family, ImageToVideo):
+                first = family.first_frame(plain, pixels[None].to(self.device) / 127.5 - 1)
+                self.cond = {**self.cond, **first}
+                self.image = {"image": image_of(pixels)}  # an image file: of tensors Diffusers gives CLIP another one
         self.sampler = contract.sampler()
         self.schedule = family.schedule(pipe.scheduler)
         self.kind: Kind = family.kind(pipe)

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepdistill.core.denoise import CONTROL, HELD, Condition
+from stepdistill.core.denoise import CONTROL, Condition
 from stepdistill.data import FixedCrops, GuidedState, Sample, Source, Stream, loader
 from stepdistill.families.controlled import Controlled
 from stepdistill.families.image_to_video import ImageToVideo
@@ -19,7 +19,7 @@ from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.families.prompt_limits import warn_of_cut
 from stepdistill.methods.base import Batch
 from stepdistill.training.cache.keys import Keys
-from stepdistill.training.cache.rows import LatentCache, PromptCache
+from stepdistill.training.cache.rows import LatentCache, PromptCache, Row
 from stepdistill.training.recipe import TrainSpec
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,10 @@ class Batches:
         if not self.spec.cache_latents or "images" not in source.provides:
             return source
         source = FixedCrops(source=source)  # else a latent would depend on where its image came first
-        self.latents = LatentCache(self.folder and self.folder / "latents", f"{self.keys.vae}/{source.digest()}")
+        key = f"{self.keys.vae}/{source.digest()}"
+        if isinstance(self.family, ImageToVideo):  # what the network sees of an image may depend on the video's length
+            key += f"/{self.shape[1]} latent frames"
+        self.latents = LatentCache(self.folder and self.folder / "latents", key)
         return source
 
     def steps(self, source: Source, start: int, rank: int, world: int) -> Generator[list[Batch]]:
@@ -126,13 +129,13 @@ class Batches:
         """The micro-batch of samples, whose draws are those of `index`."""
         cond = self.condition([sample.prompt for sample in samples])
         first = samples[0]
-        latents = None
+        encoded: Row = {}
         if first.latents is not None:
-            latents = torch.stack([s.latents for s in samples if s.latents is not None]).float()
+            encoded = self._from_latents(samples)
         elif first.pixels is not None:
-            latents = self.encode(samples)
-        if isinstance(self.family, ImageToVideo):
-            cond, latents = self._beginning(cond, latents)
+            encoded = self.encode(samples)
+        latents = encoded.pop("latents", None)
+        cond = {**cond, **{key: value.to(self.device) for key, value in encoded.items()}}
         if isinstance(self.family, Controlled) and self.family.controlnet and latents is not None:
             cond = {**cond, CONTROL: self._control(self.family, samples, latents.to(self.device))}
         shape = self.shape if latents is None else tuple(latents.shape[1:])
@@ -145,11 +148,15 @@ class Batches:
             state = GuidedState(*(torch.stack(part).to(self.device) for part in parts))
         return Batch(tuple(index), cond, shape, _to(latents, self.device), _to(noise, self.device), prompts, state)
 
-    def _beginning(self, cond: Condition, latents: Tensor | None) -> tuple[Condition, Tensor | None]:
-        """The condition with the first latent frame of the samples, and the latents if they are whole videos."""
-        assert latents is not None, "check_first_frames"
-        whole = latents.shape[2] == self.shape[1]
-        return {**cond, HELD: latents[:, :, :1].to(self.device)}, latents if whole else None
+    def _from_latents(self, samples: Sequence[Sample]) -> Row:
+        """The samples' own latents; where videos begin with images, what the network sees of these, too."""
+        latents = torch.stack([s.latents for s in samples if s.latents is not None]).float()
+        if not isinstance(self.family, ImageToVideo):
+            return {"latents": latents}
+        found = [s.pixels for s in samples if s.pixels is not None]
+        images = torch.stack(found).to(self.device) if found else None
+        first = dict(self.family.first_frame_of(self.parts, latents.to(self.device), images))
+        return {**first, "latents": latents} if latents.shape[2] == self.shape[1] else first
 
     def _control(self, family: Controlled, samples: Sequence[Sample], latents: Tensor) -> Tensor:
         """What the ControlNet sees of the samples' images, or of their latents where they have none."""
@@ -159,27 +166,31 @@ class Batches:
             pixels = torch.stack(found).to(self.device) if found else family.decode(pipe, latents)
         return family.control_rows(pipe, pixels)
 
-    def encode(self, samples: Sequence[Sample]) -> Tensor:
-        """Latents (B, C, h, w) of samples with images."""
+    def encode(self, samples: Sequence[Sample]) -> Row:
+        """Latents (B, C, h, w) of samples with images, by that name; see `_encoded`."""
         pixels = torch.stack([s.pixels for s in samples if s.pixels is not None])
         if self.latents is None:
             pipe = self.parts.vae("without train.cache_latents images are encoded at every step")
-            return self._latents(pipe, pixels.to(self.device))
+            return self._encoded(pipe, pixels.to(self.device))
         place = {sample.item: n for n, sample in enumerate(samples)}
 
-        def encode(items: list[int]) -> Tensor:
+        def encode(items: list[int]) -> Row:
             pipe = self.parts.vae(f"latents of {len(items)} images are not in {self.folder}")
             rows = pixels[[place[item] for item in items]].to(self.device)
             # one by one, for the reason in `_embed`
-            return torch.cat([self._latents(pipe, row).cpu() for row in rows.split(1)])
+            parts = [self._encoded(pipe, row) for row in rows.split(1)]
+            return {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
 
         return self.latents([sample.item for sample in samples], encode)
 
-    def _latents(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
-        """Latents of images or videos; of an image that begins a video those of its one frame."""
-        if isinstance(self.family, ImageToVideo) and pixels.ndim == 4:
-            return self.family.encode_frames(pipe, pixels[:, :, None])
-        return self.family.encode(pipe, pixels)
+    def _encoded(self, pipe: DiffusionPipeline, pixels: Tensor) -> Row:
+        """Latents of images or videos. Where videos begin with images, what the network sees of the first frame, and
+        latents of whole videos alone."""
+        if not isinstance(self.family, ImageToVideo):
+            return {"latents": self.family.encode(pipe, pixels)}
+        first = dict(self.family.first_frame(pipe, pixels if pixels.ndim == 4 else pixels[:, :, 0]))
+        whole = pixels.ndim == 5 or self.shape[1] == 1
+        return {**first, "latents": self.family.encode(pipe, pixels)} if whole else first
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

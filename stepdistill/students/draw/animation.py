@@ -51,7 +51,12 @@ def animated_grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], s
 
 def images_of_clip(clip: Tensor) -> list[Image.Image]:
     """The frames of a clip (F, 3, H, W) uint8."""
-    return [Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()) for frame in clip]
+    return [image_of(frame) for frame in clip]
+
+
+def image_of(pixels: Tensor) -> Image.Image:
+    """Pixels (3, H, W) uint8 as an image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def save_animation(frames: Sequence[Image.Image], file: Path, frame_rate: float = FRAME_RATE) -> Path:

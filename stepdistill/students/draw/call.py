@@ -21,6 +21,7 @@ from stepdistill.families.base import Family
 from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.methods.base import Method
 from stepdistill.students.contract import each
+from stepdistill.students.draw.animation import image_of
 from stepdistill.students.draw.filters import unfiltered
 from stepdistill.students.several import Students
 
@@ -175,7 +176,8 @@ def generate(
                     height=height,
                     width=width,
                     output_type="pt",
-                    **({"image": images[start : start + 1]} if begins and images is not None else {}),
+                    # as an image: of tensors Diffusers gives an image encoder values that are 255 times too small
+                    **({"image": image_of(to_uint8(images[start]))} if begins and images is not None else {}),
                     **each(arguments, len(ids)),
                 )[0]
             batches.append(to_uint8(drawn.float().cpu().clamp(0, 1)))

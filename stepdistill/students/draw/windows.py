@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepdistill.core.denoise import HELD, Condition, guided, with_held
+from stepdistill.core.denoise import Condition, guided, with_held
 from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.prediction import Estimate, estimate
@@ -78,16 +78,15 @@ def check_windows(student: StudentPipeline, call: PipelineCall, overlap: int) ->
 
     Raises:
         StudentError: the student does not continue images, or is not one LoRA or network.
-        ConfigError: the autoencoder does not encode the overlap whole, or it leaves nothing new.
+        ConfigError: the overlap is not among those of `ImageToVideo.overlaps`.
     """
     family, contract = student.family, student.contract
     if not isinstance(family, ImageToVideo) or contract is None or contract.adapters is not None:
         got, todo = f"windows of a {type(family).__name__} student", "use a student of image to video"
         raise StudentError(problem(got, "one that continues an image", "each window begins with frames", todo))
-    chunk = family.chunk(student.pipe)
-    fitting = list(range(1, call.arguments["num_frames"], chunk))
+    fitting = family.overlaps(student.pipe, call.arguments["num_frames"])
     if overlap not in fitting:
-        got, why = f"an overlap of {overlap} frames", f"one frame is encoded alone, and then {chunk} at once"
+        got, why = f"an overlap of {overlap} frames", "the pipeline encodes so many, and its network sees them whole"
         raise ConfigError(problem(got, f"one of {', '.join(map(str, fitting))}", why, "choose another --overlap"))
     return family
 
@@ -104,7 +103,7 @@ def long_video(
 ) -> Tensor:
     """A video (T, 3, H, W) in [0, 1] of several windows by a student that continues images.
 
-    The first window is the pipeline's own with this seed. Each further one holds the encoded last `overlap` frames of
+    The first window is the pipeline's own with this seed. Each further one begins with the last `overlap` frames of
     the video so far, in floats. More than one frame is beyond what plain Diffusers can do, and carries the velocity.
 
     Args:
@@ -132,7 +131,7 @@ def long_video(
         if number == 0:
             return first.image.float().transpose(0, 1)[None]
         prompt = prompts[min(number, len(prompts) - 1)]
-        cond = {**family.condition(pipe, [prompt]), HELD: family.encode_frames(pipe, 2 * given.to(pipe.device) - 1)}
+        cond = {**family.condition(pipe, [prompt]), **family.first_frames(pipe, 2 * given.to(pipe.device) - 1)}
         noises, fresh = noise_of(seed, number, shape)[None].to(pipe.device), fresh_noise(seed, number)
         ends = few_step(
             guided(denoise, family.unconditional(pipe), sampler.guidance_scale),

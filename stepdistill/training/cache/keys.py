@@ -59,7 +59,7 @@ def family_keys(family: Family, folder: Path) -> Keys:
         parts = {key: value for key, value in index.items() if isinstance(value, list) and value[0] is not None}
         text, vae = (
             [name, *(f"{key} {parts[key]} {file}" for key in chosen for file in _listed(root, key, family, digests))]
-            for chosen in ([key for key in parts if _is_text(family, key)], ["vae"] if "vae" in parts else [])
+            for chosen in ([key for key in parts if choice(family, key)] for choice in (_is_text, _sees_images))
         )
         text += [flags, arguments]
     digests.save()
@@ -72,6 +72,10 @@ def _digest(content: Sequence[object]) -> str:
 
 def _is_text(family: Family, name: str) -> bool:
     return family.part_of(name) == "text" or name.startswith("tokenizer")
+
+
+def _sees_images(family: Family, name: str) -> bool:
+    return family.part_of(name) == "vae" or name == "image_processor"
 
 
 def _own_arguments(family: Family) -> dict[str, Any]:

@@ -212,7 +212,7 @@ class PromptCache:
 
 
 class LatentCache:
-    """Latents of images by item number, each image encoded once.
+    """What is encoded of images, by item number, each image once: latents, or what a video begins with.
 
     An item's image must be the same each time: read it through `stepdistill.data.FixedCrops`, or with
     `center_crop` and without `random_flip`.
@@ -225,13 +225,13 @@ class LatentCache:
     def __init__(self, folder: Path | None, key: str) -> None:
         self.store = RowStore(folder, key)
 
-    def __call__(self, items: Sequence[int], encode_missing: Callable[[list[int]], Tensor]) -> Tensor:
-        """(len(items), C, h, w) on the cpu; `encode_missing` turns distinct items into (n, C, h, w)."""
+    def __call__(self, items: Sequence[int], encode_missing: Callable[[list[int]], Row]) -> Row:
+        """Named tensors (len(items), ...) on the cpu; `encode_missing` turns n distinct items into such of n rows."""
         ids = [str(item) for item in items]
         missing = self.store.missing(ids)
         if missing:
-            self.store.add(missing, {"latents": encode_missing([int(item) for item in missing])})
-        return self.store.rows(ids)["latents"]
+            self.store.add(missing, encode_missing([int(item) for item in missing]))
+        return self.store.rows(ids)
 
     def save(self) -> None:
         """Write to the folder what is new since the last time; it also happens every 256 items."""

@@ -16,6 +16,7 @@ from stepdistill.data import GuidedState, Sample, inside
 from stepdistill.data.base import Wrapper
 from stepdistill.data.made import TeacherMade
 from stepdistill.families.controlled import Controlled
+from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.networks.rewards.base import RewardScale
 from stepdistill.students.base_model import Base
@@ -85,7 +86,8 @@ def rehearse(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Reh
     session = session_of(replace(run, train=spec), accelerator, parts, Base({}, (), None), Keys())
     data = run.data
     if any(isinstance(source, TeacherMade) for source in inside(data)):
-        data = Unmade(source=data, shape=session.batches.shape)
+        size = session.batches.size if isinstance(run.family, ImageToVideo) else None
+        data = Unmade(source=data, shape=session.batches.shape, size_of_images=size)
     optimizers = Optimizers(session.backbone, run.train, session.scaler)
     batches = session.batches.steps(data, 0, 0, 1)
     method = run.method.calibrate(lambda reward, slope=False: RewardScale(0.0, 1.0, 1.0))
@@ -108,9 +110,11 @@ class Unmade(Wrapper):
 
     Args:
         shape: (C, h, w) of the latents.
+        size_of_images: height and width of the images that videos begin with; None without any.
     """
 
     shape: tuple[int, ...]
+    size_of_images: tuple[int, int] | None = None
 
     def captions(self, i: int) -> Sequence[str]:
         return [str(i)]
@@ -119,7 +123,8 @@ class Unmade(Wrapper):
         zeros, have = torch.zeros(self.shape), self.provides
         state = GuidedState(zeros, torch.tensor(0.0), torch.tensor(2.0), zeros) if "trajectories" in have else None
         latents, noise = (zeros if name in have else None for name in ("latents", "noise"))
-        return Sample(prompt=str(i), latents=latents, noise=noise, state=state, item=i)
+        pixels = torch.zeros(3, *self.size_of_images) if self.size_of_images else None
+        return Sample(prompt=str(i), pixels=pixels, latents=latents, noise=noise, state=state, item=i)
 
     def stamp(self, i: int) -> str:
         return str(i)
