@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tables import matrix
-from tiny import FAMILIES, FLOWS, SIDE, pipeline
+from tiny import CONTINUING, FAMILIES, FLOWS, SIDE, pipeline
 
 from stepdistill import families, methods
 from stepdistill.core.solvers import Sampler
-from stepdistill.data import Prompts, Source, TeacherSamples, Trajectories
+from stepdistill.data import ImageFolder, Prompts, Source, TeacherSamples, Trajectories
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method, Tuning
 from stepdistill.methods.consistency import Consistency
@@ -25,8 +26,10 @@ from stepdistill.methods.feedback import Feedback
 from stepdistill.methods.gan import Ladd
 from stepdistill.methods.pso_offline import PSOOffline
 from stepdistill.methods.pso_online import PSOOnline
+from stepdistill.methods.regression import Regression
 from stepdistill.methods.reward import RewardTerm
 from stepdistill.methods.scm import SCM
+from stepdistill.methods.vsd import VSD
 from stepdistill.networks.rewards.white_border import WhiteBorder
 from stepdistill.networks.roles import Ema, LoraSpec
 from stepdistill.students.draw.call import generate
@@ -47,7 +50,7 @@ def concrete(package, base) -> list[type]:
 
 
 def test_every_family_has_a_tiny_pipeline():
-    assert {type(family) for family in FAMILIES.values()} == set(concrete(families, Family))
+    assert {type(family) for family in (FAMILIES | CONTINUING).values()} == set(concrete(families, Family))
 
 
 @pytest.mark.parametrize("method", concrete(methods, Method), ids=lambda cls: cls.__name__)
@@ -89,6 +92,29 @@ def quick(kind: type[Method], name: str) -> Method:
 def test_two_steps_and_a_student(method, name, tmp_path, monkeypatch, record_property):
     record_property("cell", f"{method.__name__}/{name}")
     record_property("proof", trained(quick(method, name), name, tmp_path, monkeypatch))
+
+
+@pytest.mark.parametrize("name", CONTINUING)
+@pytest.mark.parametrize("method", [Consistency, Regression, VSD], ids=lambda cls: cls.__name__)
+def test_two_steps_and_a_student_that_continues_images(method, name, tmp_path):
+    """One method of each kind: of latents, of pairs, and of scores alone; DMD2 has tests of its own."""
+    pipeline(name).save_pretrained(tmp_path / "teacher")
+    for i in range(2):
+        Image.effect_noise((SIDE, SIDE), 60 + 20 * i).convert("RGB").save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("rose")
+    images = ImageFolder(train_data_dir=str(tmp_path), resolution=SIDE, center_crop=True)
+    made = TeacherSamples(source=images, folder=str(tmp_path / "made"), count=2, num_inference_steps=2)
+    run = Run(
+        family=replace(CONTINUING[name], pretrained_teacher_model=str(tmp_path / "teacher")),
+        method=quick(method, name),
+        data=images if method.needs == {"prompts"} else made,
+        lora=LoraSpec(rank=2, alpha=6),
+        train=TrainSpec(
+            output_dir=str(tmp_path / "out"), max_train_steps=2, train_batch_size=2, resolution=SIDE, report_to="none"
+        ),
+    )
+    contract = json.loads((distill(run) / "distill_config.json").read_text())
+    assert contract["proof"]["difference"] < 1e-5
 
 
 @pytest.mark.parametrize("name", ["sd", "sana", "flux"])

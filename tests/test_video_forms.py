@@ -15,6 +15,7 @@ from stepdistill.core.denoise import HELD, with_held
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import Rectified
 from stepdistill.core.solvers import Sampler, few_step
+from stepdistill.families.wan_concat import IMAGE
 from stepdistill.methods.base import Batch
 from stepdistill.methods.vsd import VSD
 from stepdistill.networks.roles import TEACHER
@@ -105,20 +106,25 @@ def test_the_gradient_over_frames_is_that_of_the_divergence():
     agrees(g[:, :, None] * z[:, None], s**2 * (inverse - own) @ a)
 
 
-# image to video: the first frame is given
+# image to video: the image c is held as frame 0, or is an input beside the frames, all of which are generated
+
+
+def begun(cond: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """The image (B,), and the first frame that is generated."""
+    return (cond[HELD][:, 0, 0, 0, 0], 1) if HELD in cond else (cond[IMAGE], 0)
 
 
 @dataclass(frozen=True)
 class Given:
-    """Frames 1 ... of a process given frame 0, N(B c + b, covariance); frame 0 is held."""
+    """The generated frames given the image, N(B c + b, covariance)."""
 
     slope: Tensor
     offset: Tensor
     covariance: Tensor
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Estimate:
-        c = cond[HELD][:, 0, 0, 0, 0]
-        (alpha, sigma), x = (value[0].item() for value in Flow()(t)), x_t[:, 0, 1:, 0, 0]
+        c, first = begun(cond)
+        (alpha, sigma), x = (value[0].item() for value in Flow()(t)), x_t[:, 0, first:, 0, 0]
         mean = c[:, None] * self.slope + self.offset
         power = alpha**2 * self.covariance + sigma**2 * torch.eye(len(self.slope)).double()
         x0 = mean + (x - alpha * mean) @ torch.linalg.solve(power, alpha * self.covariance)
@@ -127,21 +133,22 @@ class Given:
 
 @dataclass(frozen=True)
 class Continuing:
-    """A student that makes `A z + B c + b` of frames 1 ...; a student that does not see the image has B = 0."""
+    """A student that makes `A z + B c + b` of the generated frames; one that does not see the image has B = 0."""
 
     matrix: Tensor
     slope: Tensor
     offset: Tensor
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Estimate:
-        c = cond[HELD][:, 0, 0, 0, 0]
-        x0 = x_t[:, 0, 1:, 0, 0] @ self.matrix.T + c[:, None] * self.slope + self.offset
+        c, first = begun(cond)
+        x0 = x_t[:, 0, first:, 0, 0] @ self.matrix.T + c[:, None] * self.slope + self.offset
         return held_estimate(x0.requires_grad_(), torch.zeros_like(x0), cond)
 
 
 def held_estimate(x0: Tensor, eps: Tensor, cond: Mapping[str, Tensor]) -> Estimate:
     """As `Denoiser` returns it."""
-    whole = (torch.cat([torch.zeros_like(part[:, :1]), part], 1)[:, None, :, None, None] for part in (x0, eps))
+    _, first = begun(cond)
+    whole = (torch.cat([part[:, :first] * 0, part], 1)[:, None, :, None, None] for part in (x0, eps))
     return Estimate(*(with_held(part, cond) for part in whole))
 
 
@@ -151,24 +158,26 @@ def conditional(covariance: Tensor, mean: Tensor) -> Given:
     return Given(slope, mean[1:] - slope * mean[0], covariance[1:, 1:] - torch.outer(slope, covariance[1:, 0]))
 
 
-def test_the_gradient_of_image_to_video_pulls_to_the_law_given_the_image():
-    """V2: E[g] and E[g c] = s^2 C^-1 ((b - b*) E c^k + (B - B*) E c^(k+1)), k = 0, 1; the held frame has none."""
+@pytest.mark.parametrize("held", [True, False])
+def test_the_gradient_of_image_to_video_pulls_to_the_law_given_the_image(held):
+    """V2: E[g] and E[g c] = s^2 C^-1 ((b - b*) E c^k + (B - B*) E c^(k+1)), k = 0, 1; a held frame has none."""
     frames, size, share = 6, 120_000, 0.5
     covariance, mean = smooth(frames, 3.0, 1e-3), torch.linspace(0.5, 1.5, frames).double()
     real = conditional(covariance, mean)
     a = 0.5 * torch.eye(frames - 1).double()
     slope, offset = torch.full((frames - 1,), 0.3).double(), torch.full((frames - 1,), 0.2).double()
     c = mean[0] + covariance[0, 0].sqrt() * torch.randn(size, generator=torch.Generator().manual_seed(1)).double()
-    batch = Batch(tuple(range(size)), {HELD: c[:, None, None, None, None]}, (1, frames, 1, 1))
+    first, cond = (1, {HELD: c[:, None, None, None, None]}) if held else (0, {IMAGE: c})
+    batch = Batch(tuple(range(size)), cond, (1, frames - 1 + first, 1, 1))
     roles = {"student": Continuing(a, slope, offset), "fake": Given(slope, offset, a @ a.T), TEACHER: real}
     g, _ = gradient(roles, batch, share)
-    assert not g[:, 0].any()
+    assert g.shape[1] == frames - 1 + first and not g[:, :first].any()
     (alpha, s), ones = levels_at(share), torch.eye(frames - 1).double()
     inverse = torch.linalg.inv(alpha**2 * real.covariance + s**2 * ones)
     squared = covariance[0, 0] + mean[0] ** 2
-    agrees(g[:, 1:], s**2 * inverse @ (offset - real.offset + (slope - real.slope) * mean[0]))
+    agrees(g[:, first:], s**2 * inverse @ (offset - real.offset + (slope - real.slope) * mean[0]))
     moment = (offset - real.offset) * mean[0] + (slope - real.slope) * squared
-    agrees(g[:, 1:] * c[:, None], s**2 * inverse @ moment)
+    agrees(g[:, first:] * c[:, None], s**2 * inverse @ moment)
     # at the law given the image nothing pulls, and a student that does not see the image is pulled towards seeing it
     own = torch.linalg.cholesky(real.covariance)
     there = {"student": Continuing(own, real.slope, real.offset), "fake": real, TEACHER: real}
@@ -178,7 +187,7 @@ def test_the_gradient_of_image_to_video_pulls_to_the_law_given_the_image():
     pulled, _ = gradient(
         {"student": Continuing(whole, blind.slope, blind.offset), "fake": blind, TEACHER: real}, batch, share
     )
-    agrees(pulled[:, 1:] * (c - mean[0])[:, None], -(s**2) * inverse @ real.slope * covariance[0, 0])
+    agrees(pulled[:, first:] * (c - mean[0])[:, None], -(s**2) * inverse @ real.slope * covariance[0, 0])
 
 
 def law(frames: int, covariance: Tensor, denoise: Callable[..., Estimate], steps: int) -> Tensor:
