@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -27,14 +27,14 @@ from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.families.control import ControlNets
-from stepdistill.families.location import download, teacher_location
-from stepdistill.families.parts import Needs, check_folder, check_marks, check_single_file, reading, whole_network
+from stepdistill.families.location import teacher_location
+from stepdistill.families.parts import Needs, check_folder, check_marks, check_single_file, reading
+from stepdistill.families.read import read_pipeline
 from stepdistill.families.sizes import check_size
 from stepdistill.networks import quantize
 from stepdistill.networks.lora.names import PIPELINES
 from stepdistill.networks.lora.read import Layout, check_plain, layout_of, lora_path, read_pipeline_lora
 from stepdistill.networks.lora.tensors import Lora
-from stepdistill.networks.meta import shell
 from stepdistill.networks.pipeline_loras import fuse_loras, load_lora, write_component_lora
 from stepdistill.networks.roles import Sites, Tap
 
@@ -113,7 +113,7 @@ class Family(ABC):
         loras = self.read_teacher_loras()
         self.check_files()
         with self.reached():
-            pipe = self._read(without)
+            pipe = read_pipeline(self, without)
         self.check_scheduler(pipe.scheduler)  # that of a single file is only known now
         if single:
             check_marks(where, pipe.scheduler)
@@ -155,24 +155,6 @@ class Family(ABC):
     def lora_layout(self) -> Layout:
         """The names of its layers in LoRA files. Raises ConfigError where they are not known."""
         return layout_of(self.pipeline_class, self.location(), self.revision)
-
-    def _read(self, without: Collection[Part]) -> DiffusionPipeline:
-        where, pipeline = self.location(), cast("Any", self.pipeline_class)
-        if is_single_file(where):
-            return pipeline.from_single_file(where, config=self.single_file_config)
-        index = pipeline.load_config(where, revision=self.revision)
-        # Diffusers drops the parts a folder goes without, such as SD3's T5, and then asks for them
-        given: dict[str, Any] = {n: None for n, part in index.items() if isinstance(part, list) and part[0] is None}
-        parts = sorted(filter(self.part_of, index.keys() - given.keys()))
-        left = [] if self.teacher_loras else [name for name in parts if self.part_of(name) in without]
-        given |= {name: shell(where, name, ".".join(index[name]), self.revision) for name in left}
-        where = download(where, pipeline, revision=self.revision, variant=self.variant, **given)
-        done = given.keys() | ({self.network_name} if self.quantization else set())
-        given |= {name: whole_network(where, self.variant, name, index[name]) for name in parts if name not in done}
-        if self.quantization is not None and "denoiser" not in without:
-            given["quantization_config"] = quantize.quantized(self.quantization, self.network_name)
-            given["torch_dtype"] = torch.float32  # of what is not quantised; else torchao takes bfloat16
-        return pipeline.from_pretrained(where, variant=self.variant, **given)
 
     def load_scheduler(self) -> Any:  # noqa: ANN401
         """The teacher's scheduler alone, from its few bytes; None for a single file, which keeps it inside."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline
@@ -77,7 +77,7 @@ class WanConcatImageToVideo(WanBase, ImageToVideo):
         return (1,)
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        image, config = cond[IMAGE].to(x_t.dtype), net.config
+        image, config = cond[IMAGE].to(x_t.dtype), cast("Any", net.config)
         mask = x_t.new_zeros(len(x_t), config["in_channels"] - 2 * x_t.shape[1], *x_t.shape[2:])
         mask[:, :, 0] = 1
         return net(

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from stepdistill.core.errors import StepdistillError, problem
 from stepdistill.core.files import written_whole
@@ -42,7 +43,8 @@ class _Cut(NamedTuple):
 
 def _cut(tensor: Tensor) -> _Cut:
     """A copy on the cpu: a slice would keep its whole batch alive."""
-    used = tensor.flatten(1).any(1).nonzero() if tensor.ndim > 1 else None
+    # a fake one, of a prediction of memory, has no content
+    used = tensor.flatten(1).any(1).nonzero() if tensor.ndim > 1 and not isinstance(tensor, FakeTensor) else None
     kept = tensor if used is None else tensor[: int(used.max()) + 1 if len(used) else 0]
     return _Cut(kept.detach().cpu().clone(), len(tensor) if tensor.ndim else 0)
 
