@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,12 +14,9 @@ from stepdistill.families.parts import whole_network
 from stepdistill.networks import quantize
 from stepdistill.networks.meta import shell
 
-if TYPE_CHECKING:
-    from stepdistill.families.base import Family, Part
 
-
-def read_pipeline(family: Family, without: Collection[Part]) -> DiffusionPipeline:
-    """The pipeline as its files have it; parts in `without` are on the meta device, where files allow it."""
+def read_pipeline(family: Any, without: Collection[str]) -> DiffusionPipeline:  # noqa: ANN401
+    """A `Family`'s pipeline as its files have it, with the parts in `without` on the meta device where possible."""
     where, pipeline = family.location(), cast("Any", family.pipeline_class)
     if is_single_file(where):
         return pipeline.from_single_file(where, config=family.single_file_config)
