@@ -86,4 +86,4 @@ def test_first_frames_are_those_of_their_captions_and_new_ones_for_the_table(tmp
 def test_the_page_says_how_windows_are_joined():
     row = {"ratio": 1.234, "ratio_ci95": [1.1, 1.4], "means": [100.0, 101.4], "spreads": [60.0, 61.6]}
     lines = video_page({"tiny-wan, windows/dmd2/5": row | {"overlap": 5}}).splitlines()
-    assert lines[-1] == "| 5 | 1.23 [1.10, 1.40] | 100, 101 | 60, 62 |" and lines[0].startswith("4 windows")
+    assert lines[-1] == "| dmd2 | 5 | 1.23 [1.10, 1.40] | 100, 101 | 60, 62 |" and lines[0].startswith("4 windows")

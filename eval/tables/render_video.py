@@ -17,7 +17,7 @@ def video_page(rows: Mapping[str, Mapping[str, Any]]) -> str:
     kinds = {kind: {key: row for key, row in rows.items() if f", {kind}/" in key} for kind in TITLES}
     pages = [f"{TITLES[kind]}:\n\n{kind_table(found)}" for kind, found in kinds.items() if found]
     if long := {key: row for key, row in rows.items() if ", windows/" in key}:
-        pages.append(f"{WINDOWS} windows from a first frame, by the DMD2 student:\n\n{windows_table(long)}")
+        pages.append(f"{WINDOWS} windows from a first frame:\n\n{windows_table(long)}")
     return "\n\n".join(pages)
 
 

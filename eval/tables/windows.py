@@ -56,8 +56,11 @@ def joined(student: StudentPipeline, overlap: int) -> dict[str, Any]:
 
 def windows_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """A line for each overlap."""
-    lines = ["| overlap | bend at a seam over inside [95 %] | mean of windows 1 to 4 | spread |", "| --- " * 4 + "|"]
-    for row in rows.values():
-        means, spreads = (", ".join(f"{value:.0f}" for value in row[key]) for key in ("means", "spreads"))
-        lines.append(f"| {row['overlap']} | {span_cell(row, 'ratio', 2)} | {means} | {spreads} |")
+    lines = [
+        "| student | overlap | bend at a seam over inside [95 %] | mean of windows 1 to 4 | spread |",
+        "| --- " * 5 + "|",
+    ]
+    for key, row in rows.items():
+        means, spreads = (", ".join(f"{value:.0f}" for value in row[name]) for name in ("means", "spreads"))
+        lines.append(f"| {key.split('/')[1]} | {row['overlap']} | {span_cell(row, 'ratio', 2)} | {means} | {spreads} |")
     return "\n".join(lines)
