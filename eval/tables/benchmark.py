@@ -20,6 +20,7 @@ from stepdistill.core.files import write_text
 from stepdistill.data.bundled import emoji
 from stepdistill.evaluation.measure import Reference, Sampled, measured
 from stepdistill.evaluation.metrics.features import Extractor, efficientnet_lite0
+from stepdistill.evaluation.metrics.jackknife import Interval
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.spec import SEED_A, SEED_B
 from stepdistill.evaluation.stored_features import StoredFeatures
@@ -124,6 +125,12 @@ def judged(student_features: Tensor, cost: Cost, ref: StoredFeatures) -> dict[st
         "nfe": cost.rows / n,
         "seconds_per_image": cost.seconds / n,
     }
+
+
+def spans(**intervals: Interval) -> dict[str, Any]:
+    """Values and their intervals, for a row."""
+    values = {key: one.value for key, one in intervals.items()}
+    return values | {f"{key}_ci95": [one.low, one.high] for key, one in intervals.items()}
 
 
 class Results:

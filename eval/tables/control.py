@@ -21,14 +21,14 @@ from stepdistill.config.dump import config_digest
 from stepdistill.config.load import load_config
 from stepdistill.data.bundled import emoji
 from stepdistill.data.control import edges
-from stepdistill.evaluation.metrics.jackknife import Interval, mean_interval, ratio_of_means
+from stepdistill.evaluation.metrics.jackknife import mean_interval, ratio_of_means
 from stepdistill.evaluation.spec import SEED_B
 from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.students.draw.call import PipelineCall, generate, student_call, teacher_call
 from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
-from tables.benchmark import Results
+from tables.benchmark import Results, spans
 from tables.recipes import recipes, trained
 
 N, TRAINED, RATE, BATCH, POOL = 128, 300, 1e-3, 32, 2048  # POOL: images of the ControlNet's training
@@ -116,11 +116,7 @@ def carried_control(run: Run, out: Path, folder: Path, steps: int, n: int = N) -
     """The distances of teacher and student, with control and without, and the share of the gain that crosses over."""
     family, controls_of = run.family, run.family.controls
     assert isinstance(family, StableDiffusion) and controls_of is not None
-    gains, row = {}, dict[str, Any](n=n, seeds=[SEED_B], steps=steps)
-
-    def put(key: str, value: Interval) -> None:
-        row.update({key: value.value, f"{key}_ci95": [value.low, value.high]})
-
+    gains, means = {}, {}
     for who in ("teacher", "student"):
         pipe: Any = family.load()
         call = teacher_call(family, pipe, run.train.teacher_steps, run.teacher_guidance_scale, who)
@@ -129,8 +125,7 @@ def carried_control(run: Run, out: Path, folder: Path, steps: int, n: int = N) -
             load_student(pipe, out)
         without = distances(pipe, call, False, n)
         with_it = distances(controls_of.pipeline_of(pipe, controls_of.read(str(folder))), call, True, n)
-        put(f"{who}_without", mean_interval(without))
-        put(who, mean_interval(with_it))
+        means |= {f"{who}_without": mean_interval(without), who: mean_interval(with_it)}
         gains[who] = without - with_it
-    put("share", ratio_of_means(gains["student"], gains["teacher"]))
-    return row
+    share = ratio_of_means(gains["student"], gains["teacher"])
+    return {"n": n, "seeds": [SEED_B], "steps": steps} | spans(**means, share=share)

@@ -20,7 +20,7 @@ from stepdistill.students.draw.base_first import base_first
 from stepdistill.students.draw.call import student_call
 from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
-from tables.benchmark import Results, drawn, judged, places, reference
+from tables.benchmark import Results, drawn, judged, places, reference, spans
 from tables.diversity import diversity_replicates
 from tables.recipes import recipes, trained
 
@@ -65,8 +65,7 @@ def compared(run: Run, out: Path, ref: StoredFeatures, kept: Path, way: str) -> 
         diversity_replicates(each, index) for each in (student, load_file(file)["features"], ref.features["floor"])
     )
     ratio, gain = interval(diversity / taught, sizes), interval((diversity - alone) / taught, sizes)
-    row = judged(student, cost, ref) | {"diversity_ci95": [ratio.low, ratio.high]}
-    return row | {"gain": gain.value, "gain_ci95": [gain.low, gain.high]}
+    return judged(student, cost, ref) | spans(diversity=ratio, gain=gain)
 
 
 def features(run: Run, out: Path, ref: StoredFeatures, steps: int, base_steps: int) -> tuple[Tensor, Cost]:

@@ -24,13 +24,21 @@ def feedback_page(rows: Mapping[str, Mapping[str, Any]]) -> str:
             ]
             lines.append(f"| {key.replace('/', ': ')} | {' | '.join(cells)} | {detail:.2f} | {taken} |")
     risen = {key: row for key, row in rows.items() if "reached" in row}
-    if risen:
-        lines += ["", "| share with a white border, % [95 %] | before | optimum | trained | rise reached |"]
-        lines += ["| --- " * 5 + "|"]
+    return "\n".join(lines + (rises(rows, risen) if risen else []))
+
+
+def rises(rows: Mapping[str, Mapping[str, Any]], risen: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Two tables of a reward of 0 or 1: how far its log-odds rose, and what became of the images of either kind."""
+    shares = ["", "| share with a white border, % [95 %] | before | optimum | trained | rise reached | linear |"]
+    kinds = ["", "| excess [95 %] | with a white border | without | between the two, before |", "| --- " * 4 + "|"]
+    shares.append("| --- " * 6 + "|")
     for key, row in risen.items():
         cells = [span_cell(row, name, 1, 100) for name in ("before", "wanted", "after")]
-        lines.append(f"| {key.replace('/', ': ')} | {' | '.join(cells)} | {span_cell(row, 'reached', 2)} |")
-    return "\n".join(lines)
+        cells += [span_cell(row, "reached", 2), span_cell(rows[f"{key.split('/')[0]}/linear share"], "share", 2)]
+        shares.append(f"| {key.replace('/', ': ')} | {' | '.join(cells)} |")
+        cells = [span_cell(row, name, 0) for name in ("excess_white", "excess_other", "apart")]
+        kinds.append(f"| {key.replace('/', ': ')} | {' | '.join(cells)} |")
+    return shares + kinds
 
 
 def new_images_page(rows: Mapping[str, Mapping[str, Any]]) -> str:

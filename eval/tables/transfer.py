@@ -30,7 +30,7 @@ from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students.draw.call import PipelineCall, generate, student_call, teacher_call
 from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
-from tables.benchmark import Results, prompts
+from tables.benchmark import Results, prompts, spans
 from tables.recipes import recipes, trained
 
 Style = Callable[[Tensor], Tensor]  # of pixels (B, 3, H, W) in [-1, 1]
@@ -109,10 +109,8 @@ def carried(run: Run, out: Path, steps: int, style: str, origin: str, strength: 
 
     there, back = moved("teacher"), moved(out.name)
     share = ratio_of_means(back, there) if origin == "teacher" else ratio_of_means(there, back)
-    row: dict[str, Any] = {"n": N, "seeds": [SEED_B]}
-    for key, value in (("on_teacher", mean_interval(there)), ("on_student", mean_interval(back)), ("share", share)):
-        row |= {key: value.value, f"{key}_ci95": [value.low, value.high]}
-    return row
+    means = {"on_teacher": mean_interval(there), "on_student": mean_interval(back)}
+    return {"n": N, "seeds": [SEED_B]} | spans(**means, share=share)
 
 
 def student_sampler(run: Run, pipe: Any, steps: int) -> tuple[float, ...]:  # noqa: ANN401

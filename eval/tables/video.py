@@ -31,7 +31,7 @@ from stepdistill.students.base_model import base_hash
 from stepdistill.students.draw.call import PipelineCall, generate, student_calls, teacher_call
 from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
-from tables.benchmark import Results, extractor
+from tables.benchmark import Results, extractor, spans
 from tables.recipes import recipes, seconds, trained
 from tables.render_video import DISTANCES
 from tables.video_pictures import draw_videos
@@ -125,8 +125,7 @@ def video_figures(pipe: DiffusionPipeline, call: PipelineCall, ref: StoredFeatur
     clips, cost = generate(pipe, call, ref.prompts, SEED_B, progress=True, images=images)
     row = judged_clips(seen_in(clips), cost, ref)
     if images is not None:
-        far = mean_interval(image_distance(clips, to_uint8(images)))
-        row |= {"image_distance": far.value, "image_distance_ci95": [far.low, far.high]}
+        row |= spans(image_distance=mean_interval(image_distance(clips, to_uint8(images))))
     return row
 
 
