@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stepdistill.core.denoise import Condition
+from stepdistill.core.prediction import Estimate
 from stepdistill.core.progress import progress
 from stepdistill.core.random import noise_of
 from stepdistill.core.solvers import few_step
@@ -59,13 +61,21 @@ def student_share(family: Family, folder: Path, reward: Reward) -> Interval:
 
     def draw(i: int, k: int) -> tuple[Tensor, Tensor]:
         fresh, noises = torch.Generator().manual_seed(STARTS * k + i), []
+        one = family.condition(pipe, [captions[i]])
+        each = {key: value.expand(PATHS, *value.shape[1:]) for key, value in one.items()}
 
         def noise(step: int) -> Tensor:
             noises.append(torch.randn(1 if step < k else PATHS, *shape, generator=fresh).expand(PATHS, *shape))
             return noises[-1]
 
+        def once_where_shared(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+            if len(noises) > k:  # the paths have parted
+                return denoise(x_t, t, cond)
+            est = denoise(x_t[:1], t[:1], one)
+            return Estimate(est.x0.expand_as(x_t), est.eps.expand_as(x_t))
+
         x_t = noise_of(SEED_B, i, shape).expand(PATHS, *shape)
-        ends = few_step(denoise, schedule, sampler, x_t, family.condition(pipe, [captions[i]] * PATHS), noise)
+        ends = few_step(once_where_shared, schedule, sampler, x_t, each, noise)
         return reward(family.decode(pipe, ends) / 2 + 0.5, []), noises[k].flatten(1)
 
     return linear_share(draw, STARTS, len(sampler.timesteps) - 1)
