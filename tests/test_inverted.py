@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from tiny import FAMILIES, FakeTeacher, pipeline
+from tiny import FAMILIES, VIDEOS, FakeTeacher, pipeline
 
 from stepdistill.core.denoise import guided
 from stepdistill.core.errors import ConfigError, DataError
@@ -53,7 +53,7 @@ def source(place: Path, folder: Path, **fields) -> InvertedImages:
 
 
 def stage_of(place: Path, data: InvertedImages, name: str):
-    still = {"num_frames": 1} if name == "wan" else {}  # images are videos of one frame
+    still = {"num_frames": 1} if name in VIDEOS else {}  # images are videos of one frame
     family = replace(FAMILIES[name], pretrained_teacher_model=str(place / name), **still)
     spec = TrainSpec(
         output_dir=str(Path(data.folder).parent / "out"),

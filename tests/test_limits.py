@@ -51,7 +51,7 @@ ZERO = {  # the fields that may be 0
     *("ema_decay", "dropout", "ema", "eta", "proportion_empty_prompts", "threshold", "timestep", "timesteps"),
     *("warmup_steps", "lr_warmup_steps", "annealing_steps", "dataloader_num_workers", "student"),
     *("seed", "validation_seed", "learning_rate", "watch_samples", "eval_samples"),
-    *("boundary_weight", "kappa", "curriculum_steps", "max_time_probability"),
+    *("boundary_weight", "kappa", "decode_timestep", "curriculum_steps", "max_time_probability"),
     *(
         "regression_weight",
         "slope",
@@ -73,7 +73,7 @@ EFFECTIVE = {  # with these every number of the class has an effect
 }
 BEYOND = {  # above the largest value of a field
     **dict.fromkeys(("ema_decay", "ema"), 1.0),
-    **dict.fromkeys(("eta", "proportion_empty_prompts", "threshold", "dropout", "kappa"), 1.01),
+    **dict.fromkeys(("eta", "proportion_empty_prompts", "threshold", "dropout", "kappa", "decode_timestep"), 1.01),
     **dict.fromkeys(("seed", "validation_seed"), 2**32),
     **dict.fromkeys(("Flux.max_sequence_length", "StableDiffusion3.max_sequence_length"), 513),
     "count": VALIDATION + 1,
@@ -205,7 +205,8 @@ def test_sizes_that_the_pipeline_refuses_are_told_before(name, scale, monkeypatc
     """Diffusers' own check of each pipeline is the oracle: whatever it refuses or makes smaller, we refuse."""
     pipe: Any = pipeline(name)
     family = FAMILIES[name]
-    factor = "vae_scale_factor_spatial" if name == "wan" else "vae_scale_factor"
+    factors = {"wan": "vae_scale_factor_spatial", "ltx": "vae_spatial_compression_ratio"}
+    factor = factors.get(name, "vae_scale_factor")
     monkeypatch.setattr(pipe, factor, scale or vars(pipe)[factor])
     taken = 0
     for height, width in [(32, 32), (64, 32), (36, 32), (32, 40), (30, 32), (32, 1), (48, 48), (96, 64)]:

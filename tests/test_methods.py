@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from tables import matrix
-from tiny import CONTINUING, FAMILIES, FLOWS, SIDE, pipeline
+from tiny import CONTINUING, FAMILIES, FLOWS, SIDE, VIDEOS, pipeline
 
 from stepdistill import families, methods
 from stepdistill.core.solvers import Sampler
@@ -69,11 +69,11 @@ def data(method: Method, folder: Path) -> Source:
 def quick(kind: type[Method], name: str) -> Method:
     """The method as it comes, but for the number of steps where a student takes as many as its teacher, for a
     recording stage of one step, after which the student is trained, and for what has no default of use: how a few-step
-    model is sampled, and a reward without weights to download. Wan takes even steps alone."""
+    model is sampled, and a reward without weights to download. pipelines of videos take even steps alone."""
     method = kind()
     if isinstance(method, Tuning):
         method = replace(method, sampling=Sampler((1000.0, 500.0) if name in FLOWS else (999.0, 499.0), eta=1.0))
-    if isinstance(method, SCM) and name == "wan":
+    if isinstance(method, SCM) and name in VIDEOS:
         method = replace(method, num_inference_steps=2)
     if isinstance(method, Consistency):
         method = replace(method, num_ddim_timesteps=40)

@@ -20,11 +20,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLWan
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLLTXVideo, AutoencoderKLWan
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_families import one_file
-from tiny import FAMILIES, pipeline
+from tiny import FAMILIES, VIDEOS, pipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, Gemma2Model, T5EncoderModel, UMT5EncoderModel
 
 from stepdistill.cli import main as cli
@@ -58,7 +58,7 @@ WORDS = ("red apple", "cat face", "rose", "octopus", "blue sky", "dog face", "sm
 PROMPTS = Prompts(prompts=WORDS, proportion_empty_prompts=0.2)
 ENCODERS = (
     *(CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, UMT5EncoderModel, Gemma2Model),
-    *(AutoencoderKL, AutoencoderDC, AutoencoderKLWan),
+    *(AutoencoderKL, AutoencoderDC, AutoencoderKLWan, AutoencoderKLLTXVideo),
 )
 LCM = Consistency(num_ddim_timesteps=10, guidance_scale=3.0, ema_decay=None, loss_type="l2")
 
@@ -98,7 +98,7 @@ def run_of(place: Path, out: Path, data, kept: Path | None, name: str = "sd", **
         "checkpointing_steps": 1,
         "cache_dir": str(kept) if kept else None,
     }
-    still = {"num_frames": 1} if name == "wan" else {}  # images are videos of one frame
+    still = {"num_frames": 1} if name in VIDEOS else {}  # images are videos of one frame
     family = replace(FAMILIES[name], pretrained_teacher_model=str(place / name), **still)
     return Run(family=family, method=LCM, data=data, lora=LoraSpec(rank=4), train=TrainSpec(**given | train))
 

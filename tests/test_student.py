@@ -253,7 +253,7 @@ def test_a_lora_that_is_not_loaded_fails_the_proof(tmp_path, monkeypatch, name):
     bone = tiny.backbone(name, pipe, RANK, ALPHA)
     bone.add("student", Lora())
     tiny.awake(bone, "student")
-    method = replace(LCM, num_ddim_timesteps=40)  # Wan takes even steps alone
+    method = replace(LCM, num_ddim_timesteps=40)  # videos take even steps alone
     options = {"family": family, "pipe": pipe, "backbone": bone, "role": "student", "method": method}
     options["resolution"] = (32, 32)  # Sana takes no smaller side, and the tiny SD3 no larger one
     assert write_student(tmp_path / "student", **options) < 1e-5

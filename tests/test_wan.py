@@ -255,7 +255,7 @@ def off_the_grid() -> None:
 
 NOTICED = (ConfigError, pytest.fail.Exception)
 BUGS = {
-    "m without the shift": Bug(shift_terminal, "m = _shifted(shift, 1 / TABLE)", "m = 1 / TABLE", four_levels),
+    "m without the shift": Bug(shift_terminal, "_shifted(shift, 1 / TABLE)", "1 / TABLE", four_levels),
     "the last entry is 0": Bug(shift_terminal, "(1 - _shifted(shift, m))", "1", four_levels),
     "the grid has n intervals": Bug(shift_terminal, "  d = (1 - m) / (n - 1)", "  d = (1 - m) / n", four_levels),
     "nothing is visited": Bug(levels._visits, "<= OFF * ours", "< 1e9", off_the_grid),

@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     ControlNetModel,
     DiffusionPipeline,
@@ -22,6 +23,8 @@ from diffusers import (
     FluxControlNetModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -58,6 +61,7 @@ from stepdistill.data.bundled import build
 from stepdistill.families.base import Family
 from stepdistill.families.flux import Flux
 from stepdistill.families.image_to_video import ImageToVideo
+from stepdistill.families.ltx import LTX
 from stepdistill.families.pixart_alpha import PixArtAlpha
 from stepdistill.families.pixart_sigma import PixArtSigma
 from stepdistill.families.sana import Sana
@@ -93,6 +97,14 @@ FAMILIES: dict[str, Family] = {
         sample_size=(32, 32),
         max_sequence_length=12,
     ),
+    "ltx": LTX(
+        pretrained_teacher_model="Lightricks/LTX-Video",
+        num_frames=5,
+        frame_rate=4,
+        sample_size=(32, 32),
+        max_sequence_length=12,
+        shift=3.0,
+    ),
 }
 SIDE = 32  # of images, in pixels
 # families that continue an image: the first latent frame is held, or the image is further channels of the input
@@ -109,12 +121,13 @@ CONTINUING: dict[str, ImageToVideo] = {
 }
 
 
-FLOWS = ("sd3", "flux", "sana", "wan")
+VIDEOS = ("wan", "ltx")
+FLOWS = ("sd3", "flux", "sana", *VIDEOS)
 
 
 def latent_shape(name: str) -> tuple[int, ...]:
     """The shape of one sample's latents in a family's random pipeline."""
-    return (4, 3, 8, 8) if name.startswith("wan") else (4, 8, 8)
+    return (4, 3, 8, 8) if name in VIDEOS or name in CONTINUING else (4, 8, 8)
 
 
 @cache
@@ -143,6 +156,8 @@ def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
             return wan_image()
         case "wan_concat":
             return wan_concat()
+        case "ltx":
+            return ltx()
     return pixart(name, vae)
 
 
@@ -286,6 +301,51 @@ def wan_concat(clip: bool = True, **more: Any) -> WanImageToVideoPipeline:
         changes |= {"image_dim": 8, "added_kv_proj_dim": 24}
     parts["transformer"] = rebuilt(parts["transformer"], **changes)
     return WanImageToVideoPipeline(**parts, image_encoder=encoder, image_processor=processor, **more)
+
+
+def ltx(timed: bool = False) -> LTXPipeline:
+    """LTX-Video's shape, with latents of 4 x 3 x 8 x 8 for five frames of 32 pixels; a dynamic shift, as on the hub.
+
+    Args:
+        timed: whether the autoencoder is told a time, as since version 0.9.1.
+    """
+    encoder, letters = t5(32)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8,),
+        down_block_types=("LTXVideoDownBlock3D",),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("conv",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        timestep_conditioning=timed,
+        patch_size=2,
+        scaling_factor=0.8,
+    ).eval()
+    vae.latents_mean[:] = torch.tensor([0.1, -0.2, 0.3, 0.0])
+    vae.latents_std[:] = torch.tensor([0.9, 1.1, 1.3, 0.7])
+    return LTXPipeline(
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=letters,
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            cross_attention_dim=24,
+            num_layers=2,
+            caption_channels=32,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift_terminal=0.1, base_shift=0.95, max_shift=2.05
+        ),
+    )
 
 
 def sana(sprint: bool = False) -> SanaPipeline:

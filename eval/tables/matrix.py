@@ -21,6 +21,7 @@ FAMILIES = {
     "pixart_sigma": "PixArt-Sigma",
     "sana": "SANA",
     "wan": "Wan",
+    "ltx": "LTX-Video",
 }
 
 

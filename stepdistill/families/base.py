@@ -198,6 +198,10 @@ class Family(ABC):
         """The scheduler's timestep for the number `given` that the pipeline passes to its network."""
         return given
 
+    def steps(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """What the pipeline gives its scheduler to set the timesteps, where its own call is given `call`."""
+        return {name: value for name, value in call.items() if name != "eta"}
+
     def guidance(self, scale: float) -> dict[str, Any]:
         """Arguments of the pipeline's call for `uncond + scale (cond - uncond)`; 1 is none."""
         return {"guidance_scale": scale}

@@ -41,7 +41,8 @@ class Needs:
         shifts_latents: whether the pipeline subtracts its autoencoder's `shift_factor`.
         image_channels: whether the network takes an encoded image and its mask as further channels, and, where its
             config has an `image_dim`, tokens of an image encoder.
-        scales_channels: whether it has a mean and a standard deviation for each channel of its latents.
+        scales_channels: whether its config has a mean and a standard deviation for each channel of its latents.
+        counts_patches: whether its config counts the channels of a patch of pixels, not of a pixel.
         pipeline: what settings of the pipeline's index must be, and why.
         package: one that the pipeline fails without; it comes with the extra `video`.
         single_file: what Diffusers calls the single files of the family.
@@ -56,6 +57,7 @@ class Needs:
     shifts_latents: bool = False
     scales_channels: bool = False
     image_channels: bool = False
+    counts_patches: bool = False
     pipeline: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     package: str | None = None
     single_file: tuple[str, ...] = ()
@@ -229,7 +231,7 @@ def _checked_configs(
         if net.get(key) != value:
             got, why = f"a {network} of {where} with {key} {net.get(key)!r}", "it takes other inputs than the family's"
             raise ConfigError(problem(got, repr(value), why, todo))
-    colours = 3 * (vae.get("patch_size") or 1) ** 2
+    colours = 3 * (vae.get("patch_size") or 1) ** 2 if needs.counts_patches else 3
     for key in ("in_channels", "out_channels"):
         if vae.get(key, colours) != colours:
             got, why = f"a vae of {where} with {key} {vae[key]}", "images have red, green and blue"

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from stepdistill.config.kinds import Count, Tokens
 from stepdistill.core.denoise import Condition
-from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.schedule import Rectified
-from stepdistill.core.solvers import Sampler, teacher_sampler
-from stepdistill.families.flow import Flow, flow_scheduler, shift_of
+from stepdistill.core.solvers import Sampler
+from stepdistill.families.flow import flow_scheduler, shift_of
 from stepdistill.families.parts import Needs
 from stepdistill.families.shift_terminal import shift_terminal
-from stepdistill.families.sizes import check_frames, check_size
+from stepdistill.families.video import HEAD_SIDE, Video, check_chunks
 from stepdistill.networks.layers import after_blocks, attentions, inner, named, rebuilt
 from stepdistill.networks.roles import Sites, Tap
 
@@ -29,7 +28,6 @@ TARGETS = (
     "condition_embedder.time_proj",
 )
 CHUNK = 4  # frames that the encoder takes at once after the first, whatever its factor; it drops what is left over
-HEAD_SIDE = 4  # tokens a side that a discriminator's head judges at once; the network's config has no native size
 TWO_EXPERTS = "it has two networks, one for high and one for low noise, and a student of both is not supported"
 
 
@@ -41,11 +39,12 @@ def wan_needs(relatives: tuple[str, ...] = (), **pipeline: tuple[Any, str]) -> N
         width=("text_dim", ("text_encoder",)),
         pipeline={"boundary_ratio": (None, TWO_EXPERTS), **pipeline},
         scales_channels=True,
+        counts_patches=True,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanBase(Flow):
+class WanBase(Video):
     """A Wan pipeline. Its latents are (B, C, F, h, w); its autoencoder is causal and gives `(num_frames - 1) / 4 + 1`
     latent frames.
 
@@ -56,7 +55,6 @@ class WanBase(Flow):
     """
 
     multiple: ClassVar[int] = 16
-    seeds_steps: ClassVar[bool] = False
 
     num_frames: Count = 81
     sample_size: tuple[Count, Count] = (480, 832)
@@ -68,9 +66,6 @@ class WanBase(Flow):
     def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
         return Rectified(shift_of(scheduler))
 
-    def solver(self, pipe: DiffusionPipeline, steps: int) -> tuple[SchedulerMixin, dict[str, Any]]:
-        return self.scheduler(pipe, teacher_sampler(self.schedule(pipe.scheduler), steps))
-
     def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
         config = shift_terminal(sampler.timesteps)
         return flow_scheduler(sampler, **config), {"num_inference_steps": len(sampler.timesteps)}
@@ -78,16 +73,11 @@ class WanBase(Flow):
     def scale_factor(self, pipe: DiffusionPipeline) -> int:
         return pipe.vae_scale_factor_spatial
 
-    def native_size(self, pipe: DiffusionPipeline) -> tuple[int, int]:
-        return self.sample_size
+    def unit(self, pipe: DiffusionPipeline) -> int:
+        return max(self.multiple, self.scale_factor(pipe) * pipe.transformer.config["patch_size"][1])
 
-    def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, ...]:
-        """(C, F, h, w) of a video's latents. Raises ConfigError for sizes and numbers of frames that do not fit."""
-        space, time = self.scale_factor(pipe), pipe.vae_scale_factor_temporal
-        config = pipe.transformer.config
-        check_size(height, width, max(self.multiple, space * config["patch_size"][1]), 10**9)
-        check_frames(self.num_frames, time)
-        return (config["out_channels"], (self.num_frames - 1) // time + 1, height // space, width // space)
+    def time_factor(self, pipe: DiffusionPipeline) -> int:
+        return pipe.vae_scale_factor_temporal
 
     def lora_targets(self, net: nn.Module) -> list[str]:
         return named(net, TARGETS, (nn.Linear,))
@@ -105,9 +95,6 @@ class WanBase(Flow):
         """Every cross-attention."""
         return attentions(net, "attn2", "condition_embedder.time_embedder", "blocks")
 
-    def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
-        return {"tokenizer": self.max_sequence_length}
-
     @torch.no_grad()
     def condition(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         states, _ = pipe.encode_prompt(
@@ -119,21 +106,9 @@ class WanBase(Flow):
         return {"states": states}
 
     @torch.no_grad()
-    def encode(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
-        """Latents (B, C, F, h, w) from pixels (B, 3, num_frames, H, W) in [-1, 1], or from images (B, 3, H, W)."""
-        video = pixels if pixels.ndim == 5 else pixels[:, :, None]
-        if video.shape[2] != self.num_frames:
-            got, expected = f"samples of {video.shape[2]} frames", f"{self.num_frames}, as family.num_frames says"
-            todo = "set family.num_frames to the number of the data's frames, or choose other data"
-            raise ConfigError(problem(got, expected, "the student is trained for one number of frames", todo))
-        return self.encode_frames(pipe, video)
-
-    @torch.no_grad()
     def encode_frames(self, pipe: DiffusionPipeline, video: Tensor) -> Tensor:
         """Latents (B, C, F, h, w) of videos (B, 3, frames, H, W) of `4 k + 1` frames."""
-        if video.shape[2] % CHUNK != 1:
-            got, why = f"{video.shape[2]} frames to encode", "Wan's encoder takes one, and then four at a time"
-            raise ConfigError(problem(got, f"a multiple of {CHUNK}, and one", why, "choose another number"))
+        check_chunks(video.shape[2], CHUNK, "Wan")
         latents = pipe.vae.encode(video.to(pipe.vae.dtype), return_dict=False)[0].mode().float()
         mean, std = _statistics(pipe, latents)
         return (latents - mean) / std

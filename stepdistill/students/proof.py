@@ -227,8 +227,7 @@ def check_sampling(family: Family, pipe: DiffusionPipeline, sampler: Sampler) ->
     noise = torch.randn(1, len(spread), generator=torch.Generator().manual_seed(0))
     with _seeded(0, cpu):
         ours = few_step(denoise, schedule, sampler, noise, {})
-    given: dict[str, Any] = {name: value for name, value in call.items() if name != "eta"}
-    times: Any = retrieve_timesteps(scheduler, **given)[0]
+    times: Any = retrieve_timesteps(scheduler, **family.steps(call))[0]
     eta = {name: value for name, value in call.items() if name == "eta"}
     theirs = noise * scheduler.init_noise_sigma if scaled else noise
     with _seeded(0, cpu):
