@@ -14,17 +14,25 @@ import tiny
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline
 from oracles.planted import Bug, bug_tests
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stepdistill.cli.main import main
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.pixels import clips_of
 from stepdistill.core.prediction import estimate_at_levels
 from stepdistill.core.schedule import Rectified
 from stepdistill.core.solvers import Sampler
+from stepdistill.data import Clips
 from stepdistill.families import ltx_base
 from stepdistill.families.ltx import LTX
 from stepdistill.families.shift_terminal import shift_terminal
+from stepdistill.methods.consistency import Consistency
+from stepdistill.networks.roles import Lora
+from stepdistill.students.write import write_student
+from stepdistill.training.recipe import Run, TrainSpec
+from stepdistill.training.video_checks import check_clip_frames
 
 FAMILY = tiny.FAMILIES["ltx"]
 PROMPTS = ["a rose", "octopus"]  # of different lengths: the mask matters
@@ -266,6 +274,38 @@ def test_a_single_file_without_its_text_encoder_is_refused(tmp_path):
     family = replace(FAMILY, pretrained_teacher_model=str(tmp_path / "ltx.safetensors"))
     with pytest.raises(ConfigError, match="no tensor whose name begins with text_encoders.*as a folder or hub id"):
         family.check_files()
+
+
+# what a student makes, and what it learns from
+
+
+def test_files_have_the_frame_rate_that_the_network_is_told(tmp_path):
+    """Of the command, and of the code in the card; a rate that is asked for counts more."""
+    pipe = ltx()
+    pipe.save_pretrained(tmp_path / "teacher")
+    family, bone = replace(FAMILY, pretrained_teacher_model=str(tmp_path / "teacher")), tiny.backbone("ltx", pipe)
+    bone.add("student", Lora())
+    tiny.awake(bone, "student")
+    method = Consistency(num_ddim_timesteps=4, guidance_scale=1.0)
+    options: dict[str, Any] = {"family": family, "pipe": pipe, "backbone": bone, "role": "student", "method": method}
+    write_student(tmp_path / "student", **options, resolution=(32, 32))
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "duration=250," in card and "fps=4)" in card and "frame_rate=4," in card and "num_frames=5," in card
+    for asked, shown in (([], 250), (["--frame-rate", "10"], 100)):
+        main(["generate", str(tmp_path / "student"), "a", "-o", str(tmp_path / "out"), "--overwrite", *asked])
+        with Image.open(tmp_path / "out" / "00000.webp") as animation:
+            animation.load()
+            assert animation.info["duration"] == shown
+
+
+def test_clips_have_the_frame_rate_that_the_network_is_told(tmp_path):
+    train = TrainSpec(output_dir=str(tmp_path / "out"), max_train_steps=1)
+    clips = Clips(train_data_dir=str(tmp_path), num_frames=5, resolution=32, frame_rate=8.0)
+    run = Run(family=FAMILY, method=Consistency(), data=clips, train=train)
+    with pytest.raises(ConfigError, match="data.frame_rate 8, expected 4, as family.frame_rate says"):
+        check_clip_frames(run)
+    for rate in (None, 4.0):
+        check_clip_frames(replace(run, data=replace(clips, frame_rate=rate)))
 
 
 # planted bugs

@@ -69,7 +69,7 @@ WATCHED_STEPS, WATCHED_EVERY = 240, 40
 TEACHERS = ("tiny-sd", "tiny-sd3")
 VIDEO_TEACHERS = ("tiny-wan",)
 LARGE = ("sd15", "sdxl", "sd3", "pixart", "wan13b")
-LARGER = ("wan13b_480p", "wan5b", "wan14b")  # of 81 frames; predicted alone
+LARGER = ("wan13b_480p", "wan5b", "wan14b", "ltx")  # of 81 frames and more; predicted alone
 
 
 def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, PipelineCall]]:

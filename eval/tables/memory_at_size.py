@@ -29,7 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, WanTransformer3DModel
+from diffusers import (
+    LTXVideoTransformer3DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
 from torch import nn
 
 from stepdistill.config.load import load_config
@@ -131,6 +137,11 @@ def wan(heads: int, ffn: int, blocks: int, channels: int = 16) -> nn.Module:
     return WanTransformer3DModel(in_channels=channels, out_channels=channels, text_dim=4096, **shape)
 
 
+def ltx() -> nn.Module:
+    """The network of LTX-Video 2B."""
+    return LTXVideoTransformer3DModel()
+
+
 VP = DiscreteVP(vp_scheduler().alphas_cumprod)
 SD15 = Shape(stable_diffusion, {"states": (77, 768)}, VP, "epsilon")
 WAN_13B = Shape(partial(wan, 12, 8960, 30), {"states": (512, 4096)}, Rectified(5.0), "flow", channels=16, time=4)
@@ -144,6 +155,15 @@ SHAPES = {
     **{name: WAN_13B for name in ("wan13b", "wan13b_480p")},
     "wan5b": replace(WAN_13B, network=partial(wan, 24, 14336, 30, 48), channels=48, space=16),
     "wan14b": replace(WAN_13B, network=partial(wan, 40, 13824, 40)),
+    "ltx": Shape(
+        ltx,
+        {"states": (128, 4096), "mask": (128,), "scale": (2,)},
+        Rectified(8.0),
+        "flow",
+        channels=128,
+        space=32,
+        time=8,
+    ),
     "pixart": Shape(pixart, {"states": (300, 4096), "mask": (300,), "scale": (1,)}, VP, "epsilon"),
 }
 

@@ -21,6 +21,7 @@ MEMORY = {
     **{"sd15": "SD 1.5", "sdxl": "SDXL", "sd3": "SD 3 medium", "pixart": "PixArt-Sigma"},
     **{"wan13b": "Wan 2.1 1.3B, 5 frames of 256 x 256", "wan13b_480p": "Wan 2.1 1.3B, 81 frames of 480 x 832"},
     **{"wan5b": "Wan 2.2 5B, 81 frames of 480 x 832", "wan14b": "Wan 2.1 14B, 81 frames of 480 x 832"},
+    "ltx": "LTX-Video 2B, 161 frames of 512 x 704",
 }
 EARLY = {"distribution": 799.0}  # one step may do better from an earlier time, for any method: shown for all
 AWAY = {  # distances of negative prompts' images, in features

@@ -113,6 +113,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.core.devices import usable_device
     from stepdistill.evaluation.records import prompt_of, read_records
     from stepdistill.students.contract import read_contracts, teacher
+    from stepdistill.students.draw.animation import FRAME_RATE
     from stepdistill.students.draw.control import controlled, read_control
     from stepdistill.students.draw.first_frame import check_first_frame, continued
     from stepdistill.students.draw.image_then_video import check_stages
@@ -156,7 +157,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     stage = Stage(last, last_call, long)
     drawn = each_of_both(both, call, stage, repeated, args) if both else each_of(stage, repeated, args)
     networks = [one.family.network(one.pipe) for one in (student, last)]
-    write_each(drawn, repeated, args, stale, suffix, networks)
+    write_each(drawn, repeated, args, stale, suffix, networks, family.arguments().get("frame_rate", FRAME_RATE))
 
 
 def _students(args: argparse.Namespace, device: Any) -> tuple[Any, Any]:  # noqa: ANN401

@@ -22,7 +22,7 @@ from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import seed_of_video
 from stepdistill.evaluation.draw import fingerprint
 from stepdistill.evaluation.metrics.motion import image_distance, seam_bend
-from stepdistill.students.draw.animation import FRAME_RATE, images_of_clip, save_animation
+from stepdistill.students.draw.animation import images_of_clip, save_animation
 from stepdistill.students.draw.base_first import base_first
 from stepdistill.students.draw.call import PipelineCall
 from stepdistill.students.draw.filters import DrawnImage
@@ -94,6 +94,7 @@ def write_each(
     stale: Sequence[Path],
     suffix: str,
     networks: Sequence[nn.Module],
+    frame_rate: float,
 ) -> None:
     """Write what is drawn, `images.jsonl` and the sheet, and say what it took.
 
@@ -101,6 +102,7 @@ def write_each(
         stale: files of an earlier command, which go.
         suffix: of the files.
         networks: whose calls are counted, each once.
+        frame_rate: frames a second of videos, where the command names none.
     """
     what = "images" if suffix == ".png" else "videos"
     args.output.mkdir(parents=True, exist_ok=True)
@@ -114,7 +116,7 @@ def write_each(
             if suffix == ".png":
                 save_image(frames[0], file)
             else:
-                save_animation(frames, file, args.frame_rate or FRAME_RATE)
+                save_animation(frames, file, args.frame_rate or frame_rate)
             line = {"file": file.name, "prompt": prompts[n], "software": MARK.decode(), **facts}
             lines.append(line | {"flagged": True} if flagged else line)
             images_of_grid += [frames] if args.grid else []

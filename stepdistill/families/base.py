@@ -46,15 +46,13 @@ class Family(ABC):
     """A pipeline family around one teacher. Subclasses are final.
 
     Args:
-        pretrained_teacher_model: a pipeline folder, a hub id, a single `.safetensors` file, or the name of a
-            bundled teacher (`tiny-sd`, `tiny-sd3`).
+        pretrained_teacher_model: a pipeline folder, a hub id, a `.safetensors` file, or the name of a bundled teacher.
         revision: branch, tag or commit of a hub id.
         variant: file variant, such as `fp16`.
         single_file_config: pipeline folder or hub id with the configs of a single file.
         teacher_loras: LoRA folders or files that are fused into the teacher when it is loaded.
-        quantization: quantization config of the frozen denoiser, by dotted path: one of Diffusers, such as
-            `diffusers.BitsAndBytesConfig` with `load_in_4bit: true`, or one of torchao, such as
-            `torchao.quantization.Int8WeightOnlyConfig`. Trained weights stay float32.
+        quantization: quantization config of the frozen denoiser, by dotted path: `diffusers.BitsAndBytesConfig` with
+            `load_in_4bit: true`, say, or `torchao.quantization.Int8WeightOnlyConfig`. Trained weights stay float32.
     """
 
     network_name: ClassVar[str]
@@ -105,8 +103,7 @@ class Family(ABC):
         """The teacher's whole pipeline in float32, with its LoRAs fused in.
 
         Args:
-            without: parts to replace by networks without weights, on the meta device; read all the same from a single
-                file or with LoRAs.
+            without: parts to replace by networks on the meta device; they are read from a single file or with LoRAs.
         """
         where, single = self.location(), is_single_file(self.location())
         quantize.check_quantization(self.quantization, single, bool(self.teacher_loras))

@@ -10,8 +10,6 @@ from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.students.contract import Contract, GuidanceAdapters, MultiContract, teacher
 from stepdistill.students.draw.animation import FRAME_RATE
 
-ANIMATED = f"save_all=True, append_images=frames[1:], duration={1000 // FRAME_RATE}, loop=0"  # of a list of frames
-
 
 def snippet(contract: Contract, address: Path | str) -> str:
     """Code that generates an image or a video, with Diffusers alone if possible.
@@ -65,6 +63,16 @@ def _frames(contract: Contract | MultiContract) -> int:
     return teacher(contract).arguments().get("num_frames", 0)
 
 
+def _animated(contract: Contract | MultiContract) -> str:
+    """Arguments with which a list of frames is saved as an animation."""
+    return f"save_all=True, append_images=frames[1:], duration={round(1000 / _frame_rate(contract))}, loop=0"
+
+
+def _frame_rate(contract: Contract | MultiContract) -> float:
+    """Frames a second of a video: those that its network is told, if it is told any."""
+    return teacher(contract).arguments().get("frame_rate", FRAME_RATE)
+
+
 def _asked(contract: Contract | MultiContract) -> dict[str, Any]:
     """What the call needs so that frames are images; the pipelines of images give them anyway."""
     return {"output_type": "pil"} if _frames(contract) else {}
@@ -85,9 +93,9 @@ def _saved(contract: Contract, call: str) -> list[str]:
         return [f"image = {call}.{'frames[0]' if frames else 'images'}[0]", 'image.save("student.png")']
     return [
         f"frames = {call}.frames[0]",
-        f'frames[0].save("student.webp", {ANIMATED})',
+        f'frames[0].save("student.webp", {_animated(contract)})',
         "# or as an mp4 file, with the packages imageio and imageio-ffmpeg:",
-        f'# diffusers.utils.export_to_video(frames, "student.mp4", fps={FRAME_RATE})',
+        f'# diffusers.utils.export_to_video(frames, "student.mp4", fps={_frame_rate(contract):g})',
     ]
 
 
@@ -96,7 +104,7 @@ def multi_snippet(contract: MultiContract, address: Path | str) -> str:
     asked = "".join(f", {key}={value!r}" for key, value in _asked(contract).items())
     frames = _frames(contract)
     name = "frames" if frames else "image"
-    file = f'webp", {ANIMATED}' if frames > 1 else 'png"'
+    file = f'webp", {_animated(contract)}' if frames > 1 else 'png"'
     lines = [
         "import stepdistill",
         *_loading(contract, address),

@@ -32,6 +32,10 @@ def check_clip_frames(run: Run) -> None:
             why = "this family makes images" if frames is None else "all videos of a run have one number of frames"
             todo = "use an image source" if frames is None else "make the two numbers equal"
             raise ConfigError(problem(got, expected, why, todo))
+        rate = run.family.arguments().get("frame_rate")
+        if isinstance(source, Clips) and rate and source.frame_rate not in (None, rate):
+            got, why = f"data.frame_rate {source.frame_rate:g}", "the network is told the times of frames in seconds"
+            raise ConfigError(problem(got, f"{rate:g}, as family.frame_rate says", why, "make the two numbers equal"))
 
 
 def check_first_frames(run: Run) -> None:
