@@ -286,8 +286,7 @@ class Family(ABC):
 
     @abstractmethod
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
-        """A network with the inputs and outputs of `net`, about `width` of its channels (in (0, 1)) and fresh weights.
-        What the loss cannot reach is no parameter of it, so that every parameter learns."""
+        """A network like `net` with about `width` (0 to 1) of its channels and fresh weights, all reached by the loss."""
 
     def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any], file: str = WEIGHTS) -> None:
         """Write a LoRA with its metadata, as Diffusers' loaders read it."""
