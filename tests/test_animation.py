@@ -118,12 +118,13 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_vbench_finds_a_clip_by_its_prompt(tmp_path):
-    out, prompt = VBench(tmp_path / "out"), 'A 3D model of a 1800s "victorian" house_.'
+    out, prompt = VBench(tmp_path / "out", 8), 'A 3D model of a 1800s "victorian" house_.'
     clips = moving(2, 3)
     files = [out.add(7, k, {"prompt": prompt}, clip) for k, clip in enumerate(clips)]
     assert [file.name for file in files] == [f"{prompt}-0.mp4", f"{prompt}-1.mp4"]
     assert sorted(place.name for place in (tmp_path / "out").iterdir()) == sorted(file.name for file in files)
-    assert len(decoded(files[1])[0]) == clips.shape[1]
+    frames, rate = decoded(files[1])
+    assert len(frames) == clips.shape[1] and rate == 8
     for bad in ("either/or", "two\nlines", "x" * 240):
         with pytest.raises(DataError, match="whole prompt"):
             out.add(0, 0, {"prompt": bad}, clips[0])

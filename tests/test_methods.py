@@ -69,7 +69,7 @@ def data(method: Method, folder: Path) -> Source:
 def quick(kind: type[Method], name: str) -> Method:
     """The method as it comes, but for the number of steps where a student takes as many as its teacher, for a
     recording stage of one step, after which the student is trained, and for what has no default of use: how a few-step
-    model is sampled, and a reward without weights to download. pipelines of videos take even steps alone."""
+    model is sampled, and a reward without weights to download. Pipelines of videos take even steps alone."""
     method = kind()
     if isinstance(method, Tuning):
         method = replace(method, sampling=Sampler((1000.0, 500.0) if name in FLOWS else (999.0, 499.0), eta=1.0))

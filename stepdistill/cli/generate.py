@@ -66,7 +66,8 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
         "--then", metavar="TEXT", action="append", default=[], help="prompt of the next window; may be repeated"
     )
     command.add_argument("--format", choices=("webp", "gif", "mp4"), help="of videos (default: webp); mp4 needs PyAV")
-    command.add_argument("--frame-rate", type=real(1, 120), metavar="N", help="frames a second of videos (default: 16)")
+    rate = "frames a second of videos (default: the student's where its network is told any, else 16)"
+    command.add_argument("--frame-rate", type=real(1, 120), metavar="N", help=rate)
     steps = command.add_mutually_exclusive_group()
     steps.add_argument("--steps", type=whole(), metavar="N", help="number of sampling steps")
     command.add_argument("--video-steps", type=whole(), metavar="N", help="number of sampling steps of VIDEO")
@@ -113,7 +114,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.core.devices import usable_device
     from stepdistill.evaluation.records import prompt_of, read_records
     from stepdistill.students.contract import read_contracts, teacher
-    from stepdistill.students.draw.animation import FRAME_RATE
+    from stepdistill.students.draw.animation import frame_rate_of
     from stepdistill.students.draw.control import controlled, read_control
     from stepdistill.students.draw.first_frame import check_first_frame, continued
     from stepdistill.students.draw.image_then_video import check_stages
@@ -157,7 +158,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     stage = Stage(last, last_call, long)
     drawn = each_of_both(both, call, stage, repeated, args) if both else each_of(stage, repeated, args)
     networks = [one.family.network(one.pipe) for one in (student, last)]
-    write_each(drawn, repeated, args, stale, suffix, networks, family.arguments().get("frame_rate", FRAME_RATE))
+    write_each(drawn, repeated, args, stale, suffix, networks, frame_rate_of(family))
 
 
 def _students(args: argparse.Namespace, device: Any) -> tuple[Any, Any]:  # noqa: ANN401

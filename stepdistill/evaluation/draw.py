@@ -36,7 +36,7 @@ from stepdistill.evaluation.store import Store
 from stepdistill.families.base import Family
 from stepdistill.networks.lora.read import lora_path
 from stepdistill.students.base_model import pipeline_hash
-from stepdistill.students.draw.animation import images_of_clip
+from stepdistill.students.draw.animation import frame_rate_of, images_of_clip
 from stepdistill.students.draw.filters import unfiltered
 from stepdistill.students.draw.loras import load_style
 from stepdistill.students.draw.pipeline import StudentPipeline
@@ -173,7 +173,7 @@ class RowDrawer:
             kinds = {
                 "geneval": GenEval,
                 "t2i-compbench": partial(T2ICompBench, per_prompt=-(-self.n // len(self.records))),
-                "vbench": VBench,
+                "vbench": partial(VBench, frame_rate=frame_rate_of(self.family)),
             }
             out = kinds[self.spec.export](self.spec.output_dir / self.spec.export / name)
             for i, image in each:

@@ -85,10 +85,13 @@ class VBench:
 
     Huang et al. 2024, https://arxiv.org/abs/2311.17982. It finds a clip by its whole prompt, so that none is altered.
     Prompts of one's own have `vbench evaluate --mode=custom_input`, which needs no names.
+
+    Args:
+        frame_rate: frames a second of the clips.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, frame_rate: float) -> None:
+        self.folder, self.frame_rate = folder, frame_rate
 
     def add(self, prompt_number: int, sample_number: int, record: Mapping[str, object], clip: Tensor) -> Path:
         """Write a clip, uint8 (F, 3, H, W); returns its file.
@@ -104,7 +107,7 @@ class VBench:
                 "shorten or correct it, and evaluate with custom_input",
             )
             raise DataError(problem(f"prompt {prompt!r}", "one that is valid as a file name", why, todo))
-        return save_animation(images_of_clip(clip), self.folder / name)
+        return save_animation(images_of_clip(clip), self.folder / name, self.frame_rate)
 
 
 def _check_numbers(prompt_number: int, sample_number: int) -> None:

@@ -46,13 +46,15 @@ class Family(ABC):
     """A pipeline family around one teacher. Subclasses are final.
 
     Args:
-        pretrained_teacher_model: a pipeline folder, a hub id, a `.safetensors` file, or the name of a bundled teacher.
+        pretrained_teacher_model: a pipeline folder, a hub id, a single `.safetensors` file, or the name of a
+            bundled teacher (`tiny-sd`, `tiny-sd3`).
         revision: branch, tag or commit of a hub id.
         variant: file variant, such as `fp16`.
         single_file_config: pipeline folder or hub id with the configs of a single file.
         teacher_loras: LoRA folders or files that are fused into the teacher when it is loaded.
-        quantization: quantization config of the frozen denoiser, by dotted path: `diffusers.BitsAndBytesConfig` with
-            `load_in_4bit: true`, say, or `torchao.quantization.Int8WeightOnlyConfig`. Trained weights stay float32.
+        quantization: quantization config of the frozen denoiser, by dotted path: one of Diffusers, such as
+            `diffusers.BitsAndBytesConfig` with `load_in_4bit: true`, or one of torchao, such as
+            `torchao.quantization.Int8WeightOnlyConfig`. Trained weights stay float32.
     """
 
     network_name: ClassVar[str]
@@ -103,7 +105,8 @@ class Family(ABC):
         """The teacher's whole pipeline in float32, with its LoRAs fused in.
 
         Args:
-            without: parts to replace by networks on the meta device; they are read from a single file or with LoRAs.
+            without: parts to replace by networks without weights, on the meta device; read all the same from a single
+                file or with LoRAs.
         """
         where, single = self.location(), is_single_file(self.location())
         quantize.check_quantization(self.quantization, single, bool(self.teacher_loras))
@@ -286,7 +289,8 @@ class Family(ABC):
 
     @abstractmethod
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
-        """A network like `net` with about `width` (0 to 1) of its channels and fresh weights, all reached by the loss."""
+        """A network with the inputs and outputs of `net`, about `width` of its channels (in (0, 1)) and fresh weights.
+        What the loss cannot reach is no parameter of it, so that every parameter learns."""
 
     def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any], file: str = WEIGHTS) -> None:
         """Write a LoRA with its metadata, as Diffusers' loaders read it."""

@@ -29,6 +29,8 @@ TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out"),
     *("time_embed.linear", "caption_projection.linear_1", "caption_projection.linear_2"),
 )
+# settings of a shift that depends on the video's size, and what the pipeline takes where the scheduler has none
+DYNAMIC = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 FACTORS = (8, 32)  # frames, and pixels a side, of a latent of the published autoencoders
 
 
@@ -86,8 +88,8 @@ class LTXBase(Video):
         if self.shift is None and scheduler.config.get("use_dynamic_shifting"):
             (time, space), (height, width) = FACTORS, self.sample_size
             tokens = ((self.num_frames - 1) // time + 1) * (height // space) * (width // space)
-            keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            shift = math.exp(calculate_shift(tokens, *(scheduler.config[key] for key in keys)))
+            given = (scheduler.config.get(key, default) for key, default in DYNAMIC.items())
+            shift = math.exp(calculate_shift(tokens, *given))
             got, why = "a scheduler with use_dynamic_shifting", "the noise levels must be the same for every size"
             todo = f"set family.shift; the scheduler's is {shift:.3g} at {self.num_frames} frames of {height} x {width}"
             raise ConfigError(problem(got, "one fixed shift", why, todo))

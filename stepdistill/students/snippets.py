@@ -8,7 +8,7 @@ from typing import Any
 from stepdistill.core.files import is_single_file
 from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.students.contract import Contract, GuidanceAdapters, MultiContract, teacher
-from stepdistill.students.draw.animation import FRAME_RATE
+from stepdistill.students.draw.animation import frame_rate_of
 
 
 def snippet(contract: Contract, address: Path | str) -> str:
@@ -65,12 +65,7 @@ def _frames(contract: Contract | MultiContract) -> int:
 
 def _animated(contract: Contract | MultiContract) -> str:
     """Arguments with which a list of frames is saved as an animation."""
-    return f"save_all=True, append_images=frames[1:], duration={round(1000 / _frame_rate(contract))}, loop=0"
-
-
-def _frame_rate(contract: Contract | MultiContract) -> float:
-    """Frames a second of a video: those that its network is told, if it is told any."""
-    return teacher(contract).arguments().get("frame_rate", FRAME_RATE)
+    return f"save_all=True, append_images=frames[1:], duration={round(1000 / frame_rate_of(teacher(contract)))}, loop=0"
 
 
 def _asked(contract: Contract | MultiContract) -> dict[str, Any]:
@@ -95,7 +90,7 @@ def _saved(contract: Contract, call: str) -> list[str]:
         f"frames = {call}.frames[0]",
         f'frames[0].save("student.webp", {_animated(contract)})',
         "# or as an mp4 file, with the packages imageio and imageio-ffmpeg:",
-        f'# diffusers.utils.export_to_video(frames, "student.mp4", fps={_frame_rate(contract):g})',
+        f'# diffusers.utils.export_to_video(frames, "student.mp4", fps={frame_rate_of(teacher(contract)):g})',
     ]
 
 

@@ -33,8 +33,8 @@ def check_clip_frames(run: Run) -> None:
             todo = "use an image source" if frames is None else "make the two numbers equal"
             raise ConfigError(problem(got, expected, why, todo))
         rate = run.family.arguments().get("frame_rate")
-        if isinstance(source, Clips) and rate and source.frame_rate not in (None, rate):
-            got, why = f"data.frame_rate {source.frame_rate:g}", "the network is told the times of frames in seconds"
+        if isinstance(source, Clips) and rate and source.frame_rate != rate:
+            got, why = f"data.frame_rate {source.frame_rate}", "the network is told the times of frames in seconds"
             raise ConfigError(problem(got, f"{rate:g}, as family.frame_rate says", why, "make the two numbers equal"))
 
 

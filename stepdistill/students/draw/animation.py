@@ -14,11 +14,17 @@ from torch import Tensor
 from stepdistill.core.errors import OutputError, problem
 from stepdistill.core.files import written_whole
 from stepdistill.core.outputs import MARK
+from stepdistill.families.base import Family
 from stepdistill.students.draw.sheet import SheetRow, image_grid, image_sheet, signature
 
-FRAME_RATE = 16  # frames a second, as Wan's clips are shown
+FRAME_RATE = 16  # frames a second where a network is told none, as Wan 2.1's clips are shown
 CRF = "10"  # of x264, from 0, lossless, to 51
 ANIMATIONS = {".webp": 1, ".gif": 10}  # with the unit in milliseconds of how long a frame is shown
+
+
+def frame_rate_of(family: Family) -> float:
+    """Frames a second at which a family's videos are shown: those that its network is told, if it is told any."""
+    return family.arguments().get("frame_rate", FRAME_RATE)
 
 
 def clip_sheet(
