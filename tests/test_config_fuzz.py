@@ -166,7 +166,7 @@ def accepted(seed: int, file: Path) -> bool:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_mutated_recipe_is_accepted_or_refused_by_an_error_of_ours(tmp_path, seed):
     count = sum(accepted(80 * seed + i, tmp_path / "mutant.yaml") for i in range(80))
-    assert 4 <= count <= 76
+    assert 0 < count < 76
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from stepdistill.core.outputs import check_output_file, expanded
 # modules without a class for a config
 SHARED = (
     *("base", "unet", "vp", "flow", "pixart", "schedulers", "prompt_limits", "lazy_pipeline", "location", "parts"),
-    *("control", "controlled", "sizes", "gan", "reward", "wan_base", "shift_terminal", "image_to_video"),
+    *("control", "controlled", "sizes", "gan", "reward", "shift_terminal", "image_to_video", "read"),
+    *("video", "wan_base", "ltx_base"),
 )
 
 TRAIN = """\

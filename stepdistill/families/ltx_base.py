@@ -69,7 +69,7 @@ class LTXBase(Video):
     multiple: ClassVar[int] = 32
 
     num_frames: Count = 161
-    frame_rate: Positive = 25
+    frame_rate: Positive = 25.0
     sample_size: tuple[Count, Count] = (512, 704)
     max_sequence_length: Tokens = 128
     shift: Positive | None = None
