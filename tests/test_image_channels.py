@@ -287,7 +287,7 @@ def test_a_window_goes_on_from_the_last_frame_alone(student, tmp_path):
     drawer, file = StudentPipeline.load(student), tmp_path / "first.png"
     image_of(images()[0]).resize((48, 32)).save(file)
     family, call = drawer.family, continued(drawer.call(), file)
-    whole = long_video(drawer, CAPTIONS, call, 2, 1, seed=4)
+    whole, drift = long_video(drawer, CAPTIONS, call, 2, 1, seed=4)
     assert whole.shape == (9, 3, 32, 48)
     (plain,) = drawer.draw(CAPTIONS[:1], [4], call.plus(output_type="pt"))
     assert torch.equal(whole[:5], plain.image.float())
@@ -304,6 +304,9 @@ def test_a_window_goes_on_from_the_last_frame_alone(student, tmp_path):
     with torch.no_grad():
         expected = (family.decode(drawer.pipe, ends) / 2 + 0.5).clamp(0, 1)[0].transpose(0, 1)[1:]
     assert torch.allclose(whole[5:], expected, atol=1e-4)
+    new = ends[:, :, 1:].flatten(2)  # the first latent frame is generated, too, and is not in the video
+    assert torch.allclose(drift.means[1], new.mean(2)[0], atol=1e-4)
+    assert torch.allclose(drift.spreads[1], new.std(2, correction=0)[0], atol=1e-4)
     with pytest.raises(ConfigError, match="an overlap of 5 frames, expected one of 1: .* its network sees"):
         long_video(drawer, CAPTIONS, call, 2, 5)
 

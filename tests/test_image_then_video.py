@@ -196,7 +196,7 @@ def test_windows_go_on_from_the_video(tmp_path, capsys):
     drawer = StudentPipeline.load(video())
     options = DrawOptions(steps=4)
     call = drawer.call(options).plus(image=by_hand(SEED, "rose")[0][None])
-    whole = to_uint8(long_video(drawer, ["rose", "cat"], call, 3, 5, SEED + 2**31, options))
+    whole = to_uint8(long_video(drawer, ["rose", "cat"], call, 3, 5, SEED + 2**31, options).frames)
     assert len(whole) == 17 and (row["windows"], row["overlap"]) == (3, 5)
     assert row["means"] == pytest.approx([whole[4 * k : 4 * k + 9].double().mean().item() for k in range(3)])
     assert "times that inside" in capsys.readouterr().out

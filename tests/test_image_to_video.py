@@ -485,11 +485,11 @@ def test_windows_go_on_from_the_end_of_the_one_before(longer, images, overlap):
     """The first is the plain call's; what is encoded of the overlap is held in the next, by the student as trained."""
     drawer = StudentPipeline.load(longer)
     family, call = drawer.family, continued(drawer.call(), images / "1.png")
-    whole = long_video(drawer, ["red apple", "rose"], call, 3, overlap, seed=4)
+    whole, drift = long_video(drawer, ["red apple", "rose"], call, 3, overlap, seed=4)
     assert whole.shape == (9 + 2 * (9 - overlap), 3, 32, 32)
     (plain,) = drawer.draw(["red apple"], [4], call.plus(output_type="pt"))
     assert torch.equal(whole[:9], plain.image.float())
-    assert not torch.equal(whole[9:], long_video(drawer, ["red apple"], call, 3, overlap, seed=4)[9:])
+    assert not torch.equal(whole[9:], long_video(drawer, ["red apple"], call, 3, overlap, seed=4).frames[9:])
     held = family.encode_frames(drawer.pipe, 2 * whole[9 - overlap : 9].transpose(0, 1)[None] - 1)
     assert held.shape[2] == 1 + (overlap - 1) // 2
     backbone = in_memory(longer, read_contract(longer), family)[1]
@@ -505,6 +505,40 @@ def test_windows_go_on_from_the_end_of_the_one_before(longer, images, overlap):
     with torch.no_grad():
         expected = (family.decode(drawer.pipe, ends) / 2 + 0.5).clamp(0, 1)[0].transpose(0, 1)[overlap:]
     assert torch.allclose(whole[9 : 9 + len(expected)], expected, atol=1e-4)
+    (latents,) = drawer.draw(["red apple"], [4], call.plus(output_type="latent"))
+    each = [part[:, held.shape[2] :].flatten(1) for part in (latents.image, ends[0])]
+    assert drift.means.shape == drift.spreads.shape == (3, 4)
+    assert torch.allclose(drift.means[:2], torch.stack([part.mean(1) for part in each]), atol=1e-4)
+    assert torch.allclose(drift.spreads[:2], torch.stack([part.std(1, correction=0) for part in each]), atol=1e-4)
+
+
+@pytest.mark.parametrize("overlap", [1, 5])
+def test_matched_windows_have_the_latent_channels_of_the_first(longer, images, overlap, monkeypatch):
+    """What is held stays; what is new is moved before it is decoded, and the next window begins with that."""
+    drawer, decoded = StudentPipeline.load(longer), list[Tensor]()
+    call, decode = continued(drawer.call(), images / "1.png"), WanImageToVideo.decode
+
+    def watched(family: WanImageToVideo, pipe: object, latents: Tensor) -> Tensor:
+        decoded.append(latents)
+        return decode(family, pipe, latents)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(WanImageToVideo, "decode", watched)
+    free = long_video(drawer, ["red apple", "rose"], call, 3, overlap, seed=4)
+    bound = long_video(drawer, ["red apple", "rose"], call, 3, overlap, seed=4, match_first_window=True)
+    assert torch.equal(free.frames[:9], bound.frames[:9]) and not torch.equal(free.frames[9:], bound.frames[9:])
+    held, (before, _, after, last) = 1 + (overlap - 1) // 2, decoded
+    for name in ("means", "spreads"):
+        one, other = getattr(free.latents, name), getattr(bound.latents, name)
+        assert torch.equal(one[0], other[0]) and (one[1:] - one[:1]).abs().max() > 1e-3
+        assert torch.allclose(other, other[:1].expand_as(other), atol=1e-5)
+    assert torch.equal(before[:, :, :held], after[:, :, :held])
+    own, first = ([part[:, None, None, None] for part in values] for values in ((
+        before[0, :, held:].mean((1, 2, 3)), before[0, :, held:].std((1, 2, 3), correction=0)
+    ), (free.latents.means[0], free.latents.spreads[0])))
+    by_hand = (before[0, :, held:] - own[0]) / own[1] * first[1] + first[0]
+    assert torch.allclose(after[0, :, held:], by_hand, atol=1e-4)
+    again = drawer.family.encode_frames(drawer.pipe, 2 * bound.frames[-9:][:overlap].transpose(0, 1)[None] - 1)
+    assert torch.allclose(last[:, :, :held], again, atol=1e-4)
 
 
 def test_an_overlap_that_is_not_encoded_whole_is_refused(longer, images):
@@ -526,9 +560,18 @@ def test_the_command_writes_a_long_video_and_says_how_it_is_joined(longer, image
     assert "times that inside; by window: mean grey level" in said and said.count(",") >= 4
     (line,) = map(json.loads, (tmp_path / "out" / "images.jsonl").read_text().splitlines())
     assert (line["windows"], line["overlap"], len(line["means"])) == (3, 5, 3) and line["seam_bend"] > 0
+    assert line["match_first_window"] is False
     drawer = StudentPipeline.load(longer)
     call = continued(drawer.call(), images / "1.png")
-    whole = to_uint8(long_video(drawer, ["red apple", "rose"], call, 3, 5, seed=4))
+    video = long_video(drawer, ["red apple", "rose"], call, 3, 5, seed=4)
+    whole = to_uint8(video.frames)
+    for name, values in video.latents._asdict().items():
+        assert np.allclose(line[f"latent_{name}"], values)
+    (first, second, third), units = video.latents.means, video.latents.spreads
+    away = [(((means - first) / units[0]) ** 2).mean().sqrt() for means in (second, third)]
+    share = [(spreads / units[0]).mean() for spreads in units[1:]]
+    assert f"means 0.00, {away[0]:.2f}, {away[1]:.2f} spreads away" in said
+    assert f"; spreads 1.00, {share[0]:.2f}, {share[1]:.2f} of its own" in said
     parts = [whole[4 * k : 4 * k + 9].double() for k in range(3)]
     assert line["means"] == pytest.approx([part.mean().item() for part in parts])
     bend = seam_bend(whole[None].double(), 9, 5)
@@ -537,3 +580,9 @@ def test_the_command_writes_a_long_video_and_says_how_it_is_joined(longer, image
         with pytest.raises(SystemExit):
             cli.main([*given, "--overwrite", *odd])
         assert "fewer prompts than windows, of which there are several" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*given, "--overwrite", "--match-first-window"])
+    assert "--match-first-window of one window, expected several windows" in capsys.readouterr().err
+    cli.main([*given, "--overwrite", "--windows", "2", "--match-first-window", "--format", "gif"])
+    (line,) = map(json.loads, (tmp_path / "out" / "images.jsonl").read_text().splitlines())
+    assert line["match_first_window"] is True and np.allclose(*line["latent_means"], atol=1e-5)

@@ -8,6 +8,8 @@ from oracles.planted import Bug, bug_tests
 from torch import Tensor
 
 from stepdistill.core.errors import ConfigError
+from stepdistill.students.draw import latent_drift
+from stepdistill.students.draw.latent_drift import Ends, channel_statistics, matched_to_first
 from stepdistill.students.draw.windows import stitched
 
 
@@ -126,6 +128,78 @@ def test_a_spread_that_is_too_small_shrinks_the_variance_to_its_square(rho):
     assert covariance[-1, -1].item() == pytest.approx(0.81, rel=1e-3)
 
 
+RHO, BIAS, SHARE, PLACES, WINDOWS = 0.85, 0.05, 0.9, 100_000, 40
+
+
+def drifting(held: int, new: int) -> tuple[Tensor, Ends]:
+    """The first window (1, 2, held + new, PLACES, 1) of an autoregressive process at many places, and the later ones.
+
+    Each later window adds a bias to the first channel, and has too small a spread in the second. Their means differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.tensor([3.0, -1.0]).double().view(1, 2, 1, 1, 1)
+
+    def following(given: Tensor, count: int, bias: float, share: float) -> Tensor:
+        frames = [given - mean]
+        for _ in range(count):
+            fresh = torch.randn(1, 2, 1, PLACES, 1, generator=generator).double() * (1 - RHO**2) ** 0.5
+            fresh[:, 1] *= share
+            frames.append(RHO * frames[-1][:, :, -1:] + fresh)
+            frames[-1][:, 0] += bias
+        return torch.cat(frames, 2) + mean
+
+    begin = mean + torch.randn(1, 2, 1, PLACES, 1, generator=generator).double()
+    return following(begin, held + new - 1, 0.0, 1.0), lambda given, number: following(given, new, BIAS, SHARE)
+
+
+def stitched_drift(held: int, new: int, *, match: bool) -> Tensor:
+    """The whole of it, through an autoencoder that changes nothing."""
+    first, ends = drifting(held, new)
+    made = matched_to_first(ends, first, held) if match else ends
+    return stitched(lambda given, number: made(given, number) if number else first, torch.empty(0), WINDOWS, held)
+
+
+def a_planted_drift_is_there_and_vanishes() -> None:
+    free, bound = (stitched_drift(1, 1, match=match) for match in (False, True))
+    assert torch.equal(free[:, :, :2], bound[:, :, :2])
+    (means, spreads), (held_means, held_spreads) = (
+        channel_statistics(video[0].transpose(0, 1)[..., None]) for video in (free, bound)
+    )
+    for k in (1, 4, WINDOWS - 1):  # frame 1 + k is the k-th that a later window adds
+        left = RHO ** (2 * k)
+        assert means[1 + k].tolist() == pytest.approx([3 + BIAS * (1 - RHO**k) / (1 - RHO), -1], abs=0.015)
+        assert spreads[1 + k].square().tolist() == pytest.approx([1, left + SHARE**2 * (1 - left)], abs=0.03)
+    assert torch.allclose(held_means[1:], held_means[1].expand(WINDOWS, 2), rtol=0, atol=1e-9)
+    assert torch.allclose(held_spreads[1:], held_spreads[1].expand(WINDOWS, 2), rtol=0, atol=1e-9)
+    # what a window knows of the one before is carried on
+    across = torch.stack([torch.corrcoef(bound[0, c, 20:22, :, 0])[0, 1] for c in (0, 1)])
+    slack = (RHO**2 + SHARE**2 * (1 - RHO**2)) ** 0.5
+    assert across.tolist() == pytest.approx([RHO, RHO / slack], abs=0.01)
+
+
+def test_a_planted_drift_is_there_and_vanishes_where_windows_are_matched():
+    """Drift: a bias adds up to b / (1 - M) and a spread shrinks to its share, but not where windows are matched."""
+    a_planted_drift_is_there_and_vanishes()
+
+
+def the_overlap_stays_and_each_sample_has_its_own() -> None:
+    first, ends = drifting(2, 3)
+    both = torch.cat([first, 10 - 2 * first])
+    latents = ends(first[:, :, -2:], 1)
+    latents = torch.cat([latents, latents + 1])
+    made = matched_to_first(lambda given, number: latents, both, 2)(both, 1)
+    assert torch.equal(made[:, :, :2], latents[:, :, :2])
+    expected = channel_statistics(both[:, :, 2:])
+    for one, other in zip(channel_statistics(made[:, :, 2:]), expected, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-9)
+    level = matched_to_first(lambda given, number: torch.full_like(both, 7.0), both, 2)(both, 1)[:, :, 2:]
+    assert torch.allclose(level, expected.means[:, :, None, None, None].expand_as(level), rtol=0, atol=1e-9)
+
+
+def test_the_overlap_stays_and_each_sample_has_its_own_statistics():
+    the_overlap_stays_and_each_sample_has_its_own()
+
+
 def test_frames_are_neither_lost_nor_doubled():
     def draw(given: Tensor, number: int) -> Tensor:
         start = given[0, 0, 0].item()
@@ -146,6 +220,32 @@ BUGS = {
     ),
     "the first frames are given": Bug(
         stitched, "video[:, :, -overlap:]", "video[:, :, :overlap]", test_frames_are_neither_lost_nor_doubled
+    ),
+    "means alone are matched": Bug(
+        matched_to_first, "spreads / own.spreads.clamp_min(LEAST_SPREAD)", "torch.ones_like(spreads)",
+        a_planted_drift_is_there_and_vanishes,
+    ),
+    "spreads alone are matched": Bug(
+        matched_to_first, "means - own.means * scale", "own.means * (1 - scale)", a_planted_drift_is_there_and_vanishes
+    ),
+    "a mean that is not scaled": Bug(
+        matched_to_first, "means - own.means * scale", "means - own.means", a_planted_drift_is_there_and_vanishes
+    ),
+    "the image is among the statistics": Bug(
+        matched_to_first, "first[:, :, held:]", "first", the_overlap_stays_and_each_sample_has_its_own
+    ),
+    "the overlap is moved, too": Bug(
+        matched_to_first, "tensor_split([held], 2)", "tensor_split([0], 2)",
+        the_overlap_stays_and_each_sample_has_its_own,
+    ),
+    "channels are matched together": Bug(
+        latent_drift.channel_statistics, "latents.flatten(2)",
+        "latents.flatten(1)[:, None].expand(-1, latents.shape[1], -1)", a_planted_drift_is_there_and_vanishes
+    ),
+    "samples are matched together": Bug(
+        latent_drift.channel_statistics, "latents.flatten(2)",
+        "latents.transpose(0, 1).flatten(1)[None].expand(len(latents), -1, -1)",
+        the_overlap_stays_and_each_sample_has_its_own,
     ),
     "one frame is given": Bug(
         stitched, "video[:, :, -overlap:]", "video[:, :, -1:]", the_whole_has_the_covariance_of_exact_windows

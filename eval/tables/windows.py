@@ -44,7 +44,7 @@ def joined(student: StudentPipeline, overlap: int) -> dict[str, Any]:
     call, videos = student.call(), []
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         begun = call.plus(image=image[None] / 255)
-        videos.append(long_video(student, [caption], begun, WINDOWS, overlap, SEED_B + i))
+        videos.append(long_video(student, [caption], begun, WINDOWS, overlap, SEED_B + i).frames)
     video = 255 * torch.stack(videos).double()  # (N, T, 3, H, W)
     window = call.arguments["num_frames"]
     bend = seam_bend(video, window, overlap)

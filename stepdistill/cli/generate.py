@@ -24,8 +24,9 @@ each, and --grid shows some frames of it.
 
 --video VIDEO makes videos of the prompts with two students, one after the other: STUDENT makes an image of each, and
 VIDEO, a student of image to video, continues it. A base that both are of is loaded once. The image is written, too, and
-has the seed SEED + n. The video has another seed, which is in images.jsonl. --windows, --overlap, --then and
---video-steps are for the videos, a size is for both, and the other options of sampling are for the images.
+has the seed SEED + n. The video has another seed, which is in images.jsonl. --windows, --overlap, --then,
+--match-first-window and --video-steps are for the videos, a size is for both, and the other options of sampling are for
+the images.
 
 examples:
   stepdistill generate runs/quickstart "cat face" rose --grid sheet.png
@@ -64,6 +65,11 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
     command.add_argument("--overlap", type=whole(), metavar="N", help="frames that each window repeats (default: 1)")
     command.add_argument(
         "--then", metavar="TEXT", action="append", default=[], help="prompt of the next window; may be repeated"
+    )
+    command.add_argument(
+        "--match-first-window",
+        action="store_true",
+        help="give later windows the first one's mean and spread of each latent channel",
     )
     command.add_argument("--format", choices=("webp", "gif", "mp4"), help="of videos (default: webp); mp4 needs PyAV")
     rate = "frames a second of videos (default: the student's where its network is told any, else 16)"
@@ -152,8 +158,9 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     if both:
         drawn_with = DrawOptions(steps=args.video_steps, height=args.height, width=args.width)
         last, last_call = both.video, both.video.call(drawn_with)
-    long = Windows(args.windows, args.overlap or 1, tuple(args.then), drawn_with) if args.windows else None
-    if long:
+    long = None
+    if args.windows:
+        long = Windows(args.windows, args.overlap or 1, tuple(args.then), drawn_with, args.match_first_window)
         check_windows(last, last_call, long.overlap)
     stage = Stage(last, last_call, long)
     drawn = each_of_both(both, call, stage, repeated, args) if both else each_of(stage, repeated, args)
@@ -207,6 +214,9 @@ def _check_windows(args: argparse.Namespace) -> None:
         got = f"--windows {windows} with " + (f"{len(args.then)} --then" if args.then else "--overlap")
         why, todo = "each --then is the prompt of one more window", "raise --windows, or leave them out"
         raise ConfigError(problem(got, "fewer prompts than windows, of which there are several", why, todo))
+    if windows == 1 and args.match_first_window:
+        why, todo = "those after the first one are changed", "raise --windows, or leave it out"
+        raise ConfigError(problem("--match-first-window of one window", "several windows", why, todo))
     if windows > 1 and not args.image and not args.video:
         why, todo = "only a student of image to video goes on from frames", "pass --image or --video, or no --windows"
         raise ConfigError(problem("--windows without --image or --video", "one of them", why, todo))

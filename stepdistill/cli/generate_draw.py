@@ -49,7 +49,7 @@ def each_of(stage: Stage, prompts: Sequence[str], args: argparse.Namespace) -> D
     with _as_asked(student, call, args) as call:
         drawn = long.draw(student, prompts, seeds, call) if long else student.draw(prompts, seeds, call, args.batch)
         for seed, one in zip(seeds, drawn, strict=True):
-            yield one, {"seed": seed, **_seams(one.image, stage)}
+            yield one, {"seed": seed, **_seams(one, stage)}
 
 
 def each_of_both(
@@ -82,7 +82,7 @@ def each_of_both(
             "image_distance": apart[n],
             **students,
         }
-        yield DrawnImage(video.image, images[n].flagged), facts | _seams(video.image, stage)
+        yield DrawnImage(video.image, images[n].flagged), facts | _seams(video, stage)
     first, second = np.mean(apart, 0)
     print(f"mean distance from the image, of 255: {first:.2f} of the first frame, {second:.2f} of the second")
 
@@ -111,14 +111,14 @@ def write_each(
         costs = [stack.enter_context(count_calls(net)) for net in dict.fromkeys(networks)]
         for file in stale:
             file.unlink()
-        for n, ((image, flagged), facts) in enumerate(tqdm(drawn, total=len(prompts), desc=what.title())):
-            frames, file = image if isinstance(image, list) else [image], args.output / f"{n:05d}{suffix}"
+        for n, (one, facts) in enumerate(tqdm(drawn, total=len(prompts), desc=what.title())):
+            frames, file = one.image if isinstance(one.image, list) else [one.image], args.output / f"{n:05d}{suffix}"
             if suffix == ".png":
                 save_image(frames[0], file)
             else:
                 save_animation(frames, file, args.frame_rate or frame_rate)
             line = {"file": file.name, "prompt": prompts[n], "software": MARK.decode(), **facts}
-            lines.append(line | {"flagged": True} if flagged else line)
+            lines.append(line | {"flagged": True} if one.flagged else line)
             images_of_grid += [frames] if args.grid else []
     (args.output / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if args.grid:
@@ -158,20 +158,28 @@ def _distances(frames: Sequence[Image.Image], image: Tensor) -> tuple[float, flo
     return first, second
 
 
-def _seams(frames: Sequence[Image.Image], stage: Stage) -> dict[str, Any]:
-    """How the windows of a video are joined, and how its colours drift from the first one; printed, too."""
+def _seams(drawn: DrawnImage, stage: Stage) -> dict[str, Any]:
+    """How the windows of a video are joined, and how they drift from the first one; printed, too."""
     _, call, long = stage
-    if long is None or long.windows == 1:
+    if long is None or long.windows == 1 or drawn.windows is None:
         return {}
     window, overlap = call.arguments["num_frames"], long.overlap
-    video = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).double()
+    video = torch.from_numpy(np.stack([np.asarray(frame) for frame in drawn.image])).double()
     bend = seam_bend(video[None], window, overlap)
     ratio = (bend.seam / bend.inside).item()
     parts = [video[k * (window - overlap) :][:window] for k in range(long.windows)]
     means, spreads = [part.mean().item() for part in parts], [part.std().item() for part in parts]
     print(f"seam bend {ratio:.2f} times that inside; by window: mean grey level", end=" ")
     print(", ".join(f"{mean:.1f}" for mean in means), "; spread", ", ".join(f"{spread:.1f}" for spread in spreads))
-    return {"windows": long.windows, "overlap": overlap, "seam_bend": ratio, "means": means, "spreads": spreads}
+    (first, *_), (unit, *_) = drawn.windows
+    off = ((drawn.windows.means - first) / unit).square().mean(1).sqrt().tolist()
+    share = (drawn.windows.spreads / unit).mean(1).tolist()
+    print("latent channels: means", ", ".join(f"{value:.2f}" for value in off), "spreads away from the first", end=" ")
+    print("; spreads", ", ".join(f"{value:.2f}" for value in share), "of its own")
+    facts = {"windows": long.windows, "overlap": overlap, "match_first_window": long.match_first_window}
+    drift = {"seam_bend": ratio, "means": means, "spreads": spreads}
+    latents = {f"latent_{name}": values.tolist() for name, values in drawn.windows._asdict().items()}
+    return facts | drift | latents
 
 
 def _sheet(clips: Sequence[Sequence[Image.Image]], prompts: Sequence[str], each: int) -> Image.Image:

@@ -87,9 +87,9 @@ class ImageThenVideo:
     ) -> Iterator[DrawnImage]:
         """An image (3, h, w) in [0, 1], float32 on the CPU, of each prompt: that which the student alone draws."""
         self._wear(self.image, self.worn or ())
-        for image, flagged in self.image.draw(prompts, seeds, call.plus(output_type="pt"), batch):
-            pixels: Tensor = image.float().cpu().clamp(0, 1)
-            yield DrawnImage(pixels[0] if pixels.ndim == 4 else pixels, flagged)  # a video family's has one frame
+        for drawn in self.image.draw(prompts, seeds, call.plus(output_type="pt"), batch):
+            pixels: Tensor = drawn.image.float().cpu().clamp(0, 1)
+            yield DrawnImage(pixels[0] if pixels.ndim == 4 else pixels, drawn.flagged)  # a video family's has one frame
 
     def draw_videos(
         self,

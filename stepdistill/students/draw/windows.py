@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.students.draw.animation import images_of_clip
 from stepdistill.students.draw.call import PipelineCall
 from stepdistill.students.draw.filters import DrawnImage
+from stepdistill.students.draw.latent_drift import ChannelStatistics, channel_statistics, matched_to_first
 from stepdistill.students.draw.options import AS_TRAINED, DrawOptions, changed_sampler
 from stepdistill.students.draw.pipeline import StudentPipeline
 
@@ -56,12 +58,14 @@ class Windows:
         overlap: frames that each begins with.
         then: prompts of the windows after the first.
         options: of the sampler.
+        match_first_window: see `long_video`.
     """
 
     windows: int
     overlap: int = 1
     then: tuple[str, ...] = ()
     options: DrawOptions = AS_TRAINED
+    match_first_window: bool = False
 
     def draw(
         self, student: StudentPipeline, prompts: Sequence[str], seeds: Sequence[int], call: PipelineCall
@@ -69,8 +73,21 @@ class Windows:
         """A video of each prompt, as a list of its frames."""
         for prompt, seed in zip(prompts, seeds, strict=True):
             each = [prompt, *self.then]
-            video = long_video(student, each, call, self.windows, self.overlap, seed, self.options)
-            yield DrawnImage(images_of_clip(to_uint8(video)), False)
+            how = (self.windows, self.overlap, seed, self.options, self.match_first_window)
+            video = long_video(student, each, call, *how)
+            yield DrawnImage(images_of_clip(to_uint8(video.frames)), False, video.latents)
+
+
+class LongVideo(NamedTuple):
+    """A video of several windows.
+
+    Args:
+        frames: (T, 3, H, W) in [0, 1].
+        latents: (W, C), of each window over the latent frames after its overlap, as they are decoded.
+    """
+
+    frames: Tensor
+    latents: ChannelStatistics
 
 
 def check_windows(student: StudentPipeline, call: PipelineCall, overlap: int) -> ImageToVideo:
@@ -100,8 +117,9 @@ def long_video(
     overlap: int = 1,
     seed: int = 0,
     options: DrawOptions = AS_TRAINED,
-) -> Tensor:
-    """A video (T, 3, H, W) in [0, 1] of several windows by a student that continues images.
+    match_first_window: bool = False,
+) -> LongVideo:
+    """A video of several windows by a student that continues images.
 
     The first window is the pipeline's own with this seed. Each further one begins with the last `overlap` frames of
     the video so far, in floats. More than one frame is beyond what plain Diffusers can do, and carries the velocity.
@@ -110,30 +128,31 @@ def long_video(
         prompts: of each window; the last one serves the rest.
         call: with the image that the video begins with.
         options: of the sampler, as those that `call` was made with.
+        match_first_window: give what later windows add the first one's mean and spread of each latent channel, see
+            `matched_to_first`.
 
     Raises:
         StudentError, ConfigError: see `check_windows`.
     """
     family, contract, pipe = check_windows(student, call, overlap), student.contract, student.pipe
     assert contract is not None
-    (first,) = student.draw([prompts[0]], [seed], call.plus(output_type="pt"))
     schedule, kind, net = family.schedule(student.native), family.kind(pipe), family.network(pipe)
     sampler: Sampler = changed_sampler(contract, schedule, options)
     dtype = next(net.parameters()).dtype
     shape = family.latent_shape(pipe, call.arguments["height"], call.arguments["width"])
+    frames, first = _first_window(student, prompts[0], seed, call, family, shape)
+    held = 1 + (overlap - 1) * (shape[1] - 1) // (call.arguments["num_frames"] - 1)  # the first latent frame is one frame
 
     def denoise(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
         with torch.autocast(x_t.device.type, dtype, enabled=dtype != torch.float32):
             y = family.call(net, x_t, t, cond)
         return Estimate(*(with_held(part, cond) for part in estimate(kind, y, x_t, t, schedule)))
 
-    def draw(given: Tensor, number: int) -> Tensor:
-        if number == 0:
-            return first.image.float().transpose(0, 1)[None]
+    def ends(given: Tensor, number: int) -> Tensor:
         prompt = prompts[min(number, len(prompts) - 1)]
         cond = {**family.condition(pipe, [prompt]), **family.first_frames(pipe, 2 * given.to(pipe.device) - 1)}
         noises, fresh = noise_of(seed, number, shape)[None].to(pipe.device), fresh_noise(seed, number)
-        ends = few_step(
+        return few_step(
             guided(denoise, family.unconditional(pipe), sampler.guidance_scale),
             schedule,
             sampler,
@@ -141,6 +160,31 @@ def long_video(
             cond,
             lambda _: torch.randn((1, *shape), generator=fresh).to(pipe.device),
         )
-        return (family.decode(pipe, ends) / 2 + 0.5).clamp(0, 1).cpu()
 
-    return stitched(draw, torch.empty(0), windows, overlap)[0].transpose(0, 1)
+    made = matched_to_first(ends, first, held) if match_first_window else ends
+    found = [channel_statistics(first[:, :, held:])]
+
+    def draw(given: Tensor, number: int) -> Tensor:
+        if number == 0:
+            return frames
+        latents = made(given, number)
+        found.append(channel_statistics(latents[:, :, held:]))
+        return (family.decode(pipe, latents) / 2 + 0.5).clamp(0, 1).cpu()
+
+    video = stitched(draw, torch.empty(0), windows, overlap)[0].transpose(0, 1)
+    return LongVideo(video, ChannelStatistics(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True))))
+
+
+def _first_window(
+    student: StudentPipeline, prompt: str, seed: int, call: PipelineCall, family: ImageToVideo, shape: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Frames (1, 3, F, H, W) and latents (1, C, F, h, w), except those that are held, of the pipeline's own call."""
+    ends: list[Tensor] = []
+
+    def note(pipe: object, step: int, t: object, given: dict[str, Any]) -> dict[str, Any]:
+        ends[:] = [given["latents"]]
+        return {}
+
+    (drawn,) = student.draw([prompt], [seed], call.plus(output_type="pt", callback_on_step_end=note))
+    latents = family.unpack(ends[0], *shape[-2:]).float()
+    return drawn.image.float().transpose(0, 1)[None], latents
