@@ -332,9 +332,7 @@ def test_images_of_an_earlier_command_are_kept(tmp_path, capsys):
 
 
 BUGS = {
-    "the image's LoRA stays on": Bug(
-        ImageThenVideo.draw_videos, "(VIDEO,)", '("student", VIDEO)', both_draw_as_by_hand
-    ),
+    "the image's LoRA stays on": Bug(ImageThenVideo._begun, "(VIDEO,)", '("student", VIDEO)', both_draw_as_by_hand),
     "the video's LoRA is on": Bug(ImageThenVideo.draw_images, "self.worn or ()", "(VIDEO,)", both_draw_as_by_hand),
     "one seed for both": Bug(seed_of_video, "+ 2**31", "", both_draw_as_by_hand),
     "the image is rounded": Bug(

@@ -532,9 +532,13 @@ def test_matched_windows_have_the_latent_channels_of_the_first(longer, images, o
         assert torch.equal(one[0], other[0]) and (one[1:] - one[:1]).abs().max() > 1e-3
         assert torch.allclose(other, other[:1].expand_as(other), atol=1e-5)
     assert torch.equal(before[:, :, :held], after[:, :, :held])
-    own, first = ([part[:, None, None, None] for part in values] for values in ((
-        before[0, :, held:].mean((1, 2, 3)), before[0, :, held:].std((1, 2, 3), correction=0)
-    ), (free.latents.means[0], free.latents.spreads[0])))
+    own, first = (
+        [part[:, None, None, None] for part in values]
+        for values in (
+            (before[0, :, held:].mean((1, 2, 3)), before[0, :, held:].std((1, 2, 3), correction=0)),
+            (free.latents.means[0], free.latents.spreads[0]),
+        )
+    )
     by_hand = (before[0, :, held:] - own[0]) / own[1] * first[1] + first[0]
     assert torch.allclose(after[0, :, held:], by_hand, atol=1e-4)
     again = drawer.family.encode_frames(drawer.pipe, 2 * bound.frames[-9:][:overlap].transpose(0, 1)[None] - 1)
@@ -570,8 +574,8 @@ def test_the_command_writes_a_long_video_and_says_how_it_is_joined(longer, image
     (first, second, third), units = video.latents.means, video.latents.spreads
     away = [(((means - first) / units[0]) ** 2).mean().sqrt() for means in (second, third)]
     share = [(spreads / units[0]).mean() for spreads in units[1:]]
-    assert f"means 0.00, {away[0]:.2f}, {away[1]:.2f} spreads away" in said
-    assert f"; spreads 1.00, {share[0]:.2f}, {share[1]:.2f} of its own" in said
+    assert f"mean off the first window's by 0.00, {away[0]:.2f}, {away[1]:.2f} of its spread" in said
+    assert f"; spread 1.00, {share[0]:.2f}, {share[1]:.2f} of its own" in said
     parts = [whole[4 * k : 4 * k + 9].double() for k in range(3)]
     assert line["means"] == pytest.approx([part.mean().item() for part in parts])
     bend = seam_bend(whole[None].double(), 9, 5)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepdistill.core.errors import ConfigError
 from stepdistill.students.draw import latent_drift
-from stepdistill.students.draw.latent_drift import Ends, channel_statistics, matched_to_first
+from stepdistill.students.draw.latent_drift import Ends, matched_to_first
 from stepdistill.students.draw.windows import stitched
 
 
@@ -128,7 +128,7 @@ def test_a_spread_that_is_too_small_shrinks_the_variance_to_its_square(rho):
     assert covariance[-1, -1].item() == pytest.approx(0.81, rel=1e-3)
 
 
-RHO, BIAS, SHARE, PLACES, WINDOWS = 0.85, 0.05, 0.9, 100_000, 40
+RHO, BIAS, SHARE, PLACES, WINDOWS = 0.85, 0.05, 0.9, 20_000, 25
 
 
 def drifting(held: int, new: int) -> tuple[Tensor, Ends]:
@@ -162,12 +162,11 @@ def stitched_drift(held: int, new: int, *, match: bool) -> Tensor:
 def a_planted_drift_is_there_and_vanishes() -> None:
     free, bound = (stitched_drift(1, 1, match=match) for match in (False, True))
     assert torch.equal(free[:, :, :2], bound[:, :, :2])
-    (means, spreads), (held_means, held_spreads) = (
-        channel_statistics(video[0].transpose(0, 1)[..., None]) for video in (free, bound)
-    )
+    means, held_means = (video[0, ..., 0].mean(2).T for video in (free, bound))  # (frames, 2)
+    spreads, held_spreads = (video[0, ..., 0].std(2, correction=0).T for video in (free, bound))
     for k in (1, 4, WINDOWS - 1):  # frame 1 + k is the k-th that a later window adds
         left = RHO ** (2 * k)
-        assert means[1 + k].tolist() == pytest.approx([3 + BIAS * (1 - RHO**k) / (1 - RHO), -1], abs=0.015)
+        assert means[1 + k].tolist() == pytest.approx([3 + BIAS * (1 - RHO**k) / (1 - RHO), -1], abs=0.03)
         assert spreads[1 + k].square().tolist() == pytest.approx([1, left + SHARE**2 * (1 - left)], abs=0.03)
     assert torch.allclose(held_means[1:], held_means[1].expand(WINDOWS, 2), rtol=0, atol=1e-9)
     assert torch.allclose(held_spreads[1:], held_spreads[1].expand(WINDOWS, 2), rtol=0, atol=1e-9)
@@ -189,11 +188,13 @@ def the_overlap_stays_and_each_sample_has_its_own() -> None:
     latents = torch.cat([latents, latents + 1])
     made = matched_to_first(lambda given, number: latents, both, 2)(both, 1)
     assert torch.equal(made[:, :, :2], latents[:, :, :2])
-    expected = channel_statistics(both[:, :, 2:])
-    for one, other in zip(channel_statistics(made[:, :, 2:]), expected, strict=True):
-        assert torch.allclose(one, other, rtol=0, atol=1e-9)
+    (means, spreads), (expected, unit) = (
+        (part.mean((2, 3, 4)), part.std((2, 3, 4), correction=0)) for part in (made[:, :, 2:], both[:, :, 2:])
+    )
+    assert torch.allclose(means, expected, rtol=0, atol=1e-9)
+    assert torch.allclose(spreads, unit, rtol=0, atol=1e-9)
     level = matched_to_first(lambda given, number: torch.full_like(both, 7.0), both, 2)(both, 1)[:, :, 2:]
-    assert torch.allclose(level, expected.means[:, :, None, None, None].expand_as(level), rtol=0, atol=1e-9)
+    assert torch.allclose(level, expected[:, :, None, None, None].expand_as(level), rtol=0, atol=1e-9)
 
 
 def test_the_overlap_stays_and_each_sample_has_its_own_statistics():
@@ -222,7 +223,9 @@ BUGS = {
         stitched, "video[:, :, -overlap:]", "video[:, :, :overlap]", test_frames_are_neither_lost_nor_doubled
     ),
     "means alone are matched": Bug(
-        matched_to_first, "spreads / own.spreads.clamp_min(LEAST_SPREAD)", "torch.ones_like(spreads)",
+        matched_to_first,
+        "spreads / own.spreads.clamp_min(LEAST_SPREAD)",
+        "torch.ones_like(spreads)",
         a_planted_drift_is_there_and_vanishes,
     ),
     "spreads alone are matched": Bug(
@@ -235,15 +238,20 @@ BUGS = {
         matched_to_first, "first[:, :, held:]", "first", the_overlap_stays_and_each_sample_has_its_own
     ),
     "the overlap is moved, too": Bug(
-        matched_to_first, "tensor_split([held], 2)", "tensor_split([0], 2)",
+        matched_to_first,
+        "tensor_split([held], 2)",
+        "tensor_split([0], 2)",
         the_overlap_stays_and_each_sample_has_its_own,
     ),
     "channels are matched together": Bug(
-        latent_drift.channel_statistics, "latents.flatten(2)",
-        "latents.flatten(1)[:, None].expand(-1, latents.shape[1], -1)", a_planted_drift_is_there_and_vanishes
+        latent_drift.channel_statistics,
+        "latents.flatten(2)",
+        "latents.flatten(1)[:, None].expand(-1, latents.shape[1], -1)",
+        a_planted_drift_is_there_and_vanishes,
     ),
     "samples are matched together": Bug(
-        latent_drift.channel_statistics, "latents.flatten(2)",
+        latent_drift.channel_statistics,
+        "latents.flatten(2)",
         "latents.transpose(0, 1).flatten(1)[None].expand(len(latents), -1, -1)",
         the_overlap_stays_and_each_sample_has_its_own,
     ),

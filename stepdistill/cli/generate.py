@@ -159,7 +159,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
         drawn_with = DrawOptions(steps=args.video_steps, height=args.height, width=args.width)
         last, last_call = both.video, both.video.call(drawn_with)
     long = None
-    if args.windows:
+    if (args.windows or 1) > 1:
         long = Windows(args.windows, args.overlap or 1, tuple(args.then), drawn_with, args.match_first_window)
         check_windows(last, last_call, long.overlap)
     stage = Stage(last, last_call, long)
@@ -215,7 +215,7 @@ def _check_windows(args: argparse.Namespace) -> None:
         why, todo = "each --then is the prompt of one more window", "raise --windows, or leave them out"
         raise ConfigError(problem(got, "fewer prompts than windows, of which there are several", why, todo))
     if windows == 1 and args.match_first_window:
-        why, todo = "those after the first one are changed", "raise --windows, or leave it out"
+        why, todo = "it changes those after the first one", "raise --windows, or leave it out"
         raise ConfigError(problem("--match-first-window of one window", "several windows", why, todo))
     if windows > 1 and not args.image and not args.video:
         why, todo = "only a student of image to video goes on from frames", "pass --image or --video, or no --windows"

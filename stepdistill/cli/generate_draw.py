@@ -28,9 +28,10 @@ from stepdistill.students.draw.call import PipelineCall
 from stepdistill.students.draw.filters import DrawnImage
 from stepdistill.students.draw.first_frame import covering
 from stepdistill.students.draw.image_then_video import ImageThenVideo, size_of
+from stepdistill.students.draw.latent_drift import ChannelStatistics, from_first
 from stepdistill.students.draw.pipeline import StudentPipeline
 from stepdistill.students.draw.sheet import image_grid, save_image
-from stepdistill.students.draw.windows import Windows
+from stepdistill.students.draw.windows import LongVideo, Windows
 
 Drawn = Iterator[tuple[DrawnImage, dict[str, Any]]]  # with what images.jsonl says of it beside its prompt
 
@@ -49,7 +50,8 @@ def each_of(stage: Stage, prompts: Sequence[str], args: argparse.Namespace) -> D
     with _as_asked(student, call, args) as call:
         drawn = long.draw(student, prompts, seeds, call) if long else student.draw(prompts, seeds, call, args.batch)
         for seed, one in zip(seeds, drawn, strict=True):
-            yield one, {"seed": seed, **_seams(one, stage)}
+            shown, seams = _shown(one, stage)
+            yield shown, {"seed": seed, **seams}
 
 
 def each_of_both(
@@ -73,8 +75,11 @@ def each_of_both(
     students = {name: {"source": str(place), "sha256": fingerprint(str(place))} for name, place in sources}
     later = [seed_of_video(seed) for seed in seeds]
     apart: list[tuple[float, float]] = []
-    for n, video in enumerate(both.draw_videos(prompts, later, stage.call, pixels, stage.long)):
-        apart.append(_distances(video.image, covering(pixels[n], size)))
+    given = (prompts, later, stage.call, pixels)
+    videos = both.draw_long_videos(*given, stage.long) if stage.long else both.draw_videos(*given)
+    for n, video in enumerate(videos):
+        shown, seams = _shown(video, stage)
+        apart.append(_distances(shown.image, covering(pixels[n], size)))
         facts = {
             "seed": later[n],
             "image": files[n].name,
@@ -82,7 +87,7 @@ def each_of_both(
             "image_distance": apart[n],
             **students,
         }
-        yield DrawnImage(video.image, images[n].flagged), facts | _seams(video, stage)
+        yield DrawnImage(shown.image, images[n].flagged), facts | seams
     first, second = np.mean(apart, 0)
     print(f"mean distance from the image, of 255: {first:.2f} of the first frame, {second:.2f} of the second")
 
@@ -158,28 +163,30 @@ def _distances(frames: Sequence[Image.Image], image: Tensor) -> tuple[float, flo
     return first, second
 
 
-def _seams(drawn: DrawnImage, stage: Stage) -> dict[str, Any]:
-    """How the windows of a video are joined, and how they drift from the first one; printed, too."""
+def _shown(drawn: DrawnImage | LongVideo, stage: Stage) -> tuple[DrawnImage, dict[str, Any]]:
+    """What is written, with what images.jsonl says of the windows."""
+    if isinstance(drawn, DrawnImage):
+        return drawn, {}
+    frames = to_uint8(drawn.frames)
+    return DrawnImage(images_of_clip(frames), False), _seams(frames.double(), drawn.latents, stage)
+
+
+def _seams(video: Tensor, latents: ChannelStatistics, stage: Stage) -> dict[str, Any]:
+    """How the windows of a video (T, 3, H, W) are joined, and how they drift from the first one; printed, too."""
     _, call, long = stage
-    if long is None or long.windows == 1 or drawn.windows is None:
-        return {}
+    assert long is not None
     window, overlap = call.arguments["num_frames"], long.overlap
-    video = torch.from_numpy(np.stack([np.asarray(frame) for frame in drawn.image])).double()
     bend = seam_bend(video[None], window, overlap)
     ratio = (bend.seam / bend.inside).item()
     parts = [video[k * (window - overlap) :][:window] for k in range(long.windows)]
     means, spreads = [part.mean().item() for part in parts], [part.std().item() for part in parts]
     print(f"seam bend {ratio:.2f} times that inside; by window: mean grey level", end=" ")
     print(", ".join(f"{mean:.1f}" for mean in means), "; spread", ", ".join(f"{spread:.1f}" for spread in spreads))
-    (first, *_), (unit, *_) = drawn.windows
-    off = ((drawn.windows.means - first) / unit).square().mean(1).sqrt().tolist()
-    share = (drawn.windows.spreads / unit).mean(1).tolist()
-    print("latent channels: means", ", ".join(f"{value:.2f}" for value in off), "spreads away from the first", end=" ")
-    print("; spreads", ", ".join(f"{value:.2f}" for value in share), "of its own")
+    off, share = (", ".join(f"{value:.2f}" for value in values.tolist()) for values in from_first(latents))
+    print(f"latent channels by window: mean off the first window's by {off} of its spread; spread {share} of its own")
     facts = {"windows": long.windows, "overlap": overlap, "match_first_window": long.match_first_window}
     drift = {"seam_bend": ratio, "means": means, "spreads": spreads}
-    latents = {f"latent_{name}": values.tolist() for name, values in drawn.windows._asdict().items()}
-    return facts | drift | latents
+    return facts | drift | {f"latent_{name}": values.tolist() for name, values in latents._asdict().items()}
 
 
 def _sheet(clips: Sequence[Sequence[Image.Image]], prompts: Sequence[str], each: int) -> Image.Image:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from diffusers import DiffusionPipeline
 
 from stepdistill.families.base import Family
-from stepdistill.students.draw.latent_drift import ChannelStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +20,10 @@ class DrawnImage(NamedTuple):
 
     Args:
         image: of the type that the call's `output_type` says.
-        windows: (W, C) of a long video's windows.
     """
 
     image: Any
     flagged: bool
-    windows: ChannelStatistics | None = None
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from stepdistill.students.draw.filters import DrawnImage
 from stepdistill.students.draw.first_frame import covering
 from stepdistill.students.draw.loras import weigh_loras
 from stepdistill.students.draw.pipeline import StudentPipeline
-from stepdistill.students.draw.windows import Windows
+from stepdistill.students.draw.windows import LongVideo, Windows
 from stepdistill.students.load import folder_of, load_student
 
 VIDEO = "video"  # the adapter's name, beside that of the image's student
@@ -92,24 +92,27 @@ class ImageThenVideo:
             yield DrawnImage(pixels[0] if pixels.ndim == 4 else pixels, drawn.flagged)  # a video family's has one frame
 
     def draw_videos(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        call: PipelineCall,
-        images: Sequence[Tensor],
-        long: Windows | None = None,
+        self, prompts: Sequence[str], seeds: Sequence[int], call: PipelineCall, images: Sequence[Tensor]
     ) -> Iterator[DrawnImage]:
         """A video of each prompt that begins with its image, as a list of frames.
 
         The image is handed on in floats. It is resized and cropped to the size of the call, as in training.
         """
+        for prompt, seed, begun in zip(prompts, seeds, self._begun(call, images), strict=True):
+            yield from self.video.draw([prompt], [seed], begun)
+
+    def draw_long_videos(
+        self, prompts: Sequence[str], seeds: Sequence[int], call: PipelineCall, images: Sequence[Tensor], long: Windows
+    ) -> Iterator[LongVideo]:
+        """As `draw_videos`, of several windows."""
+        for prompt, seed, begun in zip(prompts, seeds, self._begun(call, images), strict=True):
+            yield from long.draw(self.video, [prompt], [seed], begun)
+
+    def _begun(self, call: PipelineCall, images: Sequence[Tensor]) -> Iterator[PipelineCall]:
+        """The call of the video's student with each image. The network has that student's LoRA alone."""
         self._wear(self.video, (VIDEO,))
-        for prompt, seed, image in zip(prompts, seeds, images, strict=True):
-            begun = call.plus(image=covering(image, size_of(call))[None])
-            if long is None:
-                yield from self.video.draw([prompt], [seed], begun)
-            else:
-                yield from long.draw(self.video, [prompt], [seed], begun)
+        for image in images:
+            yield call.plus(image=covering(image, size_of(call))[None])
 
 
 def size_of(call: PipelineCall) -> tuple[int, int]:

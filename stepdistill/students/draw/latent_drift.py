@@ -25,6 +25,16 @@ def channel_statistics(latents: Tensor) -> ChannelStatistics:
     return ChannelStatistics(values.mean(2), values.std(2, correction=0))
 
 
+def from_first(windows: ChannelStatistics) -> tuple[Tensor, Tensor]:
+    """How far windows (W, C) are from the first one, each (W,): its own are 0 and 1.
+
+    The first is the root mean square over channels of `(mean - mean_1) / std_1`, the second the mean of `std / std_1`.
+    """
+    means, spreads = windows
+    unit = spreads[0].clamp_min(LEAST_SPREAD)
+    return ((means - means[0]) / unit).square().mean(1).sqrt(), (spreads / unit).mean(1)
+
+
 def matched_to_first(ends: Ends, first: Tensor, held: int) -> Ends:
     """Windows whose new latent frames have the mean and standard deviation of the first window's, by channel.
 

@@ -12,14 +12,11 @@ from torch import Tensor
 
 from stepdistill.core.denoise import Condition, guided, with_held
 from stepdistill.core.errors import ConfigError, StudentError, problem
-from stepdistill.core.pixels import to_uint8
 from stepdistill.core.prediction import Estimate, estimate
 from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.families.image_to_video import ImageToVideo
-from stepdistill.students.draw.animation import images_of_clip
 from stepdistill.students.draw.call import PipelineCall
-from stepdistill.students.draw.filters import DrawnImage
 from stepdistill.students.draw.latent_drift import ChannelStatistics, channel_statistics, matched_to_first
 from stepdistill.students.draw.options import AS_TRAINED, DrawOptions, changed_sampler
 from stepdistill.students.draw.pipeline import StudentPipeline
@@ -69,13 +66,12 @@ class Windows:
 
     def draw(
         self, student: StudentPipeline, prompts: Sequence[str], seeds: Sequence[int], call: PipelineCall
-    ) -> Iterator[DrawnImage]:
-        """A video of each prompt, as a list of its frames."""
+    ) -> Iterator[LongVideo]:
+        """A video of each prompt."""
         for prompt, seed in zip(prompts, seeds, strict=True):
             each = [prompt, *self.then]
             how = (self.windows, self.overlap, seed, self.options, self.match_first_window)
-            video = long_video(student, each, call, *how)
-            yield DrawnImage(images_of_clip(to_uint8(video.frames)), False, video.latents)
+            yield long_video(student, each, call, *how)
 
 
 class LongVideo(NamedTuple):
@@ -141,7 +137,9 @@ def long_video(
     dtype = next(net.parameters()).dtype
     shape = family.latent_shape(pipe, call.arguments["height"], call.arguments["width"])
     frames, first = _first_window(student, prompts[0], seed, call, family, shape)
-    held = 1 + (overlap - 1) * (shape[1] - 1) // (call.arguments["num_frames"] - 1)  # the first latent frame is one frame
+    held = 1 + (overlap - 1) * (shape[1] - 1) // (
+        call.arguments["num_frames"] - 1
+    )  # the first latent frame is one frame
 
     def denoise(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
         with torch.autocast(x_t.device.type, dtype, enabled=dtype != torch.float32):
