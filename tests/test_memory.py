@@ -247,6 +247,7 @@ CASES = {
     "unet, checkpointed": sd(gradient_checkpointing=True),
     "sd3, checkpointed": sd3(DMD2(critic_steps=2), gradient_checkpointing=True),
     "accumulated": sd3(Regression(), gradient_accumulation_steps=3),
+    "weak to strong": sd3(DMD2(critic_steps=2, weak=0.25), mixed_precision="no"),
 }
 
 

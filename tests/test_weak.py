@@ -144,6 +144,24 @@ def test_a_strength_ends_with_its_call_also_after_an_error():
         assert torch.equal(fake(x, t, part.cond).x0, before)
 
 
+def nothing_more() -> None:
+    """What is formed at another strength is not kept; what the pass at full strength formed is, also afterwards."""
+    bone, part, scene = linear()
+    x, t = torch.randn(4, *SHAPE), torch.full((4,), 500.0)
+    with torch.no_grad(), bone.unchanged():
+        DMD.real_score(TEACHER, scene)(x, t, part.cond)
+        assert not bone._kept.values
+        scene.denoiser("fake")(x, t, part.cond)
+        full = list(bone._kept.values.values())
+        DMD.real_score(TEACHER, scene)(x, t, part.cond)
+        still = list(bone._kept.values.values())
+    assert len(full) == len(still) == 1 and still[0] is full[0]
+
+
+def test_no_weights_are_kept_at_another_strength():
+    nothing_more()
+
+
 def test_what_has_no_strength_is_refused():
     pipe = pipeline("sd")
     bone = backbone("sd", pipe)
@@ -185,9 +203,9 @@ BUGS = {
     "the rest of the strength": Bug(REAL, "at_strength(self.weak)", "at_strength(1 - self.weak)", ratio),
     "guidance by the fake score": Bug(REAL, "guided_by(weak, teacher", "guided_by(weak, weak", moved),
     "guidance turned around": Bug(denoise.guided_by, "(c - u)", "(u - c)", moved),
-    "one kept weight for all strengths": Bug(
-        lora_layers.merged_weight, "(id(layer), name, scale)", "(id(layer), name)", moved
-    ),
+    "one kept weight for all strengths": Bug(lora_layers.at_strength, "kept.open, False", "kept.open, True", moved),
+    "a weak weight that is kept": Bug(lora_layers.at_strength, "kept.open, False", "kept.open, True", nothing_more),
+    "nothing is kept any more": Bug(lora_layers.at_strength, "kept.open = opened", "kept.open = False", nothing_more),
     "a strength that stays": Bug(lora_layers.at_strength, "layer.set_scale(name, 1.0)", "pass", moved),
     "a LoRA without its alpha": Bug(
         lora_layers.at_strength, "layer.set_scale(name, strength)", "layer.scaling[name] = strength", ratio

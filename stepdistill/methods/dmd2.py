@@ -75,7 +75,9 @@ class DMD2(Averaged):
         weak: strength, in [0, 1), of the fake score's LoRA in the real score, which brings the two scores closer
             (weak-to-strong). The LoRA is in the prediction with the prompt alone, since the fake score never sees the
             empty prompt. Where predictions are linear in the LoRA, `fake - real` is (1 - weak) times that of the
-            teacher, at any `guidance_scale`, so that training ends at the same place. 0 is off.
+            teacher, at any `guidance_scale`, so that training ends at the same place. The LoRA is the fake score's
+            own, so that no further weights are held; with guidance the real score takes one more call of the network.
+            0 is off.
         regression_weight: lambda, weight of the squared distance from the teacher's samples of the same noise, for a
             student of one step; it needs pairs. The student then starts from their noise in every update. 0 disables
             it.

@@ -216,11 +216,11 @@ class Kept:
     """Weights with their LoRAs that are kept from pass to pass, for as long as no role changes.
 
     Args:
-        values: by layer, role and scale.
+        values: by layer and role, at the strength that a role is trained at.
     """
 
     open: bool = False
-    values: dict[tuple[int, str, float], Tensor] = field(default_factory=dict)
+    values: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -228,7 +228,7 @@ def merged_weight(layer: Any, name: str, weight: Tensor, a: Tensor, b: Tensor, s
     """The value of `W + s B A`; that of a small layer is kept if it may be."""
     if not layer.kept.open or torch.compiler.is_compiling() or weight.numel() > KEPT_NUMBERS:
         return add_lora(weight, a, b, scale)
-    key = (id(layer), name, scale)
+    key = (id(layer), name)
     if key not in layer.kept.values:
         layer.kept.values[key] = add_lora(weight, a, b, scale)
     return layer.kept.values[key]
@@ -272,12 +272,16 @@ def at_strength(net: nn.Module, name: str, strength: float) -> Iterator[None]:
         raise ValueError(
             f"role {name!r} is called at strength {strength} with gradients: call it under torch.no_grad()"
         )
-    layers = [layer for layer in net.modules() if isinstance(layer, peft_layers.LoraLayer)]
+    layers: list[Any] = [layer for layer in net.modules() if isinstance(layer, peft_layers.LoraLayer)]
+    kept = next((layer.kept for layer in layers if type(layer) in KINDS.values()), Kept())  # all have the same
+    # weights at another strength serve one pass: to keep them would hold the role's merged weights twice
+    opened, kept.open = kept.open, False
     try:
         for layer in layers:
             layer.set_scale(name, strength)
         yield
     finally:
+        kept.open = opened
         for layer in layers:
             layer.set_scale(name, 1.0)
 
