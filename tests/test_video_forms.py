@@ -190,6 +190,38 @@ def test_the_gradient_of_image_to_video_pulls_to_the_law_given_the_image(held):
     agrees(pulled[:, first:] * (c - mean[0])[:, None], -(s**2) * inverse @ real.slope * covariance[0, 0])
 
 
+@dataclass(frozen=True)
+class Noised:
+    """The generated frames given the image as it is noised with them: the exact estimate of a joint N(mean, S)."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Estimate:
+        est = process(self.mean, self.covariance)(x_t, t, cond)
+        return Estimate(*(with_held(part, cond) for part in est))
+
+
+@pytest.mark.parametrize(("s", "largest"), [(0.2, 0.02), (0.5, 0.24), (0.8, 0.77)])
+def test_a_critic_that_is_told_a_noised_image_pulls_away_from_the_law_given_the_image(s, largest):
+    """V2 (ii): at the true law E[g (c - m)] = K cov(x_s, c) - cov(x, c), not 0; K x_s is the joint estimate."""
+    frames, size = 6, 60_000
+    covariance, mean = smooth(frames, 3.0, 1e-3), torch.linspace(0.5, 1.5, frames).double()
+    real = conditional(covariance, mean)
+    c = mean[0] + covariance[0, 0].sqrt() * torch.randn(size, generator=torch.Generator().manual_seed(1)).double()
+    own = Continuing(torch.linalg.cholesky(real.covariance), real.slope, real.offset)
+    batch = Batch(tuple(range(size)), {HELD: c[:, None, None, None, None]}, (1, frames, 1, 1))
+    share = (1000 * s - 20) / 960
+    alpha = 1 - s
+    assert levels_at(share) == pytest.approx((alpha, s))
+    g, _ = gradient({"student": own, "fake": Noised(mean, covariance), TEACHER: real}, batch, share)
+    power = alpha**2 * covariance + s**2 * torch.eye(frames).double()
+    joint = alpha * covariance @ torch.linalg.solve(power, alpha * covariance[:, 0])
+    expected = (joint - covariance[:, 0])[1:]
+    assert expected.abs().max().item() == pytest.approx(largest, abs=5e-3) and not g[:, 0].any()
+    agrees(g[:, 1:] * (c - mean[0])[:, None], expected)
+
+
 def law(frames: int, covariance: Tensor, denoise: Callable[..., Estimate], steps: int) -> Tensor:
     """The covariance of what deterministic steps make of noise; the process has mean 0, so they are linear."""
     schedule = Flow()
