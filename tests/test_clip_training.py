@@ -13,13 +13,14 @@ from PIL import Image
 from tiny import FAMILIES, SIDE, pipeline
 from transformers import UMT5EncoderModel
 
-from stepdistill.core.errors import ConfigError
+from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.random import sample_rng
 from stepdistill.data import Clips, FixedCrops, ImageFolder, Stream
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.training.cache.precompute import precompute
 from stepdistill.training.checks import check_run
+from stepdistill.training.distill import dry_run
 from stepdistill.training.loop import training_loop
 from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run, TrainSpec
@@ -116,6 +117,26 @@ def test_numbers_of_frames_are_compared_before_anything_is_loaded(place, tmp_pat
     images = replace(run, family=replace(FAMILIES["sd"], pretrained_teacher_model="tiny-sd"))
     with pytest.raises(ConfigError, match="num_frames 5 of Clips with family StableDiffusion, expected images"):
         check_run(images)
+
+
+def test_clips_that_are_all_too_short_are_refused_before_anything_is_loaded(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(WanPipeline, "from_pretrained", lambda *given, **named: pytest.fail("loaded"))
+    run = run_of(place, tmp_path / "out")
+    longer = replace(run, family=replace(run.family, num_frames=17), data=replace(run.data, num_frames=17))
+    said = (
+        r"^got 5 clips, none of which can be used, the first .*clips/0: 9 frames, fewer than num_frames 17, expected "
+        r"clips of 17 frames: a sample has so many; use longer clips, lower data.num_frames and family.num_frames, or "
+        "raise data.frame_rate$"
+    )
+    for refused in (longer, replace(longer, data=FixedCrops(source=longer.data))):
+        with pytest.raises(DataError, match=said):
+            check_run(refused)
+    with pytest.raises(DataError, match="none of which can be used"):
+        dry_run(longer)
+    assert not any(tmp_path.iterdir())
+    for name, frames in {"a": 9, "b": 17}.items():
+        caption(write_frames(tmp_path / "clips" / name, moving(frames, SIDE, SIDE)))
+    check_run(replace(longer, data=replace(longer.data, train_data_dir=str(tmp_path / "clips"))))
 
 
 def test_images_are_no_videos(place, tmp_path):

@@ -42,12 +42,12 @@ def mp4_in_parts(place: Path) -> None:
 
 
 BUGS = {  # what cached properties compute is not among them: their code cannot be replaced
-    "times taken at their word": (Clips._picked, "/ 4  # a file", "* 0  # a file", rounded),
+    "times taken at their word": (Clips._starts, "/ 4  # a file", "* 0  # a file", rounded),
     "the frame after the time": (Clips._picked, 'side="right") - 1', 'side="right")', halved),
-    "the frame rate ignored": (Clips._picked, "self.frame_rate or own", "own", halved),
+    "the frame rate ignored": (Clips._starts, "self.frame_rate or own", "own", halved),
     "always from the first frame": (Clips._picked, "int(share * len(starts))", "0", STARTS),
-    "one start too few": (Clips._picked, "+ (self.num_frames - 1) * apart", "+ self.num_frames * apart", STARTS),
-    "a start where the clip ends": (Clips._picked, "(self.num_frames - 1) * apart", "0 * apart", SHORT),
+    "one start too few": (Clips._starts, "+ (self.num_frames - 1) * apart", "+ self.num_frames * apart", STARTS),
+    "a start where the clip ends": (Clips._starts, "(self.num_frames - 1) * apart", "0 * apart", SHORT),
     "no word of the header": (Clips._too_short, "clip.declared > 2 * apart + last", "False", CUT),
     "a crop a frame": (Clips.sample, "crop(image) for", "self.crop(i, rng)(image) for", ONE_CROP),
     "the start drawn first": (

@@ -24,6 +24,7 @@ from stepdistill.core.clip_files import (
     require_av,
     suffix_of,
 )
+from stepdistill.core.errors import DataError, problem
 from stepdistill.core.image_files import ImageFiles
 from stepdistill.data.base import BadSample, Sample
 from stepdistill.data.folder import ImageFolder
@@ -96,8 +97,25 @@ class Clips(ImageFolder):
             frames = [crop(image) for image in clip.frames(self._picked(i, clip, share))]
             return Sample(prompt=prompt, pixels=torch.stack(frames, 1), item=i)
 
-    def _picked(self, i: int, clip: ClipFile, share: float) -> list[int]:
-        """The numbers of the frames of a sample of item i that begins at a share, in [0, 1), of the possible starts."""
+    def check_lengths(self) -> None:
+        """Raise DataError where no clip holds `num_frames` frames. Clips are read up to the first that does."""
+        first = None
+        for i in range(len(self)):
+            try:
+                with self._guarded(i):
+                    self._starts(i, self.clip(i))
+            except BadSample as error:
+                first = first or error
+            else:
+                return
+        rate = "" if self.frame_rate is None else f" at {self.frame_rate:g} a second"
+        got, why = f"{len(self)} clips, none of which can be used, the first {first}", "a sample has so many"
+        todo = "use longer clips, lower data.num_frames and family.num_frames, or raise data.frame_rate"
+        raise DataError(problem(got, f"clips of {self.num_frames} frames{rate}", why, todo))
+
+    def _starts(self, i: int, clip: ClipFile) -> tuple[np.ndarray, np.ndarray, float, float]:
+        """Times of item i's frames, the numbers of those where a sample can begin, seconds between the frames of a
+        sample, and what a time may be off by. Raises BadSample where the clip is too short."""
         own = clip.rate or 1.0
         rate, times = (own, np.arange(len(clip))) if clip.times is None else (self.frame_rate or own, clip.times)
         apart = 1 / rate
@@ -105,6 +123,11 @@ class Clips(ImageFolder):
         starts = np.flatnonzero(times + (self.num_frames - 1) * apart <= times[-1:] + slack)
         if not len(starts):
             raise BadSample(self.name(i), self._too_short(clip, times, apart))
+        return times, starts, apart, slack
+
+    def _picked(self, i: int, clip: ClipFile, share: float) -> list[int]:
+        """The numbers of the frames of a sample of item i that begins at a share, in [0, 1), of the possible starts."""
+        times, starts, apart, slack = self._starts(i, clip)
         wanted = times[starts[int(share * len(starts))]] + apart * np.arange(self.num_frames)
         picked = np.searchsorted(times, wanted + slack, side="right") - 1
         self._note(i, times, picked)

@@ -30,7 +30,13 @@ from stepdistill.training.folder import check_data_folders, check_output_dir
 from stepdistill.training.lora_checks import check_assistant, check_loras, check_start_from
 from stepdistill.training.recipe import Run
 from stepdistill.training.setup import Session
-from stepdistill.training.video_checks import check_clip_frames, check_first_frame_size, check_first_frames, provided
+from stepdistill.training.video_checks import (
+    check_clip_frames,
+    check_clip_lengths,
+    check_first_frame_size,
+    check_first_frames,
+    provided,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +264,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
         check_sharding,
         check_data,
         check_clip_frames,
+        check_clip_lengths,
         check_first_frames,
     ),
     *(check_reference_file, check_export_formats, check_loras, check_start_from, check_assistant, check_output_dir),

@@ -38,6 +38,13 @@ def check_clip_frames(run: Run) -> None:
             raise ConfigError(problem(got, f"{rate:g}, as family.frame_rate says", why, "make the two numbers equal"))
 
 
+def check_clip_lengths(run: Run) -> None:
+    """Some clip is long enough."""
+    for source in inside(run.data):
+        if isinstance(source, Clips):
+            source.check_lengths()
+
+
 def check_first_frames(run: Run) -> None:
     """A family that continues images has one for each sample and each validation prompt; others have none."""
     prompts, images = len(run.train.validation_prompts), len(run.train.validation_images)
