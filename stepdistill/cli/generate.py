@@ -116,7 +116,7 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
 
 
 def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.cli.generate_draw import Stage, each_of, each_of_both, write_each
+    from stepdistill.cli.generate_draw import DrawingStage, each_of, each_of_both, write_each
     from stepdistill.core.devices import usable_device
     from stepdistill.evaluation.records import prompt_of, read_records
     from stepdistill.students.contract import read_contracts, teacher
@@ -162,7 +162,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
     if (args.windows or 1) > 1:
         long = Windows(args.windows, args.overlap or 1, tuple(args.then), drawn_with, args.match_first_window)
         check_windows(last, last_call, long.overlap)
-    stage = Stage(last, last_call, long)
+    stage = DrawingStage(last, last_call, long)
     drawn = each_of_both(both, call, stage, repeated, args) if both else each_of(stage, repeated, args)
     networks = [one.family.network(one.pipe) for one in (student, last)]
     write_each(drawn, repeated, args, stale, suffix, networks, frame_rate_of(family))

@@ -27,7 +27,7 @@ from stepdistill.students.draw.base_first import base_first
 from stepdistill.students.draw.call import PipelineCall
 from stepdistill.students.draw.filters import DrawnImage
 from stepdistill.students.draw.first_frame import covering
-from stepdistill.students.draw.image_then_video import ImageThenVideo, size_of
+from stepdistill.students.draw.image_then_video import ImageThenVideo, size_of_call
 from stepdistill.students.draw.latent_drift import ChannelStatistics, from_first
 from stepdistill.students.draw.pipeline import StudentPipeline
 from stepdistill.students.draw.sheet import image_grid, save_image
@@ -36,7 +36,7 @@ from stepdistill.students.draw.windows import LongVideo, Windows
 Drawn = Iterator[tuple[DrawnImage, dict[str, Any]]]  # with what images.jsonl says of it beside its prompt
 
 
-class Stage(NamedTuple):
+class DrawingStage(NamedTuple):
     """A student, its call, and how many windows its videos have; None of images and short videos."""
 
     student: StudentPipeline
@@ -44,7 +44,7 @@ class Stage(NamedTuple):
     long: Windows | None = None
 
 
-def each_of(stage: Stage, prompts: Sequence[str], args: argparse.Namespace) -> Drawn:
+def each_of(stage: DrawingStage, prompts: Sequence[str], args: argparse.Namespace) -> Drawn:
     """What one student draws."""
     (student, call, long), seeds = stage, _seeds(prompts, args)
     with _as_asked(student, call, args) as call:
@@ -55,7 +55,7 @@ def each_of(stage: Stage, prompts: Sequence[str], args: argparse.Namespace) -> D
 
 
 def each_of_both(
-    both: ImageThenVideo, image: PipelineCall, stage: Stage, prompts: Sequence[str], args: argparse.Namespace
+    both: ImageThenVideo, image: PipelineCall, stage: DrawingStage, prompts: Sequence[str], args: argparse.Namespace
 ) -> Drawn:
     """What two students draw, one after the other; the images are written, too.
 
@@ -69,7 +69,7 @@ def each_of_both(
     files = [args.output / f"{n:05d}.png" for n in range(len(images))]
     for drawn, file in zip(images, files, strict=True):
         save_image(images_of_clip(to_uint8(drawn.image[None]))[0], file)
-    pixels, size = [drawn.image for drawn in images], size_of(stage.call)
+    pixels, size = [drawn.image for drawn in images], size_of_call(stage.call)
     _say_sizes(pixels, size)
     sources = (("image_student", args.student), ("video_student", args.video))
     students = {name: {"source": str(place), "sha256": fingerprint(str(place))} for name, place in sources}
@@ -163,7 +163,7 @@ def _distances(frames: Sequence[Image.Image], image: Tensor) -> tuple[float, flo
     return first, second
 
 
-def _shown(drawn: DrawnImage | LongVideo, stage: Stage) -> tuple[DrawnImage, dict[str, Any]]:
+def _shown(drawn: DrawnImage | LongVideo, stage: DrawingStage) -> tuple[DrawnImage, dict[str, Any]]:
     """What is written, with what images.jsonl says of the windows."""
     if isinstance(drawn, DrawnImage):
         return drawn, {}
@@ -171,7 +171,7 @@ def _shown(drawn: DrawnImage | LongVideo, stage: Stage) -> tuple[DrawnImage, dic
     return DrawnImage(images_of_clip(frames), False), _seams(frames.double(), drawn.latents, stage)
 
 
-def _seams(video: Tensor, latents: ChannelStatistics, stage: Stage) -> dict[str, Any]:
+def _seams(video: Tensor, latents: ChannelStatistics, stage: DrawingStage) -> dict[str, Any]:
     """How the windows of a video (T, 3, H, W) are joined, and how they drift from the first one; printed, too."""
     _, call, long = stage
     assert long is not None

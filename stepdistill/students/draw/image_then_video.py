@@ -112,10 +112,10 @@ class ImageThenVideo:
         """The call of the video's student with each image. The network has that student's LoRA alone."""
         self._wear(self.video, (VIDEO,))
         for image in images:
-            yield call.plus(image=covering(image, size_of(call))[None])
+            yield call.plus(image=covering(image, size_of_call(call))[None])
 
 
-def size_of(call: PipelineCall) -> tuple[int, int]:
+def size_of_call(call: PipelineCall) -> tuple[int, int]:
     """Height and width in pixels of what a student's call draws."""
     return call.arguments["height"], call.arguments["width"]
 
