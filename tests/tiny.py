@@ -23,6 +23,7 @@ from diffusers import (
     FluxControlNetModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     PixArtAlphaPipeline,
@@ -62,6 +63,7 @@ from stepdistill.families.base import Family
 from stepdistill.families.flux import Flux
 from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.families.ltx import LTX
+from stepdistill.families.ltx_image import LTXImageToVideo
 from stepdistill.families.pixart_alpha import PixArtAlpha
 from stepdistill.families.pixart_sigma import PixArtSigma
 from stepdistill.families.sana import Sana
@@ -118,6 +120,7 @@ CONTINUING: dict[str, ImageToVideo] = {
     "wan_concat": WanConcatImageToVideo(
         pretrained_teacher_model="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", num_frames=5, sample_size=(32, 32)
     ),
+    "ltx_image": LTXImageToVideo(**vars(FAMILIES["ltx"])),
 }
 
 
@@ -158,6 +161,8 @@ def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
             return wan_concat()
         case "ltx":
             return ltx()
+        case "ltx_image":
+            return ltx_image()
     return pixart(name, vae)
 
 
@@ -303,11 +308,12 @@ def wan_concat(clip: bool = True, **more: Any) -> WanImageToVideoPipeline:
     return WanImageToVideoPipeline(**parts, image_encoder=encoder, image_processor=processor, **more)
 
 
-def ltx(timed: bool = False) -> LTXPipeline:
+def ltx(timed: bool = False, scaling: float = 0.8) -> LTXPipeline:
     """LTX-Video's shape, with latents of 4 x 3 x 8 x 8 for five frames of 32 pixels; a dynamic shift, as on the hub.
 
     Args:
         timed: whether the autoencoder is told a time, as since version 0.9.1.
+        scaling: factor of the latents; 1 in the published ones.
     """
     encoder, letters = t5(32)
     vae = AutoencoderKLLTXVideo(
@@ -325,7 +331,7 @@ def ltx(timed: bool = False) -> LTXPipeline:
         upsample_factor=(1,),
         timestep_conditioning=timed,
         patch_size=2,
-        scaling_factor=0.8,
+        scaling_factor=scaling,
     ).eval()
     vae.latents_mean[:] = torch.tensor([0.1, -0.2, 0.3, 0.0])
     vae.latents_std[:] = torch.tensor([0.9, 1.1, 1.3, 0.7])
@@ -346,6 +352,10 @@ def ltx(timed: bool = False) -> LTXPipeline:
             use_dynamic_shifting=True, shift_terminal=0.1, base_shift=0.95, max_shift=2.05
         ),
     )
+
+
+def ltx_image(timed: bool = False) -> LTXImageToVideoPipeline:
+    return LTXImageToVideoPipeline(**ltx(timed, 1.0).components)
 
 
 def sana(sprint: bool = False) -> SanaPipeline:

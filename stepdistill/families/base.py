@@ -194,6 +194,10 @@ class Family(ABC):
         """Latents (B, C, height, width) from the pipeline's form."""
         return packed
 
+    def fresh(self, latents: Tensor) -> Tensor:
+        """Noise like `latents`, of the global generator, in the order in which the pipeline's scheduler draws it."""
+        return self.unpack(torch.randn_like(self.pack(latents)), *latents.shape[-2:])
+
     def time(self, net: nn.Module, given: float) -> float:
         """The scheduler's timestep for the number `given` that the pipeline passes to its network."""
         return given
@@ -289,8 +293,7 @@ class Family(ABC):
 
     @abstractmethod
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
-        """A network with the inputs and outputs of `net`, about `width` of its channels (in (0, 1)) and fresh weights.
-        What the loss cannot reach is no parameter of it, so that every parameter learns."""
+        """A fresh network like `net` of about `width` (in (0, 1)) of its channels; the loss reaches every parameter."""
 
     def save_lora(self, folder: Path, state: dict[str, Tensor], config: dict[str, Any], file: str = WEIGHTS) -> None:
         """Write a LoRA with its metadata, as Diffusers' loaders read it."""

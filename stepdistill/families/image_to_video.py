@@ -55,6 +55,10 @@ class ImageToVideo(Family):
             images: (B, 3, H, W), that they were made from; None where these are not known.
         """
 
+    def started(self, pipe: DiffusionPipeline, noise: Tensor, images: Tensor) -> Tensor:
+        """The latents (B, C, F, h, w) that the pipeline is given, of noise and images (B, 3, H, W) in [-1, 1]."""
+        return noise
+
     @abstractmethod
     def overlaps(self, pipe: DiffusionPipeline, frames: int) -> Sequence[int]:
         """How many frames, ascending, a window of `frames` frames can begin with."""

@@ -35,6 +35,7 @@ class Needs:
         optional: components that a pipeline of the family may lack.
         relatives: classes of pipelines that have the same parts, besides those for other tasks of the same model.
         network: what settings of the denoiser's config must be.
+        vae: what those of the autoencoder's must be.
         width: the setting of it that is the width of a prompt's embedding, and the text encoders whose widths add up
             to it.
         places: latents of one channel that the network takes as one token's channels.
@@ -52,6 +53,7 @@ class Needs:
     optional: frozenset[str] = frozenset()
     relatives: tuple[str, ...] = ()
     network: Mapping[str, Any] = field(default_factory=dict)
+    vae: Mapping[str, Any] = field(default_factory=dict)
     width: tuple[str, tuple[str, ...]]
     places: int = 1
     shifts_latents: bool = False
@@ -227,10 +229,12 @@ def _checked_configs(
     if isinstance(net[setting], int) and all(name in parts for name in encoders):
         wanted[setting] = sum(_width(where, revision, name, _class_of(parts[name])) for name in encoders)
     todo = "choose the family of this model in family.type, or another teacher"
-    for key, value in wanted.items():
-        if net.get(key) != value:
-            got, why = f"a {network} of {where} with {key} {net.get(key)!r}", "it takes other inputs than the family's"
-            raise ConfigError(problem(got, repr(value), why, todo))
+    inputs, latents = "it takes other inputs than the family's", "the family's pipeline takes its latents otherwise"
+    for name, config, settings, why in ((network, net, wanted, inputs), ("vae", vae, needs.vae, latents)):
+        for key, value in settings.items():
+            if config.get(key) != value:
+                got = f"a {name} of {where} with {key} {config.get(key)!r}"
+                raise ConfigError(problem(got, repr(value), why, todo))
     colours = 3 * (vae.get("patch_size") or 1) ** 2 if needs.counts_patches else 3
     for key in ("in_channels", "out_channels"):
         if vae.get(key, colours) != colours:

@@ -133,8 +133,9 @@ class _Subject:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             self.cond, self.null = family.condition(plain, self.prompts), family.unconditional(plain)
             if isinstance(family, ImageToVideo):
-                first = family.first_frame(plain, pixels[None].to(self.device) / 127.5 - 1)
-                self.cond = {**self.cond, **first}
+                begun = pixels[None].to(self.device) / 127.5 - 1
+                self.cond = {**self.cond, **family.first_frame(plain, begun)}
+                self.noise = family.started(plain, self.noise, begun)
                 self.image = {"image": image_of(pixels)}  # an image file: of tensors Diffusers gives CLIP another one
         self.sampler = contract.sampler()
         self.schedule = family.schedule(pipe.scheduler)
@@ -145,8 +146,7 @@ class _Subject:
 
     def fresh(self, i: int) -> Tensor:
         """The noise after step i, in the order of the pipeline's draws."""
-        packed = torch.randn_like(self.family.pack(self.noise))
-        return self.family.unpack(packed, *self.noise.shape[-2:])
+        return self.family.fresh(self.noise)
 
     def sample(self, role: str) -> Tensor:
         """The final latents (B, C, H, W) of a role by the library's own sampler."""

@@ -168,16 +168,21 @@ def generate(
         for start in tqdm(range(0, len(prompts), batch), desc=call.name, disable=not progress, leave=False):
             ids = numbers[start : start + batch]
             fresh = [fresh_noise(seed, i) for i in ids]
+            noise = torch.stack([noise_of(seed, i, shape) for i in ids]).to(drawer.device)
+            given: dict[str, Any] = {"generator": fresh}
+            if isinstance(family, ImageToVideo) and images is not None:
+                begun = to_uint8(images[start])
+                noise = family.started(drawer, noise, begun[None].to(drawer.device) / 127.5 - 1)
+                # as an image: of tensors Diffusers gives an image encoder values that are 255 times too small
+                given = {"generator": fresh[0], "image": image_of(begun)}
             with seeded_steps(family, call.scheduler, fresh):
                 drawn = drawer(  # pyright: ignore[reportCallIssue, reportIndexIssue]
                     prompt=list(prompts[start : start + batch]),
-                    latents=family.pack(torch.stack([noise_of(seed, i, shape) for i in ids]).to(drawer.device)),
-                    generator=fresh,
+                    latents=family.pack(noise),
                     height=height,
                     width=width,
                     output_type="pt",
-                    # as an image: of tensors Diffusers gives an image encoder values that are 255 times too small
-                    **({"image": image_of(to_uint8(images[start]))} if begins and images is not None else {}),
+                    **given,
                     **each(arguments, len(ids)),
                 )[0]
             batches.append(to_uint8(drawn.float().cpu().clamp(0, 1)))

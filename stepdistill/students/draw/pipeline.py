@@ -17,6 +17,7 @@ from stepdistill.core.cost import Cost
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.families.controlled import load_controlled
+from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.families.prompt_limits import warn_of_cut
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.pipeline_loras import fuse_loras
@@ -234,6 +235,7 @@ class StudentPipeline:
         warn_of_cut(self.family, self.pipe, prompts)
         stochastic = call.scheduler.config.get("stochastic_sampling", False) or "controlnet" in self.pipe.components
         alone = not self.family.seeds_steps and stochastic  # SD3 draws the control's latents from no given generator
+        alone |= isinstance(self.family, ImageToVideo)  # LTX-Video's takes one image and one generator a call
         size, several = 1 if alone else batch, isinstance(self.loaded, Students)
         cuda = [self.pipe.device] if self.pipe.device.type == "cuda" else []
         for start in range(0, len(prompts), size):
@@ -244,9 +246,10 @@ class StudentPipeline:
                 else:
                     generators = [torch.Generator().manual_seed(seed) for seed in batch_seeds]
                 given = {"output_type": "pil"} | each(call.arguments, len(some))  # videos are arrays by default
-                given |= {"generator": generators}
-                # by name: in a pipeline of image to video the prompt is the second argument
-                drawn = self.drawer(some, **given) if several else self.drawer(prompt=some, **given)
+                if several:
+                    drawn = self.drawer(some, generator=generators, **given)
+                else:  # by name: in a pipeline of image to video the prompt is the second argument
+                    drawn = self.drawer(prompt=some, generator=generators[0] if alone else generators, **given)
             order = range(len(some))
             if several:  # each draws its share at once
                 order = [i for places in self.loaded.route(some).values() for i in places]
