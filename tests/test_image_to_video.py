@@ -28,7 +28,7 @@ from stepdistill.evaluation.first_frames import FirstFrames
 from stepdistill.evaluation.metrics.motion import image_distance, seam_bend
 from stepdistill.evaluation.run import evaluate
 from stepdistill.evaluation.spec import EvalRun
-from stepdistill.families.held_image import token_times
+from stepdistill.families.held_image import held_times
 from stepdistill.families.wan_image import WanImageToVideo
 from stepdistill.methods.base import Batch, Method, StepContext
 from stepdistill.methods.consistency import Consistency
@@ -459,7 +459,7 @@ BUGS = {
     "the input is not held": Bug(
         WanImageToVideo.call, "with_held(x_t, cond)", "x_t", the_frame_stays_and_what_lies_in_its_place_has_no_effect
     ),
-    "one time for all": Bug(token_times, "] = 0", "] *= 1", the_network_is_told_the_image_and_time_0_there),
+    "one time for all": Bug(held_times, "] = 0", "] *= 1", the_network_is_told_the_image_and_time_0_there),
     "the mean over all": Bug(
         normalised, "free_part((x0 - real).abs(), cond)", "(x0 - real).abs()", the_normaliser_counts_free_entries
     ),

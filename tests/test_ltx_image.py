@@ -246,7 +246,8 @@ def test_windows_begin_with_whole_chunks(students, first, overlap):
     assert whole.shape == (5 + 5 - overlap, 3, HEIGHT, WIDTH)
     (plain,) = student.draw(["red apple"], [4], call.plus(output_type="pt"))
     assert torch.equal(whole[:5], plain.image.float())
-    family, pipe = student.family, student.pipe
+    family: Any = student.family
+    pipe = student.pipe
     cond = {
         **family.condition(pipe, ["rose"]),
         **family.first_frames(pipe, 2 * whole[None, 5 - overlap : 5].transpose(1, 2) - 1),
@@ -305,8 +306,8 @@ def started_from_the_image() -> None:
 FRESH = "torch.cat([latents[:, :, :1], torch.randn_like(latents[:, :, 1:].contiguous())], 2)"
 BUGS = {
     "the input is not held": Bug(LTXImageToVideo.call, "with_held(x_t, cond)", "x_t", plain_steps),
-    "one time for all": Bug(held_image.token_times, "] = 0", "] *= 1", plain_steps),
-    "the second frame is held, too": Bug(held_image.token_times, "shape[2]]", "shape[2] + 1]", plain_steps),
+    "one time for all": Bug(held_image.held_times, "] = 0", "] *= 1", plain_steps),
+    "the second frame is held, too": Bug(held_image.held_times, "shape[2]]", "shape[2] + 1]", plain_steps),
     "fresh noise of all frames": Bug(LTXImageToVideo.fresh, FRESH, "torch.randn_like(latents)", renoised_steps),
     "fresh noise in the order of tokens": Bug(
         LTXImageToVideo.fresh,

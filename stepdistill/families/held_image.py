@@ -18,7 +18,7 @@ from stepdistill.families.video import Video
 class HeldImageToVideo(Video, ImageToVideo):
     """A family of image to video whose first latent frame is that of the image at every step.
 
-    The network is told time 0 for its tokens, see `token_times`. The autoencoder is causal: the latents of the image
+    The network is told time 0 for its tokens, see `held_times`. The autoencoder is causal: the latents of the image
     alone are the first latent frame of the video.
     """
 
@@ -30,7 +30,7 @@ class HeldImageToVideo(Video, ImageToVideo):
         return {HELD: latents[:, :, :1]}
 
 
-def token_times(t: Tensor, cond: Condition, frames: int, tokens: int) -> Tensor:
+def held_times(t: Tensor, cond: Condition, frames: int, tokens: int) -> Tensor:
     """The times (B, frames tokens) of each token of a video: 0 in the frames that are held, t (B,) in the others.
 
     Args:

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, LTXImageToVideoPipeline
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition, with_held
-from stepdistill.families.held_image import HeldImageToVideo, token_times
+from stepdistill.families.held_image import HeldImageToVideo, held_times
 from stepdistill.families.ltx_base import LTXBase, ltx_needs
 from stepdistill.families.parts import Needs
 
@@ -43,4 +43,4 @@ class LTXImageToVideo(LTXBase, HeldImageToVideo):
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         frames, height, width = x_t.shape[2:]
-        return self.velocity(net, with_held(x_t, cond), token_times(t, cond, frames, height * width), cond)
+        return self.velocity(net, with_held(x_t, cond), held_times(t, cond, frames, height * width), cond)

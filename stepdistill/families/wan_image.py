@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, WanImageToVideoPipeline
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition, with_held
-from stepdistill.families.held_image import HeldImageToVideo, token_times
+from stepdistill.families.held_image import HeldImageToVideo, held_times
 from stepdistill.families.parts import Needs
 from stepdistill.families.wan_base import CHUNK, WanBase, wan_needs
 
@@ -35,7 +35,7 @@ class WanImageToVideo(WanBase, HeldImageToVideo):
         _, rows, columns = (side // patch for side, patch in zip(x_t.shape[2:], config["patch_size"], strict=True))
         return net(
             with_held(x_t, cond),
-            timestep=token_times(t, cond, x_t.shape[2], rows * columns),
+            timestep=held_times(t, cond, x_t.shape[2], rows * columns),
             encoder_hidden_states=cond["states"],
             return_dict=False,
         )[0]
