@@ -242,7 +242,7 @@ def test_drawn_for_evaluation_from_the_image_and_the_noise_of_its_number(timed):
 def test_windows_begin_with_whole_chunks(students, first, overlap):
     student = StudentPipeline.load(students[1.0])
     call = continued(student.call(), first)
-    whole = long_video(student, ["red apple", "rose"], call, 2, overlap, seed=4)
+    whole = long_video(student, ["red apple", "rose"], call, 2, overlap, seed=4).frames
     assert whole.shape == (5 + 5 - overlap, 3, HEIGHT, WIDTH)
     (plain,) = student.draw(["red apple"], [4], call.plus(output_type="pt"))
     assert torch.equal(whole[:5], plain.image.float())
