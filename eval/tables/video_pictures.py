@@ -17,7 +17,7 @@ PROMPTS = ("animal mammal moving right", "food fruit growing", "face smiling spi
 FRAME_RATE = 8
 
 
-def draw_videos(name: str, folder: Path, method: str = "dmd2", steps: int = 4) -> None:
+def draw_videos(name: str, folder: Path, method: str = "regression", steps: int = 4) -> None:
     """Write `video.png` and `video.webp`: the teacher at full and at few steps, and a student, with equal seeds."""
     file = recipes(name, "video")[method]
     run, out = load_config(Run, file, []), trained(file)

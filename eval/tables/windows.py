@@ -1,4 +1,4 @@
-"""Long videos of an image-to-video student: how windows are joined, and how colours drift from one to the next."""
+"""Long videos of image-to-video students: how windows are joined, and how colours drift from one to the next."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ VIDEOS = 64
 UNSEEN = 1  # seed of the first frames; students are trained with those of seed 0
 
 
-def measure_windows(name: str, results: Results, method: str = "dmd2") -> None:
-    """Rows of one student, by overlap."""
-    file = recipes(name, "image_to_video")[method]
-    run, out = load_config(Run, file, []), trained(file)
-    student = StudentPipeline.of(run.family, out)
-    for overlap in OVERLAPS:
-        measure = partial(joined, student, overlap)
-        facts = {"config": config_digest(run), "windows": WINDOWS, "overlap": overlap}
-        results.once(f"{name}, windows/{method}/{overlap}", measure, **facts)
+def measure_windows(name: str, results: Results) -> None:
+    """Rows of each student, by overlap."""
+    for method, file in recipes(name, "image_to_video").items():
+        run, out = load_config(Run, file, []), trained(file)
+        student = StudentPipeline.of(run.family, out)
+        for overlap in OVERLAPS:
+            measure = partial(joined, student, overlap)
+            facts = {"config": config_digest(run), "windows": WINDOWS, "overlap": overlap}
+            results.once(f"{name}, windows/{method}/{overlap}", measure, **facts)
 
 
 def joined(student: StudentPipeline, overlap: int) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def joined(student: StudentPipeline, overlap: int) -> dict[str, Any]:
 
 
 def windows_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line for each overlap."""
+    """A line for each student and overlap."""
     lines = [
         "| student | overlap | bend at a seam over inside [95 %] | mean of windows 1 to 4 | spread |",
         "| --- " * 5 + "|",
