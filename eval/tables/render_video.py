@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tables.cells import excess_cell, span_cell
+from tables.cells import span_cell
 from tables.windows import WINDOWS, windows_table
 
 DISTANCES = {"frames": "fd_frames", "motion": "fd_motion", "by_motion": "fd_by_motion"}  # of a row, of a report
+DIGITS = {"frames": 0, "motion": 1, "by_motion": 1}
 TITLES = {"video": "From text", "image_to_video": "From a first frame and text"}
 
 
@@ -29,7 +30,7 @@ def kind_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     heads += [*(["from the image"] if begun else []), "nfe", "trained"]
     lines = [f"| excess of | steps | {' | '.join(heads)} |", "| --- " * (len(heads) + 2) + "|"]
     for key, row in rows.items():
-        cells = [excess_cell({"excess": row[name], "ci95": row[f"{name}_ci95"]}) for name in DISTANCES]
+        cells = [span_cell(row, name, digits) for name, digits in DIGITS.items()]
         cells += [span_cell(row, "ratio", 2), *([f"{row['image_distance']:.1f}"] if begun else []), f"{row['nfe']:.0f}"]
         taken = f"{row['train_steps']} steps, {row['train_seconds'] / 60:.1f} min" if "train_seconds" in row else "none"
         lines.append(f"| {key.split('/')[1]} | {row['steps']} | {' | '.join(cells)} | {taken} |")

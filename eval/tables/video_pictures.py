@@ -14,6 +14,7 @@ from stepdistill.training.recipe import Run
 from tables.recipes import recipes, trained
 
 PROMPTS = ("animal mammal moving right", "food fruit growing", "face smiling spinning", "transport ground moving left")
+IN_README = 2  # of the prompts
 FRAME_RATE = 8
 
 
@@ -28,5 +29,6 @@ def draw_videos(name: str, folder: Path, method: str = "regression", steps: int 
     rows = [(call.name, generate(pipe, call, PROMPTS, SEED_B)[0]) for call in calls]
     load_student(pipe, out)
     rows.append((own.name, generate(pipe, own, PROMPTS, SEED_B)[0]))
-    save_image(clip_sheet(rows, PROMPTS, columns=9, scale=2), folder / "video.png")
+    small = [(label, clips[:IN_README]) for label, clips in rows]
+    save_image(clip_sheet(small, PROMPTS[:IN_README], columns=5, scale=2), folder / "video.png")
     save_animation(animated_grid(rows, PROMPTS, scale=3), folder / "video.webp", FRAME_RATE)
