@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from tables import feedback, new_images, render, rise
-from tables.linear_share import linear_share
+from tables.linear_share import STARTS, linear_share
 from tables.recipes import recipes
 from torch import Tensor
 
@@ -81,7 +81,7 @@ def test_the_linear_share_of_rewards_that_are_known(reward, share, steps):
         z = torch.randn(4096, 4, generator=torch.Generator().manual_seed(2 * start + step))
         return reward(z), z
 
-    found = linear_share(draw, 40, steps)
+    found = linear_share(draw, STARTS, steps)
     assert found.value == pytest.approx(steps * share, abs=0.02)
     assert found.low - 0.01 < steps * share < found.high + 0.01
 

@@ -47,7 +47,7 @@ def linear_share(draw: Callable[[int, int], tuple[Tensor, Tensor]], starts: int,
             linear[i] += first @ last
             if k == 0:
                 total[i] = r.var()
-    return ratio_of_means(linear, total)
+    return ratio_of_means(linear, total, min(20, starts // 2))
 
 
 @torch.no_grad()
