@@ -86,7 +86,12 @@ BUGS = {
         'guided(context.denoiser("fake"), context.null, self.guidance_scale)(x_s, s, batch.cond).x0',
         starts,
     ),
-    "guidance lost": Bug(STUDENT, "context.null, self.guidance_scale", "context.null, 1.0", starts),
+    "guidance lost": Bug(
+        DMD2.real_score,
+        "w = context.denoiser(target), self.guidance_scale",
+        "w = context.denoiser(target), 1.0",
+        starts,
+    ),
     "scores at different noise": Bug(
         STUDENT,
         'context.denoiser("fake")(x_s, s, batch.cond)',
@@ -124,7 +129,10 @@ BUGS = {
     ),
     "VSD uphill": Bug(VSD.gradient, "(real - fake)", "(fake - real)", divergence),
     "VSD's fake score without its weight": Bug(
-        VSD.fake_loss, "alpha_t * est.eps, alpha_t * eps", "est.eps, eps", floor_vsd
+        VSD.fake_loss,
+        "free_part(alpha_t * est.eps, cond), free_part(alpha_t * eps, cond)",
+        "free_part(est.eps, cond), free_part(eps, cond)",
+        floor_vsd,
     ),
     "the prompt never dropped": Bug(
         VSD.fake_loss,
@@ -192,8 +200,8 @@ BUGS = {
     ),
     "tokens in columns": Bug(
         adversarial._map,
-        "reshape(len(features), -1, height, width)",
-        "reshape(len(features), -1, width, height).transpose(2, 3)",
+        "reshape(len(features), -1, *sides)",
+        "reshape(len(features), -1, *sides[::-1]).transpose(2, 3)",
         lambda: plumbing.test_features_are_those_of_a_whole_pass_which_ends_early("sd3"),
     ),
     "hook left behind": Bug(
@@ -205,7 +213,7 @@ BUGS = {
     # DisBack, whose release never changes its target
     "target stays the teacher": Bug(DisBack.target, 'f"waypoint_{left}" if left > 0 else TEACHER', "TEACHER", BACK),
     "path the wrong way": Bug(DisBack.target, 'f"waypoint_{left}"', 'f"waypoint_{self.waypoints - left}"', BACK),
-    "target not handed on": Bug(STUDENT, "context.denoiser(target)", "context.denoiser('teacher')", BACK),
+    "target not handed on": Bug(DMD2.real_score, "context.denoiser(target)", "context.denoiser('teacher')", BACK),
     "waypoints all the same": Bug(Backbone.average, "step < role.until", "True", BACK),
     "student moves while the way is recorded": Bug(DisBack.updates, "self.waypoints * self.recording_steps", "0", BACK),
 }

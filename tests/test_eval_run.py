@@ -194,11 +194,11 @@ def test_a_run_that_is_cut_goes_on_to_the_same(asked, tmp_path, monkeypatch):
     rng, drawn = random.Random(0), []
     real = StudentPipeline.generate
 
-    def draws(self: StudentPipeline, calls, prompts, seed, batch, numbers):
+    def draws(self: StudentPipeline, calls, prompts, seed, batch, numbers, **first):
         drawn.append((calls[0].name, tuple(numbers)))
         if rng.random() < 0.4:
             raise Cut
-        return real(self, calls, prompts, seed, batch, numbers)
+        return real(self, calls, prompts, seed, batch, numbers, **first)
 
     def writes(self: Store, name: str, start: int, values: Tensor) -> None:
         if rng.random() < 0.2:

@@ -161,7 +161,7 @@ def test_a_image_that_does_not_read_gives_its_place(place, tmp_path, caplog):
 def test_images_of_another_size_than_the_student_s_are_refused(place, tmp_path):
     larger = ImageFolder(train_data_dir=str(place / "images"), resolution=2 * SIDE)
     session = stage_of(place, source(place, tmp_path / "pairs", source=larger), "sd")
-    with pytest.raises(ConfigError, match="got images of 64 pixels, expected 32.*train.resolution"):
+    with pytest.raises(ConfigError, match="got images of 64 x 64 pixels, expected 32 x 32.*train.resolution"):
         make_data(session)
 
 

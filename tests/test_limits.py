@@ -54,6 +54,7 @@ ZERO = {  # the fields that may be 0
     *("boundary_weight", "kappa", "decode_timestep", "curriculum_steps", "max_time_probability"),
     *(
         "regression_weight",
+        "weak",
         "slope",
         "WhiteBorder.width",
         "weight",
@@ -72,7 +73,7 @@ EFFECTIVE = {  # with these every number of the class has an effect
     "RewardTerm": {"mean": 0.0, "std": 1.0, "slope": 1.0},
 }
 BEYOND = {  # above the largest value of a field
-    **dict.fromkeys(("ema_decay", "ema"), 1.0),
+    **dict.fromkeys(("ema_decay", "ema", "weak"), 1.0),
     **dict.fromkeys(("eta", "proportion_empty_prompts", "threshold", "dropout", "kappa", "decode_timestep"), 1.01),
     **dict.fromkeys(("seed", "validation_seed"), 2**32),
     **dict.fromkeys(("Flux.max_sequence_length", "StableDiffusion3.max_sequence_length"), 513),

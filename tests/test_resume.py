@@ -295,6 +295,6 @@ def test_every_value_of_a_config_is_decided_on(two, teacher, samples):
     folder |= {"overwrite_output_dir", "export_formats", "push_to_hub", "hub_model_id"}
     watched = {"report_to", "tracker_project_name", "validation_prompts", "validation_steps", "validation_seed"}
     watched |= {"teacher_steps", "teacher_guidance_scale", "watch_samples", "watch_stop", "eval_samples"}
-    watched |= {"eval_reference"}
+    watched |= {"eval_reference", "validation_images"}
     optimizer = {"optimizers.student.weight_decay"}
     assert free == schedule | batch | machine | folder | watched | optimizer | arithmetic

@@ -315,6 +315,7 @@ ELSEWHERE = {
     "DMD2.gan.max_time_probability": "refused: its student starts from its own steps",
     "PSOOnline.labels": "refused: hard labels have no scale; what they do is in test_pso_online.py",
     "DMD2.rewards.slope": "of the anchor, which it does not have",
+    "DMD2.weak": "it needs a LoRA at a strength of its own; what it does is in test_weak.py",
 }
 
 
