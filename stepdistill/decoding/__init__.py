@@ -1,0 +1,1 @@
+"""Autoregressive image models in one to three calls (experimental): Distilled Decoding, arXiv 2412.17153."""
