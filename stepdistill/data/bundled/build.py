@@ -7,11 +7,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable
+from copy import deepcopy
+from pathlib import Path
 
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
     DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -20,13 +23,18 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    JanusConfig,
+    JanusImageProcessor,
+    JanusProcessor,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -39,16 +47,15 @@ from stepdistill.data.bundled import emoji
 LENGTH = 16  # tokens of a caption, both ends included
 
 
-def tokenizer(captions: Iterable[str], size: int = 2226) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-level BPE is trained on `captions` (bit for bit repeatable)."""
+def byte_pairs(captions: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a byte-level BPE that is trained on `captions` (bit for bit repeatable)."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
-    ends = ["<|startoftext|>", "<|endoftext|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
         sorted(captions),
         trainers.BpeTrainer(
-            vocab_size=size - len(ends),
+            vocab_size=size,
             initial_alphabet=alphabet,
             # every byte that may end a word, also one that training never sees; given here, because the trainer
             # would number them in an order that changes from process to process, and ties between merges with it
@@ -58,11 +65,17 @@ def tokenizer(captions: Iterable[str], size: int = 2226) -> CLIPTokenizer:
         ),
     )
     vocab = {token: i for i, token in enumerate(sorted(bpe.get_vocab(), key=bpe.get_vocab().__getitem__))}
-    merges = json.loads(bpe.to_str())["model"]["merges"]
+    return vocab, [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+
+
+def tokenizer(captions: Iterable[str], size: int = 2226) -> CLIPTokenizer:
+    """A CLIP tokenizer of `size` tokens, trained on `captions`."""
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    vocab, merges = byte_pairs(captions, size - len(ends))
     # the ends come last, as in CLIP: the pooled state is read at the largest id
     for end in ends:
         vocab[end] = len(vocab)
-    return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in merges], model_max_length=LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
 
 
 def text_config(tokens: CLIPTokenizer, width: int, layers: int = 2) -> CLIPTextConfig:
@@ -263,6 +276,73 @@ def wan(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         expand_timesteps=True,
     )
+
+
+def janus_processor(captions: Iterable[str], size: int = 800) -> JanusProcessor:
+    """Captions of at most `LENGTH` tokens between their ends, padded on the left, and images of 32 pixels."""
+    vocab, merges = byte_pairs(captions, size)
+    bpe = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
+    ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    image = {"image_token": "<image>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
+    bpe.add_special_tokens([*ends.values(), *image.values()])
+    bpe.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))])
+    tokens = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        **ends,
+        extra_special_tokens=image,
+        padding_side="left",
+        truncation_side="left",
+        model_max_length=LENGTH,
+    )
+    pixels = JanusImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return JanusProcessor(pixels, tokens, num_image_tokens=64)
+
+
+def janus_config(words: int, width: int = 192, layers: int = 6, codes: int = 256, dim: int = 8) -> JanusConfig:
+    """A Janus for images of 32 pixels as 64 tokens; what reads images is as small as it can be."""
+    return JanusConfig(
+        text_config=LlamaConfig(
+            vocab_size=words,
+            hidden_size=width,
+            intermediate_size=5 * width // 2,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 32,
+            max_position_embeddings=LENGTH + 64,
+        ),
+        vision_config={
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "image_size": 32,
+            "patch_size": 4,
+            "projection_dim": width,
+            "num_image_tokens": 64,
+            "depth": 1,
+        },
+        vq_config={
+            "embed_dim": dim,
+            "num_embeddings": codes,
+            "latent_channels": 32,
+            "base_channels": 32,
+            "channel_multiplier": [1, 2, 2],
+            "num_res_blocks": 1,
+            "projection_dim": width,
+            "image_token_embed_dim": width,
+        },
+    )
+
+
+def write_halves(pipe: DiffusionPipeline, out: Path) -> None:
+    """Write a pipeline folder in half precision, except the text towers.
+
+    transformers loads half files in half, which would then meet a float32 UNet.
+    """
+    pipe.save_pretrained(out)
+    name = "unet" if "unet" in pipe.components else "transformer"
+    deepcopy(pipe.components[name]).half().save_pretrained(out / name)
+    deepcopy(pipe.vae).half().save_pretrained(out / "vae")
 
 
 def drawing_texts() -> list[str]:

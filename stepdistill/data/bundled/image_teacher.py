@@ -146,3 +146,7 @@ class ImageLessons:
         captions = ["" if rng.random() < spec.dropout else emoji.caption(drawn[i], rng) for _, i in rows]
         with torch.autocast("cpu", torch.bfloat16):
             return denoising_loss(pipe, x0, captions)
+
+    def write(self, pipe: DiffusionPipeline, out: Path) -> None:
+        """The pipeline's folder, in half precision."""
+        build.write_halves(pipe, out)

@@ -9,18 +9,33 @@ from __future__ import annotations
 import json
 import random
 import time
-from copy import deepcopy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from stepdistill.core.files import written_whole
 from stepdistill.data.bundled.image_teacher import ImageLessons
 from stepdistill.data.bundled.teacher_spec import TeacherSpec
+from stepdistill.data.bundled.token_teacher import TokenLessons
 from stepdistill.data.bundled.video_teacher import VideoLessons
+
+
+class Lessons(Protocol):
+    """What a teacher learns from, for one spec; a folder keeps what is made once."""
+
+    def networks(self) -> tuple[Any, nn.ModuleList]:
+        """The pipeline or model, and its networks that learn."""
+
+    def loss(self, pipe: Any, rng: random.Random) -> Tensor:  # noqa: ANN401
+        """The loss of one batch, a scalar."""
+
+    def write(self, pipe: Any, out: Path) -> None:  # noqa: ANN401
+        """The folder of the pipeline or model, in half precision."""
+
 
 CARD = """---
 license: cc-by-4.0
@@ -38,10 +53,20 @@ Pass `height=32, width=32, num_frames=9, max_sequence_length=16` to its call, as
 an image. `WanImageToVideoPipeline.from_pretrained` opens this folder, too, and animates an image.
 """
 IMAGES, CLIPS = "32-pixel emoji from their names", "clips of 32-pixel emoji from their names and motions"
+TOKENS_NOTE = """
+It is a `JanusForConditionalGeneration` in half precision: load it with `dtype=torch.float32`.
+"""
+LESSONS: dict[str, Callable[[TeacherSpec, Path], Lessons]] = {
+    "sd": ImageLessons,
+    "sd3": ImageLessons,
+    "wan": VideoLessons,
+    "janus": TokenLessons,
+}
 CARDS = {
     "sd": {"task": "text-to-image", "learnt": IMAGES, "note": ""},
     "sd3": {"task": "text-to-image", "learnt": IMAGES, "note": LENGTH_NOTE},
     "wan": {"task": "text-to-video", "learnt": CLIPS, "note": VIDEO_NOTE},
+    "janus": {"task": "text-to-image", "learnt": IMAGES, "note": TOKENS_NOTE},
 }
 
 
@@ -51,7 +76,7 @@ def train_teacher(spec: TeacherSpec) -> Path:
     out = Path(spec.output_dir)
     work = out.with_name(out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    lessons = VideoLessons(spec, work) if spec.pipeline == "wan" else ImageLessons(spec, work)
+    lessons = LESSONS[spec.pipeline](spec, work)
     pipe, nets = lessons.networks()
     params = list(nets.parameters())
     average = [p.detach().clone() for p in params]
@@ -95,31 +120,26 @@ def train_teacher(spec: TeacherSpec) -> Path:
             saved |= {"schedule": schedule.state_dict(), "step": step + 1, "seconds": facts["seconds"]}
             with written_whole(state) as part:
                 torch.save(saved, part)
-            save_teacher(spec, pipe, params, average, out, facts)
+            save_teacher(spec, lessons, pipe, params, average, out, facts)
     return out
 
 
 @torch.no_grad()
 def save_teacher(
     spec: TeacherSpec,
-    pipe: DiffusionPipeline,
+    lessons: Lessons,
+    pipe: Any,  # noqa: ANN401
     params: list[nn.Parameter],
     average: list[Tensor],
     out: Path,
     facts: dict,
 ) -> None:
-    """Write the averaged weights as a pipeline folder: halves, except the text towers.
-
-    transformers loads half files in half, which would then meet a float32 UNet.
-    """
+    """Write the folder with the averaged weights."""
     trained = [p.detach().clone() for p in params]
     for p, mean in zip(params, average, strict=True):
         p.copy_(mean)
-    pipe.save_pretrained(out)
-    name = "unet" if "unet" in pipe.components else "transformer"
-    deepcopy(pipe.components[name]).half().save_pretrained(out / name)
-    deepcopy(pipe.vae).half().save_pretrained(out / "vae")
-    for file in out.glob("*/config.json"):  # Diffusers and transformers keep the path that a part was read from
+    lessons.write(pipe, out)
+    for file in out.rglob("config.json"):  # Diffusers and transformers keep the path that a part was read from
         kept = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
         file.write_text(json.dumps(kept, indent=2) + "\n")
     (out / "README.md").write_text(CARD.format(name=out.name, steps=facts["steps"], **CARDS[spec.pipeline]))

@@ -13,21 +13,23 @@ class TeacherSpec:
     """What `train/teacher.py` reads. All counts are of optimizer steps and images.
 
     Args:
-        pipeline: `sd` (UNet, epsilon, Stable Diffusion's noise table), `sd3` (transformer, rectified flow) or `wan`
-            (the same on clips of moving drawings).
+        pipeline: `sd` (UNet, epsilon, Stable Diffusion's noise table), `sd3` (transformer, rectified flow), `wan`
+            (the same on clips of moving drawings) or `janus` (a language model of image tokens).
         output_dir: the pipeline folder to write; the autoencoder is taken from `vae_dir` where one is given.
         vae_clip_steps: the video autoencoder's steps on clips of the full length, after `vae_steps` on single frames.
+        vae_code_steps: the token autoencoder's steps with codes, after `vae_steps` with any vectors.
         images: augmented images per drawing that are encoded before training; clips per drawing and motion for `wan`.
         dropout: how often a caption is dropped, for classifier-free guidance.
     """
 
-    pipeline: Literal["sd", "sd3", "wan"]
+    pipeline: Literal["sd", "sd3", "wan", "janus"]
     output_dir: Place
     vae_dir: Place | None = None
     seed: Seed = 0
     threads: Count = 2
     vae_steps: Count = 800
     vae_clip_steps: Count = 1000
+    vae_code_steps: Count = 800
     vae_learning_rate: Positive = 2e-3
     train_batch_size: Count = 64
     max_train_steps: Count = 6000

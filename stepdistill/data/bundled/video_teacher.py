@@ -122,3 +122,7 @@ class VideoLessons:
     def loss(self, pipe: DiffusionPipeline, rng: random.Random) -> Tensor:
         """The loss of one batch, a scalar."""
         return video_loss(pipe, *self.batch(rng))
+
+    def write(self, pipe: DiffusionPipeline, out: Path) -> None:
+        """The pipeline's folder, in half precision."""
+        build.write_halves(pipe, out)
