@@ -11,9 +11,14 @@ from diffusers import DiffusionPipeline
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.data.bundled import bundled
 
-BUNDLED_NAMES = ("tiny-sd", "tiny-sd3")
+BUNDLED_NAMES = ("tiny-sd", "tiny-sd3", "tiny-wan")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 FILES = (*PICKLES, ".gguf", ".safetensors", ".zip")  # a name that ends so is no hub id
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name could be one on the Hub."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not name.startswith(".") and Path(name).suffix not in FILES
 
 
 def teacher_location(name: str) -> str:
@@ -28,8 +33,7 @@ def teacher_location(name: str) -> str:
                 "point family.pretrained_teacher_model at the folder that holds model_index.json",
             )
         )
-    hub_like = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and path.suffix not in FILES
-    if not path.exists() and not hub_like:
+    if not path.exists() and not is_hub_id(name):
         raise ConfigError(
             problem(
                 f"family.pretrained_teacher_model {name!r}, which does not exist",

@@ -29,12 +29,15 @@ class Lessons(Protocol):
 
     def networks(self) -> tuple[Any, nn.ModuleList]:
         """The pipeline or model, and its networks that learn."""
+        ...
 
-    def loss(self, pipe: Any, rng: random.Random) -> Tensor:  # noqa: ANN401
+    def loss(self, pipe: Any, rng: random.Random, /) -> Tensor:  # noqa: ANN401
         """The loss of one batch, a scalar."""
+        ...
 
-    def write(self, pipe: Any, out: Path) -> None:  # noqa: ANN401
+    def write(self, pipe: Any, out: Path, /) -> None:  # noqa: ANN401
         """The folder of the pipeline or model, in half precision."""
+        ...
 
 
 CARD = """---

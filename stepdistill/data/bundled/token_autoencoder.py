@@ -87,7 +87,7 @@ def psnr(vae: JanusVQVAE, x: Tensor, coded: bool) -> float:
 def train_token_autoencoder(spec: TeacherSpec, work: Path) -> JanusVQVAE:
     """The autoencoder, in float32. A run that was cut goes on in `work`."""
     torch.manual_seed(spec.seed)
-    vae = JanusVQVAE(build.janus_config(1).vq_config).train()
+    vae = JanusVQVAE(build.janus_config(1).vq_config).train()  # pyright: ignore[reportArgumentType]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=spec.vae_learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
     state, start, total = work / "vae.pt", 0, spec.vae_steps + spec.vae_code_steps
     if state.exists():

@@ -1,0 +1,1 @@
+"""The code of a student's folder, which is copied into it: it imports torch, Diffusers and transformers."""

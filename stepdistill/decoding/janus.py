@@ -1,0 +1,215 @@
+"""The teacher: Janus, an autoregressive model of text and image tokens, https://arxiv.org/abs/2410.13848.
+
+`JanusForConditionalGeneration.generate` draws tokens from a global generator. Here a token is a function of its noise
+and of the tokens before it, by the map of `flowmap`, so that a student can learn the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import DynamicCache, JanusForConditionalGeneration, JanusProcessor
+
+from stepdistill.config.kinds import Amount, Count, Place, Positive
+from stepdistill.core.errors import ConfigError, problem
+from stepdistill.data.bundled import bundled
+from stepdistill.decoding.flowmap import FlowMap
+from stepdistill.families.location import is_hub_id
+from stepdistill.families.parts import reading
+
+
+@dataclass(frozen=True, kw_only=True)
+class Janus:
+    """The teacher and how its tokens are drawn, which is what a student learns.
+
+    Args:
+        pretrained_teacher_model: a folder or hub id of transformers' Janus, such as `deepseek-community/Janus-Pro-1B`,
+            or the bundled `tiny-ar`.
+        revision: branch, tag or commit of a hub id.
+        guidance_scale: w of the logits `uncond + w (cond - uncond)`; 1 is without guidance.
+        temperature: of the logits.
+        top_k: tokens that keep their probability, the most probable ones; none for all.
+        max_sequence_length: tokens of a prompt at most, with its ends. Longer ones are an error.
+    """
+
+    pretrained_teacher_model: Place
+    revision: str | None = None
+    guidance_scale: Amount = 5.0
+    temperature: Positive = 1.0
+    top_k: Count | None = None
+    max_sequence_length: Count = 256
+
+    def location(self) -> str:
+        """A path or hub id. Raises ConfigError for what can be neither."""
+        name, path = self.pretrained_teacher_model, bundled(self.pretrained_teacher_model)
+        if not (path / "config.json").exists() and (path.exists() or not is_hub_id(name)):
+            got = f"teacher.pretrained_teacher_model {name!r}, which " + (
+                "is none" if path.exists() else "is not there"
+            )
+            why, todo = "there is nothing to distil without the teacher", "check the path: it is read from here"
+            raise ConfigError(problem(got, "the folder of a Janus, a hub id such as owner/name, or tiny-ar", why, todo))
+        return str(path) if path.exists() else name
+
+    def load(self) -> TokenTeacher:
+        """The model, in float32, and its processor. Raises ConfigError."""
+        where, chosen = self.location(), {"revision": self.revision}
+        with reading(self.pretrained_teacher_model):
+            model, report = JanusForConditionalGeneration.from_pretrained(
+                where, dtype=torch.float32, output_loading_info=True, **chosen
+            )
+            processor = JanusProcessor.from_pretrained(where, **chosen)
+        lacking = [key for kind in ("missing_keys", "mismatched_keys") for key in report[kind]]
+        if lacking:
+            got, why = f"{where}, which lacks {len(lacking)} tensors, such as {lacking[0]}", "they would be random"
+            raise ConfigError(problem(got, "a whole Janus", why, "use another folder or revision"))
+        return TokenTeacher(self, model.eval().requires_grad_(False), processor)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids (B, P) of prompts, padded on the left, and their mask; the last one begins the image."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class TokenTeacher:
+    """A loaded teacher.
+
+    Raises:
+        DataError: of its codebook, see `FlowMap`.
+    """
+
+    settings: Janus
+    model: JanusForConditionalGeneration
+    processor: JanusProcessor
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """The codes (V, d) that the decoder sees, of length 1; the language model has another table of the tokens."""
+        return normalize(self.model.model.vqmodel.quantize.embedding.weight, dim=-1)
+
+    @cached_property
+    def map(self) -> FlowMap:
+        """From noise to tokens."""
+        return FlowMap(self.codes, top_k=self.settings.top_k)
+
+    @property
+    def places(self) -> int:
+        """n, the tokens of an image."""
+        return self.model.config.vision_config.num_image_tokens
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all weights that tokens and images depend on."""
+        content = sha256()
+        for key, tensor in sorted(self.model.state_dict().items()):
+            if not key.startswith(("model.vision_model", "model.aligner")):
+                content.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return content.hexdigest()
+
+    def read(self, prompts: Sequence[str]) -> Prompts:
+        """Prompts as the model is asked for images. Raises ConfigError for one that is too long."""
+        texts, template = list(prompts), self.processor.chat_template
+        if template:
+            talks = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts]
+            texts = [self.processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
+        inputs = self.processor(text=texts, generation_mode="image", padding=True)
+        lengths, most = inputs.attention_mask.sum(1), self.settings.max_sequence_length
+        if (lengths > most).any():
+            i = int(lengths.argmax())
+            got = f"a prompt of {int(lengths[i])} tokens, {prompts[i][:40]!r}"
+            todo = "shorten it, or raise teacher.max_sequence_length"
+            raise ConfigError(problem(got, f"at most {most}", "its end would not be seen", todo))
+        device = self.model.device
+        return Prompts(inputs.input_ids.to(device), inputs.attention_mask.to(device))
+
+    def unconditional(self, prompts: Prompts) -> Prompts:
+        """The prompts with all words padded, which the model attends to, as `generate` has them."""
+        tokens, start = self.processor.tokenizer, self.processor.image_start_token
+        ends = (prompts.ids == tokens.bos_token_id) | (prompts.ids == tokens.convert_tokens_to_ids(start))
+        return Prompts(prompts.ids.masked_fill(~ends, tokens.pad_token_id), prompts.mask)
+
+    def text(self, prompts: Prompts) -> Tensor:
+        """Embeddings (B, P, width)."""
+        return self.model.get_input_embeddings()(prompts.ids)
+
+    @torch.no_grad()
+    def logits(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
+        """Guided logits (B, n, V) of each place after tokens (B, n), of which the last is not looked at."""
+        asked, mask, text = self._asked(prompts)
+        image = self.model.prepare_embeddings_for_image_generation(tokens[:, :-1].repeat(len(asked), 1))
+        mask = torch.cat([mask, torch.ones(image.shape[:2], dtype=mask.dtype, device=mask.device)], 1)
+        states = self._states(torch.cat([text, image], 1), mask, None)
+        return self._guided(states[:, -tokens.shape[1] :])
+
+    @torch.no_grad()
+    def steps(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+        """Guided logits (B, V) of one place after another; the token of each is sent in.
+
+        It is a generator that takes: `logits = next(steps)`, then `logits = steps.send(tokens)` with tokens (B,).
+        """
+        asked, mask, embeddings = self._asked(prompts)
+        cache = DynamicCache()
+        for _ in range(self.places):
+            states = self._states(embeddings, mask, cache)
+            tokens = yield self._guided(states[:, -1])
+            embeddings = self.model.prepare_embeddings_for_image_generation(tokens[:, None].repeat(len(asked), 1))
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], eps: Tensor, given: Tensor | None = None) -> Tensor:
+        """Tokens (B, n) of noise (B, n, d).
+
+        Args:
+            given: tokens (B, m) that the image begins with.
+        """
+        steps, tokens = self.steps(prompts), []
+        logits = next(steps)
+        for i in range(self.places):
+            known = given is not None and i < given.shape[1]
+            tokens.append(given[:, i] if known else self.map(eps[:, i], logits))
+            if i + 1 < self.places:
+                logits = steps.send(tokens[-1])
+        return torch.stack(tokens, 1)
+
+    def log_likelihood(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
+        """The mean of `log p(q_i | q_<i)` over the places, (B,), under the law that tokens are drawn from."""
+        logits = self.logits(prompts, tokens)
+        if self.settings.top_k is not None:
+            least = logits.topk(self.settings.top_k, -1).values[..., -1:]
+            logits = logits.masked_fill(logits < least, float("-inf"))
+        return torch.log_softmax(logits, -1).gather(2, tokens[..., None])[..., 0].mean(1)
+
+    @torch.no_grad()
+    def pixels(self, values: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], not clamped, of codes or other vectors (B, n, d)."""
+        vae, side = self.model.model.vqmodel, int(self.places**0.5)
+        return vae.decoder(vae.post_quant_conv(values.transpose(1, 2).unflatten(2, (side, side))))
+
+    def _asked(self, prompts: Sequence[str]) -> tuple[range, Tensor, Tensor]:
+        """The passes of guidance, their mask and embeddings, the conditional rows first."""
+        each = [self.read(prompts)]
+        if self.settings.guidance_scale != 1:
+            each.append(self.unconditional(each[0]))
+        return range(len(each)), torch.cat([one.mask for one in each]), torch.cat([self.text(one) for one in each])
+
+    def _states(self, embeddings: Tensor, mask: Tensor, cache: DynamicCache | None) -> Tensor:
+        places = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeddings.shape[1] :]
+        # by position: transformers has renamed the argument of the cache
+        model = self.model.model.language_model
+        return model(None, mask, places, cache, embeddings, use_cache=cache is not None).last_hidden_state
+
+    def _guided(self, states: Tensor) -> Tensor:
+        logits, w = self.model.model.generation_head(states).float(), self.settings.guidance_scale
+        if w != 1:
+            cond, uncond = logits.chunk(2)
+            logits = uncond + w * (cond - uncond)
+        return logits / self.settings.temperature
