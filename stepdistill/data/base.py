@@ -55,6 +55,7 @@ class Sample:
         latents: (C, h, w), already in the network's scale; (C, F', h, w) of a clip.
         noise: (C, h, w), what the teacher made the latents from.
         state: of a guided trajectory.
+        tokens: (n,), of an autoregressive teacher.
         item: index of the item that was read; it differs from the requested one if that was unusable.
     """
 
@@ -63,6 +64,7 @@ class Sample:
     latents: Tensor | None = None
     noise: Tensor | None = None
     state: GuidedState | None = None
+    tokens: Tensor | None = None
     item: int = -1
 
 

@@ -6,10 +6,11 @@ and of the tokens before it, by the map of `flowmap`, so that a student can lear
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +59,12 @@ class Janus:
 
     def load(self) -> TokenTeacher:
         """The model, in float32, and its processor. Raises ConfigError."""
-        where, chosen = self.location(), {"revision": self.revision}
+        where, chosen = self.location(), dict[str, Any]({"revision": self.revision} if self.revision else {})
         with reading(self.pretrained_teacher_model):
-            model, report = JanusForConditionalGeneration.from_pretrained(
+            loaded: Any = JanusForConditionalGeneration.from_pretrained(
                 where, dtype=torch.float32, output_loading_info=True, **chosen
             )
+            model, report = loaded
             processor = JanusProcessor.from_pretrained(where, **chosen)
         lacking = [key for kind in ("missing_keys", "mismatched_keys") for key in report[kind]]
         if lacking:
@@ -104,12 +106,24 @@ class TokenTeacher:
     @property
     def places(self) -> int:
         """n, the tokens of an image."""
-        return self.model.config.vision_config.num_image_tokens
+        rows, columns = self.model.model.vqmodel.quantize.quant_state_dims
+        return rows * columns
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, d) of an image's noise."""
+        return self.places, self.codes.shape[1]
+
+    @property
+    def takes_images(self) -> bool:
+        """It draws from prompts alone."""
+        return False
 
     @cached_property
     def digest(self) -> str:
-        """Of all weights that tokens and images depend on."""
-        content = sha256()
+        """Of all weights and settings that tokens and images depend on."""
+        kept = replace(self.settings, pretrained_teacher_model="", revision=None)
+        content = sha256(repr((kept, self.map.taus)).encode())
         for key, tensor in sorted(self.model.state_dict().items()):
             if not key.startswith(("model.vision_model", "model.aligner")):
                 content.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -151,7 +165,7 @@ class TokenTeacher:
         return self._guided(states[:, -tokens.shape[1] :])
 
     @torch.no_grad()
-    def steps(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+    def steps(self, prompts: Sequence[str]) -> Generator[Tensor, Tensor, None]:
         """Guided logits (B, V) of one place after another; the token of each is sent in.
 
         It is a generator that takes: `logits = next(steps)`, then `logits = steps.send(tokens)` with tokens (B,).
@@ -174,8 +188,8 @@ class TokenTeacher:
         steps, tokens = self.steps(prompts), []
         logits = next(steps)
         for i in range(self.places):
-            known = given is not None and i < given.shape[1]
-            tokens.append(given[:, i] if known else self.map(eps[:, i], logits))
+            known = None if given is None or i >= given.shape[1] else given[:, i]
+            tokens.append(self.map(eps[:, i], logits) if known is None else known)
             if i + 1 < self.places:
                 logits = steps.send(tokens[-1])
         return torch.stack(tokens, 1)

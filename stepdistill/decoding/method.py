@@ -1,0 +1,119 @@
+"""Distilled Decoding: one call for all tokens, by regression on the map from noise to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from stepdistill.config.kinds import Amount, Decay, Whole
+from stepdistill.core.random import step_generator
+from stepdistill.methods.base import Update
+from stepdistill.networks.roles import Copy, Ema, Lora, Role
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """B images as the teacher has drawn them.
+
+    Args:
+        index: the samples' positions in the whole run's stream of data; they key the random draws.
+        ids: (B, P) of the prompts, padded on the left.
+        mask: (B, P).
+        noise: (B, n, d), of which the tokens were drawn.
+        tokens: (B, n).
+    """
+
+    index: tuple[int, ...]
+    ids: Tensor
+    mask: Tensor
+    noise: Tensor
+    tokens: Tensor
+
+
+class Student(Protocol):
+    """The student's network."""
+
+    def __call__(self, batch: TokenBatch, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, n, V) and values (B, n, d) of vectors x (B, n, d), of which `kept` (B, n) are codes."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """What the method may use in one step: the student, the codes (V, d), and random draws."""
+
+    student: Student
+    codes: Tensor
+    seed: int
+    step: int
+    device: torch.device
+
+    def draw(self, batch: TokenBatch, purpose: str) -> Tensor:
+        """Uniform in [0, 1), (B,)."""
+        rows = [torch.rand((), generator=step_generator(self.seed, self.step, i, purpose)) for i in batch.index]
+        return torch.stack(rows).to(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilledDecoding:
+    """Distilled Decoding of an autoregressive image model into one to three calls. Experimental.
+
+    Equation:
+        X_t = (c_{q_1}, ..., c_{q_t}, eps_{t+1}, ..., eps_n),  q = the teacher's tokens of eps
+        loss = E_t [ mean_{i>t} CE( logits_i(X_t), q_i ) + value_weight mean_{i>t} | value_i(X_t) - c_{q_i} |^2 ]
+
+    A token depends on the noise of its place and on the tokens before, which depend on theirs. So the network stays
+    causal, and place i reads x_i and writes q_i. The autoregressive model wrote q_{i+1} there.
+
+    References:
+        Liu et al. 2024, https://arxiv.org/abs/2412.17153.
+
+    Args:
+        keeps: t, how many tokens are known, each as often; none takes 0, n / 3 and 2 n / 3. The student may be sampled
+            with these alone.
+        value_weight: weight of the values. They are decoded in the place of codes after a `split` alone.
+        whole: train the whole language model; else a LoRA.
+        ema_decay: decay of the exponential moving average of the student, which is exported; none exports the student
+            itself.
+    """
+
+    keeps: tuple[Whole, ...] | None = None
+    value_weight: Amount = 0.5
+    whole: bool = False
+    ema_decay: Decay | None = 0.999
+
+    def __post_init__(self) -> None:
+        if self.keeps is not None and (self.keeps[:1] != (0,) or sorted(set(self.keeps)) != list(self.keeps)):
+            raise ValueError(f"keeps is {list(self.keeps)}: expected numbers of tokens that ascend from 0")
+
+    def trained_keeps(self, places: int) -> tuple[int, ...]:
+        """t in [0, n), ascending. Raises ValueError."""
+        keeps = (0, places // 3, 2 * places // 3) if self.keeps is None else self.keeps
+        if keeps[-1] >= places:
+            raise ValueError(f"keeps is {list(keeps)}: expected fewer than the {places} tokens of an image")
+        return keeps
+
+    def roles(self, heads: Callable[[], nn.Module]) -> dict[str, Role]:
+        """The student's language model and its heads, and their averages."""
+        trained: dict[str, Role] = {"student": Copy() if self.whole else Lora(), "heads": Copy(heads)}
+        if self.ema_decay is None:
+            return trained
+        return trained | {f"ema_{name}": Ema(name, self.ema_decay) for name in trained}
+
+    def updates(self, context: TokenContext, batch: TokenBatch, step: int) -> Iterator[Update]:
+        """One update."""
+        places = batch.tokens.shape[1]
+        keeps = torch.tensor(self.trained_keeps(places), device=context.device)
+        t = keeps[(context.draw(batch, "tokens kept") * len(keeps)).long()]
+        kept = torch.arange(places, device=context.device) < t[:, None]
+        codes = context.codes[batch.tokens]
+        logits, values = context.student(batch, torch.where(kept[..., None], codes, batch.noise), kept)
+        new = ~kept
+        entropy = cross_entropy(logits[new].float(), batch.tokens[new])
+        off = (values[new].float() - codes[new]).square().sum(-1).mean()
+        yield Update(("student", "heads"), entropy + self.value_weight * off, cross_entropy=entropy, value=off)
