@@ -11,7 +11,7 @@ from test_flowmap import CORNERS, NEXT, START, N, V, chain, normal
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
-from stepdistill.decoding.folder.heads import Heads, decode_once, decode_steps
+from stepdistill.decoding.folder.heads import Heads
 from stepdistill.decoding.method import DistilledDecoding, TokenBatch, TokenContext
 
 METHOD = DistilledDecoding(keeps=(0, 3), whole=True, ema_decay=None)
@@ -42,7 +42,7 @@ def prompt(rows: int) -> tuple[Tensor, Tensor]:
 
 def context(net: LlamaModel, heads: Heads, step: int) -> TokenContext:
     def student(batch: TokenBatch, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        return decode_once(net, heads, *prompt(len(x)), x, kept)
+        return heads.one_call(net, *prompt(len(x)), x, kept)
 
     return TokenContext(student, CORNERS.float(), 0, step, torch.device("cpu"))
 
@@ -79,7 +79,7 @@ def student() -> tuple[LlamaModel, Heads]:
 @torch.no_grad()
 def sampled(keeps: tuple[int, ...], nets: tuple[LlamaModel, Heads]) -> tuple[Tensor, Tensor]:
     noise = normal(HELD, N, 2, seed=9)
-    return decode_steps(*nets, *prompt(HELD), noise.float(), keeps)[0], chain(noise)
+    return nets[1].decode(nets[0], *prompt(HELD), noise.float(), keeps)[0], chain(noise)
 
 
 def log_p(tokens: Tensor) -> float:
@@ -115,13 +115,13 @@ def a_place_sees_no_later_one() -> None:
     other = x.clone()
     other[:, 4:] += 1
     for before, after in zip(
-        decode_once(net, heads, *prompt(3), x, kept), decode_once(net, heads, *prompt(3), other, kept), strict=True
+        heads.one_call(net, *prompt(3), x, kept), heads.one_call(net, *prompt(3), other, kept), strict=True
     ):
         assert torch.equal(before[:, :4], after[:, :4]) and (before[:, 4:] != after[:, 4:]).any()
     text, mask = prompt(3)
     padded = torch.cat([torch.full_like(text[:, :1], 5), text], 1), torch.cat([torch.zeros_like(mask[:, :1]), mask], 1)
     for before, after in zip(
-        decode_once(net, heads, text, mask, x, kept), decode_once(net, heads, *padded, x, kept), strict=True
+        heads.one_call(net, text, mask, x, kept), heads.one_call(net, *padded, x, kept), strict=True
     ):
         assert torch.allclose(before, after, atol=1e-5)
 
@@ -145,7 +145,7 @@ def tokens_that_are_known_stay() -> None:
 
     told = Seen(WIDTH, V, 2, WIDTH)
     told.codebook.copy_(CORNERS)
-    tokens, values = decode_steps(net, told, *prompt(4), noise, (0, 3, N))
+    tokens, values = told.decode(net, *prompt(4), noise, (0, 3, N))
     first, second, last = seen
     assert torch.equal(first[0], noise) and not first[1].any()
     assert torch.equal(second[0][:, 3:], noise[:, 3:]) and second[1].tolist() == [[True] * 3 + [False] * 3] * 4
@@ -220,12 +220,12 @@ def test_without_numbers_thirds_are_known():
 
 
 BUGS = {
-    "one more place is known": Bug(decode_steps, "places < keep", "places <= keep", tokens_that_are_known_stay),
+    "one more place is known": Bug(Heads.decode, "places < keep", "places <= keep", tokens_that_are_known_stay),
     "the marks are exchanged": Bug(Heads.inputs, "kept.long()", "(~kept).long()", data_is_marked),
     "known places in the loss": Bug(DistilledDecoding.updates, "new = ~kept", "new = kept | ~kept", the_loss_by_hand),
     "a value without its weight": Bug(DistilledDecoding.updates, "self.value_weight * off", "off", the_loss_by_hand),
     "the padding is seen": Bug(
-        decode_once, "[mask, torch.ones", "[torch.ones_like(mask), torch.ones", a_place_sees_no_later_one
+        Heads.one_call, "[mask, torch.ones", "[torch.ones_like(mask), torch.ones", a_place_sees_no_later_one
     ),
     "the condition is a later place": Bug(
         Heads.outputs, "states[:, -places - 1, None]", "states[:, -1, None]", a_place_sees_no_later_one

@@ -3,6 +3,8 @@
 Distilled Decoding, https://arxiv.org/abs/2412.17153. Written by stepdistill; it needs torch and Diffusers alone.
 """
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -41,47 +43,45 @@ class Heads(ModelMixin, ConfigMixin):
         shift, scale = condition + self.rows[0], condition + self.rows[1]
         return self.logits(own), self.value(layer_norm(own, own.shape[-1:]) * (1 + scale) + shift)
 
+    def one_call(
+        self, language_model: nn.Module, text: Tensor, mask: Tensor, x: Tensor, kept: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, n, V) and values (B, n, d) of all places.
 
-def decode_once(
-    language_model: nn.Module, heads: Heads, text: Tensor, mask: Tensor, x: Tensor, kept: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One call for all places: logits (B, n, V) and values (B, n, d).
+        A place reads its own vector and writes its own token, and is told no later one: the model is causal.
 
-    A place reads its own vector and writes its own token, and is told no later one: the model is causal.
+        Args:
+            text: embeddings (B, P, width) of the prompt, padded on the left; its last one begins the image.
+            mask: (B, P), 1 for tokens of the prompt.
+            x: (B, n, d), codes of the tokens that are known, and noise.
+            kept: (B, n), whether a vector is the code of a token.
+        """
+        whole = torch.cat([mask, torch.ones(x.shape[:2], dtype=mask.dtype, device=mask.device)], 1)
+        states = language_model(
+            inputs_embeds=self.inputs(text, x, kept),
+            attention_mask=whole,
+            position_ids=(whole.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        return self.outputs(states, x.shape[1])
 
-    Args:
-        text: embeddings (B, P, width) of the prompt, padded on the left; its last one begins the image.
-        mask: (B, P), 1 for tokens of the prompt.
-        x: (B, n, d), codes of the tokens that are known, and noise.
-        kept: (B, n), whether a vector is the code of a token.
-    """
-    whole = torch.cat([mask, torch.ones(x.shape[:2], dtype=mask.dtype, device=mask.device)], 1)
-    states = language_model(
-        inputs_embeds=heads.inputs(text, x, kept),
-        attention_mask=whole,
-        position_ids=(whole.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-    ).last_hidden_state
-    return heads.outputs(states, x.shape[1])
+    def decode(
+        self, language_model: nn.Module, text: Tensor, mask: Tensor, noise: Tensor, keeps: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (B, n) and values (B, n, d), in one call for each of `keeps`.
 
-
-def decode_steps(
-    language_model: nn.Module, heads: Heads, text: Tensor, mask: Tensor, noise: Tensor, keeps: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """Tokens (B, n) and values (B, n, d) in one call for each of `keeps`.
-
-    Args:
-        noise: (B, n, d). It is the same in all calls.
-        keeps: how many tokens each call keeps of those before it, ascending, from 0. A student is right for the
-            numbers that it was trained with alone.
-    """
-    places = torch.arange(noise.shape[1], device=noise.device)
-    tokens = torch.zeros(noise.shape[:2], dtype=torch.long, device=noise.device)
-    values = noise
-    for keep in keeps:
-        kept = (places < keep).expand_as(tokens)
-        x = torch.where(kept[..., None], heads.codebook[tokens], noise)
-        logits, new = decode_once(language_model, heads, text, mask, x, kept)
-        tokens = torch.where(kept, tokens, logits.argmax(-1))
-        values = torch.where(kept[..., None], heads.codebook[tokens], new)
-    return tokens, values
+        Args:
+            noise: (B, n, d). It is the same in all calls.
+            keeps: how many tokens each call keeps of those before it, ascending, from 0. A student is right for the
+                numbers that it was trained with alone.
+        """
+        places = torch.arange(noise.shape[1], device=noise.device)
+        tokens = torch.zeros(noise.shape[:2], dtype=torch.long, device=noise.device)
+        values = noise
+        for keep in keeps:
+            kept = (places < keep).expand_as(tokens)
+            x = torch.where(kept[..., None], self.codebook[tokens], noise)
+            logits, new = self.one_call(language_model, text, mask, x, kept)
+            tokens = torch.where(kept, tokens, logits.argmax(-1))
+            values = torch.where(kept[..., None], self.codebook[tokens], new)
+        return tokens, values

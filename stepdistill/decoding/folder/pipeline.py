@@ -1,0 +1,121 @@
+"""A student of an autoregressive image model, which writes all tokens of an image in one to three calls.
+
+It opens by `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. Written by stepdistill; it needs torch,
+Diffusers and transformers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+
+
+class OneStepPipeline(DiffusionPipeline):
+    """Draws images of prompts.
+
+    Args:
+        language_model: LlamaModel, which reads prompts and vectors.
+        heads: the student's own layers.
+        vqmodel: JanusVQVAE, which decodes codes.
+        processor: JanusProcessor.
+        keeps: how many tokens are known in the calls that the student was trained for, from 0.
+        split: places from which on values are decoded in the place of codes; none decodes codes alone.
+        max_sequence_length: tokens of a prompt at most.
+    """
+
+    def __init__(
+        self,
+        language_model: Any,  # noqa: ANN401
+        heads: Any,  # noqa: ANN401
+        vqmodel: Any,  # noqa: ANN401
+        processor: Any,  # noqa: ANN401
+        keeps: Sequence[int] = (0,),
+        split: int | None = None,
+        max_sequence_length: int = 256,
+    ) -> None:
+        super().__init__()
+        self.register_modules(language_model=language_model, heads=heads, vqmodel=vqmodel, processor=processor)
+        self.register_to_config(keeps=list(keeps), split=split, max_sequence_length=max_sequence_length)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, d) of an image's noise."""
+        rows, columns = self.vqmodel.quantize.quant_state_dims
+        return rows * columns, self.heads.codebook.shape[1]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Images of prompts.
+
+        Args:
+            num_inference_steps: calls of the network; the first ones of `keeps`.
+            generator: of the noise, one for each image or one for all.
+            noise: (B, n, d), in its place.
+            output_type: "pil", "pt" (B, 3, H, W) in [0, 1], "np", or "tokens" (B, n).
+        """
+        steps = len(self.config.keeps)
+        if not 1 <= num_inference_steps <= steps:
+            raise ValueError(
+                f"num_inference_steps is {num_inference_steps}: expected 1 to {steps}, the calls that this student was "
+                "trained for"
+            )
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        ids, mask = self.read([text for text in prompts for _ in range(num_images_per_prompt)])
+        if noise is None:
+            noise = self.draw_noise(len(ids), generator)
+        elif noise.shape != (len(ids), *self.shape):
+            raise ValueError(f"noise is {tuple(noise.shape)}: expected {(len(ids), *self.shape)}")
+        noise = noise.to(self.device, torch.float32)
+        text = self.language_model.get_input_embeddings()(ids)
+        tokens, values = self.heads.decode(
+            self.language_model, text, mask, noise, self.config.keeps[:num_inference_steps]
+        )
+        if output_type == "tokens":
+            images: Any = tokens
+        else:
+            vectors = self.heads.codebook[tokens]
+            if self.config.split is not None:
+                vectors[:, self.config.split :] = values[:, self.config.split :]
+            images = VaeImageProcessor().postprocess(self.pixels(vectors), output_type=output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def read(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids (B, P) of prompts, padded on the left, and their mask; the last one begins the image."""
+        texts = prompts
+        if self.processor.chat_template:
+            talks = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in prompts]
+            texts = [self.processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
+        inputs = self.processor(text=texts, generation_mode="image", padding=True)
+        most, lengths = self.config.max_sequence_length, inputs.attention_mask.sum(1)
+        if (lengths > most).any():
+            i = int(lengths.argmax())
+            raise ValueError(f"prompt {prompts[i][:40]!r} has {int(lengths[i])} tokens: expected at most {most}")
+        return inputs.input_ids.to(self.device), inputs.attention_mask.to(self.device)
+
+    def draw_noise(self, rows: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+        """Standard normal (B, n, d), drawn where the generators are."""
+        if not isinstance(generator, list):
+            device = "cpu" if generator is None else generator.device
+            return torch.randn(rows, *self.shape, generator=generator, device=device)
+        if len(generator) != rows:
+            raise ValueError(f"{len(generator)} generators for {rows} images: expected one for each")
+        return torch.stack([torch.randn(self.shape, generator=each, device=each.device) for each in generator])
+
+    def pixels(self, vectors: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of codes or other vectors (B, n, d)."""
+        grid = vectors.transpose(1, 2).unflatten(2, tuple(self.vqmodel.quantize.quant_state_dims))
+        return self.vqmodel.decoder(self.vqmodel.post_quant_conv(grid))
