@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Protocol, TypeAlias
+from typing import Annotated, Any, ClassVar, Protocol, TypeAlias
 
 from annotated_types import Ge, Le
 from safetensors import SafetensorError, safe_open
@@ -26,12 +26,12 @@ from stepdistill.data.bundled import bundled
 SampleCount: TypeAlias = Annotated[int, Ge(1), Le(VALIDATION)]
 
 
-class TeacherCalls(Protocol):
-    """What a source asks of the teacher; in a run it is `stepdistill.training.teacher.TeacherSampler`.
+class Teacher(Protocol):
+    """Of what teacher samples are.
 
     Attributes:
         digest: of the teacher's weights.
-        shape: (C, h, w) of latents.
+        shape: of a starting noise, (C, h, w) of latents.
         takes_images: whether it continues images.
     """
 
@@ -41,6 +41,10 @@ class TeacherCalls(Protocol):
     def digest(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+
+class TeacherCalls(Teacher, Protocol):
+    """What a source asks of a pipeline; in a run it is `stepdistill.training.teacher.TeacherSampler`."""
 
     def sample(
         self, prompts: list[str], noise: Tensor, steps: int, guidance_scale: float, images: Tensor | None = None
@@ -84,7 +88,7 @@ class TeacherMade(Source):
         """What all of it depends on; not `count`, which may change."""
 
     @abstractmethod
-    def make(self, teacher: TeacherCalls, ids: Sequence[int]) -> dict[str, Tensor]:
+    def make(self, teacher: Any, ids: Sequence[int]) -> dict[str, Tensor]:  # noqa: ANN401 - what the source calls
         """The tensors of a file, rows in the order of `ids`."""
 
     def marks(self, ids: Sequence[int]) -> dict[str, str]:
@@ -96,7 +100,7 @@ class TeacherMade(Source):
         """The folder; bundled ones go by their names."""
         return bundled(self.folder)
 
-    def fill(self, teacher: TeacherCalls, rank: int = 0, world: int = 1) -> None:
+    def fill(self, teacher: Teacher, rank: int = 0, world: int = 1) -> None:
         """Make what is missing; files are shared out among the processes.
 
         Raises:

@@ -119,9 +119,13 @@ class TokenTeacher:
         """It draws from prompts alone."""
         return False
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Of all weights and settings that tokens and images depend on."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         kept = replace(self.settings, pretrained_teacher_model="", revision=None)
         content = sha256(repr((kept, self.map.taus)).encode())
         for key, tensor in sorted(self.model.state_dict().items()):

@@ -98,12 +98,24 @@ class DistilledDecoding:
             raise ValueError(f"keeps is {list(keeps)}: expected fewer than the {places} tokens of an image")
         return keeps
 
-    def roles(self, heads: Callable[[], nn.Module]) -> dict[str, Role]:
-        """The student's language model and its heads, and their averages."""
-        trained: dict[str, Role] = {"student": Copy() if self.whole else Lora(), "heads": Copy(heads)}
+    def roles(
+        self, network: Callable[[], nn.Module] | None = None, heads: Callable[[], nn.Module] | None = None
+    ) -> dict[str, Role]:
+        """The student's language model and its heads, and their averages.
+
+        Args:
+            network: makes a whole student.
+            heads: makes its heads.
+        """
+        trained: dict[str, Role] = {"student": Copy(network) if self.whole else Lora(), "heads": Copy(heads)}
         if self.ema_decay is None:
             return trained
         return trained | {f"ema_{name}": Ema(name, self.ema_decay) for name in trained}
+
+    @property
+    def exported(self) -> tuple[str, str]:
+        """The roles that are written: language model and heads."""
+        return ("student", "heads") if self.ema_decay is None else ("ema_student", "ema_heads")
 
     def updates(self, context: TokenContext, batch: TokenBatch, step: int) -> Iterator[Update]:
         """One update."""

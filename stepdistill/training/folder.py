@@ -6,7 +6,6 @@ from os.path import exists
 from pathlib import Path
 
 from stepdistill.config.dump import config_to_yaml
-from stepdistill.config.schema import places
 from stepdistill.core import distributed
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.files import remove, write_text
@@ -17,9 +16,7 @@ from stepdistill.data.routing import ROUTER
 from stepdistill.students.contract import ADAPTERS, CONTRACT, WEIGHTS
 from stepdistill.students.lora.comfyui import WORKFLOW
 from stepdistill.training.checkpoint import MANIFEST, checkpoints, put_aside, step_of
-from stepdistill.training.recipe import Run
-from stepdistill.training.resume import is_resumed
-from stepdistill.training.setup import Session
+from stepdistill.training.resume import AnyRun, AnySession, is_resumed
 
 METRICS = "metrics.jsonl"
 WRITTEN = (  # patterns; a tracker's folder is left out, since trackers add files and replace none
@@ -39,7 +36,7 @@ WRITTEN = (  # patterns; a tracker's folder is left out, since trackers add file
 )
 
 
-def check_output_dir(run: Run) -> None:
+def check_output_dir(run: AnyRun) -> None:
     """The folder can be written to, is no input, and holds nothing, or a run that is resumed or overwritten."""
     out, spec = Path(run.train.output_dir), run.train
     check_output_folder(out)
@@ -51,23 +48,17 @@ def check_output_dir(run: Run) -> None:
         why = "its student and checkpoints would be overwritten"
         todo = "resume with --resume_from_checkpoint latest, restart with --overwrite_output_dir, or set another"
         raise ConfigError(problem(got, "an empty or new folder", why, todo))
-    check_output_tree(out, WRITTEN, read_by(run), own, overwrite=True)
+    check_output_tree(out, WRITTEN, run.inputs, own, overwrite=True)
 
 
-def read_by(run: Run) -> list[str]:
-    """The files and folders that a run reads; some may be hub ids."""
-    inputs = [*places(run.family), *places(run.lora), *places(run.data), *places(run.method), run.train.eval_reference]
-    return [place for place in inputs if place]
-
-
-def check_data_folders(run: Run) -> None:
+def check_data_folders(run: AnyRun) -> None:
     """What the teacher has yet to make can be written."""
     for source in inside(run.data):
         if isinstance(source, TeacherMade) and not all(map(exists, source.files)):
             check_output_folder(source.path)
 
 
-def open_folder(session: Session, source: Path | None) -> None:
+def open_folder(session: AnySession, source: Path | None) -> None:
     """Write the config into the run's folder, now that the checkpoint is loaded.
 
     What an overwritten run wrote is removed, and checkpoints later than `source` are renamed.
@@ -77,7 +68,7 @@ def open_folder(session: Session, source: Path | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if source is None or source.resolve().parent != out.resolve():
             for place in present_in(out, WRITTEN):  # `check_output_dir` let only an overwritten folder pass
-                if not any(is_in(Path(source), place) for source in read_by(session.run)):  # such as data just made
+                if not any(is_in(Path(source), place) for source in session.run.inputs):  # such as data just made
                     remove(place)
         else:
             for old in checkpoints(out):

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 from types import FrameType
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from stepdistill.core import distributed
 from stepdistill.core.errors import NonFiniteLoss, problem
 from stepdistill.core.progress import progress
-from stepdistill.methods.base import Batch, Method, StepContext
+from stepdistill.methods.base import Update
 from stepdistill.training.calibrate import calibrate
 from stepdistill.training.folder import open_folder
 from stepdistill.training.logs import Logs, banner
@@ -32,8 +33,34 @@ from stepdistill.training.watch.measure import Watch
 logger = logging.getLogger(__name__)
 
 
+class Context(Protocol):
+    """What a step must know of its context."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+class Indexed(Protocol):
+    """What a step must know of a micro-batch: its samples' positions."""
+
+    @property
+    def index(self) -> tuple[int, ...]: ...
+
+
+C = TypeVar("C", bound=Context)
+B = TypeVar("B", bound=Indexed)
+
+
+class Updating(Protocol[C, B]):
+    """A method, as a step calls it."""
+
+    def updates(self, context: C, batch: B, step: int, /) -> Iterator[Update]: ...
+
+
 def train_step(
-    method: Method, optimizers: Optimizers, context: StepContext, micro_batches: Sequence[Batch]
+    method: Updating[C, B], optimizers: Optimizers, context: C, micro_batches: Sequence[B]
 ) -> dict[str, float]:
     """All updates of one step; micro-batches advance in lockstep. Returns the values to log.
 
@@ -125,11 +152,11 @@ def training_loop(session: Session, optimizers: Optimizers, source: Path | None 
 
             done = step + 1 == spec.max_train_steps
             stopped = distributed.agree(stop.asked, accelerator.device) and not done
-            if done or stopped or _due(step + 1, spec.checkpointing_steps):
+            if done or stopped or due(step + 1, spec.checkpointing_steps):
                 save_session(session, optimizers, step + 1, source)
             if stopped:
                 return False
-            if done or _due(step + 1, spec.validation_steps):
+            if done or due(step + 1, spec.validation_steps):
                 alarm = _validate(session, watch, logs, step + 1)
                 if distributed.agree(alarm, accelerator.device) and not done:
                     save_session(session, optimizers, step + 1, source)
@@ -137,7 +164,8 @@ def training_loop(session: Session, optimizers: Optimizers, source: Path | None 
     return True
 
 
-def _due(step: int, every: int | None) -> bool:
+def due(step: int, every: int | None) -> bool:
+    """Whether something that comes every so many steps comes after this one."""
     return bool(every) and step % every == 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,7 +18,7 @@ from stepdistill.methods.base import Method
 from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.quantize import dense
-from stepdistill.networks.roles import Ema
+from stepdistill.networks.roles import Ema, Role
 from stepdistill.training.recipe import TrainSpec
 
 FUSED = {"torch.optim.Adam", "torch.optim.AdamW", "torch.optim.SGD"}  # that have such a kernel on every device
@@ -54,8 +54,12 @@ class Optimizers:
     step: int | None = None
 
     def declare(self, method: Method) -> Optimizers:
-        """Add the method's roles to the backbone, with rank 0's weights on every process."""
-        for name, role in method.roles().items():
+        """Add the method's roles, see `add`."""
+        return self.add(method.roles())
+
+    def add(self, roles: Mapping[str, Role]) -> Optimizers:
+        """Add roles to the backbone, with rank 0's weights on every process."""
+        for name, role in roles.items():
             self.backbone.add(name, role)
             distributed.broadcast(list(self.params(name).values()))
         return self

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from stepdistill.config.kinds import Amount, Count, Place, Positive, Seed, Whole
-from stepdistill.config.schema import Factory
+from stepdistill.config.schema import Factory, places
 from stepdistill.data import InvertedImages, Source, TeacherSamples, inside
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method, Tuning
@@ -168,6 +168,13 @@ class Run:
     data: Source
     lora: LoraSpec = field(default_factory=LoraSpec)
     train: TrainSpec
+
+    @property
+    def inputs(self) -> list[str]:
+        """The files and folders that the run reads; some may be hub ids."""
+        parts = (self.family, self.lora, self.data, self.method)
+        found = [*(place for part in parts for place in places(part)), self.train.eval_reference]
+        return [place for place in found if place]
 
     @property
     def followed_guidance_scale(self) -> float | None:

@@ -6,13 +6,16 @@ import logging
 from collections.abc import Iterator, Mapping
 from os.path import exists, samefile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from accelerate import Accelerator
 
 from stepdistill.config.dump import to_node
 from stepdistill.core import distributed
 from stepdistill.core.errors import CheckpointError, ConfigError, problem
-from stepdistill.methods.base import Method
-from stepdistill.networks.roles import Ema
+from stepdistill.data import Source
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.roles import Ema, Role
 from stepdistill.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -22,12 +25,12 @@ from stepdistill.training.checkpoint import (
     save_checkpoint,
 )
 from stepdistill.training.optimizers import OPTIONS, Optimizers
-from stepdistill.training.recipe import Run
-from stepdistill.training.setup import Session
+from stepdistill.training.recipe import TrainSpec
 
 logger = logging.getLogger(__name__)
 KEPT = (
     "family",
+    "teacher",
     "start_from",
     "method",
     "data",
@@ -46,17 +49,50 @@ SAME = {
     "teacher": ("a teacher whose network has the digest {}", "a student has one teacher"),
     "samples": ("a data source of {}", "the earlier steps saw other samples"),
 }
+
+
+class AnyRun(Protocol):
+    """What of a run is compared."""
+
+    @property
+    def train(self) -> TrainSpec: ...
+    @property
+    def method(self) -> Any: ...  # noqa: ANN401
+    @property
+    def data(self) -> Source: ...
+    @property
+    def inputs(self) -> list[str]: ...
+    def resolved(self) -> AnyRun: ...
+
+
+class AnySession(Protocol):
+    """What of a session is saved, or compared."""
+
+    @property
+    def run(self) -> AnyRun: ...
+    @property
+    def accelerator(self) -> Accelerator: ...
+    @property
+    def backbone(self) -> Backbone: ...
+    @property
+    def global_batch(self) -> int: ...
+    @property
+    def samples(self) -> object: ...
+    @property
+    def digest(self) -> object: ...
+
+
 UNSAID = ("train.resume_from_checkpoint", "train.overwrite_output_dir")
 Changes = dict[str, tuple[object, object]]
 
 
-def is_resumed(run: Run) -> bool:
+def is_resumed(run: AnyRun) -> bool:
     """Whether the run resumes the one in its own `train.output_dir`."""
     wanted, out = run.train.resume_from_checkpoint, Path(run.train.output_dir)
     return wanted == "latest" or bool(wanted) and named_checkpoint(out, wanted).resolve().parent == out.resolve()
 
 
-def find_source(run: Run) -> Path | None:
+def find_source(run: AnyRun) -> Path | None:
     """The checkpoint that the run resumes from; None where it starts at the beginning.
 
     Raises:
@@ -87,7 +123,7 @@ def find_source(run: Run) -> Path | None:
     return folder
 
 
-def check_same(session: Session, source: Path | None) -> None:
+def check_same(session: AnySession, source: Path | None) -> None:
     """Raise ConfigError where the loaded teacher, the data or the global batch is another than the checkpoint's."""
     if source is None:
         return
@@ -98,17 +134,17 @@ def check_same(session: Session, source: Path | None) -> None:
             raise ConfigError(problem(words.format(now[key]), f"{before[key]}, as in {source}", why, todo))
 
 
-def session_facts(session: Session) -> dict[str, object]:
+def session_facts(session: AnySession) -> dict[str, object]:
     """What a checkpoint stores to compare a resumed run with."""
     return {
-        "config": to_node(session.run, Run),
+        "config": to_node(session.run, type(session.run)),
         "global_batch": session.global_batch,
         "samples": session.samples,
         "teacher": session.digest,
     }
 
 
-def restore(session: Session, optimizers: Optimizers, source: Path | None) -> int:
+def restore(session: AnySession, optimizers: Optimizers, source: Path | None) -> int:
     """Load a checkpoint, and report the values of the config that differ. Returns its step, or 0 without one."""
     if source is None:
         return 0
@@ -120,7 +156,7 @@ def restore(session: Session, optimizers: Optimizers, source: Path | None) -> in
     return facts["step"]
 
 
-def save_session(session: Session, optimizers: Optimizers, step: int, source: Path | None) -> None:
+def save_session(session: AnySession, optimizers: Optimizers, step: int, source: Path | None) -> None:
     """Write `checkpoint-<step>` and rotate; rank 0 writes, all wait.
 
     Args:
@@ -135,10 +171,10 @@ def save_session(session: Session, optimizers: Optimizers, step: int, source: Pa
     distributed.barrier()
 
 
-def changes(run: Run, stored: Mapping[str, Any]) -> Changes:
+def changes(run: AnyRun, stored: Mapping[str, Any]) -> Changes:
     """(stored, new) of every value that differs, by path; None stands for a missing one. Of an instance of another
     class only its `type` is listed."""
-    before, now = (settings(config, run.method) for config in (stored, to_node(run.resolved(), Run)))
+    before, now = (settings(config, run.method.roles()) for config in (stored, to_node(run.resolved(), type(run))))
     changed = {key: (before.get(key), now.get(key)) for key in before | now if not _same(before.get(key), now.get(key))}
     other = tuple(key.removesuffix("type") for key in changed if key.endswith(".type"))
     return {key: both for key, both in changed.items() if key.endswith(".type") or not key.startswith(other)}
@@ -151,11 +187,11 @@ def _same(before: object, now: object) -> bool:
     return before == now
 
 
-def settings(config: Mapping[str, Any], method: Method) -> dict[str, object]:
+def settings(config: Mapping[str, Any], roles: Mapping[str, Role]) -> dict[str, object]:
     """The values of a config by path, with an optimizer for each trained role."""
     train = dict(config["train"])
     default, own = train.pop("optimizer"), train.pop("optimizers") or {}
-    trained = [name for name, role in method.roles().items() if not isinstance(role, Ema)]
+    trained = [name for name, role in roles.items() if not isinstance(role, Ema)]
     return dict(_flat({**config, "train": train | {"optimizers": {name: own.get(name, default) for name in trained}}}))
 
 

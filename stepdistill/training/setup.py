@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.data import BadSample
+from stepdistill.data import BadSample, Source
 from stepdistill.families.controlled import Controlled, controlnet_of, with_control
 from stepdistill.families.lazy_pipeline import LazyPipeline
 from stepdistill.methods.base import Method, StepContext
@@ -34,7 +34,7 @@ from stepdistill.students.chain import Start, fuse_start, read_assistant
 from stepdistill.training.batches import Batches
 from stepdistill.training.cache.keys import Keys, family_keys
 from stepdistill.training.launcher import DTYPES, check_launcher
-from stepdistill.training.recipe import Run
+from stepdistill.training.recipe import Run, TrainSpec
 
 CAPTIONS = 1000  # in the digest of a data source
 
@@ -76,12 +76,8 @@ class Session:
 
     @cached_property
     def samples(self) -> str:
-        """The number of samples, and a digest of the captions of some of them."""
-        data, content = self.run.data, sha256()
-        for i in range(0, len(data), max(1, len(data) // CAPTIONS)):
-            with suppress(BadSample):
-                content.update("\0".join(data.captions(i)).encode())
-        return f"{len(data)} samples, captions {content.hexdigest()[:12]}"
+        """See `samples_of`."""
+        return samples_of(self.run.data)
 
     def denoiser(self, role: str) -> Denoiser:
         """A role as an estimator."""
@@ -116,9 +112,17 @@ class Session:
         return self.run.family.decode(pipe, latents)
 
 
-def begin(run: Run) -> Accelerator:
+def samples_of(data: Source) -> str:
+    """The number of samples, and a digest of the captions of some of them."""
+    content = sha256()
+    for i in range(0, len(data), max(1, len(data) // CAPTIONS)):
+        with suppress(BadSample):
+            content.update("\0".join(data.captions(i)).encode())
+    return f"{len(data)} samples, captions {content.hexdigest()[:12]}"
+
+
+def begin(spec: TrainSpec) -> Accelerator:
     """The process's place among the others, and its settings."""
-    spec = run.train
     check_launcher(spec)
     trackers = [spec.report_to] if isinstance(spec.report_to, str) else list(spec.report_to)
     accelerator = Accelerator(
@@ -149,7 +153,7 @@ def prepare(run: Run) -> Session:
     With `train.cache_dir` the text encoders and the autoencoder wait until something is not there.
     """
     spec, family = run.train, run.family
-    accelerator = begin(run)
+    accelerator = begin(spec)
     if spec.shard_base:
         sharding.check_processes(accelerator.num_processes)
     pipe = family.load(("text", "vae") if spec.cache_dir else ())

@@ -67,7 +67,7 @@ class OneStepPipeline(DiffusionPipeline):
             noise: (B, n, d), in its place.
             output_type: "pil", "pt" (B, 3, H, W) in [0, 1], "np", or "tokens" (B, n).
         """
-        steps = len(self.config.keeps)
+        steps = len(self.config["keeps"])
         if not 1 <= num_inference_steps <= steps:
             raise ValueError(
                 f"num_inference_steps is {num_inference_steps}: expected 1 to {steps}, the calls that this student was "
@@ -82,14 +82,14 @@ class OneStepPipeline(DiffusionPipeline):
         noise = noise.to(self.device, torch.float32)
         text = self.language_model.get_input_embeddings()(ids)
         tokens, values = self.heads.decode(
-            self.language_model, text, mask, noise, self.config.keeps[:num_inference_steps]
+            self.language_model, text, mask, noise, self.config["keeps"][:num_inference_steps]
         )
         if output_type == "tokens":
             images: Any = tokens
         else:
             vectors = self.heads.codebook[tokens]
-            if self.config.split is not None:
-                vectors[:, self.config.split :] = values[:, self.config.split :]
+            if self.config["split"] is not None:
+                vectors[:, self.config["split"] :] = values[:, self.config["split"] :]
             images = VaeImageProcessor().postprocess(self.pixels(vectors), output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -100,7 +100,7 @@ class OneStepPipeline(DiffusionPipeline):
             talks = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in prompts]
             texts = [self.processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
         inputs = self.processor(text=texts, generation_mode="image", padding=True)
-        most, lengths = self.config.max_sequence_length, inputs.attention_mask.sum(1)
+        most, lengths = self.config["max_sequence_length"], inputs.attention_mask.sum(1)
         if (lengths > most).any():
             i = int(lengths.argmax())
             raise ValueError(f"prompt {prompts[i][:40]!r} has {int(lengths[i])} tokens: expected at most {most}")

@@ -65,7 +65,7 @@ def precompute(run: Run) -> Filled:
         raise ConfigError(problem("no train.cache_dir", "a folder", why, todo))
     check_output_folder(Path(run.train.cache_dir))
     wanted = prompts_of(run)
-    accelerator = begin(run)
+    accelerator = begin(run.train)
     rank, processes = accelerator.process_index, accelerator.num_processes
     parts = LazyPipeline(run.family, run.family.load(PARTS), accelerator.device)
     batches = Batches(parts, run.train, cache_keys(run, accelerator), accelerator.device)

@@ -1,0 +1,101 @@
+"""One run of Distilled Decoding, from config to student folder."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from stepdistill.core import distributed
+from stepdistill.core.progress import progress
+from stepdistill.decoding.folder.heads import Heads
+from stepdistill.decoding.folder.pipeline import OneStepPipeline
+from stepdistill.decoding.run import DecodingRun, check_run
+from stepdistill.decoding.session import DecodingSession, bare_copy, fresh_heads, prepare
+from stepdistill.decoding.write import assemble, write_folder
+from stepdistill.networks.backbone import Backbone
+from stepdistill.training.folder import open_folder
+from stepdistill.training.logs import Logs
+from stepdistill.training.loop import Stop, due, train_step
+from stepdistill.training.optimizers import Optimizers
+from stepdistill.training.resume import check_same, find_source, restore, save_session
+
+
+def distill_decoder(run: DecodingRun) -> Path:
+    """Draw what pairs are missing, train, and write the student folder. Returns the folder."""
+    source = find_source(run)
+    check_run(run)
+    session = prepare(run)
+    check_same(session, source)
+    optimizers = Optimizers(session.backbone, run.train).add(
+        run.method.roles(partial(bare_copy, session.backbone.net), partial(fresh_heads, session.teacher))
+    )
+    run.data.fill(session.teacher, session.accelerator.process_index, session.accelerator.num_processes)
+    distributed.barrier()
+    finished = train(session, optimizers.build(), source)
+    session.accelerator.end_training()
+    if finished and session.accelerator.is_main_process:
+        write_folder(Path(run.train.output_dir), student_pipeline(session))
+    distributed.barrier()
+    return Path(run.train.output_dir)
+
+
+def train(session: DecodingSession, optimizers: Optimizers, source: Path | None) -> bool:
+    """Train to `max_train_steps`; False where a signal ended it before, after a checkpoint."""
+    run, spec, accelerator = session.run, session.run.train, session.accelerator
+    start = restore(session, optimizers, source)
+    open_folder(session, source)
+    logs = Logs(accelerator, Path(spec.output_dir), start)
+    accelerator.init_trackers(spec.tracker_project_name, config=None)
+    bar = progress(
+        title="Training", unit="step", total=spec.max_train_steps, done=start, shown=accelerator.is_main_process
+    )
+    with Stop().listening() as stop, bar, closing(session.steps(start)) as batches:
+        for step in range(start, spec.max_train_steps):
+            values = train_step(run.method, optimizers, session.context(step), next(batches))
+            logs.write(step + 1, values)
+            bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if k in ("loss", "lr")}, refresh=False)
+            bar.update()
+            done = step + 1 == spec.max_train_steps
+            stopped = distributed.agree(stop.asked, accelerator.device) and not done
+            if done or stopped or due(step + 1, spec.checkpointing_steps):
+                save_session(session, optimizers, step + 1, source)
+            if stopped:
+                return False
+    return True
+
+
+def student_pipeline(session: DecodingSession) -> OneStepPipeline:
+    """The student as a pipeline, with a language model of its own."""
+    network, heads = session.run.method.exported
+    made, teacher = session.backbone.others[heads], session.teacher
+    assert isinstance(made, Heads)
+    keeps = session.run.method.trained_keeps(teacher.places)
+    return assemble(teacher, merged(session.backbone, network), made, keeps)
+
+
+@torch.no_grad()
+def merged(backbone: Backbone, role: str) -> nn.Module:
+    """A role's language model without adapters: its LoRA added to the base's weights, or the whole network."""
+    net: Any = backbone.net
+    if role in backbone.others:
+        whole: Any = deepcopy(backbone.others[role])
+        whole.embed_tokens = deepcopy(net.embed_tokens)
+        return whole
+    state = {
+        key.replace(".base_layer.", "."): value.clone()
+        for key, value in net.state_dict().items()
+        if ".lora_" not in key
+    }
+    for name, layer in net.named_modules():
+        if isinstance(layer, LoraLayer):
+            state[f"{name}.weight"] += layer.get_delta_weight(role)  # pyright: ignore
+    plain = type(net)(net.config)
+    plain.load_state_dict(state)
+    return plain.eval().requires_grad_(False)
