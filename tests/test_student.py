@@ -503,11 +503,11 @@ def test_the_licence_of_the_teacher_is_read_and_warned_of(families, tmp_path, ca
     base = shutil.copytree(families["sd"].pretrained_teacher_model, tmp_path / "base")
     family = replace(families["sd"], pretrained_teacher_model=str(base))
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: house-rules\n---\n")
-    assert licence_of(family) == "house-rules"
+    assert licence_of(family.location()) == "house-rules"
     (base / "README.md").write_text("---\nlicense: [\n---\n")
-    assert licence_of(family) is None and "cannot read the licence" in caplog.text
+    assert licence_of(family.location()) is None and "cannot read the licence" in caplog.text
     (base / "README.md").unlink()
-    assert licence_of(family) is None
+    assert licence_of(family.location()) is None
 
 
 # training on

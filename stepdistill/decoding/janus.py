@@ -23,6 +23,7 @@ from stepdistill.data.bundled import bundled
 from stepdistill.decoding.flowmap import FlowMap
 from stepdistill.families.location import is_hub_id
 from stepdistill.families.parts import reading
+from stepdistill.students.base_model import network_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +51,8 @@ class Janus:
         """A path or hub id. Raises ConfigError for what can be neither."""
         name, path = self.pretrained_teacher_model, bundled(self.pretrained_teacher_model)
         if not (path / "config.json").exists() and (path.exists() or not is_hub_id(name)):
-            got = f"teacher.pretrained_teacher_model {name!r}, which " + (
-                "is none" if path.exists() else "is not there"
-            )
+            what = "holds no model" if path.exists() else "does not exist"
+            got = f"teacher.pretrained_teacher_model {name!r}, which {what}"
             why, todo = "there is nothing to distil without the teacher", "check the path: it is read from here"
             raise ConfigError(problem(got, "the folder of a Janus, a hub id such as owner/name, or tiny-ar", why, todo))
         return str(path) if path.exists() else name
@@ -121,17 +121,12 @@ class TokenTeacher:
 
     @property
     def digest(self) -> str:
-        """Of all weights and settings that tokens and images depend on."""
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
+        """Of the weights and settings that tokens and images depend on, see `network_hash`."""
         kept = replace(self.settings, pretrained_teacher_model="", revision=None)
-        content = sha256(repr((kept, self.map.taus)).encode())
-        for key, tensor in sorted(self.model.state_dict().items()):
-            if not key.startswith(("model.vision_model", "model.aligner")):
-                content.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        return content.hexdigest()
+        inner = self.model.model
+        parts = (inner.language_model, inner.generation_embeddings, inner.generation_aligner, inner.generation_head)
+        hashes = [network_hash(part, torch.float32) for part in (*parts, inner.vqmodel)]
+        return sha256(repr((kept, self.map.taus, hashes)).encode()).hexdigest()
 
     def read(self, prompts: Sequence[str]) -> Prompts:
         """Prompts as the model is asked for images. Raises ConfigError for one that is too long."""

@@ -50,7 +50,7 @@ class DecodingRun:
         return self
 
 
-def check_run(run: DecodingRun) -> None:
+def check_decoding_run(run: DecodingRun) -> None:
     """Raise ConfigError for the first problem that can be detected before anything is loaded."""
     for one in dataclasses.fields(TrainSpec):
         value, default = getattr(run.train, one.name), one.default

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from stepdistill.core.errors import ConfigError
 from stepdistill.core.random import noise_of
 from stepdistill.data import Sample, Stream, loader
 from stepdistill.decoding.folder.heads import Heads
@@ -84,12 +85,14 @@ class DecodingSession:
         return TokenBatch(tuple(index), asked.ids, asked.mask, noise.to(device), tokens.to(device))
 
 
-def prepare(run: DecodingRun) -> DecodingSession:
+def prepare_decoding(run: DecodingRun) -> DecodingSession:
     """Load the teacher, and declare the student's roles on its language model."""
     accelerator = begin(run.train)
     teacher = run.teacher.load()
-    run.method.trained_keeps(teacher.places)
-    assert teacher.digest  # kept from now on: adapters rename the tensors
+    try:
+        run.method.trained_keeps(teacher.places)
+    except ValueError as error:
+        raise ConfigError(f"method: {error}") from error
     teacher.model.to(accelerator.device)
     net = teacher.model.model.language_model
     backbone = Backbone(net, run.lora, TARGETS, seed=run.train.seed)

@@ -15,10 +15,9 @@ from torch import nn
 from stepdistill.core import distributed
 from stepdistill.core.progress import progress
 from stepdistill.decoding.folder.heads import Heads
-from stepdistill.decoding.folder.pipeline import OneStepPipeline
-from stepdistill.decoding.run import DecodingRun, check_run
-from stepdistill.decoding.session import DecodingSession, bare_copy, fresh_heads, prepare
-from stepdistill.decoding.write import assemble, write_folder
+from stepdistill.decoding.run import DecodingRun, check_decoding_run
+from stepdistill.decoding.session import DecodingSession, bare_copy, fresh_heads, prepare_decoding
+from stepdistill.decoding.write import write_decoding_student
 from stepdistill.networks.backbone import Backbone
 from stepdistill.training.folder import open_folder
 from stepdistill.training.logs import Logs
@@ -30,23 +29,31 @@ from stepdistill.training.resume import check_same, find_source, restore, save_s
 def distill_decoder(run: DecodingRun) -> Path:
     """Draw what pairs are missing, train, and write the student folder. Returns the folder."""
     source = find_source(run)
-    check_run(run)
-    session = prepare(run)
+    check_decoding_run(run)
+    session = prepare_decoding(run)
     check_same(session, source)
+    check_prompts(session)
     optimizers = Optimizers(session.backbone, run.train).add(
         run.method.roles(partial(bare_copy, session.backbone.net), partial(fresh_heads, session.teacher))
     )
     run.data.fill(session.teacher, session.accelerator.process_index, session.accelerator.num_processes)
     distributed.barrier()
-    finished = train(session, optimizers.build(), source)
+    finished = train_decoder(session, optimizers.build(), source)
     session.accelerator.end_training()
     if finished and session.accelerator.is_main_process:
-        write_folder(Path(run.train.output_dir), student_pipeline(session))
+        finish_decoder(session)
     distributed.barrier()
     return Path(run.train.output_dir)
 
 
-def train(session: DecodingSession, optimizers: Optimizers, source: Path | None) -> bool:
+def check_prompts(session: DecodingSession) -> None:
+    """Raise ConfigError for a prompt that is too long, before the teacher works for hours."""
+    source = session.run.data.source
+    for i in range(len(source)):
+        session.teacher.read(source.captions(i))
+
+
+def train_decoder(session: DecodingSession, optimizers: Optimizers, source: Path | None) -> bool:
     """Train to `max_train_steps`; False where a signal ended it before, after a checkpoint."""
     run, spec, accelerator = session.run, session.run.train, session.accelerator
     start = restore(session, optimizers, source)
@@ -71,13 +78,13 @@ def train(session: DecodingSession, optimizers: Optimizers, source: Path | None)
     return True
 
 
-def student_pipeline(session: DecodingSession) -> OneStepPipeline:
-    """The student as a pipeline, with a language model of its own."""
-    network, heads = session.run.method.exported
-    made, teacher = session.backbone.others[heads], session.teacher
+def finish_decoder(session: DecodingSession) -> None:
+    """Write the student's folder, and compare it with the student in memory."""
+    method, out = session.run.method, Path(session.run.train.output_dir)
+    network, heads = method.exported
+    made = session.backbone.others[heads]
     assert isinstance(made, Heads)
-    keeps = session.run.method.trained_keeps(teacher.places)
-    return assemble(teacher, merged(session.backbone, network), made, keeps)
+    write_decoding_student(out, session.teacher, method, merged(session.backbone, network), made)
 
 
 @torch.no_grad()

@@ -5,18 +5,57 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
+from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.files import write_text
+from stepdistill.core.random import noise_of
+from stepdistill.decoding.contract import DecoderContract, TokenProof, contract_of, write_decoder
 from stepdistill.decoding.folder import heads as heads_code
 from stepdistill.decoding.folder import pipeline as pipeline_code
 from stepdistill.decoding.folder.heads import Heads
 from stepdistill.decoding.folder.pipeline import OneStepPipeline
 from stepdistill.decoding.janus import TokenTeacher
+from stepdistill.decoding.method import DistilledDecoding
 
 INDEX = "model_index.json"
+
+
+def write_decoding_student(
+    out: Path, teacher: TokenTeacher, method: DistilledDecoding, network: nn.Module, heads: Heads
+) -> None:
+    """Write a student's folder with its contract, open it by Diffusers alone, and compare.
+
+    Raises:
+        StudentError: the folder's tokens differ from the student's.
+    """
+    contract = contract_of(teacher, method)
+    pipe = assemble(teacher, network, heads, contract.keeps)
+    write_folder(out, pipe)
+    write_decoder(out, replace(contract, proof=prove_tokens(out, pipe, contract)))
+
+
+@torch.no_grad()
+def prove_tokens(folder: Path, pipe: OneStepPipeline, contract: DecoderContract, seed: int = 0) -> TokenProof:
+    """Compare the tokens of a folder that Diffusers opens with a student's, at equal noise."""
+    prompts = ["red apple", "a cat that sleeps on a chair"]
+    noise = torch.stack([noise_of(seed, i, pipe.shape) for i in range(len(prompts))])
+    asked: dict[str, Any] = {"noise": noise, "num_inference_steps": len(contract.keeps), "output_type": "tokens"}
+    plain = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).to(pipe.device)
+    drawers: list[Any] = [pipe, plain]
+    own, opened = (draw(prompts, **asked).images for draw in drawers)
+    equal = int((own == opened).sum())
+    if equal < own.numel():
+        got = f"{folder}, whose pipeline draws {equal} of {own.numel()} tokens as the student in memory does"
+        todo = "report it, with the versions of torch, diffusers and transformers"
+        raise StudentError(problem(got, "all of them", "the folder is not the student that was trained", todo))
+    return TokenProof(equal=equal, tokens=own.numel(), calls=len(contract.keeps), seed=seed)
 
 
 def assemble(teacher: TokenTeacher, language_model: nn.Module, heads: Heads, keeps: Sequence[int]) -> OneStepPipeline:

@@ -40,7 +40,8 @@ class Base:
 def base_of(pipe: DiffusionPipeline, family: Family, licence: str | None = None) -> Base:
     """What to record of a float32 pipeline; `licence` None reads the model card of the base model."""
     hashes = {name_of(dtype): base_hash(pipe, family, dtype) for dtype in TOLERANCE}
-    return Base(hashes, missing(pipe), licence or licence_of(family), controlnet_hash(controlnet_of(family, pipe)))
+    licence = licence or licence_of(family.location())
+    return Base(hashes, missing(pipe), licence, controlnet_hash(controlnet_of(family, pipe)))
 
 
 def missing(pipe: DiffusionPipeline) -> tuple[str, ...]:
@@ -51,18 +52,19 @@ def missing(pipe: DiffusionPipeline) -> tuple[str, ...]:
 
 def absolute(family: Family) -> Family:
     """The family with its local paths made absolute, so that they hold in any working directory."""
-
-    def path(text: str) -> str:
-        return str(Path(text).resolve()) if Path(text).exists() and text not in BUNDLED_NAMES else text
-
     if isinstance(family, Controlled) and family.controlnet:
-        family = replace(family, controlnet=path(family.controlnet))
+        family = replace(family, controlnet=absolute_path(family.controlnet))
     return replace(
         family,
-        pretrained_teacher_model=path(family.pretrained_teacher_model),
-        single_file_config=path(family.single_file_config) if family.single_file_config else None,
-        teacher_loras=tuple(path(lora) for lora in family.teacher_loras),
+        pretrained_teacher_model=absolute_path(family.pretrained_teacher_model),
+        single_file_config=absolute_path(family.single_file_config) if family.single_file_config else None,
+        teacher_loras=tuple(absolute_path(lora) for lora in family.teacher_loras),
     )
+
+
+def absolute_path(text: str) -> str:
+    """A path made absolute; a hub id or bundled name as it is."""
+    return str(Path(text).resolve()) if Path(text).exists() and text not in BUNDLED_NAMES else text
 
 
 def base_hash(pipe: DiffusionPipeline, family: Family, dtype: torch.dtype = torch.float32) -> str:
@@ -71,21 +73,23 @@ def base_hash(pipe: DiffusionPipeline, family: Family, dtype: torch.dtype = torc
     Adapters are left out. A sample of the values is fast and enough to tell checkpoints apart. The hash depends on the
     precision, so weights in another precision are compared with the hash for that precision.
     """
-    return _hash(family.network(pipe), dtype)
+    return network_hash(family.network(pipe), dtype)
 
 
 def controlnet_hash(controlnet: nn.Module | None) -> str | None:
     """sha256 of a ControlNet in bfloat16, computed as in `base_hash`; the same for copies in all precisions."""
-    return None if controlnet is None else _hash(controlnet, torch.bfloat16)
+    return None if controlnet is None else network_hash(controlnet, torch.bfloat16)
 
 
 def pipeline_hash(pipe: DiffusionPipeline) -> str:
     """sha256 of every network of the pipeline, computed as in `base_hash`: embeddings and latents depend on them."""
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    return sha256("".join(f"{name} {_hash(part, torch.float32)}" for name, part in parts.items()).encode()).hexdigest()
+    hashes = "".join(f"{name} {network_hash(part, torch.float32)}" for name, part in parts.items())
+    return sha256(hashes.encode()).hexdigest()
 
 
-def _hash(net: nn.Module, dtype: torch.dtype) -> str:
+def network_hash(net: nn.Module, dtype: torch.dtype) -> str:
+    """sha256 of a network, see `base_hash`."""
     state = net.state_dict()
     base = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
     digest = sha256()

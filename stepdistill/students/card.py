@@ -264,9 +264,8 @@ def _weights(contract: Contract) -> tuple[str, str]:
     return "network", f"`{net.class_name}`, {net.parameters / 1e6:.2f} million parameters" if net else ""
 
 
-def licence_of(family: Family) -> str | None:
-    """The licence in the teacher's model card; None if there is no card or no licence in it."""
-    where = family.location()
+def licence_of(where: str) -> str | None:
+    """The licence in the model card of a folder or hub id; None if there is no card or no licence in it."""
     readme = Path(where) / "README.md"
     if Path(where).exists() and not readme.exists():
         return None
@@ -288,7 +287,7 @@ def is_non_commercial(licence: str) -> bool:
 
 def warn_of_licence(family: Family) -> None:
     """Warn if the licence of the teacher, which applies to its students, excludes commercial use."""
-    licence = licence_of(family)
+    licence = licence_of(family.location())
     if licence is not None and is_non_commercial(licence):
         logger.warning(
             "the licence of the teacher %s is %s, which excludes commercial use: a student is derived from its "

@@ -219,12 +219,12 @@ T = TypeVar("T")
 
 def read_contract(folder: Path | str) -> Contract:
     """The contract of a student folder. Raises StudentError if it is missing, invalid or of another version."""
-    return _read(folder, FORMAT)
+    return read_as(folder, FORMAT)
 
 
 def read_multi(folder: Path | str) -> MultiContract:
     """The contract of a folder of several students. Raises as `read_contract` does."""
-    return _read(folder, MULTI)
+    return read_as(folder, MULTI)
 
 
 def read_contracts(folder: Path) -> tuple[Contract, ...]:
@@ -236,7 +236,12 @@ def read_contracts(folder: Path) -> tuple[Contract, ...]:
 
 def is_multi(folder: Path | str) -> bool:
     """Whether a folder holds several students. Raises StudentError if it has no contract."""
-    return _parse(folder)[0].get("kind") == "multi"
+    return kind_of(folder) == "multi"
+
+
+def kind_of(folder: Path | str) -> str | None:
+    """The kind that a folder's contract names. Raises StudentError if it has no contract."""
+    return _parse(folder)[0].get("kind")
 
 
 def _parse(folder: Path | str) -> tuple[dict[str, Any], str]:
@@ -250,7 +255,8 @@ def _parse(folder: Path | str) -> tuple[dict[str, Any], str]:
         raise StudentError(problem(f"no readable {path}", "a sampling contract", why, todo)) from error
 
 
-def _read(folder: Path | str, form: TypeAdapter[T]) -> T:
+def read_as(folder: Path | str, form: TypeAdapter[T]) -> T:
+    """The contract of a folder in one form. Raises as `read_contract` does."""
     fields, text = _parse(folder)
     path, version = Path(folder) / CONTRACT, fields.get("schema_version")
     if version != SCHEMA:
