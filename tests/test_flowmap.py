@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepdistill.core.errors import DataError
 from stepdistill.decoding import flowmap
-from stepdistill.decoding.flowmap import FlowMap, flow, nearest, posterior_mean, times
+from stepdistill.decoding.flowmap import FlowMap, flow, nearest_code, posterior_mean, times
 
 UNIFORM_10 = tuple(i / 10 for i in range(11))
 
@@ -65,7 +65,7 @@ def the_law() -> None:
         p, eps = torch.softmax(logits, 0), normal(n, d, seed=d + 100)
         value, free = chi_square(FlowMap(codes)(eps, logits.expand(n, -1)), p)
         assert value < free + 3 * math.sqrt(2 * free)
-        coarse, free = chi_square(nearest(flow(eps, codes, p.log().expand(n, -1), UNIFORM_10), codes, p.log()), p)
+        coarse, free = chi_square(nearest_code(flow(eps, codes, p.log().expand(n, -1), UNIFORM_10), codes, p.log()), p)
         assert coarse > free + 10 * math.sqrt(2 * free)
 
 
@@ -198,6 +198,6 @@ BUGS = {
     "no norm of the codes": Bug(posterior_mean, "- 0.5 * tau**2 * codes.square().sum(-1)", "", the_law),
     "the variance is not squared": Bug(posterior_mean, "(1 - tau) ** 2", "(1 - tau)", the_law),
     "a step of the first order": Bug(flow, "/ 2 * (m - before[1])", "* 0 * (m - before[1])", the_law),
-    "the nearest by the product": Bug(nearest, "codes.square().sum(-1) - 2 * products", "-2 * products", the_law),
+    "the nearest by the product": Bug(nearest_code, "codes.square().sum(-1) - 2 * products", "-2 * products", the_law),
 }
 test_the_oracles_pass_on_the_code_as_it_is, test_a_bug_is_noticed = bug_tests(BUGS)

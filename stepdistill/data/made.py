@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, TypeAlias
 
@@ -158,6 +159,14 @@ class TeacherMade(Source):
             )
             raise DataError(problem(got, "those of data.source", why, "name another data.folder, or remove this one"))
         return rows >= len(self.units.rows(k))
+
+
+def prompts_hash(source: Source) -> str:
+    """Of all that decides the prompts of a source's samples."""
+    content = sha256(repr(source.proportion_empty_prompts).encode())
+    for i in range(len(source)):
+        content.update("\n".join(source.captions(i)).encode() + b"\0")
+    return content.hexdigest()[:16]
 
 
 def save_chunk(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str], complete: int) -> None:

@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from typing import ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from stepdistill.config.kinds import Amount, Count, Seed
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import Sample
-from stepdistill.data.made import SampleCount, TeacherCalls, TeacherMade
+from stepdistill.data.made import SampleCount, TeacherCalls, TeacherMade, prompts_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +46,10 @@ class TeacherSamples(TeacherMade):
 
     def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:
         """What every sample depends on; not their number, which may grow and shrink."""
-        prompts = sha256(repr(self.source.proportion_empty_prompts).encode())
-        for i in range(len(self.source)):
-            prompts.update("\n".join(self.source.captions(i)).encode() + b"\0")
         return {
             "teacher": teacher,
             "shape": list(shape),
-            "prompts": prompts.hexdigest()[:16],
+            "prompts": prompts_hash(self.source),
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "seed": self.seed,

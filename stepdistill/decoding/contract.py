@@ -72,7 +72,7 @@ class DecoderContract:
 FORMAT = TypeAdapter(DecoderContract)
 
 
-def contract_of(teacher: TokenTeacher, method: DistilledDecoding) -> DecoderContract:
+def decoder_contract(teacher: TokenTeacher, method: DistilledDecoding) -> DecoderContract:
     """The contract of a student, without its proof."""
     place = absolute_path(teacher.settings.pretrained_teacher_model)
     settings = replace(teacher.settings, pretrained_teacher_model=place)

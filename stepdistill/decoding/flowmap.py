@@ -63,7 +63,7 @@ class FlowMap:
 
     def _tokens(self, eps: Tensor, codes: Tensor, logits: Tensor) -> Tensor:
         log_p = torch.log_softmax(logits.to(eps.dtype), -1)
-        return nearest(flow(eps, codes, log_p, self.taus), codes, log_p)
+        return nearest_code(flow(eps, codes, log_p, self.taus), codes, log_p)
 
 
 def check_precision(eps: Tensor) -> None:
@@ -136,7 +136,7 @@ def flow(eps: Tensor, codes: Tensor, log_p: Tensor, taus: tuple[float, ...]) -> 
     return x
 
 
-def nearest(x: Tensor, codes: Tensor, log_p: Tensor) -> Tensor:
+def nearest_code(x: Tensor, codes: Tensor, log_p: Tensor) -> Tensor:
     """The index (B,) of the code that is nearest to x (B, d), among those of a probability above 0."""
     far = codes.square().sum(-1) - 2 * products(x, codes)
     return far.masked_fill(log_p == -math.inf, math.inf).argmin(-1)

@@ -74,7 +74,7 @@ class Janus:
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptIds:
     """Token ids (B, P) of prompts, padded on the left, and their mask; the last one begins the image."""
 
     ids: Tensor
@@ -128,7 +128,7 @@ class TokenTeacher:
         hashes = [network_hash(part, torch.float32) for part in (*parts, inner.vqmodel)]
         return sha256(repr((kept, self.map.taus, hashes)).encode()).hexdigest()
 
-    def read(self, prompts: Sequence[str]) -> Prompts:
+    def read(self, prompts: Sequence[str]) -> PromptIds:
         """Prompts as the model is asked for images. Raises ConfigError for one that is too long."""
         texts, template = list(prompts), self.processor.chat_template
         if template:
@@ -142,15 +142,15 @@ class TokenTeacher:
             todo = "shorten it, or raise teacher.max_sequence_length"
             raise ConfigError(problem(got, f"at most {most}", "its end would not be seen", todo))
         device = self.model.device
-        return Prompts(inputs.input_ids.to(device), inputs.attention_mask.to(device))
+        return PromptIds(inputs.input_ids.to(device), inputs.attention_mask.to(device))
 
-    def unconditional(self, prompts: Prompts) -> Prompts:
+    def unconditional(self, prompts: PromptIds) -> PromptIds:
         """The prompts with all words padded, which the model attends to, as `generate` has them."""
         tokens, start = self.processor.tokenizer, self.processor.image_start_token
         ends = (prompts.ids == tokens.bos_token_id) | (prompts.ids == tokens.convert_tokens_to_ids(start))
-        return Prompts(prompts.ids.masked_fill(~ends, tokens.pad_token_id), prompts.mask)
+        return PromptIds(prompts.ids.masked_fill(~ends, tokens.pad_token_id), prompts.mask)
 
-    def text(self, prompts: Prompts) -> Tensor:
+    def text(self, prompts: PromptIds) -> Tensor:
         """Embeddings (B, P, width)."""
         return self.model.get_input_embeddings()(prompts.ids)
 

@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import sha256
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from stepdistill.config.kinds import Count, Seed
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import Sample
-from stepdistill.data.made import SampleCount, TeacherMade
+from stepdistill.data.made import SampleCount, TeacherMade, prompts_hash
 from stepdistill.decoding.flowmap import STEPS
 
 
@@ -43,10 +42,7 @@ class TokenPairs(TeacherMade):
     seed: Seed = 0
 
     def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:
-        prompts = sha256(repr(self.source.proportion_empty_prompts).encode())
-        for i in range(len(self.source)):
-            prompts.update("\n".join(self.source.captions(i)).encode() + b"\0")
-        return {"teacher": teacher, "shape": list(shape), "prompts": prompts.hexdigest()[:16], "seed": self.seed}
+        return {"teacher": teacher, "shape": list(shape), "prompts": prompts_hash(self.source), "seed": self.seed}
 
     def make(self, teacher: Any, ids: Sequence[int]) -> dict[str, Tensor]:  # noqa: ANN401
         noise = torch.stack([noise_of(self.seed, i, teacher.shape) for i in ids])

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from contextlib import closing
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
-from peft.tuners.lora import LoraLayer
-from torch import nn
 
 from stepdistill.core import distributed
 from stepdistill.core.progress import progress
@@ -18,7 +13,7 @@ from stepdistill.decoding.folder.heads import Heads
 from stepdistill.decoding.run import DecodingRun, check_decoding_run
 from stepdistill.decoding.session import DecodingSession, bare_copy, fresh_heads, prepare_decoding
 from stepdistill.decoding.write import write_decoding_student
-from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.merge import merged_network
 from stepdistill.training.folder import open_folder
 from stepdistill.training.logs import Logs
 from stepdistill.training.loop import Stop, due, train_step
@@ -84,25 +79,7 @@ def finish_decoder(session: DecodingSession) -> None:
     network, heads = method.exported
     made = session.backbone.others[heads]
     assert isinstance(made, Heads)
-    write_decoding_student(out, session.teacher, method, merged(session.backbone, network), made)
-
-
-@torch.no_grad()
-def merged(backbone: Backbone, role: str) -> nn.Module:
-    """A role's language model without adapters: its LoRA added to the base's weights, or the whole network."""
-    net: Any = backbone.net
-    if role in backbone.others:
-        whole: Any = deepcopy(backbone.others[role])
-        whole.embed_tokens = deepcopy(net.embed_tokens)
-        return whole
-    state = {
-        key.replace(".base_layer.", "."): value.clone()
-        for key, value in net.state_dict().items()
-        if ".lora_" not in key
-    }
-    for name, layer in net.named_modules():
-        if isinstance(layer, LoraLayer):
-            state[f"{name}.weight"] += layer.get_delta_weight(role)  # pyright: ignore
-    plain = type(net)(net.config)
-    plain.load_state_dict(state)
-    return plain.eval().requires_grad_(False)
+    merged: Any = merged_network(session.backbone, network)
+    if method.whole:  # see `bare_copy`
+        merged.embed_tokens = session.backbone.net.embed_tokens
+    write_decoding_student(out, session.teacher, method, merged, made)

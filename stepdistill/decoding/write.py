@@ -16,7 +16,7 @@ from torch import nn
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.files import write_text
 from stepdistill.core.random import noise_of
-from stepdistill.decoding.contract import DecoderContract, TokenProof, contract_of, write_decoder
+from stepdistill.decoding.contract import DecoderContract, TokenProof, decoder_contract, write_decoder
 from stepdistill.decoding.folder import heads as heads_code
 from stepdistill.decoding.folder import pipeline as pipeline_code
 from stepdistill.decoding.folder.heads import Heads
@@ -35,7 +35,7 @@ def write_decoding_student(
     Raises:
         StudentError: the folder's tokens differ from the student's.
     """
-    contract = contract_of(teacher, method)
+    contract = decoder_contract(teacher, method)
     pipe = assemble(teacher, network, heads, contract.keeps)
     write_folder(out, pipe)
     write_decoder(out, replace(contract, proof=prove_tokens(out, pipe, contract)))

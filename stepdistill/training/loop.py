@@ -33,7 +33,7 @@ from stepdistill.training.watch.measure import Watch
 logger = logging.getLogger(__name__)
 
 
-class Context(Protocol):
+class OfStep(Protocol):
     """What a step must know of its context."""
 
     @property
@@ -42,15 +42,15 @@ class Context(Protocol):
     def device(self) -> torch.device: ...
 
 
-class Indexed(Protocol):
+class OfSamples(Protocol):
     """What a step must know of a micro-batch: its samples' positions."""
 
     @property
     def index(self) -> tuple[int, ...]: ...
 
 
-C = TypeVar("C", bound=Context)
-B = TypeVar("B", bound=Indexed)
+C = TypeVar("C", bound=OfStep)
+B = TypeVar("B", bound=OfSamples)
 
 
 class Updating(Protocol[C, B]):

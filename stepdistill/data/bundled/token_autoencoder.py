@@ -26,7 +26,7 @@ ROUNDS = 20  # of k-means
 COMMITMENT = 0.25  # weight of the distance of vectors to their codes
 
 
-def draw(rng: random.Random, number: int) -> Tensor:
+def drawn_images(rng: random.Random, number: int) -> Tensor:
     """`number` images (N, 3, 32, 32) in [-1, 1]."""
     source, drawn = emoji.packed_sheet(), emoji.drawings()
     return emoji.pixels([emoji.image(source, rng.choice(drawn), rng) for _ in range(number)])
@@ -64,7 +64,7 @@ def spherical_means(vectors: Tensor, count: int) -> Tensor:
     return means
 
 
-def reconstruction(vae: JanusVQVAE, x: Tensor, coded: bool) -> tuple[Tensor, float]:
+def image_reconstruction(vae: JanusVQVAE, x: Tensor, coded: bool) -> tuple[Tensor, float]:
     """The loss on images, L1 + L2, and the mean squared error alone; `coded` puts the codes in the vectors' place."""
     vectors, off = unit_vectors(vae, x), torch.zeros(())
     if coded:
@@ -79,9 +79,11 @@ def reconstruction(vae: JanusVQVAE, x: Tensor, coded: bool) -> tuple[Tensor, flo
 
 
 @torch.no_grad()
-def psnr(vae: JanusVQVAE, x: Tensor, coded: bool) -> float:
+def image_psnr(vae: JanusVQVAE, x: Tensor, coded: bool) -> float:
     """PSNR in dB of images in [-1, 1]."""
-    return 10 * math.log10(4 / (sum(reconstruction(vae, part, coded)[1] for part in x.split(64)) / len(x.split(64))))
+    return 10 * math.log10(
+        4 / (sum(image_reconstruction(vae, part, coded)[1] for part in x.split(64)) / len(x.split(64)))
+    )
 
 
 def train_token_autoencoder(spec: TeacherSpec, work: Path) -> JanusVQVAE:
@@ -95,13 +97,13 @@ def train_token_autoencoder(spec: TeacherSpec, work: Path) -> JanusVQVAE:
         vae.load_state_dict(saved["vae"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
-    test = draw(random.Random(f"{spec.seed} test"), TESTED)
+    test = drawn_images(random.Random(f"{spec.seed} test"), TESTED)
     bar = tqdm(range(start, total), initial=start, total=total, desc="autoencoder", mininterval=10)
     for step in bar:
         torch.manual_seed(spec.seed * 1_000_003 + step)
         if step == spec.vae_steps:
             with torch.no_grad():
-                seen = draw(random.Random(f"{spec.seed} codes"), COUNTED)
+                seen = drawn_images(random.Random(f"{spec.seed} codes"), COUNTED)
                 vectors = torch.cat([unit_vectors(vae, part) for part in seen.split(64)])
                 codes = spherical_means(vectors.transpose(1, 3).reshape(-1, vectors.shape[1]), len(codebook(vae)))
                 vae.quantize.embedding.weight.copy_(codes)
@@ -110,8 +112,8 @@ def train_token_autoencoder(spec: TeacherSpec, work: Path) -> JanusVQVAE:
         for group in optimizer.param_groups:  # a warm-up and a cosine for each of the two parts
             peak = spec.vae_learning_rate * (0.5 if coded else 1.0)
             group["lr"] = peak * min((at + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * at / of))
-        x = draw(random.Random(f"{spec.seed} {step}"), spec.train_batch_size)
-        loss, error = reconstruction(vae, x, coded)
+        x = drawn_images(random.Random(f"{spec.seed} {step}"), spec.train_batch_size)
+        loss, error = image_reconstruction(vae, x, coded)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -120,5 +122,5 @@ def train_token_autoencoder(spec: TeacherSpec, work: Path) -> JanusVQVAE:
         if (step + 1) % SAVED == 0 or step + 1 == total:
             with written_whole(state) as part:
                 torch.save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, part)
-            tqdm.write(f"step {step + 1}: {psnr(vae, test, coded):.2f} dB")
+            tqdm.write(f"step {step + 1}: {image_psnr(vae, test, coded):.2f} dB")
     return vae.eval().requires_grad_(False)
