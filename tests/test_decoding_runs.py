@@ -21,6 +21,7 @@ from stepdistill.config.load import load_config
 from stepdistill.core.errors import ConfigError, DataError, StepdistillError
 from stepdistill.core.random import noise_of
 from stepdistill.data.bundled import build
+from stepdistill.data.bundled.build_tokens import janus_config, janus_processor
 from stepdistill.decoding.contract import read_decoder
 from stepdistill.decoding.janus import Janus, TokenTeacher
 from stepdistill.decoding.run import DecodingRun
@@ -34,9 +35,9 @@ PROMPTS = ["red apple", "a big brown dog face", "rose"]
 def folder(tmp_path_factory) -> Path:
     """A Janus with random weights, whose texts differ in length."""
     place = tmp_path_factory.mktemp("janus")
-    processor = build.janus_processor(build.drawing_texts(), 600)
+    processor = janus_processor(build.drawing_texts(), 600)
     torch.manual_seed(0)
-    config = build.janus_config(len(processor.tokenizer), 32, 1, codes=32, dim=4)
+    config = janus_config(len(processor.tokenizer), 32, 1, codes=32, dim=4)
     model: Any = JanusForConditionalGeneration(config)
     for name, parameter in model.named_parameters():  # far from 0, so that prompts and tokens matter
         if "embed" in name or "generation" in name:

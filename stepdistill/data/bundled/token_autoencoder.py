@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from stepdistill.core.files import written_whole
-from stepdistill.data.bundled import build, emoji
+from stepdistill.data.bundled import emoji
+from stepdistill.data.bundled.build_tokens import janus_config
 from stepdistill.data.bundled.teacher_spec import TeacherSpec
 
 SAVED = 100  # steps from one checkpoint of the training to the next
@@ -89,7 +90,7 @@ def image_psnr(vae: JanusVQVAE, x: Tensor, coded: bool) -> float:
 def train_token_autoencoder(spec: TeacherSpec, work: Path) -> JanusVQVAE:
     """The autoencoder, in float32. A run that was cut goes on in `work`."""
     torch.manual_seed(spec.seed)
-    vae = JanusVQVAE(build.janus_config(1).vq_config).train()  # pyright: ignore[reportArgumentType]
+    vae = JanusVQVAE(janus_config(1).vq_config).train()  # pyright: ignore[reportArgumentType]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=spec.vae_learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
     state, start, total = work / "vae.pt", 0, spec.vae_steps + spec.vae_code_steps
     if state.exists():

@@ -17,6 +17,7 @@ from transformers import JanusForConditionalGeneration, JanusProcessor
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from stepdistill.data.bundled import build, emoji
+from stepdistill.data.bundled.build_tokens import janus_config, janus_processor
 from stepdistill.data.bundled.teacher_spec import TeacherSpec
 from stepdistill.data.bundled.token_autoencoder import codebook, tokens_of, train_token_autoencoder, unit_vectors
 
@@ -57,12 +58,12 @@ class TokenLessons:
         self.spec, self.drawn = spec, emoji.subjects()
         self.vae = train_token_autoencoder(spec, work)
         self.tokens = encode_tokens(spec, self.vae, work / "tokens.pt")
-        self.processor: JanusProcessor = build.janus_processor(build.drawing_texts())
+        self.processor: JanusProcessor = janus_processor(build.drawing_texts())
 
     def networks(self) -> tuple[JanusForConditionalGeneration, nn.ModuleList]:
         """The model, and its networks that learn."""
         torch.manual_seed(self.spec.seed)
-        model = JanusForConditionalGeneration(build.janus_config(len(self.processor.tokenizer)))
+        model = JanusForConditionalGeneration(janus_config(len(self.processor.tokenizer)))
         model.model.vqmodel.load_state_dict(self.vae.state_dict())
         inner = model.model
         parts = (inner.language_model, inner.generation_embeddings, inner.generation_aligner, inner.generation_head)
