@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+from diffusers.models.normalization import RMSNorm
 from oracles import close
 from oracles.context import Flow, Network, column, stable_diffusion
 from oracles.gaussian import GaussianTeacher
@@ -259,8 +260,13 @@ def inputs(name: str, dtype: torch.dtype) -> tuple[Denoiser, NoiseSchedule, Tens
 
 @pytest.fixture
 def no_float32(monkeypatch):
-    """Diffusers casts times, rotary embeddings and linear attention to float32, whatever the network's precision."""
+    """Diffusers casts to float32 in times, rotary embeddings, linear attention and RMSNorm, whatever the precision."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)
+
+    def forward(norm: RMSNorm, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+
+    monkeypatch.setattr(RMSNorm, "forward", forward)  # LTX-Video's
 
 
 @pytest.mark.parametrize("name", NETWORKS)
