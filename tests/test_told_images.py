@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stepdistill.core import denoise
 from stepdistill.core.denoise import HELD
+from stepdistill.families.held_image import HeldImageToVideo
 from stepdistill.families.wan_concat import IMAGE, TOKENS
 from stepdistill.methods.base import Batch, Method, StepContext
 from stepdistill.methods.dmd2 import DMD2
@@ -24,6 +25,7 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Lora, LoraSpec
 
+FRAMES, SIDE = 3, 8  # of latents
 METHODS = {
     "dmd2": DMD2(num_inference_steps=2, guidance_scale=3.0, critic_steps=1, gan=Gan()),
     "weak to strong": DMD2(num_inference_steps=2, guidance_scale=3.0, critic_steps=1, weak=0.25),
@@ -64,8 +66,9 @@ def told(name: str, method: Method) -> list[Given]:
 
     def note(role: str, args: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
         given = args[0] if args else named["hidden_states"]
-        if name == "wan_image":
-            found.append((role, (given[:, :, :1], named["timestep"][:, :16])))
+        if isinstance(family, HeldImageToVideo):
+            first = named["timestep"].unflatten(1, (FRAMES, -1))[:, 0]
+            found.append((role, (family.unpack(given, SIDE, SIDE)[:, :, :1], first.abs().amax(1))))
         else:
             found.append((role, (given[:, 4:], named["encoder_hidden_states_image"])))
 
@@ -79,17 +82,18 @@ def told(name: str, method: Method) -> list[Given]:
         step=0,
         device=torch.device("cpu"),
     )
-    latents = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    for _ in method.updates(context, Batch((0, 1), cond, (4, 3, 8, 8), latents), 0):
+    shape = (4, FRAMES, SIDE, SIDE)
+    latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2))
+    for _ in method.updates(context, Batch((0, 1), cond, shape, latents), 0):
         pass
     return found
 
 
 def expected(name: str) -> tuple[Tensor, ...]:
-    """What a network is to be given of the two images: the clean frame at time 0, or channels and tokens."""
+    """What a network is to be given of the two images: the clean frame, all at time 0, or channels and tokens."""
     cond = scene(name)[1]
-    if name == "wan_image":
-        return cond[HELD], torch.zeros(2, 16)
+    if HELD in cond:
+        return cond[HELD], torch.zeros(2)
     mask = torch.zeros(2, 2, *cond[IMAGE].shape[2:])
     mask[:, :, 0] = 1
     return torch.cat([mask, cond[IMAGE]], 1), cond[TOKENS]
