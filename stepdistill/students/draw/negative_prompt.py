@@ -9,13 +9,13 @@ attention output of the negative prompt from that of the prompt, before the last
 `Z = Z+ - scale Z-` with `Z+- = softmax(Q K+-^T / sqrt(d)) V+-`, from the same queries and weights. Nguyen et al. 2024,
 https://arxiv.org/abs/2412.02687. NAG extrapolates and stays near Z+. Chen et al. 2025, https://arxiv.org/abs/2505.21179.
 
-In networks with cross-attention (UNets, PixArt, SANA, Wan) every cross-attention layer is called a second time, with
-the tokens of the negative prompt and their mask. For networks with joint attention of text and image (SD3, Flux) NASA's
-authors give no code, so this is our interpretation. Each block is called a second time, with the tokens of the negative
-prompt in place of the prompt's. The tokens of the image, and the embedding of time and pooled prompt, are the same in
-both calls. The second call gives Z-, the attention of the image's queries to [image; negative], and the negative tokens
-for the next block. Z is Z+ - scale Z- for the image's queries only, and the prompt's tokens do not change. So each such
-block costs about twice as much.
+In networks with cross-attention (UNets, PixArt, SANA, Wan, LTX-Video) every cross-attention layer is called a second
+time, with the tokens of the negative prompt and their mask. For networks with joint attention of text and image (SD3,
+Flux) NASA's authors give no code, so this is our interpretation. Each block is called a second time, with the tokens of
+the negative prompt in place of the prompt's. The tokens of the image, and the embedding of time and pooled prompt, are
+the same in both calls. The second call gives Z-, the attention of the image's queries to [image; negative], and the
+negative tokens for the next block. Z is Z+ - scale Z- for the image's queries only, and the prompt's tokens do not
+change. So each such block costs about twice as much.
 
 Everything is done by hooks: names, weights, LoRAs and attention processors do not change.
 """
@@ -35,6 +35,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoTransformerBlock
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ from stepdistill.networks.taps import inputs_of
 
 Mode = Literal["nasa", "nag"]
 Combine = Callable[[Tensor, Tensor], Tensor]
-CROSS = (Attention, WanAttention)
+CROSS = (Attention, WanAttention, LTXAttention)
 JOINT = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
 _busy: WeakSet[nn.Module] = WeakSet()
 
@@ -87,8 +88,7 @@ def negative_prompt(
     family = family or _family(pipe)
     net: Any = family.network(pipe)
     _check(net)
-    places = [m for m in net.modules() if isinstance(m, JOINT)]
-    places = places or [m for m in net.modules() if isinstance(m, CROSS) and m.is_cross_attention]
+    places = [m for m in net.modules() if isinstance(m, JOINT)] or _cross_attention(net)
     if not places:
         got, expected = f"a {type(net).__name__}", "a network with cross-attention or joint attention"
         why, todo = "the negative prompt is subtracted inside these layers", "sample without a negative prompt"
@@ -149,6 +149,12 @@ def _check(net: Any) -> None:  # noqa: ANN401
     if adapters:
         why, todo = "the negative prompt would remove the image prompt", "call pipe.unload_ip_adapter() first"
         raise ConfigError(problem(f"IP-Adapters ({', '.join(adapters)})", "none", why, todo))
+
+
+def _cross_attention(net: nn.Module) -> list[nn.Module]:
+    """The layers that see the prompt. LTX-Video's do not say so themselves: the width of the text may be their own."""
+    layers = [m for m in net.modules() if isinstance(m, (Attention, WanAttention)) and m.is_cross_attention]
+    return [*layers, *(m.attn2 for m in net.modules() if isinstance(m, LTXVideoTransformerBlock))]
 
 
 @torch.no_grad()
