@@ -437,6 +437,9 @@ def test_values_out_of_range_unknown_pipelines_and_ip_adapters_are_refused():
     match = "SimpleNamespace, expected one of"
     with pytest.raises(ConfigError, match=match), stepdistill.negative_prompt(SimpleNamespace(), "octopus"):
         pass
+    given = tiny.pipeline("wan_image"), tiny.CONTINUING["wan_image"]
+    with pytest.raises(ConfigError, match="a text-to-video one"), negative_prompt(given[0], "rose", family=given[1]):
+        pass
     pipe.unet.set_attn_processor(
         {
             name: IPAdapterAttnProcessor2_0(32, 32) if name.endswith("attn2.processor") else old

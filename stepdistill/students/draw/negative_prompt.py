@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from stepdistill.config.registry import every
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.families.base import Family
+from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.families.prompt_limits import warn_of_cut
 from stepdistill.networks.taps import inputs_of
 
@@ -86,6 +87,9 @@ def negative_prompt(
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     combine = _combine(texts, scale, mode, limit, blend)
     family = family or _family(pipe)
+    if isinstance(family, ImageToVideo):
+        why, todo = "its attention reads the image, too, and was not tried with this", "leave the negative prompt out"
+        raise ConfigError(problem(f"a negative prompt in a {type(pipe).__name__}", "a text-to-video one", why, todo))
     net: Any = family.network(pipe)
     _check(net)
     places = [m for m in net.modules() if isinstance(m, JOINT)] or _cross_attention(net)
