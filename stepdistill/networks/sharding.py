@@ -97,18 +97,19 @@ def shard(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Shard
     """Spread the base over all processes, in place. Roles may be there already, or be added later.
 
     The units that are gathered together are those that the network's class names in `_no_split_modules`, as the ones
-    that no device map may split; what is left is one unit more. Each goes to the device when its turn comes, so the
-    whole never lies there.
+    that no device map may split, or, where it names none, in `_repeated_blocks`, as the ones to compile by themselves;
+    what is left is one unit more. Each goes to the device when its turn comes, so the whole never lies there.
     """
     net: Any = backbone.net
     mesh = init_device_mesh(device.type, (distributed.world()[1],))
     roles = {p for name in (*backbone.declared, ASSISTANT) for p in backbone.parameters_of(name).values()}
-    blocks = [module for module in net.modules() if type(module).__name__ in (net._no_split_modules or ())]
+    names = net._no_split_modules or net._repeated_blocks  # LTX-Video's has only the second
+    blocks = [module for module in net.modules() if type(module).__name__ in names]
     if not blocks:
         raise ConfigError(
             problem(
-                f"train.shard_base with {type(net).__name__}, which names no blocks in `_no_split_modules`",
-                "blocks to gather one at a time",
+                f"train.shard_base with {type(net).__name__}, whose class names no blocks",
+                "some in `_no_split_modules` or `_repeated_blocks`, to gather one at a time",
                 "the whole network would be gathered at once",
                 "set train.shard_base to false",
             )
