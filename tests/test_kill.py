@@ -25,7 +25,8 @@ from stepdistill.training.watch.rules import read_metrics
 
 # a fork of this process would fail where another test has run autograd in it
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["runs", "stepdistill.training.distill"])
+# not `runs`: the server does not search tests/, and would take the folder runs/ that training writes to
+FORK.set_forkserver_preload(["stepdistill.training.distill"])
 CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree"}
 pytestmark = pytest.mark.slow
 
