@@ -282,7 +282,7 @@ def test_the_student_that_a_run_started_from_may_be_gone(two, teacher, samples, 
 def test_every_value_of_a_config_is_decided_on(two, teacher, samples):
     """Of all that a run holds, this may change."""
     run: Run = make(teacher, samples, two, REGRESSION)
-    paths = resume.settings(resume.to_node(run, Run), run.method)
+    paths = resume.settings(resume.to_node(run, Run), run.method.roles())
     free = {path.removeprefix("train.") for path in paths if not resume.is_kept(path)}
     places = ("family.", "method.", "data.", "lora.", "train.")
     assert all(path.startswith(places) or path == "start_from" for path in paths)
