@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -189,12 +190,9 @@ def test_a_whole_student_shares_the_words_of_its_teacher(folder, tmp_path):
 
 def test_a_resumed_run_is_the_run_bit_for_bit(folder, tmp_path):
     whole = distill_decoder(config(folder, tmp_path))
-    cut = config(folder, tmp_path, f"train.output_dir={tmp_path / 'cut'}", "train.lr_scheduler=linear")
-    straight = replace(cut, train=replace(cut.train, output_dir=str(tmp_path / "straight")))
-    distill_decoder(straight)
-    distill_decoder(replace(cut, train=replace(cut.train, max_train_steps=2, lr_scheduler="constant")))
-    resumed = replace(cut.train, lr_scheduler="constant", resume_from_checkpoint="latest")
-    out = distill_decoder(replace(cut, train=resumed))
+    cut = config(folder, tmp_path, f"train.output_dir={tmp_path / 'cut'}")
+    distill_decoder(replace(cut, train=replace(cut.train, max_train_steps=2)))
+    out = distill_decoder(replace(cut, train=replace(cut.train, resume_from_checkpoint="latest")))
     for file in ("heads/diffusion_pytorch_model.safetensors", "language_model/model.safetensors"):
         one, other = load_file(whole / file), load_file(out / file)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -211,7 +209,7 @@ def test_pairs_are_kept_and_those_of_another_teacher_refused(folder, tmp_path):
     more = replace(run.data, count=130)
     more.fill(teacher)
     assert first.stat().st_mtime_ns == before[0] and len(more.files) == 3
-    sample = more.sample(69, __import__("random").Random(0))
+    sample = more.sample(69, random.Random(0))
     assert sample.tokens is not None and sample.prompt == PROMPTS[69 % 3] and len(sample.tokens) == 64
     for changed in ({"guidance_scale": 2.0}, {"temperature": 1.5}, {"top_k": 3}):
         with pytest.raises(DataError, match="other teacher"):
@@ -230,7 +228,7 @@ def test_pairs_are_kept_and_those_of_another_teacher_refused(folder, tmp_path):
         ),
         (["teacher.pretrained_teacher_model=/"], "which holds no model"),
         (["method.keeps=[0, 64]"], "fewer than the 64 tokens"),
-        (["teacher.max_sequence_length=4"], "a prompt of 8 tokens, 'red apple', expected at most 4"),
+        (["teacher.max_sequence_length=4"], "a prompt of 8 tokens, 'red apple': expected at most 4"),
     ],
 )
 def test_bad_input_is_one_clear_line_before_work_is_done(folder, tmp_path, overrides, message):

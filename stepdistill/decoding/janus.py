@@ -21,6 +21,7 @@ from stepdistill.config.kinds import Amount, Count, Place, Positive
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.data.bundled import bundled
 from stepdistill.decoding.flowmap import FlowMap
+from stepdistill.decoding.folder.pipeline import pixels_of_vectors, read_prompts
 from stepdistill.families.location import is_hub_id
 from stepdistill.families.parts import reading
 from stepdistill.students.base_model import network_hash
@@ -130,19 +131,12 @@ class TokenTeacher:
 
     def read(self, prompts: Sequence[str]) -> PromptIds:
         """Prompts as the model is asked for images. Raises ConfigError for one that is too long."""
-        texts, template = list(prompts), self.processor.chat_template
-        if template:
-            talks = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts]
-            texts = [self.processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
-        inputs = self.processor(text=texts, generation_mode="image", padding=True)
-        lengths, most = inputs.attention_mask.sum(1), self.settings.max_sequence_length
-        if (lengths > most).any():
-            i = int(lengths.argmax())
-            got = f"a prompt of {int(lengths[i])} tokens, {prompts[i][:40]!r}"
-            todo = "shorten it, or raise teacher.max_sequence_length"
-            raise ConfigError(problem(got, f"at most {most}", "its end would not be seen", todo))
-        device = self.model.device
-        return PromptIds(inputs.input_ids.to(device), inputs.attention_mask.to(device))
+        try:
+            ids, mask = read_prompts(self.processor, prompts, self.settings.max_sequence_length)
+        except ValueError as error:
+            why, todo = "its end would not be seen", "shorten it, or raise teacher.max_sequence_length"
+            raise ConfigError(f"{error}: {why}; {todo}") from error
+        return PromptIds(ids.to(self.model.device), mask.to(self.model.device))
 
     def unconditional(self, prompts: PromptIds) -> PromptIds:
         """The prompts with all words padded, which the model attends to, as `generate` has them."""
@@ -204,8 +198,7 @@ class TokenTeacher:
     @torch.no_grad()
     def pixels(self, values: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], not clamped, of codes or other vectors (B, n, d)."""
-        vae, side = self.model.model.vqmodel, int(self.places**0.5)
-        return vae.decoder(vae.post_quant_conv(values.transpose(1, 2).unflatten(2, (side, side))))
+        return pixels_of_vectors(self.model.model.vqmodel, values)
 
     def _asked(self, prompts: Sequence[str]) -> tuple[range, Tensor, Tensor]:
         """The passes of guidance, their mask and embeddings, the conditional rows first."""

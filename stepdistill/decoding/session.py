@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.random import noise_of
-from stepdistill.data import Sample, Stream, loader
+from stepdistill.data import Sample
 from stepdistill.decoding.folder.heads import Heads
 from stepdistill.decoding.janus import TokenTeacher
 from stepdistill.decoding.method import TokenBatch, TokenContext
 from stepdistill.decoding.run import DecodingRun
 from stepdistill.networks.backbone import Backbone
+from stepdistill.training.batches import samples_by_step
 from stepdistill.training.setup import begin, samples_of
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -66,15 +67,9 @@ class DecodingSession:
 
     def steps(self, start: int) -> Generator[list[TokenBatch]]:
         """The micro-batches of each step from `start` on, without end."""
-        spec, rank = self.run.train, self.accelerator.process_index
-        size, parts = spec.train_batch_size, spec.gradient_accumulation_steps
-        places = [list(range((rank * parts + part) * size, (rank * parts + part + 1) * size)) for part in range(parts)]
-        stream = Stream(self.run.data, self.global_batch, spec.seed)
-        read = loader(stream, start, places, spec.dataloader_num_workers, spec.seed)
-        step = start
-        while True:
-            yield [self.batch_of(next(read), [step * self.global_batch + j for j in place]) for place in places]
-            step += 1
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        for step in samples_by_step(self.run.data, self.run.train, start, process, processes):
+            yield [self.batch_of(samples, index) for samples, index in step]
 
     def batch_of(self, samples: Sequence[Sample], index: Sequence[int]) -> TokenBatch:
         """The micro-batch of samples, whose draws are those of `index`."""

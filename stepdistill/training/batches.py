@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Sequence
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -112,18 +113,8 @@ class Batches:
 
     def steps(self, source: Source, start: int, rank: int, world: int) -> Generator[list[Batch]]:
         """The micro-batches of each step from `start` on, without end."""
-        spec = self.spec
-        size, parts = spec.train_batch_size, spec.gradient_accumulation_steps
-        whole = size * parts * world
-        # sample j of a global batch goes to one micro-batch of one process; which one changes nothing
-        places = [list(range((rank * parts + part) * size, (rank * parts + part + 1) * size)) for part in range(parts)]
-        source = self.fixed(source)
-        stream = Stream(source, whole, spec.seed)
-        read = loader(stream, start, places, spec.dataloader_num_workers, spec.seed)
-        step = start
-        while True:
-            yield [self.batch_of(next(read), [step * whole + j for j in place]) for place in places]
-            step += 1
+        for step in samples_by_step(self.fixed(source), self.spec, start, rank, world):
+            yield [self.batch_of(samples, index) for samples, index in step]
 
     def batch_of(self, samples: Sequence[Sample], index: Sequence[int]) -> Batch:
         """The micro-batch of samples, whose draws are those of `index`."""
@@ -191,6 +182,19 @@ class Batches:
         first = dict(self.family.first_frame(pipe, pixels if pixels.ndim == 4 else pixels[:, :, 0]))
         whole = pixels.ndim == 5 or self.shape[1] == 1
         return {**first, "latents": self.family.encode(pipe, pixels)} if whole else first
+
+
+def samples_by_step(
+    source: Source, spec: TrainSpec, start: int, rank: int, world: int
+) -> Generator[list[tuple[list[Sample], list[int]]]]:
+    """For each step from `start` on, without end: the samples of each micro-batch of a process, and their positions."""
+    size, parts = spec.train_batch_size, spec.gradient_accumulation_steps
+    whole = size * parts * world
+    # sample j of a global batch goes to one micro-batch of one process; which one changes nothing
+    places = [list(range((rank * parts + part) * size, (rank * parts + part + 1) * size)) for part in range(parts)]
+    read = loader(Stream(source, whole, spec.seed), start, places, spec.dataloader_num_workers, spec.seed)
+    for step in count(start):
+        yield [(next(read), [step * whole + j for j in place]) for place in places]
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -33,7 +33,7 @@ from stepdistill.training.watch.measure import Watch
 logger = logging.getLogger(__name__)
 
 
-class OfStep(Protocol):
+class HasStep(Protocol):
     """What a step must know of its context."""
 
     @property
@@ -42,15 +42,15 @@ class OfStep(Protocol):
     def device(self) -> torch.device: ...
 
 
-class OfSamples(Protocol):
+class HasIndex(Protocol):
     """What a step must know of a micro-batch: its samples' positions."""
 
     @property
     def index(self) -> tuple[int, ...]: ...
 
 
-C = TypeVar("C", bound=OfStep)
-B = TypeVar("B", bound=OfSamples)
+C = TypeVar("C", bound=HasStep)
+B = TypeVar("B", bound=HasIndex)
 
 
 class Updating(Protocol[C, B]):

@@ -74,7 +74,9 @@ class OneStepPipeline(DiffusionPipeline):
                 "trained for"
             )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        ids, mask = self.read([text for text in prompts for _ in range(num_images_per_prompt)])
+        repeated = [text for text in prompts for _ in range(num_images_per_prompt)]
+        asked = read_prompts(self.processor, repeated, self.config["max_sequence_length"])
+        ids, mask = (each.to(self.device) for each in asked)
         if noise is None:
             noise = self.draw_noise(len(ids), generator)
         elif noise.shape != (len(ids), *self.shape):
@@ -90,21 +92,8 @@ class OneStepPipeline(DiffusionPipeline):
             vectors = self.heads.codebook[tokens]
             if self.config["split"] is not None:
                 vectors[:, self.config["split"] :] = values[:, self.config["split"] :]
-            images = VaeImageProcessor().postprocess(self.pixels(vectors), output_type=output_type)
+            images = VaeImageProcessor().postprocess(pixels_of_vectors(self.vqmodel, vectors), output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def read(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids (B, P) of prompts, padded on the left, and their mask; the last one begins the image."""
-        texts = prompts
-        if self.processor.chat_template:
-            talks = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in prompts]
-            texts = [self.processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
-        inputs = self.processor(text=texts, generation_mode="image", padding=True)
-        most, lengths = self.config["max_sequence_length"], inputs.attention_mask.sum(1)
-        if (lengths > most).any():
-            i = int(lengths.argmax())
-            raise ValueError(f"prompt {prompts[i][:40]!r} has {int(lengths[i])} tokens: expected at most {most}")
-        return inputs.input_ids.to(self.device), inputs.attention_mask.to(self.device)
 
     def draw_noise(self, rows: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
         """Standard normal (B, n, d), drawn where the generators are."""
@@ -115,7 +104,25 @@ class OneStepPipeline(DiffusionPipeline):
             raise ValueError(f"{len(generator)} generators for {rows} images: expected one for each")
         return torch.stack([torch.randn(self.shape, generator=each, device=each.device) for each in generator])
 
-    def pixels(self, vectors: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] of codes or other vectors (B, n, d)."""
-        grid = vectors.transpose(1, 2).unflatten(2, tuple(self.vqmodel.quantize.quant_state_dims))
-        return self.vqmodel.decoder(self.vqmodel.post_quant_conv(grid))
+
+def read_prompts(processor: Any, prompts: Sequence[str], most: int) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Token ids (B, P) of prompts, padded on the left, and their mask; the last one begins the image.
+
+    Raises ValueError for a prompt of more than `most` tokens.
+    """
+    texts = list(prompts)
+    if processor.chat_template:
+        talks = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts]
+        texts = [processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
+    inputs = processor(text=texts, generation_mode="image", padding=True)
+    lengths = inputs.attention_mask.sum(1)
+    if (lengths > most).any():
+        i = int(lengths.argmax())
+        raise ValueError(f"a prompt of {int(lengths[i])} tokens, {prompts[i][:40]!r}: expected at most {most}")
+    return inputs.input_ids, inputs.attention_mask
+
+
+def pixels_of_vectors(vqmodel: Any, vectors: Tensor) -> Tensor:  # noqa: ANN401
+    """Images (B, 3, H, W) in [-1, 1], not clamped, of codes or other vectors (B, n, d)."""
+    grid = vectors.transpose(1, 2).unflatten(2, tuple(vqmodel.quantize.quant_state_dims))
+    return vqmodel.decoder(vqmodel.post_quant_conv(grid))
