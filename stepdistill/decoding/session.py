@@ -42,8 +42,7 @@ class DecodingSession:
     @property
     def global_batch(self) -> int:
         """Samples of a step, over all processes."""
-        spec = self.run.train
-        return spec.train_batch_size * spec.gradient_accumulation_steps * self.accelerator.num_processes
+        return self.run.train.global_batch(self.accelerator.num_processes)
 
     @cached_property
     def samples(self) -> str:

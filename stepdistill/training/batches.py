@@ -188,8 +188,7 @@ def samples_by_step(
     source: Source, spec: TrainSpec, start: int, rank: int, world: int
 ) -> Generator[list[tuple[list[Sample], list[int]]]]:
     """For each step from `start` on, without end: the samples of each micro-batch of a process, and their positions."""
-    size, parts = spec.train_batch_size, spec.gradient_accumulation_steps
-    whole = size * parts * world
+    size, parts, whole = spec.train_batch_size, spec.gradient_accumulation_steps, spec.global_batch(world)
     # sample j of a global batch goes to one micro-batch of one process; which one changes nothing
     places = [list(range((rank * parts + part) * size, (rank * parts + part + 1) * size)) for part in range(parts)]
     read = loader(Stream(source, whole, spec.seed), start, places, spec.dataloader_num_workers, spec.seed)

@@ -142,6 +142,10 @@ class TrainSpec:
         if self.watch_stop and not self.is_watched:
             raise ValueError("watch_stop needs validation_steps, validation_prompts and watch_samples")
 
+    def global_batch(self, processes: int) -> int:
+        """Samples of a step, over all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * processes
+
     @property
     def is_watched(self) -> bool:
         """Whether student and teacher are compared at each validation."""
