@@ -39,7 +39,8 @@ def _index_first(name: str) -> tuple[bool, str]:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages and images."""
     texts: dict[str, str | bytes] = {**method_pages.pages(), **reference_pages.pages()}
-    texts["changelog.md"] = (ROOT / "CHANGELOG.md").read_text()
+    # the changelog links to pages from the root of the repository
+    texts["changelog.md"] = (ROOT / "CHANGELOG.md").read_text().replace("](docs/", "](")
     for notebook, name in NOTEBOOKS.items():
         texts[f"{name}.md"], images = notebook_pages.page(ROOT / "docs" / notebook)
         texts |= {f"start/{image}": content for image, content in images.items()}
