@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,8 +13,10 @@ from test_flowmap import CORNERS, NEXT, START, N, V, chain, normal
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
+from stepdistill.decoding import method
 from stepdistill.decoding.folder.heads import Heads
 from stepdistill.decoding.method import DistilledDecoding, TokenBatch, TokenContext
+from stepdistill.methods.reflow import Lpips
 
 METHOD = DistilledDecoding(keeps=(0, 3), whole=True, ema_decay=None)
 WIDTH, PAIRS, STEPS = 48, 20_000, 400
@@ -44,7 +48,14 @@ def context(net: LlamaModel, heads: Heads, step: int) -> TokenContext:
     def student(batch: TokenBatch, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         return heads.one_call(net, *prompt(len(x)), x, kept)
 
-    return TokenContext(student, CORNERS.float(), 0, step, torch.device("cpu"))
+    return TokenContext(student, CORNERS.float(), painted, 0, step, torch.device("cpu"))
+
+
+def painted(values: Tensor) -> Tensor:
+    """Images (B, 3, 8, 8) of vectors (B, n, 2): a place is a column, red and green its vector, blue their product."""
+    red, green = values.unbind(-1)
+    columns = torch.stack([red, green, red * green], 1)
+    return torch.nn.functional.pad(columns, (0, 8 - values.shape[1]))[:, :, None].expand(-1, -1, 8, -1)
 
 
 def batch_of(rows: Tensor, noise: Tensor, tokens: Tensor) -> TokenBatch:
@@ -180,7 +191,7 @@ def the_loss_by_hand() -> None:
         asked.append((x, kept))
         return logits, values
 
-    told = TokenContext(answer, CORNERS.float(), 0, 0, torch.device("cpu"))
+    told = TokenContext(answer, CORNERS.float(), painted, 0, 0, torch.device("cpu"))
     batch = batch_of(torch.arange(256), noise, tokens)
     (update,) = DistilledDecoding(keeps=(0, 2, 5), value_weight=0.3).updates(told, batch, 0)
     ((x, kept),) = asked
@@ -201,6 +212,39 @@ def test_the_loss_is_that_of_the_equation():
     the_loss_by_hand()
 
 
+def perceptual_term_by_hand() -> None:
+    """It compares the image of the codes that are known and the values of the others with that of the codes."""
+    tokens, noise = chain(normal(8, N, 2, seed=5)), normal(8, N, 2, seed=5)
+    values, seen = normal(8, N, 2, seed=7).float().requires_grad_(), []
+
+    def answer(batch: TokenBatch, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(kept)
+        return torch.zeros(8, N, V), values
+
+    def distance(net: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        assert net == "alex"
+        return lambda a, b: (a - b).square().sum((1, 2, 3))
+
+    told = TokenContext(answer, CORNERS.float(), painted, 0, 0, torch.device("cpu"))
+    batch = batch_of(torch.arange(8), noise, tokens)
+    term, plain = Lpips(weight=0.7, net="alex", samples=5), DistilledDecoding(keeps=(0, 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method, "lpips", distance)
+        (update,) = replace(plain, lpips=term).updates(told, batch, 0)
+    (before,) = plain.updates(told, batch, 0)
+    codes, kept = CORNERS.float()[tokens], seen[0]
+    assert 0 < kept[:5].any(1).sum() < 5
+    made = torch.where(kept[..., None], codes, values)
+    expected = distance("alex", torch.device("cpu"))(painted(made[:5]), painted(codes[:5])).mean().item()
+    assert (update.loss - before.loss).item() == pytest.approx(0.7 * expected, rel=1e-5)
+    (slope,) = torch.autograd.grad(update.loss - before.loss, values)
+    assert not slope[kept].any() and not slope[5:].any() and slope[:5][~kept[:5]].abs().sum(-1).min() > 0
+
+
+def test_the_perceptual_term_is_that_of_the_equation():
+    perceptual_term_by_hand()
+
+
 @pytest.mark.parametrize(
     ("keeps", "message"),
     [
@@ -215,6 +259,19 @@ def test_numbers_of_known_tokens_that_cannot_be(keeps, message):
         DistilledDecoding(keeps=keeps).trained_keeps(N)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": 6}, "fewer than the 6 tokens"),
+        ({"split": 3, "value_weight": 0}, "no term trains the values"),
+        ({"lpips": Lpips(divide=True)}, "divide is true"),
+    ],
+)
+def test_values_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DistilledDecoding(**settings).check(N)
+
+
 def test_without_numbers_thirds_are_known():
     assert DistilledDecoding().trained_keeps(64) == (0, 21, 42)
 
@@ -224,6 +281,15 @@ BUGS = {
     "the marks are exchanged": Bug(Heads.inputs, "kept.long()", "(~kept).long()", data_is_marked),
     "known places in the loss": Bug(DistilledDecoding.updates, "new = ~kept", "new = kept | ~kept", the_loss_by_hand),
     "a value without its weight": Bug(DistilledDecoding.updates, "self.value_weight * off", "off", the_loss_by_hand),
+    "values of places that are known": Bug(
+        DistilledDecoding.updates,
+        "torch.where(kept[..., None], codes, values.float())",
+        "values",
+        perceptual_term_by_hand,
+    ),
+    "a perceptual term without its weight": Bug(
+        DistilledDecoding.updates, "self.lpips.weight * measured", "measured", perceptual_term_by_hand
+    ),
     "the padding is seen": Bug(
         Heads.one_call, "[mask, torch.ones", "[torch.ones_like(mask), torch.ones", a_place_sees_no_later_one
     ),

@@ -180,12 +180,20 @@ def test_a_run_writes_a_folder_that_opens_without_this_package(folder, tmp_path)
     assert "trust_remote_code=True" in (out / "README.md").read_text()
 
 
-def test_a_whole_student_shares_the_words_of_its_teacher(folder, tmp_path):
-    out = distill_decoder(config(folder, tmp_path, "method.whole=true", "method.ema_decay=null"))
+def test_a_whole_student_shares_the_words_of_its_teacher_and_decodes_values_after_the_split(folder, tmp_path):
+    out = distill_decoder(config(folder, tmp_path, "method.whole=true", "method.ema_decay=null", "method.split=40"))
     base = loaded(folder, guidance_scale=3.0).model.model.language_model.state_dict()
     saved = load_file(out / "language_model" / "model.safetensors")
     assert torch.equal(saved["embed_tokens.weight"], base["embed_tokens.weight"])
     assert not torch.equal(saved["layers.0.mlp.up_proj.weight"], base["layers.0.mlp.up_proj.weight"])
+    teacher, eps = loaded(folder, guidance_scale=3.0), noise(3, loaded(folder))
+    pipe: Any = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
+    images, asked = pipe(PROMPTS, noise=eps, num_inference_steps=2, output_type="pt").images, teacher.read(PROMPTS)
+    with torch.no_grad():
+        tokens, values = pipe.heads.decode(pipe.language_model, teacher.text(asked), asked.mask, eps, (0, 21))
+    vectors = torch.where(torch.arange(64)[:, None] < 40, teacher.codes[tokens], values)
+    assert torch.allclose(images, (teacher.pixels(vectors) / 2 + 0.5).clamp(0, 1), atol=1e-5)
+    assert read_decoder(out).split == 40 and not torch.equal(vectors, teacher.codes[tokens])
 
 
 def test_a_resumed_run_is_the_run_bit_for_bit(folder, tmp_path):

@@ -41,6 +41,8 @@ class DecoderContract:
         teacher: class and arguments: its guidance, temperature and top-k are in the student.
         tokens, codes, dim: n, V and d.
         keeps: how many tokens are known in the calls that it was trained for, from 0.
+        split: places that are decoded from codes; the values of those after them are decoded as they are. None of codes
+            alone.
         taus: the grid of the map from noise to tokens, which was DPM-Solver++(2M)'s.
         noise: how the noise of image i of a seed is drawn.
         dtype: precision of training and of the map.
@@ -61,6 +63,7 @@ class DecoderContract:
     codes: int
     dim: int
     keeps: tuple[int, ...]
+    split: int | None = None
     taus: tuple[float, ...]
     noise: str = "torch.randn((n, d), generator=torch.Generator().manual_seed(1_000_003 * seed + i))"
     dtype: str = "float32"
@@ -85,6 +88,7 @@ def decoder_contract(teacher: TokenTeacher, method: DistilledDecoding) -> Decode
         codes=len(teacher.codes),
         dim=teacher.codes.shape[1],
         keeps=method.trained_keeps(teacher.places),
+        split=method.split,
         taus=teacher.map.taus,
         licence=licence_of(settings.location()),
         versions={name: version(name) for name in ("stepdistill", *LIBRARIES)},

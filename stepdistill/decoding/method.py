@@ -13,6 +13,8 @@ from torch.nn.functional import cross_entropy
 from stepdistill.config.kinds import Amount, Decay, Whole
 from stepdistill.core.random import step_generator
 from stepdistill.methods.base import Update
+from stepdistill.methods.reflow import Lpips
+from stepdistill.networks.lpips import lpips
 from stepdistill.networks.roles import Copy, Ema, Lora, Role
 
 
@@ -45,10 +47,15 @@ class Student(Protocol):
 
 @dataclass(frozen=True)
 class TokenContext:
-    """What the method may use in one step: the student, the codes (V, d), and random draws."""
+    """What the method may use in one step: the student, the codes (V, d), the decoder, and random draws.
+
+    Args:
+        decode: images (B, 3, H, W) in about [-1, 1] of codes or other vectors (B, n, d), with gradients.
+    """
 
     student: Student
     codes: Tensor
+    decode: Callable[[Tensor], Tensor]
     seed: int
     step: int
     device: torch.device
@@ -65,7 +72,8 @@ class DistilledDecoding:
 
     Equation:
         X_t = (c_{q_1}, ..., c_{q_t}, eps_{t+1}, ..., eps_n),  q = the teacher's tokens of eps
-        loss = E_t [ mean_{i>t} CE( logits_i(X_t), q_i ) + value_weight mean_{i>t} | value_i(X_t) - c_{q_i} |^2 ]
+        loss = E_t [ mean_{i>t} CE( logits_i(X_t), q_i ) + value_weight mean_{i>t} | value_i(X_t) - c_{q_i} |^2
+                 + LPIPS( decode(c_{q_1}, ..., c_{q_t}, value_{t+1}, ..., value_n), decode(c_q) ) ]
 
     A token depends on the noise of its place and on the tokens before, which depend on theirs. So the network stays
     causal, and place i reads x_i and writes q_i. The autoregressive model wrote q_{i+1} there.
@@ -76,7 +84,10 @@ class DistilledDecoding:
     Args:
         keeps: t, how many tokens are known, each as often; none takes 0, n / 3 and 2 n / 3. The student may be sampled
             with these alone.
-        value_weight: weight of the values. They are decoded in the place of codes after a `split` alone.
+        value_weight: weight of the values.
+        lpips: perceptual term of the values' images, with its weight; without it no image is decoded.
+        split: how many places of an image are decoded from codes; the values of those after them are decoded as they
+            are. None decodes codes alone, and the values are of no use to the student then.
         whole: train the whole language model; else a LoRA.
         ema_decay: decay of the exponential moving average of the student, which is exported; none exports the student
             itself.
@@ -84,12 +95,18 @@ class DistilledDecoding:
 
     keeps: tuple[Whole, ...] | None = None
     value_weight: Amount = 0.5
+    lpips: Lpips | None = None
+    split: Whole | None = None
     whole: bool = False
     ema_decay: Decay | None = 0.999
 
     def __post_init__(self) -> None:
         if self.keeps is not None and (self.keeps[:1] != (0,) or sorted(set(self.keeps)) != list(self.keeps)):
             raise ValueError(f"keeps is {list(self.keeps)}: expected numbers of tokens that ascend from 0")
+        if self.split is not None and not self.value_weight and self.lpips is None:
+            raise ValueError(f"split is {self.split}: expected none, since no term trains the values after it")
+        if self.lpips is not None and self.lpips.divide:
+            raise ValueError("lpips.divide is true: expected false, since tokens have no share of noise")
 
     def trained_keeps(self, places: int) -> tuple[int, ...]:
         """t in [0, n), ascending. Raises ValueError."""
@@ -97,6 +114,12 @@ class DistilledDecoding:
         if keeps[-1] >= places:
             raise ValueError(f"keeps is {list(keeps)}: expected fewer than the {places} tokens of an image")
         return keeps
+
+    def check(self, places: int) -> None:
+        """Raise ValueError for what does not fit images of this many tokens."""
+        self.trained_keeps(places)
+        if self.split is not None and self.split >= places:
+            raise ValueError(f"split is {self.split}: expected fewer than the {places} tokens of an image")
 
     def roles(
         self, network: Callable[[], nn.Module] | None = None, heads: Callable[[], nn.Module] | None = None
@@ -128,4 +151,11 @@ class DistilledDecoding:
         new = ~kept
         entropy = cross_entropy(logits[new].float(), batch.tokens[new])
         off = (values[new].float() - codes[new]).square().sum(-1).mean()
-        yield Update(("student", "heads"), entropy + self.value_weight * off, cross_entropy=entropy, value=off)
+        loss, measured = entropy + self.value_weight * off, {"cross_entropy": entropy, "value": off}
+        if self.lpips is not None:
+            some = slice(self.lpips.samples)
+            images = context.decode(torch.where(kept[..., None], codes, values.float())[some])
+            apart = lpips(self.lpips.net, context.device)(images, context.decode(codes[some]))
+            measured["lpips"] = apart.mean()
+            loss = loss + self.lpips.weight * measured["lpips"]
+        yield Update(("student", "heads"), loss, **measured)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,7 @@ from stepdistill.core.errors import ConfigError
 from stepdistill.core.random import noise_of
 from stepdistill.data import Sample
 from stepdistill.decoding.folder.heads import Heads
+from stepdistill.decoding.folder.pipeline import pixels_of_vectors
 from stepdistill.decoding.janus import TokenTeacher
 from stepdistill.decoding.method import TokenBatch, TokenContext
 from stepdistill.decoding.run import DecodingRun
@@ -60,9 +61,9 @@ class DecodingSession:
 
     def context(self, step: int) -> TokenContext:
         """What the method may use in a step."""
-        return TokenContext(
-            self.student, self.teacher.codes, self.run.train.seed, step, torch.device(self.accelerator.device)
-        )
+        decode = partial(pixels_of_vectors, self.teacher.model.model.vqmodel)
+        device = torch.device(self.accelerator.device)
+        return TokenContext(self.student, self.teacher.codes, decode, self.run.train.seed, step, device)
 
     def steps(self, start: int) -> Generator[list[TokenBatch]]:
         """The micro-batches of each step from `start` on, without end."""
@@ -84,7 +85,7 @@ def prepare_decoding(run: DecodingRun) -> DecodingSession:
     accelerator = begin(run.train)
     teacher = run.teacher.load()
     try:
-        run.method.trained_keeps(teacher.places)
+        run.method.check(teacher.places)
     except ValueError as error:
         raise ConfigError(f"method: {error}") from error
     teacher.model.to(accelerator.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def write_decoding_student(
         StudentError: the folder's tokens differ from the student's.
     """
     contract = decoder_contract(teacher, method)
-    pipe = assemble(teacher, network, heads, contract.keeps)
+    pipe = assemble(teacher, network, heads, contract)
     write_folder(out, pipe)
     write_decoder(out, replace(contract, proof=prove_tokens(out, pipe, contract)))
 
@@ -58,10 +57,13 @@ def prove_tokens(folder: Path, pipe: OneStepPipeline, contract: DecoderContract,
     return TokenProof(equal=equal, tokens=own.numel(), calls=len(contract.keeps), seed=seed)
 
 
-def assemble(teacher: TokenTeacher, language_model: nn.Module, heads: Heads, keeps: Sequence[int]) -> OneStepPipeline:
+def assemble(
+    teacher: TokenTeacher, language_model: nn.Module, heads: Heads, contract: DecoderContract
+) -> OneStepPipeline:
     """The student as a pipeline, with the teacher's decoder and processor."""
     vqmodel, longest = teacher.model.model.vqmodel, teacher.settings.max_sequence_length
-    return OneStepPipeline(language_model, heads, vqmodel, teacher.processor, keeps, max_sequence_length=longest)
+    parts = (language_model, heads, vqmodel, teacher.processor)
+    return OneStepPipeline(*parts, contract.keeps, contract.split, max_sequence_length=longest)
 
 
 def write_folder(out: Path, pipe: OneStepPipeline) -> None:
