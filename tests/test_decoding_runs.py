@@ -13,39 +13,25 @@ from typing import Any
 
 import pytest
 import torch
+from decoders import PROMPTS, small_janus
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import JanusForConditionalGeneration
 
 from stepdistill.config.load import load_config
 from stepdistill.core.errors import ConfigError, DataError, StepdistillError
 from stepdistill.core.random import noise_of
-from stepdistill.data.bundled import build
-from stepdistill.data.bundled.build_tokens import janus_config, janus_processor
 from stepdistill.decoding.contract import read_decoder
 from stepdistill.decoding.janus import Janus, TokenTeacher
 from stepdistill.decoding.run import DecodingRun
 from stepdistill.decoding.session import fresh_heads
 from stepdistill.decoding.train import distill_decoder
 
-PROMPTS = ["red apple", "a big brown dog face", "rose"]
-
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """A Janus with random weights, whose texts differ in length."""
-    place = tmp_path_factory.mktemp("janus")
-    processor = janus_processor(build.drawing_texts(), 600)
-    torch.manual_seed(0)
-    config = janus_config(len(processor.tokenizer), 32, 1, codes=32, dim=4)
-    model: Any = JanusForConditionalGeneration(config)
-    for name, parameter in model.named_parameters():  # far from 0, so that prompts and tokens matter
-        if "embed" in name or "generation" in name:
-            torch.nn.init.normal_(parameter)
-    model.save_pretrained(place)
-    processor.save_pretrained(place)
-    return place
+    return small_janus(tmp_path_factory.mktemp("janus"))
 
 
 @cache

@@ -11,11 +11,12 @@ from huggingface_hub import ModelCardData
 from pydantic import ConfigDict, TypeAdapter
 
 from stepdistill.config.dump import to_node
+from stepdistill.core.errors import StudentError, problem
 from stepdistill.decoding.janus import Janus, TokenTeacher
 from stepdistill.decoding.method import DistilledDecoding
 from stepdistill.students.base_model import absolute_path
 from stepdistill.students.card import licence_of
-from stepdistill.students.contract import CONTRACT, SCHEMA, read_as
+from stepdistill.students.contract import CONTRACT, DECODER, SCHEMA, kind_of, read_as
 from stepdistill.students.write import LIBRARIES
 
 
@@ -96,7 +97,10 @@ def decoder_contract(teacher: TokenTeacher, method: DistilledDecoding) -> Decode
 
 
 def read_decoder(folder: Path | str) -> DecoderContract:
-    """The contract of a folder. Raises StudentError if it is missing, invalid or of another version."""
+    """The contract of a folder. Raises StudentError if it is missing, invalid, of another version or another kind."""
+    if (kind := kind_of(folder)) != DECODER:
+        why, todo = "only that one draws tokens", "load other students by `stepdistill.load_student`"
+        raise StudentError(problem(f"{folder}, of kind {kind!r}", f"a student of kind {DECODER!r}", why, todo))
     return read_as(folder, FORMAT)
 
 

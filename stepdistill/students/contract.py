@@ -1,7 +1,5 @@
-"""The sampling contract of a student, `distill_config.json`.
-
-It holds the settings with which a pipeline visits exactly the noise levels that the student was trained at, and the
-origin of the student.
+"""The sampling contract of a student, `distill_config.json`: how a pipeline visits exactly the noise levels that the
+student was trained at, and where the student comes from.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ LAST = "last_lora.safetensors"  # of a student trained on top of another: its ow
 ADAPTERS = "guidance_adapters.safetensors"
 STUDENTS = "students"  # the subfolder of a folder of several students
 SCHEMA = 1
+DECODER = "decoder"  # the kind of a student of an autoregressive model, see `stepdistill.decoding.contract`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +218,10 @@ T = TypeVar("T")
 
 def read_contract(folder: Path | str) -> Contract:
     """The contract of a student folder. Raises StudentError if it is missing, invalid or of another version."""
+    if kind_of(folder) == DECODER:
+        got, expected = f"{folder}, a student of an autoregressive image model", "a student of a diffusion pipeline"
+        why, todo = "it is a whole pipeline with no part for another", f"use `stepdistill generate {folder} PROMPT`"
+        raise StudentError(problem(got, expected, why, todo))
     return read_as(folder, FORMAT)
 
 

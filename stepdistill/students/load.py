@@ -18,8 +18,9 @@ from stepdistill.students.contract import ADAPTERS, CONTRACT, LAST, STUDENTS, WE
 from stepdistill.students.several import load_several
 from stepdistill.students.single import load_adapters, load_network, load_one, load_state, network_state
 
-# the files of a hub folder that loading needs
+# the files of a hub folder that loading needs; no code is among them
 PATTERNS = [CONTRACT, WEIGHTS, LAST, ADAPTERS, "scheduler/*", "unet/*", "transformer/*", ROUTER, f"{STUDENTS}/*"]
+PATTERNS += ["model_index.json", "language_model/*", "heads/*", "vqmodel/*", "processor/*"]  # of a decoder
 
 
 def load_student(pipe: DiffusionPipeline, folder_or_hub_id: str | Path, adapter_name: str = "student") -> Any:  # noqa: ANN401
@@ -51,7 +52,7 @@ def folder_of(place: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
         raise StudentError(problem(f"{place}, which does not exist", expected, "there is no student to load", todo))
     try:
-        return Path(snapshot_download(str(place), allow_patterns=PATTERNS))
+        return Path(snapshot_download(str(place), allow_patterns=PATTERNS, ignore_patterns="*.py"))
     except OSError as error:
         raise StudentError(problem(f"{place}, which is neither of them", expected, str(error), todo)) from error
 
