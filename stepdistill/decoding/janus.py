@@ -152,39 +152,43 @@ class TokenTeacher:
     def logits(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """Guided logits (B, n, V) of each place after tokens (B, n), of which the last is not looked at."""
         asked, mask, text = self._asked(prompts)
-        image = self.model.prepare_embeddings_for_image_generation(tokens[:, :-1].repeat(len(asked), 1))
-        mask = torch.cat([mask, torch.ones(image.shape[:2], dtype=mask.dtype, device=mask.device)], 1)
-        states = self._states(torch.cat([text, image], 1), mask, None)
+        states = self._states(*self._continued(text, mask, tokens[:, :-1].repeat(len(asked), 1)), None)
         return self._guided(states[:, -tokens.shape[1] :])
 
     @torch.no_grad()
-    def steps(self, prompts: Sequence[str]) -> Generator[Tensor, Tensor, None]:
+    def steps(self, prompts: Sequence[str], given: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
         """Guided logits (B, V) of one place after another; the token of each is sent in.
 
         It is a generator that takes: `logits = next(steps)`, then `logits = steps.send(tokens)` with tokens (B,).
+
+        Args:
+            given: tokens (B, m) that the image begins with, which are read in one call; the places after them follow.
         """
-        asked, mask, embeddings = self._asked(prompts)
+        asked, mask, text = self._asked(prompts)
+        given = torch.zeros(len(prompts), 0, dtype=torch.long, device=mask.device) if given is None else given
+        embeddings, mask = self._continued(text, mask, given.repeat(len(asked), 1))
         cache = DynamicCache()
-        for _ in range(self.places):
+        for _ in range(given.shape[1], self.places):
             states = self._states(embeddings, mask, cache)
             tokens = yield self._guided(states[:, -1])
             embeddings = self.model.prepare_embeddings_for_image_generation(tokens[:, None].repeat(len(asked), 1))
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
 
     @torch.no_grad()
-    def draw(self, prompts: Sequence[str], eps: Tensor, given: Tensor | None = None) -> Tensor:
-        """Tokens (B, n) of noise (B, n, d).
+    def draw(
+        self, prompts: Sequence[str], eps: Tensor, given: Tensor | None = None, until: int | None = None
+    ) -> Tensor:
+        """Tokens (B, until) of noise (B, n, d).
 
         Args:
             given: tokens (B, m) that the image begins with.
+            until: the number of tokens, of which the given ones are the first; none is for all.
         """
-        steps, tokens = self.steps(prompts), []
-        logits = next(steps)
-        for i in range(self.places):
-            known = None if given is None or i >= given.shape[1] else given[:, i]
-            tokens.append(self.map(eps[:, i], logits) if known is None else known)
-            if i + 1 < self.places:
-                logits = steps.send(tokens[-1])
+        steps, tokens = self.steps(prompts, given), [] if given is None else list(given.unbind(1))
+        first = len(tokens)
+        for i in range(first, self.places if until is None else until):
+            logits = next(steps) if i == first else steps.send(tokens[-1])
+            tokens.append(self.map(eps[:, i], logits))
         return torch.stack(tokens, 1)
 
     def log_likelihood(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
@@ -206,6 +210,11 @@ class TokenTeacher:
         if self.settings.guidance_scale != 1:
             each.append(self.unconditional(each[0]))
         return range(len(each)), torch.cat([one.mask for one in each]), torch.cat([self.text(one) for one in each])
+
+    def _continued(self, text: Tensor, mask: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings and mask of prompts and the tokens (B, m) after them."""
+        image = self.model.prepare_embeddings_for_image_generation(tokens)
+        return torch.cat([text, image], 1), torch.cat([mask, torch.ones_like(tokens, dtype=mask.dtype)], 1)
 
     def _states(self, embeddings: Tensor, mask: Tensor, cache: DynamicCache | None) -> Tensor:
         places = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeddings.shape[1] :]

@@ -69,7 +69,6 @@ def _whole(kind: Any, place: Path, **settings: Any) -> Any:  # noqa: ANN401
 def _check(folder: Path, pipe: OneStepPipeline, contract: DecoderContract) -> None:
     """Raise StudentError where the parts are not those of the contract, or do not fit each other."""
     book, settings = (contract.codes, contract.dim), pipe.config
-    split = settings["split"]
     for what, got, expected in (
         ("noise of the shape", pipe.shape, (contract.tokens, contract.dim)),
         ("codes of the heads", tuple(pipe.heads.codebook.shape), book),
@@ -77,7 +76,7 @@ def _check(folder: Path, pipe: OneStepPipeline, contract: DecoderContract) -> No
         ("width of the heads", pipe.heads.config["width"], pipe.language_model.config.hidden_size),
         ("keeps", tuple(settings["keeps"]), contract.keeps),
         ("max_sequence_length", settings["max_sequence_length"], contract.teacher.get("max_sequence_length")),
-        ("split", split, split if split in (None, *range(contract.tokens + 1)) else f"none, or 0 to {contract.tokens}"),
+        ("split", settings["split"], contract.split),
     ):
         if got != expected:
             why, todo = "its files are not of one student", "get all of them again, as the run wrote them"

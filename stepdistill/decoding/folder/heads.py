@@ -75,13 +75,18 @@ class Heads(ModelMixin, ConfigMixin):
             keeps: how many tokens each call keeps of those before it, ascending, from 0. A student is right for the
                 numbers that it was trained with alone.
         """
-        places = torch.arange(noise.shape[1], device=noise.device)
         tokens = torch.zeros(noise.shape[:2], dtype=torch.long, device=noise.device)
         values = noise
         for keep in keeps:
-            kept = (places < keep).expand_as(tokens)
-            x = torch.where(kept[..., None], self.codebook[tokens], noise)
-            logits, new = self.one_call(language_model, text, mask, x, kept)
-            tokens = torch.where(kept, tokens, logits.argmax(-1))
-            values = torch.where(kept[..., None], self.codebook[tokens], new)
+            tokens, values = self.next_call(language_model, text, mask, noise, tokens, keep)
         return tokens, values
+
+    def next_call(
+        self, language_model: nn.Module, text: Tensor, mask: Tensor, noise: Tensor, tokens: Tensor, keep: int
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (B, n) and values (B, n, d) by one call, which keeps the first `keep` of the tokens (B, n)."""
+        kept = (torch.arange(noise.shape[1], device=noise.device) < keep).expand_as(tokens)
+        x = torch.where(kept[..., None], self.codebook[tokens], noise)
+        logits, new = self.one_call(language_model, text, mask, x, kept)
+        tokens = torch.where(kept, tokens, logits.argmax(-1))
+        return tokens, torch.where(kept[..., None], self.codebook[tokens], new)

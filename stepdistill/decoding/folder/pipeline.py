@@ -75,25 +75,32 @@ class OneStepPipeline(DiffusionPipeline):
             )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         repeated = [text for text in prompts for _ in range(num_images_per_prompt)]
-        asked = read_prompts(self.processor, repeated, self.config["max_sequence_length"])
-        ids, mask = (each.to(self.device) for each in asked)
+        text, mask = self.read(repeated)
         if noise is None:
-            noise = self.draw_noise(len(ids), generator)
-        elif noise.shape != (len(ids), *self.shape):
-            raise ValueError(f"noise is {tuple(noise.shape)}: expected {(len(ids), *self.shape)}")
+            noise = self.draw_noise(len(text), generator)
+        elif noise.shape != (len(text), *self.shape):
+            raise ValueError(f"noise is {tuple(noise.shape)}: expected {(len(text), *self.shape)}")
         noise = noise.to(self.device, torch.float32)
-        text = self.language_model.get_input_embeddings()(ids)
         tokens, values = self.heads.decode(
             self.language_model, text, mask, noise, self.config["keeps"][:num_inference_steps]
         )
-        if output_type == "tokens":
-            images: Any = tokens
-        else:
-            vectors = self.heads.codebook[tokens]
-            if self.config["split"] is not None:
-                vectors[:, self.config["split"] :] = values[:, self.config["split"] :]
-            images = VaeImageProcessor().postprocess(pixels_of_vectors(self.vqmodel, vectors), output_type=output_type)
+        images = self.images(tokens, values, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def read(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, P, width) of prompts, and their mask (B, P); see `read_prompts`."""
+        asked = read_prompts(self.processor, prompts, self.config["max_sequence_length"])
+        ids, mask = (each.to(self.device) for each in asked)
+        return self.language_model.get_input_embeddings()(ids), mask
+
+    def images(self, tokens: Tensor, values: Tensor, output_type: str = "pil") -> Any:  # noqa: ANN401
+        """Images of tokens (B, n) and values (B, n, d), of the types that a call has."""
+        if output_type == "tokens":
+            return tokens
+        vectors = self.heads.codebook[tokens]
+        if self.config["split"] is not None:
+            vectors[:, self.config["split"] :] = values[:, self.config["split"] :]
+        return VaeImageProcessor().postprocess(pixels_of_vectors(self.vqmodel, vectors), output_type=output_type)
 
     def draw_noise(self, rows: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
         """Standard normal (B, n, d), drawn where the generators are."""
