@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from stepdistill.core.random import noise_of
 from stepdistill.decoding.contract import read_decoder
 from stepdistill.decoding.folder.pipeline import OneStepPipeline
 from stepdistill.decoding.janus import TokenTeacher
-from stepdistill.decoding.with_teacher import draw_with_teacher, most_teacher_steps, teacher_of
+from stepdistill.decoding.with_teacher import contract_teacher, draw_with_teacher, most_teacher_steps
 
 
 @cache
@@ -61,16 +62,18 @@ def given_tokens_are_read_in_one_call() -> None:
     assert torch.equal(teacher().draw(PROMPTS, noise(), longer, 12), longer)
 
 
+def asked(calls: int, output_type: str = "tokens") -> Tensor:
+    """What the student draws by its own call."""
+    pipe: Any = student()
+    return pipe(PROMPTS, noise=noise(), num_inference_steps=calls, output_type=output_type).images
+
+
 def without_the_teacher_it_is_the_student() -> None:
     for calls in (1, 2, 3):
-        asked = {"noise": noise(), "num_inference_steps": calls, "output_type": "tokens"}
-        alone, (tokens, values) = (
-            student()(PROMPTS, **asked).images,
-            draw_with_teacher(student(), teacher(), PROMPTS, noise(), 0, calls),
-        )
-        assert torch.equal(alone, tokens) and torch.equal(student().images(tokens, values, "tokens"), tokens)
-        asked["output_type"] = "pt"
-        assert torch.equal(student()(PROMPTS, **asked).images, student().images(tokens, values, "pt"))
+        tokens, values = draw_with_teacher(student(), teacher(), PROMPTS, noise(), 0, calls)
+        for kind in ("tokens", "pt"):
+            assert torch.equal(asked(calls, kind), student().images(tokens, values, kind))
+        assert torch.equal(asked(calls), tokens)
 
 
 def over_the_whole_gap_they_are_the_teachers_tokens() -> None:
@@ -82,7 +85,7 @@ def over_the_whole_gap_they_are_the_teachers_tokens() -> None:
 
 def only_the_last_ones_are_drawn_again() -> None:
     """By hand: the student's call, M tokens of the teacher one by one, the student's next call."""
-    first = student()(PROMPTS, noise=noise(), num_inference_steps=1, output_type="tokens").images
+    first = asked(1)
     expected = first.clone()
     for i in range(16, 21):
         expected[:, i] = teacher().map(noise()[:, i], teacher().logits(PROMPTS, expected)[:, i])
@@ -146,16 +149,16 @@ def test_what_cannot_be_is_refused():
 def test_the_teacher_is_that_of_the_contract(tmp_path):
     janus = small_janus(tmp_path / "janus")
     contract = read_decoder(untrained_student(janus, tmp_path / "student", guidance_scale=2.0))
-    assert teacher_of(contract).settings.guidance_scale == 2.0
+    assert contract_teacher(contract).settings.guidance_scale == 2.0
     moved = janus.rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match="does not exist"):
-        teacher_of(contract)
-    assert teacher_of(contract, str(moved)).digest == contract.base_hash
+        contract_teacher(contract)
+    assert contract_teacher(contract, str(moved)).digest == contract.base_hash
     other = replace(contract, teacher={**contract.teacher, "guidance_scale": 2.5})
     with pytest.raises(ConfigError, match="whose hash is .*, expected .*, as in the contract"):
-        teacher_of(other, str(moved))
+        contract_teacher(other, str(moved))
     with pytest.raises(StudentError, match="expected the settings of a Janus"):
-        teacher_of(replace(contract, teacher={"temperature": 0}))
+        contract_teacher(replace(contract, teacher={"temperature": 0}))
 
 
 BUGS = {

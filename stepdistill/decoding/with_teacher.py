@@ -63,7 +63,7 @@ def draw_with_teacher(
     return tokens, values
 
 
-def teacher_of(contract: DecoderContract, place: str | None = None) -> TokenTeacher:
+def contract_teacher(contract: DecoderContract, place: str | None = None) -> TokenTeacher:
     """The teacher of a student's contract, loaded.
 
     Args:
