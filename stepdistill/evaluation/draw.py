@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -14,13 +13,10 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from stepdistill.core.cost import Cost
 from stepdistill.core.errors import EvaluationError, StepdistillError, problem
 from stepdistill.core.files import file_digest
 from stepdistill.evaluation.exports import GenEval, T2ICompBench, VBench
-from stepdistill.evaluation.first_frames import FirstFrames
 from stepdistill.evaluation.metrics.features import Extractor
-from stepdistill.evaluation.metrics.identity import DTYPES
 from stepdistill.evaluation.metrics.image_scores import (
     ImageScore,
     PromptLikeness,
@@ -28,23 +24,17 @@ from stepdistill.evaluation.metrics.image_scores import (
     perceptual_likeness,
     pixel_likeness,
 )
-from stepdistill.evaluation.plan import SamplingPlan, size_of, slug
+from stepdistill.evaluation.plan import SamplingPlan, slug
 from stepdistill.evaluation.read import Unit, cropped, fill_store
 from stepdistill.evaluation.records import prompt_of, prompts_digest
+from stepdistill.evaluation.rows import Generate, RowSource
 from stepdistill.evaluation.spec import EvalRun
 from stepdistill.evaluation.store import Store
-from stepdistill.families.base import Family
-from stepdistill.networks.lora.read import lora_path
-from stepdistill.students.base_model import pipeline_hash
-from stepdistill.students.draw.animation import frame_rate_of, images_of_clip
-from stepdistill.students.draw.filters import unfiltered
-from stepdistill.students.draw.loras import load_style
-from stepdistill.students.draw.pipeline import StudentPipeline
+from stepdistill.students.draw.animation import images_of_clip
 from stepdistill.students.load import PATTERNS, folder_of
 
 LATENCY = "latency.json"
 WARMUP = 3  # images drawn before any is timed
-Generate = Callable[..., tuple[Tensor, Cost]]  # of prompts, batch and numbers
 
 
 @dataclass(frozen=True)
@@ -53,25 +43,23 @@ class RowDrawer:
 
     Args:
         spec: what is asked for.
-        family: the teacher's.
+        source: the teacher and its students.
         records: of the prompts, in turn for images.
         n: images of a row.
         extractor: of the features.
         clip: of the CLIP score, where there is one.
         state: this process among the others.
         device: where it draws.
-        begun: images that the videos of the prompts begin with, for a family that continues images.
     """
 
     spec: EvalRun
-    family: Family
+    source: RowSource
     records: Sequence[dict[str, object]]
     n: int
     extractor: Extractor
     clip: PromptLikeness | None
     state: PartialState
     device: torch.device
-    begun: tuple[Path, ...] = ()
 
     @property
     def prompts(self) -> list[str]:
@@ -89,7 +77,7 @@ class RowDrawer:
     @property
     def frames(self) -> int:
         """Of what is drawn; 1 is an image."""
-        return frames_of_family(self.family)
+        return self.source.frames
 
     def draw(self, plans: Sequence[SamplingPlan]) -> tuple[dict[SamplingPlan, Store], list[str]]:
         """Draw what is missing of every plan; one pipeline at a time is in memory.
@@ -99,31 +87,23 @@ class RowDrawer:
         """
         stores, left_out, hashed = {plan: self.store(plan) for plan in plans}, [], ""
         teacher = next(store for plan, store in stores.items() if plan.role == "teacher")
-        asked = size_of(self.spec.students)
         for place in dict.fromkeys(plan.student for plan in plans):
-            pipeline = StudentPipeline.of(self.family, place, self.device, DTYPES[self.spec.dtype])
-            style = load_style(self.family, pipeline.pipe, self.spec.lora[0], "beside") if self.spec.lora else None
-            size = asked or self.family.native_size(pipeline.pipe)
-            hashed = hashed or teacher_of(pipeline)  # the teacher comes first
+            drawer = self.source.open(place, self.device)
+            size, hashed = drawer.size, hashed or drawer.digest()  # the teacher comes first
             scores = [*([self.clip] if self.clip else []), *(self._against(teacher) if place else ())]
-            scores += [motion_score] if self.frames > 1 else []
-            first = FirstFrames(self.begun, size) if self.begun else None
-            # images of another size than the clips' are not comparable
-            scores += [first.score] if first and self.frames > 1 and not self.spec.side else []
+            scores += [*([motion_score] if self.frames > 1 else []), *drawer.scores]
             for plan in [plan for plan in plans if plan.student == place]:
                 try:
-                    calls = pipeline.calls(replace(plan.options, height=size[0], width=size[1]), plan.name)
+                    generate = drawer.generate(plan)
                 except (ValueError, StepdistillError) as error:
                     left_out.append(f"{plan.name}: {error}")
                     del stores[plan]
                     continue
-                if style is not None and plan.lora_strength is not None:
-                    pipeline.weigh({style: plan.lora_strength})
-                store, generate = stores[plan], partial(pipeline.generate, calls, seed=plan.seed, first=first)
+                store = stores[plan]
                 if self.state.is_main_process:
                     side = self.spec.side
                     shape = (*[self.frames] * (self.frames > 1), 3, *((side, side) if side else size))
-                    store.open(self._facts(plan, size, store.kept, hashed), shape)
+                    store.open(self._facts(plan, size, store.kept, hashed) | drawer.facts(plan), shape)
                 self.state.wait_for_everyone()
                 units = partial(self._units, plan, store, generate)
                 fill_store(store, units, self.extractor, scores, plan.name, self.state)
@@ -173,7 +153,7 @@ class RowDrawer:
             kinds = {
                 "geneval": GenEval,
                 "t2i-compbench": partial(T2ICompBench, per_prompt=-(-self.n // len(self.records))),
-                "vbench": partial(VBench, frame_rate=frame_rate_of(self.family)),
+                "vbench": partial(VBench, frame_rate=self.source.frame_rate),
             }
             out = kinds[self.spec.export](self.spec.output_dir / self.spec.export / name)
             for i, image in each:
@@ -188,18 +168,14 @@ class RowDrawer:
         ends = {name: kept.quantile(q).item() for name, q in (("p50", 0.5), ("p90", 0.9))}
         return {**ends, "batch": 1, "warmup": WARMUP, "repetitions": self.spec.latency}
 
-    @cached_property
-    def _lora(self) -> str | None:
-        """Digest of the LoRA's file."""
-        return file_digest(lora_path(self.spec.lora[0])) if self.spec.lora else None
-
     def _beside(self) -> list[object]:
         """What scores of likeness to the teacher's images depend on; nothing where there are none."""
         likeness = sorted({"pixels", "lpips"} & set(self.spec.metrics))
-        return [*likeness, self.spec.teacher_steps, self.spec.teacher_guidance] if likeness else []
+        facts = self.source.teacher_facts
+        return [*likeness, facts["steps"], facts["guidance"]] if likeness else []
 
     def _facts(self, plan: SamplingPlan, size: tuple[int, int], kept: int, hashed: str) -> dict[str, object]:
-        """All that the images, their features and scores depend on, and which files there are."""
+        """What images of any source, their features and scores depend on, and which files there are."""
         return {
             "teacher": hashed,
             "student": fingerprint(plan.student) if plan.student else None,
@@ -209,7 +185,6 @@ class RowDrawer:
             "seed": plan.seed,
             "n": self.n,
             "prompts": prompts_digest(self.prompts),
-            **({"begun": FirstFrames(self.begun, size).digest} if self.begun else {}),
             "size": size,
             "dtype": self.spec.dtype,
             "device": self.device.type,
@@ -220,23 +195,9 @@ class RowDrawer:
             "clip": self.clip.facts if self.clip else None,
             "beside": self._beside() if plan.student else None,
             "kept": kept,
-            **({"lora": [self._lora, plan.lora_strength]} if self.spec.lora else {}),
             "save_images": self.spec.save_images,
             "export": self.spec.export,
         }
-
-
-def teacher_of(pipeline: StudentPipeline) -> str:
-    """sha256 of all that the teacher draws with: networks, fused LoRAs, scheduler, and what its calls are given."""
-    with unfiltered(pipeline.pipe, pipeline.family):
-        networks = pipeline_hash(pipeline.pipe)
-    parts = [networks, pipeline.native.to_json_string(), repr(pipeline.family.arguments())]
-    return sha256("\n".join(parts).encode()).hexdigest()
-
-
-def frames_of_family(family: Family) -> int:
-    """Frames of what a family's pipeline draws; 1 is an image."""
-    return family.arguments().get("num_frames", 1)
 
 
 def peak() -> float | None:

@@ -36,6 +36,7 @@ from stepdistill.evaluation.spec import PICKED
 BLOCKS = 20
 ENOUGH = 4  # images a dimension, from which on the jackknife's bias correction is of use
 CLIP_SCORES = ("motion", "consistency", "consistency_first", "image_distance")  # of clips alone
+MEANS = {"clip": "clip_score", "log_likelihood": "log_likelihood"}  # scores of any image, and the names of their means
 SUBSET = 1000  # images of one of KID's subsets, or half of them where there are fewer
 
 
@@ -47,7 +48,8 @@ class Sampled:
         name, role: as the report shows them; the row of role `teacher` that comes first is what others differ from.
         features: (N, D), in the order of prompts and noises that all rows have; of clips those of one frame each.
         motion: (N, D), of the motion of clips; None of images.
-        scores: one number an image, (N,), by name: clip, psnr, ssim, lpips; of clips motion and consistency, too.
+        scores: one number an image, (N,), by name: clip, psnr, ssim, lpips; of clips motion and consistency, too; of
+            tokens log_likelihood.
         clip: what CLIP scores depend on, where there are any.
         cost: as the report shows it; `seconds_per_image` among it.
         facts: what else the report says of the row.
@@ -144,9 +146,9 @@ def measured(
             figures |= _beside(row, rows[first], metrics, prompt_index)
             excess = interval(distances[i] - distances[first], sizes)
             figures["delta_vs_teacher"] = {key: interval_facts(excess)} | moved[i].pop("delta_vs_teacher")
-            if "clip" in row.scores:
-                gap = difference_of_means(row.scores["clip"], rows[first].scores["clip"], BLOCKS)
-                figures["delta_vs_teacher"]["clip_score"] = interval_facts(gap)
+            for score in MEANS.keys() & row.scores.keys():
+                gap = difference_of_means(row.scores[score], rows[first].scores[score], BLOCKS)
+                figures["delta_vs_teacher"][MEANS[score]] = interval_facts(gap)
         figures |= moved[i]
         cost = dict(row.cost)
         if first is not None and cost.get("seconds_per_image"):
@@ -225,11 +227,12 @@ def _of_features(
 
 
 def _of_scores(row: Sampled) -> dict[str, Any]:
-    if "clip" not in row.scores:
-        return {}
-    mean = mean_interval(row.scores["clip"], BLOCKS)
-    stderr = row.scores["clip"].double().std().item() / math.sqrt(len(row.features))
-    return {"clip_score": interval_facts(mean) | {"stderr": stderr, "scale": 100} | dict(row.clip)}
+    known = [score for score in MEANS if score in row.scores]
+    figures = {MEANS[score]: interval_facts(mean_interval(row.scores[score], BLOCKS)) for score in known}
+    if "clip" in known:
+        stderr = row.scores["clip"].double().std().item() / math.sqrt(len(row.features))
+        figures["clip_score"] |= {"stderr": stderr, "scale": 100} | dict(row.clip)
+    return figures
 
 
 def _beside(row: Sampled, teacher: Sampled, metrics: Collection[str], prompt_index: Tensor | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from stepdistill.config.registry import every, find
 from stepdistill.core.errors import ConfigError, EvaluationError, problem
 from stepdistill.core.files import is_single_file
-from stepdistill.evaluation.inputs import labels
+from stepdistill.evaluation.inputs import TEACHER, labels
 from stepdistill.evaluation.spec import EvalRun
 from stepdistill.families.base import Family
 from stepdistill.students.contract import Contract, read_contracts, teacher
@@ -23,6 +23,7 @@ from stepdistill.students.load import folder_of
 from stepdistill.students.single import check_use
 
 Role = Literal["reference", "teacher", "student"]
+STEPS, GUIDANCE = 50, 7.5  # of a pipeline at its best, where nothing else is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,27 +65,42 @@ def sampling_plans(spec: EvalRun) -> list[SamplingPlan]:
     for place in spec.students if spec.lora else ():
         check_one_lora(place)
     trained = {place: len(contract_of(place).timesteps) for place in spec.students}
-    few = sorted({*(spec.steps or trained.values())} - {spec.teacher_steps}, reverse=True)
-    common: dict[str, Any] = {"student": None, "guidance": spec.teacher_guidance, "role": "teacher", "seed": spec.seed}
+    best, w = at_its_best(spec)
+    few = sorted({*(spec.steps or trained.values())} - {best}, reverse=True)
+    common: dict[str, Any] = {"student": None, "guidance": w, "role": "teacher", "seed": spec.seed}
     beside = None if spec.lora is None else spec.lora[1]
     plans = [
-        SamplingPlan(name=_called("teacher", steps) + _with(spec, beside), steps=steps, lora_strength=beside, **common)
-        for steps in (spec.teacher_steps, *few)
+        SamplingPlan(name=called("teacher", steps) + _with(spec, beside), steps=steps, lora_strength=beside, **common)
+        for steps in (best, *few)
     ]
-    if spec.reference == "teacher":
-        plans.insert(0, replace(plans[0], name="reference", role="reference", seed=spec.reference_seed))
     who = dict(zip(spec.students, labels(spec.students), strict=True))
     strengths = spec.lora_strengths or (beside,)
     for place, steps, w, strength in product(spec.students, spec.steps or (None,), spec.guidance or (None,), strengths):
-        name = _called(who[place], steps or trained[place]) + ("" if w is None else f", w = {w:g}")
+        name = called(who[place], steps or trained[place]) + ("" if w is None else f", w = {w:g}")
         name += _with(spec, strength)
         options = {"student": place, "steps": steps, "guidance": w, "lora_strength": strength}
         plans.append(SamplingPlan(name=name, role="student", seed=spec.seed, **options))
+    return with_reference(spec, plans)
+
+
+def at_its_best(spec: EvalRun) -> tuple[int, float]:
+    """Steps and guidance scale of a pipeline that all is compared with."""
+    w = spec.teacher_guidance
+    return spec.teacher_steps or STEPS, GUIDANCE if w is None else w
+
+
+def with_reference(spec: EvalRun, plans: Sequence[SamplingPlan]) -> list[SamplingPlan]:
+    """The plans, before them the first one under other noises where the rows are compared with that.
+
+    Raises EvaluationError for two of one name.
+    """
     names = [plan.name for plan in plans]
     if len({slug(name) for name in names}) < len(names):
         why = "their files would overwrite each other's"
         raise EvaluationError(problem(f"rows {names}", "different names", why, "rename a folder"))
-    return plans
+    if spec.reference != TEACHER:
+        return list(plans)
+    return [replace(plans[0], name="reference", role="reference", seed=spec.reference_seed), *plans]
 
 
 def size_of(students: Sequence[str]) -> tuple[int, int] | None:
@@ -99,7 +115,7 @@ def size_of(students: Sequence[str]) -> tuple[int, int] | None:
     return next(iter(sizes.values()), None)
 
 
-def _called(who: str, steps: int) -> str:
+def called(who: str, steps: int) -> str:
     """Such as `teacher, 4 steps`."""
     return f"{who}, {steps} step{'s' * (steps > 1)}"
 

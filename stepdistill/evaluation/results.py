@@ -20,7 +20,7 @@ from stepdistill.evaluation.inputs import labels
 from stepdistill.evaluation.measure import CLIP_SCORES, Reference, Sampled
 from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.metrics.image_scores import PromptLikeness
-from stepdistill.evaluation.plan import SamplingPlan, contract_of, slug
+from stepdistill.evaluation.plan import SamplingPlan, slug
 from stepdistill.evaluation.protocol import Protocol
 from stepdistill.evaluation.report.page import page
 from stepdistill.evaluation.report.table import SCHEMA, flat_rows, read_evaluation, write_csv
@@ -31,7 +31,7 @@ from stepdistill.students.draw.sheet import image_grid
 
 SHEET_RATE = 8  # frames a second of the animations in a report
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
-SCORES = ("clip", "psnr", "ssim", "lpips", *CLIP_SCORES)  # what a unit tells of single images
+SCORES = ("clip", "log_likelihood", "psnr", "ssim", "lpips", *CLIP_SCORES)  # what a unit tells of single images
 
 
 def document(
@@ -90,9 +90,15 @@ def protocol_facts(
     return facts | {"trusted": protocol.trusted(reference)}, deviations + identity.reasons()
 
 
-def sampled(plan: SamplingPlan, store: Store, reasons: Sequence[str], clip: PromptLikeness | None) -> Sampled:
-    """What is known of a plan's images."""
-    units, contract = list(store.unit_facts()), contract_of(plan.student) if plan.student else None
+def sampled(
+    plan: SamplingPlan,
+    store: Store,
+    settings: tuple[int | None, float | None],
+    reasons: Sequence[str],
+    clip: PromptLikeness | None,
+) -> Sampled:
+    """What is known of a plan's images; its steps and guidance scale are `settings`."""
+    units, (steps, guidance) = list(store.unit_facts()), settings
     calls, batches, rows, seconds = (
         sum(unit[key] for unit in units) for key in ("calls", "batches", "rows", "seconds")
     )
@@ -103,11 +109,6 @@ def sampled(plan: SamplingPlan, store: Store, reasons: Sequence[str], clip: Prom
         "latency_ms": store.noted(LATENCY),
         "peak_mem_mib": max((unit["peak_mem_mib"] for unit in units if unit["peak_mem_mib"]), default=None),
     }
-    steps, guidance = plan.steps, plan.guidance
-    if contract is not None:
-        steps = len(contract.timesteps) if steps is None else steps
-        default = contract.adapters.guidance_scale if contract.adapters else contract.guidance_scale
-        guidance = default if guidance is None else guidance
     height, width = units[0]["size"]
     beside = {} if plan.lora_strength is None else {"lora": plan.lora_strength}
     facts = {"student": plan.student, "steps": steps, "guidance": guidance, "seed": plan.seed, "n_skipped": 0}
@@ -207,8 +208,9 @@ def summary_lines(contents: Mapping[str, Any]) -> list[str]:
                 parts.append(f"excess {_brief(metrics['delta_vs_teacher'][name])}")
         if metrics.get("motion_ratio", {}).get("value") is not None:
             parts.append(f"motion ratio {_brief(metrics['motion_ratio'])}")
-        if "clip_score" in metrics:
-            parts.append(f"clip {_brief(metrics['clip_score'])}")
+        for label, name in (("clip", "clip_score"), ("log p", "log_likelihood")):
+            if name in metrics:
+                parts.append(f"{label} {_brief(metrics[name])}")
         if cost:
             milliseconds = 1000 * cost["seconds_per_image"]
             parts.append(f"calls {cost['calls']:g}  nfe {cost['nfe']:g}  {milliseconds:.2f} ms per image")

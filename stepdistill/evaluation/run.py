@@ -19,7 +19,7 @@ from stepdistill.core.distributed import check_plugins
 from stepdistill.core.errors import EvaluationError, problem
 from stepdistill.data.bundled import emoji
 from stepdistill.data.bundled.moving import GROUPS, MOTIONS
-from stepdistill.evaluation.draw import RowDrawer, frames_of_family
+from stepdistill.evaluation.draw import RowDrawer
 from stepdistill.evaluation.first_frames import first_frame_files
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.inputs import FACTS, TEACHER, check_draws, check_npz, check_score, enough, prompts_of_images
@@ -30,7 +30,7 @@ from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.metrics.image_scores import PromptLikeness
 from stepdistill.evaluation.metrics.motion import LEAST_OF_GROUP
 from stepdistill.evaluation.metrics.stats import all_alike
-from stepdistill.evaluation.plan import contract_of, family_of, sampling_plans, slug
+from stepdistill.evaluation.plan import contract_of, family_of, slug
 from stepdistill.evaluation.read import read_into
 from stepdistill.evaluation.records import prompt_of, prompts_digest, read_records
 from stepdistill.evaluation.reference import ReferenceBuilder
@@ -43,6 +43,7 @@ from stepdistill.evaluation.results import (
     write_samples,
     write_sheets,
 )
+from stepdistill.evaluation.rows import PipelineRows, RowSource, frames_of_family
 from stepdistill.evaluation.spec import EvalRun, EvalSpec
 from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.families.location import BUNDLED_NAMES
@@ -51,7 +52,7 @@ from stepdistill.students.draw.animation import require_encoder
 
 
 def evaluate(spec: EvalRun) -> dict[str, Any]:
-    """Draw the teacher and every student, measure them, and write the report; started again it goes on.
+    """Draw a pipeline and every student of it, measure them, and write the report; started again it goes on.
 
     Returns:
         The contents of `eval.json`; of the first process alone, of the others an empty mapping.
@@ -60,22 +61,36 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
         StepdistillError: before anything is drawn, for whatever can be known by then.
     """
     check_draws(spec)
-    state, device = joined(spec)
+    joined(spec)
     family = family_of(spec.teacher, spec.family, [contract_of(place) for place in spec.students])
     clips = frames_of_family(family) > 1
     check_kind(spec, clips)
-    records = records_of(spec, clips)
+    records = records_of(spec, bundled_records(clips) if spec.teacher in BUNDLED_NAMES else [])
     begun = first_frame_files(records, spec.prompts) if isinstance(family, ImageToVideo) else ()
+    vae = family.load().components["vae"] if spec.features == "vae" else None
+    return evaluate_rows(spec, PipelineRows(spec, family, begun), records, vae)
+
+
+def evaluate_rows(
+    spec: EvalRun, source: RowSource, records: Sequence[dict[str, object]], vae: AutoencoderKL | None = None
+) -> dict[str, Any]:
+    """As `evaluate`, of any teacher and students.
+
+    Args:
+        records: of the prompts, in turn for images.
+        vae: of the features `vae`.
+    """
+    state, device = joined(spec)
+    clips = source.frames > 1
     n = spec.num or spec.under.n or len(records)
     enough(n, "a row")
-    plans = sampling_plans(spec)
-    vae = family.load().components["vae"] if spec.features == "vae" else None
+    plans = source.plans()
     extractor = extractor_of(spec, device, vae, clips)
     if "lpips" in spec.metrics:
         lpips("alex", device)
     each = [prompt_of(records[i % len(records)]) for i in range(n)]
     clip = PromptLikeness.load(spec.clip, each, spec.under.prefix, device) if spec.clip else None
-    drawer = RowDrawer(spec, family, records, n, extractor, clip, state, device, begun)
+    drawer = RowDrawer(spec, source, records, n, extractor, clip, state, device)
     builder = ReferenceBuilder(spec, extractor, state)
     reference = None if spec.reference == TEACHER else builder.of_file(Path(spec.reference))
     index = torch.arange(n) % len(records) if n >= 2 * len(records) else None
@@ -87,7 +102,7 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
     reference = reference or builder.of_teacher(stores[plans[0]], spec.teacher)
     others = {plan: store for plan, store in stores.items() if plan.role != "reference"}
     protocol, reasons = protocol_facts(spec.under, extractor.identity, n, spec.side, reference.facts, spec.clip)
-    rows = [sampled(plan, store, reasons, clip) for plan, store in others.items()]
+    rows = [sampled(plan, store, source.settings(plan), reasons, clip) for plan, store in others.items()]
     known = next(iter(others.values())).noted(FACTS) or {}
     contents = document(
         extractor.identity,
@@ -95,9 +110,7 @@ def evaluate(spec: EvalRun) -> dict[str, Any]:
         measured(rows, reference, extractor.identity.key, metrics, index, motions),
         protocol,
         device,
-        teacher={"id": spec.teacher, "steps": spec.teacher_steps, "guidance": spec.teacher_guidance}
-        | {"sha256": known["teacher"], "dtype": spec.dtype}
-        | ({"lora": spec.lora[0], "lora_strength": spec.lora[1]} if spec.lora else {}),
+        teacher=source.teacher_facts | {"sha256": known["teacher"], "dtype": spec.dtype},
         prompts={"source": str(spec.prompts or "bundled"), "n": len(records), "sha256": prompts_digest(each)},
         eval_res=spec.side,
         grids=write_sheets(spec, others, each),
@@ -262,17 +275,23 @@ def clip_score_of(spec: EvalSpec, images: Images, prompts: Path | None, device: 
     return PromptLikeness.load(spec.clip, each, spec.under.prefix, device)
 
 
-def records_of(spec: EvalRun, clips: bool = False) -> list[dict[str, object]]:
-    """The prompts, with whatever else their file says of them. Raises EvaluationError, DataError."""
+def records_of(spec: EvalRun, own: list[dict[str, object]]) -> list[dict[str, object]]:
+    """The prompts, with whatever else their file says of them; without a file the teacher's own.
+
+    Raises EvaluationError, DataError.
+    """
     records = read_records(spec.prompts) if spec.prompts else []
     if spec.export == "geneval" and not (records and all("tag" in record for record in records)):
         why, todo = "GenEval scores each image by the metadata of its prompt", "pass it with --prompts-file"
         raise EvaluationError(problem(f"prompts {spec.prompts}", "GenEval's evaluation_metadata.jsonl", why, todo))
-    if records:
-        return records
-    if spec.teacher not in BUNDLED_NAMES:
+    if not records and not own:
         why, todo = f"{spec.teacher} has no prompts of its own", "pass a .txt, .jsonl or .csv file with --prompts-file"
         raise EvaluationError(problem("no prompts", "a prompts file", why, todo))
+    return records or own
+
+
+def bundled_records(clips: bool = False) -> list[dict[str, object]]:
+    """The prompts of the bundled teachers."""
     if clips:
         return [{"prompt": f"{group} {motion}", "motion": motion} for group in GROUPS for motion in MOTIONS]
     return [{"prompt": prompt} for prompt in emoji.prompts()]

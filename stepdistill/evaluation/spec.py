@@ -100,8 +100,8 @@ class EvalRun(EvalSpec):
         guidance: scales of the students; none are their own.
         lora: a further LoRA, such as a style, and its strength: the teacher has it, and every student.
         lora_strengths: of that LoRA beside the students, each a row; none is the teacher's.
-        teacher_steps: of the teacher at its best.
-        teacher_guidance: of the teacher.
+        teacher_steps: of the teacher at its best; None is what is usual for its kind.
+        teacher_guidance: of the teacher; None as above.
         batch: images drawn at once, of a unit.
         dtype: of the pipeline.
         save_images: every image as PNG.
@@ -121,8 +121,8 @@ class EvalRun(EvalSpec):
     guidance: tuple[float, ...] = ()
     lora: tuple[str, float] | None = None
     lora_strengths: tuple[float, ...] = ()
-    teacher_steps: int = 50
-    teacher_guidance: float = 7.5
+    teacher_steps: int | None = None
+    teacher_guidance: float | None = None
     batch: int = 8
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     save_images: bool = False
@@ -137,9 +137,9 @@ class EvalRun(EvalSpec):
         if len(set(self.steps)) < len(self.steps) or min(self.steps, default=1) < 1:
             got = f"steps {list(self.steps)}"
             raise ConfigError(problem(got, "different numbers, 1 or more", "each becomes a row", "correct them"))
-        scales = (*self.guidance, self.teacher_guidance)
+        scales = [w for w in (*self.guidance, self.teacher_guidance) if w is not None]
         if not all(math.isfinite(w) for w in scales) or len(set(self.guidance)) < len(self.guidance):
-            got = f"guidance {list(scales)}"
+            got = f"guidance {scales}"
             raise ConfigError(problem(got, "different finite scales", "each becomes a row", "correct them"))
         if self.lora is None and self.lora_strengths:
             got, why = f"lora_strengths {list(self.lora_strengths)} without a LoRA", "nothing has these strengths"

@@ -44,6 +44,8 @@ MEASURED = {
     "clip_stderr": "metrics.clip_score.stderr",
     "clip_model": "metrics.clip_score.model",
     **_interval("clip_delta", "metrics.delta_vs_teacher.clip_score"),
+    **_interval("log_likelihood", "metrics.log_likelihood"),
+    **_interval("log_likelihood_delta", "metrics.delta_vs_teacher.log_likelihood"),
     "paired_features": "metrics.paired.features",
     **{name: f"metrics.paired.{name}" for name in ("psnr", "ssim", "lpips")},
     **{name: f"cost.{name}" for name in ("calls", "nfe", "seconds_per_image")},
@@ -72,6 +74,7 @@ CLIP = {
     "Frame consistency": "consistency",
     "Frame consistency, with frame 0": "consistency_first",
 }
+LIKELIHOOD = {"Log-likelihood per token": "log_likelihood", "Minus teacher's": "log_likelihood_delta"}
 SAMPLING = {"Steps": "steps", "Guidance": "guidance", "LoRA strength": "lora", "NFE": "nfe"}
 SAMPLING |= {"Seconds per image": "seconds_per_image", "Speed-up": "speedup_vs_teacher"}
 FEATURES = {
@@ -98,5 +101,6 @@ RUN = {
     "Peak memory (MiB)": "peak_mem_mib",
 }
 INTERVALS = ("distance", "excess", "motion", "motion_excess", "by_motion_excess", "motion_ratio", "clip_delta")
+INTERVALS += ("log_likelihood", "log_likelihood_delta")
 SPREAD = {"kid": ["kid_std"], "clip_score": ["clip_stderr"]}  # what is ± a value; others have an interval, or nothing
 SPREAD |= {name: [f"{name}_low", f"{name}_high"] for name in INTERVALS}

@@ -18,6 +18,7 @@ from stepdistill.evaluation.report.fields import (
     DISTANCE,
     FEATURES,
     FIELDS,
+    LIKELIHOOD,
     MEASURED,
     PIXELS,
     RUN,
@@ -157,7 +158,8 @@ def tables(rows: Sequence[Row]) -> list[PageTable]:
     distances = [(_lines(key), _columns(DISTANCE, with_key(key, rows), TITLES[key.key])) for key in keys]
     scores = [([model], _columns(CLIP, with_model(model, rows))) for model in clip_models(rows)]
     sampling = (["Sampling"], _columns(SAMPLING, rows))
-    pages = [PageTable("Distances and costs", numbered, [*distances, *scores, sampling])]
+    likelihood = (["Tokens under the teacher"], _columns(LIKELIHOOD, rows))
+    pages = [PageTable("Distances and costs", numbered, [*distances, *scores, likelihood, sampling])]
     for key in keys:
         mine = [(place, row) for place, row in numbered if _key(row) == key]
         group = (_lines(key), _columns(FEATURES, [row for _, row in mine], TITLES[key.key]))

@@ -30,9 +30,13 @@ READING = {
     "from the image that the clip continues.",
     "kid_std": "The ± below KID is the standard deviation over its subsets.",
     "clip_stderr": "The ± below a CLIP score is its standard error. The plot shows 1.96 standard errors.",
+    "log_likelihood": "Log-likelihood per token is the mean of log p in nats over an image's tokens, each given the "
+    "prompt and the tokens before it, with the teacher's guidance and temperature. A student aims at the teacher's. "
+    "A higher one is a sign of samples that vary less.",
     "nfe": "NFE is the number of network evaluations per image. A step with guidance takes two.",
     "speedup_vs_teacher": "Speed-up is the teacher's seconds per image divided by the row's.",
 }
+TEACHER = ("{id}", "{steps} steps", "guidance {guidance}", "temperature {temperature}", "top-k {top_k}", "{scheduler}")
 
 
 def about(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
@@ -90,7 +94,7 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, str]:
     met = ", met" if protocol.get("met") else ", not met: " + ("; ".join(protocol.get("deviations") or []) or UNKNOWN)
     tools = [f"{name} {version}" for name, version in (facts.get("tool") or {}).items()]
     return {
-        "Teacher": _listed(facts, "teacher", "{id}", "{steps} steps", "guidance {guidance}", "{scheduler}"),
+        "Teacher": _listed(facts, "teacher", *TEACHER),
         "Prompts": _listed(facts, "prompts", "{source}", "N {n}", "sha256 {sha256:.12}"),
         "Reference": _listed(facts, "reference", "{kind}", "{path}", "N {n}", "sha256 {sha256:.12}"),
         "Features": _listed(facts, "features", "{id}", "{dim} dimensions"),
