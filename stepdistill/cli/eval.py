@@ -29,10 +29,16 @@ noise. Measures them against a second set of the teacher's images (--ref teacher
 eval.json, rows.csv, report.html, grids/, stats/ and per_sample.jsonl to OUT. Every difference from the teacher has its
 own interval. An interrupted command continues where it stopped, and the processes of a launcher share the images.
 
+Students may be one-step decoders of an autoregressive TEACHER (Janus). It is drawn token by token, with the guidance,
+temperature and top-k that they were trained with. A row for each number of calls that a student was trained for is
+compared with it, and has the log-likelihood of its tokens under the teacher. Guidance, steps of the teacher, a LoRA,
+--family and --dtype have no effect there and are refused.
+
 examples:
   stepdistill eval run tiny-sd runs/quickstart --num-images 256 --teacher-steps 25 -o runs/eval
   stepdistill eval run your/model runs/a runs/b --prompts-file coco.txt --steps 1,2,4 -o runs/eval
   stepdistill eval run your/model runs/a --prompts-file coco.txt --lora ink.safetensors --lora-strengths 0,1 -o runs/c
+  stepdistill eval run your/janus runs/decoder --prompts-file coco.txt -o runs/eval
   accelerate launch -m stepdistill eval run your/model runs/a --prompts-file coco.txt --protocol coco30k-dmd2 \\
     --ref coco.npz -o runs/coco
 """
@@ -99,7 +105,8 @@ def add_eval_commands(commands: Any) -> None:  # noqa: ANN401
 
 def _add_run(parts: Any) -> None:  # noqa: ANN401
     command = add_command(parts, "run", _run, "generate and measure images of a teacher and its students", RUN)
-    command.add_argument("teacher", metavar="TEACHER", type=expanded, help="pipeline folder, hub id, or bundled")
+    what = "pipeline folder, hub id, or bundled; or an autoregressive model (Janus)"
+    command.add_argument("teacher", metavar="TEACHER", type=expanded, help=what)
     command.add_argument("students", metavar="STUDENT", type=expanded, nargs="*", help="student folders or hub ids")
     command.add_argument(
         "--prompts-file",
@@ -120,8 +127,8 @@ def _add_run(parts: Any) -> None:  # noqa: ANN401
     )
     what = "its strengths beside the students, each a row (default: STRENGTH)"
     command.add_argument("--lora-strengths", type=several(real()), default=(), metavar="S,...", help=what)
-    command.add_argument("--teacher-steps", type=whole(), default=50, metavar="N", help="full steps (default: 50)")
-    scale = {"dest": "teacher_guidance", "type": real(1), "default": 7.5, "metavar": "W", "help": "(default: 7.5)"}
+    command.add_argument("--teacher-steps", type=whole(), metavar="N", help="full steps of a pipeline (default: 50)")
+    scale = {"dest": "teacher_guidance", "type": real(1), "metavar": "W", "help": "of a pipeline (default: 7.5)"}
     command.add_argument("--teacher-guidance-scale", **scale)
     command.add_argument("--seed", type=seed, default=2, help="seed of the noise of every row (default: 2)")
     command.add_argument("--reference-seed", type=seed, default=1, help="seed of the reference images (default: 1)")
@@ -224,9 +231,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     spec = EvalRun(students=tuple(args.students), **given, **_measured(args, ("kid", "paired")))
     check_draws(spec)
     _open(args, [args.teacher, *args.students, *([args.lora[0]] if args.lora else [])])
-    from stepdistill.evaluation.run import evaluate  # after the checks: it loads torch
+    from stepdistill.decoding.evaluation import draws_decoders, evaluate_decoders  # after the checks: it loads torch
+    from stepdistill.evaluation.run import evaluate
 
-    _print_rows(evaluate(spec), args)
+    _print_rows(evaluate_decoders(spec) if draws_decoders(spec) else evaluate(spec), args)
 
 
 def _score(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -97,7 +97,9 @@ class TokenTeacher:
     @cached_property
     def codes(self) -> Tensor:
         """The codes (V, d) that the decoder sees, of length 1; the language model has another table of the tokens."""
-        return normalize(self.model.model.vqmodel.quantize.embedding.weight, dim=-1)
+        # on the CPU: other devices round otherwise, and the digest must not depend on where a teacher is
+        weight = self.model.model.vqmodel.quantize.embedding.weight
+        return normalize(weight.cpu(), dim=-1).to(weight.device)
 
     @cached_property
     def map(self) -> FlowMap:
@@ -128,6 +130,12 @@ class TokenTeacher:
         parts = (inner.language_model, inner.generation_embeddings, inner.generation_aligner, inner.generation_head)
         hashes = [network_hash(part, torch.float32) for part in (*parts, inner.vqmodel)]
         return sha256(repr((kept, self.map.taus, hashes)).encode()).hexdigest()
+
+    def to(self, device: torch.device | str) -> TokenTeacher:
+        """The same on a device. One that has been asked for its codes has them where it was."""
+        model: Any = self.model
+        model.to(device)
+        return replace(self)
 
     def read(self, prompts: Sequence[str]) -> PromptIds:
         """Prompts as the model is asked for images. Raises ConfigError for one that is too long."""
