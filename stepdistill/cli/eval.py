@@ -29,16 +29,13 @@ noise. Measures them against a second set of the teacher's images (--ref teacher
 eval.json, rows.csv, report.html, grids/, stats/ and per_sample.jsonl to OUT. Every difference from the teacher has its
 own interval. An interrupted command continues where it stopped, and the processes of a launcher share the images.
 
-Students may be one-step decoders of an autoregressive TEACHER (Janus). It is drawn token by token, with the guidance,
-temperature and top-k that they were trained with. A row for each number of calls that a student was trained for is
-compared with it, and has the log-likelihood of its tokens under the teacher. Guidance, steps of the teacher, a LoRA,
---family and --dtype have no effect there and are refused.
+One-step decoders of an autoregressive TEACHER (Janus) have a row for each number of calls, with the log-likelihood of
+their tokens under the teacher. Options that they do not have, such as guidance scales, are refused.
 
 examples:
   stepdistill eval run tiny-sd runs/quickstart --num-images 256 --teacher-steps 25 -o runs/eval
   stepdistill eval run your/model runs/a runs/b --prompts-file coco.txt --steps 1,2,4 -o runs/eval
   stepdistill eval run your/model runs/a --prompts-file coco.txt --lora ink.safetensors --lora-strengths 0,1 -o runs/c
-  stepdistill eval run your/janus runs/decoder --prompts-file coco.txt -o runs/eval
   accelerate launch -m stepdistill eval run your/model runs/a --prompts-file coco.txt --protocol coco30k-dmd2 \\
     --ref coco.npz -o runs/coco
 """
@@ -105,16 +102,10 @@ def add_eval_commands(commands: Any) -> None:  # noqa: ANN401
 
 def _add_run(parts: Any) -> None:  # noqa: ANN401
     command = add_command(parts, "run", _run, "generate and measure images of a teacher and its students", RUN)
-    what = "pipeline folder, hub id, or bundled; or an autoregressive model (Janus)"
-    command.add_argument("teacher", metavar="TEACHER", type=expanded, help=what)
+    command.add_argument("teacher", metavar="TEACHER", type=expanded, help="pipeline or Janus: folder, id, or bundled")
     command.add_argument("students", metavar="STUDENT", type=expanded, nargs="*", help="student folders or hub ids")
-    command.add_argument(
-        "--prompts-file",
-        dest="prompts",
-        metavar="FILE",
-        type=local_path,
-        help=".txt, .jsonl or .csv (default: the bundled prompts)",
-    )
+    what = ".txt, .jsonl or .csv (default: the bundled prompts)"
+    command.add_argument("--prompts-file", dest="prompts", metavar="FILE", type=local_path, help=what)
     what = "images of each row, with the prompts in turn (default: one for each prompt)"
     command.add_argument("--num-images", dest="num", metavar="N", type=whole(), help=what)
     command.add_argument(
