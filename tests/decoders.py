@@ -42,6 +42,25 @@ def small_janus(place: Path) -> Path:
     return place
 
 
+def lines_of(janus: Path, place: Path) -> list[str]:
+    """The overrides that make a short run of it, in a folder."""
+    place.mkdir(exist_ok=True)
+    (place / "prompts.txt").write_text("\n".join(PROMPTS))
+    return [
+        f"teacher.pretrained_teacher_model={janus}",
+        "teacher.guidance_scale=3",
+        "data.source.type=stepdistill.data.Prompts",
+        f"data.source.prompts_file={place / 'prompts.txt'}",
+        f"data.folder={place / 'pairs'}",
+        "data.count=70",
+        "lora.rank=4",
+        "lora.alpha=10",
+        f"train.output_dir={place / 'run'}",
+        *("train.max_train_steps=4", "train.train_batch_size=4", "train.report_to=none", "train.learning_rate=1e-2"),
+        "train.checkpointing_steps=2",
+    ]
+
+
 def small_teacher(**settings: Any) -> TokenTeacher:
     """It as a teacher."""
     model, processor = janus_parts()

@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field, make_dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,9 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stubs = {
         "training.recipe": {"Run": run_class},
         "training.distill": {"distill": distill, "dry_run": dry_run},
+        "decoding.run": {"read_run": partial(load_config, run_class), "DecodingRun": type("DecodingRun", (), {})},
+        "decoding.train": {"distill_decoder": distill},
+        "decoding.memory": {"dry_run_decoder": dry_run},
         "data": {"check_source": check},
         "students.verify": {"verify_formats": verify},
     }
@@ -324,6 +328,7 @@ def test_init_alone_lists_methods_and_families(capsys) -> None:
     cli.main(["init"])
     lines = capsys.readouterr().out.splitlines()
     names = [("method", name) for name in module_names(methods)] + [("family", name) for name in module_names(families)]
+    names.append(("method", "decoding"))
     assert [tuple(line.split()[:2]) for line in lines] == names
     assert all(len(line.split()) > 3 for line in lines)
     assert ended("init", "consistency") == 2
@@ -407,6 +412,22 @@ def test_init_offers_no_class_from_elsewhere() -> None:
 def test_init_takes_the_name_of_every_method_file(method, capsys) -> None:
     cli.main(["init", method, "sd"])
     assert f"type: stepdistill.methods.{method}." in capsys.readouterr().out
+
+
+def test_init_of_a_decoder_loads(tmp_path, capsys) -> None:
+    from stepdistill.decoding.run import DecodingRun, check_settings, read_run
+
+    cli.main(["init", "decoding"])
+    printed = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(printed)
+    run = read_run(tmp_path / "printed.yaml", ["teacher.pretrained_teacher_model=owner/name"])
+    assert isinstance(run, DecodingRun)
+    check_settings(run)
+    assert "eval_samples" not in printed and "init_from" not in printed
+    cli.main(["init"])
+    assert "method  decoding         Distilled Decoding" in capsys.readouterr().out
+    assert ended("init", "decoding", "sd") == 2
+    assert "got family sd, expected METHOD alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", module_names(families))

@@ -279,7 +279,9 @@ def test_without_numbers_thirds_are_known():
 BUGS = {
     "one more place is known": Bug(Heads.next_call, ") < keep", ") <= keep", tokens_that_are_known_stay),
     "the marks are exchanged": Bug(Heads.inputs, "kept.long()", "(~kept).long()", data_is_marked),
-    "known places in the loss": Bug(DistilledDecoding.updates, "new = ~kept", "new = kept | ~kept", the_loss_by_hand),
+    "known places in the loss": Bug(
+        DistilledDecoding.updates, "(~kept).nonzero", "(kept | ~kept).nonzero", the_loss_by_hand
+    ),
     "a value without its weight": Bug(DistilledDecoding.updates, "self.value_weight * off", "off", the_loss_by_hand),
     "values of places that are known": Bug(
         DistilledDecoding.updates,

@@ -135,7 +135,7 @@ def said(case: Cycle) -> Prediction:
 def real(case: Cycle) -> Rehearsal:
     """All that stays between steps, on real tensors."""
     loop = cycles.build(case)
-    loop.optimizers.declare(loop.method)
+    loop.optimizers.add(loop.roles)
     if loop.optimizers.spec.gradient_checkpointing:
         loop.optimizers.backbone.enable_checkpointing()
     loop.optimizers.build()

@@ -189,7 +189,8 @@ def build(case: Cycle) -> Rehearsal:
         null, module = _embeddings(case, 1), backbone.others.__getitem__
         return StepContext(shape.schedule, null, denoiser, module, nn.Identity(), run.train.seed, step, device)
 
-    return Rehearsal(run.method, Optimizers(backbone, run.train), context, _batches(case), device)
+    optimizers, roles = Optimizers(backbone, run.train), run.method.roles()
+    return Rehearsal(run.method, optimizers, context, _batches(case), device, roles)
 
 
 def predicted(case: Cycle) -> dict[str, Any]:
@@ -214,7 +215,7 @@ def measured(case: Cycle) -> dict[str, float]:
     """Resident bytes of this process beyond those of its imports, and seconds of the cycle."""
     before = resident("VmRSS")
     rehearsal = build(case)
-    optimizers = rehearsal.optimizers.declare(rehearsal.method)
+    optimizers = rehearsal.optimizers.add(rehearsal.roles)
     if optimizers.spec.gradient_checkpointing:
         optimizers.backbone.enable_checkpointing()
     prime(optimizers.build())

@@ -20,6 +20,8 @@ SHARED = (
     *("video", "held_image", "wan_base", "ltx_base"),
 )
 
+DECODING = "decoding"  # a method for teachers that are no pipelines
+
 TRAIN = """\
 Overrides follow CONFIG and replace its values:
   train.learning_rate=1e-4      any key by its path; a list as in YAML: train.validation_prompts="[a cat, a dog]"
@@ -27,6 +29,8 @@ Overrides follow CONFIG and replace its values:
   --learning-rate=1e-4          the same
   --gradient-checkpointing      a boolean without a value is true
   method.type=my_package.Mine   another class; the keys below it are those of that class
+
+A config with `teacher` in the place of `family` is one of Distilled Decoding, of an autoregressive image model.
 
 examples:
   stepdistill train configs/quickstart.yaml --dry-run
@@ -36,6 +40,7 @@ examples:
 INIT = """\
 methods: {methods}
 families: {families}
+METHOD decoding, Distilled Decoding of an autoregressive image model, takes no FAMILY and no DATA.
 A name is a module. module.Class selects one of several classes. my_package.mine.Mine is your own class.
 DATA is a module of stepdistill.data, such as prompts or folder. By default the teacher generates the data: samples, or
 trajectories if the method needs them.
@@ -54,9 +59,10 @@ example:
 
 MAKE = """\
 Generates the data that training would otherwise generate before its first step: pairs of noise and image
-(stepdistill.data.TeacherSamples; InvertedImages for real images), or guided trajectories
-(stepdistill.data.Trajectories). An interrupted command continues where it stopped. The processes of a launcher share
-the work; their number does not change the files. Files of another teacher or of other settings are an error.
+(stepdistill.data.TeacherSamples; InvertedImages for real images), guided trajectories
+(stepdistill.data.Trajectories), or the tokens of an autoregressive teacher (a config with `teacher`). An interrupted
+command continues where it stopped. The processes of a launcher share the work; their number does not change the files.
+Files of another teacher or of other settings are an error.
 
 example:
   accelerate launch -m stepdistill data make configs/recipes/sd21_reflow.yaml
@@ -68,6 +74,7 @@ train.validation_prompts to train.cache_dir, and with train.cache_latents the la
 same train.cache_dir then loads no text encoder, and loads the autoencoder only to decode images. An interrupted command
 continues where it stopped, and the processes of a launcher share the work. Entries are keyed by the content of the
 model's files and of the data, so they are computed again if either changes. Overrides are those of `stepdistill train`.
+Of a config with `teacher`, an autoregressive image model, it draws the tokens in data.folder, as `data make` does.
 
 examples:
   stepdistill precompute mine.yaml --cache-dir caches/mine
@@ -96,7 +103,7 @@ def add_run_commands(commands: Any) -> None:  # noqa: ANN401
     example = " ".join(values[0] for values in names.values())
     epilog = INIT.format(example=example, **{key: ", ".join(values) for key, values in names.items()})
     command = add_command(commands, "init", _init, "print a commented config", epilog)
-    command.usage = f"{command.prog} [METHOD FAMILY [DATA]]"
+    command.usage = f"{command.prog} [METHOD FAMILY [DATA] | {DECODING}]"
     command.add_argument("method", metavar="METHOD", nargs="?", help="without it, methods and families are listed")
     command.add_argument("family", metavar="FAMILY", nargs="?", help="family of the teacher")
     command.add_argument("data", metavar="DATA", nargs="?", help="data source (default: samples of the teacher)")
@@ -134,15 +141,17 @@ def module_names(package: ModuleType) -> list[str]:
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     with heavy_imports():
         from stepdistill.config.dump import config_to_yaml
-        from stepdistill.config.load import load_config
+        from stepdistill.decoding.memory import dry_run_decoder
+        from stepdistill.decoding.run import DecodingRun, read_run
+        from stepdistill.decoding.train import distill_decoder
         from stepdistill.training.distill import distill, dry_run
-        from stepdistill.training.recipe import Run
 
-    run = load_config(Run, args.config, overrides)
+    run = read_run(args.config, overrides)
     if not args.dry_run:
-        distill(run)
+        distill_decoder(run) if isinstance(run, DecodingRun) else distill(run)
     elif is_first_process():
-        print(config_to_yaml(run), dry_run(run), sep="\n")
+        needs = dry_run_decoder(run) if isinstance(run, DecodingRun) else dry_run(run)
+        print(config_to_yaml(run), needs, sep="\n")
 
 
 def _init(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -156,6 +165,10 @@ def _init(args: argparse.Namespace, overrides: list[str]) -> None:
         for key, package in (("method", methods), ("family", families)):
             for name in module_names(package):
                 print(f"{key}  {name:<16} {' '.join(first_paragraph(find(bases[key], name)).split())}")
+        print(f"method  {DECODING:<16} Distilled Decoding of an autoregressive image model; it takes no FAMILY.")
+        return
+    if args.method == DECODING:
+        _init_decoding(args.family)
         return
     if args.family is None:
         raise ConfigError(
@@ -167,6 +180,16 @@ def _init(args: argparse.Namespace, overrides: list[str]) -> None:
     print(template(Run, chosen), end="")
 
 
+def _init_decoding(family: str | None) -> None:
+    from stepdistill.decoding.run import decoding_template
+
+    if family is not None:
+        why, todo = "its teacher is no pipeline", f"`stepdistill init {DECODING}`"
+        raise ConfigError(problem(f"family {family}", "METHOD alone", why, todo))
+    print("# accelerate launch -m stepdistill train THIS_FILE")
+    print(decoding_template(), end="")
+
+
 def _made_for(method: type) -> str:
     """The source that generates a method's data with the teacher."""
     required = [f for f in dataclasses.fields(method) if f.default is f.default_factory is dataclasses.MISSING]
@@ -174,21 +197,23 @@ def _made_for(method: type) -> str:
 
 
 def _check(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.config.load import load_config
     from stepdistill.data import check_source
-    from stepdistill.training.recipe import Run
+    from stepdistill.decoding.run import read_run
 
-    print(check_source(load_config(Run, args.config, overrides).data))
+    print(check_source(read_run(args.config, overrides).data))
 
 
 def _make(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.config.load import load_config
+    from stepdistill.decoding.run import DecodingRun, read_run
+    from stepdistill.decoding.train import make_pairs
     from stepdistill.training.distill import make_data
     from stepdistill.training.folder import check_data_folders
-    from stepdistill.training.recipe import Run
     from stepdistill.training.setup import prepare
 
-    run = load_config(Run, args.config, overrides)
+    run = read_run(args.config, overrides)
+    if isinstance(run, DecodingRun):
+        make_pairs(run)
+        return
     check_data_folders(run)
     session = prepare(run)
     make_data(session)
@@ -197,11 +222,12 @@ def _make(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _precompute(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.config.load import load_config
+    from stepdistill.decoding.run import DecodingRun, read_run
+    from stepdistill.decoding.train import make_pairs
     from stepdistill.training.cache.precompute import precompute
-    from stepdistill.training.recipe import Run
 
-    summary = precompute(load_config(Run, args.config, overrides))
+    run = read_run(args.config, overrides)
+    summary = make_pairs(run) if isinstance(run, DecodingRun) else precompute(run)
     if is_first_process():
         print(summary)
 

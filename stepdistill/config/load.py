@@ -63,6 +63,12 @@ def load_config(schema: type[T], path: Path | str | None, overrides: Sequence[st
     return _built(schema, tree, str(path or "overrides"), _Log(problems, _override(schema, tree, overrides, problems)))
 
 
+def top_keys(path: Path | str | None, overrides: Sequence[str] = ()) -> set[str]:
+    """The keys at the top of a config and of its overrides, whatever its schema. Raises ConfigError."""
+    names = [text.partition("=")[0].removeprefix("--") for text in overrides if "=" in text or text.startswith("--")]
+    return {*map(str, _read(path)), *(name.partition(".")[0] for name in names if "." in name)}
+
+
 def read_node(base: type[T], node: Mapping[str, Value], where: str) -> T:
     """An instance of `base` from the plain data that `to_node` makes of it. Raises ConfigError, which names `where`."""
     return _built(base, OmegaConf.create(dict(node)), where, _Log([], {}))

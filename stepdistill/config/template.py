@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
@@ -23,14 +23,15 @@ REQUIRED = "(required) "
 EXAMPLES = {str: "CHANGE-ME", Path: "CHANGE-ME", bool: False, int: 1, float: 1.0, NoneType: None, dict: {}}
 
 
-def template(schema: type, chosen: Mapping[str, type]) -> str:
+def template(schema: type, chosen: Mapping[str, type], hidden: Collection[str] = ()) -> str:
     """YAML that `load` accepts for `schema`, with every default written out and every field explained.
 
     Args:
         chosen: the class of some keys of `schema`; any other key with an abstract class takes the subclass with the
             fewest required fields.
+        hidden: paths of fields that are left out, such as `train.seed`.
     """
-    return "\n".join(_block(schema, dataclasses.MISSING, chosen)) + "\n"
+    return "\n".join(_block(schema, dataclasses.MISSING, chosen, hidden)) + "\n"
 
 
 def _simplest(base: type) -> list[type]:
@@ -47,18 +48,19 @@ def _simplest(base: type) -> list[type]:
     return finished
 
 
-def _block(cls: type, value: Value, chosen: Mapping[str, type]) -> list[str]:
+def _block(cls: type, value: Value, chosen: Mapping[str, type], hidden: Collection[str] = ()) -> list[str]:
     """The lines of a class, with the fields of `value` where it is an instance."""
     lines, said, hints = [], _arguments(cls), fields(cls)
     for field in dataclasses.fields(cls):
-        if field.init:
+        if field.init and field.name not in hidden:
             default = getattr(value, field.name) if dataclasses.is_dataclass(value) else _default(field)
             text, hint = said.get(field.name, ""), hints[field.name]
-            lines += _entry(field.name, text, hint, default, chosen.get(field.name))
+            below = [path.removeprefix(f"{field.name}.") for path in hidden if path.startswith(f"{field.name}.")]
+            lines += _entry(field.name, text, hint, default, chosen.get(field.name), below)
     return lines
 
 
-def _entry(name: str, text: str, hint: Hint, default: Value, chosen: type | None) -> list[str]:
+def _entry(name: str, text: str, hint: Hint, default: Value, chosen: type | None, hidden: Collection[str]) -> list[str]:
     """The lines of one field: its comment, its key, and what is below."""
     missing = default is dataclasses.MISSING
     bases = [arm for arm in arms(hint) if is_structure(arm) and arm is not Factory]
@@ -72,7 +74,7 @@ def _entry(name: str, text: str, hint: Hint, default: Value, chosen: type | None
         return [*_comment(f"{REQUIRED}{text}" if missing else text), *_plain(name, node)]
     body = [] if bases == [cls] else [f"type: {dotted(cls)}"]
     body += [f"# or type: {dotted(other)}" for other in others]
-    body += _block(cls, default if isinstance(default, cls) else dataclasses.MISSING, {})
+    body += _block(cls, default if isinstance(default, cls) else dataclasses.MISSING, {}, hidden)
     below = textwrap.indent("\n".join(body), "  ").splitlines()
     return ["", *_comment(text), *_comment(first_paragraph(cls)), f"{name}:" if body else f"{name}: {{}}", *below]
 

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from huggingface_hub import ModelCardData
 from pydantic import ConfigDict, TypeAdapter
 
@@ -46,7 +47,8 @@ class DecoderContract:
             alone.
         taus: the grid of the map from noise to tokens, which was DPM-Solver++(2M)'s.
         noise: how the noise of image i of a seed is drawn.
-        dtype: precision of training and of the map.
+        dtype: of the language model in training, and of the weights of its base. Its teacher, the map and the weights
+            that are written are in float32.
         licence: of the base; None if it is unknown.
         versions: of the libraries that wrote the folder.
         proof: None if the folder was never compared with the trained student.
@@ -67,7 +69,7 @@ class DecoderContract:
     split: int | None = None
     taus: tuple[float, ...]
     noise: str = "torch.randn((n, d), generator=torch.Generator().manual_seed(1_000_003 * seed + i))"
-    dtype: str = "float32"
+    dtype: str
     licence: str | None
     versions: dict[str, str]
     proof: TokenProof | None = None
@@ -76,8 +78,8 @@ class DecoderContract:
 FORMAT = TypeAdapter(DecoderContract)
 
 
-def decoder_contract(teacher: TokenTeacher, method: DistilledDecoding) -> DecoderContract:
-    """The contract of a student, without its proof."""
+def decoder_contract(teacher: TokenTeacher, method: DistilledDecoding, dtype: torch.dtype) -> DecoderContract:
+    """The contract of a student whose language model was trained in `dtype`, without its proof."""
     place = absolute_path(teacher.settings.pretrained_teacher_model)
     settings = replace(teacher.settings, pretrained_teacher_model=place)
     return DecoderContract(
@@ -91,6 +93,7 @@ def decoder_contract(teacher: TokenTeacher, method: DistilledDecoding) -> Decode
         keeps=method.trained_keeps(teacher.places),
         split=method.split,
         taus=teacher.map.taus,
+        dtype=str(dtype).removeprefix("torch."),
         licence=licence_of(settings.location()),
         versions={name: version(name) for name in ("stepdistill", *LIBRARIES)},
     )

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from transformers import DynamicCache, JanusForConditionalGeneration, JanusProcessor
 
 from stepdistill.config.kinds import Amount, Count, Place, Positive
-from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.data.bundled import bundled
 from stepdistill.decoding.flowmap import FlowMap
 from stepdistill.decoding.folder.pipeline import pixels_of_vectors, read_prompts
@@ -71,7 +71,13 @@ class Janus:
         if lacking:
             got, why = f"{where}, which lacks {len(lacking)} tensors, such as {lacking[0]}", "they would be random"
             raise ConfigError(problem(got, "a whole Janus", why, "use another folder or revision"))
-        return TokenTeacher(self, model.eval().requires_grad_(False), processor)
+        return TokenTeacher(self, drawing_parts(model), processor)
+
+
+def drawing_parts(model: JanusForConditionalGeneration) -> JanusForConditionalGeneration:
+    """The model, frozen, without what only reads images or writes text."""
+    del model.model.vision_model, model.model.aligner, model.lm_head
+    return model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,14 @@ class TokenTeacher:
         weight = self.model.model.vqmodel.quantize.embedding.weight
         return normalize(weight.cpu(), dim=-1).to(weight.device)
 
+    def check_codes(self) -> None:
+        """Raise DataError for a code of length 0, and for what `FlowMap` refuses."""
+        dead = (self.codes == 0).all(1).nonzero()
+        if len(dead):
+            got, why = f"code {dead[0].item()} of length 0", "it has no direction: it was never used"
+            raise DataError(problem(got, "codes of length 1, as the decoder sees them", why, "drop it"))
+        _ = self.map
+
     @cached_property
     def map(self) -> FlowMap:
         """From noise to tokens."""
@@ -124,7 +138,11 @@ class TokenTeacher:
 
     @property
     def digest(self) -> str:
-        """Of the weights and settings that tokens and images depend on, see `network_hash`."""
+        """Of the weights, as they were read, and settings that tokens and images depend on, see `network_hash`."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         kept = replace(self.settings, pretrained_teacher_model="", revision=None)
         inner = self.model.model
         parts = (inner.language_model, inner.generation_embeddings, inner.generation_aligner, inner.generation_head)

@@ -148,7 +148,7 @@ class DistilledDecoding:
         kept = torch.arange(places, device=context.device) < t[:, None]
         codes = context.codes[batch.tokens]
         logits, values = context.student(batch, torch.where(kept[..., None], codes, batch.noise), kept)
-        new = ~kept
+        new = (~kept).nonzero(as_tuple=True)  # numbers, which tensors without content take as indices, too
         entropy = cross_entropy(logits[new].float(), batch.tokens[new])
         off = (values[new].float() - codes[new]).square().sum(-1).mean()
         loss, measured = entropy + self.value_weight * off, {"cross_entropy": entropy, "value": off}

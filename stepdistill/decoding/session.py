@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 
 from stepdistill.core.errors import ConfigError
 from stepdistill.core.random import noise_of
-from stepdistill.data import Sample
+from stepdistill.data import Sample, Source
 from stepdistill.decoding.folder.heads import Heads
 from stepdistill.decoding.folder.pipeline import pixels_of_vectors
 from stepdistill.decoding.janus import TokenTeacher
 from stepdistill.decoding.method import TokenBatch, TokenContext
-from stepdistill.decoding.run import DecodingRun
+from stepdistill.decoding.run import DecodingRun, check_training_precision
 from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.roles import Role
 from stepdistill.training.batches import samples_by_step
+from stepdistill.training.launcher import DTYPES
 from stepdistill.training.setup import begin, samples_of
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -28,12 +31,18 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass
 class DecodingSession:
-    """A loaded teacher, and the roles on its language model."""
+    """A loaded teacher, and the roles on its language model.
+
+    Args:
+        dtype: of the arithmetic of the student's language model. Pairs are those of a teacher in float32, and codes,
+            noise, heads and losses are in float32, too.
+    """
 
     run: DecodingRun
     accelerator: Accelerator
     teacher: TokenTeacher
     backbone: Backbone
+    dtype: torch.dtype
 
     @property
     def digest(self) -> str:
@@ -56,8 +65,19 @@ class DecodingSession:
         """The student's logits and values, see `method.Student`."""
         heads = self.backbone.others[roles[1]]
         assert isinstance(heads, Heads)
+        text = self.teacher.model.get_input_embeddings()(batch.ids).float()
         with self.backbone.use(roles[0]) as net:
-            return heads.one_call(net, self.teacher.model.get_input_embeddings()(batch.ids), batch.mask, x, kept)
+            return heads.one_call(Autocast(net, self.dtype), text, batch.mask, x, kept)
+
+    def lower_precision(self) -> None:
+        """Round the frozen weights that the student is trained on. The teacher draws no more tokens after this."""
+        _ = self.digest  # of the weights as they were read
+        round_base(self.backbone, self.base_dtype)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Of the frozen weights in training; a whole student has weights of its own, in float32."""
+        return torch.float32 if self.run.method.whole else self.dtype
 
     def context(self, step: int) -> TokenContext:
         """What the method may use in a step."""
@@ -80,18 +100,63 @@ class DecodingSession:
         return TokenBatch(tuple(index), asked.ids, asked.mask, noise.to(device), tokens.to(device))
 
 
+class Autocast(nn.Module):
+    """A language model in the arithmetic of a precision, with its states in float32."""
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net, self.dtype = net, dtype
+
+    def forward(self, *, inputs_embeds: Tensor, **inputs: Any) -> Any:  # noqa: ANN401
+        """Its output."""
+        with torch.autocast(inputs_embeds.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            out = self.net(inputs_embeds=inputs_embeds, **inputs)
+        out.last_hidden_state = out.last_hidden_state.float()
+        return out
+
+
 def prepare_decoding(run: DecodingRun) -> DecodingSession:
-    """Load the teacher, and declare the student's roles on its language model."""
+    """Load the teacher, with a backbone around its language model."""
     accelerator = begin(run.train)
+    check_training_precision(accelerator.mixed_precision)  # the launcher's, where the config names none
     teacher = run.teacher.load()
+    teacher.model.to(accelerator.device)
+    session = decoding_session(run, accelerator, teacher)
+    teacher.check_codes()
+    return session
+
+
+def decoding_session(run: DecodingRun, accelerator: Accelerator, teacher: TokenTeacher) -> DecodingSession:
+    """A backbone around the language model of a teacher in its place. Raises ConfigError."""
     try:
         run.method.check(teacher.places)
     except ValueError as error:
         raise ConfigError(f"method: {error}") from error
-    teacher.model.to(accelerator.device)
-    net = teacher.model.model.language_model
-    backbone = Backbone(net, run.lora, TARGETS, seed=run.train.seed)
-    return DecodingSession(run, accelerator, teacher, backbone)
+    backbone = Backbone(teacher.model.model.language_model, run.lora, TARGETS, seed=run.train.seed)
+    return DecodingSession(run, accelerator, teacher, backbone, DTYPES[accelerator.mixed_precision])
+
+
+def round_base(backbone: Backbone, dtype: torch.dtype) -> None:
+    """Give the frozen weights of a backbone a precision, in place; not its buffers, which are angles of places."""
+    roles = {p for name in backbone.declared for p in backbone.parameters_of(name).values()}
+    for p in backbone.net.parameters():
+        if p not in roles:
+            p.data = p.data.to(dtype)
+
+
+def roles_of(session: DecodingSession, heads: Callable[[TokenTeacher], Heads]) -> dict[str, Role]:
+    """The roles of a run; `heads` makes those of a student."""
+    return session.run.method.roles(partial(bare_copy, session.backbone.net), partial(heads, session.teacher))
+
+
+def longest_prompt(teacher: TokenTeacher, source: Source) -> str:
+    """The prompt of the most tokens. Raises ConfigError for one that is too long."""
+    most, longest = 0, ""
+    for i in range(len(source)):
+        captions = source.captions(i)
+        lengths = teacher.read(captions).mask.sum(1).tolist()
+        most, longest = max((most, longest), *zip(lengths, captions, strict=True))
+    return longest
 
 
 def bare_copy(net: nn.Module) -> nn.Module:
@@ -101,11 +166,16 @@ def bare_copy(net: nn.Module) -> nn.Module:
     return copied
 
 
+def random_heads(teacher: TokenTeacher) -> Heads:
+    """Heads of the shapes that the teacher asks for."""
+    inner = teacher.model.model
+    hidden, (codes, dim) = inner.generation_head.proj_out, inner.vqmodel.quantize.embedding.weight.shape
+    return Heads(hidden.in_features, codes, dim, hidden.out_features)
+
+
 def fresh_heads(teacher: TokenTeacher) -> Heads:
     """Heads that write as the teacher does, and read codes as nearly as a linear map can."""
-    inner, codes = teacher.model.model, teacher.codes
-    head = inner.generation_head
-    heads = Heads(head.proj_out.in_features, len(codes), codes.shape[1], head.proj_out.out_features)
+    heads, codes, head = random_heads(teacher), teacher.codes, teacher.model.model.generation_head
     with torch.no_grad():
         heads.codebook.copy_(codes)
         heads.mark.weight.zero_()

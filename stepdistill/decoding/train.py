@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stepdistill.core import distributed
 from stepdistill.core.progress import progress
 from stepdistill.decoding.folder.heads import Heads
-from stepdistill.decoding.run import DecodingRun, check_decoding_run
-from stepdistill.decoding.session import DecodingSession, bare_copy, fresh_heads, prepare_decoding
+from stepdistill.decoding.run import DecodingRun, check_decoding_run, check_settings
+from stepdistill.decoding.session import DecodingSession, fresh_heads, longest_prompt, prepare_decoding, roles_of
 from stepdistill.decoding.write import write_decoding_student
 from stepdistill.networks.merge import merged_network
-from stepdistill.training.folder import open_folder
+from stepdistill.training.folder import check_data_folders, open_folder
 from stepdistill.training.logs import Logs
 from stepdistill.training.loop import Stop, due, train_step
 from stepdistill.training.optimizers import Optimizers
@@ -27,12 +26,10 @@ def distill_decoder(run: DecodingRun) -> Path:
     check_decoding_run(run)
     session = prepare_decoding(run)
     check_same(session, source)
-    check_prompts(session)
-    optimizers = Optimizers(session.backbone, run.train).add(
-        run.method.roles(partial(bare_copy, session.backbone.net), partial(fresh_heads, session.teacher))
-    )
-    run.data.fill(session.teacher, session.accelerator.process_index, session.accelerator.num_processes)
-    distributed.barrier()
+    longest_prompt(session.teacher, run.data.source)  # before the teacher works for hours
+    optimizers = Optimizers(session.backbone, run.train).add(roles_of(session, fresh_heads))
+    draw_pairs(session)
+    session.lower_precision()
     finished = train_decoder(session, optimizers.build(), source)
     session.accelerator.end_training()
     if finished and session.accelerator.is_main_process:
@@ -41,17 +38,29 @@ def distill_decoder(run: DecodingRun) -> Path:
     return Path(run.train.output_dir)
 
 
-def check_prompts(session: DecodingSession) -> None:
-    """Raise ConfigError for a prompt that is too long, before the teacher works for hours."""
-    source = session.run.data.source
-    for i in range(len(source)):
-        session.teacher.read(source.captions(i))
+def make_pairs(run: DecodingRun) -> str:
+    """Draw what pairs are missing; the processes of a launcher share the work. Returns what is there then."""
+    check_settings(run)
+    check_data_folders(run)
+    session = prepare_decoding(run)
+    longest_prompt(session.teacher, run.data.source)
+    draw_pairs(session)
+    session.accelerator.end_training()
+    return f"{run.data.path}: {len(run.data)} pairs of noise and tokens"
+
+
+def draw_pairs(session: DecodingSession) -> None:
+    """Draw this process's share of the pairs that are missing, and wait for the others."""
+    session.run.data.fill(session.teacher, session.accelerator.process_index, session.accelerator.num_processes)
+    distributed.barrier()
 
 
 def train_decoder(session: DecodingSession, optimizers: Optimizers, source: Path | None) -> bool:
     """Train to `max_train_steps`; False where a signal ended it before, after a checkpoint."""
     run, spec, accelerator = session.run, session.run.train, session.accelerator
     start = restore(session, optimizers, source)
+    if spec.gradient_checkpointing:
+        session.backbone.enable_checkpointing()
     open_folder(session, source)
     logs = Logs(accelerator, Path(spec.output_dir), start)
     accelerator.init_trackers(spec.tracker_project_name, config=None)
@@ -82,4 +91,4 @@ def finish_decoder(session: DecodingSession) -> None:
     merged: Any = merged_network(session.backbone, network)
     if method.whole:  # see `bare_copy`
         merged.embed_tokens = session.backbone.net.embed_tokens
-    write_decoding_student(out, session.teacher, method, merged, made)
+    write_decoding_student(out, session.teacher, method, merged, made, session.dtype)

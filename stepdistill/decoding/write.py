@@ -27,14 +27,22 @@ INDEX = "model_index.json"
 
 
 def write_decoding_student(
-    out: Path, teacher: TokenTeacher, method: DistilledDecoding, network: nn.Module, heads: Heads
+    out: Path,
+    teacher: TokenTeacher,
+    method: DistilledDecoding,
+    network: nn.Module,
+    heads: Heads,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a student's folder with its contract, open it by Diffusers alone, and compare.
+
+    Args:
+        dtype: that the language model was trained in.
 
     Raises:
         StudentError: the folder's tokens differ from the student's.
     """
-    contract = decoder_contract(teacher, method)
+    contract = decoder_contract(teacher, method, dtype)
     pipe = assemble(teacher, network, heads, contract)
     write_folder(out, pipe)
     write_decoder(out, replace(contract, proof=prove_tokens(out, pipe, contract)))

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from stepdistill.networks.guidance_adapters import OFF, Context, Hooks, build
 from stepdistill.networks.lora_layers import Kept, choose_arithmetic
 from stepdistill.networks.peft_config import check_targets, peft_config
+from stepdistill.networks.recompute import checkpoint_blocks
 from stepdistill.networks.roles import ASSISTANT, TEACHER, Adapters, Copy, Ema, Lora, LoraSpec, Module, Role, Sites, Tap
 from stepdistill.networks.taps import at_depths
 
@@ -293,4 +294,4 @@ class Backbone(nn.Module):
 
         for net in [self.net, *self.others.values()]:
             if isinstance(net, type(self.net)):
-                net.enable_gradient_checkpointing(run)  # pyright: ignore[reportCallIssue]
+                checkpoint_blocks(net, run)

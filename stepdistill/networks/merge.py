@@ -14,7 +14,7 @@ from stepdistill.networks.backbone import Backbone
 
 @torch.no_grad()
 def merged_network(backbone: Backbone, role: str) -> nn.Module:
-    """A role's network: a copy of a whole one, or the base's with its LoRA added to the weights.
+    """A role's network in float32: a copy of a whole one, or the base's with its LoRA added to the weights.
 
     The base must be built by its class from `net.config`, as those of transformers are.
     """
@@ -22,7 +22,7 @@ def merged_network(backbone: Backbone, role: str) -> nn.Module:
         return deepcopy(backbone.others[role])
     net: Any = backbone.net
     state = {
-        key.replace(".base_layer.", "."): value.clone()
+        key.replace(".base_layer.", "."): value.to(torch.float32, copy=True)
         for key, value in net.state_dict().items()
         if ".lora_" not in key
     }

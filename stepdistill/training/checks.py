@@ -29,6 +29,7 @@ from stepdistill.training.finish import load_reference, reference_file
 from stepdistill.training.folder import check_data_folders, check_output_dir
 from stepdistill.training.lora_checks import check_assistant, check_loras, check_start_from
 from stepdistill.training.recipe import Run
+from stepdistill.training.resume import AnyRun
 from stepdistill.training.setup import Session
 from stepdistill.training.video_checks import (
     check_clip_frames,
@@ -181,7 +182,7 @@ def check_quantized_roles(run: Run) -> None:
         raise ConfigError(problem(got, "roles that are LoRAs or adapters", why, todo))
 
 
-def check_roles(run: Run) -> None:
+def check_roles(run: AnyRun) -> None:
     """Settings of single roles are of roles that the method has, and that take them."""
     roles = run.method.roles()
     for key, given, taking, what in (

@@ -15,7 +15,7 @@ from stepdistill.core import distributed
 from stepdistill.core.errors import CheckpointError, ConfigError, problem
 from stepdistill.data import Source
 from stepdistill.networks.backbone import Backbone
-from stepdistill.networks.roles import Ema, Role
+from stepdistill.networks.roles import Ema, LoraSpec, Role
 from stepdistill.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -60,6 +60,8 @@ class AnyRun(Protocol):
     def method(self) -> Any: ...  # noqa: ANN401
     @property
     def data(self) -> Source: ...
+    @property
+    def lora(self) -> LoraSpec: ...
     @property
     def inputs(self) -> list[str]: ...
     def resolved(self) -> AnyRun: ...

@@ -101,7 +101,8 @@ def production(setup: Setup) -> Rehearsal:
         backbone.enable_checkpointing()
     null = {"states": setup.embeddings(net, 1, 0)}
     context = partial(scene, setup, backbone, null)
-    return Rehearsal(method(setup), optimizers, context, batches(setup, net), torch.device("cpu"))
+    device, roles = torch.device("cpu"), method(setup).roles()
+    return Rehearsal(method(setup), optimizers, context, batches(setup, net), device, roles)
 
 
 class Held:

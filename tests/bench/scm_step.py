@@ -69,7 +69,8 @@ def make(method: Method, setup: Setup) -> Side:
     optimizers = Optimizers(backbone, spec).declare(method).build()
     null = {"states": setup.embeddings(net, 1, 0)}
     feed = batches(setup, setup.embeddings(net, setup.batch, 1), net.config["sample_size"])
-    run = Rehearsal(method, optimizers, lambda i: scene(setup, backbone, null, i), feed, torch.device("cpu"))
+    device, roles = torch.device("cpu"), method.roles()
+    run = Rehearsal(method, optimizers, lambda i: scene(setup, backbone, null, i), feed, device, roles)
     numbers = count()
     return Side(
         lambda: [run.step(next(numbers), next(run.batches)) for _ in range(STEPS)],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from stepdistill.core.errors import ConfigError, problem
-from stepdistill.methods.base import Batch, Method, StepContext
-from stepdistill.networks.rewards.base import rewards_by_name
-from stepdistill.training.loop import train_step
+from stepdistill.networks.rewards.base import Reward, rewards_by_name
+from stepdistill.networks.roles import Role
+from stepdistill.training.loop import B, C, Updating, train_step
 from stepdistill.training.memory.tracker import Tracker
 from stepdistill.training.optimizers import Optimizers
 
@@ -96,21 +96,25 @@ class Prediction:
 
 
 @dataclass
-class Rehearsal:
+class Rehearsal(Generic[C, B]):
     """What single steps of a run need; they log, validate and save nothing.
 
     Args:
         context: what the method may use in a step.
         batches: the micro-batches of each step.
+        roles: those of the method.
+        rewards: what else the method loads.
     """
 
-    method: Method
+    method: Updating[C, B]
     optimizers: Optimizers
-    context: Callable[[int], StepContext]
-    batches: Iterator[list[Batch]]
+    context: Callable[[int], C]
+    batches: Iterator[list[B]]
     device: torch.device
+    roles: Mapping[str, Role]
+    rewards: Sequence[Reward] = ()
 
-    def step(self, number: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
+    def step(self, number: int, micro_batches: Sequence[B]) -> dict[str, float]:
         """One step of the run; the values that it would log."""
         return train_step(self.method, self.optimizers, self.context(number), micro_batches)
 
@@ -149,7 +153,7 @@ def forecast(rehearsal: Rehearsal, frozen: Mapping[str, nn.Module], loading: int
     optimizers, device = rehearsal.optimizers, rehearsal.device
     tracker = Tracker(device)
     with torch.device("meta"):
-        optimizers.declare(rehearsal.method)
+        optimizers.add(rehearsal.roles)
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
         for network in (*frozen.values(), optimizers.backbone):
             network.to_empty(device=device)
@@ -163,7 +167,7 @@ def forecast(rehearsal: Rehearsal, frozen: Mapping[str, nn.Module], loading: int
             for optimizer in optimizers.by_role.values():
                 by_foreach(optimizer)
         prime(optimizers)
-        parts = (*_parts(optimizers, frozen, tracker), *_rewards(rehearsal.method, tracker, device))
+        parts = (*_parts(optimizers, frozen, tracker), *_rewards(rehearsal.rewards, tracker, device))
         for role in optimizers.by_role:
             for param in optimizers.params(role).values():
                 param.register_post_accumulate_grad_hook(lambda p: tracker.mark(_grad(p)))
@@ -171,7 +175,7 @@ def forecast(rehearsal: Rehearsal, frozen: Mapping[str, nn.Module], loading: int
     return Prediction(parts, peak, gradients, loading)
 
 
-def cycle(rehearsal: Rehearsal, micro_batches: Sequence[Batch]) -> None:
+def cycle(rehearsal: Rehearsal[C, B], micro_batches: Sequence[B]) -> None:
     """Run the first step, then the last ones, until every role has stepped: what a run comes to hold, it holds there.
 
     Args:
@@ -225,12 +229,11 @@ def _parts(optimizers: Optimizers, frozen: Mapping[str, nn.Module], tracker: Tra
         yield RoleMemory(name, _count(params), tracker.bytes(kept), gradients, optimizer)
 
 
-def _rewards(method: Method, tracker: Tracker, device: torch.device) -> Iterator[RoleMemory]:
-    """The networks of a method's rewards, which are loaded and used, each at the first reward that has it."""
+def _rewards(rewards: Sequence[Reward], tracker: Tracker, device: torch.device) -> Iterator[RoleMemory]:
+    """The networks of rewards, which are loaded and used, each at the first reward that has it."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         image = torch.empty(1, 3, 64, 64, device=device)
-    held_out = () if method.held_out is None else (method.held_out,)
-    for name, reward in rewards_by_name([*method.trained_rewards, *held_out]).items():
+    for name, reward in rewards_by_name(rewards).items():
         before = tracker.total
         with torch.no_grad():
             reward.load(device)(image, ["a"])

@@ -91,7 +91,9 @@ def rehearse(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Reh
     optimizers = Optimizers(session.backbone, run.train, session.scaler)
     batches = session.batches.steps(data, 0, 0, 1)
     method = run.method.calibrate(lambda reward, slope=False: RewardScale(0.0, 1.0, 1.0))
-    return Rehearsal(method, optimizers, session.context, batches, accelerator.device)
+    rewards = [reward for reward in (*method.trained_rewards, method.held_out) if reward is not None]
+    roles = method.roles()
+    return Rehearsal(method, optimizers, session.context, batches, accelerator.device, roles, rewards)
 
 
 class Outlined(LazyPipeline):

@@ -181,6 +181,8 @@ def _gradients(rows: Rows, findings: Findings) -> None:
 
 def _watch(run: Remains, findings: Findings) -> None:
     looks = [row for row in run.rows if SCORE in row]
+    if "family" not in run.config:  # a decoder is not watched
+        return
     if not looks or not run.yardstick:
         findings.notes.append("the collapse monitor was off: set train.validation_steps and train.validation_prompts")
         return
