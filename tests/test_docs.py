@@ -22,12 +22,11 @@ from stepdistill.cli import main as cli
 from stepdistill.cli.dialect import spelled
 from stepdistill.config.load import load_config
 from stepdistill.config.schema import dotted, fields
-from stepdistill.methods.base import Method
 from stepdistill.training.recipe import Run
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-METHODS = reference_pages.shipped(Method)
+METHODS = method_pages.all_methods()
 NOTEBOOKS = sorted((DOCS / "start").glob("*.ipynb"))
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from tables import render
 
 from stepdistill import methods
-from stepdistill.config.load import load_config
-from stepdistill.training.recipe import Run
+from stepdistill.decoding.run import read_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -68,7 +67,7 @@ def test_every_config_builds():
     files = [f for f in sorted((ROOT / "configs").rglob("*.yaml")) if f.parent.name not in ("accelerate", "teachers")]
     assert files
     for file in files:
-        run = load_config(Run, file, [])
+        run = read_run(file)
         assert run.train.output_dir.startswith("runs/"), file
 
 

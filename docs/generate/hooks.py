@@ -24,7 +24,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Complete the navigation by what is generated."""
     benchmarks = sorted((file.name for file in (ROOT / "docs/benchmarks").glob("*.md")), key=_index_first)
     folders: dict[str, list[Any]] = {"Benchmarks": [f"benchmarks/{name}" for name in benchmarks]}
-    folders["Methods"] = [method_pages.page_of(cls) for cls in method_pages.shipped(method_pages.Method)]
+    folders["Methods"] = [method_pages.page_of(cls) for cls in method_pages.all_methods()]
     folders["Reference"] = [{"API": [f"reference/api/{room.name}.md" for room in reference_pages.rooms()]}]
     for section in config.nav or []:
         for name in section.keys() & folders.keys():

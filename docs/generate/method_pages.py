@@ -12,14 +12,16 @@ from typing import NamedTuple
 
 from reference_pages import section, shipped
 
-from stepdistill.config.load import load_config
 from stepdistill.config.schema import dotted, fields, structures
 from stepdistill.core.schedule import Rectified
+from stepdistill.decoding.method import DistilledDecoding
+from stepdistill.decoding.run import DecodingRun, read_run
 from stepdistill.methods.base import Method, Tuning
 from stepdistill.training.recipe import Run
 
 ROOT = Path(__file__).parent.parent.parent
 SENTENCE = r"(?<=\.) (?<!et al\. )"
+PLACES = 576  # tokens of an image of Janus-Pro
 PAPER = re.compile(r"https://arxiv\.org/abs/[\d.]*\d")
 
 
@@ -43,28 +45,45 @@ class Recipe(NamedTuple):
     command: str
     about: str
     numbers: list[tuple[str, str, str]]
-    run: Run
+    run: Run | DecodingRun
 
     @property
     def steps(self) -> str:
         """How many; a tuned student has those of the one that it starts from."""
+        if isinstance(self.run, DecodingRun):
+            return f"1 to {len(self.run.method.trained_keeps(PLACES))}"
         if isinstance(self.run.method, Tuning) and self.run.method.sampling is None:
             return "its start's"
         return str(len(self.run.method.sampler(Rectified()).timesteps))
 
+    @property
+    def teacher(self) -> str:
+        """The class of its family, or of a teacher that has none."""
+        return type(self.run.teacher if isinstance(self.run, DecodingRun) else self.run.family).__name__
+
 
 def pages() -> dict[str, str]:
     """Markdown by path below docs/."""
-    methods, recipes = shipped(Method), read_recipes()
+    methods, recipes = all_methods(), read_recipes()
     made = {page_of(cls): _method(cls, [r for r in recipes if cls in used(r.run.method)]) for cls in methods}
     return made | {"methods/papers.md": _papers(methods, recipes), "methods/recipes.md": _recipes(recipes)}
 
 
+def all_methods() -> list[type]:
+    """The classes with a page of their own."""
+    return [*shipped(Method), DistilledDecoding]
+
+
+def module_of(cls: type) -> str:
+    """A method's name: its module's, or that of a room which has one method."""
+    return cls.__module__.removesuffix(".method").rpartition(".")[2]
+
+
 def page_of(cls: type) -> str:
-    return f"methods/{cls.__module__.rpartition('.')[2]}.md"
+    return f"methods/{module_of(cls)}.md"
 
 
-def used(method: Method) -> list[type]:
+def used(method: Method | DistilledDecoding) -> list[type]:
     """The class of a method and of each method in it."""
     inside = [cls for part in vars(method).values() if isinstance(part, Method) for cls in used(part)]
     return [type(method), *inside]
@@ -111,21 +130,21 @@ def _recipe(file: Path) -> Recipe:
             path = [*path[: len(key[1]) // 2], key[2]]
             if key[4]:
                 numbers.append((".".join(path), key[3], key[4]))
-    return Recipe(file, head[0], "\n".join(head[1:]), numbers, load_config(Run, file))
+    return Recipe(file, head[0], "\n".join(head[1:]), numbers, read_run(file))
 
 
-def _method(cls: type[Method], recipes: list[Recipe]) -> str:
-    doc, module = sections(cls.__doc__), sys.modules[cls.__module__]
-    name = cls.__module__.rpartition(".")[2]
+def _method(cls: type, recipes: list[Recipe]) -> str:
+    doc, module, name = sections(cls.__doc__), sys.modules[cls.__module__], module_of(cls)
+    init = f"stepdistill init {name}" + " sd" * issubclass(cls, Method)
     file = f"{cls.__module__.replace('.', '/')}.py"
     body = [f"# {cls.__name__}", doc[""], f"`{dotted(cls)}`{{ .path }}", module.__doc__ or ""]
     if "Equation" in doc:
         body += ["## Equation", f"```{{ .text .equation }}\n{doc['Equation']}\n```"]
     body += ["## Papers", *(f"- {paper.text}" for part in options(cls) for paper in papers(part))]
-    body += ["", "## Config", f"The `method` section as `stepdistill init {name} sd` prints it:"]
-    body += [section("method", cls)]
+    body += ["", "## Config", f"The `method` section as `{init}` prints it:"]
+    body += [section("method", cls, typed=issubclass(cls, Method))]
     body += ["Train with it:"]
-    command = f"stepdistill init {name} sd > mine.yaml\naccelerate launch -m stepdistill train mine.yaml"
+    command = f"{init} > mine.yaml\naccelerate launch -m stepdistill train mine.yaml"
     body += [f"```bash\n{command}\n```", "## Recipes"]
     if not recipes:
         body += ["There is no recipe for this method yet; start from the config above."]
@@ -153,7 +172,7 @@ def _table(numbers: list[tuple[str, str, str]]) -> str:
     return "\n".join(["| key | value | the recipe's comment |", "| --- | --- | --- |", *rows])
 
 
-def _papers(methods: list[type[Method]], recipes: list[Recipe]) -> str:
+def _papers(methods: list[type], recipes: list[Recipe]) -> str:
     lines = ["| paper | method | settings | recipes |", "| --- | --- | --- | --- |"]
     cited = {cls: [paper for part in options(cls) for paper in papers(part)] for cls in methods}
     for url in dict.fromkeys(paper.url for found in cited.values() for paper in found):
@@ -176,7 +195,7 @@ def elsewhere() -> list[tuple[str, str]]:
     found = []
     for file in sorted((ROOT / "stepdistill").rglob("*.py")):
         name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        if not name.startswith("stepdistill.methods."):
+        if not name.startswith(("stepdistill.methods.", DistilledDecoding.__module__)):
             nodes = ast.walk(ast.parse(file.read_text()))
             docs = [ast.get_docstring(n) for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
             docs = [" ".join((doc or "").split()) for doc in docs]
@@ -189,11 +208,11 @@ def _recipes(recipes: list[Recipe]) -> str:
     body = ["# Recipes", "Configs with the numbers of the papers, in `configs/recipes/`. None was run on a GPU yet."]
     lines = ["| recipe | method | family | steps | follows |", "| --- | --- | --- | --- | --- |"]
     for recipe in recipes:
-        method, family = type(recipe.run.method), type(recipe.run.family)
+        method = type(recipe.run.method)
         follows = ", ".join(f"[{url.rpartition('/')[2]}]({url})" for url in dict.fromkeys(PAPER.findall(recipe.about)))
         lines.append(
             f"| [{recipe.file.stem}](#{recipe.file.stem}) | [{method.__name__}]({Path(page_of(method)).name}) "
-            f"| {family.__name__} | {recipe.steps} | {follows} |"
+            f"| {recipe.teacher} | {recipe.steps} | {follows} |"
         )
     body.append("\n".join(lines))
     for recipe in recipes:

@@ -13,15 +13,19 @@ from pathlib import Path
 from unittest.mock import patch
 
 from stepdistill.cli import main as cli
-from stepdistill.config.registry import every
+from stepdistill.config.registry import every, offered
 from stepdistill.config.schema import dotted
 from stepdistill.config.template import template
 from stepdistill.data import Source
+from stepdistill.decoding.janus import Janus
+from stepdistill.decoding.method import DistilledDecoding
+from stepdistill.decoding.pairs import TokenPairs
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.training.recipe import TrainSpec
 
+DECODING = {"teacher": Janus, "method": DistilledDecoding, "data": TokenPairs}
 PACKAGE = Path(__file__).parent.parent.parent / "stepdistill"
 
 
@@ -63,13 +67,16 @@ def _config() -> str:
             body += [f"### {cls.__name__}", section(name, cls)]
     for name, cls in (("lora", LoraSpec), ("train", TrainSpec)):
         body += [f"## {name}", section(name, cls, typed=False)]
+    text = "A config of Distilled Decoding, as `stepdistill init decoding` prints it, has `teacher` in the place of"
+    body += ["## Distilled Decoding", f"{text} `family`. Of `train` it takes what that prints."]
+    body += [section(name, cls, typed=False) for name, cls in DECODING.items()]
     return "\n\n".join(body) + "\n"
 
 
 def shipped(base: type) -> list[type]:
-    """The finished subclasses of `base` in the library, by name."""
-    found = [cls for cls in every(base) if cls.__module__.startswith("stepdistill.")]
-    return sorted(found, key=lambda cls: cls.__name__.lower())
+    """The finished subclasses of `base` in its room, by name."""
+    every(base)
+    return sorted(offered(base), key=lambda cls: cls.__name__.lower())
 
 
 def _commands() -> str:
