@@ -107,7 +107,7 @@ ANY = {
     "--negative-scale",
 }  # the arguments that take negative numbers
 NONE = ANY | {"--seed", "--reference-seed", "--base-steps", "--latency", "--timesteps", "--sigmas", "--eta"}
-NONE |= {"--tolerance", "--controlnet-conditioning-scale"}  # those that take 0
+NONE |= {"--tolerance", "--controlnet-conditioning-scale", "--teacher-steps"}  # those that take 0
 REAL = ANY | {"--controlnet-conditioning-scale", "--timesteps", "--sigmas", "--tolerance", "--teacher-guidance-scale"}
 REAL |= {"--frame-rate"}
 
@@ -281,12 +281,12 @@ def test_a_full_disk_is_one_line(number, monkeypatch, capsys) -> None:
     def defect(*_: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
 
-    monkeypatch.setattr("stepdistill.students.verify.verify_formats", full)
+    monkeypatch.setattr("stepdistill.students.contract.kind_of", full)
     with pytest.raises(SystemExit) as caught:
         cli.main(["verify", "folder"])
     said = capsys.readouterr().err
     expected = f"stepdistill: [Errno {getattr(errno, number)}] of the disk: 'out/00000.png'\n"
     assert caught.value.code == 2 and said == expected
-    monkeypatch.setattr("stepdistill.students.verify.verify_formats", defect)
+    monkeypatch.setattr("stepdistill.students.contract.kind_of", defect)
     with pytest.raises(FileNotFoundError):
         cli.main(["verify", "folder"])

@@ -13,8 +13,14 @@ Loads the folder into a plain Diffusers pipeline and compares its output with th
 format in the folder is compared in the same way. Prints the largest difference of each format, relative to the
 teacher's largest value. The exit status is 1 if a difference is above the tolerance.
 
-example:
+A student of an autoregressive image model is opened by plain Diffusers in a process of its own, with
+trust_remote_code=True, which runs the code in the folder: read it first. Its tokens are compared with those that the
+library draws without that code, from the same noise, for each number of calls that it was trained for. The exit status
+is 1 if any token differs, or the images by more than the tolerance.
+
+examples:
   stepdistill verify runs/mine
+  stepdistill verify runs/decoder
 """
 
 CONVERT = """\
@@ -69,10 +75,14 @@ def add_folder_commands(commands: Any) -> None:  # noqa: ANN401
 
 
 def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
+    from stepdistill.students.contract import DECODER, kind_of
     from stepdistill.students.proof import FLOAT32
     from stepdistill.students.verify import verify_formats
 
     limit = FLOAT32 if args.tolerance is None else args.tolerance
+    if kind_of(args.folder) == DECODER:
+        _verify_decoder(args, limit)
+        return
     differences = verify_formats(args.folder)
     print(f"largest difference of plain Diffusers from the library's sampler: {differences['diffusers']:.3g}")
     for name, difference in differences.items():
@@ -80,6 +90,17 @@ def _verify(args: argparse.Namespace, overrides: list[str]) -> None:
             what = "ComfyUI workflow" if name == "workflow" else f"{name} file"
             print(f"largest difference with the {what}: {difference:.3g}")
     if not all(difference <= limit for difference in differences.values()):
+        raise SystemExit(1)
+
+
+def _verify_decoder(args: argparse.Namespace, limit: float) -> None:
+    from stepdistill.decoding.verify import verify_decoder
+
+    check = verify_decoder(args.folder)
+    for calls, share in check.shares.items():
+        print(f"tokens of plain Diffusers that are the library's, {calls} call{'s' * (calls > 1)}: {share:.2%}")
+    print(f"largest difference of the images, of values from 0 to 1: {check.images:.3g}")
+    if not (all(share == 1 for share in check.shares.values()) and check.images <= limit):
         raise SystemExit(1)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
-from pathlib import Path
 from typing import Any
 
 from stepdistill.cli.dialect import add_command, add_overwrite, local_path, real, seed, several, weighed, whole
-from stepdistill.core.errors import ConfigError, OutputError, problem
-from stepdistill.core.outputs import check_output_file, expanded, is_marked
+from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.outputs import expanded
 
 GENERATE = """\
 Loads the base model into a plain Diffusers pipeline, then the student, and generates images with the student's
@@ -28,6 +26,12 @@ has the seed SEED + n. The video has another seed, which is in images.jsonl. --w
 --match-first-window and --video-steps are for the videos, a size is for both, and the other options of sampling are for
 the images.
 
+A student of an autoregressive image model (Distilled Decoding) is a pipeline of its own. It is loaded without running
+the code in its folder. --steps is the number of its calls, at most those that it was trained for, which is the default.
+--teacher-steps M lets its teacher draw the last M tokens that each later call keeps again, which costs M calls of the
+teacher for each. --base is another place of the same teacher. Guidance is in the weights, and the options of diffusion
+are refused.
+
 examples:
   stepdistill generate runs/quickstart "cat face" rose --grid sheet.png
   stepdistill generate runs/video "a cat walks" --image cat.png -o videos
@@ -35,6 +39,7 @@ examples:
   stepdistill generate runs/magic-image "a dog runs" --video runs/magic-video --windows 2 --overlap 5 -o videos
   stepdistill generate me/student --prompts-file prompts.txt --num-images-per-prompt 4 --batch 8 -o images
   stepdistill generate runs/mine "a cat" --lora styles/ink.safetensors:0.8 --strength 0.9 --fuse
+  stepdistill generate runs/decoder "red apple" --steps 2 --teacher-steps 4
   stepdistill generate runs/mine "a cat" "a dog" --controlnet lllyasviel/sd-controlnet-canny --control-image edges.png
 """
 
@@ -92,6 +97,9 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
         "--base-steps", type=whole(0), metavar="N", help="first steps by the base model, for diversity"
     )
     command.add_argument(
+        "--teacher-steps", type=whole(0), metavar="M", help="tokens that the teacher draws again before each later call"
+    )
+    command.add_argument(
         "--base", metavar="PLACE", type=expanded, help="another checkpoint of the base (default: the contract's)"
     )
     command.add_argument("--strength", type=real(), help="strength of the student's LoRA (default: the contract's)")
@@ -116,10 +124,11 @@ def add_generate_command(commands: Any) -> None:  # noqa: ANN401
 
 
 def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
-    from stepdistill.cli.generate_draw import DrawingStage, each_of, each_of_both, write_each
+    from stepdistill.cli.generate_decoder import generate_decoder
+    from stepdistill.cli.generate_draw import DrawingStage, check_outputs, each_of, each_of_both, write_each
     from stepdistill.core.devices import usable_device
     from stepdistill.evaluation.records import prompt_of, read_records
-    from stepdistill.students.contract import read_contracts, teacher
+    from stepdistill.students.contract import DECODER, kind_of, read_contracts, teacher
     from stepdistill.students.draw.animation import frame_rate_of
     from stepdistill.students.draw.control import controlled, read_control
     from stepdistill.students.draw.first_frame import check_first_frame, continued
@@ -135,6 +144,12 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
         todo = "write prompts after STUDENT, or pass --prompts-file"
         raise ConfigError(problem("no prompt", "at least one", "there is nothing to generate", todo))
     device = usable_device(args.device)
+    if kind_of(folder_of(args.student)) == DECODER:
+        generate_decoder(args, prompts, device)
+        return
+    if args.teacher_steps is not None:
+        why, todo = "its teacher draws no tokens", "leave it out; --base-steps lets the base draw the first steps"
+        raise ConfigError(problem("--teacher-steps", "a student of an autoregressive image model", why, todo))
     _check_control(args)
     _check_stages(args)
     control = read_control(args.control_image) if args.controlnet else None
@@ -145,7 +160,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
         check_first_frame(family, args.image)
     _check_windows(args)
     suffix = _suffix(args, family)
-    stale = _check_outputs(args, len(prompts) * args.num_images_per_prompt, suffix)
+    stale = check_outputs(args, len(prompts) * args.num_images_per_prompt, suffix)
     repeated = [prompt for prompt in prompts for _ in range(args.num_images_per_prompt)]
     both, student = _students(args, device)
     names = ("steps", "timesteps", "sigmas", "guidance_scale", "eta", "height", "width")
@@ -164,7 +179,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> None:
         check_windows(last, last_call, long.overlap)
     stage = DrawingStage(last, last_call, long)
     drawn = each_of_both(both, call, stage, repeated, args) if both else each_of(stage, repeated, args)
-    networks = [one.family.network(one.pipe) for one in (student, last)]
+    networks = {"network": [one.family.network(one.pipe) for one in (student, last)]}
     write_each(drawn, repeated, args, stale, suffix, networks, frame_rate_of(family))
 
 
@@ -243,24 +258,3 @@ def _check_control(args: argparse.Namespace) -> None:
     if not args.controlnet and (args.control_image or args.controlnet_conditioning_scale is not None):
         why, todo = "nothing would use them", "pass --controlnet"
         raise ConfigError(problem("options of a ControlNet without --controlnet", "both", why, todo))
-
-
-def _check_outputs(args: argparse.Namespace, count: int, suffix: str) -> list[Path]:
-    """The images of an earlier command, which go. Raises OutputError where what is there must stay."""
-    from stepdistill.students.draw.sheet import check_image_file
-
-    given = (args.student, args.video, args.base, args.prompts_file, args.controlnet, args.control_image, args.image)
-    places = (*given, *(place for place, _ in args.lora))
-    inputs = [place for place in places if place is not None]
-    suffixes = [".png", suffix] if args.video else [suffix]
-    written = [args.output / f"{n:05d}{end}" for n in range(count) for end in suffixes]
-    named = [file for file in sorted(args.output.glob("*.*")) if re.fullmatch(r"\d{5,}\.(png|webp|gif|mp4)", file.name)]
-    stale = [file for file in named if is_marked(file)]
-    for file in dict.fromkeys([*written, *stale, args.output / "images.jsonl"]):
-        check_output_file(file, inputs, args.overwrite)
-    if args.grid:
-        check_image_file(args.grid, inputs, args.overwrite)
-        if args.grid.resolve() in [file.resolve() for file in written]:
-            why = "an image has that name"
-            raise OutputError(problem(f"--grid {args.grid}", "another file", why, "name another"))
-    return stale

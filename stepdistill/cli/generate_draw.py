@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from stepdistill.core.cost import count_calls
-from stepdistill.core.outputs import MARK
+from stepdistill.core.errors import OutputError, problem
+from stepdistill.core.outputs import MARK, check_output_file, is_marked
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import seed_of_video
 from stepdistill.evaluation.draw import fingerprint
@@ -30,7 +32,7 @@ from stepdistill.students.draw.first_frame import covering
 from stepdistill.students.draw.image_then_video import ImageThenVideo, size_of_call
 from stepdistill.students.draw.latent_drift import ChannelStatistics, from_first
 from stepdistill.students.draw.pipeline import StudentPipeline
-from stepdistill.students.draw.sheet import image_grid, save_image
+from stepdistill.students.draw.sheet import check_image_file, image_grid, save_image
 from stepdistill.students.draw.windows import LongVideo, Windows
 
 Drawn = Iterator[tuple[DrawnImage, dict[str, Any]]]  # with what images.jsonl says of it beside its prompt
@@ -44,9 +46,28 @@ class DrawingStage(NamedTuple):
     long: Windows | None = None
 
 
+def check_outputs(args: argparse.Namespace, count: int, suffix: str) -> list[Path]:
+    """The images of an earlier command, which go. Raises OutputError where what is there must stay."""
+    given = (args.student, args.video, args.base, args.prompts_file, args.controlnet, args.control_image, args.image)
+    places = (*given, *(place for place, _ in args.lora))
+    inputs = [place for place in places if place is not None]
+    suffixes = [".png", suffix] if args.video else [suffix]
+    written = [args.output / f"{n:05d}{end}" for n in range(count) for end in suffixes]
+    named = [file for file in sorted(args.output.glob("*.*")) if re.fullmatch(r"\d{5,}\.(png|webp|gif|mp4)", file.name)]
+    stale = [file for file in named if is_marked(file)]
+    for file in dict.fromkeys([*written, *stale, args.output / "images.jsonl"]):
+        check_output_file(file, inputs, args.overwrite)
+    if args.grid:
+        check_image_file(args.grid, inputs, args.overwrite)
+        if args.grid.resolve() in [file.resolve() for file in written]:
+            why = "an image has that name"
+            raise OutputError(problem(f"--grid {args.grid}", "another file", why, "name another"))
+    return stale
+
+
 def each_of(stage: DrawingStage, prompts: Sequence[str], args: argparse.Namespace) -> Drawn:
     """What one student draws."""
-    (student, call, long), seeds = stage, _seeds(prompts, args)
+    (student, call, long), seeds = stage, seeds_of(prompts, args)
     with _as_asked(student, call, args) as call:
         drawn = long.draw(student, prompts, seeds, call) if long else student.draw(prompts, seeds, call, args.batch)
         for seed, one in zip(seeds, drawn, strict=True):
@@ -63,7 +84,7 @@ def each_of_both(
         image: the call of the first student.
         stage: the second.
     """
-    seeds = _seeds(prompts, args)
+    seeds = seeds_of(prompts, args)
     with _as_asked(both.image, image, args) as call:
         images = list(tqdm(both.draw_images(prompts, seeds, call, args.batch), total=len(prompts), desc="Images"))
     files = [args.output / f"{n:05d}.png" for n in range(len(images))]
@@ -98,7 +119,7 @@ def write_each(
     args: argparse.Namespace,
     stale: Sequence[Path],
     suffix: str,
-    networks: Sequence[nn.Module],
+    networks: Mapping[str, Sequence[nn.Module]],
     frame_rate: float,
 ) -> None:
     """Write what is drawn, `images.jsonl` and the sheet, and say what it took.
@@ -106,14 +127,17 @@ def write_each(
     Args:
         stale: files of an earlier command, which go.
         suffix: of the files.
-        networks: whose calls are counted, each once.
+        networks: whose calls are counted, each once, by what the summary calls them.
         frame_rate: frames a second of videos, where the command names none.
     """
     what = "images" if suffix == ".png" else "videos"
     args.output.mkdir(parents=True, exist_ok=True)
     images_of_grid, lines, began = [], [], time.perf_counter()
     with ExitStack() as stack:
-        costs = [stack.enter_context(count_calls(net)) for net in dict.fromkeys(networks)]
+        costs = {
+            name: [stack.enter_context(count_calls(net)) for net in dict.fromkeys(nets)]
+            for name, nets in networks.items()
+        }
         for file in stale:
             file.unlink()
         for n, (one, facts) in enumerate(tqdm(drawn, total=len(prompts), desc=what.title())):
@@ -128,14 +152,15 @@ def write_each(
     (args.output / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if args.grid:
         save_image(_sheet(images_of_grid, prompts, args.num_images_per_prompt), args.grid)
-    seconds, calls = time.perf_counter() - began, sum(cost.calls for cost in costs)
-    print(f"{args.output}: {len(prompts)} {what}, {calls} calls of the network, {seconds:.1f} s")
+    calls = ", ".join(f"{sum(cost.calls for cost in some)} calls of the {name}" for name, some in costs.items())
+    print(f"{args.output}: {len(prompts)} {what}, {calls}, {time.perf_counter() - began:.1f} s")
     if flagged := [line["file"] for line in lines if "flagged" in line]:
         names = ", ".join(flagged)
         print(f"{len(flagged)} of them were flagged by the base's safety checker and are black: {names}")
 
 
-def _seeds(prompts: Sequence[str], args: argparse.Namespace) -> list[int]:
+def seeds_of(prompts: Sequence[str], args: argparse.Namespace) -> list[int]:
+    """The seed of each image."""
     return [args.seed + n for n in range(len(prompts))]
 
 

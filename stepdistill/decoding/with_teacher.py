@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -63,7 +64,9 @@ def draw_with_teacher(
     return tokens, values
 
 
-def contract_teacher(contract: DecoderContract, place: str | None = None) -> TokenTeacher:
+def contract_teacher(
+    contract: DecoderContract, place: str | None = None, device: torch.device | str = "cpu"
+) -> TokenTeacher:
     """The teacher of a student's contract, loaded.
 
     Args:
@@ -85,4 +88,6 @@ def contract_teacher(contract: DecoderContract, place: str | None = None) -> Tok
         got = f"the teacher {settings.pretrained_teacher_model}, whose hash is {teacher.digest[:12]}"
         why, todo = "its tokens would not be those that the student has learnt", "name the place of the student's own"
         raise ConfigError(problem(got, f"{contract.base_hash[:12]}, as in the contract", why, todo))
+    model: Any = teacher.model
+    model.to(device)
     return teacher

@@ -24,6 +24,7 @@ from stepdistill.decoding.janus import TokenTeacher
 from stepdistill.decoding.method import DistilledDecoding
 
 INDEX = "model_index.json"
+SAMPLE_PROMPTS = ["red apple", "a cat that sleeps on a chair"]  # of what compares folders
 
 
 def write_decoding_student(
@@ -51,12 +52,11 @@ def write_decoding_student(
 @torch.no_grad()
 def prove_tokens(folder: Path, pipe: OneStepPipeline, contract: DecoderContract, seed: int = 0) -> TokenProof:
     """Compare the tokens of a folder that Diffusers opens with a student's, at equal noise."""
-    prompts = ["red apple", "a cat that sleeps on a chair"]
-    noise = torch.stack([noise_of(seed, i, pipe.shape) for i in range(len(prompts))])
+    noise = torch.stack([noise_of(seed, i, pipe.shape) for i in range(len(SAMPLE_PROMPTS))])
     asked: dict[str, Any] = {"noise": noise, "num_inference_steps": len(contract.keeps), "output_type": "tokens"}
     plain = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).to(pipe.device)
     drawers: list[Any] = [pipe, plain]
-    own, opened = (draw(prompts, **asked).images for draw in drawers)
+    own, opened = (draw(SAMPLE_PROMPTS, **asked).images for draw in drawers)
     equal = int((own == opened).sum())
     if equal < own.numel():
         got = f"{folder}, whose pipeline draws {equal} of {own.numel()} tokens as the student in memory does"

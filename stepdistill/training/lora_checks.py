@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.methods.base import Tuning
 from stepdistill.networks.roles import Adapters, Lora
 from stepdistill.students.chain import read_assistant, start_lora
+from stepdistill.students.contract import CONTRACT, DECODER, kind_of, read_contract
 from stepdistill.training.recipe import Run
 
 logger = logging.getLogger(__name__)
@@ -18,6 +20,9 @@ def check_loras(run: Run) -> None:
     if run.train.resume_from_checkpoint:
         return
     run.family.read_teacher_loras()
+    for source in (run.start_from, run.lora.init_from):
+        if source and (Path(source) / CONTRACT).is_file() and kind_of(source) == DECODER:
+            read_contract(source)  # it says what the folder is, which holds no LoRA
     if run.start_from:
         start_lora(run.start_from, run.family)
     if run.lora.init_from and isinstance(run.method.roles().get("student"), Lora):
