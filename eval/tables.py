@@ -8,17 +8,18 @@ seeds B, and excess = FD(row, R) - F with a 20-block jackknife interval, N image
 import argparse
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 
 from tables import plots, render
-from tables.measure import TABLES, TEACHERS, VIDEO_TEACHERS, measure
+from tables.measure import OTHERS, TABLES, TEACHERS, measure
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=sorted(TABLES))
     parser.add_argument("--render", action="store_true", help="write the tables into README.md and docs/")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--teacher", choices=[*TEACHERS, *VIDEO_TEACHERS], help="only this one")
+    parser.add_argument("--teacher", choices=[*TEACHERS, *chain(*OTHERS.values())], help="only this one")
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these students, as lcm or dmd2")
     args = parser.parse_args()
     results = Path(__file__).parent / "results"

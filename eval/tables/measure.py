@@ -35,6 +35,7 @@ from stepdistill.training.watch import rules
 from stepdistill.training.watch.rules import Yardstick
 from tables.benchmark import N, Results, data_features, figures, places, prompts, reference
 from tables.control import measure_control
+from tables.decoding import measure_decoding
 from tables.feedback import measure_feedback
 from tables.guidance import measure_guidance
 from tables.hybrid import measure_hybrid
@@ -68,6 +69,8 @@ WATCHED = {  # runs of DMD2's recipe and of others, and what is wrong with them
 WATCHED_STEPS, WATCHED_EVERY = 240, 40
 TEACHERS = ("tiny-sd", "tiny-sd3")
 VIDEO_TEACHERS = ("tiny-wan",)
+TOKEN_TEACHERS = ("tiny-ar",)
+OTHERS = {"video": VIDEO_TEACHERS, "decoding": TOKEN_TEACHERS}  # tables that are not of the teachers of images
 LARGE = ("sd15", "sdxl", "sd3", "pixart", "wan13b")
 LARGER = ("wan13b_480p", "wan5b", "wan14b", "ltx")  # of 81 frames and more; predicted alone
 
@@ -264,6 +267,7 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "guidance": measure_guidance,
     "negative": measure_negative,
     "control": measure_control,
+    "decoding": measure_decoding,
     "feedback": measure_feedback,
     "hyper_sd": measure_hyper_sd,
     "new_images": measure_new_images,
@@ -282,5 +286,5 @@ def measure(table: str, results: Path, threads: int, only: str | None = None, ro
     """Measure a table for every bundled teacher, or for one; of students all, or those of some configs."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # a quarter of the time on a CPU
-    for name in [only] if only else VIDEO_TEACHERS if table == "video" else TEACHERS:
+    for name in [only] if only else OTHERS.get(table, TEACHERS):
         TABLES[table](name, Results(results / f"{table}.json"), Path("runs/tables"), rows)

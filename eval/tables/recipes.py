@@ -45,7 +45,7 @@ def warm_start(run: Run) -> None:
     """Train the student that a run starts from, where a table's config makes it and it is missing."""
     starts = {run.lora.init_from, run.start_from, run.train.assistant} - {None}
     for other in CONFIGS.glob("*/*.yaml") if starts else ():
-        if load_config(Run, other, []).train.output_dir in starts:
+        if read_run(other).train.output_dir in starts:
             trained(other)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from tables.cells import excess_cell
 from tables.matrix import matrix
+from tables.render_decoding import decoding_page
 from tables.render_tuning import feedback_page, hyper_sd_page, new_images_page
 from tables.render_video import video_page
 
@@ -280,6 +281,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "hybrid": _hybrid,
     "transfer": _transfer,
     "control": _control,
+    "decoding": decoding_page,
     "feedback": feedback_page,
     "hyper_sd": hyper_sd_page,
     "new_images": new_images_page,
