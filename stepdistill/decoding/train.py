@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.core import distributed
-from stepdistill.core.progress import progress
 from stepdistill.decoding.folder.heads import Heads
 from stepdistill.decoding.run import DecodingRun, check_decoding_run, check_settings
 from stepdistill.decoding.session import DecodingSession, fresh_heads, longest_prompt, prepare_decoding, roles_of
@@ -15,9 +14,9 @@ from stepdistill.decoding.write import write_decoding_student
 from stepdistill.networks.merge import merged_network
 from stepdistill.training.folder import check_data_folders, open_folder
 from stepdistill.training.logs import Logs
-from stepdistill.training.loop import Stop, due, train_step
+from stepdistill.training.loop import logged_steps
 from stepdistill.training.optimizers import Optimizers
-from stepdistill.training.resume import check_same, find_source, restore, save_session
+from stepdistill.training.resume import check_same, find_source, restore
 
 
 def distill_decoder(run: DecodingRun) -> Path:
@@ -64,22 +63,9 @@ def train_decoder(session: DecodingSession, optimizers: Optimizers, source: Path
     open_folder(session, source)
     logs = Logs(accelerator, Path(spec.output_dir), start)
     accelerator.init_trackers(spec.tracker_project_name, config=None)
-    bar = progress(
-        title="Training", unit="step", total=spec.max_train_steps, done=start, shown=accelerator.is_main_process
-    )
-    with Stop().listening() as stop, bar, closing(session.steps(start)) as batches:
-        for step in range(start, spec.max_train_steps):
-            values = train_step(run.method, optimizers, session.context(step), next(batches))
-            logs.write(step + 1, values)
-            bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if k in ("loss", "lr")}, refresh=False)
-            bar.update()
-            done = step + 1 == spec.max_train_steps
-            stopped = distributed.agree(stop.asked, accelerator.device) and not done
-            if done or stopped or due(step + 1, spec.checkpointing_steps):
-                save_session(session, optimizers, step + 1, source)
-            if stopped:
-                return False
-    return True
+    with closing(session.steps(start)) as batches:
+        steps = logged_steps(session, run.method, optimizers, batches, logs, start, source)
+        return max(steps, default=start) == spec.max_train_steps
 
 
 def finish_decoder(session: DecodingSession) -> None:

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
@@ -25,7 +25,7 @@ from stepdistill.training.calibrate import calibrate
 from stepdistill.training.folder import open_folder
 from stepdistill.training.logs import Logs, banner
 from stepdistill.training.optimizers import Optimizers
-from stepdistill.training.resume import restore, save_session
+from stepdistill.training.resume import AnySession, restore, save_session
 from stepdistill.training.sampling import draw_validation
 from stepdistill.training.setup import Session
 from stepdistill.training.watch.measure import Watch
@@ -51,6 +51,12 @@ class HasIndex(Protocol):
 
 C = TypeVar("C", bound=HasStep)
 B = TypeVar("B", bound=HasIndex)
+
+
+class Training(AnySession, Protocol[C]):
+    """A session, as its steps need it."""
+
+    def context(self, step: int, /) -> C: ...
 
 
 class Updating(Protocol[C, B]):
@@ -101,6 +107,63 @@ def train_step(
     return values
 
 
+def logged_steps(
+    session: Training[C],
+    method: Updating[C, B],
+    optimizers: Optimizers,
+    batches: Iterator[Sequence[B]],
+    logs: Logs,
+    start: int,
+    source: Path | None,
+) -> Generator[int]:
+    """Train from step `start` to `max_train_steps`.
+
+    Yields the number of steps after each one, which is logged and, where that is due, saved. A signal ends it after a
+    checkpoint, and the last step is then not yielded.
+
+    Args:
+        batches: the micro-batches of each step.
+        source: the checkpoint that the run resumed from.
+
+    Raises:
+        NonFiniteLoss: what it saw is in `non_finite.pt`, and the weights before it in a checkpoint.
+    """
+    spec, accelerator = session.run.train, session.accelerator
+    before, updates = optimizers.fingerprint(), Counter(dict.fromkeys(optimizers.by_role, 0))
+    bar = progress(
+        title="Training", unit="step", total=spec.max_train_steps, done=start, shown=accelerator.is_main_process
+    )
+    with Stop().listening() as stop, bar:
+        for step in range(start, spec.max_train_steps):
+            began, micro_batches = time.perf_counter(), next(batches)
+            try:
+                with session.backbone.assisted():
+                    values = train_step(method, optimizers, session.context(step), micro_batches)
+            except NonFiniteLoss as error:
+                if optimizers.step != step:  # nothing of this step has been applied yet
+                    save_session(session, optimizers, step, source)
+                if accelerator.is_main_process:
+                    state = {"step": step, "error": str(error), "index": [batch.index for batch in micro_batches]}
+                    torch.save(state, Path(spec.output_dir) / "non_finite.pt")
+                raise
+            # the first scores of VSD are equal, exactly
+            updates.update(role for role in optimizers.by_role if values.get(f"grad_norm/{role}", 0) > 0)
+            if before and min(updates.values()) >= 2 and step - start < 50:
+                optimizers.check_moved(before, all_should=start == 0 and spec.lr_warmup_steps == 0)
+                before = {}
+            values["seconds"] = time.perf_counter() - began
+            logs.write(step + 1, values)
+            bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if k in ("loss", "lr")}, refresh=False)
+            bar.update()
+            done = step + 1 == spec.max_train_steps
+            stopped = distributed.agree(stop.asked, accelerator.device) and not done
+            if done or stopped or due(step + 1, spec.checkpointing_steps):
+                save_session(session, optimizers, step + 1, source)
+            if stopped:
+                return
+            yield step + 1
+
+
 def training_loop(session: Session, optimizers: Optimizers, source: Path | None = None) -> bool:
     """Train to `max_train_steps`; False where a signal or the watch ended it before, after a checkpoint.
 
@@ -123,45 +186,16 @@ def training_loop(session: Session, optimizers: Optimizers, source: Path | None 
     with session.leading() as leader:
         watch = Watch(session, logs, start) if leader and spec.is_watched else None
 
-    before, updates = optimizers.fingerprint(), Counter(dict.fromkeys(optimizers.by_role, 0))
-    bar = progress(
-        title="Training", unit="step", total=spec.max_train_steps, done=start, shown=accelerator.is_main_process
-    )
-    with Stop().listening() as stop, bar, closing(batches):  # with it go the processes that read
-        for step in range(start, spec.max_train_steps):
-            began, micro_batches = time.perf_counter(), next(batches)
-            try:
-                with session.backbone.assisted():
-                    values = train_step(session.method, optimizers, session.context(step), micro_batches)
-            except NonFiniteLoss as error:
-                if optimizers.step != step:  # nothing of this step has been applied yet
-                    save_session(session, optimizers, step, source)
-                if accelerator.is_main_process:
-                    state = {"step": step, "error": str(error), "index": [batch.index for batch in micro_batches]}
-                    torch.save(state, Path(spec.output_dir) / "non_finite.pt")
-                raise
-            # the first scores of VSD are equal, exactly
-            updates.update(role for role in optimizers.by_role if values.get(f"grad_norm/{role}", 0) > 0)
-            if before and min(updates.values()) >= 2 and step - start < 50:
-                optimizers.check_moved(before, all_should=start == 0 and spec.lr_warmup_steps == 0)
-                before = {}
-            values["seconds"] = time.perf_counter() - began
-            logs.write(step + 1, values)
-            bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if k in ("loss", "lr")}, refresh=False)
-            bar.update()
-
-            done = step + 1 == spec.max_train_steps
-            stopped = distributed.agree(stop.asked, accelerator.device) and not done
-            if done or stopped or due(step + 1, spec.checkpointing_steps):
-                save_session(session, optimizers, step + 1, source)
-            if stopped:
-                return False
-            if done or due(step + 1, spec.validation_steps):
-                alarm = _validate(session, watch, logs, step + 1)
+    last, given = start, (session, session.method, optimizers, batches, logs, start, source)
+    with closing(batches), closing(logged_steps(*given)) as steps:  # with the batches go the processes that read
+        for last in steps:
+            done = last == spec.max_train_steps
+            if done or due(last, spec.validation_steps):
+                alarm = _validate(session, watch, logs, last)
                 if distributed.agree(alarm, accelerator.device) and not done:
-                    save_session(session, optimizers, step + 1, source)
+                    save_session(session, optimizers, last, source)
                     return False
-    return True
+    return last == spec.max_train_steps
 
 
 def due(step: int, every: int | None) -> bool:
