@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaModel
 from stepdistill.decoding import method
 from stepdistill.decoding.folder.heads import Heads
 from stepdistill.decoding.method import DistilledDecoding, TokenBatch, TokenContext
-from stepdistill.methods.reflow import Lpips
+from stepdistill.networks.lpips import Lpips
 
 METHOD = DistilledDecoding(keeps=(0, 3), whole=True, ema_decay=None)
 WIDTH, PAIRS, STEPS = 48, 20_000, 400

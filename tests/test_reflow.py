@@ -31,8 +31,9 @@ from stepdistill.evaluation.metrics.straightness import paths
 from stepdistill.methods import reflow
 from stepdistill.methods.base import Batch
 from stepdistill.methods.perflow import PeRFlow
-from stepdistill.methods.reflow import Lpips, Reflow
+from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.slimflow import FlowGuided
+from stepdistill.networks.lpips import Lpips
 from stepdistill.networks.roles import TEACHER, Copy, Lora
 
 SD, FLOW = stable_diffusion(), Flow()

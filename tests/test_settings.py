@@ -36,13 +36,14 @@ from stepdistill.methods.perflow import PeRFlow
 from stepdistill.methods.progressive import ProgressiveHalving
 from stepdistill.methods.pso_offline import PSOOffline
 from stepdistill.methods.pso_online import PSOOnline
-from stepdistill.methods.reflow import Lpips, Reflow
+from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.methods.reward import RewardTerm
 from stepdistill.methods.scm import SCM
 from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.methods.slimflow import FlowGuided
 from stepdistill.methods.vsd import VSD, ClipTerm
+from stepdistill.networks.lpips import Lpips
 
 SCHEDULES = {"table": stable_diffusion(), "flow": Flow(3.0)}
 STEPS = range(6)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stepdistill.config.load import load_config
 from stepdistill.data import Partition
+from stepdistill.decoding.run import read_run
 from stepdistill.students.contract import CONTRACT
 from stepdistill.students.several import join_students
 from stepdistill.training.distill import distill

@@ -13,8 +13,7 @@ from torch.nn.functional import cross_entropy
 from stepdistill.config.kinds import Amount, Decay, Whole
 from stepdistill.core.random import step_generator
 from stepdistill.methods.base import Update
-from stepdistill.methods.reflow import Lpips
-from stepdistill.networks.lpips import lpips
+from stepdistill.networks.lpips import Lpips, lpips
 from stepdistill.networks.roles import Copy, Ema, Lora, Role
 
 

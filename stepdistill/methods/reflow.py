@@ -25,36 +25,12 @@ from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
 from stepdistill.core.solvers import Sampler, chord, even_sampler, share_of_noise, time_of_share, u_shaped
 from stepdistill.methods.base import Averaged, Batch, StepContext, Update
-from stepdistill.networks.lpips import Net, lpips
+from stepdistill.networks.lpips import Lpips, lpips
 from stepdistill.networks.roles import Copy, Lora, Role
 
 logger = logging.getLogger(__name__)
 STRAIGHT = 0.01  # straightness over transport cost, 32 steps
 Density = Literal["uniform", "u_shaped"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lpips:
-    """rf++'s perceptual term: LPIPS between the decoded ends of the student's line and of the true one.
-
-    With it the loss is `(1 - s) premetric + weight LPIPS` at the share of noise s. It needs torchmetrics, torchvision
-    and the weights that torchvision downloads.
-
-    References:
-        rf++, Lee et al. 2024, https://arxiv.org/abs/2405.20320, section 4.2.
-        LPIPS, Zhang et al. 2018, https://arxiv.org/abs/1801.03924.
-
-    Args:
-        weight: weight of the term.
-        net: `vgg`, `alex` or `squeeze`.
-        samples: how many of a micro-batch's samples are decoded, over which the term is averaged; none takes all.
-        divide: divide the term by s (the paper's configuration F). `Reflow` only.
-    """
-
-    weight: Amount = 1.0
-    net: Net = "vgg"
-    samples: Count | None = None
-    divide: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from stepdistill.core.losses import Distance, sample_distances
 from stepdistill.core.schedule import NoiseSchedule, per_sample
 from stepdistill.core.solvers import Sampler, even_sampler, share_of_noise, time_of_share
 from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_effect
-from stepdistill.methods.reflow import Lpips, perceptual_distances, sized_student
+from stepdistill.methods.reflow import perceptual_distances, sized_student
+from stepdistill.networks.lpips import Lpips
 from stepdistill.networks.roles import Ema, Role
 
 
