@@ -38,7 +38,7 @@ from stepdistill.evaluation.spec import SEED_A, SEED_B
 from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.students.contract import CONTRACT
 from tables.benchmark import N, Results, data_features, extractor, judged, places, prompts, spans
-from tables.recipes import recipes, seconds
+from tables.recipes import recipes
 
 BATCH = 64
 PACES = {1: 10, BATCH: 3}  # batch sizes that are timed, and how often
@@ -112,7 +112,6 @@ def measure_decoding(name: str, results: Results, work: Path, rows: Sequence[str
         if not (out / CONTRACT).exists():
             distill_decoder(load_config(DecodingRun, file, ["train.resume_from_checkpoint=latest"]))
         facts |= {"config": config_digest(run), "train_steps": run.train.max_train_steps, "pairs": run.data.count}
-        facts["train_seconds"] = round(seconds(out))
         pipe = load_decoder(out)[0]
         most = len(pipe.config["keeps"])
         for steps, again in [*((k, 0) for k in range(1, most + 1)), (most, TEACHER_STEPS)]:

@@ -25,10 +25,8 @@ def _cells(key: str, row: Mapping[str, Any]) -> list[str]:
         return [f"{row['calls']}, {row['nfe']} evaluations", likelihood, "100", "0", "0", "1.00", "100", "none"]
     cells = [f"{row['calls']:.0f}", likelihood, span_cell(row, "gap_closed", 1, 100), excess_cell(row)]
     cells += [f"{row['paired']:.1f}", f"{row['diversity']:.2f}", f"{100 * row['agreement']:.0f}"]
-    taken = ""
-    if "train_seconds" in row:
-        taken = f"{row['pairs']} pairs, {row['train_steps']} steps, {row['train_seconds'] / 60:.1f} min"
-    return [*cells, taken or "none"]
+    taken = f"{row['pairs']} pairs, {row['train_steps']} steps" if "pairs" in row else "none"
+    return [*cells, taken]
 
 
 def _pace_lines(paces: Mapping[str, Mapping[str, Any]]) -> list[str]:
