@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
@@ -15,8 +17,11 @@ from transformers import JanusForConditionalGeneration, JanusProcessor
 from stepdistill.cli.main import main
 from stepdistill.config.load import top_keys
 from stepdistill.core.random import noise_of
+from stepdistill.decoding.contract import read_decoder
 from stepdistill.decoding.janus import Janus
 from stepdistill.decoding.run import DecodingRun, read_run
+from stepdistill.decoding.session import prepare_decoding
+from stepdistill.training.folder import open_folder
 from stepdistill.training.recipe import Run
 
 
@@ -95,6 +100,10 @@ BAD = [
     (["teacher.pretrained_teacher_model=/"], "which holds no model"),
     (["method.keeps=[0, 64]"], r"keeps is \[0, 64\]: expected fewer than the 64 tokens"),
     (["method.split=64"], "split is 64: expected fewer than the 64 tokens"),
+    (["teacher.top_k=33"], "top_k 33, expected at most the 32 codes"),
+    (["train.allow_tf32=true"], "train.allow_tf32=True, expected its default"),
+    (["method.whole=true"], "settings of a LoRA with method.whole=true, expected no `lora`"),
+    (["data.proportion_empty_prompts=0.5"], "pairs belong to their prompts"),
     (["teacher.max_sequence_length=4"], "a prompt of 8 tokens, 'red apple': expected at most 4"),
 ]
 
@@ -109,9 +118,54 @@ def test_bad_input_is_one_line_before_work_is_done(argv, tmp_path, capsys, overr
 @pytest.mark.parametrize("command", [["data", "make"], ["precompute"], ["train", "--dry-run"]])
 def test_other_commands_refuse_it_too(argv, tmp_path, capsys, command):
     """The length of a prompt and the numbers of known tokens need the processor and the config alone."""
-    for words in (["teacher.max_sequence_length=4"], ["method.keeps=[0, 64]"], ["train.cache_latents=true"]):
-        refused(capsys, *command, *argv, *words)
+    for words, message in (
+        ("teacher.max_sequence_length=4", "a prompt of 8 tokens"),
+        ("method.keeps=[0, 64]", "expected fewer than the 64 tokens"),
+        ("train.cache_latents=true", "train.cache_latents=True, expected its default"),
+    ):
+        assert message in refused(capsys, *command, *argv, words)
     assert not (tmp_path / "run").exists() and not (tmp_path / "pairs").exists()
+
+
+def test_a_prompt_that_leaves_no_position_for_the_image_is_refused(argv, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a big brown dog face " * 3)
+    assert "by the model's positions" in refused(capsys, "train", *argv)
+
+
+def test_a_folder_with_parts_of_another_pipeline_is_refused_and_an_overwritten_student_goes(argv, tmp_path, capsys):
+    out = tmp_path / "run"
+    (out / "vqmodel").mkdir(parents=True)
+    (out / "vqmodel" / "mine.txt").write_text("mine")
+    refused(capsys, "train", *argv)
+    assert (out / "vqmodel" / "mine.txt").read_text() == "mine"
+    rmtree(out)
+    short = (*argv, "data.count=4", "--max-train-steps", "1", "method.ema_decay=null")
+    main(["train", *short])
+    assert (out / "model_index.json").exists()
+    run = read_run(argv[0], [*short[1:], "train.overwrite_output_dir=true"])
+    assert isinstance(run, DecodingRun)
+    open_folder(prepare_decoding(run), None)
+    assert {file.name for file in out.iterdir()} == {"metrics.jsonl", "config.yaml"}
+
+
+def test_a_student_of_short_prompts_alone_is_proved(argv, tmp_path):
+    (tmp_path / "prompts.txt").write_text("rose")
+    short = ("teacher.max_sequence_length=6", "data.count=4", "--max-train-steps", "1", "method.ema_decay=null")
+    main(["train", *argv, *short])
+    proof = read_decoder(tmp_path / "run").proof
+    assert proof is not None and proof.equal == proof.tokens == 128
+
+
+def test_a_teacher_is_known_by_its_words_and_its_template(janus):
+    plain = Janus(pretrained_teacher_model=str(janus)).load()
+    processor = JanusProcessor.from_pretrained(janus)
+    processor.chat_template = "{% for message in messages %}draw {{ message['content'][0]['text'] }}{% endfor %}"
+    told = replace(plain, processor=processor)
+    assert told.digest != plain.digest
+    assert torch.equal(told.read(["rose"]).ids, plain.read(["draw rose"]).ids)
+    other = JanusProcessor.from_pretrained(janus)
+    other.tokenizer.add_tokens(["unheard"])
+    assert replace(plain, processor=other).digest != plain.digest
 
 
 def changed(janus: Path, place: Path, change: Any) -> Path:

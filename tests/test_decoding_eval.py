@@ -237,6 +237,15 @@ def test_what_has_no_effect_is_refused_before_anything_is_loaded(asked, student,
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
+def test_a_refused_command_leaves_the_earlier_evaluation(asked, found, capsys):
+    before = sorted(asked.output_dir.rglob("*"))
+    given = [asked.teacher, *asked.students, "-o", str(asked.output_dir), "--prompts-file", str(asked.prompts)]
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "run", *given, f"--num-images={N}", "--guidance-scale=2", "--overwrite"])
+    assert "--guidance-scale" in capsys.readouterr().err
+    assert found and sorted(asked.output_dir.rglob("*")) == before
+
+
 def test_students_that_one_teacher_cannot_be_the_reference_of(asked, janus, student, tmp_path):
     other = untrained_student(janus, tmp_path / "other", guidance_scale=2.0, temperature=1.5)
     pipeline = tmp_path / "pipeline"

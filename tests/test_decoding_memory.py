@@ -12,7 +12,7 @@ import safetensors
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from decoders import PROMPTS, lines_of, small_janus
+from decoders import lines_of, small_janus
 from oracles.planted import planted
 from safetensors.torch import load_file
 from transformers import JanusConfig, JanusForConditionalGeneration, LlamaConfig
@@ -88,7 +88,7 @@ def session_on(run: DecodingRun) -> DecodingSession:
 CASES = [
     [],
     ["train.mixed_precision=bf16", "train.gradient_checkpointing=true", "train.gradient_accumulation_steps=2"],
-    ["method.whole=true", "method.ema_decay=null"],
+    ["method.whole=true", "method.ema_decay=null", "lora.rank=64", "lora.alpha=null"],
 ]
 
 
@@ -207,4 +207,4 @@ def test_the_size_of_janus_pro(outlines, tmp_path, capsys):
     assert counts["student"] == counts["ema_student"] == pytest.approx(student / 1e6, abs=0.01)
     assert counts["heads"] == pytest.approx(heads / 1e6, abs=0.01)
     assert set(counts) == {"base", "image tokens", "vqmodel", "student", "heads", "ema_student", "ema_heads"}
-    assert len(PROMPTS) == 3 and not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()

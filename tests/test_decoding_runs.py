@@ -155,7 +155,8 @@ def test_a_run_writes_a_folder_that_opens_without_this_package(folder, tmp_path)
 
 
 def test_a_whole_student_shares_the_words_of_its_teacher_and_decodes_values_after_the_split(folder, tmp_path):
-    out = distill_decoder(config(folder, tmp_path, "method.whole=true", "method.ema_decay=null", "method.split=40"))
+    whole = ("method.whole=true", "lora.rank=64", "lora.alpha=null")
+    out = distill_decoder(config(folder, tmp_path, *whole, "method.ema_decay=null", "method.split=40"))
     base = loaded(folder, guidance_scale=3.0).model.model.language_model.state_dict()
     saved = load_file(out / "language_model" / "model.safetensors")
     assert torch.equal(saved["embed_tokens.weight"], base["embed_tokens.weight"])

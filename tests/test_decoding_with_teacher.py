@@ -154,6 +154,8 @@ def test_the_teacher_is_that_of_the_contract(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         contract_teacher(contract)
     assert contract_teacher(contract, str(moved)).digest == contract.base_hash
+    elsewhere = contract_teacher(contract, str(moved), "meta")
+    assert elsewhere.model.device.type == "meta" and "codes" not in vars(elsewhere)  # it has none of another device
     other = replace(contract, teacher={**contract.teacher, "guidance_scale": 2.5})
     with pytest.raises(ConfigError, match="whose hash is .*, expected .*, as in the contract"):
         contract_teacher(other, str(moved))

@@ -162,7 +162,10 @@ def test_a_certain_token_is_drawn_from_every_noise():
     """D10."""
     logits = torch.full((200, 16), -math.inf, dtype=torch.float64)
     logits[:, 7] = 0.0
-    assert (FlowMap(normal(16, 4, seed=1))(100 * normal(200, 4, seed=2), logits) == 7).all()
+    codes, eps = normal(16, 4, seed=1), 100 * normal(200, 4, seed=2)
+    assert (FlowMap(codes)(eps, logits) == 7).all()
+    end = flow(eps, codes, torch.log_softmax(logits, -1), FlowMap(codes).taus)
+    assert torch.allclose(end, codes[7].expand_as(end))
 
 
 @pytest.mark.parametrize(

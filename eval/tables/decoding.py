@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -189,37 +190,39 @@ def student_row(ref: TokenReference, pipe: OneStepPipeline, steps: int, again: i
 
 
 def paces(ref: TokenReference, pipe: OneStepPipeline) -> dict[str, Any]:
-    """Seconds of an image from prompt to pixels: the teacher's own sampling with its cache, and the student's calls.
+    """Seconds of an image, from prompt to tokens and to pixels: the teacher's own sampling with its cache, and the
+    student's calls.
 
-    They take turns, so that what else the machine does is in both.
+    They take turns, so that what else the machine does is in all of them.
     """
-    ways: dict[str, Callable[[Sequence[str], Tensor], object]] = {"teacher": partial(sampled, ref.teacher)}
-    for steps in range(1, 1 + len(pipe.config["keeps"])):
-        ways[str(steps)] = partial(timed_draw, pipe, steps)
     row: dict[str, Any] = {"threads": torch.get_num_threads()}
-    for batch, times in PACES.items():
+    for kind, batch in product(("tokens", "pixels"), PACES):
+        ways: dict[str, Callable[[Sequence[str], Tensor], object]] = {"teacher": partial(by_teacher, ref.teacher, kind)}
+        for steps in range(1, 1 + len(pipe.config["keeps"])):
+            ways[str(steps)] = partial(by_student, pipe, kind, steps)
         some, noise = ref.prompts[:batch], noises(ref.teacher.shape, SEED_B, 0, batch)
         taken: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(1 + times):
-            for way, go in ways.items():
+        for _ in range(1 + PACES[batch]):
+            for way, draw in ways.items():
                 began = perf_counter()
-                go(some, noise)
+                draw(some, noise)
                 taken[way].append((perf_counter() - began) / batch)
-        row[f"batch {batch}"] = {way: median(each[1:]) for way, each in taken.items()}
+        row[f"{kind}, batch {batch}"] = {way: median(each[1:]) for way, each in taken.items()}
     return row
 
 
-def timed_draw(pipe: OneStepPipeline, steps: int, some: Sequence[str], noise: Tensor) -> None:
-    """A student's images."""
+def by_student(pipe: OneStepPipeline, kind: str, steps: int, some: Sequence[str], noise: Tensor) -> None:
+    """A student's tokens or images."""
     call: Any = pipe
-    call(list(some), num_inference_steps=steps, noise=noise, output_type="pt")
+    call(list(some), num_inference_steps=steps, noise=noise, output_type={"pixels": "pt"}.get(kind, kind))
 
 
-def sampled(teacher: TokenTeacher, some: Sequence[str], noise: Tensor) -> Tensor:
-    """Images of tokens that are drawn as `generate` draws them, by probability, which is faster than by the map."""
+def by_teacher(teacher: TokenTeacher, kind: str, some: Sequence[str], noise: Tensor) -> None:
+    """Tokens or images, drawn as `generate` draws them, by probability, which is faster than by the map."""
     steps, tokens = teacher.steps(some), []
     logits = next(steps)
     for i in range(teacher.places):
         tokens.append(torch.softmax(logits, -1).multinomial(1)[:, 0])
         logits = steps.send(tokens[-1]) if i + 1 < teacher.places else logits
-    return teacher.pixels(teacher.codes[torch.stack(tokens, 1)])
+    if kind == "pixels":
+        teacher.pixels(teacher.codes[torch.stack(tokens, 1)])

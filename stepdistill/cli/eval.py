@@ -221,11 +221,16 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     given = {name: getattr(args, name) for name in (*names, *more)}
     spec = EvalRun(students=tuple(args.students), **given, **_measured(args, ("kid", "paired")))
     check_draws(spec)
-    _open(args, [args.teacher, *args.students, *([args.lora[0]] if args.lora else [])])
-    from stepdistill.decoding.evaluation import draws_decoders, evaluate_decoders  # after the checks: it loads torch
+    read = [args.teacher, *args.students, *([args.lora[0]] if args.lora else [])]
+    _open(args, read, overwrite=False)
+    from stepdistill.decoding.evaluation import check_decoders, draws_decoders, evaluate_decoders  # it loads torch
     from stepdistill.evaluation.run import evaluate
 
-    _print_rows(evaluate_decoders(spec) if draws_decoders(spec) else evaluate(spec), args)
+    decoders = draws_decoders(spec)
+    if decoders:
+        check_decoders(spec)  # before an earlier evaluation is removed
+    _open(args, read, args.overwrite)
+    _print_rows(evaluate_decoders(spec) if decoders else evaluate(spec), args)
 
 
 def _score(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -233,13 +238,13 @@ def _score(args: argparse.Namespace, overrides: list[str]) -> None:
 
     spec = EvalSpec(clips=args.clips, **_measured(args, ("kid",)))
     check_score(args.images, spec, args.prompts)
-    _open(args, args.images)
+    _open(args, args.images, args.overwrite)
     from stepdistill.evaluation.run import score_images  # after the checks: it loads torch
 
     _print_rows(score_images(args.images, spec, args.prompts), args)
 
 
-def _open(args: argparse.Namespace, places: Sequence[Path | str]) -> None:
+def _open(args: argparse.Namespace, places: Sequence[Path | str], overwrite: bool) -> None:
     """The first process checks the output folder, and removes an earlier evaluation from it, if asked to.
 
     The others would see the folder while it is emptied.
@@ -248,7 +253,7 @@ def _open(args: argparse.Namespace, places: Sequence[Path | str]) -> None:
 
     inputs = [place for place in (*places, args.ref, args.prompts, args.clip) if place is not None]
     if is_first_process():
-        open_evaluation(args.output, inputs, args.overwrite)
+        open_evaluation(args.output, inputs, overwrite)
 
 
 def _print_rows(results: dict[str, Any], args: argparse.Namespace) -> None:

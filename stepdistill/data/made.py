@@ -20,7 +20,7 @@ from stepdistill.core.files import written_whole
 from stepdistill.core.progress import progress
 from stepdistill.core.random import VALIDATION
 from stepdistill.core.units import Units, changed_facts, write_facts
-from stepdistill.data.base import GuidedState, Source
+from stepdistill.data.base import GuidedState, Source, inside
 from stepdistill.data.bundled import bundled
 
 # every sample has a starting noise of its own, and none has that of a validation image
@@ -163,7 +163,7 @@ class TeacherMade(Source):
 
 def prompts_hash(source: Source) -> str:
     """Of all that decides the prompts of a source's samples."""
-    content = sha256(repr(source.proportion_empty_prompts).encode())
+    content = sha256("".join(repr(each.proportion_empty_prompts) for each in inside(source)).encode())
     for i in range(len(source)):
         content.update("\n".join(source.captions(i)).encode() + b"\0")
     return content.hexdigest()[:16]

@@ -43,10 +43,10 @@ class DecoderContract:
         teacher: class and arguments: its guidance, temperature and top-k are in the student.
         tokens, codes, dim: n, V and d.
         keeps: how many tokens are known in the calls that it was trained for, from 0.
-        split: places that are decoded from codes; the values of those after them are decoded as they are. None of codes
-            alone.
+        split: places that are decoded from codes; the values of those after them that the last call does not keep are
+            decoded as they are. None of codes alone.
         taus: the grid of the map from noise to tokens, which was DPM-Solver++(2M)'s.
-        noise: how the noise of image i of a seed is drawn.
+        noise: how that of pair i, and of image i of `eval run`, is drawn with their seed.
         dtype: of the language model in training, and of the weights of its base. Its teacher, the map and the weights
             that are written are in float32.
         licence: of the base; None if it is unknown.

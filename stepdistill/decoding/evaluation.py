@@ -54,6 +54,19 @@ def evaluate_decoders(spec: EvalRun) -> dict[str, Any]:
 
     Returns and raises as `stepdistill.evaluation.run.evaluate` does.
     """
+    records, contracts = check_decoders(spec)
+    _, device = joined(spec)
+    teacher = janus_of(spec.teacher, contracts).to(device)
+    for record in records:
+        teacher.read([prompt_of(record)])
+    return evaluate_rows(spec, DecoderRows(spec, teacher, contracts), records)
+
+
+def check_decoders(spec: EvalRun) -> tuple[list[dict[str, object]], dict[str, DecoderContract]]:
+    """The prompts and the contracts of the students, by place.
+
+    Raises StepdistillError for what can be known before the teacher is loaded.
+    """
     check_draws(spec)
     check_options(spec)
     check_kind(spec, clips=False)
@@ -62,11 +75,7 @@ def evaluate_decoders(spec: EvalRun) -> dict[str, Any]:
     labels(spec.students)  # each once
     contracts = {place: read_decoder(folder_of(place)) for place in spec.students}
     check_one_teacher(contracts)
-    _, device = joined(spec)
-    teacher = janus_of(spec.teacher, contracts).to(device)
-    for record in records:
-        teacher.read([prompt_of(record)])
-    return evaluate_rows(spec, DecoderRows(spec, teacher, contracts), records)
+    return records, contracts
 
 
 def check_options(spec: EvalRun) -> None:

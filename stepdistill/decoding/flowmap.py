@@ -42,7 +42,8 @@ class FlowMap:
             teacher: its tokens are other ones without it.
 
     Raises:
-        DataError: codes that are not finite, or that two tokens share; noise in half precision.
+        DataError: codes that are not finite, or that two tokens share; more top codes than codes; noise in half
+            precision.
     """
 
     codes: Tensor
@@ -51,6 +52,9 @@ class FlowMap:
     taus: tuple[float, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k > len(self.codes):
+            why = "no more tokens can be the most probable ones"
+            raise DataError(problem(f"top_k {self.top_k}", f"at most the {len(self.codes)} codes", why, "lower it"))
         object.__setattr__(self, "taus", tuple(times(self.codes, self.steps).tolist()))
 
     def __call__(self, eps: Tensor, logits: Tensor) -> Tensor:

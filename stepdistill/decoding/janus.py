@@ -26,6 +26,9 @@ from stepdistill.families.location import is_hub_id
 from stepdistill.families.parts import reading
 from stepdistill.students.base_model import network_hash
 
+# its own default: a config may name another attention, whose code transformers would download
+ATTENTION = {"attn_implementation": "sdpa"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Janus:
@@ -63,7 +66,7 @@ class Janus:
         where, chosen = self.location(), dict[str, Any]({"revision": self.revision} if self.revision else {})
         with reading(self.pretrained_teacher_model):
             loaded: Any = JanusForConditionalGeneration.from_pretrained(
-                where, dtype=torch.float32, output_loading_info=True, **chosen
+                where, dtype=torch.float32, output_loading_info=True, **ATTENTION, **chosen
             )
             model, report = loaded
             processor = JanusProcessor.from_pretrained(where, **chosen)
@@ -138,7 +141,7 @@ class TokenTeacher:
 
     @property
     def digest(self) -> str:
-        """Of the weights, as they were read, and settings that tokens and images depend on, see `network_hash`."""
+        """Of the weights, as they were read, the vocabulary and the settings that tokens depend on."""
         return self._digest
 
     @cached_property
@@ -147,7 +150,8 @@ class TokenTeacher:
         inner = self.model.model
         parts = (inner.language_model, inner.generation_embeddings, inner.generation_aligner, inner.generation_head)
         hashes = [network_hash(part, torch.float32) for part in (*parts, inner.vqmodel)]
-        return sha256(repr((kept, self.map.taus, hashes)).encode()).hexdigest()
+        words = sorted(self.processor.tokenizer.get_vocab().items())
+        return sha256(repr((kept, self.map.taus, hashes, self.processor.chat_template, words)).encode()).hexdigest()
 
     def to(self, device: torch.device | str) -> TokenTeacher:
         """The same on a device. One that has been asked for its codes has them where it was."""
@@ -162,6 +166,10 @@ class TokenTeacher:
         except ValueError as error:
             why, todo = "its end would not be seen", "shorten it, or raise teacher.max_sequence_length"
             raise ConfigError(f"{error}: {why}; {todo}") from error
+        most = self.model.config.get_text_config().max_position_embeddings - self.places
+        if ids.shape[1] > most:
+            got, why = f"a prompt of {ids.shape[1]} tokens", f"{self.places} tokens of the image come after it"
+            raise ConfigError(problem(got, f"at most {most} by the model's positions", why, "shorten it"))
         return PromptIds(ids.to(self.model.device), mask.to(self.model.device))
 
     def unconditional(self, prompts: PromptIds) -> PromptIds:
@@ -210,6 +218,7 @@ class TokenTeacher:
             given: tokens (B, m) that the image begins with.
             until: the number of tokens, of which the given ones are the first; none is for all.
         """
+        eps = eps.to(self.codes.device)
         steps, tokens = self.steps(prompts, given), [] if given is None else list(given.unbind(1))
         first = len(tokens)
         for i in range(first, self.places if until is None else until):

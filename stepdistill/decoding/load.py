@@ -13,12 +13,10 @@ from stepdistill.core.errors import StudentError, problem
 from stepdistill.decoding.contract import DecoderContract, read_decoder
 from stepdistill.decoding.folder.heads import Heads
 from stepdistill.decoding.folder.pipeline import OneStepPipeline
+from stepdistill.decoding.janus import ATTENTION
 from stepdistill.decoding.write import INDEX
 from stepdistill.families.parts import UNREADABLE
 from stepdistill.students.load import folder_of
-
-# its own default: a config may name another attention, whose code transformers would download
-ATTENTION = {"attn_implementation": "sdpa"}
 
 
 def load_decoder(

@@ -71,8 +71,11 @@ class DistilledDecoding:
 
     Equation:
         X_t = (c_{q_1}, ..., c_{q_t}, eps_{t+1}, ..., eps_n),  q = the teacher's tokens of eps
-        loss = E_t [ mean_{i>t} CE( logits_i(X_t), q_i ) + value_weight mean_{i>t} | value_i(X_t) - c_{q_i} |^2
-                 + LPIPS( decode(c_{q_1}, ..., c_{q_t}, value_{t+1}, ..., value_n), decode(c_q) ) ]
+        loss = mean_{i>t} [ CE( logits_i(X_t), q_i ) + value_weight | value_i(X_t) - c_{q_i} |^2 ]
+               + LPIPS( decode(c_{q_1}, ..., c_{q_t}, value_{t+1}, ..., value_n), decode(c_q) )
+
+    The mean is over the unknown places of all images of a micro-batch, each with its own t: places weigh alike, and an
+    image of which less is known weighs more.
 
     A token depends on the noise of its place and on the tokens before, which depend on theirs. So the network stays
     causal, and place i reads x_i and writes q_i. The autoregressive model wrote q_{i+1} there.
@@ -85,8 +88,9 @@ class DistilledDecoding:
             with these alone.
         value_weight: weight of the values.
         lpips: perceptual term of the values' images, with its weight; without it no image is decoded.
-        split: how many places of an image are decoded from codes; the values of those after them are decoded as they
-            are. None decodes codes alone, and the values are of no use to the student then.
+        split: how many places of an image are decoded from codes; the values of those after them that the last call
+            does not keep are decoded as they are. None decodes codes alone, and the values are of no use to the student
+            then.
         whole: train the whole language model; else a LoRA.
         ema_decay: decay of the exponential moving average of the student, which is exported; none exports the student
             itself.

@@ -116,7 +116,8 @@ class TokenDrawer(Drawer):
         if self.pipe is None:
             network, draw = self.rows.teacher.model.model.language_model, self._by_teacher
         else:
-            keeps, calls = self.pipe.config["keeps"], plan.steps or 1
+            keeps = self.pipe.config["keeps"]
+            calls = plan.steps or len(keeps)
             if calls > len(keeps):
                 why, todo = "it was trained for no more", "remove the number from --steps"
                 raise StudentError(problem(f"{calls} calls", f"1 to {len(keeps)}", why, todo))

@@ -21,7 +21,7 @@ from stepdistill.training.recipe import Run, TrainSpec
 
 USED = {  # settings of training; the others have no effect here, and are refused
     *("output_dir", "seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate"),
-    *("lr_scheduler", "lr_warmup_steps", "optimizer", "optimizers", "max_grad_norm", "allow_tf32"),
+    *("lr_scheduler", "lr_warmup_steps", "optimizer", "optimizers", "max_grad_norm"),
     *("dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
     *("overwrite_output_dir", "report_to", "tracker_project_name", "mixed_precision"),
     "gradient_checkpointing",
@@ -90,6 +90,12 @@ def check_settings(run: DecodingRun) -> None:
     if run.lora.init_from:
         got, why = f"lora.init_from={run.lora.init_from}", "a student of Distilled Decoding has layers beside its LoRA"
         raise ConfigError(problem(got, "none", why, "resume with train.resume_from_checkpoint, or leave it out"))
+    if run.method.whole and run.lora != LoraSpec():
+        got, why = "settings of a LoRA with method.whole=true", "the language model is trained itself"
+        raise ConfigError(problem(got, "no `lora`", why, "leave one of them out"))
+    if run.data.proportion_empty_prompts:
+        got, why = f"data.proportion_empty_prompts={run.data.proportion_empty_prompts}", "pairs belong to their prompts"
+        raise ConfigError(problem(got, "0", why, "set it in data.source, whose pairs are then drawn without words"))
     check_roles(run)
     run.teacher.location()
 

@@ -33,7 +33,6 @@ def distill_decoder(run: DecodingRun) -> Path:
     session.accelerator.end_training()
     if finished and session.accelerator.is_main_process:
         finish_decoder(session)
-    distributed.barrier()
     return Path(run.train.output_dir)
 
 

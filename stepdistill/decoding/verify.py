@@ -15,7 +15,7 @@ import torch
 from stepdistill.core.errors import StudentError, problem
 from stepdistill.core.random import noise_of
 from stepdistill.decoding.load import load_decoder
-from stepdistill.decoding.write import SAMPLE_PROMPTS
+from stepdistill.decoding.write import sample_prompts
 
 OPEN = """
 import sys
@@ -53,9 +53,10 @@ def verify_decoder(folder: Path, seed: int = 0) -> DecoderCheck:
         StudentError: the folder is not a whole decoder, or its code fails.
     """
     loaded, contract = load_decoder(folder)
-    noise = torch.stack([noise_of(seed, i, loaded.shape) for i in range(len(SAMPLE_PROMPTS))])
+    prompts = sample_prompts(loaded)
+    noise = torch.stack([noise_of(seed, i, loaded.shape) for i in range(len(prompts))])
     trained = range(1, len(contract.keeps) + 1)
-    shared: dict[str, Any] = {"prompt": SAMPLE_PROMPTS, "noise": noise}
+    shared: dict[str, Any] = {"prompt": prompts, "noise": noise}
     asked = [shared | {"num_inference_steps": calls, "output_type": "tokens"} for calls in trained]
     asked.append(shared | {"num_inference_steps": trained[-1], "output_type": "pt"})
     pipe: Any = loaded

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -88,6 +87,4 @@ def contract_teacher(
         got = f"the teacher {settings.pretrained_teacher_model}, whose hash is {teacher.digest[:12]}"
         why, todo = "its tokens would not be those that the student has learnt", "name the place of the student's own"
         raise ConfigError(problem(got, f"{contract.base_hash[:12]}, as in the contract", why, todo))
-    model: Any = teacher.model
-    model.to(device)
-    return teacher
+    return teacher.to(device)

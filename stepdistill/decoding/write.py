@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from stepdistill.decoding.contract import DecoderContract, TokenProof, decoder_c
 from stepdistill.decoding.folder import heads as heads_code
 from stepdistill.decoding.folder import pipeline as pipeline_code
 from stepdistill.decoding.folder.heads import Heads
-from stepdistill.decoding.folder.pipeline import OneStepPipeline
+from stepdistill.decoding.folder.pipeline import OneStepPipeline, read_prompts
 from stepdistill.decoding.janus import TokenTeacher
 from stepdistill.decoding.method import DistilledDecoding
+from stepdistill.students.contract import CONTRACT
 
 INDEX = "model_index.json"
-SAMPLE_PROMPTS = ["red apple", "a cat that sleeps on a chair"]  # of what compares folders
+SAMPLE_PROMPTS = ("red apple", "a cat that sleeps on a chair")  # of what compares folders
 
 
 def write_decoding_student(
@@ -43,6 +45,7 @@ def write_decoding_student(
     Raises:
         StudentError: the folder's tokens differ from the student's.
     """
+    (out / CONTRACT).unlink(missing_ok=True)  # whose proof would be that of other weights
     contract = decoder_contract(teacher, method, dtype)
     pipe = assemble(teacher, network, heads, contract)
     write_folder(out, pipe)
@@ -52,17 +55,27 @@ def write_decoding_student(
 @torch.no_grad()
 def prove_tokens(folder: Path, pipe: OneStepPipeline, contract: DecoderContract, seed: int = 0) -> TokenProof:
     """Compare the tokens of a folder that Diffusers opens with a student's, at equal noise."""
-    noise = torch.stack([noise_of(seed, i, pipe.shape) for i in range(len(SAMPLE_PROMPTS))])
+    prompts = sample_prompts(pipe)
+    noise = torch.stack([noise_of(seed, i, pipe.shape) for i in range(len(prompts))])
     asked: dict[str, Any] = {"noise": noise, "num_inference_steps": len(contract.keeps), "output_type": "tokens"}
     plain = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).to(pipe.device)
     drawers: list[Any] = [pipe, plain]
-    own, opened = (draw(SAMPLE_PROMPTS, **asked).images for draw in drawers)
+    own, opened = (draw(prompts, **asked).images for draw in drawers)
     equal = int((own == opened).sum())
     if equal < own.numel():
         got = f"{folder}, whose pipeline draws {equal} of {own.numel()} tokens as the student in memory does"
         todo = "report it, with the versions of torch, diffusers and transformers"
         raise StudentError(problem(got, "all of them", "the folder is not the student that was trained", todo))
     return TokenProof(equal=equal, tokens=own.numel(), calls=len(contract.keeps), seed=seed)
+
+
+def sample_prompts(pipe: OneStepPipeline) -> list[str]:
+    """Prompts that a student takes, however short its own have to be; the second one is empty if need be."""
+    most, fitting = pipe.config["max_sequence_length"], list[str]()
+    for prompt in SAMPLE_PROMPTS:
+        ids, _ = read_prompts(pipe.processor, [prompt], most=sys.maxsize)
+        fitting.append(prompt if ids.shape[1] <= most else "")
+    return fitting
 
 
 def assemble(

@@ -211,6 +211,6 @@ def fingerprint(place: str) -> str:
     for pattern in PATTERNS:
         for file in sorted(folder.glob(pattern.replace("/*", "/**/*"))):
             name = file.relative_to(folder)
-            if file.is_file() and file.suffix in (".json", ".safetensors") and name.name != "eval.json":
+            if file.is_file() and file.suffix in (".json", ".safetensors", ".jinja") and name.name != "eval.json":
                 digest.update(str(name).encode() + b"\0" + bytes.fromhex(file_digest(file)))
     return digest.hexdigest()

@@ -33,6 +33,7 @@ WRITTEN = (  # patterns; a tracker's folder is left out, since trackers add file
     ),
     *(CONTRACT, WEIGHTS, ADAPTERS, ROUTER, WORKFLOW, "README.md", "scheduler", "unet", "transformer"),
     *(f"*_{'[0-9a-f]' * 8}_{to}.safetensors" for to in ("kohya", "comfyui")),
+    *("model_index.json", "pipeline.py", "language_model", "heads", "vqmodel", "processor"),  # of a decoder
 )
 
 
