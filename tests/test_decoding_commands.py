@@ -48,7 +48,7 @@ def refused(capsys, *words: str) -> str:
 
 
 def test_a_config_with_a_teacher_is_a_decoder_s(argv, tmp_path):
-    assert isinstance(read_run(*argv[:1], argv[1:]), DecodingRun)
+    assert isinstance(read_run(argv[0], argv[1:]), DecodingRun)
     quickstart = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
     assert isinstance(read_run(quickstart, ["train.teacher_steps=3", "--teacher-steps", "4"]), Run)
     (tmp_path / "mine.yaml").write_text("teacher: {pretrained_teacher_model: a/b}\ndata: {count: 3}\n")
