@@ -231,11 +231,11 @@ def test_other_processes_do_not_look_at_a_folder_that_the_first_empties(images, 
     """They saw a report without the stores of its evaluation, called it a file of others, and left the first alone."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "eval.json").write_text("{}")
-    args = argparse.Namespace(output=tmp_path / "out", ref=None, prompts=None, clip=None, overwrite=True)
+    args = argparse.Namespace(output=tmp_path / "out", ref=None, prompts=None, clip=None)
     with pytest.raises(OutputError, match="which holds eval.json"):
-        _open(args, [images])
+        _open(args, [images], overwrite=True)
     monkeypatch.setenv("RANK", "1")
-    _open(args, [images])
+    _open(args, [images], overwrite=True)
     assert (tmp_path / "out" / "eval.json").exists()
 
 

@@ -226,8 +226,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
     from stepdistill.decoding.evaluation import check_decoders, draws_decoders, evaluate_decoders  # it loads torch
     from stepdistill.evaluation.run import evaluate
 
-    decoders = draws_decoders(spec)
-    if decoders:
+    if decoders := draws_decoders(spec):
         check_decoders(spec)  # before an earlier evaluation is removed
     _open(args, read, args.overwrite)
     _print_rows(evaluate_decoders(spec) if decoders else evaluate(spec), args)
