@@ -84,7 +84,7 @@ def test_the_page_has_a_line_for_each_row():
         "ci95": [8.1, 16.2],
     }
     student |= {"paired": 1.23, "diversity": 0.9, "agreement": 0.4}
-    trained = {"pairs": 100, "train_steps": 10, "train_seconds": 90}
+    trained = {"pairs": 100, "train_steps": 10}
     pace = {"threads": 2, "tokens, batch 1": {"teacher": 0.6, "1": 0.01, "2": 0.02, "3": 0.03}}
     page = decoding_page(
         {"t/independent": student, "t/teacher": row, "t/whole/1": student | trained, "t/whole/pace": pace}

@@ -38,7 +38,7 @@ from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.spec import SEED_A, SEED_B
 from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.students.contract import CONTRACT
-from tables.benchmark import N, Results, data_features, extractor, judged, places, prompts, spans
+from tables.benchmark import Results, data_features, extractor, judged, places, prompts, spans
 from tables.recipes import recipes
 
 BATCH = 64
@@ -121,9 +121,9 @@ def measure_decoding(name: str, results: Results, work: Path, rows: Sequence[str
         results.once(f"{name}/{method}/pace", partial(paces, ref, pipe), **facts)
 
 
-def token_reference(name: str, teacher: TokenTeacher, work: Path, n: int = N) -> TokenReference:
+def token_reference(name: str, teacher: TokenTeacher, work: Path) -> TokenReference:
     """The teacher's tokens, drawn once."""
-    file, each = work / f"{name}-{teacher.digest[:8]}-tokens.safetensors", prompts(n)
+    file, each = work / f"{name}-{teacher.digest[:8]}-tokens.safetensors", prompts()
     if not file.exists():
         drawn = {key: teacher_tokens(teacher, each, seed).int() for key, seed in (("a", SEED_A), ("b", SEED_B))}
         work.mkdir(parents=True, exist_ok=True)

@@ -59,14 +59,12 @@ class DecodingSession:
         """See `samples_of`."""
         return samples_of(self.run.data)
 
-    def student(
-        self, batch: TokenBatch, x: Tensor, kept: Tensor, roles: tuple[str, str] = ("student", "heads")
-    ) -> tuple[Tensor, Tensor]:
+    def student(self, batch: TokenBatch, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """The student's logits and values, see `method.Student`."""
-        heads = self.backbone.others[roles[1]]
+        heads = self.backbone.others["heads"]
         assert isinstance(heads, Heads)
         text = self.teacher.model.get_input_embeddings()(batch.ids).float()
-        with self.backbone.use(roles[0]) as net:
+        with self.backbone.use("student") as net:
             return heads.one_call(Autocast(net, self.dtype), text, batch.mask, x, kept)
 
     def lower_precision(self) -> None:
