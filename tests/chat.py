@@ -1,4 +1,4 @@
-"""A tokenizer with a chat template and tiny Qwen language models: what the pipelines that read prompts as chats need."""
+"""A tokenizer with a chat template and tiny Qwen language models, for pipelines that read prompts as chats."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 # Qwen-Image and Krea 2 drop the first 34 tokens of their template by count: each word and mark here is one token
 WORDS = """
-system Describe the image by detailing color shape size texture quantity text spatial relationships of objects and
-background user assistant think a an red blue green yellow small large apple cat face dog heart circle square star on left
+system Describe the image by detailing color shape size texture quantity text spatial relationships of objects
+and background user assistant think a an red blue green yellow small large apple cat face dog heart circle square on left
 """.split()
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
