@@ -15,9 +15,9 @@ from stepdistill.config.kinds import Amount, Positive, Tokens
 from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import Rectified
 from stepdistill.families.control import ControlNets
-from stepdistill.families.flow import Flow, shift_of
+from stepdistill.families.flow import shift_of
+from stepdistill.families.packed import Packed
 from stepdistill.families.parts import Needs
-from stepdistill.families.sizes import check_size
 from stepdistill.networks.layers import after_blocks, attentions, inner, named, rebuilt
 from stepdistill.networks.roles import Sites, Tap
 
@@ -29,7 +29,7 @@ TARGETS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flux(Flow):
+class Flux(Packed):
     """Flux.1 pipelines, dev and schnell.
 
     dev takes a guidance scale as an input beside the timestep. This is not classifier-free guidance: the
@@ -80,29 +80,6 @@ class Flux(Flow):
         dynamic = scheduler.config.get("use_dynamic_shifting", False)
         shift = math.exp(scheduler.config["max_shift"]) if dynamic else shift_of(scheduler)
         return Rectified(shift if self.shift is None else self.shift)
-
-    def native_size(self, pipe: DiffusionPipeline) -> tuple[int, int]:
-        side = pipe.default_sample_size * pipe.vae_scale_factor
-        return side, side
-
-    def latent_shape(self, pipe: DiffusionPipeline, height: int, width: int) -> tuple[int, ...]:
-        scale = pipe.vae_scale_factor
-        check_size(height, width, 2 * scale, 10**9)
-        return (pipe.transformer.config["in_channels"] // 4, height // scale, width // scale)
-
-    def pack(self, latents: Tensor) -> Tensor:
-        """Tokens (B, H / 2 x W / 2, 4 C)."""
-        batch, channels, height, width = latents.shape
-        places = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-        return places.reshape(batch, height * width // 4, 4 * channels)
-
-    def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
-        batch, _, channels = packed.shape
-        places = packed.view(batch, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return places.reshape(batch, channels // 4, height, width)
-
-    def time(self, net: nn.Module, given: float) -> float:
-        return 1000 * given
 
     def lora_targets(self, net: nn.Module) -> list[str]:
         # the network's own last layer has the name of a block's

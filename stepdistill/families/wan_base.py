@@ -15,6 +15,7 @@ from stepdistill.config.kinds import Count, Tokens
 from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import Rectified
 from stepdistill.core.solvers import Sampler
+from stepdistill.families.channel_scale import channel_scale
 from stepdistill.families.flow import flow_scheduler, shift_of
 from stepdistill.families.parts import Needs
 from stepdistill.families.shift_terminal import shift_terminal
@@ -110,7 +111,7 @@ class WanBase(Video):
         """Latents (B, C, F, h, w) of videos (B, 3, frames, H, W) of `4 k + 1` frames."""
         check_chunks(video.shape[2], CHUNK, "Wan")
         latents = pipe.vae.encode(video.to(pipe.vae.dtype), return_dict=False)[0].mode().float()
-        mean, std = _statistics(pipe, latents)
+        mean, std = channel_scale(pipe, latents)
         return (latents - mean) / std
 
     def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ class WanBase(Video):
 
         Wan's autoencoder clamps them to [-1, 1] itself, so that no gradient passes where a pixel is at an end.
         """
-        mean, std = _statistics(pipe, latents)
+        mean, std = channel_scale(pipe, latents)
         return pipe.vae.decode((latents * std + mean).to(pipe.vae.dtype), return_dict=False)[0].float()
 
     def narrow(self, net: nn.Module, width: float) -> nn.Module:
@@ -126,11 +127,3 @@ class WanBase(Video):
         heads = max(1, round(width * config["num_attention_heads"]))
         image = {"added_kv_proj_dim": heads * config["attention_head_dim"]} if config["added_kv_proj_dim"] else {}
         return rebuilt(net, num_attention_heads=heads, ffn_dim=max(1, round(width * config["ffn_dim"])), **image)
-
-
-def _statistics(pipe: DiffusionPipeline, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each latent channel, (1, C, 1, 1, 1)."""
-    config = pipe.vae.config
-    values = (config["latents_mean"], config["latents_std"])
-    mean, std = (torch.tensor(value, device=like.device).view(1, -1, 1, 1, 1) for value in values)
-    return mean, std
