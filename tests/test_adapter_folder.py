@@ -28,7 +28,8 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.roles import Adapters, Lora, LoraSpec
-from stepdistill.students.contract import ADAPTERS, WEIGHTS, each, read_contract
+from stepdistill.students.contract import ADAPTERS, WEIGHTS, read_contract
+from stepdistill.students.draw.arguments import each
 from stepdistill.students.draw.call import generate, student_call
 from stepdistill.students.load import load_student, start_from
 from stepdistill.students.several import join_students

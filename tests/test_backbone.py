@@ -12,7 +12,6 @@ import torch
 from tiny import FAMILIES, awake, backbone, batch, context, pipeline
 from torch import nn
 
-from stepdistill.core.denoise import guided
 from stepdistill.methods.base import Batch, Method, StepContext, Update
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd2 import DMD2
@@ -43,7 +42,7 @@ class Adversarial(Method):
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         t = torch.full((len(batch.index),), 500.0)
-        teacher = guided(context.denoiser(TEACHER), context.null, 2.0)
+        teacher = context.guided(TEACHER, 2.0)
         xg = context.denoiser("student")(batch.latents, t, batch.cond).x0
         xd = xg.detach().requires_grad_()
         x_t = context.schedule.add_noise(xd, context.noise(batch, "score"), t)

@@ -83,7 +83,7 @@ BUGS = {
     "both sides guided": Bug(
         STUDENT,
         'context.denoiser("fake")(x_s, s, batch.cond).x0',
-        'guided(context.denoiser("fake"), context.null, self.guidance_scale)(x_s, s, batch.cond).x0',
+        'context.guided("fake", self.guidance_scale)(x_s, s, batch.cond).x0',
         starts,
     ),
     "guidance lost": Bug(
@@ -117,14 +117,14 @@ BUGS = {
     ),
     "VSD guides the teacher alone": Bug(
         VSD.gradient,
-        "guided(context.denoiser(role), context.null, w)",
-        "guided(context.denoiser(role), context.null, w if role == target else 1.0)",
+        "context.guided(role, w)",
+        "context.guided(role, w if role == target else 1.0)",
         starts,
     ),
     "PG-SB draws for each side": Bug(
         VSD.gradient,
-        "guided(context.denoiser(role), context.null, w)",
-        "guided(context.denoiser(role), context.null, w if role == target else w + 1)",
+        "context.guided(role, w)",
+        "context.guided(role, w if role == target else w + 1)",
         starts,
     ),
     "VSD uphill": Bug(VSD.gradient, "(real - fake)", "(fake - real)", divergence),

@@ -19,7 +19,8 @@ from stepdistill.core.prediction import Estimate
 from stepdistill.core.solvers import Sampler, few_step, relay
 from stepdistill.networks.pipeline_loras import adapters_on, attach, strengths, switch_on
 from stepdistill.networks.roles import Lora, LoraSpec
-from stepdistill.students.contract import WEIGHTS, each
+from stepdistill.students.contract import WEIGHTS
+from stepdistill.students.draw.arguments import each
 from stepdistill.students.draw.base_first import base_first
 from stepdistill.students.single import network_state
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 
 from stepdistill.cli import main as cli
-from stepdistill.core.denoise import HELD, free_part, guided, with_held
+from stepdistill.core.denoise import HELD, free_part, with_held
 from stepdistill.core.errors import ConfigError, DataError, EvaluationError, StudentError
 from stepdistill.core.pixels import to_uint8
 from stepdistill.core.random import fresh_noise, noise_of
@@ -108,7 +108,7 @@ def other_beginning(x: Tensor) -> Tensor:
 
 def the_frame_stays_and_what_lies_in_its_place_has_no_effect() -> None:
     _, _, part, context = scene()
-    denoise, t = guided(context.denoiser("student"), context.null, 3.0), torch.full((2,), 700.0)
+    denoise, t = context.guided("student", 3.0), torch.full((2,), 700.0)
     with torch.no_grad():
         est, other = denoise(noise(0), t, part.cond), denoise(other_beginning(noise(0)), t, part.cond)
     assert torch.equal(est.x0[:, :, :1], part.cond[HELD]) and torch.equal(est.x0, other.x0)

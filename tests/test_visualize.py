@@ -25,7 +25,8 @@ from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Lora
-from stepdistill.students.contract import CONTRACT, STUDENTS, MultiContract, each, read_contract, teacher
+from stepdistill.students.contract import CONTRACT, STUDENTS, MultiContract, read_contract, teacher
+from stepdistill.students.draw.arguments import each
 from stepdistill.students.draw.call import PipelineCall, generate, teacher_call
 from stepdistill.students.draw.sheet import LEFT
 from stepdistill.students.draw.steps import Strip, View, picked, predictions_of_steps, view, view_sheet

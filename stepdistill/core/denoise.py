@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from stepdistill.core.guidance import Combine, linear
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import expand
 
@@ -64,48 +65,70 @@ def free_part(x: Tensor, cond: Condition) -> Tensor:
     return x if HELD not in cond else x[:, :, cond[HELD].shape[2] :]
 
 
+def joined(*conds: Condition) -> Condition:
+    """Several conditions as the rows of one; sequences of unequal length are filled up with zeros to the longest."""
+    return {key: torch.cat(filled([cond[key] for cond in conds])) for key in conds[0]}
+
+
+def filled(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors (B, L, ...), filled up with zeros at the end to the longest L; a mask's zeros are False."""
+    if len({row.shape[1:2] for row in rows}) < 2:
+        return list(rows)
+    length = max(row.shape[1] for row in rows)
+    return [
+        torch.cat([row, row.new_zeros(len(row), length - row.shape[1], *row.shape[2:])], 1)
+        if row.shape[1] < length
+        else row
+        for row in rows
+    ]
+
+
 def without_prompt(null: Condition, cond: Condition) -> Condition:
     """The unconditional embeddings in the rows of `cond`, with its images, which are no part of a prompt.
 
     Args:
-        null: the unconditional embeddings, one row or B rows. What they lack keeps its value.
+        null: the unconditional embeddings, one row or B rows, of a length of their own where lengths differ. What they
+            lack keeps its value.
     """
-    return {key: null[key].expand_as(value) if key in null else value for key, value in cond.items()}
+    return {
+        key: null[key].expand(len(value), *null[key].shape[1:]) if key in null else value for key, value in cond.items()
+    }
 
 
-def guided(denoise: Denoise, null: Condition, scale: float | Tensor) -> Denoise:
-    """Classifier-free guidance, `uncond + scale (cond - uncond)`, in one batched call (scale 1 is none).
-
-    Applied to (x0, eps), which equals applying it to any network output: each conversion is affine with a part in
-    `x_t` that does not depend on the output. Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, in Imagen's scale.
+def guided(denoise: Denoise, null: Condition, scale: float | Tensor, combine: Combine = linear) -> Denoise:
+    """Classifier-free guidance in one batched call, `uncond + scale (cond - uncond)` by default (scale 1 is none).
 
     Args:
         null: the unconditional embeddings, one row or B rows.
         scale: one number, or one per sample (B,).
+        combine: the pipeline's rule.
     """
     if isinstance(scale, float | int) and scale == 1:
         return denoise
 
     def call(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
         w = expand(scale, x_t) if isinstance(scale, Tensor) else scale
-        uncond, cond_ = without_and_with_prompt(denoise, null, x_t, t, cond)
-        return Estimate(*(u + w * (c - u) for u, c in zip(uncond, cond_, strict=True)))
+        return combine(*without_and_with_prompt(denoise, null, x_t, t, cond), w, x_t, t)
 
     return call
 
 
-def guided_by(denoise: Denoise, guide: Denoise, null: Condition, scale: float) -> Denoise:
-    """Guidance that another denoiser gives, `denoise + scale (cond - uncond)` with both of `guide` (scale 0 is none).
+def guided_by(denoise: Denoise, guide: Denoise, null: Condition, scale: float, combine: Combine = linear) -> Denoise:
+    """Guidance that another denoiser gives: `denoise` moved as guidance 1 + `scale` moves `guide` (scale 0 is none).
+
+    By the linear rule that is `denoise + scale (cond - uncond)`, with both of `guide`.
 
     Args:
         null: the unconditional embeddings, one row or B rows.
+        combine: the pipeline's rule.
     """
     if scale == 0:
         return denoise
 
     def call(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
         uncond, cond_ = without_and_with_prompt(guide, null, x_t, t, cond)
-        return Estimate(*(x + scale * (c - u) for x, u, c in zip(denoise(x_t, t, cond), uncond, cond_, strict=True)))
+        moved = combine(uncond, cond_, 1 + scale, x_t, t)
+        return Estimate(*(x + (y - c) for x, y, c in zip(denoise(x_t, t, cond), moved, cond_, strict=True)))
 
     return call
 
@@ -114,8 +137,7 @@ def without_and_with_prompt(
     denoise: Denoise, null: Condition, x_t: Tensor, t: Tensor, cond: Condition
 ) -> tuple[Estimate, Estimate]:
     """The two estimates that guidance compares, from one call of 2 B rows."""
-    empty = without_prompt(null, cond)
-    both = {key: torch.cat([empty[key], value]) for key, value in cond.items()}
+    both = joined(without_prompt(null, cond), cond)
     est = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
     halves = [value.chunk(2) for value in est]
     return Estimate(*(first for first, _ in halves)), Estimate(*(last for _, last in halves))

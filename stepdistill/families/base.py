@@ -21,24 +21,24 @@ from torch import Tensor, nn
 from stepdistill.config.kinds import Place
 from stepdistill.config.schema import Factory, locate
 from stepdistill.core.denoise import Condition
-from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.files import is_single_file
+from stepdistill.core.guidance import LINEAR, Combine, Rule, on_estimates
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.families.control import ControlNets
 from stepdistill.families.location import teacher_location
-from stepdistill.families.parts import Needs, check_folder, check_marks, check_single_file, reading
-from stepdistill.families.read import read_pipeline
+from stepdistill.families.parts import Needs, check_folder, check_single_file, reading
+from stepdistill.families.read import load_pipeline
 from stepdistill.families.sizes import check_size
-from stepdistill.networks import quantize
 from stepdistill.networks.lora.names import PIPELINES
-from stepdistill.networks.lora.read import Layout, check_plain, layout_of, lora_path, read_pipeline_lora
+from stepdistill.networks.lora.read import Layout, layout_of, lora_path, read_pipeline_lora
 from stepdistill.networks.lora.tensors import Lora
-from stepdistill.networks.pipeline_loras import fuse_loras, load_lora, write_component_lora
+from stepdistill.networks.pipeline_loras import write_component_lora
 from stepdistill.networks.roles import Sites, Tap
 
 Part = Literal["text", "vae", "denoiser"]
+Stock = tuple[SchedulerMixin, dict[str, Any]]  # a scheduler of Diffusers, and what the call needs beside it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,8 @@ class Family(ABC):
     image_parts: ClassVar[frozenset[str]] = frozenset({"vae"})  # networks that see images: what they give is cached
     seeds_steps: ClassVar[bool] = True  # whether the pipeline hands its generator on to the scheduler
     filters: ClassVar[tuple[str, ...]] = ()  # parts of the pipeline that change a finished image
+    takes_negative_prompt: ClassVar[bool] = True  # whether the pipeline's call has the argument
+    ragged: ClassVar[bool] = False  # `condition`: `states` (B, L, ...) and `mask` (B, L), true tokens first, of any L
     controls: ClassVar[ControlNets | None] = None  # None: Diffusers has no pipeline with a ControlNet
 
     pretrained_teacher_model: Place
@@ -108,40 +110,7 @@ class Family(ABC):
             without: parts to replace by networks without weights, on the meta device; read all the same from a single
                 file or with LoRAs.
         """
-        where, single = self.location(), is_single_file(self.location())
-        quantize.check_quantization(self.quantization, single, bool(self.teacher_loras))
-        loras = self.read_teacher_loras()
-        self.check_files()
-        with self.reached():
-            pipe = read_pipeline(self, without)
-        self.check_scheduler(pipe.scheduler)  # that of a single file is only known now
-        if single:
-            check_marks(where, pipe.scheduler)
-        for name, part in pipe.components.items():
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False)
-                if name != self.network_name or self.quantization is None:
-                    part.float()  # transformers loads a file of halves in half
-        for source, lora in loras.items():
-            load_lora(pipe, lora, "teacher", source)
-            fuse_loras(pipe)
-            pipe.unload_lora_weights()
-        for name, part in pipe.components.items():
-            if isinstance(part, nn.Module) and self.part_of(name) in without:
-                part.to("meta")
-        return pipe
-
-    def read_teacher_loras(self) -> dict[str, Lora]:
-        """The teacher's LoRAs by where they come from. Raises ConfigError for a pipeline that takes none."""
-        if self.teacher_loras and not self.loads_lora:
-            got, expected = f"family.teacher_loras for a {self.pipeline_class.__name__}", "none"
-            todo = "fuse them with `stepdistill convert --to fused`, and use the fused network as the teacher"
-            raise ConfigError(problem(got, expected, "Diffusers has no LoRA loader for it", todo))
-        loras = {source: self.read_lora(source) for source in self.teacher_loras}
-        for source, lora in loras.items():
-            check_plain(lora_path(source), lora, PIPELINES.get(self.pipeline_class.__name__))
-            self.warn_of_lora(source, lora)
-        return loras
+        return load_pipeline(self, without)
 
     def warn_of_lora(self, source: str, lora: Lora) -> None:
         """Log what a LoRA of the teacher leaves as it is, where that may surprise."""
@@ -186,6 +155,11 @@ class Family(ABC):
         check_size(height, width, math.lcm(self.multiple, unit), unit * config.get("pos_embed_max_size", 10**9))
         return (config["in_channels"], height // scale, width // scale)
 
+    def tokens(self, pipe: DiffusionPipeline, height: int, width: int) -> int:
+        """How many tokens of its network images of `height` x `width` pixels are; a shift may depend on it."""
+        side = 2 * self.scale_factor(pipe)
+        return (height // side) * (width // side)
+
     def pack(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) in the form of the pipeline's argument `latents`."""
         return latents
@@ -193,6 +167,10 @@ class Family(ABC):
     def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
         """Latents (B, C, height, width) from the pipeline's form."""
         return packed
+
+    def latents_of(self, pipe: DiffusionPipeline, drawn: Tensor, height: int, width: int) -> Tensor:
+        """Latents (B, C, height, width) from what the pipeline returns for `output_type="latent"`."""
+        return self.unpack(drawn, height, width)
 
     def fresh(self, latents: Tensor) -> Tensor:
         """Noise like `latents`, of the global generator, in the order in which the pipeline's scheduler draws it."""
@@ -207,8 +185,18 @@ class Family(ABC):
         return {name: value for name, value in call.items() if name != "eta"}
 
     def guidance(self, scale: float) -> dict[str, Any]:
-        """Arguments of the pipeline's call for `uncond + scale (cond - uncond)`; 1 is none."""
+        """Arguments of the pipeline's call for guidance of `scale` by its rule; 1 is none, whatever the pipeline calls
+        it."""
         return {"guidance_scale": scale}
+
+    @property
+    def rule(self) -> Rule:
+        """What the pipeline makes of its network's outputs without and with the prompt."""
+        return LINEAR
+
+    def combine(self, kind: Kind, schedule: NoiseSchedule) -> Combine:
+        """The same on estimates."""
+        return on_estimates(self.rule, kind, schedule)
 
     def embedded(self, pipe: DiffusionPipeline) -> float | None:
         """The guidance scale that the network takes as an input; None where it has no such input."""
@@ -224,8 +212,16 @@ class Family(ABC):
         """What the pipeline's call needs besides prompt, sampler, guidance and size, for teacher and student alike."""
 
     @abstractmethod
-    def schedule(self, scheduler: Any) -> NoiseSchedule:  # noqa: ANN401
-        """The noise process, with the exact levels of the pipeline's scheduler."""
+    def schedule(self, scheduler: Any, tokens: int | None = None) -> NoiseSchedule:  # noqa: ANN401
+        """The noise process, with the exact levels of the pipeline's scheduler.
+
+        Args:
+            tokens: those of an image, where the scheduler's grid depends on them; None is the native size.
+        """
+
+    def schedule_at(self, pipe: DiffusionPipeline, scheduler: Any, size: tuple[int, int]) -> NoiseSchedule:  # noqa: ANN401
+        """The noise process for images of a height and width in pixels."""
+        return self.schedule(scheduler, self.tokens(pipe, *size))
 
     @abstractmethod
     def check_scheduler(self, scheduler: Any) -> None:  # noqa: ANN401
@@ -283,11 +279,15 @@ class Family(ABC):
         return pipe.vae.config.shift_factor if self.needs.shifts_latents else 0.0
 
     @abstractmethod
-    def solver(self, pipe: DiffusionPipeline, steps: int) -> tuple[SchedulerMixin, dict[str, Any]]:
-        """The teacher's plain solver on even steps, and what the call needs. ConfigError for more than a table has."""
+    def solver(self, pipe: DiffusionPipeline, steps: int, tokens: int | None = None) -> Stock:
+        """The teacher's plain solver on even steps, and what the call needs. ConfigError for more than a table has.
+
+        Args:
+            tokens: see `schedule`.
+        """
 
     @abstractmethod
-    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
+    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> Stock:
         """A stock Diffusers scheduler that samples as `sampler` says, and the keyword arguments that the pipeline's
         call needs so that it visits exactly `sampler.timesteps`. Raises ConfigError where there is none."""
 

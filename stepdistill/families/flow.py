@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import Rectified
 from stepdistill.core.solvers import Sampler
-from stepdistill.families.base import Family
+from stepdistill.families.base import Family, Stock
 from stepdistill.families.schedulers import FirstNoiseEulerScheduler
+
+# settings of a shift that depends on the image's size, and what pipelines take where the scheduler has none
+DYNAMIC = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
 def shift_of(scheduler: Any) -> float:  # noqa: ANN401
@@ -24,6 +27,23 @@ def shift_of(scheduler: Any) -> float:  # noqa: ANN401
         todo = "set use_dynamic_shifting to false and shift to the value for your resolution"
         raise ConfigError(problem(got, "one fixed shift", why, todo))
     return scheduler.config["flow_shift" if "flow_shift" in scheduler.config else "shift"]
+
+
+def dynamic_shift(scheduler: Any, tokens: int) -> float:  # noqa: ANN401
+    """The shift of a grid that depends on the number of an image's tokens: `log(shift)` is linear in it.
+
+    Esser et al. 2024, https://arxiv.org/abs/2403.03206, section 5.3.2, in the form of Flux.1's pipeline.
+    """
+    low, high, first, last = (scheduler.config.get(key, value) for key, value in DYNAMIC.items())
+    mu = first + (last - first) * (tokens - low) / (high - low)
+    return mu if scheduler.config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def size_shift(scheduler: Any, tokens: int | None) -> float:  # noqa: ANN401
+    """A flow's shift for images of so many tokens; None is 1024 x 1024 pixels, in tokens of 16 x 16."""
+    if scheduler.config.get("use_dynamic_shifting"):
+        return dynamic_shift(scheduler, tokens or 4096)
+    return shift_of(scheduler)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +67,13 @@ class Flow(Family):
     def kind(self, pipe: DiffusionPipeline) -> Kind:
         return "flow"
 
-    def solver(self, pipe: DiffusionPipeline, steps: int) -> tuple[SchedulerMixin, dict[str, Any]]:
+    def solver(self, pipe: DiffusionPipeline, steps: int, tokens: int | None = None) -> Stock:
         # the scheduler applies its shift to the sigmas that it is given: pass the even ones
         even = [1 - i / steps for i in range(steps)]
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.schedule(pipe.scheduler).shift)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.schedule(pipe.scheduler, tokens).shift)
         return scheduler, {"num_inference_steps": steps, "sigmas": even}
 
-    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
+    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> Stock:
         # shift 1: explicit sigmas are warped by the shift, and would no longer be the trained ones
         return flow_scheduler(sampler, shift=1.0), {
             "sigmas": [t / 1000 for t in sampler.timesteps],
@@ -61,7 +81,7 @@ class Flow(Family):
         }
 
     @abstractmethod
-    def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
+    def schedule(self, scheduler: Any, tokens: int | None = None) -> Rectified:  # noqa: ANN401
         """The straight path, with the shift of the scheduler's grid."""
 
 

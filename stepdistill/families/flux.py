@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ from stepdistill.config.kinds import Amount, Positive, Tokens
 from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import Rectified
 from stepdistill.families.control import ControlNets
-from stepdistill.families.flow import shift_of
+from stepdistill.families.flow import size_shift
 from stepdistill.families.packed import Packed
 from stepdistill.families.parts import Needs
 from stepdistill.networks.layers import after_blocks, attentions, inner, named, rebuilt
@@ -38,8 +37,8 @@ class Flux(Packed):
     Args:
         guidance_embedding: guidance scale that dev takes as an input, for teacher and student alike.
         max_sequence_length: maximum number of T5 tokens of a prompt; 512 for dev, 256 for schnell.
-        shift: timestep shift of the teacher; none takes the scheduler's. If that depends on the image size, none takes
-            its `max_shift`, the shift at 1024 x 1024 pixels (3.16 for dev; 1.88 at 512 x 512).
+        shift: timestep shift of the teacher; none takes the scheduler's, at the size of training where it depends on
+            that (for dev 3.16 at 1024 x 1024 pixels, 1.88 at 512 x 512).
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
@@ -76,10 +75,8 @@ class Flux(Packed):
     def embedded(self, pipe: DiffusionPipeline) -> float | None:
         return self.guidance_embedding if pipe.transformer.config["guidance_embeds"] else None
 
-    def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
-        dynamic = scheduler.config.get("use_dynamic_shifting", False)
-        shift = math.exp(scheduler.config["max_shift"]) if dynamic else shift_of(scheduler)
-        return Rectified(shift if self.shift is None else self.shift)
+    def schedule(self, scheduler: Any, tokens: int | None = None) -> Rectified:  # noqa: ANN401
+        return Rectified(size_shift(scheduler, tokens) if self.shift is None else self.shift)
 
     def lora_targets(self, net: nn.Module) -> list[str]:
         # the network's own last layer has the name of a block's

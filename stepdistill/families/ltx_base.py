@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from stepdistill.config.kinds import Count, Positive, Share, Tokens
@@ -18,7 +16,8 @@ from stepdistill.core.denoise import Condition
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.schedule import Rectified
 from stepdistill.core.solvers import Sampler
-from stepdistill.families.flow import flow_scheduler, shift_of
+from stepdistill.families.base import Stock
+from stepdistill.families.flow import dynamic_shift, flow_scheduler, shift_of
 from stepdistill.families.parts import Needs
 from stepdistill.families.shift_terminal import shift_terminal
 from stepdistill.families.video import HEAD_SIDE, Video, check_chunks
@@ -29,8 +28,6 @@ TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out"),
     *("time_embed.linear", "caption_projection.linear_1", "caption_projection.linear_2"),
 )
-# settings of a shift that depends on the video's size, and what the pipeline takes where the scheduler has none
-DYNAMIC = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 FACTORS = (8, 32)  # frames, and pixels a side, of a latent of the published autoencoders
 
 
@@ -84,18 +81,17 @@ class LTXBase(Video):
             "decode_noise_scale": 0.0,
         }
 
-    def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
+    def schedule(self, scheduler: Any, tokens: int | None = None) -> Rectified:  # noqa: ANN401
         if self.shift is None and scheduler.config.get("use_dynamic_shifting"):
             (time, space), (height, width) = FACTORS, self.sample_size
             tokens = ((self.num_frames - 1) // time + 1) * (height // space) * (width // space)
-            given = (scheduler.config.get(key, default) for key, default in DYNAMIC.items())
-            shift = math.exp(calculate_shift(tokens, *given))
+            shift = dynamic_shift(scheduler, tokens)
             got, why = "a scheduler with use_dynamic_shifting", "the noise levels must be the same for every size"
             todo = f"set family.shift; the scheduler's is {shift:.3g} at {self.num_frames} frames of {height} x {width}"
             raise ConfigError(problem(got, "one fixed shift", why, todo))
         return Rectified(shift_of(scheduler) if self.shift is None else self.shift)
 
-    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
+    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> Stock:
         n = len(sampler.timesteps)
         return flow_scheduler(sampler, **shift_terminal(sampler.timesteps, 1 / n)), {"num_inference_steps": n}
 

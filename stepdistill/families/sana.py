@@ -63,7 +63,7 @@ class Sana(Controlled, Flow):
         instruction = {} if self.human_instruction else {"complex_human_instruction": None}
         return {"max_sequence_length": self.max_sequence_length, "use_resolution_binning": False} | instruction
 
-    def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
+    def schedule(self, scheduler: Any, tokens: int | None = None) -> Rectified:  # noqa: ANN401
         return Rectified(shift_of(scheduler))
 
     def time(self, net: nn.Module, given: float) -> float:

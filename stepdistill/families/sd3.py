@@ -71,7 +71,7 @@ class StableDiffusion3(Flow):
     def arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self.max_sequence_length}
 
-    def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
+    def schedule(self, scheduler: Any, tokens: int | None = None) -> Rectified:  # noqa: ANN401
         return Rectified(shift_of(scheduler))
 
     def lora_targets(self, net: nn.Module) -> list[str]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from stepdistill.config.kinds import Count, Tokens
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.solvers import teacher_sampler
+from stepdistill.families.base import Stock
 from stepdistill.families.flow import Flow
 from stepdistill.families.sizes import check_frames, check_size
 
@@ -62,7 +62,7 @@ class Video(Flow):
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
         return {"tokenizer": self.max_sequence_length}
 
-    def solver(self, pipe: DiffusionPipeline, steps: int) -> tuple[SchedulerMixin, dict[str, Any]]:
+    def solver(self, pipe: DiffusionPipeline, steps: int, tokens: int | None = None) -> Stock:
         return self.scheduler(pipe, teacher_sampler(self.schedule(pipe.scheduler), steps))
 
     @torch.no_grad()

@@ -14,13 +14,12 @@ from diffusers import (
     LCMScheduler,
     TCDScheduler,
 )
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.prediction import Kind
 from stepdistill.core.schedule import DiscreteVP
 from stepdistill.core.solvers import Sampler
-from stepdistill.families.base import Family
+from stepdistill.families.base import Family, Stock
 from stepdistill.families.schedulers import FirstNoiseDDIMScheduler
 
 KINDS = ("epsilon", "v_prediction", "sample")
@@ -45,13 +44,13 @@ class VariancePreserving(Family):
         todo = "give the scheduler that the teacher was trained with, or choose another teacher"
         raise ConfigError(problem(got, expected, why, todo))
 
-    def schedule(self, scheduler: Any) -> DiscreteVP:  # noqa: ANN401
+    def schedule(self, scheduler: Any, tokens: int | None = None) -> DiscreteVP:  # noqa: ANN401
         return DiscreteVP(scheduler.alphas_cumprod)
 
     def kind(self, pipe: DiffusionPipeline) -> Kind:
         return pipe.scheduler.config.prediction_type
 
-    def solver(self, pipe: DiffusionPipeline, steps: int) -> tuple[SchedulerMixin, dict[str, Any]]:
+    def solver(self, pipe: DiffusionPipeline, steps: int, tokens: int | None = None) -> Stock:
         most = len(pipe.scheduler.alphas_cumprod)
         if steps > most:
             why, todo = "its noise schedule has no more timesteps", "choose fewer steps of the teacher"
@@ -60,7 +59,7 @@ class VariancePreserving(Family):
         scheduler: Any = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", **ends)
         return scheduler, {"num_inference_steps": steps}
 
-    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
+    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> Stock:
         times = [round(t) for t in sampler.timesteps]
         table: dict[str, Any] = _table(pipe.scheduler) | {"prediction_type": self.kind(pipe)}
         ends: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": sampler.clean}

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from stepdistill.config.kinds import Count, Tokens
 from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import Rectified
 from stepdistill.core.solvers import Sampler
+from stepdistill.families.base import Stock
 from stepdistill.families.channel_scale import channel_scale
 from stepdistill.families.flow import flow_scheduler, shift_of
 from stepdistill.families.parts import Needs
@@ -64,10 +64,10 @@ class WanBase(Video):
     def arguments(self) -> dict[str, Any]:
         return {"num_frames": self.num_frames, "max_sequence_length": self.max_sequence_length}
 
-    def schedule(self, scheduler: Any) -> Rectified:  # noqa: ANN401
+    def schedule(self, scheduler: Any, tokens: int | None = None) -> Rectified:  # noqa: ANN401
         return Rectified(shift_of(scheduler))
 
-    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> tuple[SchedulerMixin, dict[str, Any]]:
+    def scheduler(self, pipe: DiffusionPipeline, sampler: Sampler) -> Stock:
         config = shift_terminal(sampler.timesteps)
         return flow_scheduler(sampler, **config), {"num_inference_steps": len(sampler.timesteps)}
 

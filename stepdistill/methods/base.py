@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stepdistill.config.kinds import Decay
 from stepdistill.core.denoise import Condition, Denoise, RoleDenoise, guided
+from stepdistill.core.guidance import Combine, linear
 from stepdistill.core.random import step_generator
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts, few_step, student_starts
@@ -83,8 +84,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a method may use in one step: denoisers and modules by role, the schedule, the null condition, images
-    (B, 3, H, W) in about [-1, 1] decoded from latents, and random draws.
+    """What a method may use in one step: denoisers and modules by role, the schedule, the null condition, the rule of
+    guidance, images (B, 3, H, W) in about [-1, 1] decoded from latents, and random draws.
 
     Draws are keyed by (seed, step, sample, purpose), so the number of processes, gradient accumulation, or a term
     switched off change no other draw. No method uses a global generator.
@@ -98,6 +99,15 @@ class StepContext:
     seed: int
     step: int
     device: torch.device
+    combine: Combine = field(default=linear, kw_only=True)
+
+    def guided(self, role: str, scale: float | Tensor) -> Denoise:
+        """A role under classifier-free guidance, by the rule of the teacher's pipeline (scale 1 is none).
+
+        Args:
+            scale: one number, or one per sample (B,).
+        """
+        return guided(self.denoiser(role), self.null, scale, self.combine)
 
     def noise(self, batch: Batch, purpose: str) -> Tensor:
         """Standard normal (B, C, H, W)."""
@@ -254,7 +264,7 @@ class Tuning(Averaged):
 
     def sampled(self, context: StepContext, role: str) -> Denoise:
         """A role's denoiser with the guidance that it is sampled with."""
-        return guided(context.denoiser(role), context.null, self.few_steps(context.schedule).guidance_scale)
+        return context.guided(role, self.few_steps(context.schedule).guidance_scale)
 
     @torch.no_grad()
     def own_samples(self, context: StepContext, batch: Batch) -> Tensor:

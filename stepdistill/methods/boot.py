@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.config.kinds import Amount, Count, Positive, Whole
-from stepdistill.core.denoise import Condition, guided
+from stepdistill.core.denoise import Condition
 from stepdistill.core.losses import sample_distances
 from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
 from stepdistill.core.solvers import Sampler
@@ -72,7 +72,7 @@ class Boot(Averaged):
         noisiest = per_sample(schedule.span[1], eps)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
         rho = sigma_s * alpha_t / (sigma_t * alpha_s)
-        teacher = guided(context.denoiser(TEACHER), context.null, self.guidance_scale)
+        teacher = context.guided(TEACHER, self.guidance_scale)
         with torch.no_grad():
             y_t = signal(context, eps, t, cond)
             both = {key: torch.cat([value, value]) for key, value in cond.items()}

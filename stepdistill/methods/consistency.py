@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from stepdistill.config.kinds import Amount, Count, Decay, Positive
-from stepdistill.core.denoise import guided
 from stepdistill.core.losses import Distance, distance
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand
@@ -159,7 +158,7 @@ class Consistency(Averaged):
         x_t = schedule.add_noise(batch.x0, context.noise(batch, "eps"), t)
 
         with torch.no_grad():
-            teacher = guided(context.denoiser(TEACHER), context.null, context.guidance(self.guidance_scale, batch))
+            teacher = context.guided(TEACHER, context.guidance(self.guidance_scale, batch))
             x_u = schedule.add_noise(*teacher(x_t, t, cond), u)
             target = self.jump(context.denoiser(self.target)(x_u, u, cond), x_u, u, s, schedule)
             if self.end != "clean":  # the jump from s to s is the identity, exactly

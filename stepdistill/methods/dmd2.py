@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.config.kinds import Amount, Count, Whole
-from stepdistill.core.denoise import Condition, Denoise, free_part, guided, guided_by
+from stepdistill.core.denoise import Condition, Denoise, free_part, guided_by
 from stepdistill.core.losses import distance, surrogate
 from stepdistill.core.schedule import NoiseSchedule, per_sample
 from stepdistill.core.solvers import Sampler, check_range, few_step, student_starts
@@ -164,12 +164,12 @@ class DMD2(Averaged):
 
     def real_score(self, target: str, context: StepContext) -> Denoise:
         """The guided role `target`, moved towards the fake score by `weak`."""
-        teacher, w = context.denoiser(target), self.guidance_scale
         if not self.weak:
-            return guided(teacher, context.null, w)
+            return context.guided(target, self.guidance_scale)
         weak = context.denoiser("fake").at_strength(self.weak)
         # guidance of the weak prediction itself would count the LoRA w times: from w weak = 1 on the gradient turns
-        return guided_by(weak, teacher, context.null, (1 - self.weak) * (w - 1))
+        scale = (1 - self.weak) * (self.guidance_scale - 1)
+        return guided_by(weak, context.denoiser(target), context.null, scale, context.combine)
 
     def student_loss(
         self, target: str, context: StepContext, batch: Batch, x0: Tensor

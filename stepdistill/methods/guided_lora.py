@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 
 from stepdistill.config.kinds import Amount, Count
-from stepdistill.core.denoise import guided
 from stepdistill.core.losses import distance
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, teacher_sampler
@@ -58,6 +57,6 @@ class GuidedLora(Method):
             x_t = context.schedule.add_noise(batch.x0, context.noise(batch, "eps"), t)
         student = context.denoiser("student")
         with torch.no_grad():
-            target = guided(context.denoiser(TEACHER), context.null, self.guidance_scale)(x_t, t, batch.cond)
+            target = context.guided(TEACHER, self.guidance_scale)(x_t, t, batch.cond)
         y = student.native(student(x_t, t, batch.cond), t)
         yield Update("student", distance("l2", y, student.native(target, t)))

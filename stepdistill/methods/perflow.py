@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 
 from stepdistill.config.kinds import Amount, Count
-from stepdistill.core.denoise import guided
 from stepdistill.core.losses import Distance, sample_distances
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler, chord, even_sampler, solve
@@ -77,7 +76,7 @@ class PeRFlow(Averaged):
         noisy, clean = edges[k], edges[k + 1]
         z = context.noise(batch, "eps")
         start = torch.where(expand(k == 0, z), z, context.schedule.add_noise(batch.x0, z, noisy))
-        teacher = guided(context.denoiser(TEACHER), context.null, self.guidance_scale)
+        teacher = context.guided(TEACHER, self.guidance_scale)
         with torch.no_grad():
             end = solve(teacher, context.schedule, start, noisy, clean, self.solver_steps, batch.cond)
         line = chord(context.schedule, start, noisy, end, clean)

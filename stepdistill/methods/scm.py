@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.config.kinds import Amount, Count, Positive, Whole
-from stepdistill.core.denoise import Condition, guided
+from stepdistill.core.denoise import Condition
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler, check_starts
 from stepdistill.core.trigflow import central_difference, scale_of, tangent, trig_network, trig_output
@@ -122,7 +122,7 @@ class SCM(Averaged):
         x_t = schedule.add_noise(batch.x0, context.noise(batch, "eps"), t)
         x = x_t / expand(scale_of(schedule, angle), x_t)
         with torch.no_grad():
-            teacher = guided(context.denoiser(TEACHER), context.null, context.guidance(self.guidance_scale, batch))
+            teacher = context.guided(TEACHER, context.guidance(self.guidance_scale, batch))
             dx = trig_output(teacher(x_t, t, cond), angle)
         slope = self._slope(context, x, angle, t, cond, dx)
 

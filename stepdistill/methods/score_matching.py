@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 
 from stepdistill.config.kinds import Amount, Count
-from stepdistill.core.denoise import guided
 from stepdistill.core.losses import distance
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
@@ -68,7 +67,7 @@ class TeacherScoreMatching(Averaged):
         t = context.schedule.random_times(context.draw(batch, "t"), *context.schedule.span)
         x_t = context.schedule.add_noise(x0, context.noise(batch, "eps"), t)
         with torch.no_grad():
-            target = guided(context.denoiser(TEACHER), context.null, self.guidance_scale)(x_t, t, batch.cond)
+            target = context.guided(TEACHER, self.guidance_scale)(x_t, t, batch.cond)
         est = context.denoiser("student")(x_t, t, batch.cond)
         loss = distance("l2", est.x0, target.x0) + distance("l2", est.eps, target.eps)
         yield Update("student", loss)

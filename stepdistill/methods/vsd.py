@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.config.kinds import Amount, Count, Place, Share, Whole
-from stepdistill.core.denoise import free_part, guided, without_prompt
+from stepdistill.core.denoise import free_part, without_prompt
 from stepdistill.core.losses import distance, surrogate
 from stepdistill.core.pixels import frames_of
 from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
@@ -129,9 +129,7 @@ class VSD(Averaged):
         s = context.schedule.random_times(context.draw(batch, "score t"), *self.t_range)
         x_s = context.schedule.add_noise(x0, context.noise(batch, "score eps"), s)
         w = self._guidance(context)
-        real, fake = (
-            guided(context.denoiser(role), context.null, w)(x_s, s, batch.cond).eps for role in (target, "fake")
-        )
+        real, fake = (context.guided(role, w)(x_s, s, batch.cond).eps for role in (target, "fake"))
         return (expand(context.schedule(s)[1], x_s) ** 2 * (real - fake)).nan_to_num(0.0, 0.0, 0.0)
 
     def fake_loss(self, context: StepContext, batch: Batch, x0: Tensor) -> Tensor:

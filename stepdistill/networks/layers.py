@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,12 @@ def named(net: nn.Module, endings: Sequence[str], kinds: tuple[type[nn.Module], 
             )
         )
     return names
+
+
+def time_given(net: nn.Module, args: Sequence[Any], given: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """The time in the arguments of a call of a denoiser; Z-Image calls it `t`."""
+    arguments = inspect.signature(net.forward).bind(*args, **given).arguments
+    return arguments["timestep" if "timestep" in arguments else "t"]
 
 
 def inner(net: nn.Module) -> int:

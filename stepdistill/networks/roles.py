@@ -113,12 +113,14 @@ class Tap:
         channels: of the features.
         patch: side, in latent pixels, of the square that one feature stands for.
         side: of the feature map at the network's native size.
+        image: where the image's tokens lie in a sequence that also has the prompt's; None where they are all of it.
     """
 
     before: str
     channels: int
     patch: int
     side: int
+    image: Literal["first", "last"] | None = None
 
 
 Role = Lora | Ema | Copy | Module | Adapters

@@ -76,6 +76,9 @@ def _map(features: Tensor, tap: Tap, x_t: Tensor) -> Tensor:
     if features.ndim == 3:  # tokens (B, N, C), row by row
         *frames, height, width = x_t.shape[2:]
         sides = (*frames, height // tap.patch, width // tap.patch)
+        if tap.image is not None:
+            count = math.prod(sides)
+            features = features[:, :count] if tap.image == "first" else features[:, -count:]
         features = features.transpose(1, 2).reshape(len(features), -1, *sides)
     return features
 

@@ -5,7 +5,6 @@ student was trained at, and where the student comes from.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -124,7 +123,9 @@ class Contract:
         clean: whether the last step returns x0; else it ends at time 0 of the table, which is still noisy.
         scheduler: class (`_class_name`) and config.
         call: keyword arguments of the pipeline's call.
-        guidance_scale: of `uncond + w (cond - uncond)`; 1 is none.
+        guidance_scale: w of `uncond + w (cond - uncond)`; 1 is none.
+        guidance_rule: how the teacher's pipeline combines outputs without and with the prompt, see
+            `stepdistill.core.guidance`.
         guidance_embedding: the value of the network's guidance input; None if it has no such input.
         guidance_range: the scales that guidance adapters support; None without adapters.
         eta: share of each step that is noised again.
@@ -158,6 +159,7 @@ class Contract:
     scheduler: dict[str, Any]
     call: dict[str, Any]
     guidance_scale: float
+    guidance_rule: str = "linear"
     guidance_embedding: float | None = None
     guidance_range: tuple[float, float] | None = None
     eta: float
@@ -290,11 +292,3 @@ def scheduler_class(contract: Contract) -> Any:  # noqa: ANN401
     """The class of a contract's scheduler, from Diffusers or from `stepdistill.families.schedulers`."""
     package = "stepdistill.families.schedulers" if contract.first_noise else "diffusers"
     return locate(f"{package}.{contract.scheduler['_class_name']}")
-
-
-def each(call: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The arguments of a pipeline's call for `count` prompts: the negative prompt is repeated for each."""
-    arguments = dict(call)
-    if isinstance(arguments.get("negative_prompt"), str):  # Flux takes no single one for several prompts
-        arguments["negative_prompt"] = [arguments["negative_prompt"]] * count
-    return arguments

@@ -135,7 +135,7 @@ def write_unproven(
         why, todo = "only a denoiser generates images", "name the student's role in the method's `student_role`"
         raise StudentError(problem(got, expected, why, todo))
     folder.mkdir(parents=True, exist_ok=True)
-    sampler = method.sampler(family.schedule(pipe.scheduler), steps)
+    sampler = method.sampler(family.schedule_at(pipe, pipe.scheduler, resolution), steps)
     weights = save_weights(folder, family, backbone, role, sampler.adapter_scale, start)
     scheduler, _ = family.scheduler(pipe, sampler)
     scheduler.save_pretrained(folder / "scheduler")
@@ -157,7 +157,7 @@ def _contract(
     weights: LoraWeights | Network | GuidanceAdapters,
     resolution: tuple[int, int],
 ) -> Contract:
-    schedule = family.schedule(pipe.scheduler)
+    schedule = family.schedule_at(pipe, pipe.scheduler, resolution)
     sampler = method.sampler(schedule, steps)
     scheduler, call = family.scheduler(pipe, sampler)
     scale, (height, width) = sampler.guidance_scale, resolution
@@ -179,12 +179,13 @@ def _contract(
         scheduler=json.loads(scheduler.to_json_string()),  # pyright: ignore[reportAttributeAccessIssue]
         call=call | family.guidance(scale) | family.arguments() | {"height": height, "width": width},
         guidance_scale=scale,
+        guidance_rule=family.rule.name,
         guidance_embedding=family.embedded(pipe),
         guidance_range=sampler.adapter_range,
         eta=sampler.eta,
         first_noise=sampler.first_noise,
         ancestral=sampler.ancestral,
-        negative_prompt=scale > 1,
+        negative_prompt=scale > 1 and family.takes_negative_prompt,
         lora=weights if isinstance(weights, LoraWeights) else None,
         network=weights if isinstance(weights, Network) else None,
         adapters=weights if isinstance(weights, GuidanceAdapters) else None,

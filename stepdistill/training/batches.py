@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stepdistill.core.denoise import CONTROL, Condition
 from stepdistill.data import FixedCrops, GuidedState, Sample, Source, Stream, loader
+from stepdistill.families.base import Family
 from stepdistill.families.controlled import Controlled
 from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.families.lazy_pipeline import LazyPipeline
@@ -26,6 +27,12 @@ from stepdistill.training.recipe import TrainSpec
 logger = logging.getLogger(__name__)
 NULL = "\0"  # the id of the unconditional row, which no prompt has
 BLOCK = 4  # prompts encoded at once
+
+
+def size_of(spec: TrainSpec, family: Family, pipe: DiffusionPipeline) -> tuple[int, int]:
+    """Height and width in pixels where no image says so."""
+    size = spec.resolution or family.native_size(pipe)
+    return (size, size) if isinstance(size, int) else size
 
 
 class Batches:
@@ -46,13 +53,12 @@ class Batches:
         self.encoded = 0  # rows of prompts that were in no cache
         key = f"{keys.text}/{self.family.scale_factor(self.pipe)}"  # SDXL's conditions hold it
         folder = self.folder and self.folder / "prompts"
-        self.prompts = PromptCache(self._embed, folder, key, BLOCK)
+        self.prompts = PromptCache(self._embed, folder, key, BLOCK, self.family.ragged)
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels where no image says so."""
-        size = self.spec.resolution or self.family.native_size(self.pipe)
-        return (size, size) if isinstance(size, int) else size
+        return size_of(self.spec, self.family, self.pipe)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,7 +95,7 @@ class Batches:
         store = self.prompts.store
         if store.missing([NULL]):
             pipe = self.parts.text(f"the unconditional embedding is not in {self.folder}")
-            store.add([NULL], dict(self.family.unconditional(pipe)))
+            self.prompts.add([NULL], dict(self.family.unconditional(pipe)))
         return {key: value.to(self.device) for key, value in store.rows([NULL]).items()}
 
     def save(self) -> None:

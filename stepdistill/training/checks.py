@@ -50,7 +50,7 @@ def check_run(run: Run) -> None:
 
 def check_loaded(session: Session) -> None:
     """Raise ConfigError for problems that need the teacher's pipeline, before anything is generated or trained."""
-    run, schedule = session.run, session.run.family.schedule(session.pipe.scheduler)
+    run, schedule = session.run, session.schedule
     run.family.latent_shape(session.pipe, *session.batches.size)  # the pipeline must take this size
     check_first_frame_size(session)
     check_noise_process(run, schedule)

@@ -86,13 +86,13 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
     run, spec = session.run, session.run.train
     teacher, plain = run.family.load(), run.family.load()
     few, full = (
-        teacher_call(run.family, teacher, n, run.teacher_guidance_scale, f"teacher, {n} steps")
+        teacher_call(run.family, teacher, n, run.teacher_guidance_scale, f"teacher, {n} steps", session.batches.size)
         for n in (FEW, spec.teacher_steps)
     )
     load_student(plain, out, "student" if run.method.use == "sampling" else ASSISTANT)
-    trained = len(run.method.sampler(run.family.schedule(teacher.scheduler)).timesteps)
+    trained = len(run.method.sampler(session.schedule).timesteps)
     counts = sorted({trained, FEW, 2, 1}, reverse=True)
-    rows = list(student_calls(run.family, run.method, teacher, counts).values())
+    rows = list(student_calls(run.family, run.method, teacher, counts, session.batches.size).values())
     for pipe in (teacher, plain):
         if session.shards is None:
             pipe.to(session.accelerator.device)

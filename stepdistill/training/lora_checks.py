@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from stepdistill.core.errors import ConfigError, problem
+from stepdistill.families.read import read_teacher_loras
 from stepdistill.methods.base import Tuning
 from stepdistill.networks.roles import Adapters, Lora
 from stepdistill.students.chain import read_assistant, start_lora
@@ -19,7 +20,7 @@ def check_loras(run: Run) -> None:
     """The LoRAs that a run starts from are complete files of its family. A resumed run reads them later."""
     if run.train.resume_from_checkpoint:
         return
-    run.family.read_teacher_loras()
+    read_teacher_loras(run.family)
     for source in (run.start_from, run.lora.init_from):
         if source and (Path(source) / CONTRACT).is_file() and kind_of(source) == DECODER:
             read_contract(source)  # it says what the folder is, which holds no LoRA

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stepdistill.core.denoise import Condition, guided, with_scale
+from stepdistill.core.denoise import Condition, with_scale
 from stepdistill.core.image_files import upright
 from stepdistill.core.pixels import clips_of, to_uint8
 from stepdistill.core.random import VALIDATION, fresh_noise, noise_of, sample_rng
@@ -58,7 +58,7 @@ def sample_student(session: Session, prompts: list[str], ids: Sequence[int]) -> 
 def _sample_few(session: Session, role: str, sampler: Sampler, prompts: list[str], ids: Sequence[int]) -> Tensor:
     """Latents of a role under a sampler."""
     context, seed = session.context(0), session.run.train.validation_seed
-    denoise = guided(session.denoiser(role), context.null, sampler.guidance_scale)
+    denoise = context.guided(role, sampler.guidance_scale)
     denoise = with_scale(denoise, sampler.adapter_scale)
 
     generators = [fresh_noise(seed, VALIDATION + i) for i in ids]
@@ -109,7 +109,7 @@ def relative_straightness(session: Session, count: int = 256) -> float:
     """Straightness over transport cost of the student's paths in 32 steps, from noises that it never saw."""
     run, context = session.run, session.context(0)
     scale = run.method.sampler(context.schedule).guidance_scale
-    denoise = guided(session.denoiser(run.method.student_role()), context.null, scale)
+    denoise = context.guided(run.method.student_role(), scale)
     straightness = cost = 0.0
     for part in torch.arange(count).split(run.train.train_batch_size):
         ids = part.tolist()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.data import BadSample, Source
 from stepdistill.families.controlled import Controlled, controlnet_of, with_control
 from stepdistill.families.lazy_pipeline import LazyPipeline
@@ -78,12 +79,17 @@ class Session:
         """See `samples_of`."""
         return samples_of(self.run.data)
 
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise process at the run's size."""
+        return self.run.family.schedule_at(self.pipe, self.pipe.scheduler, self.batches.size)
+
     def denoiser(self, role: str) -> Denoiser:
         """A role as an estimator."""
         family = self.run.family
-        schedule, kind = family.schedule(self.pipe.scheduler), family.kind(self.pipe)
+        kind = family.kind(self.pipe)
         call = partial(with_control, family, self.controlnet) if isinstance(family, Controlled) else family.call
-        return Denoiser(self.backbone, role, schedule, kind, call, self.dtype)
+        return Denoiser(self.backbone, role, self.schedule, kind, call, self.dtype)
 
     def leading(self) -> AbstractContextManager[bool]:
         """True on the main process, which works alone inside; False on the others. All processes come here."""
@@ -92,7 +98,7 @@ class Session:
     def context(self, step: int) -> StepContext:
         """What the method may touch in a step."""
         return StepContext(
-            schedule=self.run.family.schedule(self.pipe.scheduler),
+            schedule=self.schedule,
             null=self.batches.null,
             denoiser=self.denoiser,
             module=lambda name: self.backbone.others[name],
@@ -100,6 +106,7 @@ class Session:
             seed=self.run.train.seed,
             step=step,
             device=self.accelerator.device,
+            combine=self.run.family.combine(self.run.family.kind(self.pipe), self.schedule),
         )
 
     def decode(self, latents: Tensor, why: str) -> Tensor:

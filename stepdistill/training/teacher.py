@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepdistill.core.denoise import guided
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.schedule import per_sample
 from stepdistill.core.solvers import each_step, follow
@@ -44,7 +43,7 @@ class TeacherSampler:
     ) -> Tensor:
         """Latents (B, C, h, w) by `steps` deterministic guided steps from `noise`; of videos that begin with images."""
         session, context = self.session, self.session.context(0)
-        denoise = guided(session.denoiser(TEACHER), context.null, guidance_scale)
+        denoise = context.guided(TEACHER, guidance_scale)
         times = context.schedule.grid(steps).flip(0).tolist()
         cond = session.batches.with_images(prompts, images)
         return follow(denoise, context.schedule, times, noise.to(context.device), cond)
@@ -75,7 +74,7 @@ class TeacherSampler:
         context, teacher = self.session.context(0), self.session.denoiser(TEACHER)
         schedule, times = context.schedule, context.schedule.grid(steps).flip(0)
         x_t, scales_ = noise.to(context.device), scales.to(context.device)
-        denoise, cond = guided(teacher, context.null, scales_), self.session.batches.condition(prompts)
+        denoise, cond = context.guided(TEACHER, scales_), self.session.batches.condition(prompts)
         states, outputs = [], []
         for t, s in each_step(times.tolist(), x_t):
             x_t = x_t.half().float()  # as it will be stored: the output belongs to that state

@@ -7,7 +7,6 @@ https://arxiv.org/abs/2503.10637. `stepdistill.core.solvers.relay` does the same
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from stepdistill.core.errors import ConfigError, StudentError, problem
+from stepdistill.networks.layers import time_given
 from stepdistill.networks.pipeline_loras import strengths
 
 
@@ -47,7 +47,6 @@ def base_first(
         why, todo = "it is the number of first steps by the base", "use 1, as in the paper, or 0 for the student alone"
         raise ConfigError(problem(f"base_steps {base_steps}", "0 or more", why, todo))
     net = pipe.components["unet"] if "unet" in pipe.components else pipe.components["transformer"]
-    signature = inspect.signature(net.forward)
     originals = [(scales, name, scales[name]) for scales, name in strengths(net, adapters)]
     if not originals:
         expected = f"the LoRA {' or '.join(sorted(adapters))}, loaded and not fused"
@@ -58,7 +57,7 @@ def base_first(
 
     def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         nonlocal grid, time, taken
-        now = torch.as_tensor(signature.bind(*args, **kwargs).arguments["timestep"]).flatten()[0].item()
+        now = torch.as_tensor(time_given(net, args, kwargs)).flatten()[0].item()
         if pipe.scheduler.timesteps is not grid:  # each call of a pipeline sets new timesteps
             grid, time, taken = pipe.scheduler.timesteps, now, 0
         elif now != time:  # some pipelines call the network twice in a step

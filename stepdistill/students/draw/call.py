@@ -20,8 +20,8 @@ from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.families.base import Family
 from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.methods.base import Method
-from stepdistill.students.contract import each
 from stepdistill.students.draw.animation import image_of
+from stepdistill.students.draw.arguments import each
 from stepdistill.students.draw.filters import unfiltered
 from stepdistill.students.several import Students
 
@@ -76,28 +76,42 @@ def seeded_steps(family: Family, scheduler: Any, generators: Sequence[torch.Gene
             yield
 
 
-def teacher_call(family: Family, pipe: DiffusionPipeline, steps: int, guidance_scale: float, name: str) -> PipelineCall:
-    """The teacher with `Family.solver`. Raises ConfigError for more steps than its table has timesteps."""
-    scheduler, call = family.solver(pipe, steps)
+Size = tuple[int, int]  # height and width in pixels
+
+
+def teacher_call(
+    family: Family, pipe: DiffusionPipeline, steps: int, guidance_scale: float, name: str, size: Size | None = None
+) -> PipelineCall:
+    """The teacher with `Family.solver`, on the grid of images of a size (None: the native one).
+
+    Raises ConfigError for more steps than its table has timesteps.
+    """
+    scheduler, call = family.solver(pipe, steps, family.tokens(pipe, *size) if size else None)
     return PipelineCall(name, scheduler, call | family.guidance(guidance_scale) | family.arguments(), family)
 
 
-def student_call(family: Family, method: Method, pipe: DiffusionPipeline, steps: int) -> PipelineCall:
-    """The student in `steps` steps with a stock scheduler; `pipe` has the teacher's, which sets the noise process."""
-    sampler = method.sampler(family.schedule(pipe.scheduler), steps)
+def student_call(
+    family: Family, method: Method, pipe: DiffusionPipeline, steps: int, size: Size | None = None
+) -> PipelineCall:
+    """The student in `steps` steps with a stock scheduler; `pipe` has the teacher's, which sets the noise process.
+
+    Args:
+        size: that it was trained at; None is the native one.
+    """
+    sampler = method.sampler(family.schedule_at(pipe, pipe.scheduler, size or family.native_size(pipe)), steps)
     scheduler, call = family.scheduler(pipe, sampler)
     call |= family.guidance(sampler.guidance_scale) | family.arguments()
     return PipelineCall(f"student, {steps} step{'s' * (steps > 1)}", scheduler, call, family)
 
 
 def student_calls(
-    family: Family, method: Method, pipe: DiffusionPipeline, counts: Iterable[int]
+    family: Family, method: Method, pipe: DiffusionPipeline, counts: Iterable[int], size: Size | None = None
 ) -> dict[int, PipelineCall]:
     """`student_call` by number of steps, for those that the method has a sampler for, and the family a scheduler.
 
     Raises ConfigError where the family has none for the number of steps that the student is trained for.
     """
-    schedule, calls = family.schedule(pipe.scheduler), {}
+    schedule, calls = family.schedule_at(pipe, pipe.scheduler, size or family.native_size(pipe)), {}
     own = len(method.sampler(schedule).timesteps)
     for steps in counts:
         try:
@@ -105,7 +119,7 @@ def student_calls(
         except ValueError:
             continue
         try:
-            calls[steps] = student_call(family, method, pipe, steps)
+            calls[steps] = student_call(family, method, pipe, steps, size)
         except ConfigError:
             if steps == own:
                 raise

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stepdistill.core.cost import Cost
 from stepdistill.core.errors import StudentError, problem
+from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.families.base import Family
 from stepdistill.families.controlled import load_controlled
 from stepdistill.families.image_to_video import ImageToVideo
@@ -22,7 +23,8 @@ from stepdistill.families.prompt_limits import warn_of_cut
 from stepdistill.networks.guidance_adapters import GuidedCall
 from stepdistill.networks.pipeline_loras import fuse_loras
 from stepdistill.students.base_model import absolute
-from stepdistill.students.contract import Contract, each, read_contracts, teacher
+from stepdistill.students.contract import Contract, read_contracts, teacher
+from stepdistill.students.draw.arguments import each
 from stepdistill.students.draw.call import PipelineCall, generate, scheduled, teacher_call
 from stepdistill.students.draw.filters import DrawnImage, safety_flags
 from stepdistill.students.draw.loras import load_style, weigh_loras
@@ -161,10 +163,14 @@ class StudentPipeline:
             return tuple(calls)
         return tuple(self._changed(*each, options) for each in zip(calls, self.contracts, strict=True))
 
+    def _schedule(self, contract: Contract) -> NoiseSchedule:
+        """The noise process that a student was trained on."""
+        return self.family.schedule_at(self.pipe, self.native, contract.resolution)
+
     def _changed(self, call: PipelineCall, contract: Contract, options: DrawOptions) -> PipelineCall:
         """A call with the scheduler and arguments of another sampler than the contract's."""
         try:
-            sampler = changed_sampler(contract, self.family.schedule(self.native), options)
+            sampler = changed_sampler(contract, self._schedule(contract), options)
             with scheduled(self.pipe, self.native):  # families read the noise process from it
                 scheduler, steps = self.family.scheduler(self.pipe, sampler)
         except ValueError as error:
@@ -187,7 +193,7 @@ class StudentPipeline:
                 raise StudentError(problem(got, "none", "each student has its own sampling contract", todo))
             return PipelineCall(STUDENT, self.pipe.scheduler, {}, self.family)
         (call,) = self.calls(options)
-        sampler = changed_sampler(contract, self.family.schedule(self.native), replace(options, guidance_scale=None))
+        sampler = changed_sampler(contract, self._schedule(contract), replace(options, guidance_scale=None))
         if sampler.timesteps != contract.timesteps or sampler.eta != contract.eta:
             logger.warning(
                 "sampling at timesteps %s with eta %g, but the student was trained for %s with eta %g",

@@ -24,7 +24,8 @@ from stepdistill.core.prediction import estimate
 from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.families.base import Family
 from stepdistill.families.image_to_video import ImageToVideo
-from stepdistill.students.contract import each, read_contracts, teacher
+from stepdistill.students.contract import read_contracts, teacher
+from stepdistill.students.draw.arguments import each
 from stepdistill.students.draw.call import PipelineCall, scheduled, seeded_steps, stepped_by, teacher_call
 from stepdistill.students.draw.sheet import SheetRow, image_sheet
 from stepdistill.students.load import folder_of, load_student

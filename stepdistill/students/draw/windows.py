@@ -151,7 +151,7 @@ def long_video(
         cond = {**family.condition(pipe, [prompt]), **family.first_frames(pipe, 2 * given.to(pipe.device) - 1)}
         noises, fresh = noise_of(seed, number, shape)[None].to(pipe.device), fresh_noise(seed, number)
         return few_step(
-            guided(denoise, family.unconditional(pipe), sampler.guidance_scale),
+            guided(denoise, family.unconditional(pipe), sampler.guidance_scale, family.combine(kind, schedule)),
             schedule,
             sampler,
             noises,

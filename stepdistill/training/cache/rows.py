@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from stepdistill.core.denoise import filled
 from stepdistill.core.errors import StepdistillError, problem
 from stepdistill.core.files import written_whole
 
@@ -130,10 +131,16 @@ class RowStore:
         while self._bytes > LIMIT:
             self._bytes -= _size(self._rows.pop(next(iter(self._rows))))
 
-    def rows(self, ids: Sequence[str]) -> Row:
-        """The rows of `ids`, stacked to (len(ids), ...) by name, on the cpu."""
+    def rows(self, ids: Sequence[str], ragged: bool = False) -> Row:
+        """The rows of `ids`, stacked to (len(ids), ...) by name, on the cpu.
+
+        Args:
+            ragged: whether their lengths differ: each tensor is filled up with zeros to the longest.
+        """
         kept = [self._row(row) for row in ids]
         self._make_room()
+        if ragged:
+            return {name: torch.cat(filled([row[name][None] for row in kept])) for name in kept[0]}
         shapes = {tuple((name, tuple(tensor.shape)) for name, tensor in row.items()) for row in kept}
         if len(shapes) > 1:
             got = f"rows of shapes {sorted(shapes)[:2]}"
@@ -181,6 +188,8 @@ class PromptCache:
             prompt.
         folder: keeps them for the next run; None for memory only.
         key: digest of all that an embedding depends on, see `stepdistill.training.cache.keys`.
+        ragged: whether rows end with their last token: `encode` then gives `mask` (len(prompts), L), and fills up with
+            zeros to the longest of its prompts, which no row may depend on.
         batch_size: most prompts in one call of `encode`. Where a kernel's rounding depends on the batch's
             size, 1 makes an embedding independent of the prompts that were missing with it.
     """
@@ -191,22 +200,34 @@ class PromptCache:
         folder: Path | None,
         key: str,
         batch_size: int = 32,
+        ragged: bool = False,
     ) -> None:
-        self.encode = encode
+        self.encode, self.ragged = encode, ragged
         self.batch_size = batch_size
         self.store = RowStore(folder, key)
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Named tensors (len(prompts), ...) on the cpu, in the dtype of `encode`."""
         self.fill(prompts)
-        return self.store.rows(prompts)
+        return self.store.rows(prompts, self.ragged)
 
     def fill(self, prompts: Sequence[str]) -> None:
         """Encode those that have no row."""
         missing = self.store.missing(prompts)
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
-            self.store.add(batch, self.encode(batch))
+            self.add(batch, self.encode(batch))
+
+    def add(self, ids: Sequence[str], columns: Row) -> None:
+        """Keep row n of every tensor (len(ids), ...) under id n."""
+        if not self.ragged:
+            self.store.add(ids, columns)
+            return
+        mask = columns["mask"]
+        # a fake one, of a prediction of memory, has no content
+        lengths = [mask.shape[1]] * len(mask) if isinstance(mask, FakeTensor) else mask.sum(1).tolist()
+        for n, length in enumerate(lengths):
+            self.store.add(ids[n : n + 1], {name: column[n : n + 1, :length] for name, column in columns.items()})
 
     def save(self) -> None:
         """Write to the folder what is new since the last time; it also happens every 256 prompts."""

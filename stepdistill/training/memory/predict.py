@@ -22,6 +22,7 @@ from stepdistill.networks.rewards.base import RewardScale
 from stepdistill.students.base_model import Base
 from stepdistill.students.load import start_from
 from stepdistill.students.proof import check_sampling
+from stepdistill.training.batches import size_of
 from stepdistill.training.cache.keys import Keys
 from stepdistill.training.launcher import DTYPES, check_launcher
 from stepdistill.training.memory.forecast import BASE, FEW, Prediction, Rehearsal, forecast
@@ -39,7 +40,8 @@ def predict(run: Run) -> Prediction:
     run.family.check_files()
     with run.family.reached():
         pipe = outline(run.family)
-    check_sampling(run.family, pipe, run.method.sampler(run.family.schedule(pipe.scheduler)))
+    schedule = run.family.schedule_at(pipe, pipe.scheduler, size_of(run.train, run.family, pipe))
+    check_sampling(run.family, pipe, run.method.sampler(schedule))
     dtype = DTYPES[accelerator.mixed_precision]
     parts, net = networks_of(pipe), run.family.network(pipe)
     loading = sum(p.nbytes for part in parts.values() for p in part.parameters())
