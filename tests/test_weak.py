@@ -199,10 +199,10 @@ def moved() -> None:
 REAL = DMD2.real_score
 BUGS = {
     "the teacher alone": Bug(DMD2.student_loss, "self.real_score(target, context)", "context.denoiser(target)", ratio),
-    "guidance in full": Bug(REAL, "(1 - self.weak) * (w - 1)", "(w - 1)", ratio),
+    "guidance in full": Bug(REAL, "(1 - self.weak) * (self.guidance_scale - 1)", "(self.guidance_scale - 1)", ratio),
     "the rest of the strength": Bug(REAL, "at_strength(self.weak)", "at_strength(1 - self.weak)", ratio),
-    "guidance by the fake score": Bug(REAL, "guided_by(weak, teacher", "guided_by(weak, weak", moved),
-    "guidance turned around": Bug(denoise.guided_by, "(c - u)", "(u - c)", moved),
+    "guidance by the fake score": Bug(REAL, "guided_by(weak, context.denoiser(target)", "guided_by(weak, weak", moved),
+    "guidance turned around": Bug(denoise.guided_by, "x + (y - c)", "x - (y - c)", moved),
     "one kept weight for all strengths": Bug(lora_layers.at_strength, "kept.open, False", "kept.open, True", moved),
     "a weak weight that is kept": Bug(lora_layers.at_strength, "kept.open, False", "kept.open, True", nothing_more),
     "nothing is kept any more": Bug(lora_layers.at_strength, "kept.open = opened", "kept.open = False", nothing_more),

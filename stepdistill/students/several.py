@@ -113,7 +113,7 @@ class Students:
         for k, places in self.route(prompts).items():
             shares = {name: _at(values, places) for name, values in each.items()}
             with self.use(k):
-                images = self.pipe([prompts[i] for i in places], **{**self.calls[k], **call, **shares})[0]
+                images = self.pipe(prompt=[prompts[i] for i in places], **{**self.calls[k], **call, **shares})[0]
             if len(images) != len(places):
                 got, why = f"{len(images)} images of {len(places)} prompts", "images are returned in the prompts' order"
                 todo = "repeat a prompt instead of setting num_images_per_prompt"

@@ -23,6 +23,7 @@ def snippet(contract: Contract, address: Path | str) -> str:
         return _loaded_snippet(contract, address)
     scheduler, net, name = contract.scheduler["_class_name"], contract.network, teacher(contract).network_name
     call = "".join(f"    {key}={value!r},\n" for key, value in (contract.call | _asked(contract)).items())
+    seeded = "    generator=torch.manual_seed(0),\n"
     stock = [] if contract.first_noise else [scheduler]
     lines = [
         *([f"from stepdistill.families.schedulers import {scheduler}"] if contract.first_noise else []),
@@ -32,7 +33,7 @@ def snippet(contract: Contract, address: Path | str) -> str:
         else "pipe.load_lora_weights(student)",
         f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")',
         "",
-        *_saved(contract, f'pipe(\n{_begun(contract)}    "red apple",\n{call}    generator=torch.manual_seed(0),\n)'),
+        *_saved(contract, f'pipe(\n{_begun(contract)}    prompt="red apple",\n{call}{seeded})'),
     ]
     return "\n".join(lines)
 
@@ -53,7 +54,7 @@ def _loaded_snippet(contract: Contract, address: Path | str, *settings: str) -> 
         "call = stepdistill.load_student(pipe, student)",
         *settings,
         "",
-        *_saved(contract, f'pipe({first}"red apple", **call, {asked}generator=torch.manual_seed(0))'),
+        *_saved(contract, f'pipe({first}prompt="red apple", **call, {asked}generator=torch.manual_seed(0))'),
     ]
     return "\n".join(lines)
 

@@ -82,14 +82,14 @@ def predictions_of_steps(
     scaled = not schedule.straight
     with _stepped(pipe.scheduler, scaled) as steps:
         packed, arguments = family.pack(latents), each(call, len(prompts))
-        final = pipe(list(prompts), latents=packed, generator=generator, output_type="latent", **arguments)[0]
+        final = pipe(prompt=list(prompts), latents=packed, generator=generator, output_type="latent", **arguments)[0]
     for *packed, time in steps:
         y, x_t = (family.unpack(value, *latents.shape[-2:]) for value in packed)
         t = time.float().to(x_t.device).expand(len(x_t))
         est = estimate(kind, y, x_t, t, schedule)
         frames.append(est.x0 if clean else schedule.add_noise(est.x0, est.eps, torch.zeros_like(t)))
         times.append(float(time))
-    return StepPredictions(tuple(times), torch.stack(frames), family.unpack(final, *latents.shape[-2:]))
+    return StepPredictions(tuple(times), torch.stack(frames), family.latents_of(pipe, final, *latents.shape[-2:]))
 
 
 @contextmanager
