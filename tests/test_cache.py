@@ -197,3 +197,38 @@ def test_files_of_whole_tensors_are_read_on(tmp_path: Path) -> None:
 def test_a_bug_of_the_padding_is_noticed(tmp_path: Path, function, old: str, new: str) -> None:
     with planted(function, old, new), pytest.raises((AssertionError, StepdistillError)):
         check_padding(tmp_path)
+
+
+def chats(prompts: list[str]) -> dict[str, Tensor]:
+    """Prompts of as many tokens as letters, filled up with zeros to the longest; the second channel is 0 at times."""
+    length = max(map(len, prompts))
+    codes = torch.tensor([[float(ord(c)) for c in p.ljust(length, "\0")] for p in prompts])
+    return {"states": torch.stack([codes, codes % 2], 2), "mask": codes > 0}
+
+
+def check_lengths(folder: Path | None) -> None:
+    cache = PromptCache(chats, folder, "k", batch_size=3, ragged=True)
+    first = cache(["a", "bcdef", "gh"])
+    assert same(first, chats(["a", "bcdef", "gh"]))
+    cache.save()
+    again = PromptCache(chats, folder, "k", batch_size=3, ragged=True)
+    assert same(again(["gh", "a"]), chats(["gh", "a"]))  # two tokens, and not the five of where they were encoded
+    assert same(again(["a", "ijk"]), chats(["a", "ijk"]))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_prompts_of_unequal_length_keep_their_own(tmp_path: Path, on_disk: bool) -> None:
+    check_lengths(tmp_path if on_disk else None)
+
+
+@pytest.mark.parametrize(
+    ("function", "old", "new"),
+    [
+        (PromptCache.add, "[n : n + 1, :length]", "[n : n + 1]"),
+        (PromptCache.add, "[n : n + 1, :length]", "[n : n + 1, : length - 1]"),
+        (RowStore.rows, "if ragged:", "if False:"),
+    ],
+)
+def test_a_bug_of_the_lengths_is_noticed(tmp_path: Path, function, old: str, new: str) -> None:
+    with planted(function, old, new), pytest.raises((AssertionError, StepdistillError)):
+        check_lengths(tmp_path)
