@@ -73,6 +73,9 @@ def test_rules_say_their_names():
     }
     assert {rule.name for rule in rules.values()} == set(rules)
     assert all(rule.name == name for name, rule in rules.items())
+    assert rules["capped"].equation.startswith("y min(1, 0.5 |cond| / |y|)")
+    assert rules["capped, truncated"].equation.endswith("cond at times below 400")
+    assert all("uncond + w (cond - uncond)" in rule.equation for rule in rules.values())
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ class Rule(Protocol):
         """Its name in a sampling contract."""
         ...
 
+    @property
+    def equation(self) -> str:
+        """What it does to outputs, for people to read."""
+        ...
+
     def __call__(self, uncond: Tensor, cond: Tensor, scale: float | Tensor, t: Tensor) -> Tensor:
         """The guided output, for a scale that is one number or (B, 1, 1, 1), at t (B,) in scheduler timesteps."""
         ...
@@ -42,6 +47,10 @@ class Linear:
     @property
     def name(self) -> str:
         return "linear"
+
+    @property
+    def equation(self) -> str:
+        return "uncond + w (cond - uncond)"
 
     def __call__(self, uncond: Tensor, cond: Tensor, scale: float | Tensor, t: Tensor) -> Tensor:
         return uncond + scale * (cond - uncond)
@@ -62,6 +71,10 @@ class TokenNorm:
     @property
     def name(self) -> str:
         return "token_norm"
+
+    @property
+    def equation(self) -> str:
+        return "y |cond| / |y| of each token, y = uncond + w (cond - uncond)"
 
     def __call__(self, uncond: Tensor, cond: Tensor, scale: float | Tensor, t: Tensor) -> Tensor:
         y = uncond + scale * (cond - uncond)
@@ -90,6 +103,10 @@ class Capped:
     def name(self) -> str:
         return "capped"
 
+    @property
+    def equation(self) -> str:
+        return f"y min(1, {self.most:g} |cond| / |y|), y = uncond + w (cond - uncond)"
+
     def __call__(self, uncond: Tensor, cond: Tensor, scale: float | Tensor, t: Tensor) -> Tensor:
         y = uncond + scale * (cond - uncond)
         norm, most = y.flatten(1).norm(dim=1), self.most * cond.flatten(1).norm(dim=1)
@@ -113,6 +130,10 @@ class Truncated:
     @property
     def name(self) -> str:
         return f"{self.rule.name}, truncated"
+
+    @property
+    def equation(self) -> str:
+        return f"{self.rule.equation}, and cond at times below {1000 * (1 - self.after):g}"
 
     def __call__(self, uncond: Tensor, cond: Tensor, scale: float | Tensor, t: Tensor) -> Tensor:
         free = expand(1 - t / 1000 > self.after, cond)

@@ -62,5 +62,5 @@ def banner(run: Run, backbone: Backbone, global_batch: int, start: int) -> str:
     }
     scale = run.method.guidance_scale
     if scale is not None:
-        rows["guidance"] = f"uncond + w (cond - uncond), w = {scale}"
+        rows["guidance"] = f"{run.family.rule.equation}, w = {scale}"
     return "\n".join(["***** Running training *****", *(f"  {key:<10}{value}" for key, value in rows.items())])
