@@ -99,6 +99,7 @@ def read(spec: TrainSpec, patch: Patch) -> Log:
         latent_shape=lambda pipe, height, width: (1, height, width),
         native_size=lambda pipe: (64, 64),
         scale_factor=lambda pipe: 8,
+        ragged=False,
     )
     patch.setattr(batches, "warn_of_cut", lambda *_: True)
     parts: Any = SimpleNamespace(family=family, pipe=SimpleNamespace(), text=log.note("text"))
@@ -147,10 +148,10 @@ def looped(spec: TrainSpec, patch: Patch) -> Log:
 def drawn(spec: TrainSpec, patch: Patch) -> Log:
     """What validation images start from, and how the teacher samples them."""
     log = Log()
-    feed = SimpleNamespace(shape=(1, 1, 1))
+    feed = SimpleNamespace(shape=(1, 1, 1), shape_at=lambda size: (1, 1, 1))
     session: Any = SimpleNamespace(run=run_of(spec), batches=feed, accelerator=SimpleNamespace(device=CPU))
     teacher = SimpleNamespace(sample=log.note("teacher"))
-    patch.setattr(sampling, "TeacherSampler", lambda _: teacher)
+    patch.setattr(sampling, "TeacherSampler", lambda *_: teacher)
     patch.setattr(sampling, "noise_of", log.note("noise", result=torch.zeros(1)))
     sampling.sample_teacher(session, ["a"], [0])
     return log
@@ -167,7 +168,9 @@ def finished(spec: TrainSpec, patch: Patch) -> Log:
     hub = SimpleNamespace(create_repo=log.note("repo", result=repo), upload_folder=log.note("upload"))
     patch.setattr(finish, "HfApi", lambda: hub)
     run = run_of(spec)
-    session = setup.Session(run, *[None] * 5, SimpleNamespace(size=(8, 8)), run.method)  # pyright: ignore
+    feed = SimpleNamespace(size=(8, 8), sizes_of=lambda *_: SimpleNamespace(sizes=((8, 8),)))
+    state = SimpleNamespace(num_processes=1)
+    session = setup.Session(run, state, *[None] * 4, feed, run.method)  # pyright: ignore
     finish.finish_run(session)
     try:
         log.append(("reference", reference_file(spec).name))
@@ -217,6 +220,7 @@ TRAIN: dict[str, tuple[Any, str] | tuple[Any, str, dict[str, Any]]] = {
     "allow_tf32": (True, "started"),
     "enable_xformers_memory_efficient_attention": (True, "started"),
     "resolution": (96, "read"),
+    "resolution_weights": ((1e-9, 1.0), "read", {"resolution": ((64, 64), (96, 32))}),
     "cache_latents": (True, "read"),
     "cache_dir": ("cache", "started read"),
     "dataloader_num_workers": (3, "read"),

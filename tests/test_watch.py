@@ -233,7 +233,9 @@ def watch(scene, tmp_path, monkeypatch, caplog):
                 return MEASURED[name]
 
             monkeypatch.setattr(Watch, "_measure", measured)
-            monkeypatch.setattr(watching, "sample_student", lambda s, prompts, ids, name=name: STUDENTS[name](s, ids))
+            monkeypatch.setattr(
+                watching, "sample_student", lambda s, prompts, ids, size, name=name: STUDENTS[name](s, ids)
+            )
             if made is None:
                 made = Watch(scene, Logs(scene.accelerator, out, 0), 0)
             else:
@@ -309,8 +311,8 @@ def test_it_asks_to_stop_at_an_alarm_and_looks_once_at_a_step(watch):
 def test_the_gap_is_the_teacher_s_error(scene, watch):
     """Of samples that are pure noise the teacher predicts little: the mean error exceeds its own samples' manifold."""
     made, _ = watch("teacher")
-    noisy = made._errors(torch.randn(len(PROMPTS), *scene.batches.shape), range(len(PROMPTS)))
-    own = made._errors(taught(scene, range(len(PROMPTS))), range(len(PROMPTS)))
+    noisy = made._errors(torch.randn(len(PROMPTS), *scene.batches.shape), range(len(PROMPTS)), (32, 32))
+    own = made._errors(taught(scene, range(len(PROMPTS))), range(len(PROMPTS)), (32, 32))
     for name in ("gap_0.1", "gap_0.3", "gap_0.5"):
         assert noisy[name].mean() > 1.5 * own[name].mean()
     assert all(value.shape == (len(PROMPTS),) for value in own.values())

@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from math import log
 from multiprocessing.pool import ThreadPool
-from typing import IO, Annotated, ClassVar, Literal, NamedTuple
+from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -91,6 +92,22 @@ def bucket_shapes(resolution: int, step: int) -> list[tuple[int, int]]:
     return sorted({*widest.values(), *((width, height) for height, width in widest.values())})
 
 
+def listed_shapes(resolution: int | tuple[int, int] | tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """(H, W) of the buckets that a resolution names: a square's side, height and width, or a list of such pairs.
+
+    Raises:
+        DataError: the list is empty, or two of its sizes have one aspect ratio, of which every image would take one.
+    """
+    if isinstance(resolution, int):
+        return [(resolution, resolution)]
+    pairs: Any = resolution if not resolution or isinstance(resolution[0], tuple) else (resolution,)
+    aspects = [Fraction(height, width) for height, width in pairs]
+    if not pairs or len(set(aspects)) < len(aspects):
+        got, why = f"data.resolution {[list(pair) for pair in pairs]}", "an image goes to the nearest aspect ratio"
+        raise DataError(problem(got, "one or more sizes, each of another ratio", why, "change the list"))
+    return list(pairs)
+
+
 def nearest_shape(shapes: Sequence[tuple[int, int]], size: tuple[int, int]) -> int:
     """Index of the shape (H, W) whose aspect is closest to that of `size`, by ratio."""
     aspect = log(size[0] / size[1])
@@ -120,7 +137,8 @@ class ImageSource(Source):
     (or until it covers its bucket), cropped and optionally flipped.
 
     Args:
-        resolution: side of the square crop in pixels, or its height and width; with buckets, the side of a square with
+        resolution: side of the square crop in pixels, or its height and width, or a list of such pairs, the buckets: an
+            image is cropped to the one with the nearest aspect ratio. With `aspect_buckets`, the side of a square with
             the same area.
         caption_column: column of the captions, for sources with a table.
         center_crop: crop the centre instead of a random window.
@@ -133,7 +151,7 @@ class ImageSource(Source):
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "images"})
-    resolution: Count | tuple[Count, Count]
+    resolution: Count | tuple[Count, Count] | tuple[tuple[Count, Count], ...]
     caption_column: str = "text"
     center_crop: bool = False
     random_flip: bool = False
@@ -178,7 +196,7 @@ class ImageSource(Source):
         """(H, W) of each bucket id."""
         size = self.resolution
         if not self.aspect_buckets:
-            return [(size, size) if isinstance(size, int) else size]
+            return listed_shapes(size)
         if not isinstance(size, int):
             got, why = f"resolution {list(size)} with aspect_buckets", "a bucket has the area of a square"
             raise DataError(problem(got, "one number", why, "set one, or set data.aspect_buckets to false"))
@@ -187,7 +205,7 @@ class ImageSource(Source):
     @cached_property
     def _bucket_of(self) -> Sequence[int]:
         count = len(self)
-        if not self.aspect_buckets:
+        if len(self.shapes) == 1:
             return bytes(count)
         with ThreadPool(8) as pool:
             sizes = pool.imap(self.size, range(count), chunksize=64)

@@ -49,9 +49,10 @@ class InvertedImages(TeacherMade):
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.source.aspect_buckets:
-            got, why = "aspect_buckets in data.source", "all images are inverted and stored at one size"
-            raise ConfigError(problem(got, "images of one size", why, "set data.source.aspect_buckets to false"))
+        if len(self.source.shapes) > 1:
+            got, why = "several sizes in data.source", "all images are inverted and stored at one size"
+            todo = "set one data.source.resolution, and data.source.aspect_buckets to false"
+            raise ConfigError(problem(got, "images of one size", why, todo))
 
     def facts(self, teacher: str, shape: Sequence[int]) -> dict[str, object]:
         """What every pair depends on."""

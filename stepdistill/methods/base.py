@@ -100,13 +100,15 @@ class StepContext:
     step: int
     device: torch.device
     combine: Combine = field(default=linear, kw_only=True)
+    first_schedule: NoiseSchedule | None = field(default=None, kw_only=True)  # see `student_schedule`
+
+    @property
+    def student_schedule(self) -> NoiseSchedule:
+        """The schedule at the run's first size, which the student's levels are taken from; `schedule` is the step's."""
+        return self.schedule if self.first_schedule is None else self.first_schedule
 
     def guided(self, role: str, scale: float | Tensor) -> Denoise:
-        """A role under classifier-free guidance, by the rule of the teacher's pipeline (scale 1 is none).
-
-        Args:
-            scale: one number, or one per sample (B,).
-        """
+        """A role under guidance of `scale`, a number or (B,), by the rule of the teacher's pipeline; 1 is none."""
         return guided(self.denoiser(role), self.null, scale, self.combine)
 
     def noise(self, batch: Batch, purpose: str) -> Tensor:
@@ -264,12 +266,12 @@ class Tuning(Averaged):
 
     def sampled(self, context: StepContext, role: str) -> Denoise:
         """A role's denoiser with the guidance that it is sampled with."""
-        return context.guided(role, self.few_steps(context.schedule).guidance_scale)
+        return context.guided(role, self.few_steps(context.student_schedule).guidance_scale)
 
     @torch.no_grad()
     def own_samples(self, context: StepContext, batch: Batch) -> Tensor:
         """Samples (B, C, H, W) of the few-step model for the prompts of the batch, each from a noise of its own."""
-        schedule, sampler = context.schedule, self.few_steps(context.schedule)
+        schedule, sampler = context.schedule, self.few_steps(context.student_schedule)
         teacher = self.sampled(context, TEACHER)
         start = context.noise(batch, "sample start")
         return few_step(

@@ -150,7 +150,7 @@ class Consistency(Averaged):
         return 0.25 / scaled * x_t + 10 * expand(t, x_t) / scaled.sqrt() * est.x0
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
-        schedule, cond = context.schedule, batch.cond
+        schedule, cond = context.student_schedule, batch.cond  # the student is sampled on the grid that it learns on
         grid = schedule.grid(self.num_ddim_timesteps).to(context.device)
         i = (context.draw(batch, "t") * self.num_ddim_timesteps).long()
         t, u = grid[i + 1], grid[i]

@@ -145,7 +145,7 @@ class DMD2(Averaged):
         """The updates of one step, with the role `target` as the real score."""
         student, turn = context.denoiser("student"), step - self.warmup_steps
         start = batch.pair[0] if self.regression_weight else context.noise(batch, "start")
-        x_t, t = simulate(context, batch, self.sampler(context.schedule), start)
+        x_t, t = simulate(context, batch, self.sampler(context.student_schedule), start)
         if turn >= 0 and turn % self.critic_steps == 0:
             x0 = student(x_t, t, batch.cond).x0
             loss, logs = self.student_loss(target, context, batch, x0)

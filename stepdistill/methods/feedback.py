@@ -72,7 +72,7 @@ class Feedback(Tuning):
         return replace(self, rewards=calibrated(self.rewards, measure))
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
-        sampler = self.sampler(context.schedule)
+        sampler = self.sampler(context.student_schedule)
         student, before = (self.sampled(context, role) for role in ("student", TEACHER))
         first = self.first_exit(count := len(sampler.timesteps))
         exit_at = first + int(context.shared("exit") * (count - first))

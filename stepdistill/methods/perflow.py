@@ -70,7 +70,9 @@ class PeRFlow(Averaged):
         return even_sampler(schedule, steps or self.num_inference_steps or self.windows, self.sampling_guidance_scale)
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
-        edges = torch.tensor([*self.sampler(context.schedule, self.windows).timesteps, context.schedule.span[0]])
+        edges = torch.tensor(
+            [*self.sampler(context.student_schedule, self.windows).timesteps, context.schedule.span[0]]
+        )
         edges = edges.to(context.device)
         k = (context.draw(batch, "window") * self.windows).long()
         noisy, clean = edges[k], edges[k + 1]

@@ -69,7 +69,7 @@ class ProgressiveHalving(Method):
         return min(step // self.stage_steps, len(self.steps) - 1)
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
-        k, schedule = self.stage(step), context.schedule
+        k, schedule = self.stage(step), context.student_schedule  # whose grid the student is sampled on
         n = self.steps[k]
         grid = schedule.grid(2 * n).to(context.device)
         j = 2 * (context.draw(batch, "t") * n).long() + 2

@@ -56,7 +56,7 @@ class PSOOffline(Tuning):
     kappa: Share = 1.0
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
-        schedule, sampler = context.schedule, self.sampler(context.schedule)
+        schedule, sampler = context.schedule, self.sampler(context.student_schedule)
         student, teacher = (self.sampled(context, role) for role in ("student", TEACHER))
         starts, eps = torch.tensor(sampler.timesteps, device=context.device), context.noise(batch, "eps")
         t = starts[(context.draw(batch, "t") * len(starts)).long()]

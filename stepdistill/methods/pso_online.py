@@ -102,7 +102,7 @@ class PSOOnline(Tuning):
         return self if self.labels == "hard" or self.std else replace(self, std=measure(self.reward).std)
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
-        schedule, sampler = context.schedule, self.sampler(context.schedule)
+        schedule, sampler = context.schedule, self.sampler(context.student_schedule)
         student, teacher = (self.sampled(context, role) for role in ("student", TEACHER))
         cond = {key: torch.cat([value, value]) for key, value in batch.cond.items()}
         with torch.no_grad():

@@ -56,7 +56,7 @@ class Regression(Averaged):
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         noise, x0 = batch.pair
-        student, times = context.denoiser("student"), self.sampler(context.schedule).timesteps
+        student, times = context.denoiser("student"), self.sampler(context.student_schedule).timesteps
         # one exit for the whole step, so that no sample is carried further than it is used
         exit_at = int(context.shared("exit") * len(times))
         with torch.no_grad():

@@ -104,7 +104,7 @@ class VSD(Averaged):
     def towards(self, target: str, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         """The updates of one step, with the role `target` as the real score."""
         student, z = context.denoiser("student"), context.noise(batch, "start")
-        t = per_sample(self.sampler(context.schedule).timesteps[0], z)
+        t = per_sample(self.sampler(context.student_schedule).timesteps[0], z)
         turn = step - self.warmup_steps
         if turn >= 0:
             x0 = student(z, t, batch.cond).x0

@@ -15,6 +15,7 @@ from stepdistill.families.location import BUNDLED_NAMES
 from stepdistill.networks.lora.names import PIPELINES
 from stepdistill.networks.lora.tensors import FAMILIES
 from stepdistill.students.contract import STUDENTS, Contract, MultiContract, read_contract, teacher
+from stepdistill.students.sizes import size_rows
 from stepdistill.students.snippets import multi_snippet, snippet
 
 logger = logging.getLogger(__name__)
@@ -217,7 +218,6 @@ def _base(contract: Contract | MultiContract) -> dict[str, str]:
 
 def _rows(contract: Contract) -> list[tuple[str, str]]:
     """The rows of the table of the sampling contract."""
-    height, width = contract.resolution
     scale, frames = contract.guidance_scale, contract.call.get("num_frames", 1)
     return [
         ("scheduler", f"`{contract.scheduler['_class_name']}`, configured in `scheduler/`"),
@@ -229,7 +229,7 @@ def _rows(contract: Contract) -> list[tuple[str, str]]:
         *_range(contract),
         ("negative prompts", "supported" if contract.negative_prompt else "no effect"),
         _weights(contract),
-        ("resolution", f"{width} x {height} pixels"),
+        *size_rows(contract),
         *([("frames", f"{frames}")] if frames > 1 else []),
         ("training precision", contract.dtype),
     ]

@@ -1,6 +1,4 @@
-"""The sampling contract of a student, `distill_config.json`: how a pipeline visits exactly the noise levels that the
-student was trained at, and where the student comes from.
-"""
+"""The sampling contract of a student, `distill_config.json`: how it is sampled, and where it comes from."""
 
 from __future__ import annotations
 
@@ -133,7 +131,8 @@ class Contract:
         ancestral: whether steps are ancestral.
         negative_prompt: whether negative prompts have an effect.
         lora, network, adapters: one of the three, by `kind`.
-        resolution: height and width in pixels.
+        resolution: height and width in pixels, those of a call that names none.
+        sizes: heights and widths that it was trained at; none where an earlier version wrote the folder.
         dtype: precision of the base in training.
         licence: of the base; None if it is unknown.
         versions: of the libraries that wrote the folder.
@@ -170,6 +169,7 @@ class Contract:
     network: Network | None = None
     adapters: GuidanceAdapters | None = None
     resolution: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...] = ()
     dtype: str
     licence: str | None
     versions: dict[str, str]
@@ -277,8 +277,8 @@ def read_as(folder: Path | str, form: TypeAdapter[T]) -> T:
 
 def write_contract(folder: Path, contract: Contract | MultiContract) -> None:
     """Write the contract into a student folder."""
-    form: TypeAdapter[Any] = FORMAT if isinstance(contract, Contract) else MULTI
-    (folder / CONTRACT).write_bytes(form.dump_json(contract, indent=1) + b"\n")
+    form = FORMAT if isinstance(contract, Contract) else MULTI
+    (folder / CONTRACT).write_bytes(form.dump_json(contract, indent=1) + b"\n")  # pyright: ignore[reportArgumentType]
 
 
 def teacher(contract: Contract | MultiContract) -> Family:

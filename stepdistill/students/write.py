@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +56,7 @@ def write_student(
     role: str,
     method: Method,
     resolution: tuple[int, int],
+    sizes: Sequence[tuple[int, int]] = (),
     seed: int = 0,
     steps: int | None = None,
     licence: str | None = None,
@@ -65,7 +67,8 @@ def write_student(
     Args:
         pipe: the pipeline that `backbone` trains in; its scheduler is the teacher's.
         role: the LoRA, copy or average that becomes the student.
-        resolution: height and width in pixels.
+        resolution: height and width in pixels, of a call that names none.
+        sizes: heights and widths that the student was trained at; none stands for `resolution` alone.
         seed: of the comparison's noise.
         steps: of the contract's sampler; None takes the method's.
         licence: of the base; None reads the base's model card.
@@ -87,6 +90,7 @@ def write_student(
         role=role,
         method=method,
         resolution=resolution,
+        sizes=sizes,
         base=base_of(plain, family, licence),
         steps=steps,
         start=start,
@@ -125,6 +129,7 @@ def write_unproven(
     role: str,
     method: Method,
     resolution: tuple[int, int],
+    sizes: Sequence[tuple[int, int]] = (),
     base: Base,
     steps: int | None = None,
     start: Start | None = None,
@@ -142,7 +147,8 @@ def write_unproven(
     dtype = next(backbone.net.parameters()).dtype
     before = start.stages if start and isinstance(weights, LoraWeights) else ()
     contract = _contract(family, pipe, base, method, steps, weights, resolution)
-    contract = replace(contract, dtype=name_of(dtype), start_from=before)
+    trained = tuple(sizes) or (resolution,)
+    contract = replace(contract, dtype=name_of(dtype), start_from=before, sizes=trained)
     write_contract(folder, contract)
     write_card(folder, contract)
     return contract

@@ -13,7 +13,17 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepdistill.core.denoise import CONTROL, Condition
-from stepdistill.data import FixedCrops, GuidedState, Sample, Source, Stream, loader
+from stepdistill.data import (
+    FixedCrops,
+    GuidedState,
+    ImageSource,
+    Latents,
+    Sample,
+    Source,
+    Stream,
+    inside,
+    loader,
+)
 from stepdistill.families.base import Family
 from stepdistill.families.controlled import Controlled
 from stepdistill.families.image_to_video import ImageToVideo
@@ -23,16 +33,16 @@ from stepdistill.methods.base import Batch
 from stepdistill.training.cache.keys import Keys
 from stepdistill.training.cache.rows import LatentCache, PromptCache, Row
 from stepdistill.training.recipe import TrainSpec
+from stepdistill.training.sizes import DrawnSizes, Size, StepSizes, bucket_sizes, listed_sizes
 
 logger = logging.getLogger(__name__)
 NULL = "\0"  # the id of the unconditional row, which no prompt has
 BLOCK = 4  # prompts encoded at once
 
 
-def size_of(spec: TrainSpec, family: Family, pipe: DiffusionPipeline) -> tuple[int, int]:
-    """Height and width in pixels where no image says so."""
-    size = spec.resolution or family.native_size(pipe)
-    return (size, size) if isinstance(size, int) else size
+def first_size(spec: TrainSpec, family: Family, pipe: DiffusionPipeline) -> Size:
+    """Height and width in pixels of validation images: the first of the run's sizes."""
+    return listed_sizes(spec.resolution or family.native_size(pipe))[0]
 
 
 class Batches:
@@ -56,14 +66,39 @@ class Batches:
         self.prompts = PromptCache(self._embed, folder, key, BLOCK, self.family.ragged)
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels where no image says so."""
-        return size_of(self.spec, self.family, self.pipe)
+    def drawn(self) -> DrawnSizes:
+        """The sizes of images where no image says so."""
+        sizes = listed_sizes(self.spec.resolution or self.family.native_size(self.pipe))
+        return DrawnSizes(sizes, self.spec.resolution_weights or (1.0,) * len(sizes), self.spec.seed)
+
+    @property
+    def size(self) -> Size:
+        """See `first_size`."""
+        return first_size(self.spec, self.family, self.pipe)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(C, H, W), or (C, F, H, W) of videos, of latents where no image says so."""
-        return self.family.latent_shape(self.pipe, *self.size)
+        """(C, H, W), or (C, F, H, W) of videos, of latents of that size."""
+        return self.shape_at(self.size)
+
+    def shape_at(self, size: Size | None) -> tuple[int, ...]:
+        """The same of a height and width in pixels; None is the first size."""
+        return self.family.latent_shape(self.pipe, *(size or self.size))
+
+    def sizes_of(self, source: Source, global_batch: int) -> StepSizes:
+        """The size of each step's images.
+
+        Args:
+            global_batch: samples of a step, over all processes.
+        """
+        if "images" in source.provides:
+            for images in inside(source):
+                if isinstance(images, ImageSource):
+                    return bucket_sizes(source, images.shapes, global_batch, self.spec.seed)
+        if isinstance(source, Latents):
+            height, width = (side * self.family.scale_factor(self.pipe) for side in source.shape[-2:])
+            return DrawnSizes(((height, width),), (1.0,), self.spec.seed)
+        return self.drawn
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Embeddings on the device, each prompt encoded once."""
@@ -119,11 +154,17 @@ class Batches:
 
     def steps(self, source: Source, start: int, rank: int, world: int) -> Generator[list[Batch]]:
         """The micro-batches of each step from `start` on, without end."""
-        for step in samples_by_step(self.fixed(source), self.spec, start, rank, world):
-            yield [self.batch_of(samples, index) for samples, index in step]
+        read = samples_by_step(self.fixed(source), self.spec, start, rank, world)
+        for step, micro_batches in enumerate(read, start):
+            size = self.drawn.at(step)
+            yield [self.batch_of(samples, index, size) for samples, index in micro_batches]
 
-    def batch_of(self, samples: Sequence[Sample], index: Sequence[int]) -> Batch:
-        """The micro-batch of samples, whose draws are those of `index`."""
+    def batch_of(self, samples: Sequence[Sample], index: Sequence[int], size: Size | None = None) -> Batch:
+        """The micro-batch of samples, whose draws are those of `index`.
+
+        Args:
+            size: height and width in pixels where the samples have neither images nor latents; None is the first size.
+        """
         cond = self.condition([sample.prompt for sample in samples])
         first = samples[0]
         encoded: Row = {}
@@ -135,7 +176,7 @@ class Batches:
         cond = {**cond, **{key: value.to(self.device) for key, value in encoded.items()}}
         if isinstance(self.family, Controlled) and self.family.controlnet and latents is not None:
             cond = {**cond, CONTROL: self._control(self.family, samples, latents.to(self.device))}
-        shape = self.shape if latents is None else tuple(latents.shape[1:])
+        shape = self.shape_at(size) if latents is None else tuple(latents.shape[1:])
         noise = None if first.noise is None else torch.stack([s.noise for s in samples if s.noise is not None])
         prompts = tuple(sample.prompt for sample in samples)
         state = None

@@ -31,6 +31,7 @@ from stepdistill.training.lora_checks import check_assistant, check_loras, check
 from stepdistill.training.recipe import Run
 from stepdistill.training.resume import AnyRun
 from stepdistill.training.setup import Session
+from stepdistill.training.size_checks import check_size_list, check_sizes_fit
 from stepdistill.training.video_checks import (
     check_clip_frames,
     check_clip_lengths,
@@ -51,7 +52,7 @@ def check_run(run: Run) -> None:
 def check_loaded(session: Session) -> None:
     """Raise ConfigError for problems that need the teacher's pipeline, before anything is generated or trained."""
     run, schedule = session.run, session.schedule
-    run.family.latent_shape(session.pipe, *session.batches.size)  # the pipeline must take this size
+    check_sizes_fit(session)
     check_first_frame_size(session)
     check_noise_process(run, schedule)
     check_derivative(session)
@@ -264,6 +265,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
         check_scheduler,
         check_sharding,
         check_data,
+        check_size_list,
         check_clip_frames,
         check_clip_lengths,
         check_first_frames,

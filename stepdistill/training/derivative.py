@@ -38,7 +38,7 @@ def undifferentiated(session: Session) -> str:
 
     An operation of an extension may have no rule and still raise no error: its derivative is then taken for 0.
     """
-    null, schedule, device = session.batches.null, session.context(0).schedule, session.accelerator.device
+    null, schedule, device = session.batches.null, session.schedule, session.accelerator.device
     shape, generator = (1, *session.batches.shape), torch.Generator().manual_seed(0)
     x, dx = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
     t = torch.tensor([500.5], device=device)

@@ -60,6 +60,7 @@ def finish_run(session: Session) -> None:
         role=run.method.student_role(),
         method=run.method,
         resolution=session.batches.size,
+        sizes=session.sizes.sizes,
         seed=spec.seed,
         start=session.start,
     )

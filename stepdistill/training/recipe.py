@@ -12,6 +12,7 @@ from stepdistill.families.base import Family
 from stepdistill.methods.base import Method, Tuning
 from stepdistill.networks.roles import LoraSpec
 from stepdistill.students.chain import start_sampler
+from stepdistill.training.sizes import check_sizes
 
 LrSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Tracker = Literal[  # those of accelerate
@@ -48,8 +49,10 @@ class TrainSpec:
         allow_tf32: allow TF32 matrix multiplications on CUDA.
         enable_xformers_memory_efficient_attention: use xformers attention, on CUDA only; the default is PyTorch's
             attention.
-        resolution: size in pixels if the data has no images: a square's side, or height and width. None takes the
-            network's native size.
+        resolution: size in pixels if the data has no images: a square's side, or height and width, or a list of such
+            pairs, such as `[[1024, 1024], [832, 1216], [1216, 832]]`, of which each step takes one. The first is that
+            of validation images. None takes the network's native size.
+        resolution_weights: how often each of several sizes is taken, relative to the others; none takes all alike.
         cache_latents: encode each image once, with a fixed crop and flip.
         cache_dir: folder of cached embeddings and latents; text encoders and autoencoder are loaded only if one is
             missing. `stepdistill precompute` fills it. None caches in memory only.
@@ -97,7 +100,8 @@ class TrainSpec:
     torch_compile: bool = False
     allow_tf32: bool = False
     enable_xformers_memory_efficient_attention: bool = False
-    resolution: Count | tuple[Count, Count] | None = None
+    resolution: Count | tuple[Count, Count] | tuple[tuple[Count, Count], ...] | None = None
+    resolution_weights: tuple[Positive, ...] | None = None
     cache_latents: bool = False
     cache_dir: Place | None = None
     dataloader_num_workers: Whole = 0
@@ -125,6 +129,7 @@ class TrainSpec:
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        check_sizes(self.resolution, self.resolution_weights)
         if self.learning_rate < 0:
             raise ValueError(f"learning_rate is {self.learning_rate}: expected 0 or more")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:

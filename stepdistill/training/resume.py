@@ -37,6 +37,7 @@ KEPT = (
     "lora",
     "train.seed",
     "train.resolution",
+    "train.resolution_weights",
     "train.cache_latents",
     "train.optimizers",
     "train.assistant",

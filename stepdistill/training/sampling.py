@@ -22,16 +22,21 @@ from stepdistill.networks.roles import TEACHER
 from stepdistill.students.draw.sheet import image_grid
 from stepdistill.training.logs import Logs
 from stepdistill.training.setup import Session
+from stepdistill.training.sizes import Size
 from stepdistill.training.teacher import TeacherSampler
 
 
-def validation_noise(session: Session, ids: Iterable[int]) -> Tensor:
-    """Standard normal latents (B, C, h, w) of the validation images `ids`; none is a training sample's noise."""
-    return _noise(session, session.run.train.validation_seed, (VALIDATION + i for i in ids))
+def validation_noise(session: Session, ids: Iterable[int], size: Size | None = None) -> Tensor:
+    """Standard normal latents (B, C, h, w) of the validation images `ids`; none is a training sample's noise.
+
+    Args:
+        size: height and width in pixels; None is the run's first.
+    """
+    return _noise(session, session.run.train.validation_seed, (VALIDATION + i for i in ids), size)
 
 
-def _noise(session: Session, seed: int, ids: Iterable[int]) -> Tensor:
-    rows = [noise_of(seed, i, session.batches.shape) for i in ids]
+def _noise(session: Session, seed: int, ids: Iterable[int], size: Size | None = None) -> Tensor:
+    rows = [noise_of(seed, i, session.batches.shape_at(size)) for i in ids]
     return torch.stack(rows).to(session.accelerator.device)
 
 
@@ -49,30 +54,37 @@ def validation_images(session: Session, prompts: Sequence[str]) -> Tensor | None
 
 
 @torch.no_grad()
-def sample_student(session: Session, prompts: list[str], ids: Sequence[int]) -> Tensor:
-    """The student's latents under its contract; row i starts from the noise of `ids[i]`."""
+def sample_student(session: Session, prompts: list[str], ids: Sequence[int], size: Size | None = None) -> Tensor:
+    """The student's latents under its contract; row i starts from the noise of `ids[i]`.
+
+    Args:
+        size: height and width in pixels; None is the run's first.
+    """
     method = session.run.method
-    return _sample_few(session, method.student_role(), method.sampler(session.context(0).schedule), prompts, ids)
+    return _sample_few(session, method.student_role(), method.sampler(session.schedule), prompts, ids, size)
 
 
-def _sample_few(session: Session, role: str, sampler: Sampler, prompts: list[str], ids: Sequence[int]) -> Tensor:
+def _sample_few(
+    session: Session, role: str, sampler: Sampler, prompts: list[str], ids: Sequence[int], size: Size | None
+) -> Tensor:
     """Latents of a role under a sampler."""
-    context, seed = session.context(0), session.run.train.validation_seed
+    size = size or session.batches.size
+    context, seed, shape = session.context(0, size), session.run.train.validation_seed, session.batches.shape_at(size)
     denoise = context.guided(role, sampler.guidance_scale)
     denoise = with_scale(denoise, sampler.adapter_scale)
 
     generators = [fresh_noise(seed, VALIDATION + i) for i in ids]
 
     def fresh(_: int) -> Tensor:
-        rows = [torch.randn(session.batches.shape, generator=generator) for generator in generators]
+        rows = [torch.randn(shape, generator=generator) for generator in generators]
         return torch.stack(rows).to(session.accelerator.device)
 
     condition = session.batches.with_images(prompts, validation_images(session, prompts))
-    return few_step(denoise, context.schedule, sampler, validation_noise(session, ids), condition, fresh)
+    return few_step(denoise, context.schedule, sampler, validation_noise(session, ids, size), condition, fresh)
 
 
 @torch.no_grad()
-def sample_teacher(session: Session, prompts: list[str], ids: Sequence[int]) -> Tensor:
+def sample_teacher(session: Session, prompts: list[str], ids: Sequence[int], size: Size | None = None) -> Tensor:
     """The teacher's latents from the same noises.
 
     In `train.teacher_steps`, or the next smaller number that divides 1,000, the length of the usual table. A few-step
@@ -80,12 +92,12 @@ def sample_teacher(session: Session, prompts: list[str], ids: Sequence[int]) -> 
     """
     method = session.run.method
     if isinstance(method, Tuning):
-        return _sample_few(session, TEACHER, method.few_steps(session.context(0).schedule), prompts, ids)
+        return _sample_few(session, TEACHER, method.few_steps(session.schedule), prompts, ids, size)
     spec = session.run.train
     steps = max(n for n in range(1, spec.teacher_steps + 1) if 1000 % n == 0)
-    noise = validation_noise(session, ids)
+    noise = validation_noise(session, ids, size)
     images = validation_images(session, prompts)
-    return TeacherSampler(session).sample(prompts, noise, steps, session.run.teacher_guidance_scale, images)
+    return TeacherSampler(session, size).sample(prompts, noise, steps, session.run.teacher_guidance_scale, images)
 
 
 def teacher_facts(session: Session) -> dict[str, object]:
@@ -100,14 +112,14 @@ def teacher_facts(session: Session) -> dict[str, object]:
         "dtype": str(session.dtype),
     }
     if isinstance(run.method, Tuning):
-        sampler = run.method.sampler(session.context(0).schedule)
+        sampler = run.method.sampler(session.schedule)
         facts |= {"steps": len(sampler.timesteps), "guidance_scale": sampler.guidance_scale, "sampler": repr(sampler)}
     return facts
 
 
 def relative_straightness(session: Session, count: int = 256) -> float:
     """Straightness over transport cost of the student's paths in 32 steps, from noises that it never saw."""
-    run, context = session.run, session.context(0)
+    run, context = session.run, session.context(0, session.batches.size)
     scale = run.method.sampler(context.schedule).guidance_scale
     denoise = context.guided(run.method.student_role(), scale)
     straightness = cost = 0.0
@@ -139,10 +151,11 @@ def draw_validation(session: Session, step: int, logs: Logs) -> None:
     prompts, folder = list(session.run.train.validation_prompts), Path(session.run.train.output_dir) / "samples"
     if not prompts:
         return
-    student = sample_student(session, prompts, range(len(prompts)))
-    teacher = sample_teacher(session, prompts, range(len(prompts)))
-    rows = [("teacher", teacher), (f"student, step {step}", student)]
-    sheet = image_grid([(label, to_uint8(to_images(session, latents))) for label, latents in rows], prompts)
     folder.mkdir(exist_ok=True)
-    sheet.save(folder / f"step-{step:06d}.png")
-    logs.images(step, "validation", [sheet])
+    for size in session.shown_sizes:
+        drawn = [make(session, prompts, range(len(prompts)), size) for make in (sample_teacher, sample_student)]
+        images = [to_uint8(to_images(session, latents)) for latents in drawn]
+        sheet = image_grid([("teacher", images[0]), (f"student, step {step}", images[1])], prompts)
+        shape = "" if size == session.batches.size else f"-{size[0]}x{size[1]}"
+        sheet.save(folder / f"step-{step:06d}{shape}.png")
+        logs.images(step, f"validation{shape}", [sheet])

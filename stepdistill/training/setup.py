@@ -32,10 +32,12 @@ from stepdistill.networks.sharding import ShardedNetwork
 from stepdistill.students.base_model import Base, base_of
 from stepdistill.students.card import warn_of_licence
 from stepdistill.students.chain import Start, fuse_start, read_assistant
+from stepdistill.students.sizes import shown_sizes
 from stepdistill.training.batches import Batches
 from stepdistill.training.cache.keys import Keys, family_keys
 from stepdistill.training.launcher import DTYPES, check_launcher
 from stepdistill.training.recipe import Run, TrainSpec
+from stepdistill.training.sizes import Size, StepSizes
 
 CAPTIONS = 1000  # in the digest of a data source
 
@@ -79,10 +81,24 @@ class Session:
         """See `samples_of`."""
         return samples_of(self.run.data)
 
+    @cached_property
+    def sizes(self) -> StepSizes:
+        """The size of each step's images."""
+        return self.batches.sizes_of(self.run.data, self.global_batch)
+
+    @property
+    def shown_sizes(self) -> tuple[Size, ...]:
+        """Those of validation images, of the collapse monitor's and of the proof: the first, and the most elongated."""
+        return shown_sizes(self.batches.size, self.sizes.sizes)
+
     @property
     def schedule(self) -> NoiseSchedule:
-        """The noise process at the run's size."""
-        return self.run.family.schedule_at(self.pipe, self.pipe.scheduler, self.batches.size)
+        """The noise process at the run's first size, whose grid the student's levels are taken from."""
+        return self.schedule_at(self.batches.size)
+
+    def schedule_at(self, size: Size) -> NoiseSchedule:
+        """The noise process at a height and width in pixels."""
+        return self.run.family.schedule_at(self.pipe, self.pipe.scheduler, size)
 
     def denoiser(self, role: str) -> Denoiser:
         """A role as an estimator."""
@@ -95,10 +111,14 @@ class Session:
         """True on the main process, which works alone inside; False on the others. All processes come here."""
         return nullcontext(self.accelerator.is_main_process) if self.shards is None else self.shards.leading()
 
-    def context(self, step: int) -> StepContext:
-        """What the method may touch in a step."""
+    def context(self, step: int, size: Size | None = None) -> StepContext:
+        """What the method may touch in a step.
+
+        Args:
+            size: height and width in pixels that the schedule is for; None is the size of the step's images.
+        """
         return StepContext(
-            schedule=self.schedule,
+            schedule=self.schedule_at(size or self.sizes.at(step)),
             null=self.batches.null,
             denoiser=self.denoiser,
             module=lambda name: self.backbone.others[name],
@@ -107,6 +127,7 @@ class Session:
             step=step,
             device=self.accelerator.device,
             combine=self.run.family.combine(self.run.family.kind(self.pipe), self.schedule),
+            first_schedule=self.schedule,
         )
 
     def decode(self, latents: Tensor, why: str) -> Tensor:

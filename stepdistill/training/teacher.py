@@ -12,15 +12,22 @@ from stepdistill.core.schedule import per_sample
 from stepdistill.core.solvers import each_step, follow
 from stepdistill.data import GuidedState
 from stepdistill.families.image_to_video import ImageToVideo
+from stepdistill.methods.base import StepContext
 from stepdistill.networks.roles import TEACHER
 from stepdistill.training.setup import Session
+from stepdistill.training.sizes import Size
 
 
 @dataclass(frozen=True)
 class TeacherSampler:
-    """The teacher of a session, as data sources and validation ask for it."""
+    """The teacher of a session, as data sources and validation ask for it.
+
+    Args:
+        size: height and width in pixels; None is the run's first.
+    """
 
     session: Session
+    size: Size | None = None
 
     @property
     def digest(self) -> str:
@@ -30,7 +37,10 @@ class TeacherSampler:
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, h, w) of latents."""
-        return self.session.batches.shape
+        return self.session.batches.shape_at(self.size)
+
+    def _context(self) -> StepContext:
+        return self.session.context(0, self.size or self.session.batches.size)
 
     @property
     def takes_images(self) -> bool:
@@ -42,7 +52,7 @@ class TeacherSampler:
         self, prompts: list[str], noise: Tensor, steps: int, guidance_scale: float, images: Tensor | None = None
     ) -> Tensor:
         """Latents (B, C, h, w) by `steps` deterministic guided steps from `noise`; of videos that begin with images."""
-        session, context = self.session, self.session.context(0)
+        session, context = self.session, self._context()
         denoise = context.guided(TEACHER, guidance_scale)
         times = context.schedule.grid(steps).flip(0).tolist()
         cond = session.batches.with_images(prompts, images)
@@ -51,7 +61,7 @@ class TeacherSampler:
     @torch.no_grad()
     def invert(self, prompts: list[str], pixels: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """The noise that the teacher's ODE has above images (B, 3, H, W), and their latents at the lowest time."""
-        session, context = self.session, self.session.context(0)
+        session, context = self.session, self._context()
         latents = session.run.family.encode(session.batches.parts.vae("images are inverted"), pixels.to(context.device))
         if latents.shape != noise.shape:
             got, expected = (f"{size[0]} x {size[1]} pixels" for size in (pixels.shape[-2:], session.batches.size))
@@ -71,7 +81,7 @@ class TeacherSampler:
             scales: (B,) guidance scales.
             kept: (B, K) ascending numbers of steps, from 0.
         """
-        context, teacher = self.session.context(0), self.session.denoiser(TEACHER)
+        context, teacher = self._context(), self.session.denoiser(TEACHER)
         schedule, times = context.schedule, context.schedule.grid(steps).flip(0)
         x_t, scales_ = noise.to(context.device), scales.to(context.device)
         denoise, cond = context.guided(TEACHER, scales_), self.session.batches.condition(prompts)

@@ -32,6 +32,7 @@ from stepdistill.students.draw.negative_prompt import Mode, negative_prompt
 from stepdistill.students.draw.options import AS_TRAINED, DrawOptions, changed_sampler
 from stepdistill.students.load import folder_of, load_student
 from stepdistill.students.several import Students
+from stepdistill.students.sizes import warn_of_size
 
 logger = logging.getLogger(__name__)
 STUDENT = "student"  # the adapter's name
@@ -145,7 +146,8 @@ class StudentPipeline:
         """
         if not self.contracts:
             assert options.steps is not None and options.guidance_scale is not None
-            calls = [teacher_call(self.family, self.pipe, options.steps, options.guidance_scale, name)]
+            size = (options.height, options.width) if options.height and options.width else None
+            calls = [teacher_call(self.family, self.pipe, options.steps, options.guidance_scale, name, size)]
         elif isinstance(self.loaded, Students):
             known = zip(self.loaded.schedulers, self.loaded.calls, strict=True)
             calls = [PipelineCall(name, scheduler, call, self.family) for scheduler, call in known]
@@ -193,6 +195,7 @@ class StudentPipeline:
                 raise StudentError(problem(got, "none", "each student has its own sampling contract", todo))
             return PipelineCall(STUDENT, self.pipe.scheduler, {}, self.family)
         (call,) = self.calls(options)
+        warn_of_size(contract, (call.arguments["height"], call.arguments["width"]))
         sampler = changed_sampler(contract, self._schedule(contract), replace(options, guidance_scale=None))
         if sampler.timesteps != contract.timesteps or sampler.eta != contract.eta:
             logger.warning(

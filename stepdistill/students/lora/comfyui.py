@@ -25,6 +25,7 @@ from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.core.files import is_single_file
 from stepdistill.networks.lora.names import PIPELINES
 from stepdistill.students.contract import Contract, scheduler_class, teacher
+from stepdistill.students.sizes import sizes_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def workflow(contract: Contract, lora: str) -> dict[str, Node]:
         "noise": _node("RandomNoise", "seed", noise_seed=0),
         "sampler": _node("KSamplerSelect", "sampler as trained", sampler_name="lcm" if contract.eta else "euler"),
         "sigmas": _levels("noise levels as trained", *sigmas(contract)),
-        "latent": _node(empty, "size", width=width, height=height, batch_size=1),
+        "latent": _node(empty, _size_title(contract), width=width, height=height, batch_size=1),
     }
     return nodes | _drawing(contract, model, ["vae", 0] if layout in ("flux", "pixart") else ["model", 2])
 
@@ -187,6 +188,12 @@ def _drawing(contract: Contract, model: list, vae: list) -> dict[str, Node]:
     nodes["decode"] = _node("VAEDecode", "decode", samples=samples, vae=vae)
     nodes["save"] = _node("SaveImage", "save", images=["decode", 0], filename_prefix="student")
     return nodes
+
+
+def _size_title(contract: Contract) -> str:
+    """The title of the node with the size: the file has no notes, and the other sizes in training are good as well."""
+    others = [size for size in contract.sizes if size != contract.resolution]
+    return f"size; also trained at {sizes_in_words(others)}" if others else "size"
 
 
 def write_workflow(folder: Path, contract: Contract, lora: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +24,7 @@ from stepdistill.networks.rewards.base import RewardScale
 from stepdistill.students.base_model import Base
 from stepdistill.students.load import start_from
 from stepdistill.students.proof import check_sampling
-from stepdistill.training.batches import size_of
+from stepdistill.training.batches import first_size
 from stepdistill.training.cache.keys import Keys
 from stepdistill.training.launcher import DTYPES, check_launcher
 from stepdistill.training.memory.forecast import BASE, FEW, Prediction, Rehearsal, forecast
@@ -30,6 +32,7 @@ from stepdistill.training.memory.outline import networks_of, outline
 from stepdistill.training.optimizers import Optimizers
 from stepdistill.training.recipe import Run
 from stepdistill.training.setup import session_of
+from stepdistill.training.sizes import listed_sizes
 
 
 def predict(run: Run) -> Prediction:
@@ -40,7 +43,7 @@ def predict(run: Run) -> Prediction:
     run.family.check_files()
     with run.family.reached():
         pipe = outline(run.family)
-    schedule = run.family.schedule_at(pipe, pipe.scheduler, size_of(run.train, run.family, pipe))
+    schedule = run.family.schedule_at(pipe, pipe.scheduler, first_size(run.train, run.family, pipe))
     check_sampling(run.family, pipe, run.method.sampler(schedule))
     dtype = DTYPES[accelerator.mixed_precision]
     parts, net = networks_of(pipe), run.family.network(pipe)
@@ -84,6 +87,9 @@ def rehearse(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Reh
     """
     spec = replace(run.train, cache_dir=None, dataloader_num_workers=0)
     spec = replace(spec, gradient_accumulation_steps=min(FEW, spec.gradient_accumulation_steps))
+    if spec.resolution is not None:  # of several sizes the one with the most tokens
+        largest = max(listed_sizes(spec.resolution), key=math.prod)
+        spec = replace(spec, resolution=largest, resolution_weights=None)
     parts = Outlined(run.family, pipe, accelerator.device, stay=tuple(networks_of(pipe)))
     session = session_of(replace(run, train=spec), accelerator, parts, Base({}, (), None), Keys())
     data = run.data
@@ -91,7 +97,9 @@ def rehearse(run: Run, accelerator: Accelerator, pipe: DiffusionPipeline) -> Reh
         size = session.batches.size if isinstance(run.family, ImageToVideo) else None
         data = Unmade(source=data, shape=session.batches.shape, size_of_images=size)
     optimizers = Optimizers(session.backbone, run.train, session.scaler)
-    batches = session.batches.steps(data, 0, 0, 1)
+    sizes = session.batches.sizes_of(data, spec.global_batch(1))
+    start = next(step for step in count() if sizes.at(step) == max(sizes.sizes, key=math.prod))
+    batches = session.batches.steps(data, start, 0, 1)
     method = run.method.calibrate(lambda reward, slope=False: RewardScale(0.0, 1.0, 1.0))
     rewards = [reward for reward in (*method.trained_rewards, method.held_out) if reward is not None]
     roles = method.roles()

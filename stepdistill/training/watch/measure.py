@@ -13,7 +13,9 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,11 +36,13 @@ from stepdistill.training.sampling import (
     validation_noise,
 )
 from stepdistill.training.setup import Session
+from stepdistill.training.sizes import Size
 from stepdistill.training.watch import rules
 from stepdistill.training.watch.plot import plot_drift
 from stepdistill.training.watch.rules import HELD_OUT, LEVELS, PREFIX, SCORE, TRAINED, Yardstick
 
 logger = logging.getLogger(__name__)
+Sampling: TypeAlias = Callable[[Session, list[str], Sequence[int], Size], Tensor]  # latents of prompts by their noises
 SETS = 4  # independent sets of the teacher's images, each of the student's size
 FIXED = 50_000  # the gap's noises have numbers from here on, clear of the noises that images start from
 
@@ -159,6 +163,7 @@ class Watch:
                 role=session.run.method.student_role(),
                 method=session.method,
                 resolution=session.batches.size,
+                sizes=session.sizes.sizes,
                 base=session.base,
                 start=session.start,
             )
@@ -175,6 +180,7 @@ class Watch:
             "prompts": self.prompts,
             "images": list(self.spec.validation_images),
             "samples": self.spec.watch_samples,
+            "sizes": [list(size) for size in self.session.shown_sizes],
             "sets": SETS,
         }
         stored = Yardstick.read(self.out / "watch.json")
@@ -185,51 +191,65 @@ class Watch:
         drawn.save(self.out / "watch.json")
         return drawn
 
-    def _measure(self, make: Callable[[Session, list[str], Sequence[int]], Tensor], number: int) -> dict[str, Tensor]:
-        """All statistics (P,) of one set of images; set 0 is the student's, which rewards score, the others the
-        teacher's.
+    def _measure(self, make: Sampling, number: int) -> dict[str, Tensor]:
+        """All statistics of one set of images, by prompt (P,), or by size and prompt (sizes x P,) of a run of several
+        sizes; set 0 is the student's, which rewards score, the others the teacher's.
+
+        Of several sizes the first and the most elongated share the samples, so that a look costs what it costs at one.
+        """
+        sizes = self.session.shown_sizes
+        seeds = max(2, self.spec.watch_samples // len(sizes))
+        parts = [self._measure_at(size, make, number * len(sizes) + k, seeds) for k, size in enumerate(sizes)]
+        scored = {} if number else self._rewards([drawn for drawn, _ in parts])
+        return {name: torch.cat([values[name] for _, values in parts]) for name in parts[0][1]} | scored
+
+    def _measure_at(
+        self, size: Size, make: Sampling, number: int, seeds: int
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Images of one size, for each seed those of all prompts, and their statistics (P,).
 
         One seed of all prompts at a time, which takes no more memory than a validation's images do.
         """
-        prompts, seeds = len(self.prompts), self.spec.watch_samples
+        prompts = len(self.prompts)
         drawn, errors, moves = [], [], []
         for j in range(seeds):
             first = (number * seeds + j) * prompts
-            latents = make(self.session, self.prompts, range(first, first + prompts))
+            latents = make(self.session, self.prompts, range(first, first + prompts), size)
             drawn.append(to_images(self.session, latents))
             if latents.ndim == 5 and latents.shape[2] > 1:
                 moves.append(latent_motion(latents).cpu())
-            errors.append(self._errors(latents, range(j * prompts, (j + 1) * prompts)))
+            errors.append(self._errors(latents, range(j * prompts, (j + 1) * prompts), size))
         gaps = {name: torch.stack([one[name] for one in errors]).mean(0) for name in rules.GAPS}
         motion = {rules.MOTION: torch.stack(moves).mean(0)} if moves else {}
-        rewards = {} if number else self._rewards(drawn)
-        return drift_statistics(torch.stack(drawn)) | motion | gaps | rewards
+        return drawn, drift_statistics(torch.stack(drawn)) | motion | gaps
 
     @torch.no_grad()
-    def _rewards(self, drawn: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The scores (P,) of sets of images (P, 3, H, W) by each reward."""
+    def _rewards(self, drawn: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+        """The scores (P,) of sets of images (P, 3, H, W), those of each size in turn, by each reward."""
         method, device = self.session.run.method, self.session.accelerator.device
         rewards = {TRAINED + name: reward for name, reward in rewards_by_name(method.trained_rewards).items()}
         if method.held_out is not None:
             rewards[HELD_OUT + type(method.held_out).__name__] = method.held_out
         return {
-            key: torch.stack([reward.load(device)(images.to(device), self.prompts) for images in drawn]).mean(0).cpu()
+            key: torch.stack([reward.load(device)(images.to(device), self.prompts) for images in chain(*drawn)])
+            .mean(0)
+            .cpu()
             for key, reward in rewards.items()
         }
 
     @torch.no_grad()
-    def _errors(self, x0: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:
+    def _errors(self, x0: Tensor, ids: Sequence[int], size: Size) -> dict[str, Tensor]:
         """The teacher's mean squared error (P,) in the noise at each level, one call a level, without guidance.
 
         Frames that are held have none: they would bring the student's error and the teacher's together.
         """
-        context, images = self.session.context(0), validation_images(self.session, self.prompts)
+        context, images = self.session.context(0, size), validation_images(self.session, self.prompts)
         cond = self.session.batches.with_images(self.prompts, images)
         top = context.schedule.grid(1)[-1].item()
         errors = {}
         for number, (name, level) in enumerate(zip(rules.GAPS, LEVELS, strict=True)):
             noises = (FIXED + len(LEVELS) * i + number for i in ids)
-            eps = validation_noise(self.session, noises)
+            eps = validation_noise(self.session, noises, size)
             t = torch.full((len(x0),), level * top, device=x0.device)
             est = context.denoiser(TEACHER)(context.schedule.add_noise(x0, eps, t), t, cond)
             errors[name] = free_part((est.eps - eps).square(), cond).flatten(1).mean(1).cpu()
