@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -102,6 +103,14 @@ def several(one: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
         return found
 
     return values
+
+
+def height_and_width(text: str) -> tuple[int, int]:
+    """The height and width in pixels of `HxW`."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected height and width in pixels, such as 832x1216")
+    return int(found[1]), int(found[2])
 
 
 def weighed(text: str) -> tuple[str, float]:

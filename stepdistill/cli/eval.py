@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from stepdistill.cli.dialect import (
     add_command,
     add_overwrite,
+    height_and_width,
     is_first_process,
     local_path,
     real,
@@ -27,14 +28,15 @@ RUN = """\
 Generates images with TEACHER at full steps and in few steps, and with every STUDENT, all from the same prompts and
 noise. Measures them against a second set of the teacher's images (--ref teacher) or against a data set. Writes
 eval.json, rows.csv, report.html, grids/, stats/ and per_sample.jsonl to OUT. Every difference from the teacher has its
-own interval. An interrupted command continues where it stopped, and the processes of a launcher share the images.
+own interval. With --sizes each size has a report of its own in OUT/sizes, and distances of different sizes are never
+pooled. An interrupted command continues where it stopped, and the processes of a launcher share the images.
 
 One-step decoders of an autoregressive TEACHER (Janus) have a row for each number of calls, with the log-likelihood of
 their tokens under the teacher. Options that they do not have, such as guidance scales, are refused.
 
 examples:
   stepdistill eval run tiny-sd runs/quickstart --num-images 256 --teacher-steps 25 -o runs/eval
-  stepdistill eval run your/model runs/a runs/b --prompts-file coco.txt --steps 1,2,4 -o runs/eval
+  stepdistill eval run your/model runs/a --prompts-file coco.txt --steps 1,2,4 --sizes 1024x1024,832x1216 -o runs/eval
   stepdistill eval run your/model runs/a --prompts-file coco.txt --lora ink.safetensors --lora-strengths 0,1 -o runs/c
   accelerate launch -m stepdistill eval run your/model runs/a --prompts-file coco.txt --protocol coco30k-dmd2 \\
     --ref coco.npz -o runs/coco
@@ -96,8 +98,7 @@ def add_eval_commands(commands: Any) -> None:  # noqa: ANN401
     command.add_argument("--csv", metavar="FILE.csv", type=local_path, help="write the rows as CSV, too")
     add_overwrite(command)
 
-    command = add_command(parts, "doctor", _doctor, "list which features are available", DOCTOR)
-    _weights(command)
+    _weights(add_command(parts, "doctor", _doctor, "list which features are available", DOCTOR))
 
 
 def _add_run(parts: Any) -> None:  # noqa: ANN401
@@ -108,9 +109,10 @@ def _add_run(parts: Any) -> None:  # noqa: ANN401
     command.add_argument("--prompts-file", dest="prompts", metavar="FILE", type=local_path, help=what)
     what = "images of each row, with the prompts in turn (default: one for each prompt)"
     command.add_argument("--num-images", dest="num", metavar="N", type=whole(), help=what)
-    command.add_argument(
-        "--steps", type=several(whole()), default=(), metavar="N,...", help="students' steps (default: theirs)"
-    )
+    given = {"type": several(whole()), "default": (), "metavar": "N,..."}
+    command.add_argument("--steps", **given, help="students' steps (default: theirs)")
+    given = {"type": several(height_and_width), "default": (), "metavar": "HxW,..."}
+    command.add_argument("--sizes", **given, help="heights and widths, each a report (default: the students')")
     scales = {"dest": "guidance", "type": several(real()), "default": (), "metavar": "W,..."}
     command.add_argument("--guidance-scale", **scales, help="guidance scales of the students (default: their own)")
     command.add_argument(
@@ -124,15 +126,13 @@ def _add_run(parts: Any) -> None:  # noqa: ANN401
     command.add_argument("--seed", type=seed, default=2, help="seed of the noise of every row (default: 2)")
     command.add_argument("--reference-seed", type=seed, default=1, help="seed of the reference images (default: 1)")
     command.add_argument("--family", metavar="NAME", help="teacher's family (default: its students' or pipeline's)")
-    command.add_argument(
-        "--batch", type=whole(), default=8, metavar="B", help="batch size, at most --feature-batch (default: 8)"
-    )
+    given = {"type": whole(), "default": 8, "metavar": "B"}
+    command.add_argument("--batch", **given, help="batch size, at most --feature-batch (default: 8)")
     command.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: fp32)")
     command.add_argument("--save-images", action="store_true", help="save every image as PNG in OUT/images")
     command.add_argument("--columns", type=whole(), default=8, metavar="N", help="columns of the grids (default: 8)")
-    command.add_argument(
-        "--latency", type=whole(0), default=0, metavar="N", help="time N images one by one (default: 0)"
-    )
+    given = {"type": whole(0), "default": 0, "metavar": "N"}
+    command.add_argument("--latency", **given, help="time N images one by one (default: 0)")
     command.add_argument("--export", choices=("geneval", "t2i-compbench", "vbench"), help="save for this benchmark")
     _measures(command, "teacher", "teacher, an .npz of statistics, or images (default: teacher)")
 
@@ -218,18 +218,18 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> None:
 
     names = ("teacher", "family", "prompts", "num", "steps", "guidance", "teacher_steps", "teacher_guidance", "seed")
     more = ("lora", "lora_strengths", "reference_seed", "batch", "dtype", "save_images", "columns", "latency", "export")
-    given = {name: getattr(args, name) for name in (*names, *more)}
+    given = {name: getattr(args, name) for name in (*names, *more, "sizes")}
     spec = EvalRun(students=tuple(args.students), **given, **_measured(args, ("kid", "paired")))
     check_draws(spec)
     read = [args.teacher, *args.students, *([args.lora[0]] if args.lora else [])]
     _open(args, read, overwrite=False)
     from stepdistill.decoding.evaluation import check_decoders, draws_decoders, evaluate_decoders  # it loads torch
-    from stepdistill.evaluation.run import evaluate
+    from stepdistill.evaluation.sizes import evaluate_at_sizes
 
     if decoders := draws_decoders(spec):
         check_decoders(spec)  # before an earlier evaluation is removed
     _open(args, read, args.overwrite)
-    _print_rows(evaluate_decoders(spec) if decoders else evaluate(spec), args)
+    _print_rows(evaluate_decoders(spec) if decoders else evaluate_at_sizes(spec), args)
 
 
 def _score(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -262,11 +262,11 @@ def _print_rows(results: dict[str, Any], args: argparse.Namespace) -> None:
     PartialState().destroy_process_group()  # leaving gloo's threads running aborts some exits
     if not results:  # only the first process has results
         return
-    from stepdistill.evaluation.results import summary_lines
+    from stepdistill.evaluation.sizes import report_lines, rows_of_all
 
-    print("\n".join(summary_lines(results)))
+    print("\n".join(report_lines(results)))
     print(f"\n{args.output / 'report.html'}")
-    if args.strict and not all(row["comparable"] for row in results["rows"]):
+    if args.strict and not all(row["comparable"] for row in rows_of_all(results)):
         raise SystemExit(4)
 
 

@@ -87,6 +87,7 @@ def check_options(spec: EvalRun) -> None:
         ("--teacher-steps", spec.teacher_steps is not None, theirs),
         ("--teacher-guidance-scale", spec.teacher_guidance is not None, theirs),
         ("--steps", spec.steps and not spec.students, "it is the students', and there is none"),
+        ("--sizes", spec.sizes, "it draws one size"),
         ("--lora", spec.lora, "nothing there takes a LoRA"),
         ("--family", spec.family, "families are of diffusion pipelines"),
         ("--features vae", spec.features == "vae", "the decoder's own tokens are no features"),

@@ -18,8 +18,9 @@ LEAST = 40  # images: 20 blocks of two
 TEACHER = "teacher"
 FACTS = "facts.json"
 WORK = "work"  # the folder of an evaluation's stores
+SIZES, OVER_SIZES = "sizes", "sizes.json"  # the folder of evaluations at several sizes, and the summary of all
 WRITTEN = (  # by an evaluation in its folder
-    *(WORK, "eval.json", "rows.csv", "report.html", "per_sample.jsonl", "grids", "stats", "images"),
+    *(SIZES, OVER_SIZES, WORK, "eval.json", "rows.csv", "report.html", "per_sample.jsonl", "grids", "stats", "images"),
     *("geneval", "t2i-compbench", "vbench"),
 )
 
@@ -34,7 +35,9 @@ def open_evaluation(folder: Path, inputs: Iterable[Path | str], overwrite: bool)
     Raises:
         OutputError: the folder cannot be written to, is an input, or holds files of others.
     """
-    check_output_tree(folder, WRITTEN, inputs, own=any((folder / WORK).glob(f"*/{FACTS}")), overwrite=True)
+    begun = (f"{WORK}/*/{FACTS}", f"{SIZES}/*/{WORK}/*/{FACTS}")
+    own = any(any(folder.glob(pattern)) for pattern in begun)
+    check_output_tree(folder, WRITTEN, inputs, own=own, overwrite=True)
     for place in present_in(folder, WRITTEN) if overwrite else ():
         remove(place)
 

@@ -134,7 +134,7 @@ class PipelineRows(RowSource):
         return steps, own if plan.guidance is None else plan.guidance
 
     def open(self, place: str | None, device: torch.device) -> PipelineDrawer:
-        asked = size_of(self.spec.students)
+        asked = next(iter(self.spec.sizes), None) or size_of(self.spec.students)
         pipeline = StudentPipeline.of(self.family, place, device, DTYPES[self.spec.dtype])
         style = load_style(self.family, pipeline.pipe, self.spec.lora[0], "beside") if self.spec.lora else None
         return PipelineDrawer(self, pipeline, style, asked or self.family.native_size(pipeline.pipe))

@@ -96,6 +96,7 @@ class EvalRun(EvalSpec):
         num: images a row; None is the protocol's number, or one of each prompt. Prompts are taken in turn.
         seed: of every row's noises.
         reference_seed: of the teacher's images that all are compared with.
+        sizes: heights and widths in pixels; none are the students', or the native one.
         steps: of the students, and of the teacher beside them; none are the students' own numbers.
         guidance: scales of the students; none are their own.
         lora: a further LoRA, such as a style, and its strength: the teacher has it, and every student.
@@ -117,6 +118,7 @@ class EvalRun(EvalSpec):
     num: int | None = None
     seed: int = SEED_B
     reference_seed: int = SEED_A
+    sizes: tuple[tuple[int, int], ...] = ()
     steps: tuple[int, ...] = ()
     guidance: tuple[float, ...] = ()
     lora: tuple[str, float] | None = None
@@ -137,6 +139,9 @@ class EvalRun(EvalSpec):
         if len(set(self.steps)) < len(self.steps) or min(self.steps, default=1) < 1:
             got = f"steps {list(self.steps)}"
             raise ConfigError(problem(got, "different numbers, 1 or more", "each becomes a row", "correct them"))
+        if len(set(self.sizes)) < len(self.sizes):
+            got = f"sizes {[list(size) for size in self.sizes]}"
+            raise ConfigError(problem(got, "different ones", "each becomes a report", "correct them"))
         scales = [w for w in (*self.guidance, self.teacher_guidance) if w is not None]
         if not all(math.isfinite(w) for w in scales) or len(set(self.guidance)) < len(self.guidance):
             got = f"guidance {scales}"
