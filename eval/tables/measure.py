@@ -47,6 +47,7 @@ from tables.negative import measure_negative
 from tables.new_images import measure_new_images
 from tables.recipes import recipes, seconds, step_seconds, trained, warm_start
 from tables.render import EARLY, STEPS
+from tables.sizes import measure_sizes
 from tables.transfer import measure_transfer
 from tables.video import measure_video
 
@@ -273,6 +274,7 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "new_images": measure_new_images,
     "hybrid": measure_hybrid,
     "lcm_study": measure_lcm,
+    "sizes": measure_sizes,
     "time": measure_time,
     "transfer": measure_transfer,
     "video": measure_video,

@@ -13,6 +13,7 @@ from typing import Any
 from tables.cells import excess_cell
 from tables.matrix import matrix
 from tables.render_decoding import decoding_page
+from tables.render_sizes import sizes_page
 from tables.render_tuning import feedback_page, hyper_sd_page, new_images_page
 from tables.render_video import video_page
 
@@ -285,6 +286,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "feedback": feedback_page,
     "hyper_sd": hyper_sd_page,
     "new_images": new_images_page,
+    "sizes": sizes_page,
     "video": video_page,
     "memory": _memory,
     "lcm_quality": _lcm_quality,
