@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 # Qwen-Image and Krea 2 drop the first 34 tokens of their template by count: each word and mark here is one token
 WORDS = """
-system Describe the image by detailing color shape size texture quantity text spatial relationships of
-objects and background user assistant think a an red blue green yellow small large apple cat dog heart circle on left
+system Describe the image by detailing color shape size texture quantity text spatial relationships of objects
+and background user assistant think a an red blue green yellow small large apple cat dog heart circle on left zebra
 """.split()
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),

@@ -7,6 +7,7 @@ import json
 import tiny
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
@@ -31,6 +32,10 @@ def network(family: str) -> nn.Module:
         case "flux":
             text = {"joint_attention_dim": 16, "pooled_projection_dim": 8, "guidance_embeds": True}
             return FluxTransformer2DModel(**SMALL, **text, num_single_layers=2, axes_dims_rope=(2, 2, 4))
+        case "klein":
+            return Flux2Transformer2DModel(
+                **SMALL, joint_attention_dim=16, num_single_layers=2, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False
+            )
         case "pixart":
             text = {"cross_attention_dim": 16, "caption_channels": 8}
             return PixArtTransformer2DModel(**SMALL, **text, out_channels=8, sample_size=8)

@@ -84,8 +84,8 @@ def latents(pipe, call, name: str) -> torch.Tensor:
     """Latents of two samples, whatever the pipeline calls latents."""
     torch.manual_seed(0)
     family, start = tiny.FAMILIES[name], noise_for(name)
-    made = pipe(["red apple", "cat face"], latents=family.pack(start), output_type="latent", **each(call, 2))[0]
-    return family.unpack(made, 8, 8)
+    made = pipe(prompt=["red apple", "cat face"], latents=family.pack(start), output_type="latent", **each(call, 2))[0]
+    return family.latents_of(pipe, made, 8, 8)
 
 
 @EACH
@@ -111,7 +111,8 @@ def test_a_plain_pipeline_draws_what_was_trained_at_every_scale_in_one_pass(fami
     call = stepdistill.load_student(pipe, written[name])
     assert isinstance(call, GuidedCall) and call.guidance_scale == 7.5
     assert family.guidance(1.0).items() <= call.items()
-    sampler, schedule = METHOD.sampler(family.schedule(mine.scheduler)), family.schedule(mine.scheduler)
+    schedule = family.schedule_at(mine, mine.scheduler, (32, 32))
+    sampler = METHOD.sampler(schedule)
     denoiser = Denoiser(bone, "student", schedule, family.kind(mine), family.call)
     cond = family.condition(mine, ["red apple", "cat face"])
     drawn = []

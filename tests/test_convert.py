@@ -45,7 +45,7 @@ from stepdistill.training.recipe import Run, TrainSpec
 RANK, ALPHA = 4, 16
 UNETS = ("sd", "sdxl")
 FORMATS = {
-    **{name: ("kohya", "comfyui") for name in ("sd", "sdxl", "sd3", "flux")},
+    **{name: ("kohya", "comfyui") for name in ("sd", "sdxl", "sd3", "flux", "klein")},
     **{name: ("comfyui",) for name in ("pixart_alpha", "pixart_sigma")},
     "sana": (),
 }
@@ -85,7 +85,7 @@ def family_of(folder: Path):
 def drawn(family, pipe, call) -> torch.Tensor:
     torch.manual_seed(0)
     noise = torch.randn(1, *family.latent_shape(pipe, 32, 32))
-    return pipe("a rose", latents=family.pack(noise), output_type="latent", **call).images
+    return pipe(prompt="a rose", latents=family.pack(noise), output_type="latent", **call).images
 
 
 @pytest.fixture
@@ -110,10 +110,11 @@ def test_every_format_draws_what_was_trained(folders, name, capsys):
     main(["verify", str(folders[name])])
     first, *others = (line.rpartition(": ") for line in capsys.readouterr().out.splitlines())
     assert first[0] == "largest difference of plain Diffusers from the library's sampler"
-    files = [f"{to} file" for to in FORMATS[name]] + ["ComfyUI workflow"] * ("comfyui" in FORMATS[name])
+    drawn = "comfyui" in FORMATS[name] and name != "klein"  # the small one's prompts are not as ComfyUI encodes them
+    files = [f"{to} file" for to in FORMATS[name]] + ["ComfyUI workflow"] * drawn
     assert [line[0] for line in others] == [f"largest difference with the {what}" for what in files]
     assert max(float(line[2]) for line in (first, *others)) < 1e-5
-    assert (folders[name] / WORKFLOW).exists() == ("comfyui" in FORMATS[name])
+    assert (folders[name] / WORKFLOW).exists() == drawn
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -310,7 +311,7 @@ def test_sd3_s_other_files_are_not_for_diffusers(folders):
 # what sd-scripts load of a file in their format
 
 
-@pytest.mark.parametrize(("family", "ignored"), [("sd", 4), ("sdxl", 6), ("sd3", 0), ("flux", 2)])
+@pytest.mark.parametrize(("family", "ignored"), [("sd", 4), ("sdxl", 6), ("sd3", 0), ("flux", 2), ("klein", 9)])
 def test_layers_that_sd_scripts_ignore_are_counted_and_named(tmp_path, capsys, caplog, family, ignored):
     save_file(loras.state(family), tmp_path / "x.safetensors", loras.metadata(family))
     if family == "sdxl":  # the small one has fewer layers in a block
@@ -319,12 +320,13 @@ def test_layers_that_sd_scripts_ignore_are_counted_and_named(tmp_path, capsys, c
     else:
         report = convert_lora(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "kohya", family)
     count = len(report.source.lora)
-    assert f"sd-scripts load {count - ignored} of {count} layers" in str(report)
-    assert (f"sd-scripts ignore {ignored} layers" in caplog.text) == (ignored > 0)
+    program = "musubi-tuner" if family == "klein" else "sd-scripts"
+    assert f"{program} can load {count - ignored} of {count} layers" in str(report)
+    assert (f"{program} will ignore {ignored} layers" in caplog.text) == (ignored > 0)
     caplog.clear()
     if family != "sdxl":
         report = convert_lora(tmp_path / "x.safetensors", tmp_path / "z.safetensors", "comfyui", family)
-        assert "sd-scripts" not in str(report) + caplog.text  # ComfyUI loads them all
+        assert program not in str(report) + caplog.text  # ComfyUI loads them all
 
 
 @pytest.mark.parametrize(
@@ -347,7 +349,7 @@ def test_they_are_named_before_training_too(folders, tmp_path, caplog, family, i
     for lora in (LoraSpec(**targets), LoraSpec(roles={"student": RoleLora(**targets)})):
         caplog.clear()
         check_export_formats(replace(plain, lora=lora))
-        expected = f"sd-scripts ignore {len(ignored)} layers of the kohya file ({', '.join(ignored)})"
+        expected = f"sd-scripts will ignore {len(ignored)} layers of the kohya file ({', '.join(ignored)})"
         assert (expected in caplog.text) if ignored else not caplog.text
 
 

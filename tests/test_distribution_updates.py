@@ -275,7 +275,13 @@ def test_a_copy_stops_where_it_is_told():
 def whole(name: str, net: nn.Module, tap: Tap, x: torch.Tensor, call) -> torch.Tensor:
     """The features as a plain hook behind the module before the tap sees them, in a whole pass."""
     found = []
-    last = {"sd": "mid_block", "sdxl": "mid_block", "flux": "transformer_blocks.1", "wan": "blocks.0"}
+    last = {
+        "sd": "mid_block",
+        "sdxl": "mid_block",
+        "flux": "transformer_blocks.1",
+        "klein": "transformer_blocks.1",
+        "wan": "blocks.0",
+    }
     last = last.get(name, "transformer_blocks.0")
     handle = net.get_submodule(last).register_forward_hook(lambda m, args, out: found.append(out))
     with torch.no_grad():
@@ -283,7 +289,7 @@ def whole(name: str, net: nn.Module, tap: Tap, x: torch.Tensor, call) -> torch.T
     handle.remove()
     if last == "mid_block":
         return found[0]
-    tokens = found[0][1] if name in ("sd3", "flux") else found[0]  # of two streams the image's is the second
+    tokens = found[0][1] if name in ("sd3", "flux", "klein") else found[0]  # of two streams the image's is the second
     *frames, height, width = x.shape[2:]
     return tokens.transpose(1, 2).unflatten(2, (*frames, height // tap.patch, width // tap.patch))
 

@@ -124,7 +124,7 @@ def steps_of(family: Family, pipe: DiffusionPipeline, scale: float, height: int,
     handle = net.register_forward_hook(recorded, with_kwargs=True)
     call = family.arguments() | family.guidance(scale) | {"height": height, "width": width, "num_inference_steps": 2}
     noise = torch.randn(1, *family.latent_shape(pipe, height, width), generator=torch.Generator().manual_seed(0))
-    pipe("red apple", latents=family.pack(noise), output_type="latent", **call)
+    pipe(prompt="red apple", latents=family.pack(noise), output_type="latent", **call)
     handle.remove()
     return seen[: len(seen) // 2]
 

@@ -8,18 +8,28 @@ import re
 import loras
 import pytest
 import torch
-from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
-from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from diffusers.loaders import Flux2LoraLoaderMixin
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_kohya_flux2_lora_to_diffusers,
+    _convert_kohya_flux_lora_to_diffusers,
+)
+from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_sd3_transformer_checkpoint_to_diffusers,
+)
 from diffusers.utils import convert_state_dict_to_kohya
 from peft.utils.other import get_pattern_key
 
 from stepdistill.networks.lora.names import NETWORKS, Layer, by_name, by_part, layers
+from stepdistill.networks.lora.names_klein import klein
 from stepdistill.networks.lora.tensors import (
     FAMILIES,
+    ORIGINAL_IN_COMFYUI,
     LayerLora,
     format_of,
     join_layers,
     lora_tensors,
+    original_names,
     parse_lora,
     split_layer,
 )
@@ -52,7 +62,7 @@ def test_names_are_unique(family):
 def test_there_and_back_is_the_identity(family, to):
     depth, made = DEPTH.get(family, 2), loras.state(family)
     state, metadata = lora_tensors(lora(family), to, family, depth)
-    expected = to if to != "comfyui" or loras.component(family) == "transformer" else "kohya"
+    expected = "kohya" if to == "comfyui" and family in ORIGINAL_IN_COMFYUI else to
     assert format_of(state) == expected
     there = parse_lora(state, metadata, family, depth)
     assert not there.unknown and not there.mute
@@ -107,6 +117,9 @@ def test_names_that_sd_scripts_and_comfyui_know():
         ("flux", "transformer.transformer_blocks.18.attn.to_q", "lora_unet_double_blocks_18_img_attn_qkv"),
         ("flux", "transformer.single_transformer_blocks.37.proj_mlp", "lora_unet_single_blocks_37_linear1"),
         ("flux", "transformer.single_transformer_blocks.0.norm.linear", "lora_unet_single_blocks_0_modulation_lin"),
+        ("klein", "transformer.transformer_blocks.4.ff_context.linear_in", "lora_unet_double_blocks_4_txt_mlp_0"),
+        ("klein", "transformer.single_transformer_blocks.9.attn.to_qkv_mlp_proj", "lora_unet_single_blocks_9_linear1"),
+        ("klein", "transformer.single_stream_modulation.linear", "lora_unet_single_stream_modulation_lin"),
     ]:  # fmt: skip
         assert by_part(family)[part].name == name
         assert part in by_name(family)[name].parts
@@ -191,6 +204,57 @@ def test_diffusers_reads_the_kohya_file_of_flux():
         assert ours.scale == 4.0
         torch.testing.assert_close(b @ (a @ x), 4 * ours.up @ (ours.down @ x), rtol=1e-4, atol=1e-2)
         assert len(a) == 2  # it saw the blocks, too
+
+
+def test_diffusers_reads_the_kohya_file_of_klein():
+    """All but the modulation, which its converter has no names for."""
+    part = lora("klein")
+    theirs = _convert_kohya_flux2_lora_to_diffusers(lora_tensors(part, "kohya", "klein")[0])
+    read = {name for name in part if "modulation" not in name and "norm_out" not in name}
+    assert {key.partition(".lora_")[0] for key in theirs} == read and len(part) - len(read) == 4
+    for name in read:
+        a, b = (theirs[f"{name}.lora_{x}.weight"] for x in "AB")
+        assert len(a) == loras.RANK  # of joined layers each has its own
+        torch.testing.assert_close(b @ a, part[name].product())
+
+
+def test_original_names_in_dots_are_read_as_diffusers_reads_them():
+    """As ai-toolkit writes LoRAs of klein; `Flux2LoraLoaderMixin` is the oracle."""
+    made, _ = lora_tensors(lora("klein"), "kohya", "klein")
+    dotted = {f"lora_unet_{name.replace('.', '_')}": name for name, *_ in klein(2)}
+    state = {}
+    for key, value in made.items():
+        name, _, end = key.partition(".")
+        end = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}.get(end)
+        state |= {f"diffusion_model.{dotted[name]}.{end}": value} if end else {}
+    read = parse_lora(original_names(state), {}, "klein")
+    assert not read.unknown and len(read.mute) == len(state) // 2
+    theirs = Flux2LoraLoaderMixin.lora_state_dict(dict(state))
+    assert {key.partition(".lora_")[0] for key in theirs} == read.lora.keys()
+    for name, part in read.lora.items():
+        a, b = (theirs[f"{name}.lora_{x}.weight"] for x in "AB")
+        if name == "transformer.norm_out.linear":  # whose halves its converter of LoRAs leaves as they are
+            b = torch.cat([b[len(b) // 2 :], b[: len(b) // 2]])
+        torch.testing.assert_close(b @ a, part.product())
+    flux = {"diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight": torch.ones(1), "a.lora_A.weight": 1}
+    assert original_names(flux).keys() == {
+        "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
+        "a.lora_A.weight",
+    }
+
+
+def test_the_network_of_klein_has_the_layers_that_its_original_names_are_of():
+    """Diffusers' converter of the whole original model: the same outputs of each layer, in the same order."""
+    net = loras.network("klein")
+    state = {name: layer.weight for name, layer in net.named_modules() if isinstance(layer, torch.nn.Linear)}
+    part = {f"transformer.{name}": LayerLora(torch.eye(w.shape[1]), w, w.shape[1]) for name, w in state.items()}
+    made, _ = lora_tensors(part, "kohya", "klein")
+    dotted = {f"lora_unet_{name.replace('.', '_')}.lora_up.weight": f"{name}.weight" for name, *_ in klein(2)}
+    theirs = convert_flux2_transformer_checkpoint_to_diffusers(
+        {dotted[key]: made[key] for key in made if key in dotted}
+    )
+    assert {key.removesuffix(".weight") for key in theirs} == state.keys()
+    assert all(torch.equal(theirs[f"{name}.weight"], value) for name, value in state.items())
 
 
 def test_diffusers_swaps_the_last_modulation_of_flux_as_we_do():

@@ -21,6 +21,7 @@ from stepdistill.core.errors import ConfigError
 from stepdistill.students.draw.negative_prompt import nag, nasa, negative_prompt
 
 PIPELINES = ("sd", "sdxl", "sd3", "ltx")
+SUBTRACTING = [name for name in tiny.FAMILIES if name != "klein"]  # families that take a negative prompt in attention
 NETWORKS = (*PIPELINES, "sd35", "flux", "pixart", "sana")
 
 
@@ -373,7 +374,7 @@ def per_prompt(family, count: int) -> dict[str, int]:
     return {key: count for key in inspect.signature(family.pipeline_class.__call__).parameters if key in names}
 
 
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@pytest.mark.parametrize("name", SUBTRACTING)
 def test_a_plain_pipeline_with_a_lora_active_or_fused(name):
     pipe, family = tiny.pipeline(name), tiny.FAMILIES[name]
     net = family.network(pipe)
@@ -420,12 +421,18 @@ def test_a_guided_call_has_the_shared_negative_in_both_halves():
         pipe(["rose", "bat"], latents=noise.repeat(2, 1, 1, 1), **call)
 
 
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@pytest.mark.parametrize("name", SUBTRACTING)
 def test_what_is_cut_of_a_long_negative_prompt_is_said(name, caplog):
     pipe = tiny.pipeline(name)
     with caplog.at_level(logging.WARNING), negative_prompt(pipe, "cat " * 200 + "octopus", family=tiny.FAMILIES[name]):
         pass
     assert any("are truncated" in r.getMessage() and "cat" in r.getMessage() for r in caplog.records)
+
+
+def test_networks_without_such_attention_are_refused():
+    pipe, match = tiny.pipeline("klein"), "a Flux2Transformer2DModel, expected a network with cross-attention or joint"
+    with pytest.raises(ConfigError, match=match), negative_prompt(pipe, "octopus", family=tiny.FAMILIES["klein"]):
+        pass
 
 
 def test_values_out_of_range_unknown_pipelines_and_ip_adapters_are_refused():

@@ -30,7 +30,7 @@ from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.roles import Copy, LoraSpec
 from stepdistill.students.contract import WEIGHTS, read_contract
 from stepdistill.students.load import load_student, start_from
-from stepdistill.students.several import join_students
+from stepdistill.students.several import Students, join_students
 from stepdistill.students.verify import verify_student
 from stepdistill.students.write import write_student
 from stepdistill.training.distill import distill, dry_run
@@ -172,7 +172,9 @@ def images(pipe, family: str = "sd", **call) -> torch.Tensor:
     noises = tiny.FAMILIES[family].pack(
         torch.randn(2, *tiny.latent_shape(family), generator=torch.Generator().manual_seed(0))
     )
-    made = pipe(["red apple", "cat face"], latents=noises, output_type="latent", **call)
+    prompts = ["red apple", "cat face"]
+    given: dict = {"latents": noises, "output_type": "latent", **call}
+    made = pipe(prompts, **given) if isinstance(pipe, Students) else pipe(prompt=prompts, **given)
     return made if isinstance(made, torch.Tensor) else made[0]
 
 

@@ -105,7 +105,7 @@ def test_samples_are_what_plain_diffusers_draws_with_guidance(place, tmp_path, n
     pipe = family.load()
     call, size = teacher_call(family, pipe, 4, 6.0, "teacher"), {"height": height, "width": width}
     with scheduled(pipe, call.scheduler):
-        drawn = pipe(prompts, latents=family.pack(noise), output_type="latent", **call.arguments, **size).images
+        drawn = pipe(prompt=prompts, latents=family.pack(noise), output_type="latent", **call.arguments, **size).images
     theirs = family.unpack(drawn, *noise.shape[2:])
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     session.accelerator.end_training()

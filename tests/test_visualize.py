@@ -80,9 +80,10 @@ def test_frames_are_our_own_sampler_s_estimates_and_the_last_is_the_image(pipes,
     # the image, bit for bit
     torch.manual_seed(5)
     with torch.no_grad():
-        image = pipe(PROMPTS, latents=family.pack(noise), output_type="pt", **each(call, 2))[0]
+        image = pipe(prompt=PROMPTS, latents=family.pack(noise), output_type="pt", **each(call, 2))[0]
         frame = to_uint8((frames_of(family.decode(pipe, seen.final)) / 2 + 0.5).clamp(0, 1))
-    assert torch.equal(frame, to_uint8(image.flatten(0, -4).clamp(0, 1)))
+    off = (frame.int() - to_uint8(image.flatten(0, -4).clamp(0, 1)).int()).abs().max()
+    assert off <= (1 if name == "klein" else 0)  # whose final latents are scaled to the network's, and back
     size = seen.final.abs().max()
     assert (seen.predicted[-1] - seen.final).abs().max() < 1e-5 * size
     # every frame by the library's own sampler
@@ -97,7 +98,7 @@ def test_frames_are_our_own_sampler_s_estimates_and_the_last_is_the_image(pipes,
         return est
 
     def fresh(i):
-        return family.unpack(torch.randn_like(family.pack(noise)), 8, 8)
+        return family.fresh(noise)
 
     torch.manual_seed(5)
     with torch.no_grad():
@@ -121,6 +122,7 @@ def test_every_frame_of_a_single_point_is_the_point(pipes, name):
         alpha_t, sigma_t = (expand(value, x_t) for value in schedule(t.float()))
         eps = (x_t - alpha_t * point) / sigma_t
         y = family.pack(eps if isinstance(schedule, DiscreteVP) else eps - point)
+        y = y.flatten(2).transpose(1, 2) if name == "klein" else y  # whose network's tokens the pipeline makes itself
         return (torch.cat([y, y], 1) if output[0].shape[1] == 8 else y,)  # PixArt's predicts a variance, too
 
     hook = family.network(pipe).register_forward_hook(single, with_kwargs=True)

@@ -50,6 +50,7 @@ NODES = {
     "ManualSigmas": ({"sigmas"}, ("SIGMAS",)),
     "EmptyLatentImage": ({"width", "height", "batch_size"}, ("LATENT",)),
     "EmptySD3LatentImage": ({"width", "height", "batch_size"}, ("LATENT",)),
+    "EmptyFlux2LatentImage": ({"width", "height", "batch_size"}, ("LATENT",)),
     "SamplerCustomAdvanced": ({"noise", "guider", "sampler", "sigmas", "latent_image"}, ("LATENT", "LATENT")),
     "AddNoise": ({"model", "noise", "sigmas", "latent_image"}, ("LATENT",)),
     "LatentMultiply": ({"samples", "multiplier"}, ("LATENT",)),
@@ -107,6 +108,7 @@ FLOW = {
     "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
     "eta": 0.0,
 }
+KLEIN = {"type": "stepdistill.families.flux2_klein.Flux2Klein", "pretrained_teacher_model": "owner/base"}
 SINGLE_FILE = str(bundled("tiny-sd-reference.safetensors"))  # whatever is in it
 CONTRACTS = {
     "sd": contract(),
@@ -114,6 +116,7 @@ CONTRACTS = {
     "edge": contract(eta=0.0, clean=False),
     "flow": contract(**FLOW),
     "embedding": contract(**FLOW, guidance_embedding=3.5),
+    "klein": contract(**FLOW | {"family": KLEIN, "guidance_scale": 4.0}),
     "below": contract(timesteps=(399.0,)),
     "flow below": contract(**FLOW | {"timesteps": (900.0, 500.0)}),
     "loras": contract(family=contract().family | {"teacher_loras": ["owner/style"]}),
@@ -194,6 +197,10 @@ def test_what_the_contract_says_is_in_the_nodes():
     nodes = workflow(CONTRACTS["flow"], "x")
     assert nodes["latent"]["class_type"] == "EmptySD3LatentImage"
     assert workflow(CONTRACTS["embedding"], "x")["embedding"]["inputs"]["guidance"] == 3.5
+    nodes = workflow(CONTRACTS["klein"], "x")
+    assert nodes["latent"]["class_type"] == "EmptyFlux2LatentImage" and nodes["clip"]["inputs"]["type"] == "flux2"
+    assert nodes["lora"]["inputs"]["model"] == ["model", 0] and nodes["model"]["class_type"] == "UNETLoader"
+    assert nodes["negative"]["inputs"] == {"text": "", "clip": ["clip", 0]} and nodes["guider"]["inputs"]["cfg"] == 4.0
 
 
 @pytest.mark.parametrize(
@@ -348,6 +355,12 @@ def test_the_name_of_the_base_is_whole(base, file):
     flux = {"type": "stepdistill.families.flux.Flux", "pretrained_teacher_model": base}
     for told in (contract(base_model=base), contract(**FLOW | {"family": flux}, base_model=base)):
         assert file in workflow(told, "x")["model"]["inputs"].values()
+
+
+@pytest.mark.parametrize("told", [{"max_sequence_length": 256}, {"text_encoder_out_layers": [8, 17, 26]}])
+def test_prompts_of_klein_that_comfyui_encodes_otherwise_are_refused(told):
+    with pytest.raises(ConfigError, match=f"{next(iter(told))}.*ComfyUI encodes its prompts in no other way"):
+        workflow(replace(CONTRACTS["klein"], family=KLEIN | told), "x")
 
 
 def test_both_prompts_of_flux_have_the_guidance_embedding():

@@ -39,6 +39,8 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from tiny_klein import FAMILY as KLEIN
+from tiny_klein import klein
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -107,6 +109,7 @@ FAMILIES: dict[str, Family] = {
         max_sequence_length=12,
         shift=3.0,
     ),
+    "klein": KLEIN,
 }
 SIDE = 32  # of images, in pixels
 # families that continue an image: the first latent frame is held, or the image is further channels of the input
@@ -125,12 +128,14 @@ CONTINUING: dict[str, ImageToVideo] = {
 
 
 VIDEOS = ("wan", "ltx")
-FLOWS = ("sd3", "flux", "sana", *VIDEOS)
+FLOWS = ("sd3", "flux", "sana", "klein", *VIDEOS)
 
 
 def latent_shape(name: str) -> tuple[int, ...]:
     """The shape of one sample's latents in a family's random pipeline."""
-    return (4, 3, 8, 8) if name in VIDEOS or name in CONTINUING else (4, 8, 8)
+    if name in VIDEOS or name in CONTINUING:
+        return (4, 3, 8, 8)
+    return (16, 8, 8) if name == "klein" else (4, 8, 8)
 
 
 @cache
@@ -139,7 +144,7 @@ def tokens():
 
 
 def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
-    """A random pipeline of a family, with latents of 4 x 8 x 8 and images of 32 pixels."""
+    """A random pipeline of a family, with latents of 8 x 8 and images of 32 pixels."""
     torch.manual_seed(seed)
     vae = build.vae((16, 16, 16))
     match name:
@@ -153,6 +158,8 @@ def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
             return flux(vae)
         case "sana":
             return sana()
+        case "klein":
+            return klein()
         case "wan":
             return wan()
         case "wan_image":

@@ -31,6 +31,7 @@ Diffusers loads without a LoRA loader. These formats are supported:
 
   sd, sdxl       diffusers, kohya, comfyui
   sd3, flux      diffusers, kohya, comfyui
+  klein          diffusers, kohya (as in musubi-tuner), comfyui
   pixart         diffusers, comfyui
   sana           diffusers
 

@@ -141,9 +141,9 @@ def check_folder(
     index: Any = pipeline.load_config(where, revision=revision)
     _check_class(where, index.get("_class_name"), pipeline, needs)
     for key, (value, why) in needs.pipeline.items():
-        if index.get(key) != value:
-            todo = "choose another teacher"
-            raise ConfigError(problem(f"{where} with {key} {index[key]!r}", repr(value), why, todo))
+        has = index.get(key, inspect.signature(pipeline.__init__).parameters[key].default)
+        if has != value:
+            raise ConfigError(problem(f"{where} with {key} {has!r}", repr(value), why, "choose another teacher"))
     types = pipeline._get_signature_types()
     texts = [name for name in types if name.startswith(("text_encoder", "tokenizer"))]
     there = {name for name, part in index.items() if isinstance(part, list) and part[0] is not None}

@@ -27,7 +27,8 @@ from stepdistill.students.single import in_memory, into_pipeline
 logger = logging.getLogger(__name__)
 
 OTHERS: tuple[Format, ...] = ("kohya", "comfyui")
-KOHYA_IN_DIFFUSERS = ("sd", "sdxl")  # its reader of Flux expects the full size, and knows no other family
+# its reader of Flux expects the full size, and that of klein knows the blocks alone
+KOHYA_IN_DIFFUSERS = ("sd", "sdxl")
 
 
 def export_formats(folder: Path, formats: Sequence[Format]) -> None:

@@ -170,7 +170,8 @@ def check_export_formats(run: Run) -> None:
     if "kohya" in formats:
         targets = run.lora.of(name).target_modules or ()
         outside = OUTSIDE.get(layout.family or "", ())
-        warn_of_ignored([name for name in outside if any(f".{name}".endswith(f".{end}") for end in targets)])
+        ignored = [name for name in outside if any(f".{name}".endswith(f".{end}") for end in targets)]
+        warn_of_ignored(ignored, layout.family)
 
 
 def check_quantized_roles(run: Run) -> None:

@@ -121,7 +121,7 @@ class Comfy:
     def EmptyLatentImage(self, width, height, batch_size):
         return torch.zeros_like(self.noise)
 
-    EmptySD3LatentImage = EmptyLatentImage
+    EmptySD3LatentImage = EmptyFlux2LatentImage = EmptyLatentImage
 
     def LatentMultiply(self, samples, multiplier):
         return samples * multiplier

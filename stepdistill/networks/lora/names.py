@@ -4,7 +4,8 @@ A `Layer` is one layer of the original implementation. It holds one layer of Dif
 where the original fuses projections.
 
 The names were checked against kohya-ss/sd-scripts (`networks/lora.py`, `lora_sd3.py`, `lora_flux.py`,
-`convert_flux_lora.py`), ComfyUI (`comfy/lora.py`, `comfy/utils.py`) and Diffusers' loaders.
+`convert_flux_lora.py`), for FLUX.2 klein kohya-ss/musubi-tuner (`networks/lora_flux_2.py`), ComfyUI (`comfy/lora.py`,
+`comfy/utils.py`) and Diffusers' loaders.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
+from stepdistill.networks.lora.names_klein import ENDS as KLEIN_ENDS
+from stepdistill.networks.lora.names_klein import NORM as KLEIN_NORM
+from stepdistill.networks.lora.names_klein import klein
+
 NETWORKS = {
     "sd": "unet",
     "sdxl": "unet",
     "sd3": "transformer",
     "flux": "transformer",
+    "klein": "transformer",
     "pixart": "transformer",
     "sana": "transformer",
 }
@@ -28,6 +34,7 @@ PIPELINES = {
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "klein",
     "PixArtAlphaPipeline": "pixart",
     "PixArtSigmaPipeline": "pixart",
     "SanaPipeline": "sana",
@@ -39,6 +46,7 @@ ENCODERS: dict[str, dict[str, str]] = {
     "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     "sd3": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     "flux": {"text_encoder": "lora_te1"},
+    "klein": {},
     "pixart": {},
     "sana": {},
 }
@@ -101,11 +109,12 @@ FLUX_ENDS = {
     "proj_out": "final_layer.linear",
 }
 
-# layers that sd-scripts have no LoRA for: they leave them out of a file without an error
+# layers that sd-scripts or musubi-tuner have no LoRA for: they leave them out of a file without an error
 OUTSIDE: dict[str, tuple[str, ...]] = {
     "sd": tuple(name for name in UNET_ENDS if not name.startswith("add_embedding")),
     "sdxl": tuple(UNET_ENDS),
     "flux": ("norm_out.linear", "proj_out"),
+    "klein": (*KLEIN_ENDS, KLEIN_NORM),
 }
 
 
@@ -157,6 +166,8 @@ def layers(family: str, per_block: int = 2) -> tuple[Layer, ...]:
             originals = _sd3()
         case "flux":
             originals = _flux()
+        case "klein":
+            originals = klein(BLOCKS)
         case "pixart":
             originals = ((None, (name,)) for name in _pixart())
         case _:

@@ -25,12 +25,16 @@ from torch import Tensor
 from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.core.files import is_single_file
 from stepdistill.networks.lora.names import NETWORKS, PIPELINES, Layer, by_name, by_part
-from stepdistill.networks.lora.tensors import Format, Lora, ParsedLora, format_of, parse_lora
+from stepdistill.networks.lora.tensors import DOWN, UP, Format, Lora, ParsedLora, format_of, original_names, parse_lora
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHOWN = 10
 # what plain Diffusers reads beside its own format, where all layers have one alpha: it mixes the names of others up
-READ_BY_DIFFUSERS: dict[Format, tuple[str, ...]] = {"kohya": ("sd", "sdxl", "flux"), "comfyui": ("flux",)}
+READ_BY_DIFFUSERS: dict[Format, tuple[str, ...]] = {
+    "kohya": ("sd", "sdxl", "flux", "klein"),
+    "comfyui": ("flux",),
+}
+LOST_BY_DIFFUSERS = {"klein": ("modulation", "norm_out")}  # its reader of kohya's names has none for these layers
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ def _chosen(place: str, names: Sequence[str]) -> str:
 
 def read_lora(file: Path, layout: Layout | None = None) -> LoraFile:
     """The LoRA in a file of any format. Raises StudentError where some of it is not understood."""
-    return _lora_file(file, *tensors_of(file), layout)
+    state, metadata = tensors_of(file)
+    return _lora_file(file, original_names(state), metadata, layout)
 
 
 def read_pipeline_lora(file: Path, pipeline: type[DiffusionPipeline], network: str, layout: Layout) -> Lora:
@@ -127,8 +132,9 @@ def read_pipeline_lora(file: Path, pipeline: type[DiffusionPipeline], network: s
         StudentError: the file is not whole, or some of its keys are no layer's of such a pipeline.
     """
     state, metadata = tensors_of(file)
-    if layout.family and format_of(state) == "kohya":
-        return _lora_file(file, state, metadata, layout).lora
+    originals = original_names(state)
+    if layout.family and format_of(originals) == "kohya":
+        return _lora_file(file, originals, metadata, layout).lora
     lora, odd = _named(file, state, metadata, network)
     if odd and not any("dora_scale" in key for key in state):  # of which Diffusers only warns
         lora, still = _named(file, _converted(state, pipeline), {}, network)
@@ -148,7 +154,8 @@ def check_plain(file: Path, lora: Lora, family: str | None) -> None:
     if not family or format not in READ_BY_DIFFUSERS:
         return
     alphas = len({layer.alpha for layer in lora.values()})
-    if family in READ_BY_DIFFUSERS[format] and alphas == 1:
+    lost = [name for name in lora for part in LOST_BY_DIFFUSERS.get(family, ()) if part in name]
+    if family in READ_BY_DIFFUSERS[format] and alphas == 1 and not lost:
         return
     got = f"{file} in the {format} format" + (f" with {alphas} different alphas" if alphas > 1 else "")
     why = "a student's card loads the LoRAs of its teacher with plain Diffusers, which gets this one wrong"
@@ -235,7 +242,16 @@ def _fits(state: Mapping[str, Tensor]) -> list[str]:
     widths = {value.shape[1] for key, value in state.items() if key.endswith(ends)}
     if fits == ["sd", "sdxl"] and widths:  # the width of the prompt's embeddings distinguishes them
         return ["sdxl"] if widths == {2048} else ["sd"]
+    if fits == ["flux", "klein"]:  # the outputs of their blocks' layers do, in units of the inputs
+        ratios = {
+            _ratio(state, key.removesuffix(UP)) for key in state if key.endswith(("mlp_0." + UP, "linear1." + UP))
+        }
+        return ["flux"] if ratios & {4, 7} else ["klein"] if ratios & {6, 9} else fits
     return fits
+
+
+def _ratio(state: Mapping[str, Tensor], layer: str) -> float:
+    return state[layer + UP].shape[0] / state[layer + DOWN].shape[1] if layer + DOWN in state else 0.0
 
 
 def _names(layout: Layout, format: Format) -> Mapping[str, Layer]:

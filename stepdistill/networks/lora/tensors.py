@@ -5,8 +5,10 @@ Three formats hold the same numbers:
 - `diffusers`: Diffusers' names, `lora_A` and `lora_B`; rank and alpha are in the file's metadata.
 - `kohya`: the original implementation's names as sd-scripts spell them, `lora_down`, `lora_up` and an `alpha` of each
   layer; where the original fuses projections, so does the file.
-- `comfyui`: for UNets the same as kohya. For SD3, Flux and PixArt ComfyUI reads Diffusers' names, which need no
-  fusing, with an `alpha` of each layer. It does not read metadata.
+- `comfyui`: for UNets and klein the same as kohya. For SD3, Flux and PixArt ComfyUI reads Diffusers' names, which need
+  no fusing, with an `alpha` of each layer. It does not read metadata.
+
+The original implementation's names in its own spelling, under `diffusion_model.`, are read as kohya's.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ from stepdistill.networks.lora.names import NETWORKS, Layer, by_name, by_part, w
 Format = Literal["diffusers", "kohya", "comfyui"]
 FAMILIES: dict[Format, tuple[str, ...]] = {
     "diffusers": tuple(NETWORKS),
-    "kohya": ("sd", "sdxl", "sd3", "flux"),
-    "comfyui": ("sd", "sdxl", "sd3", "flux", "pixart"),
+    "kohya": ("sd", "sdxl", "sd3", "flux", "klein"),
+    "comfyui": ("sd", "sdxl", "sd3", "flux", "klein", "pixart"),
 }
+ORIGINAL_IN_COMFYUI = ("sd", "sdxl", "klein")  # it does not map all of Diffusers' names of these
 METADATA = "lora_adapter_metadata"
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 A, B = "lora_A.weight", "lora_B.weight"
@@ -67,6 +70,21 @@ def format_of(state: Collection[str]) -> Format | None:
     return "comfyui" if any(key.endswith("." + ALPHA) for key in state) else "diffusers"
 
 
+def original_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under kohya's names where they have the original names in dots, `diffusion_model.NAME.lora_A.weight`;
+    others as they are."""
+    known = {name for family in FAMILIES["kohya"] for name in by_name(family)}
+
+    def renamed(key: str) -> str:
+        for end, theirs in {A: DOWN, B: UP, DOWN: DOWN, UP: UP, ALPHA: ALPHA}.items():
+            name = "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(f".{end}").replace(".", "_")
+            if key.startswith("diffusion_model.") and key.endswith(f".{end}") and name in known:
+                return f"{name}.{theirs}"
+        return key
+
+    return {renamed(key): value for key, value in state.items()}
+
+
 def parse_lora(
     state: Mapping[str, Tensor], metadata: Mapping[str, str], family: str | None, per_block: int = 2
 ) -> ParsedLora:
@@ -98,7 +116,7 @@ def lora_tensors(lora: Lora, to: Format, family: str, per_block: int = 2) -> tup
         raise ValueError(f"{to} has no names for the layers of {family}")
     if to == "diffusers":
         return _sorted(peft_state(lora)), {"format": "pt", METADATA: json.dumps(lora_facts(lora), sort_keys=True)}
-    if to == "comfyui" and NETWORKS[family] == "transformer":
+    if to == "comfyui" and family not in ORIGINAL_IN_COMFYUI:
         return _with_alpha(lora, A, B), {"format": "pt"}
     known, gathered = by_part(family, per_block), defaultdict(dict)
     for name, part in lora.items():

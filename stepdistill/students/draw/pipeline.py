@@ -226,6 +226,9 @@ class StudentPipeline:
             if scale is not None or mode != "nasa":
                 got, todo = f"a scale or mode of the negative prompt with {name} {guidance:g}", "leave both out"
                 raise StudentError(problem(got, "none", "guidance applies the negative prompt itself", todo))
+            if not self.family.takes_negative_prompt:
+                got, why = f"a negative prompt for a {type(self.pipe).__name__}", "its call has no argument for one"
+                raise StudentError(problem(got, "none", why, "leave it out"))
             yield call.plus(negative_prompt=text)
             return
         given = {} if scale is None else {"scale": scale}

@@ -39,6 +39,10 @@ TRAINED = (
     *("lora", "prediction", "embedding", "embedding_2", "zero", "guider"),
     *("sampler", "sigmas", "start_level", "start", "sample", "scale"),
 )
+APART = ("flux", "klein", "pixart")  # whose network, text encoders and autoencoder are separate files
+EMPTY = {"sd3": "EmptySD3LatentImage", "flux": "EmptySD3LatentImage", "klein": "EmptyFlux2LatentImage"}
+QWEN = {"clip_name": "qwen_3_4b.safetensors", "type": "flux2"}
+KLEIN_TEXT = {"max_sequence_length": 512, "text_encoder_out_layers": [9, 18, 27]}  # as ComfyUI encodes its prompts
 Node = dict[str, Any]
 
 
@@ -128,7 +132,7 @@ def workflow(contract: Contract, lora: str) -> dict[str, Node]:
     layout = PIPELINES[teacher(contract).pipeline_class.__name__]
     height, width = contract.resolution
     nodes = _loaders(contract, layout)
-    model, clip = ["model", 0], ["clip", 0] if layout in ("flux", "pixart") else ["model", 1]
+    model, clip = ["model", 0], ["clip", 0] if layout in APART else ["model", 1]
     for i, place in enumerate(contract.family.get("teacher_loras", ())):
         strength = {"strength_model": 1.0, "strength_clip": 1.0}
         files = {"model": model, "clip": clip, "lora_name": _file_name(place)}
@@ -152,15 +156,15 @@ def workflow(contract: Contract, lora: str) -> dict[str, Node]:
         nodes["zero"] = _node("ConditioningZeroOut", "no negative prompt: zeros", conditioning=negative)
         negative = ["zero", 0]
     cfg = {"positive": positive, "negative": negative, "cfg": contract.guidance_scale}
-    empty = "EmptySD3LatentImage" if layout in ("sd3", "flux") else "EmptyLatentImage"
+    kind = EMPTY.get(layout, "EmptyLatentImage")
     nodes |= {
         "guider": _node("CFGGuider", "guidance as trained", model=model, **cfg),
         "noise": _node("RandomNoise", "seed", noise_seed=0),
         "sampler": _node("KSamplerSelect", "sampler as trained", sampler_name="lcm" if contract.eta else "euler"),
         "sigmas": _levels("noise levels as trained", *sigmas(contract)),
-        "latent": _node(empty, _size_title(contract), width=width, height=height, batch_size=1),
+        "latent": _node(kind, _size_title(contract), width=width, height=height, batch_size=1),
     }
-    return nodes | _drawing(contract, model, ["vae", 0] if layout in ("flux", "pixart") else ["model", 2])
+    return nodes | _drawing(contract, model, ["vae", 0] if layout in APART else ["model", 2])
 
 
 def _drawing(contract: Contract, model: list, vae: list) -> dict[str, Node]:
@@ -241,6 +245,10 @@ def _refuse(contract: Contract) -> None:
     if got:
         why, todo = "the workflow has no sampler for such steps", "generate the images with Diffusers"
         raise ConfigError(problem(got, expected, why, todo))
+    family = teacher(contract)
+    if PIPELINES[family.pipeline_class.__name__] == "klein" and family.arguments() != KLEIN_TEXT:
+        why, todo = "ComfyUI encodes its prompts in no other way", "generate the images with Diffusers"
+        raise ConfigError(problem(f"prompts with {family.arguments()}", f"{KLEIN_TEXT}", why, todo))
 
 
 def _node(kind: str, title: str, **inputs: Any) -> Node:  # noqa: ANN401
@@ -258,7 +266,7 @@ def _file_name(place: str) -> str:
 
 
 def _loaders(contract: Contract, layout: str) -> dict[str, Node]:
-    """The nodes that load the base: one checkpoint, or separate files for Flux and PixArt."""
+    """The nodes that load the base: one checkpoint, or separate files."""
     name = _file_name(contract.base_model)
     title = f"base: {contract.base_model}"
     if layout == "flux":
@@ -267,6 +275,12 @@ def _loaders(contract: Contract, layout: str) -> dict[str, Node]:
             "model": _node("UNETLoader", title, unet_name=name, weight_dtype="default"),
             "clip": _node("DualCLIPLoader", "text encoders", **clip),
             "vae": _node("VAELoader", "autoencoder", vae_name="ae.safetensors"),
+        }
+    if layout == "klein":
+        return {
+            "model": _node("UNETLoader", title, unet_name=name, weight_dtype="default"),
+            "clip": _node("CLIPLoader", "text encoder: Qwen3 of 4B, or 8B for the base of 9B", **QWEN),
+            "vae": _node("VAELoader", "autoencoder", vae_name="flux2-vae.safetensors"),
         }
     if layout == "pixart":
         return {

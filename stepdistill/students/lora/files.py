@@ -20,6 +20,8 @@ from stepdistill.students.contract import WEIGHTS, read_contract, teacher
 
 logger = logging.getLogger(__name__)
 
+PROGRAMS = {"klein": "musubi-tuner"}  # the programs of kohya's that train a family, where they are not sd-scripts
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -31,7 +33,7 @@ class Conversion:
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """The layers that sd-scripts leave out of a file in their format. Other programs load them."""
+        """The layers that kohya's programs leave out of a file in their format. Other programs load them."""
         family = self.source.layout.family
         if self.to != "kohya" or family is None:
             return ()
@@ -46,7 +48,8 @@ class Conversion:
             f"alpha / rank: {low:g}" + (f" to {high:g}" if high > low else ""),
         ]
         if self.to == "kohya":
-            lines.append(f"sd-scripts load {len(lora) - len(self.ignored)} of {len(lora)} layers")
+            name = _program(self.source.layout.family)
+            lines.append(f"{name} can load {len(lora) - len(self.ignored)} of {len(lora)} layers")
         if self.source.mute:
             lines.append(f"{self.source.mute} layers have no alpha: it is set to their rank, as in every reader")
         return "\n".join(lines)
@@ -100,17 +103,22 @@ def write_lora(lora_file: LoraFile, target: Path, to: Format) -> Conversion:
     with written_whole(target) as part:
         save_tensors(state, part, metadata)
     conversion = Conversion(lora_file, to, len(state))
-    warn_of_ignored(conversion.ignored)
+    warn_of_ignored(conversion.ignored, layout.family)
     return conversion
 
 
-def warn_of_ignored(layers: Sequence[str]) -> None:
-    """Warn of layers that sd-scripts leave out of a file in their format without an error."""
+def _program(family: str | None) -> str:
+    return PROGRAMS.get(family or "", "sd-scripts")
+
+
+def warn_of_ignored(layers: Sequence[str], family: str | None) -> None:
+    """Warn of layers that kohya's programs leave out of a file in their format without an error."""
     if layers:
         logger.warning(
-            "sd-scripts ignore %d layers of the kohya file (%s), so the student generates other images there. Programs "
+            "%s will ignore %d layers of the kohya file (%s), so the student generates other images there. Programs "
             "that load every layer, such as ComfyUI, are not affected. To avoid this, train without these layers in "
             "lora.target_modules",
+            _program(family),
             len(layers),
             ", ".join(layers),
         )
