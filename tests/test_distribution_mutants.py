@@ -153,8 +153,8 @@ BUGS = {
     # simulation
     "data in the place of simulation": Bug(
         TOWARDS,
-        "x_t, t = simulate(context, batch, self.sampler(context.schedule), start)",
-        "x_t, t = simulate(context, batch, self.sampler(context.schedule), start + 0 * batch.latents)",
+        "x_t, t = simulate(context, batch, self.sampler(context.student_schedule), start)",
+        "x_t, t = simulate(context, batch, self.sampler(context.student_schedule), start + 0 * batch.latents)",
         prompts_alone,
     ),
     "one step too far": Bug(dmd2.reached, "taken=taken", "taken=taken + 1", simulated),

@@ -72,7 +72,9 @@ BUGS = {
     "one step too far": Bug(dmd2.reached, "taken=taken", "taken=taken + 1", CALLS),
     "a graph through the rollout": Bug(dmd2.reached, "torch.no_grad()", "torch.enable_grad()", CALLS),
     "the start's time": Bug(dmd2.reached, "sampler.timesteps[taken]", "sampler.timesteps[0]", CALLS),
-    "not guided as it is sampled": Bug(Tuning.sampled, "self.few_steps(context.schedule).guidance_scale", "1.0", CALLS),
+    "not guided as it is sampled": Bug(
+        Tuning.sampled, "self.few_steps(context.student_schedule).guidance_scale", "1.0", CALLS
+    ),
     "scored after every step": Bug(Feedback.first_exit, "count - max(1, count // 2)", "0", last_half),
     "scored after the first step alone": Bug(UPDATES, 'context.shared("exit")', '0 * context.shared("exit")', CALLS),
     # the one-step stage

@@ -20,6 +20,7 @@ from images import noise
 from oracles.context import Flow
 from oracles.fakes import Keyed, Stage, batch
 from PIL import Image
+from tables.render_sizes import sizes_page
 from test_settings import CHANGES
 from test_workflow import contract
 
@@ -533,3 +534,21 @@ def test_sizes_of_an_evaluation_are_refused_in_one_line(asked):
     assert height_and_width("24x40") == (24, 40)
     with pytest.raises(ConfigError, match="--sizes for an autoregressive"):
         check_options(replace(asked, features=None, teacher_steps=None))
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_names_width_and_height_and_the_worst_of_each_student():
+    def row(size: list[int], *excesses: float) -> dict[str, Any]:
+        arms = {
+            arm: {"excess": value, "ci95": [value - 1, value + 1], "paired": value / 10}
+            for arm, value in zip(("start", "one", "many"), excesses, strict=True)
+        }
+        return {"teacher": "t", "size": size, **arms, "gain": excesses[1] - excesses[2], "gain_ci95": [1.0, 3.0]}
+
+    rows = {"t/24x40": row([24, 40], 9, 8, 6), "t/32x32": row([32, 32], 5, 3, 4)}
+    lines = sizes_page(rows).splitlines()
+    assert lines[2].startswith("| t: 32 x 32 | 5 [4, 6] | 3 [2, 4] | 4 [3, 5] | -1 [1, 3]")
+    assert lines[3].startswith("| t: 40 x 24 | 9 [8, 10] | 8 [7, 9] | 6 [5, 7] | 2 [1, 3]")
+    assert lines[-1] == "| t | 9, 7 | 8, 6 | 6, 5 |"
