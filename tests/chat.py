@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 WORDS = """
 system Describe the image by detailing color shape size texture quantity text spatial relationships of objects
 and background user assistant think a an red blue green yellow small large apple cat dog heart circle on left zebra
+face rose octopus pear tiger lemon
 """.split()
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),

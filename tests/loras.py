@@ -39,6 +39,8 @@ def network(family: str) -> nn.Module:
         case "pixart":
             text = {"cross_attention_dim": 16, "caption_channels": 8}
             return PixArtTransformer2DModel(**SMALL, **text, out_channels=8, sample_size=8)
+        case "z_image":
+            return tiny.pipeline("z_image").transformer
         case _:
             text = {"cross_attention_dim": 16, "caption_channels": 8}
             heads = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8}

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from oracles import close
 from oracles.planted import planted
-from tiny import FAMILIES, awake, backbone, batch, context, latent_shape, pipeline
+from tiny import ADAPTED, FAMILIES, awake, backbone, batch, context, latent_shape, pipeline
 from torch import Tensor
 
 from stepdistill.core.denoise import SCALE, guided, with_scale
@@ -26,7 +26,7 @@ from stepdistill.networks.roles import TEACHER, AdapterArch, Adapters, Ema, Lora
 
 ARCHES: tuple[AdapterArch, ...] = ("cross_attention", "mixed", "offset")
 T = torch.tensor([700.0, 300.0])
-EACH = pytest.mark.parametrize("name", FAMILIES)
+EACH = pytest.mark.parametrize("name", ADAPTED)
 BOTH = pytest.mark.parametrize("arch", ARCHES)
 
 

@@ -45,7 +45,7 @@ from stepdistill.training.recipe import Run, TrainSpec
 RANK, ALPHA = 4, 16
 UNETS = ("sd", "sdxl")
 FORMATS = {
-    **{name: ("kohya", "comfyui") for name in ("sd", "sdxl", "sd3", "flux", "klein")},
+    **{name: ("kohya", "comfyui") for name in ("sd", "sdxl", "sd3", "flux", "klein", "z_image")},
     **{name: ("comfyui",) for name in ("pixart_alpha", "pixart_sigma")},
     "sana": (),
 }
@@ -166,7 +166,7 @@ def comfy_transformer(net: nn.Module, state: dict[str, torch.Tensor]) -> set[str
     return left
 
 
-@pytest.mark.parametrize("name", ["sd", "sd3", "flux", "pixart_sigma"])
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux", "pixart_sigma", "z_image"])
 def test_a_reader_as_comfyui_s_draws_the_same(folders, name):
     family = family_of(folders[name])
     plain, merged, bare = family.load(), family.load(), family.load()
@@ -184,7 +184,8 @@ def test_a_reader_as_comfyui_s_draws_the_same(folders, name):
 def test_a_folder_there_and_back_is_the_identity(folders, tmp_path, name, to):
     report = convert_lora(folders[name], tmp_path / "there.safetensors", to)
     if name != "sdxl":  # the small one has fewer layers in a block than a file of SDXL
-        convert_lora(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "diffusers", name.partition("_")[0])
+        layout = "pixart" if name.startswith("pixart") else name
+        convert_lora(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "diffusers", layout)
         there, back = load_file(folders[name] / WEIGHTS), load_file(tmp_path / "back.safetensors")
         assert there.keys() == back.keys() and all(torch.equal(there[key], back[key]) for key in there)
         with safe_open(tmp_path / "back.safetensors", "pt") as file:

@@ -281,6 +281,7 @@ def whole(name: str, net: nn.Module, tap: Tap, x: torch.Tensor, call) -> torch.T
         "flux": "transformer_blocks.1",
         "klein": "transformer_blocks.1",
         "wan": "blocks.0",
+        "z_image": "layers.0",
     }
     last = last.get(name, "transformer_blocks.0")
     handle = net.get_submodule(last).register_forward_hook(lambda m, args, out: found.append(out))
@@ -291,7 +292,9 @@ def whole(name: str, net: nn.Module, tap: Tap, x: torch.Tensor, call) -> torch.T
         return found[0]
     tokens = found[0][1] if name in ("sd3", "flux", "klein") else found[0]  # of two streams the image's is the second
     *frames, height, width = x.shape[2:]
-    return tokens.transpose(1, 2).unflatten(2, (*frames, height // tap.patch, width // tap.patch))
+    sides = torch.Size((*frames, height // tap.patch, width // tap.patch))
+    tokens = tokens[:, -sides.numel() :] if tap.image == "last" else tokens[:, : sides.numel()]
+    return tokens.transpose(1, 2).unflatten(2, sides)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -306,9 +309,8 @@ def test_features_are_those_of_a_whole_pass_which_ends_early(name):
         return family.call(net, x, t, part.cond)
 
     expected = whole(name, net, tap, x, call)
-    net.get_submodule("conv_out" if name in ("sd", "sdxl") else "proj_out").register_forward_hook(
-        lambda *_: after.append(1)
-    )
+    last = {"sd": "conv_out", "sdxl": "conv_out", "z_image": "all_final_layer.2-1"}.get(name, "proj_out")
+    net.get_submodule(last).register_forward_hook(lambda *_: after.append(1))
     (found,) = features_before(net, (tap,), x, call)
     assert torch.equal(found, expected) and found.shape[1] == tap.channels and not after
     assert found.shape[2:] == (*x.shape[2:-2], 4 // tap.patch, 8 // tap.patch)

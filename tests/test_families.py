@@ -148,7 +148,7 @@ def is_called_as_its_pipeline_calls_it(family: Family, pipe: DiffusionPipeline) 
     return seen
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "z_image"])  # which has its own, with lists
 def test_the_network_is_called_as_its_pipeline_calls_it(name):
     is_called_as_its_pipeline_calls_it(FAMILIES[name], pipeline(name))
 

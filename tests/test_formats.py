@@ -12,6 +12,7 @@ from diffusers.loaders import Flux2LoraLoaderMixin
 from diffusers.loaders.lora_conversion_utils import (
     _convert_kohya_flux2_lora_to_diffusers,
     _convert_kohya_flux_lora_to_diffusers,
+    _convert_non_diffusers_z_image_lora_to_diffusers,
 )
 from diffusers.loaders.single_file_utils import (
     convert_flux2_transformer_checkpoint_to_diffusers,
@@ -86,7 +87,7 @@ def test_half_precision_stays_as_it_is(family, to):
     assert all(torch.equal(part.down, made[f"{name}.lora_A.weight"]) for name, part in back.items())
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "z_image"])
 def test_trap_t2_the_trained_alpha_is_in_every_layer(family):
     state, _ = lora_tensors(lora(family), "kohya", family, DEPTH.get(family, 2))
     for name in {key.split(".")[0] for key in state}:
@@ -120,6 +121,9 @@ def test_names_that_sd_scripts_and_comfyui_know():
         ("klein", "transformer.transformer_blocks.4.ff_context.linear_in", "lora_unet_double_blocks_4_txt_mlp_0"),
         ("klein", "transformer.single_transformer_blocks.9.attn.to_qkv_mlp_proj", "lora_unet_single_blocks_9_linear1"),
         ("klein", "transformer.single_stream_modulation.linear", "lora_unet_single_stream_modulation_lin"),
+        ("z_image", "transformer.layers.29.attention.to_q", "lora_unet_layers_29_attention_to_q"),
+        ("z_image", "transformer.noise_refiner.1.attention.to_out.0", "lora_unet_noise_refiner_1_attention_to_out_0"),
+        ("z_image", "transformer.context_refiner.0.feed_forward.w3", "lora_unet_context_refiner_0_feed_forward_w3"),
     ]:  # fmt: skip
         assert by_part(family)[part].name == name
         assert part in by_name(family)[name].parts
@@ -267,6 +271,38 @@ def test_diffusers_swaps_the_last_modulation_of_flux_as_we_do():
     assert torch.equal(theirs["norm_out.linear.lora_A.weight"], made[f"{name}.lora_A.weight"])
 
 
+def test_diffusers_reads_the_kohya_file_of_z_image():
+    """And the one with the original network's names and fused projections, which ComfyUI takes; and so do we."""
+    made, part = loras.state("z_image"), lora("z_image")
+    part = {name: one for name, one in part.items() if ".attention." in name or ".feed_forward." in name}
+    state, _ = lora_tensors(part, "kohya", "z_image")
+    fused = {key: value for key, value in state.items() if "attention" not in key}
+    for layer in _originals():
+        whole = [part.get(name) for name in layer.parts]
+        if any(whole):
+            one = join_layers(whole, layer)
+            assert len(one.down) == loras.RANK * len(layer.parts)  # stacked, and `up` is a block diagonal
+            fused |= {f"{layer.name}.lora_down.weight": one.down, f"{layer.name}.lora_up.weight": one.up}
+            fused[f"{layer.name}.alpha"] = torch.tensor(one.alpha)
+    assert len(fused) < len(state)
+    expected = {name: delta for name, delta in loras.deltas(made).items() if name in part}
+    for file in (state, fused):
+        ours = parse_lora(file, {}, "z_image")
+        assert not ours.unknown and ours.lora.keys() == part.keys()
+        theirs = _convert_non_diffusers_z_image_lora_to_diffusers(dict(file))
+        assert {key.partition(".lora_")[0] for key in theirs} == expected.keys()
+        for name, delta in expected.items():
+            torch.testing.assert_close(ours.lora[name].product(), delta, rtol=1e-5, atol=1e-5)
+            a, b = (theirs[f"{name}.lora_{x}.weight"] for x in "AB")
+            torch.testing.assert_close(b @ a, delta, rtol=1e-4, atol=1e-4)
+
+
+def _originals() -> list[Layer]:
+    """The layers of Z-Image under the names of the original network."""
+    names = by_part("z_image").values()
+    return [layer for layer in by_name("z_image").values() if layer not in names]
+
+
 # what ComfyUI's maps of Diffusers' names hold, by hand from comfy/utils.py
 COMFY = {
     "sd3": [
@@ -290,6 +326,13 @@ COMFY = {
         r"transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)",
         r"adaln_single\.emb\.(timestep|resolution|aspect_ratio)_embedder\.linear_[12]",
         r"adaln_single\.linear|caption_projection\.linear_[12]|pos_embed\.proj|proj_out",
+    ],
+    "z_image": [
+        r"(layers|noise_refiner|context_refiner)\.\d+\.attention\.(to_[qkv]|to_out\.0)",
+        r"(layers|noise_refiner|context_refiner)\.\d+\.feed_forward\.w[123]",
+        r"(layers|noise_refiner)\.\d+\.adaLN_modulation\.0",
+        r"all_final_layer\.2-1\.(linear|adaLN_modulation\.1)",
+        r"all_x_embedder\.2-1|cap_embedder\.1|t_embedder\.mlp\.[02]",
     ],
 }
 

@@ -21,7 +21,7 @@ from stepdistill.core.errors import ConfigError
 from stepdistill.students.draw.negative_prompt import nag, nasa, negative_prompt
 
 PIPELINES = ("sd", "sdxl", "sd3", "ltx")
-SUBTRACTING = [name for name in tiny.FAMILIES if name != "klein"]  # families that take a negative prompt in attention
+SUBTRACTING = [name for name in tiny.ADAPTED if name != "klein"]  # families that take a negative prompt in attention
 NETWORKS = (*PIPELINES, "sd35", "flux", "pixart", "sana")
 
 
@@ -419,6 +419,16 @@ def test_a_guided_call_has_the_shared_negative_in_both_halves():
         assert torch.isfinite(pipe("rose", latents=noise, **call).images).all()
     with negative_prompt(pipe, ["octopus", "rose"], 0.5), pytest.raises(ConfigError, match="2 negative prompts"):
         pipe(["rose", "bat"], latents=noise.repeat(2, 1, 1, 1), **call)
+
+
+@pytest.mark.parametrize("name", tiny.ONE_STREAM)
+def test_networks_of_one_stream_take_no_negative_prompt_without_guidance(name):
+    match = "expected a network with cross-attention or joint attention"
+    with (
+        pytest.raises(ConfigError, match=match),
+        negative_prompt(tiny.pipeline(name), "cat", family=tiny.FAMILIES[name]),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("name", SUBTRACTING)

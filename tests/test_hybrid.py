@@ -140,7 +140,7 @@ def draw(pipe, name: str, guidance: float = 1.0, **more):
     call = {"num_inference_steps": 4, "height": 32, "width": 32} | more
     call |= family.guidance(guidance) | family.arguments()
     with torch.no_grad():
-        return pipe(prompt=PROMPTS, latents=latents, output_type="latent", **each(call, 2))[0]
+        return pipe(prompt=list(PROMPTS), latents=latents, output_type="latent", **each(call, 2))[0]
 
 
 BOTH = {"student": 1.0, "style": 0.7}

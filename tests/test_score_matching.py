@@ -114,8 +114,11 @@ def test_a_narrow_network_fits_in_the_teacher_s_place(name):
         bone.add("student", Copy(width=0.5))
     assert torch.equal(before, torch.get_rng_state())
     first, again, other = (bone.others["student"] for bone in made)
-    whole = sum(p.numel() for p in net.parameters())
-    assert 0.15 * whole < sum(p.numel() for p in first.parameters()) < 0.35 * whole
+    # Z-Image's embedder of time has 1,024 channels inside, whatever the width
+    whole, slim = (
+        sum(p.numel() for key, p in one.named_parameters() if not key.startswith("t_embedder.")) for one in (net, first)
+    )
+    assert 0.15 * whole < slim < 0.35 * whole
     batch = tiny.batch(name, pipe)
     t = torch.full((2,), 500.0)
     outputs = [family.call(one, batch.noise, t, batch.cond) for one in (first, again, other)]

@@ -25,7 +25,7 @@ def blocks(net) -> list[nn.Module]:
     """The blocks of a network, in the order of a pass."""
     if hasattr(net, "mid_block"):
         return [*net.down_blocks, net.mid_block, *net.up_blocks]
-    names = ("blocks", "transformer_blocks", "single_transformer_blocks")
+    names = ("blocks", "transformer_blocks", "single_transformer_blocks", "layers")
     return [block for name in names for block in getattr(net, name, [])]
 
 
@@ -56,8 +56,10 @@ def test_places_are_after_each_block_and_several_take_one_pass(name):
     assert not any(module._forward_pre_hooks for module in bone.net.modules())
     for tap, maps, (single,), whole in zip(bone.taps, found, alone, expected, strict=True):
         assert maps.shape[1:] == (tap.channels, *x.shape[2:-2], 4 // tap.patch, 8 // tap.patch)
-        tokens = whole[:, -maps[0, 0].numel() :]  # klein's single streams have the prompt's before the image's
-        rows = whole if whole.ndim == 4 else tokens.transpose(1, 2).unflatten(2, maps.shape[2:])
+        if whole.ndim == 3:  # of one stream, the image's tokens, which lie at an end of it
+            count = maps.shape[2:].numel()
+            whole = whole[:, :count] if tap.image == "first" else whole[:, -count:]
+        rows = whole if whole.ndim == 4 else whole.transpose(1, 2).unflatten(2, maps.shape[2:])
         assert torch.equal(maps, rows) and torch.equal(maps, single)
     assert bone.tap in bone.taps and torch.equal(half, found[bone.taps.index(bone.tap)])
 

@@ -24,6 +24,7 @@ from stepdistill.families.base import Family
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.methods.consistency import Consistency
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.layers import time_given
 from stepdistill.networks.roles import TEACHER, Lora
 from stepdistill.students.contract import CONTRACT, STUDENTS, MultiContract, read_contract, teacher
 from stepdistill.students.draw.arguments import each
@@ -80,7 +81,7 @@ def test_frames_are_our_own_sampler_s_estimates_and_the_last_is_the_image(pipes,
     # the image, bit for bit
     torch.manual_seed(5)
     with torch.no_grad():
-        image = pipe(prompt=PROMPTS, latents=family.pack(noise), output_type="pt", **each(call, 2))[0]
+        image = pipe(prompt=list(PROMPTS), latents=family.pack(noise), output_type="pt", **each(call, 2))[0]
         frame = to_uint8((frames_of(family.decode(pipe, seen.final)) / 2 + 0.5).clamp(0, 1))
     off = (frame.int() - to_uint8(image.flatten(0, -4).clamp(0, 1)).int()).abs().max()
     assert off <= (1 if name == "klein" else 0)  # whose final latents are scaled to the network's, and back
@@ -117,10 +118,14 @@ def test_every_frame_of_a_single_point_is_the_point(pipes, name):
 
     def single(net, args, kwargs, output):
         given = inspect.signature(net.forward).bind(*args, **kwargs).arguments
-        x_t = family.unpack(given["sample" if "sample" in given else "hidden_states"], 8, 8)
-        t = torch.tensor(family.time(net, torch.as_tensor(given["timestep"]).flatten()[0].item())).expand(len(x_t))
+        x_t = next(given[name] for name in ("sample", "hidden_states", "x") if name in given)
+        x_t = torch.stack(x_t).squeeze(2) if isinstance(x_t, list) else family.unpack(x_t, 8, 8)
+        time = torch.as_tensor(time_given(net, args, kwargs)).flatten()[0].item()
+        t = torch.tensor(family.time(net, time)).expand(len(x_t))
         alpha_t, sigma_t = (expand(value, x_t) for value in schedule(t.float()))
         eps = (x_t - alpha_t * point) / sigma_t
+        if name == "z_image":
+            return (list((point - eps).unsqueeze(2)),)
         y = family.pack(eps if isinstance(schedule, DiscreteVP) else eps - point)
         y = y.flatten(2).transpose(1, 2) if name == "klein" else y  # whose network's tokens the pipeline makes itself
         return (torch.cat([y, y], 1) if output[0].shape[1] == 8 else y,)  # PixArt's predicts a variance, too

@@ -109,12 +109,14 @@ FLOW = {
     "eta": 0.0,
 }
 KLEIN = {"type": "stepdistill.families.flux2_klein.Flux2Klein", "pretrained_teacher_model": "owner/base"}
+Z_IMAGE = {"type": "stepdistill.families.z_image.ZImage", "pretrained_teacher_model": "owner/base"}
 SINGLE_FILE = str(bundled("tiny-sd-reference.safetensors"))  # whatever is in it
 CONTRACTS = {
     "sd": contract(),
     "v": contract(prediction_type="v_prediction", eta=0.0, guidance_scale=3.0),
     "edge": contract(eta=0.0, clean=False),
     "flow": contract(**FLOW),
+    "z_image": contract(**FLOW | {"family": Z_IMAGE}),
     "embedding": contract(**FLOW, guidance_embedding=3.5),
     "klein": contract(**FLOW | {"family": KLEIN, "guidance_scale": 4.0}),
     "below": contract(timesteps=(399.0,)),
@@ -215,6 +217,21 @@ def test_what_the_contract_says_is_in_the_nodes():
 def test_what_comfyui_has_no_sampler_for_is_refused(odd):
     with pytest.raises(ConfigError, match="the workflow has no sampler for such steps"):
         workflow(contract(**odd), "x")
+
+
+def test_z_image_s_parts_are_files_of_their_own():
+    nodes = workflow(CONTRACTS["z_image"], "x")
+    assert nodes["clip"]["inputs"] == {"clip_name": "qwen_3_4b.safetensors", "type": "lumina2"}
+    assert nodes["latent"]["class_type"] == "EmptySD3LatentImage"  # of 16 channels
+    assert nodes["decode"]["inputs"]["vae"] == ["vae", 0]
+
+
+def test_guidance_by_another_rule_than_comfyui_s_is_refused():
+    capped = Z_IMAGE | {"cfg_normalization": 1.0}
+    workflow(contract(**FLOW | {"family": capped}), "x")  # without guidance there is no rule
+    workflow(contract(**FLOW | {"family": Z_IMAGE}, guidance_scale=3.0), "x")
+    with pytest.raises(ConfigError, match="guidance 3 by the rule capped, expected the linear rule"):
+        workflow(contract(**FLOW | {"family": capped}, guidance_scale=3.0), "x")
 
 
 # what ComfyUI draws with the nodes

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tiny_z_image
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -110,6 +111,7 @@ FAMILIES: dict[str, Family] = {
         shift=3.0,
     ),
     "klein": KLEIN,
+    "z_image": tiny_z_image.FAMILY,
 }
 SIDE = 32  # of images, in pixels
 # families that continue an image: the first latent frame is held, or the image is further channels of the input
@@ -128,7 +130,9 @@ CONTINUING: dict[str, ImageToVideo] = {
 
 
 VIDEOS = ("wan", "ltx")
-FLOWS = ("sd3", "flux", "sana", "klein", *VIDEOS)
+FLOWS = ("sd3", "flux", "sana", "klein", *VIDEOS, "z_image")
+ONE_STREAM = ("z_image",)  # image and prompt are one sequence, and there is no place for guidance adapters
+ADAPTED = tuple(name for name in FAMILIES if name not in ONE_STREAM)
 
 
 def latent_shape(name: str) -> tuple[int, ...]:
@@ -170,6 +174,8 @@ def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
             return ltx()
         case "ltx_image":
             return ltx_image()
+        case "z_image":
+            return tiny_z_image.z_image(vae)
     return pixart(name, vae)
 
 
@@ -467,7 +473,7 @@ def backbone(name: str, pipe: DiffusionPipeline, rank: int = 4, alpha: float = 6
     net = FAMILIES[name].network(pipe)
     family = FAMILIES[name]
     spec = LoraSpec(rank=rank, alpha=alpha)
-    places = {"tap": family.tap(net), "sites": family.sites(net), "taps": family.taps(net)}
+    places = {"tap": family.tap(net), "sites": family.sites(net) if name in ADAPTED else None, "taps": family.taps(net)}
     return Backbone(net, spec, family.lora_targets(net), **places)
 
 

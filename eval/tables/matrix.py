@@ -20,6 +20,7 @@ FAMILIES = {
     "pixart_alpha": "PixArt-alpha",
     "pixart_sigma": "PixArt-Sigma",
     "sana": "SANA",
+    "z_image": "Z-Image",
     "wan": "Wan",
     "ltx": "LTX-Video",
 }

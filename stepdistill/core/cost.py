@@ -29,8 +29,8 @@ class Cost:
 def count_calls(module: nn.Module) -> Iterator[Cost]:
     """Count the calls of `module(...)` within the block by a forward hook, removed at its end.
 
-    A call's rows are the length of its first tensor argument with at least two dimensions, which passes over
-    timesteps. Raises ValueError from within a call that has no such argument.
+    A call's rows are the length of its first argument that is a list, or a tensor with at least two dimensions, which
+    passes over timesteps. Raises ValueError from within a call that has no such argument.
     """
     cost = Cost()
 
@@ -51,10 +51,10 @@ def count_calls(module: nn.Module) -> Iterator[Cost]:
 
 def _batch_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.ndim >= 2:
+        if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim >= 2):
             return len(value)
     raise ValueError(
-        f"count_calls saw {type(module).__name__} called without a tensor of two or more dimensions, "
+        f"count_calls saw {type(module).__name__} called without a list or a tensor of two or more dimensions, "
         "expected a batch: nfe is counted in batch rows; hook the denoiser, not a module around it"
     )
 

@@ -48,6 +48,8 @@ class Needs:
         package: one that the pipeline fails without; it comes with the extra `video`.
         single_file: what Diffusers calls the single files of the family.
         prefixes: of the names of tensors, one for each part that a single file must hold.
+        beside_file: networks that Diffusers does not read out of a single file; they are read from the place of its
+            configs.
     """
 
     optional: frozenset[str] = frozenset()
@@ -64,6 +66,7 @@ class Needs:
     package: str | None = None
     single_file: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
+    beside_file: tuple[str, ...] = ()
 
 
 @contextmanager

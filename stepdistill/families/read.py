@@ -64,7 +64,7 @@ def _read_pipeline(family: Any, without: Collection[str]) -> DiffusionPipeline: 
     """A `Family`'s pipeline as its files have it, with the parts in `without` on the meta device where possible."""
     where, pipeline = family.location(), cast("Any", family.pipeline_class)
     if is_single_file(where):
-        return pipeline.from_single_file(where, config=family.single_file_config)
+        return pipeline.from_single_file(where, config=family.single_file_config, **_beside(family, where))
     index = pipeline.load_config(where, revision=family.revision)
     # Diffusers drops the parts a folder goes without, such as SD3's T5, and then asks for them
     given: dict[str, Any] = {n: None for n, part in index.items() if isinstance(part, list) and part[0] is None}
@@ -78,3 +78,14 @@ def _read_pipeline(family: Any, without: Collection[str]) -> DiffusionPipeline: 
         given["quantization_config"] = quantize.quantized(family.quantization, family.network_name)
         given["torch_dtype"] = torch.float32  # of what is not quantised; else torchao takes bfloat16
     return pipeline.from_pretrained(where, variant=family.variant, **given)
+
+
+def _beside(family: Any, file: str) -> dict[str, nn.Module]:  # noqa: ANN401
+    """The networks that Diffusers does not read out of a single file, from where the file's configs lie."""
+    names, place = family.needs.beside_file, family.single_file_config
+    if names and place is None:
+        got, expected = f"the single file {file} alone", f"family.single_file_config with a {names[0]}"
+        why = f"Diffusers reads no {names[0]} out of a file of a {family.pipeline_class.__name__}"
+        raise ConfigError(problem(got, expected, why, "set it to the pipeline folder or hub id of the same model"))
+    index = family.pipeline_class.load_config(place) if names else {}
+    return {name: whole_network(place, None, name, index[name]) for name in names}

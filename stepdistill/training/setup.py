@@ -28,6 +28,7 @@ from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.pipeline_loras import assist
+from stepdistill.networks.roles import Adapters
 from stepdistill.networks.sharding import ShardedNetwork
 from stepdistill.students.base_model import Base, base_of
 from stepdistill.students.card import warn_of_licence
@@ -210,7 +211,9 @@ def session_of(run: Run, accelerator: Accelerator, parts: LazyPipeline, base: Ba
     family, pipe = run.family, parts.pipe
     net, dtype = family.network(pipe), DTYPES[accelerator.mixed_precision]
     targets = family.lora_targets(net)
-    places = family.sites(net), family.taps(net)
+    # not every family has sites: asked for them without need, it would refuse the run
+    adapts = any(isinstance(role, Adapters) for role in run.method.roles().values())
+    places = family.sites(net) if adapts else None, family.taps(net)
     backbone = Backbone(net, run.lora, targets, family.tap(net), run.train.seed, family.narrow, *places)
     if run.train.assistant:
         lora = read_assistant(run.train.assistant, family, run.start_from)

@@ -1,10 +1,10 @@
-"""The names of layers in LoRA files: those of Diffusers, and those of kohya's sd-scripts.
+"""The names of layers in LoRA files: those of Diffusers, and those of kohya's sd-scripts and musubi-tuner.
 
 A `Layer` is one layer of the original implementation. It holds one layer of Diffusers' network, or several stacked ones
 where the original fuses projections.
 
 The names were checked against kohya-ss/sd-scripts (`networks/lora.py`, `lora_sd3.py`, `lora_flux.py`,
-`convert_flux_lora.py`), for FLUX.2 klein kohya-ss/musubi-tuner (`networks/lora_flux_2.py`), ComfyUI (`comfy/lora.py`,
+`convert_flux_lora.py`), kohya-ss/musubi-tuner (`networks/lora_flux_2.py`, `lora_zimage.py`), ComfyUI (`comfy/lora.py`,
 `comfy/utils.py`) and Diffusers' loaders.
 """
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
+from stepdistill.networks.lora import names_z_image
 from stepdistill.networks.lora.names_klein import ENDS as KLEIN_ENDS
 from stepdistill.networks.lora.names_klein import NORM as KLEIN_NORM
 from stepdistill.networks.lora.names_klein import klein
@@ -28,6 +29,7 @@ NETWORKS = {
     "klein": "transformer",
     "pixart": "transformer",
     "sana": "transformer",
+    "z_image": "transformer",
 }
 PIPELINES = {
     "StableDiffusionPipeline": "sd",
@@ -39,6 +41,7 @@ PIPELINES = {
     "PixArtSigmaPipeline": "pixart",
     "SanaPipeline": "sana",
     "SanaSprintPipeline": "sana",
+    "ZImagePipeline": "z_image",
 }
 # sd-scripts' names of the CLIP text encoders; its T5 is not converted
 ENCODERS: dict[str, dict[str, str]] = {
@@ -49,6 +52,7 @@ ENCODERS: dict[str, dict[str, str]] = {
     "klein": {},
     "pixart": {},
     "sana": {},
+    "z_image": {},
 }
 BLOCKS = 64  # more than any of these networks has; names are matched whole, so a bound costs nothing
 EMBEDDER = ("linear_1", "linear_2")
@@ -115,6 +119,7 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
     "sdxl": tuple(UNET_ENDS),
     "flux": ("norm_out.linear", "proj_out"),
     "klein": (*KLEIN_ENDS, KLEIN_NORM),
+    "z_image": names_z_image.ENDS,
 }
 
 
@@ -170,6 +175,8 @@ def layers(family: str, per_block: int = 2) -> tuple[Layer, ...]:
             originals = klein(BLOCKS)
         case "pixart":
             originals = ((None, (name,)) for name in _pixart())
+        case "z_image":
+            originals = ((name, (name,)) for name in names_z_image.names())
         case _:
             originals = ((None, (name,)) for name in _sana())
     whole = []
@@ -187,8 +194,11 @@ def by_part(family: str, per_block: int = 2) -> dict[str, Layer]:
 
 @cache
 def by_name(family: str, per_block: int = 2) -> dict[str, Layer]:
-    """The layers by sd-scripts' names; for SDXL also by Diffusers' names in that spelling, which other trainers use."""
+    """The layers by sd-scripts' names; for SDXL also by Diffusers' names in that spelling, which other trainers use;
+    for Z-Image also by the original ones, which ComfyUI takes."""
     known = {layer.name: layer for layer in layers(family, per_block) if layer.name}
+    if family == "z_image":
+        return known | {name: Layer(name, parts, (1,) * len(parts)) for name, parts in names_z_image.originals()}
     if family != "sdxl":
         return known
     others = {part: layer for part, layer in by_part(family, per_block).items() if part.startswith("unet.")}

@@ -31,7 +31,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHOWN = 10
 # what plain Diffusers reads beside its own format, where all layers have one alpha: it mixes the names of others up
 READ_BY_DIFFUSERS: dict[Format, tuple[str, ...]] = {
-    "kohya": ("sd", "sdxl", "flux", "klein"),
+    "kohya": ("sd", "sdxl", "flux", "klein", "z_image"),
     "comfyui": ("flux",),
 }
 LOST_BY_DIFFUSERS = {"klein": ("modulation", "norm_out")}  # its reader of kohya's names has none for these layers

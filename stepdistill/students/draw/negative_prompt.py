@@ -91,12 +91,12 @@ def negative_prompt(
         why, todo = "its attention reads the image, too, and was not tried with this", "leave the negative prompt out"
         raise ConfigError(problem(f"a negative prompt in a {type(pipe).__name__}", "a text-to-video one", why, todo))
     net: Any = family.network(pipe)
-    _check(net)
     places = [m for m in net.modules() if isinstance(m, JOINT)] or _cross_attention(net)
     if not places:
         got, expected = f"a {type(net).__name__}", "a network with cross-attention or joint attention"
         why, todo = "the negative prompt is subtracted inside these layers", "sample without a negative prompt"
         raise ConfigError(problem(got, expected, why, todo))
+    _check(net)
     warn_of_cut(family, pipe, texts)
     subtraction = _Subtraction(*_embedded(family, pipe, places[0], texts), combine)
     _busy.add(net)

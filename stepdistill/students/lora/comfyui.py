@@ -23,8 +23,10 @@ from torch import Tensor
 
 from stepdistill.core.errors import ConfigError, StudentError, problem
 from stepdistill.core.files import is_single_file
+from stepdistill.core.guidance import LINEAR
 from stepdistill.networks.lora.names import PIPELINES
 from stepdistill.students.contract import Contract, scheduler_class, teacher
+from stepdistill.students.lora.comfyui_files import APART, EMPTY
 from stepdistill.students.sizes import sizes_in_words
 
 logger = logging.getLogger(__name__)
@@ -39,9 +41,6 @@ TRAINED = (
     *("lora", "prediction", "embedding", "embedding_2", "zero", "guider"),
     *("sampler", "sigmas", "start_level", "start", "sample", "scale"),
 )
-APART = ("flux", "klein", "pixart")  # whose network, text encoders and autoencoder are separate files
-EMPTY = {"sd3": "EmptySD3LatentImage", "flux": "EmptySD3LatentImage", "klein": "EmptyFlux2LatentImage"}
-QWEN = {"clip_name": "qwen_3_4b.safetensors", "type": "flux2"}
 KLEIN_TEXT = {"max_sequence_length": 512, "text_encoder_out_layers": [9, 18, 27]}  # as ComfyUI encodes its prompts
 Node = dict[str, Any]
 
@@ -249,6 +248,10 @@ def _refuse(contract: Contract) -> None:
     if PIPELINES[family.pipeline_class.__name__] == "klein" and family.arguments() != KLEIN_TEXT:
         why, todo = "ComfyUI encodes its prompts in no other way", "generate the images with Diffusers"
         raise ConfigError(problem(f"prompts with {family.arguments()}", f"{KLEIN_TEXT}", why, todo))
+    rule = family.rule.name
+    if contract.guidance_scale != 1 and rule != LINEAR.name:
+        got, why = f"guidance {contract.guidance_scale:g} by the rule {rule}", "CFGGuider has no other rule"
+        raise ConfigError(problem(got, f"the {LINEAR.name} rule, or no guidance", why, "generate with Diffusers"))
 
 
 def _node(kind: str, title: str, **inputs: Any) -> Node:  # noqa: ANN401
@@ -269,24 +272,12 @@ def _loaders(contract: Contract, layout: str) -> dict[str, Node]:
     """The nodes that load the base: one checkpoint, or separate files."""
     name = _file_name(contract.base_model)
     title = f"base: {contract.base_model}"
-    if layout == "flux":
-        clip = {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors", "type": "flux"}
+    if layout in APART:
+        kind, encoders, clip, vae = APART[layout]
         return {
             "model": _node("UNETLoader", title, unet_name=name, weight_dtype="default"),
-            "clip": _node("DualCLIPLoader", "text encoders", **clip),
-            "vae": _node("VAELoader", "autoencoder", vae_name="ae.safetensors"),
-        }
-    if layout == "klein":
-        return {
-            "model": _node("UNETLoader", title, unet_name=name, weight_dtype="default"),
-            "clip": _node("CLIPLoader", "text encoder: Qwen3 of 4B, or 8B for the base of 9B", **QWEN),
-            "vae": _node("VAELoader", "autoencoder", vae_name="flux2-vae.safetensors"),
-        }
-    if layout == "pixart":
-        return {
-            "model": _node("UNETLoader", title, unet_name=name, weight_dtype="default"),
-            "clip": _node("CLIPLoader", "text encoder", clip_name="t5xxl_fp16.safetensors", type="pixart"),
-            "vae": _node("VAELoader", "autoencoder", vae_name="vae.safetensors"),
+            "clip": _node(kind, encoders, **clip),
+            "vae": _node("VAELoader", "autoencoder", vae_name=vae),
         }
     return {"model": _node("CheckpointLoaderSimple", title, ckpt_name=name)}
 

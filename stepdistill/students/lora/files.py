@@ -20,7 +20,8 @@ from stepdistill.students.contract import WEIGHTS, read_contract, teacher
 
 logger = logging.getLogger(__name__)
 
-PROGRAMS = {"klein": "musubi-tuner"}  # the programs of kohya's that train a family, where they are not sd-scripts
+# the programs of kohya's that train a family, where they are not sd-scripts
+PROGRAMS = dict.fromkeys(("klein", "z_image"), "musubi-tuner")
 
 
 @dataclass(frozen=True)
