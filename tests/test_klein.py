@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import loras
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
+from safetensors.torch import save_file
 from tiny_klein import FAMILY, klein
 from torch import Tensor
 
 from stepdistill.core.denoise import guided
-from stepdistill.core.errors import ConfigError
+from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.core.prediction import estimate
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.families.prompt_limits import warn_of_cut
 from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.lora.read import check_plain, guess, read_lora
+from stepdistill.networks.lora.tensors import lora_tensors, parse_lora
 from stepdistill.networks.roles import Lora, LoraSpec
+from stepdistill.students.draw.call import PipelineCall
+from stepdistill.students.draw.pipeline import StudentPipeline
 
 PROMPTS = ["red apple", "a small blue circle on a large green heart"]  # of two and nine tokens
 SIZES = [(32, 32), (32, 48)]
@@ -252,6 +259,47 @@ def test_a_prompt_that_loses_the_end_of_its_chat_is_warned_of(pipe, caplog):
         for text in (fits, f"{fits} heart")
     ]
     assert [len(each) for each in ids] == [24, 25]
+
+
+def test_a_negative_prompt_of_a_guided_student_is_refused(pipe):
+    """Its call would end in a TypeError."""
+    student: Any = SimpleNamespace(family=FAMILY, pipe=pipe)
+    call = PipelineCall("student", pipe.scheduler, FAMILY.guidance(4.0), FAMILY)
+    against = StudentPipeline.against
+    with pytest.raises(StudentError, match="a negative prompt for a Flux2KleinPipeline, expected none"):
+        against(student, "heart", call).__enter__()
+    with against(student, None, call) as same:
+        assert same is call
+
+
+# LoRA files
+
+
+def kohya(family: str, only: str = "") -> dict[str, Tensor]:
+    made = loras.state(family, only=lambda name: only in name)
+    return lora_tensors(parse_lora(made, loras.metadata(family), family).lora, "kohya", family)[0]
+
+
+def test_files_of_klein_and_flux_are_told_apart_by_the_shapes_of_their_layers(tmp_path):
+    """Their blocks have the same names in kohya's files; where no shape differs, none is guessed."""
+    for family in ("klein", "flux"):
+        for only in ("ff.", "attn."):  # of the second, the single blocks' alone differ
+            assert guess(kohya(family, only), tmp_path).family == family
+    double = {key: value for key, value in kohya("klein", "attn.").items() if "double" in key}
+    with pytest.raises(ConfigError, match="fit flux and klein, .* the family is ambiguous"):
+        guess(double, tmp_path)
+
+
+def test_a_kohya_file_of_which_diffusers_loses_layers_is_no_lora_of_a_teacher(tmp_path):
+    for only in ("attn.", ""):
+        save_file(kohya("klein", only), tmp_path / "x.safetensors")
+        read = read_lora(tmp_path / "x.safetensors", FAMILY.lora_layout()).lora
+        assert len({layer.alpha for layer in read.values()}) == 1
+        if only:
+            check_plain(tmp_path / "x.safetensors", read, "klein")
+        else:
+            with pytest.raises(StudentError, match="in the kohya format.* --to diffusers"):
+                check_plain(tmp_path / "x.safetensors", read, "klein")
 
 
 def test_a_single_file_is_refused(tmp_path):

@@ -156,7 +156,7 @@ def view(pipe: Any, folder_or_hub_id: str | Path, wanted: View) -> list[list[Str
     pipe.set_progress_bar_config(disable=True)
     blocks: list[list[Strip]] = [[] for _ in wanted.prompts]
     for count in (wanted.teacher_steps, steps):
-        call = teacher_call(family, pipe, count, wanted.teacher_guidance, f"teacher, {_steps(count)}")
+        call = teacher_call(family, pipe, count, wanted.teacher_guidance, f"teacher, {_steps(count)}", (height, width))
         for i, block in enumerate(blocks):
             block.append(_strip(pipe, call.plus(height=height, width=width), wanted, i, clean=False))
     loaded = load_student(pipe, folder)
