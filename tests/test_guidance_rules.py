@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from oracles.planted import Bug, bug_tests
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from stepdistill.core.denoise import Condition, filled, guided, joined, without_
 from stepdistill.core.guidance import LINEAR, Capped, Linear, Rule, TokenNorm, Truncated, on_estimates
 from stepdistill.core.prediction import Estimate, Kind, estimate, output
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
+from stepdistill.core.solvers import follow
 from stepdistill.methods.base import StepContext
 
 FLOW = Rectified()
@@ -56,12 +58,24 @@ def test_a_cap_scales_whole_images_down_and_none_up():
 
 def test_truncated_guidance_ends_where_it_says():
     uncond, cond = outputs(3)
-    t = torch.tensor([901.0, 400.0, 399.0])  # 1 - t / 1000: 0.099, 0.6, 0.601
+    t = torch.tensor([901.0, 401.0, 399.0])  # 1 - t / 1000: 0.099, 0.599, 0.601
     ours = Truncated(Capped(1.0), 0.6)(uncond, cond, 3.0, t)
     rule = Capped(1.0)(uncond, cond, 3.0, t)
     assert torch.equal(ours[:2], rule[:2])
     assert torch.equal(ours[2], cond[2])
     assert not torch.allclose(rule[2], cond[2])
+
+
+@pytest.mark.parametrize("steps", [5, 10, 50])
+def test_guidance_ends_at_the_very_step_of_the_pipeline_where_a_level_is_the_limit(steps):
+    """1 - t / 1000 in single precision is at times one digit above what (1000 - t) / 1000 is."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    uncond, cond = (torch.full((steps, 1, 1, 1), value) for value in (0.0, 1.0))
+    for after in (i / steps for i in range(steps)):
+        theirs = [level > after for level in ((1000 - scheduler.timesteps.float()) / 1000).tolist()]
+        ours = Truncated(LINEAR, after)(uncond, cond, 3.0, scheduler.timesteps)
+        assert (ours.flatten() == 1.0).tolist() == theirs
 
 
 def test_rules_say_their_names():
@@ -194,6 +208,61 @@ def test_the_law_that_a_rule_leads_to(name, w):
     assert fixed_point(RULES[name], w) == pytest.approx(LAWS[name, w], abs=0.03)
 
 
+def gaussian(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
+    """A teacher of the spread 0.5 around the mean in `cond`."""
+    level = (t / 1000)[:, None, None, None]
+    mean = cond["mean"][:, None, None, None]
+    gain = (1 - level) * 0.5**2 / ((1 - level) ** 2 * 0.5**2 + level**2)
+    x0 = mean + gain * (x_t - (1 - level) * mean)
+    return Estimate(x0, (x_t - (1 - level) * x0) / level)
+
+
+def truncated(after: float, rows: int) -> tuple[denoise.Denoise, Condition]:
+    """That teacher with guidance 4, which ends at `after`, and its prompts; their mean is 0.35, and -0.35 without."""
+    null, cond = ({"mean": torch.full((rows,), sign * 0.35, dtype=torch.float64)} for sign in (-1, 1))
+    return guided(gaussian, null, 4.0, on_estimates(Truncated(LINEAR, after), "flow", FLOW)), cond
+
+
+@pytest.mark.parametrize(("after", "share"), [(0.3, 0.44), (0.6, 0.84)])
+def test_the_law_of_truncated_guidance(after, share):
+    """The mean goes a share of the way to that of the linear rule, and the spread stays the data's.
+
+    Of the times in the loss, each pulls the mean by its weight `sigma^2 / ((1 - sigma)^2 s^2 + sigma^2)`, the late ones
+    to the data's own mean. All is linear in the noise, so that two mirrored points give the loss's mean gradient.
+    """
+    sigma = torch.linspace(0.02, 0.98, 20_001, dtype=torch.float64)
+    pull = sigma**2 / ((1 - sigma) ** 2 * 0.5**2 + sigma**2)
+    expected = (pull[1 - sigma <= after].sum() / pull.sum()).item()
+    real, cond = truncated(after, 2 * len(sigma))
+    levels, z = sigma.repeat(2), torch.tensor([1.0, -1.0], dtype=torch.float64).repeat_interleave(len(sigma))
+
+    def gradient(mean: float, spread: float) -> tuple[float, float]:
+        """Of the student's mean and spread, whose law an exact critic knows."""
+        x_t = (1 - levels) * (mean + spread * z)
+        gain = (1 - levels) * spread**2 / ((1 - levels) ** 2 * spread**2 + levels**2)
+        fake = mean + gain * (x_t - (1 - levels) * mean)
+        off = fake - real(x_t[:, None, None, None], 1000 * levels, cond).x0.flatten()
+        return off.mean().item(), (off * z).mean().item()
+
+    law = 0.35 + 2.1 * expected
+    assert gradient(law, 0.5) == pytest.approx((0.0, 0.0), abs=1e-3)
+    assert gradient(law + 0.05, 0.5)[0] > 0.01 and gradient(law - 0.05, 0.5)[0] < -0.01
+    assert gradient(law, 0.55)[1] > 0.005 and gradient(law, 0.45)[1] < -0.005
+    assert expected == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize(("after", "share"), [(0.3, 0.21), (0.6, 0.60)])
+def test_the_law_that_a_teacher_of_truncated_guidance_draws(after, share):
+    """It is another one: along the ODE what guidance gave early is forgotten, but for `s a / (a^2 s^2 + (1 - a)^2)^0.5`
+    with a = `after`, by which the state's own spread grows."""
+    real, cond = truncated(after, 3)
+    z = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)[:, None, None, None]
+    low, mean, high = follow(real, FLOW, torch.linspace(1000, 0, 1001).tolist(), z, cond).flatten().tolist()
+    expected = 0.5 * after / math.hypot(0.5 * after, 1 - after)
+    assert mean == pytest.approx(0.35 + 2.1 * expected, abs=5e-3) and expected == pytest.approx(share, abs=0.01)
+    assert (high - low) / 2 == pytest.approx(0.5, abs=5e-3)
+
+
 def test_rescaled_in_x0_it_would_be_another_rule():
     def combine(uncond: Estimate, cond: Estimate, scale: float | Tensor, x_t: Tensor, t: Tensor) -> Estimate:
         x0 = TokenNorm(2)(uncond.x0, cond.x0, scale, t)
@@ -252,7 +321,7 @@ BUGS = {
     "no norm": Bug(TokenNorm.__call__, "self._norm(cond) / self._norm(y)", "1", tokens),
     "a cap that scales up": Bug(Capped.__call__, "norm > most", "norm > 0", caps),
     "a cap without its share": Bug(Capped.__call__, "self.most * cond", "cond", caps),
-    "truncated at the other end": Bug(Truncated.__call__, "1 - t / 1000 > ", "t / 1000 > ", ends),
+    "truncated at the other end": Bug(Truncated.__call__, "(1000 - t) / 1000", "t / 1000", ends),
     "truncated to no prompt": Bug(Truncated.__call__, "where(free, cond,", "where(free, uncond,", ends),
     "linear whatever the rule": Bug(guidance.on_estimates, "isinstance(rule, Linear)", "True", outputs_of),
     "halves swapped": Bug(guidance.on_estimates, "in (uncond, cond)", "in (cond, uncond)", outputs_of),

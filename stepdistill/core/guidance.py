@@ -136,7 +136,8 @@ class Truncated:
         return f"{self.rule.equation}, and cond at times below {1000 * (1 - self.after):g}"
 
     def __call__(self, uncond: Tensor, cond: Tensor, scale: float | Tensor, t: Tensor) -> Tensor:
-        free = expand(1 - t / 1000 > self.after, cond)
+        # as the pipeline has it, to the last digit: a level of an even grid may be `after` itself
+        free = expand(((1000 - t) / 1000).double() > self.after, cond)
         return torch.where(free, cond, self.rule(uncond, cond, scale, t))
 
 
