@@ -10,6 +10,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
 )
@@ -41,6 +42,10 @@ def network(family: str) -> nn.Module:
             return PixArtTransformer2DModel(**SMALL, **text, out_channels=8, sample_size=8)
         case "z_image":
             return tiny.pipeline("z_image").transformer
+        case "qwen_image":
+            return QwenImageTransformer2DModel(
+                **SMALL, out_channels=1, joint_attention_dim=16, axes_dims_rope=(2, 2, 4)
+            )
         case _:
             text = {"cross_attention_dim": 16, "caption_channels": 8}
             heads = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8}

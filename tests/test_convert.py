@@ -45,7 +45,7 @@ from stepdistill.training.recipe import Run, TrainSpec
 RANK, ALPHA = 4, 16
 UNETS = ("sd", "sdxl")
 FORMATS = {
-    **{name: ("kohya", "comfyui") for name in ("sd", "sdxl", "sd3", "flux", "klein", "z_image")},
+    **{name: ("kohya", "comfyui") for name in ("sd", "sdxl", "sd3", "flux", "klein", "z_image", "qwen_image")},
     **{name: ("comfyui",) for name in ("pixart_alpha", "pixart_sigma")},
     "sana": (),
 }
@@ -166,7 +166,7 @@ def comfy_transformer(net: nn.Module, state: dict[str, torch.Tensor]) -> set[str
     return left
 
 
-@pytest.mark.parametrize("name", ["sd", "sd3", "flux", "pixart_sigma", "z_image"])
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux", "pixart_sigma", "z_image", "qwen_image"])
 def test_a_reader_as_comfyui_s_draws_the_same(folders, name):
     family = family_of(folders[name])
     plain, merged, bare = family.load(), family.load(), family.load()
@@ -312,7 +312,9 @@ def test_sd3_s_other_files_are_not_for_diffusers(folders):
 # what sd-scripts load of a file in their format
 
 
-@pytest.mark.parametrize(("family", "ignored"), [("sd", 4), ("sdxl", 6), ("sd3", 0), ("flux", 2), ("klein", 9)])
+@pytest.mark.parametrize(
+    ("family", "ignored"), [("sd", 4), ("sdxl", 6), ("sd3", 0), ("flux", 2), ("klein", 9), ("qwen_image", 6)]
+)
 def test_layers_that_sd_scripts_ignore_are_counted_and_named(tmp_path, capsys, caplog, family, ignored):
     save_file(loras.state(family), tmp_path / "x.safetensors", loras.metadata(family))
     if family == "sdxl":  # the small one has fewer layers in a block
@@ -321,7 +323,7 @@ def test_layers_that_sd_scripts_ignore_are_counted_and_named(tmp_path, capsys, c
     else:
         report = convert_lora(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "kohya", family)
     count = len(report.source.lora)
-    program = "musubi-tuner" if family == "klein" else "sd-scripts"
+    program = "musubi-tuner" if family in ("klein", "qwen_image") else "sd-scripts"
     assert f"{program} can load {count - ignored} of {count} layers" in str(report)
     assert (f"{program} will ignore {ignored} layers" in caplog.text) == (ignored > 0)
     caplog.clear()

@@ -290,7 +290,8 @@ def whole(name: str, net: nn.Module, tap: Tap, x: torch.Tensor, call) -> torch.T
     handle.remove()
     if last == "mid_block":
         return found[0]
-    tokens = found[0][1] if name in ("sd3", "flux", "klein") else found[0]  # of two streams the image's is the second
+    two = name in ("sd3", "flux", "klein", "qwen_image")
+    tokens = found[0][1] if two else found[0]  # of two streams the image's is the second
     *frames, height, width = x.shape[2:]
     sides = torch.Size((*frames, height // tap.patch, width // tap.patch))
     tokens = tokens[:, -sides.numel() :] if tap.image == "last" else tokens[:, : sides.numel()]

@@ -12,6 +12,7 @@ from diffusers.loaders import Flux2LoraLoaderMixin
 from diffusers.loaders.lora_conversion_utils import (
     _convert_kohya_flux2_lora_to_diffusers,
     _convert_kohya_flux_lora_to_diffusers,
+    _convert_non_diffusers_qwen_lora_to_diffusers,
     _convert_non_diffusers_z_image_lora_to_diffusers,
 )
 from diffusers.loaders.single_file_utils import (
@@ -87,7 +88,7 @@ def test_half_precision_stays_as_it_is(family, to):
     assert all(torch.equal(part.down, made[f"{name}.lora_A.weight"]) for name, part in back.items())
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "z_image"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "z_image", "qwen_image"])
 def test_trap_t2_the_trained_alpha_is_in_every_layer(family):
     state, _ = lora_tensors(lora(family), "kohya", family, DEPTH.get(family, 2))
     for name in {key.split(".")[0] for key in state}:
@@ -124,6 +125,11 @@ def test_names_that_sd_scripts_and_comfyui_know():
         ("z_image", "transformer.layers.29.attention.to_q", "lora_unet_layers_29_attention_to_q"),
         ("z_image", "transformer.noise_refiner.1.attention.to_out.0", "lora_unet_noise_refiner_1_attention_to_out_0"),
         ("z_image", "transformer.context_refiner.0.feed_forward.w3", "lora_unet_context_refiner_0_feed_forward_w3"),
+        ("qwen_image", "transformer.transformer_blocks.59.attn.to_add_out",
+         "lora_unet_transformer_blocks_59_attn_to_add_out"),
+        ("qwen_image", "transformer.transformer_blocks.0.img_mlp.net.0.proj",
+         "lora_unet_transformer_blocks_0_img_mlp_net_0_proj"),
+        ("qwen_image", "transformer.transformer_blocks.0.txt_mod.1", "lora_unet_transformer_blocks_0_txt_mod_1"),
     ]:  # fmt: skip
         assert by_part(family)[part].name == name
         assert part in by_name(family)[name].parts
@@ -303,6 +309,18 @@ def _originals() -> list[Layer]:
     return [layer for layer in by_name("z_image").values() if layer not in names]
 
 
+def test_diffusers_reads_the_kohya_file_of_qwen_image_with_the_alpha_of_each_layer():
+    found = lora("qwen_image")
+    for i, (name, part) in enumerate(found.items()):
+        found[name] = LayerLora(part.down, part.up, 1.0 + i)
+    state, _ = lora_tensors(found, "kohya", "qwen_image")
+    theirs = _convert_non_diffusers_qwen_lora_to_diffusers(dict(state))
+    assert {key.partition(".lora_")[0] for key in theirs} == found.keys()
+    for name, part in found.items():
+        a, b = (theirs[f"{name}.lora_{x}.weight"] for x in "AB")
+        torch.testing.assert_close(b @ a, part.product(), rtol=1e-5, atol=1e-5)
+
+
 # what ComfyUI's maps of Diffusers' names hold, by hand from comfy/utils.py
 COMFY = {
     "sd3": [
@@ -333,6 +351,11 @@ COMFY = {
         r"(layers|noise_refiner)\.\d+\.adaLN_modulation\.0",
         r"all_final_layer\.2-1\.(linear|adaLN_modulation\.1)",
         r"all_x_embedder\.2-1|cap_embedder\.1|t_embedder\.mlp\.[02]",
+    ],
+    "qwen_image": [  # these are its own, too
+        r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
+        r"transformer_blocks\.\d+\.(img|txt)_(mlp\.net\.(0\.proj|2)|mod\.1)",
+        r"time_text_embed\.timestep_embedder\.linear_[12]|img_in|txt_in|norm_out\.linear|proj_out",
     ],
 }
 

@@ -39,7 +39,7 @@ from stepdistill.students.lora.files import convert_lora, write_lora
 from stepdistill.students.single import load_network
 from stepdistill.students.write import write_student
 
-NAMES = ("sd", "sdxl", "sd3", "flux", "sana", "z_image")
+NAMES = ("sd", "sdxl", "sd3", "flux", "sana", "z_image", "qwen_image")
 TEXT = {"sd": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2"), "sd3": ("text_encoder", "text_encoder_2")}
 FORMATS: tuple[Format, ...] = ("diffusers", "kohya", "comfyui")
 CELLS = [(name, to) for name in NAMES for to in FORMATS if name in FAMILIES[to]]
@@ -115,7 +115,9 @@ def test_every_layer_has_its_own_rank_and_alpha_in_a_teacher_and_in_a_pipeline(b
     pipe = family.load()
     before, lora = weights(pipe, name), mixed(pipe, name)
     file = write(lora, tmp_path / "x.safetensors", to, name)
-    if to != "diffusers":  # the card could not load it
+    if (name, to) == ("qwen_image", "kohya"):  # Diffusers takes the alpha of each layer
+        same(weights(replace(family, teacher_loras=(str(file),)).load(), name), added(before, lora))
+    elif to != "diffusers":  # the card could not load it
         with pytest.raises(StudentError, match=f"in the {to} format|in the kohya format"):
             replace(family, teacher_loras=(str(file),)).load()
     own = write(lora, tmp_path / "own.safetensors", "diffusers", name)
@@ -138,6 +140,38 @@ def test_a_kohya_file_of_one_alpha_makes_the_teacher_that_plain_diffusers_makes_
     pipe.load_lora_weights(str(file))
     fuse_loras(pipe)
     same(weights(teacher, name), weights(pipe, name))
+
+
+def test_a_kohya_file_of_qwen_image_makes_the_teacher_that_plain_diffusers_makes_of_it(bases, tmp_path):
+    family = bases["qwen_image"]
+    pipe: Any = family.load()
+    file = write(mixed(pipe, "qwen_image"), tmp_path / "x.safetensors", "kohya", "qwen_image")
+    teacher = replace(family, teacher_loras=(str(file),)).load()
+    pipe.load_lora_weights(str(file))
+    fuse_loras(pipe)
+    same(weights(teacher, "qwen_image"), weights(pipe, "qwen_image"))
+
+
+@pytest.mark.parametrize("alphas", [True, False])
+def test_comfyui_s_name_of_the_denoiser_is_read_too(bases, tmp_path, alphas):
+    """Most published LoRAs of Qwen-Image have it before Diffusers' names of the layers."""
+    family, file = bases["qwen_image"], tmp_path / "x.safetensors"
+    pipe = family.load()
+    before, lora = weights(pipe, "qwen_image"), mixed(pipe, "qwen_image", 2)
+    lora = lora if alphas else {name: replace(part, alpha=2.0) for name, part in lora.items()}
+    state, _ = lora_tensors(lora, "comfyui", "qwen_image")
+    state = {key.replace("transformer.", "diffusion_model.", 1): value for key, value in state.items()}
+    save_file(state if alphas else {key: v for key, v in state.items() if not key.endswith(".alpha")}, file)
+    found = read_lora(file)
+    assert found.layout.family == "qwen_image" and found.lora.keys() == lora.keys()
+    convert_lora(file, tmp_path / "own.safetensors", "diffusers")
+    style = load_style(family, pipe, str(file), "style")
+    weigh_loras(family, pipe, {style: 0.5})
+    fuse_loras(pipe)
+    same(weights(pipe, "qwen_image"), added(before, lora, 0.5))
+    places = [tmp_path / "own.safetensors"] + ([] if alphas else [file])
+    for place in places:
+        same(weights(replace(family, teacher_loras=(str(place),)).load(), "qwen_image"), added(before, lora))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -268,7 +268,10 @@ def test_a_part_of_another_class_is_refused(folders, tmp_path):
         refused(of(name, place), f"got a {kind[1]} as {part} of .*, expected a {wanted}")
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*VIDEOS, "klein")])
+TINY = [name for name, f in FAMILIES.items() if not (name in VIDEOS or name == "klein" or f.needs.scales_channels)]
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_a_tiny_autoencoder_of_the_same_latents_may_be_in_the_place_of_the_teacher_s(folders, tmp_path, name):
     place, widths = shutil.copytree(folders[name], tmp_path / "copy"), (8,) * 3
     shutil.rmtree(place / "vae")

@@ -90,7 +90,8 @@ def test_frames_are_our_own_sampler_s_estimates_and_the_last_is_the_image(pipes,
     # every frame by the library's own sampler
     estimates: list[Tensor] = []
     bone = tiny.backbone(name, pipe)
-    alone = guided(Denoiser(bone, TEACHER, schedule, kind, family.call, grad=False), family.unconditional(pipe), w)
+    plain = Denoiser(bone, TEACHER, schedule, kind, family.call, grad=False)
+    alone = guided(plain, family.unconditional(pipe), w, family.combine(kind, schedule))
 
     def kept(x_t, t, cond):
         est = alone(x_t, t, cond)

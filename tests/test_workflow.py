@@ -110,6 +110,7 @@ FLOW = {
 }
 KLEIN = {"type": "stepdistill.families.flux2_klein.Flux2Klein", "pretrained_teacher_model": "owner/base"}
 Z_IMAGE = {"type": "stepdistill.families.z_image.ZImage", "pretrained_teacher_model": "owner/base"}
+QWEN = {"type": "stepdistill.families.qwen_image.QwenImage", "pretrained_teacher_model": "Qwen/Qwen-Image"}
 SINGLE_FILE = str(bundled("tiny-sd-reference.safetensors"))  # whatever is in it
 CONTRACTS = {
     "sd": contract(),
@@ -121,6 +122,7 @@ CONTRACTS = {
     "klein": contract(**FLOW | {"family": KLEIN, "guidance_scale": 4.0}),
     "below": contract(timesteps=(399.0,)),
     "flow below": contract(**FLOW | {"timesteps": (900.0, 500.0)}),
+    "separate": contract(**FLOW | {"family": QWEN}),
     "loras": contract(family=contract().family | {"teacher_loras": ["owner/style"]}),
     "zeros": contract(
         family={"type": "stepdistill.families.sdxl.StableDiffusionXL", "pretrained_teacher_model": SINGLE_FILE},
@@ -232,6 +234,19 @@ def test_guidance_by_another_rule_than_comfyui_s_is_refused():
     workflow(contract(**FLOW | {"family": Z_IMAGE}, guidance_scale=3.0), "x")
     with pytest.raises(ConfigError, match="guidance 3 by the rule capped, expected the linear rule"):
         workflow(contract(**FLOW | {"family": capped}, guidance_scale=3.0), "x")
+
+
+def test_a_student_whose_guidance_comfyui_does_not_have_is_refused():
+    """Qwen-Image's scales each token, and ComfyUI's is linear."""
+    told = contract(**FLOW | {"family": QWEN}, guidance_scale=3.0)
+    with pytest.raises(
+        ConfigError, match="guidance 3 by the rule token_norm, expected the linear rule, or no guidance"
+    ):
+        workflow(told, "x")
+    nodes = workflow(replace(told, guidance_scale=1.0), "x")
+    assert nodes["clip"]["inputs"] == {"clip_name": "qwen_2.5_vl_7b.safetensors", "type": "qwen_image"}
+    assert nodes["vae"]["inputs"] == {"vae_name": "qwen_image_vae.safetensors"}
+    assert nodes["latent"]["class_type"] == "EmptySD3LatentImage" and nodes["decode"]["inputs"]["vae"] == ["vae", 0]
 
 
 # what ComfyUI draws with the nodes

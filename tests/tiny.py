@@ -42,6 +42,7 @@ from diffusers import (
 )
 from tiny_klein import FAMILY as KLEIN
 from tiny_klein import klein
+from tiny_qwen_image import qwen_image
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -69,6 +70,7 @@ from stepdistill.families.ltx import LTX
 from stepdistill.families.ltx_image import LTXImageToVideo
 from stepdistill.families.pixart_alpha import PixArtAlpha
 from stepdistill.families.pixart_sigma import PixArtSigma
+from stepdistill.families.qwen_image import QwenImage
 from stepdistill.families.sana import Sana
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.families.sd3 import StableDiffusion3
@@ -96,6 +98,7 @@ FAMILIES: dict[str, Family] = {
         max_sequence_length=12,
         human_instruction=False,
     ),
+    "qwen_image": QwenImage(pretrained_teacher_model="Qwen/Qwen-Image", max_sequence_length=24),
     "wan": Wan(
         pretrained_teacher_model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         num_frames=5,
@@ -130,7 +133,7 @@ CONTINUING: dict[str, ImageToVideo] = {
 
 
 VIDEOS = ("wan", "ltx")
-FLOWS = ("sd3", "flux", "sana", "klein", *VIDEOS, "z_image")
+FLOWS = ("sd3", "flux", "sana", "klein", "qwen_image", *VIDEOS, "z_image")
 ONE_STREAM = ("z_image",)  # image and prompt are one sequence, and there is no place for guidance adapters
 ADAPTED = tuple(name for name in FAMILIES if name not in ONE_STREAM)
 
@@ -164,6 +167,8 @@ def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
             return sana()
         case "klein":
             return klein()
+        case "qwen_image":
+            return qwen_image()
         case "wan":
             return wan()
         case "wan_image":

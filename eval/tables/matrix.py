@@ -21,6 +21,7 @@ FAMILIES = {
     "pixart_sigma": "PixArt-Sigma",
     "sana": "SANA",
     "z_image": "Z-Image",
+    "qwen_image": "Qwen-Image",
     "wan": "Wan",
     "ltx": "LTX-Video",
 }

@@ -274,4 +274,5 @@ def _image_width(where: str, revision: str | None, parts: Mapping[str, list[str]
 
 
 def _width(where: str, revision: str | None, name: str, cls: Any) -> int:  # noqa: ANN401
-    return cls.config_class.from_pretrained(where, subfolder=name, revision=revision).hidden_size
+    config = cls.config_class.from_pretrained(where, subfolder=name, revision=revision)
+    return config.get_text_config().hidden_size

@@ -69,11 +69,13 @@ class CrossAttentionAdapter(nn.Module):
         self.v = nn.Linear(width, width, bias=False)
         self.out = zeroed(nn.Linear(width, site.width))
 
-    def forward(self, x: Tensor, w: Tensor, time: Tensor, prompt: Tensor) -> Tensor:
-        """What is added, (B, N, D), to the output for x (B, N, D), w (B,), time (B, T), prompt (B, L, P)."""
+    def forward(self, x: Tensor, w: Tensor, time: Tensor, prompt: Tensor, true: Tensor | None = None) -> Tensor:
+        """What is added, (B, N, D), to the output for x (B, N, D), w (B,), time (B, T), prompt (B, L, P), of whose
+        tokens those in `true` (B, L) count, or all."""
         tokens = torch.cat([self.scale(w)[:, None], self.time(time)[:, None], self.prompt(prompt)], dim=1)
         q = self.q(x)
-        read = scaled_dot_product_attention(q, self.k(tokens), self.v(tokens))
+        mask = None if true is None else torch.cat([true.new_ones(len(true), 2), true], dim=1)[:, None]
+        read = scaled_dot_product_attention(q, self.k(tokens), self.v(tokens), mask)
         return self.out(silu(read + q) if self.mixed else read)
 
 
@@ -88,9 +90,10 @@ class OffsetAdapter(nn.Module):
         self.layers = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.out = zeroed(nn.Linear(width, site.width))
 
-    def forward(self, x: Tensor, w: Tensor, time: Tensor, prompt: Tensor) -> Tensor:
+    def forward(self, x: Tensor, w: Tensor, time: Tensor, prompt: Tensor, true: Tensor | None = None) -> Tensor:
         """As above; x is not looked at."""
-        return self.out(self.layers(self.scale(w) + self.time(time) + self.prompt(prompt.mean(1))))[:, None]
+        mean = prompt.mean(1) if true is None else (prompt * true[..., None]).sum(1) / true.sum(1, keepdim=True)
+        return self.out(self.layers(self.scale(w) + self.time(time) + self.prompt(mean)))[:, None]
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:
@@ -157,7 +160,8 @@ class Hooks:
             prompt = prompt[0] if isinstance(prompt, tuple) else prompt  # an IP-adapter sends its images with it
             kind = next(adapters[i].parameters()).dtype
             w = scale.to(x.device).reshape(-1).expand(len(x))
-            more = adapters[i](x.to(kind), w, time.to(kind), prompt.to(kind))
+            true = given.get("encoder_hidden_states_mask")  # of families whose prompts differ in length
+            more = adapters[i](x.to(kind), w, time.to(kind), prompt.to(kind), true)
             more = more * ((w - 1) / UNIT).to(more.dtype)[:, None, None]
             if isinstance(output, tuple):  # of the image, then of the prompt
                 return (output[0] + more.to(output[0].dtype), *output[1:])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from torch import nn
 
 from stepdistill.config.schema import locate
@@ -26,7 +27,11 @@ def shell(where: str, name: str, kind: str, revision: str | None) -> nn.Module:
     else:
         config, build = network.config_class.from_pretrained(where, **place), network
     with torch.device("meta"):
-        return build(config)
+        net = build(config)
+    for inner, module in list(net.named_modules()):
+        if isinstance(module, QwenEmbedRope):  # its tables are no buffers, so nothing would give them a device again
+            net.set_submodule(inner, QwenEmbedRope(module.theta, module.axes_dim, module.scale_rope))
+    return net
 
 
 def is_shell(part: object) -> bool:

@@ -4,8 +4,8 @@ A `Layer` is one layer of the original implementation. It holds one layer of Dif
 where the original fuses projections.
 
 The names were checked against kohya-ss/sd-scripts (`networks/lora.py`, `lora_sd3.py`, `lora_flux.py`,
-`convert_flux_lora.py`), kohya-ss/musubi-tuner (`networks/lora_flux_2.py`, `lora_zimage.py`), ComfyUI (`comfy/lora.py`,
-`comfy/utils.py`) and Diffusers' loaders.
+`convert_flux_lora.py`), kohya-ss/musubi-tuner (`networks/lora_flux_2.py`, `lora_zimage.py`, `lora_qwen_image.py`),
+ComfyUI (`comfy/lora.py`, `comfy/utils.py`, `comfy/ldm/qwen_image/model.py`) and Diffusers' loaders.
 """
 
 from __future__ import annotations
@@ -16,20 +16,14 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
-from stepdistill.networks.lora import names_z_image
+from stepdistill.networks.lora import names_qwen_image, names_z_image
 from stepdistill.networks.lora.names_klein import ENDS as KLEIN_ENDS
 from stepdistill.networks.lora.names_klein import NORM as KLEIN_NORM
 from stepdistill.networks.lora.names_klein import klein
 
 NETWORKS = {
-    "sd": "unet",
-    "sdxl": "unet",
-    "sd3": "transformer",
-    "flux": "transformer",
-    "klein": "transformer",
-    "pixart": "transformer",
-    "sana": "transformer",
-    "z_image": "transformer",
+    **dict.fromkeys(("sd", "sdxl"), "unet"),
+    **dict.fromkeys(("sd3", "flux", "klein", "pixart", "sana", "z_image", "qwen_image"), "transformer"),
 }
 PIPELINES = {
     "StableDiffusionPipeline": "sd",
@@ -42,6 +36,7 @@ PIPELINES = {
     "SanaPipeline": "sana",
     "SanaSprintPipeline": "sana",
     "ZImagePipeline": "z_image",
+    "QwenImagePipeline": "qwen_image",
 }
 # sd-scripts' names of the CLIP text encoders; its T5 is not converted
 ENCODERS: dict[str, dict[str, str]] = {
@@ -49,10 +44,7 @@ ENCODERS: dict[str, dict[str, str]] = {
     "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     "sd3": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     "flux": {"text_encoder": "lora_te1"},
-    "klein": {},
-    "pixart": {},
-    "sana": {},
-    "z_image": {},
+    **dict.fromkeys(("klein", "pixart", "sana", "z_image", "qwen_image"), {}),
 }
 BLOCKS = 64  # more than any of these networks has; names are matched whole, so a bound costs nothing
 EMBEDDER = ("linear_1", "linear_2")
@@ -120,6 +112,7 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
     "flux": ("norm_out.linear", "proj_out"),
     "klein": (*KLEIN_ENDS, KLEIN_NORM),
     "z_image": names_z_image.ENDS,
+    "qwen_image": names_qwen_image.ENDS,
 }
 
 
@@ -128,7 +121,7 @@ class Layer:
     """One layer of the original network.
 
     Args:
-        name: the name in sd-scripts; None if they do not support the network.
+        name: the name in sd-scripts or musubi-tuner; None if neither supports the network.
         parts: its layers in Diffusers' pipeline, with the component first: `transformer.proj_out`.
         rows: for several parts, the number of outputs of each, in units of the layer's inputs.
         swap: the original gives (shift, scale) where Diffusers gives (scale, shift), if the outputs are twice as many
@@ -177,6 +170,8 @@ def layers(family: str, per_block: int = 2) -> tuple[Layer, ...]:
             originals = ((None, (name,)) for name in _pixart())
         case "z_image":
             originals = ((name, (name,)) for name in names_z_image.names())
+        case "qwen_image":
+            originals = ((name, (name,)) for name in names_qwen_image.names(BLOCKS))
         case _:
             originals = ((None, (name,)) for name in _sana())
     whole = []

@@ -34,6 +34,7 @@ READ_BY_DIFFUSERS: dict[Format, tuple[str, ...]] = {
     "kohya": ("sd", "sdxl", "flux", "klein", "z_image"),
     "comfyui": ("flux",),
 }
+EACH_ALPHA: dict[Format, tuple[str, ...]] = {"kohya": ("qwen_image",)}  # and what it reads with an alpha of each layer
 LOST_BY_DIFFUSERS = {"klein": ("modulation", "norm_out")}  # its reader of kohya's names has none for these layers
 
 
@@ -155,7 +156,8 @@ def check_plain(file: Path, lora: Lora, family: str | None) -> None:
         return
     alphas = len({layer.alpha for layer in lora.values()})
     lost = [name for name in lora for part in LOST_BY_DIFFUSERS.get(family, ()) if part in name]
-    if family in READ_BY_DIFFUSERS[format] and alphas == 1 and not lost:
+    plain = family in READ_BY_DIFFUSERS[format] and alphas == 1 and not lost
+    if plain or family in EACH_ALPHA.get(format, ()):
         return
     got = f"{file} in the {format} format" + (f" with {alphas} different alphas" if alphas > 1 else "")
     why = "a student's card loads the LoRAs of its teacher with plain Diffusers, which gets this one wrong"

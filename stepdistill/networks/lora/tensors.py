@@ -3,8 +3,9 @@
 Three formats hold the same numbers:
 
 - `diffusers`: Diffusers' names, `lora_A` and `lora_B`; rank and alpha are in the file's metadata.
-- `kohya`: the original implementation's names as sd-scripts spell them, `lora_down`, `lora_up` and an `alpha` of each
-  layer; where the original fuses projections, so does the file. For Z-Image musubi-tuner spells Diffusers' names so.
+- `kohya`: the original implementation's names as kohya's trainers spell them, `lora_down`, `lora_up` and an `alpha` of
+  each layer; where the original fuses projections, so does the file. For Z-Image and Qwen-Image musubi-tuner spells
+  Diffusers' names so.
 - `comfyui`: for UNets and klein the same as kohya. For other networks ComfyUI reads Diffusers' names, which need no
   fusing, with an `alpha` of each layer. It does not read metadata.
 
@@ -30,8 +31,8 @@ from stepdistill.networks.lora.names import NETWORKS, Layer, by_name, by_part, w
 Format = Literal["diffusers", "kohya", "comfyui"]
 FAMILIES: dict[Format, tuple[str, ...]] = {
     "diffusers": tuple(NETWORKS),
-    "kohya": ("sd", "sdxl", "sd3", "flux", "klein", "z_image"),
-    "comfyui": ("sd", "sdxl", "sd3", "flux", "klein", "pixart", "z_image"),
+    "kohya": ("sd", "sdxl", "sd3", "flux", "klein", "z_image", "qwen_image"),
+    "comfyui": ("sd", "sdxl", "sd3", "flux", "klein", "pixart", "z_image", "qwen_image"),
 }
 ORIGINAL_IN_COMFYUI = ("sd", "sdxl", "klein")  # it does not map all of Diffusers' names of these
 METADATA = "lora_adapter_metadata"

@@ -11,11 +11,11 @@ https://arxiv.org/abs/2412.02687. NAG extrapolates and stays near Z+. Chen et al
 
 In networks with cross-attention (UNets, PixArt, SANA, Wan, LTX-Video) every cross-attention layer is called a second
 time, with the tokens of the negative prompt and their mask. For networks with joint attention of text and image (SD3,
-Flux) NASA's authors give no code, so this is our interpretation. Each block is called a second time, with the tokens of
-the negative prompt in place of the prompt's. The tokens of the image, and the embedding of time and pooled prompt, are
-the same in both calls. The second call gives Z-, the attention of the image's queries to [image; negative], and the
-negative tokens for the next block. Z is Z+ - scale Z- for the image's queries only, and the prompt's tokens do not
-change. So each such block costs about twice as much.
+Flux, Qwen-Image) NASA's authors give no code, so this is our interpretation. Each block is called a second time, with
+the tokens of the negative prompt in place of the prompt's. The tokens of the image, and the embedding of time and
+pooled prompt, are the same in both calls. The second call gives Z-, the attention of the image's queries to [image;
+negative], and the negative tokens for the next block. Z is Z+ - scale Z- for the image's queries only, and the prompt's
+tokens do not change. So each such block costs about twice as much.
 
 Everything is done by hooks: names, weights, LoRAs and attention processors do not change.
 """
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -36,6 +36,7 @@ from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoTransformerBlock
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
@@ -49,7 +50,7 @@ from stepdistill.networks.taps import inputs_of
 Mode = Literal["nasa", "nag"]
 Combine = Callable[[Tensor, Tensor], Tensor]
 CROSS = (Attention, WanAttention, LTXAttention)
-JOINT = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
+JOINT = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock, QwenImageTransformerBlock)
 _busy: WeakSet[nn.Module] = WeakSet()
 
 
@@ -98,7 +99,7 @@ def negative_prompt(
         raise ConfigError(problem(got, expected, why, todo))
     _check(net)
     warn_of_cut(family, pipe, texts)
-    subtraction = _Subtraction(*_embedded(family, pipe, places[0], texts), combine)
+    subtraction = _Subtraction(_embedded(family, pipe, places[0], texts), combine)
     _busy.add(net)
     try:
         subtraction.attach(net, places)
@@ -162,10 +163,8 @@ def _cross_attention(net: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def _embedded(
-    family: Family, pipe: DiffusionPipeline, place: nn.Module, texts: Sequence[str]
-) -> tuple[Tensor, Tensor | None]:
-    """The text inputs of the layer or block `place` for prompts: tokens (P, L, D), and their mask or None.
+def _embedded(family: Family, pipe: DiffusionPipeline, place: nn.Module, texts: Sequence[str]) -> Mapping[str, Any]:
+    """The inputs of the layer or block `place` for prompts: tokens (P, L, D), their mask, and their places.
 
     The network itself projects and normalizes the tokens and converts the tokenizer's mask: it is run up to `place`.
     """
@@ -175,22 +174,22 @@ def _embedded(
     cond = {key: v.to(**where) if v.is_floating_point() else v.to(net.device) for key, v in cond.items()}
     x_t = torch.zeros(len(texts), *family.latent_shape(pipe, *family.native_size(pipe)), **where)
     t = torch.zeros(len(texts), device=net.device)
-    inputs = inputs_of(net, place, lambda: family.call(net, x_t, t, cond))
-    return inputs["encoder_hidden_states"], inputs.get("attention_mask")
+    return inputs_of(net, place, lambda: family.call(net, x_t, t, cond))
 
 
 class _Subtraction:
     """Hooks that call layers or blocks a second time, and combine the attention outputs of the image's tokens.
 
     Args:
-        states: tokens of the negative prompts (P, L, D), as inputs of the first layer or block.
-        mask: their mask (P, 1, L), which is added to the logits; None without a mask.
+        inputs: of the first layer or block for the negative prompts: their tokens (P, L, D), and perhaps their mask,
+            (P, 1, L) to be added to the logits, or (P, L) of the true ones.
         combine: Z of Z+ and Z-, (B, N, D) each.
     """
 
-    def __init__(self, states: Tensor, mask: Tensor | None, combine: Combine) -> None:
-        self.states, self.mask, self.combine = states, mask, combine
-        self.stream = states  # with joint blocks: the negative tokens that enter the next block
+    def __init__(self, inputs: Mapping[str, Any], combine: Combine) -> None:
+        self.inputs, self.combine = inputs, combine
+        self.states: Tensor = inputs["encoder_hidden_states"]
+        self.stream = self.states  # with joint blocks: the negative tokens that enter the next block
         self.asking = False  # whether this is the call for Z-, which comes first
         self.negative: Tensor | None = None  # Z- of the current layer
         self.length = 0  # of the text before the image's tokens, if a block has both in one sequence
@@ -222,18 +221,21 @@ class _Subtraction:
     def _ask_layer(self, attn: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = inspect.signature(attn.forward).bind(*args, **kwargs)
         x = given.arguments["hidden_states"]
-        mask = None if self.mask is None else self._rows(self.mask, x)
+        mask = self._mask("attention_mask", x)
         given.arguments |= {"encoder_hidden_states": self._rows(self.states, x), "attention_mask": mask}
         self._ask(attn, given)
 
     def _ask_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = inspect.signature(block.forward).bind(*args, **kwargs)
-        text, stream = (
-            given.arguments["encoder_hidden_states"],
-            self._rows(self.stream, given.arguments["hidden_states"]),
-        )
+        text, x = given.arguments["encoder_hidden_states"], given.arguments["hidden_states"]
+        stream = self._rows(self.stream, x)
         given.arguments["encoder_hidden_states"] = stream
-        if given.arguments.get("image_rotary_emb") is not None:  # all text tokens have the same position
+        if isinstance(block, QwenImageTransformerBlock):
+            given.arguments["encoder_hidden_states_mask"] = self._mask("encoder_hidden_states_mask", x)
+            image, words = given.arguments["image_rotary_emb"]
+            turns = self.inputs["image_rotary_emb"][1]  # of another image size, and so from another place on
+            given.arguments["image_rotary_emb"] = image, words[:1] * (turns / turns[:1]).to(words.device)
+        elif given.arguments.get("image_rotary_emb") is not None:  # all text tokens have the same position
             parts = given.arguments["image_rotary_emb"]
             moved = [torch.cat([p[:1].expand(stream.shape[1], -1), p[text.shape[1] :]]) for p in parts]
             given.arguments["image_rotary_emb"] = tuple(moved)
@@ -264,6 +266,11 @@ class _Subtraction:
         negative, self.negative = self.negative, None
         return self.combine(attended, negative)
 
+    def _mask(self, name: str, x: Tensor) -> Tensor | None:
+        """The negative prompts' mask, one row for each row of x; None without one."""
+        mask = self.inputs.get(name)
+        return None if mask is None else self._rows(mask, x)
+
     def _rows(self, value: Tensor, x: Tensor) -> Tensor:
         """The value with one row for each row of x."""
         if len(value) not in (1, len(x)):
@@ -271,4 +278,5 @@ class _Subtraction:
             why = "each image has one negative prompt"
             todo = "repeat them like the prompts, and disable guidance, which doubles the rows"
             raise ConfigError(problem(got, expected, why, todo))
-        return value.to(x).expand(len(x), *value.shape[1:])
+        value = value.to(x) if value.is_floating_point() else value.to(x.device)
+        return value.expand(len(x), *value.shape[1:])

@@ -16,5 +16,11 @@ APART: dict[str, tuple[str, str, dict[str, str], str]] = {
     "pixart": ("CLIPLoader", "text encoder", {"clip_name": T5, "type": "pixart"}, "vae.safetensors"),
     # with this type ComfyUI reads a Qwen3 of 4B as Z-Image's
     "z_image": ("CLIPLoader", "text encoder", {"clip_name": QWEN, "type": "lumina2"}, "ae.safetensors"),
+    "qwen_image": (
+        *("CLIPLoader", "text encoder"),
+        *({"clip_name": "qwen_2.5_vl_7b.safetensors", "type": "qwen_image"}, "qwen_image_vae.safetensors"),
+    ),
 }
-EMPTY = dict.fromkeys(("sd3", "flux", "z_image"), "EmptySD3LatentImage") | {"klein": "EmptyFlux2LatentImage"}
+EMPTY = dict.fromkeys(("sd3", "flux", "z_image", "qwen_image"), "EmptySD3LatentImage") | {
+    "klein": "EmptyFlux2LatentImage"
+}
