@@ -46,6 +46,8 @@ def network(family: str) -> nn.Module:
             return QwenImageTransformer2DModel(
                 **SMALL, out_channels=1, joint_attention_dim=16, axes_dims_rope=(2, 2, 4)
             )
+        case "krea2":
+            return tiny.pipeline("krea2").transformer
         case _:
             text = {"cross_attention_dim": 16, "caption_channels": 8}
             heads = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8}

@@ -45,7 +45,7 @@ from stepdistill.training.recipe import Run, TrainSpec
 RANK, ALPHA = 4, 16
 UNETS = ("sd", "sdxl")
 FORMATS = {
-    **{name: ("kohya", "comfyui") for name in ("sd", "sdxl", "sd3", "flux", "klein", "z_image", "qwen_image")},
+    **{name: ("kohya", "comfyui") for name in ("sd", "sdxl", "sd3", "flux", "klein", "z_image", "qwen_image", "krea2")},
     **{name: ("comfyui",) for name in ("pixart_alpha", "pixart_sigma")},
     "sana": (),
 }

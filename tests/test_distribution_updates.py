@@ -310,8 +310,8 @@ def test_features_are_those_of_a_whole_pass_which_ends_early(name):
         return family.call(net, x, t, part.cond)
 
     expected = whole(name, net, tap, x, call)
-    last = {"sd": "conv_out", "sdxl": "conv_out", "z_image": "all_final_layer.2-1"}.get(name, "proj_out")
-    net.get_submodule(last).register_forward_hook(lambda *_: after.append(1))
+    ends = {"sd": "conv_out", "sdxl": "conv_out", "z_image": "all_final_layer.2-1", "krea2": "final_layer"}
+    net.get_submodule(ends.get(name, "proj_out")).register_forward_hook(lambda *_: after.append(1))
     (found,) = features_before(net, (tap,), x, call)
     assert torch.equal(found, expected) and found.shape[1] == tap.channels and not after
     assert found.shape[2:] == (*x.shape[2:-2], 4 // tap.patch, 8 // tap.patch)

@@ -88,7 +88,7 @@ def test_half_precision_stays_as_it_is(family, to):
     assert all(torch.equal(part.down, made[f"{name}.lora_A.weight"]) for name, part in back.items())
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "z_image", "qwen_image"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "z_image", "qwen_image", "krea2"])
 def test_trap_t2_the_trained_alpha_is_in_every_layer(family):
     state, _ = lora_tensors(lora(family), "kohya", family, DEPTH.get(family, 2))
     for name in {key.split(".")[0] for key in state}:
@@ -122,6 +122,11 @@ def test_names_that_sd_scripts_and_comfyui_know():
         ("klein", "transformer.transformer_blocks.4.ff_context.linear_in", "lora_unet_double_blocks_4_txt_mlp_0"),
         ("klein", "transformer.single_transformer_blocks.9.attn.to_qkv_mlp_proj", "lora_unet_single_blocks_9_linear1"),
         ("klein", "transformer.single_stream_modulation.linear", "lora_unet_single_stream_modulation_lin"),
+        ("krea2", "transformer.transformer_blocks.27.attn.to_gate", "lora_unet_blocks_27_attn_gate"),
+        ("krea2", "transformer.transformer_blocks.0.ff.down", "lora_unet_blocks_0_mlp_down"),
+        ("krea2", "transformer.text_fusion.refiner_blocks.1.attn.to_out.0",
+         "lora_unet_txtfusion_refiner_blocks_1_attn_wo"),
+        ("krea2", "transformer.time_mod_proj", "lora_unet_tproj_1"),
         ("z_image", "transformer.layers.29.attention.to_q", "lora_unet_layers_29_attention_to_q"),
         ("z_image", "transformer.noise_refiner.1.attention.to_out.0", "lora_unet_noise_refiner_1_attention_to_out_0"),
         ("z_image", "transformer.context_refiner.0.feed_forward.w3", "lora_unet_context_refiner_0_feed_forward_w3"),
@@ -344,6 +349,11 @@ COMFY = {
         r"transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)",
         r"adaln_single\.emb\.(timestep|resolution|aspect_ratio)_embedder\.linear_[12]",
         r"adaln_single\.linear|caption_projection\.linear_[12]|pos_embed\.proj|proj_out",
+    ],
+    "krea2": [
+        r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_gate|to_out\.0)|ff\.(gate|up|down))",
+        r"text_fusion\.(layerwise|refiner)_blocks\.[01]\.(attn\.(to_[qkv]|to_gate|to_out\.0)|ff\.(gate|up|down))",
+        r"img_in|time_embed\.linear_[12]|time_mod_proj|txt_in\.linear_[12]|text_fusion\.projector|final_layer\.linear",
     ],
     "z_image": [
         r"(layers|noise_refiner|context_refiner)\.\d+\.attention\.(to_[qkv]|to_out\.0)",

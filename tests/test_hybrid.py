@@ -182,7 +182,8 @@ def test_each_part_runs_at_its_times_and_a_style_keeps_its_strength(scene, guida
         hook = net.register_forward_pre_hook(lambda net, args: seen.append(scales(net)))
         draw(pipe, name, guidance=guidance)
         hook.remove()
-    calls = 2 if name in ("flux", "klein", "wan", "qwen_image") and guidance > 1 else 1  # of the network, a step
+    twice = ("flux", "klein", "wan", "qwen_image", "krea2")
+    calls = 2 if name in twice and guidance > 1 else 1  # of the network, a step
     assert seen == [{**before, "student": {0.0}}] * calls * base_steps + [before] * calls * (4 - base_steps)
     assert scales(net) == before == {"student": {2.0}, "style": {0.7 * 2}}
 

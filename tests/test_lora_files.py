@@ -39,7 +39,7 @@ from stepdistill.students.lora.files import convert_lora, write_lora
 from stepdistill.students.single import load_network
 from stepdistill.students.write import write_student
 
-NAMES = ("sd", "sdxl", "sd3", "flux", "sana", "z_image", "qwen_image")
+NAMES = ("sd", "sdxl", "sd3", "flux", "sana", "z_image", "qwen_image", "krea2")
 TEXT = {"sd": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2"), "sd3": ("text_encoder", "text_encoder_2")}
 FORMATS: tuple[Format, ...] = ("diffusers", "kohya", "comfyui")
 CELLS = [(name, to) for name in NAMES for to in FORMATS if name in FAMILIES[to]]

@@ -109,6 +109,7 @@ FLOW = {
     "eta": 0.0,
 }
 KLEIN = {"type": "stepdistill.families.flux2_klein.Flux2Klein", "pretrained_teacher_model": "owner/base"}
+KREA2 = {"type": "stepdistill.families.krea2.Krea2", "pretrained_teacher_model": "krea/Krea-2-Raw"}
 Z_IMAGE = {"type": "stepdistill.families.z_image.ZImage", "pretrained_teacher_model": "owner/base"}
 QWEN = {"type": "stepdistill.families.qwen_image.QwenImage", "pretrained_teacher_model": "Qwen/Qwen-Image"}
 SINGLE_FILE = str(bundled("tiny-sd-reference.safetensors"))  # whatever is in it
@@ -118,6 +119,7 @@ CONTRACTS = {
     "edge": contract(eta=0.0, clean=False),
     "flow": contract(**FLOW),
     "z_image": contract(**FLOW | {"family": Z_IMAGE}),
+    "krea2": contract(**FLOW | {"family": KREA2}),
     "embedding": contract(**FLOW, guidance_embedding=3.5),
     "klein": contract(**FLOW | {"family": KLEIN, "guidance_scale": 4.0}),
     "below": contract(timesteps=(399.0,)),
@@ -226,6 +228,14 @@ def test_z_image_s_parts_are_files_of_their_own():
     assert nodes["clip"]["inputs"] == {"clip_name": "qwen_3_4b.safetensors", "type": "lumina2"}
     assert nodes["latent"]["class_type"] == "EmptySD3LatentImage"  # of 16 channels
     assert nodes["decode"]["inputs"]["vae"] == ["vae", 0]
+
+
+def test_krea_2_s_parts_are_files_of_their_own_and_guidance_has_this_package_s_number():
+    nodes = workflow(replace(CONTRACTS["krea2"], guidance_scale=4.5), "x")
+    assert nodes["clip"]["inputs"] == {"clip_name": "qwen3vl_4b_bf16.safetensors", "type": "krea2"}
+    assert nodes["vae"]["inputs"] == {"vae_name": "qwen_image_vae.safetensors"}
+    assert nodes["latent"]["class_type"] == "EmptySD3LatentImage"  # of 16 channels
+    assert nodes["guider"]["inputs"]["cfg"] == 4.5  # ComfyUI's is `uncond + cfg (cond - uncond)`
 
 
 def test_guidance_by_another_rule_than_comfyui_s_is_refused():

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tiny_krea2
 import tiny_z_image
 import torch
 from diffusers import (
@@ -66,6 +67,7 @@ from stepdistill.data.bundled import build
 from stepdistill.families.base import Family
 from stepdistill.families.flux import Flux
 from stepdistill.families.image_to_video import ImageToVideo
+from stepdistill.families.krea2 import Krea2
 from stepdistill.families.ltx import LTX
 from stepdistill.families.ltx_image import LTXImageToVideo
 from stepdistill.families.pixart_alpha import PixArtAlpha
@@ -115,6 +117,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "klein": KLEIN,
     "z_image": tiny_z_image.FAMILY,
+    "krea2": Krea2(pretrained_teacher_model="krea/Krea-2-Raw", max_sequence_length=12),
 }
 SIDE = 32  # of images, in pixels
 # families that continue an image: the first latent frame is held, or the image is further channels of the input
@@ -133,8 +136,8 @@ CONTINUING: dict[str, ImageToVideo] = {
 
 
 VIDEOS = ("wan", "ltx")
-FLOWS = ("sd3", "flux", "sana", "klein", "qwen_image", *VIDEOS, "z_image")
-ONE_STREAM = ("z_image",)  # image and prompt are one sequence, and there is no place for guidance adapters
+FLOWS = ("sd3", "flux", "sana", "klein", "qwen_image", *VIDEOS, "z_image", "krea2")
+ONE_STREAM = ("z_image", "krea2")  # image and prompt are one sequence, and there is no place for guidance adapters
 ADAPTED = tuple(name for name in FAMILIES if name not in ONE_STREAM)
 
 
@@ -181,6 +184,8 @@ def pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
             return ltx_image()
         case "z_image":
             return tiny_z_image.z_image(vae)
+        case "krea2":
+            return tiny_krea2.krea2()
     return pixart(name, vae)
 
 

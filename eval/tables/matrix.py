@@ -24,6 +24,7 @@ FAMILIES = {
     "qwen_image": "Qwen-Image",
     "wan": "Wan",
     "ltx": "LTX-Video",
+    "krea2": "Krea 2",
 }
 
 

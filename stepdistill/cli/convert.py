@@ -34,7 +34,7 @@ Diffusers loads without a LoRA loader. These formats are supported:
   klein          diffusers, kohya (as in musubi-tuner), comfyui
   pixart         diffusers, comfyui
   sana           diffusers
-  z_image        diffusers, kohya, comfyui
+  z_image, krea2 diffusers, kohya, comfyui
 
 examples:
   stepdistill convert runs/mine mine.safetensors --to comfyui

@@ -148,8 +148,9 @@ def check_folder(
         if has != value:
             raise ConfigError(problem(f"{where} with {key} {has!r}", repr(value), why, "choose another teacher"))
     types = pipeline._get_signature_types()
-    texts = [name for name in types if name.startswith(("text_encoder", "tokenizer"))]
-    there = {name for name, part in index.items() if isinstance(part, list) and part[0] is not None}
+    parts, _ = pipeline._get_signature_keys(pipeline)
+    texts = [name for name in types if name in parts and name.startswith(("text_encoder", "tokenizer"))]
+    there = {name for name, part in index.items() if is_part(part) and part[0] is not None}
     missing = [n for n in (network, "vae", "scheduler", *texts) if n not in there and n not in needs.optional]
     if Path(where).is_dir():
         missing += [name for name in sorted(there) if not any((Path(where) / name).glob("*config.json"))]
@@ -161,6 +162,11 @@ def check_folder(
         if name in there and not name.startswith("tokenizer"):
             _check_type(where, name, _class_of(index[name]), types[name])
     return _checked_configs(where, revision, {name: index[name] for name in there}, network, needs)
+
+
+def is_part(entry: Any) -> bool:  # noqa: ANN401
+    """Whether an entry of a pipeline's index is a part, [library, class], and not a setting that is a list."""
+    return isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(x, str | None) for x in entry)
 
 
 def _check_class(where: str, name: Any, pipeline: type[DiffusionPipeline], needs: Needs) -> None:  # noqa: ANN401

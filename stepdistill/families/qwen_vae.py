@@ -25,6 +25,7 @@ class QwenVae(Packed):
 
     def decode(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
         mean, std = channel_scale(pipe, latents)
-        frames = (latents[:, :, None] * std + mean).to(pipe.vae.dtype)
+        # divided by the inverse, as the pipelines do, so that images are theirs to the last bit
+        frames = (latents[:, :, None] / (1 / std) + mean).to(pipe.vae.dtype)
         # `vae.decode` clamps, and no gradient passes where a pixel is at an end
         return pipe.vae.decoder(pipe.vae.post_quant_conv(frames))[:, :, 0].float()

@@ -12,7 +12,7 @@ from torch import nn
 from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.files import is_single_file
 from stepdistill.families.location import download
-from stepdistill.families.parts import check_marks, whole_network
+from stepdistill.families.parts import check_marks, is_part, whole_network
 from stepdistill.networks import quantize
 from stepdistill.networks.lora.names import PIPELINES
 from stepdistill.networks.lora.read import check_plain, lora_path
@@ -68,7 +68,7 @@ def _read_pipeline(family: Any, without: Collection[str]) -> DiffusionPipeline: 
     index = pipeline.load_config(where, revision=family.revision)
     # Diffusers drops the parts a folder goes without, such as SD3's T5, and then asks for them
     given: dict[str, Any] = {n: None for n, part in index.items() if isinstance(part, list) and part[0] is None}
-    parts = sorted(filter(family.part_of, index.keys() - given.keys()))
+    parts = sorted(n for n in index.keys() - given.keys() if is_part(index[n]) and family.part_of(n))
     left = [] if family.teacher_loras else [name for name in parts if family.part_of(name) in without]
     given |= {name: shell(where, name, ".".join(index[name]), family.revision) for name in left}
     where = download(where, pipeline, revision=family.revision, variant=family.variant, **given)

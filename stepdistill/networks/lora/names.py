@@ -20,10 +20,11 @@ from stepdistill.networks.lora import names_qwen_image, names_z_image
 from stepdistill.networks.lora.names_klein import ENDS as KLEIN_ENDS
 from stepdistill.networks.lora.names_klein import NORM as KLEIN_NORM
 from stepdistill.networks.lora.names_klein import klein
+from stepdistill.networks.lora.names_krea2 import krea2
 
 NETWORKS = {
     **dict.fromkeys(("sd", "sdxl"), "unet"),
-    **dict.fromkeys(("sd3", "flux", "klein", "pixart", "sana", "z_image", "qwen_image"), "transformer"),
+    **dict.fromkeys(("sd3", "flux", "klein", "pixart", "sana", "z_image", "qwen_image", "krea2"), "transformer"),
 }
 PIPELINES = {
     "StableDiffusionPipeline": "sd",
@@ -37,6 +38,7 @@ PIPELINES = {
     "SanaSprintPipeline": "sana",
     "ZImagePipeline": "z_image",
     "QwenImagePipeline": "qwen_image",
+    "Krea2Pipeline": "krea2",
 }
 # sd-scripts' names of the CLIP text encoders; its T5 is not converted
 ENCODERS: dict[str, dict[str, str]] = {
@@ -44,7 +46,7 @@ ENCODERS: dict[str, dict[str, str]] = {
     "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     "sd3": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     "flux": {"text_encoder": "lora_te1"},
-    **dict.fromkeys(("klein", "pixart", "sana", "z_image", "qwen_image"), {}),
+    **dict.fromkeys(("klein", "pixart", "sana", "z_image", "qwen_image", "krea2"), {}),
 }
 BLOCKS = 64  # more than any of these networks has; names are matched whole, so a bound costs nothing
 EMBEDDER = ("linear_1", "linear_2")
@@ -172,6 +174,8 @@ def layers(family: str, per_block: int = 2) -> tuple[Layer, ...]:
             originals = ((name, (name,)) for name in names_z_image.names())
         case "qwen_image":
             originals = ((name, (name,)) for name in names_qwen_image.names(BLOCKS))
+        case "krea2":
+            originals = krea2()
         case _:
             originals = ((None, (name,)) for name in _sana())
     whole = []
@@ -202,7 +206,7 @@ def by_name(family: str, per_block: int = 2) -> dict[str, Layer]:
 
 def _encoders(family: str) -> Iterator[Layer]:
     kinds = [*(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")), "mlp.fc1", "mlp.fc2"]
-    for (component, prefix), i, kind in product(ENCODERS[family].items(), range(32), kinds):
+    for (component, prefix), i, kind in product(ENCODERS.get(family, {}).items(), range(32), kinds):
         name = f"text_model.encoder.layers.{i}.{kind}"
         yield Layer(f"{prefix}_{name.replace('.', '_')}", (f"{component}.{name}",))
 

@@ -31,8 +31,8 @@ from stepdistill.networks.lora.names import NETWORKS, Layer, by_name, by_part, w
 Format = Literal["diffusers", "kohya", "comfyui"]
 FAMILIES: dict[Format, tuple[str, ...]] = {
     "diffusers": tuple(NETWORKS),
-    "kohya": ("sd", "sdxl", "sd3", "flux", "klein", "z_image", "qwen_image"),
-    "comfyui": ("sd", "sdxl", "sd3", "flux", "klein", "pixart", "z_image", "qwen_image"),
+    "kohya": ("sd", "sdxl", "sd3", "flux", "klein", "z_image", "qwen_image", "krea2"),
+    "comfyui": ("sd", "sdxl", "sd3", "flux", "klein", "pixart", "z_image", "qwen_image", "krea2"),
 }
 ORIGINAL_IN_COMFYUI = ("sd", "sdxl", "klein")  # it does not map all of Diffusers' names of these
 METADATA = "lora_adapter_metadata"

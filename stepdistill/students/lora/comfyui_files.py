@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-T5, QWEN = "t5xxl_fp16.safetensors", "qwen_3_4b.safetensors"
+T5, QWEN, QWEN_VL = "t5xxl_fp16.safetensors", "qwen_3_4b.safetensors", "qwen3vl_4b_bf16.safetensors"
 # by layout: the node of the text encoders, its title and its inputs; the file of the autoencoder
 APART: dict[str, tuple[str, str, dict[str, str], str]] = {
     "flux": (
@@ -16,11 +16,12 @@ APART: dict[str, tuple[str, str, dict[str, str], str]] = {
     "pixart": ("CLIPLoader", "text encoder", {"clip_name": T5, "type": "pixart"}, "vae.safetensors"),
     # with this type ComfyUI reads a Qwen3 of 4B as Z-Image's
     "z_image": ("CLIPLoader", "text encoder", {"clip_name": QWEN, "type": "lumina2"}, "ae.safetensors"),
+    "krea2": ("CLIPLoader", "text encoder", {"clip_name": QWEN_VL, "type": "krea2"}, "qwen_image_vae.safetensors"),
     "qwen_image": (
         *("CLIPLoader", "text encoder"),
         *({"clip_name": "qwen_2.5_vl_7b.safetensors", "type": "qwen_image"}, "qwen_image_vae.safetensors"),
     ),
 }
-EMPTY = dict.fromkeys(("sd3", "flux", "z_image", "qwen_image"), "EmptySD3LatentImage") | {
+EMPTY = dict.fromkeys(("sd3", "flux", "z_image", "qwen_image", "krea2"), "EmptySD3LatentImage") | {
     "klein": "EmptyFlux2LatentImage"
 }

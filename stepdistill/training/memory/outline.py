@@ -13,6 +13,7 @@ from torch import nn
 from stepdistill.config.schema import locate
 from stepdistill.core.files import is_single_file
 from stepdistill.families.base import Family
+from stepdistill.families.parts import is_part
 from stepdistill.networks.meta import shell
 
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # which no single file holds
@@ -28,7 +29,7 @@ def outline(family: Family) -> DiffusionPipeline:
     index: Any = pipeline.load_config(where, revision=family.revision)
     given: dict[str, Any] = {name: value for name, value in index.items() if not name.startswith("_")}
     for name, value in given.items():
-        if isinstance(value, list | tuple):
+        if is_part(value):
             library, kind = value
             unheld = single and name in OPTIONAL
             given[name] = None if library is None or unheld else _component(where, name, library, kind, family.revision)
