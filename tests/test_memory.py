@@ -591,6 +591,8 @@ def test_both_sides_of_a_cycle_have_the_same_parts(monkeypatch):
 
 def test_the_large_networks_have_their_published_sizes():
     sizes = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "sd3": 2_028_328_000, "pixart": 610_856_096}
+    sizes |= {"flux2_klein": 3_875_544_576, "z_image": 6_154_908_736, "qwen_image": 20_430_401_088}
+    sizes |= {"krea2": 12_820_073_036}
     for name, size in sizes.items():
         with torch.device("meta"):
             assert sum(p.numel() for p in cycles.cycle_of(name).shape.network().parameters()) == size, name

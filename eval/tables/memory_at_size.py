@@ -30,11 +30,15 @@ from typing import Any
 
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
+    Krea2Transformer2DModel,
     LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 
@@ -142,9 +146,17 @@ def ltx() -> nn.Module:
     return LTXVideoTransformer3DModel()
 
 
+def flux2_klein() -> nn.Module:
+    """The network of FLUX.2 klein base 4B."""
+    return Flux2Transformer2DModel(
+        num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
+    )
+
+
 VP = DiscreteVP(vp_scheduler().alphas_cumprod)
 SD15 = Shape(stable_diffusion, {"states": (77, 768)}, VP, "epsilon")
 WAN_13B = Shape(partial(wan, 12, 8960, 30), {"states": (512, 4096)}, Rectified(5.0), "flow", channels=16, time=4)
+KLEIN, Z_IMAGE = ("flux2_klein", "flux2_klein_1024"), ("z_image", "z_image_1024")
 SHAPES = {
     "sd15": SD15,
     "sd15_lcm": SD15,
@@ -164,6 +176,16 @@ SHAPES = {
         space=32,
         time=8,
     ),
+    # prompts of the largest number of tokens that their pipelines take by default
+    **{name: Shape(flux2_klein, {"states": (512, 7680)}, Rectified(7.6), "flow", 128, 16) for name in KLEIN},
+    **{
+        name: Shape(ZImageTransformer2DModel, {"states": (512, 2560), "mask": (512,)}, Rectified(6.0), "flow", 16)
+        for name in Z_IMAGE
+    },
+    "qwen_image": Shape(
+        QwenImageTransformer2DModel, {"states": (512, 3584), "mask": (512,)}, Rectified(2.0), "flow", 16
+    ),
+    "krea2": Shape(Krea2Transformer2DModel, {"states": (512, 12, 2560), "mask": (512,)}, Rectified(2.48), "flow", 16),
     "pixart": Shape(pixart, {"states": (300, 4096), "mask": (300,), "scale": (1,)}, VP, "epsilon"),
 }
 
@@ -255,7 +277,8 @@ def _apart(task: str, name: str) -> dict[str, Any]:
 
 
 def _embeddings(case: Cycle, rows: int) -> Condition:
-    return {key: torch.randn(rows, *shape, generator=torch.Generator()) for key, shape in case.shape.condition.items()}
+    given = {key: torch.randn(rows, *shape, generator=torch.Generator()) for key, shape in case.shape.condition.items()}
+    return given | ({"mask": torch.ones_like(given["mask"], dtype=torch.bool)} if case.run.family.ragged else {})
 
 
 def _batches(case: Cycle) -> Iterator[list[Batch]]:

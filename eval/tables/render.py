@@ -24,6 +24,9 @@ MEMORY = {
     **{"wan13b": "Wan 2.1 1.3B, 5 frames of 256 x 256", "wan13b_480p": "Wan 2.1 1.3B, 81 frames of 480 x 832"},
     **{"wan5b": "Wan 2.2 5B, 81 frames of 480 x 832", "wan14b": "Wan 2.1 14B, 81 frames of 480 x 832"},
     "ltx": "LTX-Video 2B, 161 frames of 512 x 704",
+    **{"flux2_klein": "FLUX.2 klein 4B", "flux2_klein_1024": "FLUX.2 klein 4B, 1024 x 1024"},
+    **{"z_image": "Z-Image", "z_image_1024": "Z-Image, 1024 x 1024"},
+    **{"qwen_image": "Qwen-Image, 1024 x 1024", "krea2": "Krea 2, 1024 x 1024"},
 }
 EARLY = {"distribution": 799.0}  # one step may do better from an earlier time, for any method: shown for all
 AWAY = {  # distances of negative prompts' images, in features
