@@ -201,8 +201,8 @@ def build(case: Cycle) -> Rehearsal:
     family, dtype = run.family, DTYPES[run.train.mixed_precision or "no"]
     with _precision(dtype):  # a float32 network beside it would be a peak of its own
         net = shape.network()
-    targets, tap, sites = family.lora_targets(net), family.tap(net), family.sites(net)
-    backbone = Backbone(net, run.lora, targets, tap, run.train.seed, family.narrow, sites, family.taps(net))
+    targets, tap, taps = family.lora_targets(net), family.tap(net), family.taps(net)
+    backbone = Backbone(net, run.lora, targets, tap, run.train.seed, family.narrow, taps=taps)
 
     def denoiser(role: str) -> Denoiser:
         return Denoiser(backbone, role, shape.schedule, shape.kind, family.call, dtype)
