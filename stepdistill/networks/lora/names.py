@@ -173,7 +173,7 @@ def layers(family: str, per_block: int = 2) -> tuple[Layer, ...]:
         case "z_image":
             originals = ((name, (name,)) for name in names_z_image.names())
         case "qwen_image":
-            originals = ((name, (name,)) for name in names_qwen_image.names(BLOCKS))
+            originals = ((name, (name,)) for name in names_qwen_image.qwen_image(BLOCKS))
         case "krea2":
             originals = krea2()
         case _:

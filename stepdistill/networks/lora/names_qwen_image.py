@@ -16,7 +16,7 @@ BLOCK = (
 )
 
 
-def names(blocks: int) -> Iterator[str]:
+def qwen_image(blocks: int) -> Iterator[str]:
     """The names of all layers, for `blocks` blocks."""
     yield from ENDS
     yield from (f"transformer_blocks.{i}.{name}" for i, name in product(range(blocks), BLOCK))

@@ -21,7 +21,7 @@ from stepdistill.students.contract import WEIGHTS, read_contract, teacher
 logger = logging.getLogger(__name__)
 
 # the programs of kohya's that train a family, where they are not sd-scripts
-PROGRAMS = dict.fromkeys(("klein", "z_image", "qwen_image", "krea2"), "musubi-tuner")
+PROGRAMS: dict[str, str] = dict.fromkeys(("klein", "z_image", "qwen_image", "krea2"), "musubi-tuner")
 
 
 @dataclass(frozen=True)
