@@ -155,6 +155,20 @@ def test_each_prompt_has_its_negative_prompt(pipe):
     assert relative(drawn(pipe, FAMILY, 4.0, noise, **told)[-1], drawn(pipe, FAMILY, 4.0, noise)[-1]) > 1e-3
 
 
+@torch.no_grad()
+def test_latents_are_decoded_as_the_pipeline_decodes_them_and_encoded_in_the_same_scale(pipe):
+    """Its autoencoder has a shift beside the scale."""
+    call = {"num_inference_steps": 1, "height": 32, "width": 32} | FAMILY.arguments() | FAMILY.guidance(1.0)
+    noise = torch.randn(1, 4, 8, 8)
+    latents, image = (
+        pipe(prompt=["rose"], latents=noise, output_type=kind, **call).images for kind in ("latent", "pt")
+    )
+    pixels = FAMILY.decode(pipe, latents)
+    torch.testing.assert_close(pixels.clamp(-1, 1), image * 2 - 1, atol=1e-5, rtol=0)
+    coded = pipe.vae.encode(pixels).latent_dist.mode()
+    torch.testing.assert_close(FAMILY.encode(pipe, pixels), (coded - 0.1159) * 0.3611)
+
+
 # prompts
 
 

@@ -28,6 +28,7 @@ def z_image(vae: AutoencoderKL) -> ZImagePipeline:
     ).eval()
     for token in (net.x_pad_token, net.cap_pad_token):  # zeros at the start of training
         token.data = 0.5 * torch.randn(token.shape)
+    vae.register_to_config(scaling_factor=0.3611, shift_factor=0.1159)
     return ZImagePipeline(
         vae=vae,
         text_encoder=chat.qwen3(Qwen3Model),
