@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPi
 from safetensors.torch import save_file
 from tiny import FAMILIES, SIDE, awake, flux, latent_shape, pipeline, pixart, sana, wan
 
-from stepdistill.core.denoise import joined
+from stepdistill.core.denoise import concatenated
 from stepdistill.core.errors import ConfigError
 from stepdistill.data.bundled import build
 from stepdistill.families.base import Family
@@ -141,7 +141,7 @@ def is_called_as_its_pipeline_calls_it(family: Family, pipe: DiffusionPipeline) 
     t = torch.full((2,), family.time(net, float(seen[0]["timestep"].flatten()[0])))
     assert 0 < t[0] <= 1000
     cond, null = family.condition(pipe, ["red apple"]), family.unconditional(pipe)
-    both = joined(null, cond)
+    both = concatenated(null, cond)
     made = family.call(net, x, t, both)
     assert (made[0] - made[1]).abs().max() > 1e-3
     # two calls of one row and one of two round apart

@@ -12,7 +12,7 @@ from oracles.planted import Bug, bug_tests
 from torch import Tensor
 
 from stepdistill.core import denoise, guidance
-from stepdistill.core.denoise import Condition, filled, guided, joined, without_prompt
+from stepdistill.core.denoise import Condition, concatenated, filled, guided, without_prompt
 from stepdistill.core.guidance import LINEAR, Capped, Linear, Rule, TokenNorm, Truncated, on_estimates
 from stepdistill.core.prediction import Estimate, Kind, estimate, output
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
@@ -54,6 +54,10 @@ def test_a_cap_scales_whole_images_down_and_none_up():
             theirs = y * (limit / y.norm()) if y.norm() > limit else y
             torch.testing.assert_close(ours[row], theirs)
     torch.testing.assert_close(Capped(1.0)(uncond, cond, 2.0, torch.zeros(4))[1], 0.2 * cond[1])
+    scales = torch.tensor([1.0, 2.0, 1.0, 2.0], dtype=torch.float64).reshape(-1, 1, 1, 1)
+    mixed = Capped(0.5)(uncond, cond, scales, torch.zeros(4))
+    assert torch.equal(mixed[::2], cond[::2])
+    torch.testing.assert_close(mixed[1::2], Capped(0.5)(uncond, cond, 2.0, torch.zeros(4))[1::2])
 
 
 def test_truncated_guidance_ends_where_it_says():
@@ -134,7 +138,7 @@ def test_guidance_is_the_rule_on_outputs_of_single_calls(kind, schedule, rule, l
 
 def test_conditions_of_unequal_length_are_joined():
     first, second = prompts(2, 4), prompts(7)
-    both = joined(first, second)
+    both = concatenated(first, second)
     assert both["mask"].sum(1).tolist() == [2, 4, 7]
     assert torch.equal(both["states"][1, :4], first["states"][1])
     assert not both["states"][:2, 4:].any()
@@ -320,6 +324,7 @@ BUGS = {
     "a norm of rows": Bug(TokenNorm._norm, "(2, 4), keepdim", "(2,), keepdim", tokens),
     "no norm": Bug(TokenNorm.__call__, "self._norm(cond) / self._norm(y)", "1", tokens),
     "a cap that scales up": Bug(Capped.__call__, "norm > most", "norm > 0", caps),
+    "a cap where there is no guidance": Bug(Capped.__call__, "scale == 1, cond,", "scale == 1, capped,", caps),
     "a cap without its share": Bug(Capped.__call__, "self.most * cond", "cond", caps),
     "truncated at the other end": Bug(Truncated.__call__, "(1000 - t) / 1000", "t / 1000", ends),
     "truncated to no prompt": Bug(Truncated.__call__, "where(free, cond,", "where(free, uncond,", ends),

@@ -20,7 +20,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stepdistill.core.denoise import Condition, joined
+from stepdistill.core.denoise import Condition, concatenated
 from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.core.guidance import LINEAR
 from stepdistill.core.solvers import Sampler
@@ -86,7 +86,7 @@ def test_every_step_of_the_pipeline_is_the_call_and_the_straight_path(w, size):
     """With two prompts of unequal length, and both of guidance's calls in one."""
     pipe, x = plain(), noise(*size)
     cond, null = FAMILY.condition(pipe, PROMPTS), FAMILY.unconditional(pipe)
-    both = joined({key: value.expand(2, *value.shape[1:]) for key, value in null.items()}, cond)
+    both = concatenated({key: value.expand(2, *value.shape[1:]) for key, value in null.items()}, cond)
     seen = drawn(pipe, x, **FAMILY.guidance(w))
     levels = pipe.scheduler.sigmas.tolist()
     for found, (s, then) in zip(seen, pairwise(levels), strict=True):

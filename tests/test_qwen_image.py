@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tiny_qwen_image import SCHEDULE, qwen_image
 from torch import Tensor, nn
 
-from stepdistill.core.denoise import Condition, guided, joined
+from stepdistill.core.denoise import Condition, concatenated, guided
 from stepdistill.core.errors import ConfigError, StudentError
 from stepdistill.core.guidance import TokenNorm, on_estimates
 from stepdistill.core.prediction import Estimate, estimate, output
@@ -167,7 +167,7 @@ def test_filled_up_or_trimmed_it_is_the_same_prompt(pipe):
     cond = FAMILY.condition(pipe, PROMPTS)
     plain = FAMILY.call(pipe.transformer, x, t, cond)
     more = {key: value.new_zeros(1, value.shape[1] + 23, *value.shape[2:]) for key, value in cond.items()}
-    longer = {key: value[:2] for key, value in joined(cond, more).items()}
+    longer = {key: value[:2] for key, value in concatenated(cond, more).items()}
     assert longer["mask"].shape[1] == 12 + 23
     assert far(FAMILY.call(pipe.transformer, x, t, longer), plain) < 1e-6
     for i in range(2):
@@ -186,7 +186,7 @@ def test_guidance_adapters_do_not_see_what_fills_a_prompt_up(pipe, arch):
     x, t = noise(32, 32), torch.tensor([600.0, 200.0])
     cond = FAMILY.condition(pipe, PROMPTS)
     more = {key: value.new_zeros(1, 40, *value.shape[2:]) for key, value in cond.items()}
-    longer = {key: value[:2] for key, value in joined(cond, more).items()}
+    longer = {key: value[:2] for key, value in concatenated(cond, more).items()}
     with torch.no_grad(), bone.use("student", scale=torch.tensor([3.0, 5.0])) as net:
         made, same = (FAMILY.call(net, x, t, one) for one in (cond, longer))
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stepdistill.core.guidance import Combine, linear
+from stepdistill.core.guidance import Combine, combine_linearly
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import expand
 
@@ -65,7 +65,7 @@ def free_part(x: Tensor, cond: Condition) -> Tensor:
     return x if HELD not in cond else x[:, :, cond[HELD].shape[2] :]
 
 
-def joined(*conds: Condition) -> Condition:
+def concatenated(*conds: Condition) -> Condition:
     """Several conditions as the rows of one; sequences of unequal length are filled up with zeros to the longest."""
     return {key: torch.cat(filled([cond[key] for cond in conds])) for key in conds[0]}
 
@@ -95,7 +95,7 @@ def without_prompt(null: Condition, cond: Condition) -> Condition:
     }
 
 
-def guided(denoise: Denoise, null: Condition, scale: float | Tensor, combine: Combine = linear) -> Denoise:
+def guided(denoise: Denoise, null: Condition, scale: float | Tensor, combine: Combine = combine_linearly) -> Denoise:
     """Classifier-free guidance in one batched call, `uncond + scale (cond - uncond)` by default (scale 1 is none).
 
     Args:
@@ -113,7 +113,9 @@ def guided(denoise: Denoise, null: Condition, scale: float | Tensor, combine: Co
     return call
 
 
-def guided_by(denoise: Denoise, guide: Denoise, null: Condition, scale: float, combine: Combine = linear) -> Denoise:
+def guided_by(
+    denoise: Denoise, guide: Denoise, null: Condition, scale: float, combine: Combine = combine_linearly
+) -> Denoise:
     """Guidance that another denoiser gives: `denoise` moved as guidance 1 + `scale` moves `guide` (scale 0 is none).
 
     By the linear rule that is `denoise + scale (cond - uncond)`, with both of `guide`.
@@ -137,7 +139,7 @@ def without_and_with_prompt(
     denoise: Denoise, null: Condition, x_t: Tensor, t: Tensor, cond: Condition
 ) -> tuple[Estimate, Estimate]:
     """The two estimates that guidance compares, from one call of 2 B rows."""
-    both = joined(without_prompt(null, cond), cond)
+    both = concatenated(without_prompt(null, cond), cond)
     est = denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
     halves = [value.chunk(2) for value in est]
     return Estimate(*(first for first, _ in halves)), Estimate(*(last for _, last in halves))

@@ -110,7 +110,9 @@ class Capped:
     def __call__(self, uncond: Tensor, cond: Tensor, scale: float | Tensor, t: Tensor) -> Tensor:
         y = uncond + scale * (cond - uncond)
         norm, most = y.flatten(1).norm(dim=1), self.most * cond.flatten(1).norm(dim=1)
-        return y * expand(torch.where(norm > most, most / norm, 1.0), y)
+        capped = y * expand(torch.where(norm > most, most / norm, 1.0), y)
+        # of several scales one may be 1, at which the pipeline leaves its guidance out
+        return torch.where(scale == 1, cond, capped) if isinstance(scale, Tensor) else capped
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Truncated:
 LINEAR = Linear()
 
 
-def linear(uncond: Estimate, cond: Estimate, scale: float | Tensor, x_t: Tensor, t: Tensor) -> Estimate:
+def combine_linearly(uncond: Estimate, cond: Estimate, scale: float | Tensor, x_t: Tensor, t: Tensor) -> Estimate:
     """The linear rule on (x0, eps).
 
     It equals that on any network output: each conversion is affine, with a part in `x_t` that does not depend on the
@@ -156,7 +158,7 @@ def linear(uncond: Estimate, cond: Estimate, scale: float | Tensor, x_t: Tensor,
 def on_estimates(rule: Rule, kind: Kind, schedule: NoiseSchedule) -> Combine:
     """A rule on the outputs of a network that predicts `kind`."""
     if isinstance(rule, Linear):
-        return linear
+        return combine_linearly
 
     def combine(uncond: Estimate, cond: Estimate, scale: float | Tensor, x_t: Tensor, t: Tensor) -> Estimate:
         parts = [output(kind, est, t, schedule) for est in (uncond, cond)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stepdistill.config.kinds import Decay
 from stepdistill.core.denoise import Condition, Denoise, RoleDenoise, guided
-from stepdistill.core.guidance import Combine, linear
+from stepdistill.core.guidance import Combine, combine_linearly
 from stepdistill.core.random import step_generator
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts, few_step, student_starts
@@ -99,7 +99,7 @@ class StepContext:
     seed: int
     step: int
     device: torch.device
-    combine: Combine = field(default=linear, kw_only=True)
+    combine: Combine = field(default=combine_linearly, kw_only=True)
     first_schedule: NoiseSchedule | None = field(default=None, kw_only=True)  # see `student_schedule`
 
     @property
