@@ -88,8 +88,8 @@ BUGS = {
     ),
     "guidance lost": Bug(
         DMD2.real_score,
-        "w = context.denoiser(target), self.guidance_scale",
-        "w = context.denoiser(target), 1.0",
+        "context.guided(target, self.guidance_scale)",
+        "context.guided(target, 1.0)",
         starts,
     ),
     "scores at different noise": Bug(

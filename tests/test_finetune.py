@@ -168,7 +168,7 @@ BUGS = {
     ),
     "samples without the contract's guidance": Bug(
         Tuning.sampled,
-        "self.few_steps(context.schedule).guidance_scale",
+        "self.few_steps(context.student_schedule).guidance_scale",
         "1.0",
         test_own_samples_follow_the_contract_with_its_guidance,
     ),

@@ -15,7 +15,7 @@ from oracles.context import stable_diffusion
 from oracles.planted import Bug, bug_tests, planted
 from torch import nn
 
-from stepdistill.core import denoise, losses, prediction, random
+from stepdistill.core import denoise, guidance, losses, prediction, random
 from stepdistill.core import solvers as sampling
 from stepdistill.core.schedule import DiscreteVP, NoiseSchedule, Rectified
 from stepdistill.methods.base import StepContext
@@ -44,17 +44,17 @@ TCD = fixed.test_tcd_converges_to_its_own_biased_point
 KINDS = fixed.test_every_prediction_type_converges_to_the_same
 ENDS = fixed.test_ends_stay_in_the_segment_and_meet_each_time_equally
 UPDATES = Consistency.updates
-MIX = "u + w * (c - u)"
+MIX = "u + scale * (c - u)"
 TEACHER_STEP = "x_u = schedule.add_noise(*teacher(x_t, t, cond), u)"
 
 BUGS = {
     # guidance
-    "1 + w for w": Bug(denoise.guided, MIX, MIX.replace("w *", "(1 + w) *"), GUIDED),
-    "cond and uncond swapped": Bug(denoise.guided, MIX, "c + w * (u - c)", GUIDED),
+    "1 + w for w": Bug(guidance.combine_linearly, MIX, MIX.replace("scale *", "(1 + scale) *"), GUIDED),
+    "cond and uncond swapped": Bug(guidance.combine_linearly, MIX, "c + scale * (u - c)", GUIDED),
     "prompts in the wrong half": Bug(
         denoise.without_and_with_prompt,
-        "[empty[key], value]",
-        "[value, empty[key]]",
+        "concatenated(without_prompt(null, cond), cond)",
+        "concatenated(cond, without_prompt(null, cond))",
         GUIDED,
     ),
     "guidance left out": Bug(UPDATES, "context.guidance(self.guidance_scale, batch)", "1.0", GUIDED),
@@ -75,7 +75,7 @@ BUGS = {
         UPDATES, TEACHER_STEP, 'x_u = schedule.add_noise(batch.x0, context.noise(batch, "eps"), u)', LCM
     ),
     "teacher told the end time": Bug(UPDATES, "teacher(x_t, t, cond)", "teacher(x_t, u, cond)", LCM),
-    "solver on the student": Bug(UPDATES, "context.denoiser(TEACHER)", 'context.denoiser("student")', LCM),
+    "solver on the student": Bug(UPDATES, "context.guided(TEACHER,", 'context.guided("student",', LCM),
     "levels of a step at its start": Bug(UPDATES, TEACHER_STEP, TEACHER_STEP[:-2] + "t)", LCM),
     # the target
     "target at the wrong time": Bug(UPDATES, "(x_u, u, cond), x_u, u, s,", "(x_u, t, cond), x_u, u, s,", LCM),

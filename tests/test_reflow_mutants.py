@@ -75,7 +75,7 @@ BUGS = {
     ),
     "huber element by element": Bug(losses.sample_distances, "squared.sum(1)", "squared.mean(1) * 1.0", HUBER),
     "huber's constant without d": Bug(losses.sample_distances, "0.00054 * d", "0.00054", HUBER),
-    "windows without guidance": Bug(PERFLOW, "context.null, self.guidance_scale", "context.null, 1.0", windows),
+    "windows without guidance": Bug(PERFLOW, "TEACHER, self.guidance_scale", "TEACHER, 1.0", windows),
     "a leaky start": Bug(PERFLOW, "expand(k == 0, z)", "expand(k < 0, z)", starts),
     "every window from noise": Bug(PERFLOW, "expand(k == 0, z)", "expand(k >= 0, z)", starts),
     "a window too far": Bug(PERFLOW, "edges[k + 1]", "edges[-1].expand_as(k)", windows),

@@ -17,14 +17,15 @@ FAMILIES = {
     "sdxl": "SDXL",
     "sd3": "SD3, 3.5",
     "flux": "Flux",
+    "klein": "FLUX.2 klein",
     "pixart_alpha": "PixArt-alpha",
     "pixart_sigma": "PixArt-Sigma",
     "sana": "SANA",
     "z_image": "Z-Image",
     "qwen_image": "Qwen-Image",
+    "krea2": "Krea 2",
     "wan": "Wan",
     "ltx": "LTX-Video",
-    "krea2": "Krea 2",
 }
 
 
