@@ -117,8 +117,7 @@ def warn_of_ignored(layers: Sequence[str], family: str | None) -> None:
     if layers:
         logger.warning(
             "%s will ignore %d layers of the kohya file (%s), so the student generates other images there. Programs "
-            "that load every layer, such as ComfyUI, are not affected. To avoid this, train without these layers in "
-            "lora.target_modules",
+            "that load every layer are not affected. To avoid this, train without these layers in lora.target_modules",
             _program(family),
             len(layers),
             ", ".join(layers),
