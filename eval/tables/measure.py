@@ -72,9 +72,9 @@ TEACHERS = ("tiny-sd", "tiny-sd3")
 VIDEO_TEACHERS = ("tiny-wan",)
 TOKEN_TEACHERS = ("tiny-ar",)
 OTHERS = {"video": VIDEO_TEACHERS, "decoding": TOKEN_TEACHERS}  # tables that are not of the teachers of images
-LARGE = ("sd15", "sdxl", "sd3", "pixart", "wan13b", "flux2_klein", "z_image")
+LARGE = ("sd15", "sdxl", "sd3", "pixart", "wan13b", "flux2_klein")
 # of 81 frames and more, or of 1024 x 1024 pixels; predicted alone
-LARGER = ("wan13b_480p", "wan5b", "wan14b", "ltx", "flux2_klein_1024", "z_image_1024", "qwen_image", "krea2")
+LARGER = ("wan13b_480p", "wan5b", "wan14b", "ltx", "flux2_klein_1024", "z_image", "qwen_image", "krea2")
 
 
 def stock_rows(run: Run, pipe: DiffusionPipeline) -> Iterator[tuple[int, PipelineCall]]:

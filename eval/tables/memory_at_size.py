@@ -50,6 +50,7 @@ from stepdistill.data.bundled.build import vp_scheduler
 from stepdistill.methods.base import Batch, StepContext
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
+from stepdistill.networks.meta import with_tables
 from stepdistill.training.launcher import DTYPES
 from stepdistill.training.memory.forecast import Rehearsal, forecast, prime
 from stepdistill.training.optimizers import Optimizers
@@ -153,10 +154,15 @@ def flux2_klein() -> nn.Module:
     )
 
 
+def qwen_image() -> nn.Module:
+    """The network of Qwen-Image."""
+    return with_tables(QwenImageTransformer2DModel())
+
+
 VP = DiscreteVP(vp_scheduler().alphas_cumprod)
 SD15 = Shape(stable_diffusion, {"states": (77, 768)}, VP, "epsilon")
 WAN_13B = Shape(partial(wan, 12, 8960, 30), {"states": (512, 4096)}, Rectified(5.0), "flow", channels=16, time=4)
-KLEIN, Z_IMAGE = ("flux2_klein", "flux2_klein_1024"), ("z_image", "z_image_1024")
+KLEIN = ("flux2_klein", "flux2_klein_1024")
 SHAPES = {
     "sd15": SD15,
     "sd15_lcm": SD15,
@@ -178,13 +184,8 @@ SHAPES = {
     ),
     # prompts of the largest number of tokens that their pipelines take by default
     **{name: Shape(flux2_klein, {"states": (512, 7680)}, Rectified(7.6), "flow", 128, 16) for name in KLEIN},
-    **{
-        name: Shape(ZImageTransformer2DModel, {"states": (512, 2560), "mask": (512,)}, Rectified(6.0), "flow", 16)
-        for name in Z_IMAGE
-    },
-    "qwen_image": Shape(
-        QwenImageTransformer2DModel, {"states": (512, 3584), "mask": (512,)}, Rectified(2.0), "flow", 16
-    ),
+    "z_image": Shape(ZImageTransformer2DModel, {"states": (512, 2560), "mask": (512,)}, Rectified(6.0), "flow", 16),
+    "qwen_image": Shape(qwen_image, {"states": (512, 3584), "mask": (512,)}, Rectified(2.0), "flow", 16),
     "krea2": Shape(Krea2Transformer2DModel, {"states": (512, 12, 2560), "mask": (512,)}, Rectified(2.48), "flow", 16),
     "pixart": Shape(pixart, {"states": (300, 4096), "mask": (300,), "scale": (1,)}, VP, "epsilon"),
 }

@@ -19,14 +19,14 @@ from tables.render_video import video_page
 
 STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4), "reflow": (1, 2, 4)}
 DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1, "reflow": 1}  # steps whose other figures are shown
+LARGE_AT_1024 = {"z_image": "Z-Image", "qwen_image": "Qwen-Image", "krea2": "Krea 2"}
 MEMORY = {
     **{"sd15": "SD 1.5", "sdxl": "SDXL", "sd3": "SD 3 medium", "pixart": "PixArt-Sigma"},
     **{"wan13b": "Wan 2.1 1.3B, 5 frames of 256 x 256", "wan13b_480p": "Wan 2.1 1.3B, 81 frames of 480 x 832"},
     **{"wan5b": "Wan 2.2 5B, 81 frames of 480 x 832", "wan14b": "Wan 2.1 14B, 81 frames of 480 x 832"},
     "ltx": "LTX-Video 2B, 161 frames of 512 x 704",
     **{"flux2_klein": "FLUX.2 klein 4B", "flux2_klein_1024": "FLUX.2 klein 4B, 1024 x 1024"},
-    **{"z_image": "Z-Image", "z_image_1024": "Z-Image, 1024 x 1024"},
-    **{"qwen_image": "Qwen-Image, 1024 x 1024", "krea2": "Krea 2, 1024 x 1024"},
+    **{name: f"{title}, 1024 x 1024" for name, title in LARGE_AT_1024.items()},
 }
 EARLY = {"distribution": 799.0}  # one step may do better from an earlier time, for any method: shown for all
 AWAY = {  # distances of negative prompts' images, in features

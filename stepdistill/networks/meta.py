@@ -28,9 +28,18 @@ def shell(where: str, name: str, kind: str, revision: str | None) -> nn.Module:
         config, build = network.config_class.from_pretrained(where, **place), network
     with torch.device("meta"):
         net = build(config)
+    return with_tables(net)
+
+
+def with_tables(net: nn.Module) -> nn.Module:
+    """A network on the meta device with the rotary tables of Qwen-Image on the cpu.
+
+    They are no buffers, so nothing would give them a device again.
+    """
     for inner, module in list(net.named_modules()):
-        if isinstance(module, QwenEmbedRope):  # its tables are no buffers, so nothing would give them a device again
-            net.set_submodule(inner, QwenEmbedRope(module.theta, module.axes_dim, module.scale_rope))
+        if isinstance(module, QwenEmbedRope):
+            with torch.device("cpu"):
+                net.set_submodule(inner, QwenEmbedRope(module.theta, module.axes_dim, module.scale_rope))
     return net
 
 
