@@ -18,7 +18,7 @@ from stepdistill.core.outputs import expanded
 OTHER_TEXT = {  # every field with text that is no path
     *("revision", "variant", "classes", "caption_column", "dataset_config_name", "split", "image_column", "prompts"),
     *("target_modules", "tracker_project_name", "validation_prompts", "hub_model_id"),
-    *("roles", "optimizers", "control", "function"),
+    *("roles", "optimizers", "control", "function", "negative_prompt"),
 }
 
 
