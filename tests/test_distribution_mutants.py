@@ -213,7 +213,7 @@ BUGS = {
     # DisBack, whose release never changes its target
     "target stays the teacher": Bug(DisBack.target, 'f"waypoint_{left}" if left > 0 else TEACHER', "TEACHER", BACK),
     "path the wrong way": Bug(DisBack.target, 'f"waypoint_{left}"', 'f"waypoint_{self.waypoints - left}"', BACK),
-    "target not handed on": Bug(DMD2.real_score, "context.denoiser(target)", "context.denoiser('teacher')", BACK),
+    "target not handed on": Bug(DMD2.real_score, "guided(target,", "guided('teacher',", BACK),
     "waypoints all the same": Bug(Backbone.average, "step < role.until", "True", BACK),
     "student moves while the way is recorded": Bug(DisBack.updates, "self.waypoints * self.recording_steps", "0", BACK),
 }

@@ -114,7 +114,7 @@ def test_what_takes_no_style_is_refused_before_anything_is_drawn(styled, teacher
 
 def test_the_command_reads_place_and_strengths(monkeypatch, tmp_path):
     seen: list[EvalRun] = []
-    monkeypatch.setattr("stepdistill.evaluation.run.evaluate", lambda spec: seen.append(spec) or {})
+    monkeypatch.setattr("stepdistill.evaluation.sizes.evaluate", lambda spec: seen.append(spec) or {})
     base = ["eval", "run", "tiny-sd", "-o", str(tmp_path / "out")]
     cli.main([*base, "--lora", "me/ink:0.8", "--lora-strengths", "0,0.5"])
     cli.main([*base, "--lora", "ink.safetensors"])

@@ -98,7 +98,7 @@ def apart(a: np.ndarray, b: np.ndarray) -> float:
 def test_plain_diffusers_draws_the_same_pixels(folders, tmp_path):
     """Without a line of ours, every family that Diffusers can load LoRAs for."""
     plain = {name: folder for name, folder in folders.items() if FAMILIES[name].loads_lora}
-    assert len(plain) == 7
+    assert len(plain) == 11
     files = [part for name, folder in plain.items() for part in (str(folder), str(tmp_path / f"{name}.npy"))]
     subprocess.run([sys.executable, "-c", PLAIN, *files], check=True, capture_output=True)
     for name, folder in plain.items():

@@ -50,7 +50,7 @@ ZERO = {  # the fields that may be 0
     *("ema_decay", "dropout", "ema", "eta", "proportion_empty_prompts", "threshold", "timestep", "timesteps"),
     *("warmup_steps", "lr_warmup_steps", "annealing_steps", "dataloader_num_workers", "student"),
     *("seed", "validation_seed", "learning_rate", "watch_samples", "eval_samples"),
-    *("boundary_weight", "kappa", "decode_timestep", "curriculum_steps", "max_time_probability"),
+    *("boundary_weight", "kappa", "decode_timestep", "curriculum_steps", "max_time_probability", "cfg_truncation"),
     *(
         "regression_weight",
         "weak",

@@ -123,7 +123,7 @@ def test_validation_noise_is_of_no_other_image(session):
         watch = object.__new__(measure.Watch)
         watch.session, watch.prompts, watch.spec = scene, ["rose", "red apple"], spec
         with recorded_noise(measure) as seen:
-            watch._errors(torch.zeros(2, *session.batches.shape), range(2))
+            watch._errors(torch.zeros(2, *session.batches.shape), range(2), session.batches.size)
         assert len(seen) == len(measure.LEVELS)
         rows += [row for batch in seen for row in batch]
     rows += [noise_of(seed, i, session.batches.shape) for seed in range(3) for i in range(8)]

@@ -172,7 +172,7 @@ def test_a_scheduler_made_of_the_teacher_s_config_is_refused_if_it_has_no_table(
     ("file", "text", "match"),
     [
         ("model_index.json", "[]", "complete pipeline"),
-        ("model_index.json", '{"_class_name": "StableDiffusionPipeline", "unet": []}', "complete pipeline"),
+        ("model_index.json", '{"_class_name": "StableDiffusionPipeline", "unet": []}', "without unet"),
         ("unet/config.json", "[]", "complete pipeline"),
         ("scheduler/scheduler_config.json", '{"num_train_timesteps": "a"}', "complete pipeline"),
         ("text_encoder/config.json", None, "without text_encoder"),

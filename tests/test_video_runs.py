@@ -104,9 +104,9 @@ def test_two_processes_change_nothing(place, one_batch, tmp_path):
 # the collapse monitor
 
 
-def frozen(session: Session, prompts: list[str], ids: object) -> torch.Tensor:
+def frozen(session: Session, prompts: list[str], ids: object, size: tuple[int, int]) -> torch.Tensor:
     """A student whose videos are their first frame."""
-    images = watching.sample_teacher(session, prompts, ids)[:, :, :1]  # pyright: ignore[reportArgumentType]
+    images = watching.sample_teacher(session, prompts, ids, size)[:, :, :1]  # pyright: ignore[reportArgumentType]
     return images.expand(-1, -1, 3, -1, -1)
 
 
@@ -141,8 +141,8 @@ def the_gap_is_that_of_free_frames(session) -> None:
     cond = session.batches.with_images(["rose"], images)
     x0 = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     holder = SimpleNamespace(session=session, prompts=["rose"])
-    errors = watching.Watch._errors(holder, x0, [0])  # pyright: ignore[reportArgumentType]
-    others = watching.Watch._errors(holder, other_beginning(x0), [0])  # pyright: ignore[reportArgumentType]
+    errors = watching.Watch._errors(holder, x0, [0], holder.session.batches.size)  # pyright: ignore[reportArgumentType]
+    others = watching.Watch._errors(holder, other_beginning(x0), [0], holder.session.batches.size)  # pyright: ignore[reportArgumentType]
     assert errors == others and cond[HELD].shape[2] == 1
     name, level, top = rules.GAPS[0], rules.LEVELS[0], context.schedule.grid(1)[-1].item()
     eps, t = watching.validation_noise(session, [watching.FIXED]), torch.full((1,), level * top)

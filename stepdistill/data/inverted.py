@@ -49,7 +49,7 @@ class InvertedImages(TeacherMade):
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if len(self.source.shapes) > 1:
+        if self.source.aspect_buckets or len(self.source.shapes) > 1:
             got, why = "several sizes in data.source", "all images are inverted and stored at one size"
             todo = "set one data.source.resolution, and data.source.aspect_buckets to false"
             raise ConfigError(problem(got, "images of one size", why, todo))
