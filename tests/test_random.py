@@ -135,8 +135,8 @@ def recorded_noise(module):
     """The noises that a module asks for inside."""
     seen, noise = [], module.validation_noise
 
-    def recorded(session, ids):
-        seen.append(noise(session, ids))
+    def recorded(session, ids, size=None):
+        seen.append(noise(session, ids, size))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
