@@ -50,7 +50,7 @@ for folder, out in zip(sys.argv[1::2], sys.argv[2::2]):
     pipe.load_lora_weights(folder)
     kind = getattr(diffusers, contract["scheduler"]["_class_name"])
     pipe.scheduler = kind.from_pretrained(folder, subfolder="scheduler")
-    made = pipe("red apple", generator=torch.manual_seed(3), output_type="np", **contract["call"])[0][0]
+    made = pipe(prompt="red apple", generator=torch.manual_seed(3), output_type="np", **contract["call"])[0][0]
     np.save(out, made)
 assert "stepdistill" not in sys.modules
 """
