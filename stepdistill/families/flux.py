@@ -107,10 +107,6 @@ class Flux(Packed):
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         height, width = x_t.shape[-2:]
         config: Any = net.config
-        rows, columns = torch.meshgrid(
-            *(torch.arange(side // 2, device=x_t.device) for side in (height, width)), indexing="ij"
-        )
-        places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
         guidance = torch.full((len(x_t),), self.guidance_embedding, device=x_t.device)
         y = net(
             self.pack(x_t),
@@ -119,7 +115,7 @@ class Flux(Packed):
             encoder_hidden_states=cond["states"],
             pooled_projections=cond["pooled"],
             txt_ids=torch.zeros(cond["states"].shape[1], 3, device=x_t.device),
-            img_ids=places,
+            img_ids=self.places(x_t).float(),
             return_dict=False,
         )[0]
         return self.unpack(y, height, width)

@@ -127,15 +127,11 @@ class Krea2(QwenVae):
         height, width = x_t.shape[-2:]
         states, mask = cond["states"], cond["mask"]
         text = torch.zeros(states.shape[1], 3, device=x_t.device)
-        rows, columns = torch.meshgrid(
-            *(torch.arange(side // 2, device=x_t.device) for side in (height, width)), indexing="ij"
-        )
-        image = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
         y = net(
             self.pack(x_t),
             encoder_hidden_states=states,
             timestep=t / 1000,
-            position_ids=torch.cat([text, image]),
+            position_ids=torch.cat([text, self.places(x_t)]),
             encoder_attention_mask=mask,
             return_dict=False,
         )[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -34,6 +35,12 @@ class Packed(Flow):
         batch, _, channels = packed.shape
         places = packed.view(batch, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return places.reshape(batch, channels // 4, height, width)
+
+    def places(self, x_t: Tensor) -> Tensor:
+        """Coordinates (H / 2 x W / 2, 3) of the tokens of latents (B, C, H, W): 0, row and column."""
+        sides = (torch.arange(side // 2, device=x_t.device) for side in x_t.shape[-2:])
+        rows, columns = torch.meshgrid(*sides, indexing="ij")
+        return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
 
     def time(self, net: nn.Module, given: float) -> float:
         return 1000 * given

@@ -277,8 +277,8 @@ def read_as(folder: Path | str, form: TypeAdapter[T]) -> T:
 
 def write_contract(folder: Path, contract: Contract | MultiContract) -> None:
     """Write the contract into a student folder."""
-    form = FORMAT if isinstance(contract, Contract) else MULTI
-    (folder / CONTRACT).write_bytes(form.dump_json(contract, indent=1) + b"\n")  # pyright: ignore[reportArgumentType]
+    form: TypeAdapter[Any] = FORMAT if isinstance(contract, Contract) else MULTI
+    (folder / CONTRACT).write_bytes(form.dump_json(contract, indent=1) + b"\n")
 
 
 def teacher(contract: Contract | MultiContract) -> Family:
