@@ -18,7 +18,7 @@ from stepdistill.core.schedule import Rectified
 from stepdistill.families.flow import size_shift
 from stepdistill.families.parts import Needs
 from stepdistill.families.qwen_vae import QwenVae
-from stepdistill.networks.layers import inner, named, rebuilt
+from stepdistill.networks.layers import inner, named, rebuilt, refuse_sites
 from stepdistill.networks.roles import Sites, Tap
 
 TARGETS = (
@@ -101,9 +101,7 @@ class Krea2(QwenVae):
 
     def sites(self, net: nn.Module) -> Sites:
         """Raises ConfigError: image and prompt are one sequence in every layer."""
-        got, expected = "guidance adapters for Krea 2", "a family with attention from the image to the prompt"
-        why, todo = "there are no guidance adapters for this family", "choose another method or another teacher"
-        raise ConfigError(problem(got, expected, why, todo))
+        refuse_sites("Krea 2")
 
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
         return {"tokenizer": self.max_sequence_length - SUFFIX}

@@ -18,7 +18,7 @@ from stepdistill.core.schedule import Rectified
 from stepdistill.families.flow import Flow, shift_of
 from stepdistill.families.parts import Needs
 from stepdistill.families.sizes import check_size
-from stepdistill.networks.layers import named, rebuilt
+from stepdistill.networks.layers import named, rebuilt, refuse_sites
 from stepdistill.networks.roles import Sites, Tap
 
 TARGETS = (
@@ -116,9 +116,7 @@ class ZImage(Flow):
 
     def sites(self, net: nn.Module) -> Sites:
         """Raises ConfigError: image and prompt are one sequence in every layer."""
-        got, expected = "guidance adapters for Z-Image", "a family with attention from the image to the prompt"
-        why, todo = "there are no guidance adapters for this family", "choose another method or another teacher"
-        raise ConfigError(problem(got, expected, why, todo))
+        refuse_sites("Z-Image")
 
     def limits(self, pipe: DiffusionPipeline) -> dict[str, int]:
         template = len(pipe.tokenizer(_chat(pipe, "")).input_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -69,6 +69,13 @@ def after_blocks(net: nn.Module, place: Tap, *lists: str) -> tuple[Tap, ...]:
     blocks: Any = [(name, len(net.get_submodule(name))) for name in lists]  # pyright: ignore[reportArgumentType]
     before = [f"{name}.{i}" for name, count in blocks for i in range(count)]
     return tuple(replace(place, before=name) for name in [*before[1:], "norm_out"])
+
+
+def refuse_sites(family: str) -> NoReturn:
+    """Raise ConfigError: in a network of one stream no layer attends from the image to the prompt alone."""
+    got, expected = f"guidance adapters for {family}", "a family with attention from the image to the prompt"
+    why, todo = "there are no guidance adapters for this family", "choose another method or another teacher"
+    raise ConfigError(problem(got, expected, why, todo))
 
 
 def attentions(net: nn.Module, layer: str, time: str, blocks: str = "transformer_blocks") -> Sites:
