@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PLACE = os.environ.get("COMFYUI_PATH", "")
 if not (Path(PLACE) / "comfy" / "lora.py").is_file():
@@ -69,7 +69,23 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
         "txt_ids_dims": [],
     }),
+    "klein": ("Flux2", {
+        "image_model": "flux2", "in_channels": 128, "out_channels": 128, "vec_in_dim": None, "context_in_dim": CONTEXT,
+        "hidden_size": 32, "mlp_ratio": 3.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2,
+        "axes_dim": [4, 4, 4, 4], "theta": 2000, "patch_size": 1, "qkv_bias": False, "guidance_embed": False,
+        "txt_ids_dims": [3], "global_modulation": True, "mlp_silu_act": True, "ops_bias": False,
+    }),
 }  # fmt: skip
+# ComfyUI reads klein's original file alone; its table for LoRAs has the blocks
+KLEIN = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+}
 KINDS = {"sd3": "SD3", "flux": "Flux", "pixart_alpha": "PixArtAlpha", "pixart_sigma": "PixArtSigma"}
 
 
@@ -80,6 +96,10 @@ def model(family: str, net: nn.Module) -> comfy.model_patcher.ModelPatcher:
         kind, config = CONFIGS[family]
         names = comfy.utils.unet_to_diffusers(config)
         state = {names[key]: value for key, value in state.items()}
+    elif family == "klein":
+        kind, config = CONFIGS[family]
+        ends = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in KLEIN.items()}
+        state = renamed(state, comfy.utils.flux_to_diffusers(config) | ends)
     else:
         converted = comfy.model_detection.convert_diffusers_mmdit(state)
         assert converted is not None and not state.keys() - {"pos_embed.pos_embed"}
@@ -94,6 +114,21 @@ def model(family: str, net: nn.Module) -> comfy.model_patcher.ModelPatcher:
     missing, unknown = made.diffusion_model.load_state_dict(state, strict=False)
     assert set(missing) <= {"y_embedder.y_embedding"} and not unknown
     return comfy.model_patcher.ModelPatcher(made, torch.device("cpu"), torch.device("cpu"))
+
+
+def renamed(state: dict[str, Tensor], table: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors by the names of a table of ComfyUI's: `name`, `(name, (dim, start, length))` as a part of a tensor,
+    or `(name, None, function)`."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for key, value in state.items():
+        match table[key]:
+            case str(name):
+                parts[name] = {0: value}
+            case (name, (0, start, _)):
+                parts.setdefault(name, {})[start] = value
+            case (name, None, function):
+                parts[name] = {0: function(value)}
+    return {name: torch.cat([found[start] for start in sorted(found)]) for name, found in parts.items()}
 
 
 def with_lora(model: comfy.model_patcher.ModelPatcher, file: Path) -> tuple[comfy.model_patcher.ModelPatcher, int]:

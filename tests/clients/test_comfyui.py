@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clients import comfy
-from clients.networks import CONTEXT, FAMILIES, POOLED, network
+from clients.networks import CONTEXT, FAMILIES, FLOWS, POOLED, network
 from stepdistill.core.denoise import Condition, guided
 from stepdistill.core.prediction import Estimate, estimate
 from stepdistill.core.solvers import few_step
@@ -71,9 +71,12 @@ def fused(net: nn.Module, name: str, state: dict[str, Tensor]) -> nn.Module:
 
 def inputs(name: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
-    channels, side = (16 if name in ("sd3", "flux") else 4), {"pixart_alpha": 128}.get(name, 64)
+    channels, side = (16 if name in FLOWS else 4), {"pixart_alpha": 128}.get(name, 64)
     side = side if name.startswith("pixart") else 8
-    sizes = {"x": (1, channels, side, side), "context": (1, 12, CONTEXT), "pooled": (1, POOLED)}
+    length = 12
+    if name == "klein":  # patches of 32 channels, and every prompt is padded
+        channels, length = 128, 512
+    sizes = {"x": (1, channels, side, side), "context": (1, length, CONTEXT), "pooled": (1, POOLED)}
     return {key: torch.randn(*size, generator=generator) for key, size in sizes.items()}
 
 
@@ -117,6 +120,8 @@ def raw(patcher, name: str, x: Tensor, context: Tensor, pooled: Tensor) -> Tenso
             return net(x, t, context=context, y=pooled)
         case "flux":
             return net(x, t / 1000, context, pooled, torch.tensor([3.5]))
+        case "klein":
+            return net(x, t / 1000, context)
     return net(x, t, context, c_size=torch.tensor([[side, side]]).float(), c_ar=torch.ones(1, 1))[:, :4]
 
 
@@ -195,7 +200,7 @@ def executed(nodes: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
 
 
 def told(name: str, **changes: Any) -> Contract:
-    kind = "flow" if name in ("sd3", "flux") else "epsilon"
+    kind = "flow" if name in FLOWS else "epsilon"
     table = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     if name.startswith("pixart"):
         table = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -232,12 +237,26 @@ SAMPLERS = {
     "one step": ((399.0,), 1.0, True),
     "time 0": ((999.0, 499.0), 0.0, False),
 }
-FLOWS = {
+FLOW_SAMPLERS = {
     "highest, Euler": ((1000.0, 750.0), 0.0, True),
+    "highest, LCM": ((1000.0, 750.0, 250.0), 1.0, True),
+    "below, Euler": ((900.0, 500.0), 0.0, True),
     "below, LCM": ((900.0, 500.0), 1.0, True),
 }
-DRAWS = [(name, way) for name in FAMILIES for way in (FLOWS if name in ("sd3", "flux") else SAMPLERS)]
+DRAWS = [(name, way) for name in FAMILIES for way in (FLOW_SAMPLERS if name in FLOWS else SAMPLERS)]
 DRAWS = [cell(name, way) for name, way in DRAWS if not name.startswith("pixart") or way == "below, LCM"]
+
+
+SCALES = {  # factor and shift of ComfyUI's latents
+    **{"sdxl": (0.13025, 0.0), "pixart_sigma": (0.13025, 0.0)},
+    **{"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159), "klein": (1.0, 0.0)},
+}
+
+
+def by_scale(name: str, latents: Tensor) -> Tensor:
+    """Latents of ComfyUI's as the network sees them."""
+    factor, shift = SCALES.get(name, (0.18215, 0.0))
+    return factor * (latents - shift)
 
 
 @torch.no_grad()
@@ -251,8 +270,8 @@ def test_comfyui_s_own_nodes_sample_what_the_contract_says(tmp_path, monkeypatch
         exported(tmp_path / "style.safetensors", style, name, "comfyui")
     comfy.loras_in(tmp_path)
     given = inputs(name)
-    side = 8 * given["x"].shape[-1]
-    times, eta, clean = (FLOWS if name in ("sd3", "flux") else SAMPLERS)[way]
+    side = (16 if name == "klein" else 8) * given["x"].shape[-1]
+    times, eta, clean = (FLOW_SAMPLERS if name in FLOWS else SAMPLERS)[way]
     scale = 2.0
     contract = told(name, timesteps=times, eta=eta, clean=clean, guidance_scale=scale, resolution=(side, side))
     contract = replace(contract, family=contract.family | {"teacher_loras": ["owner/style"] if style else []})
@@ -289,7 +308,5 @@ def test_comfyui_s_own_nodes_sample_what_the_contract_says(tmp_path, monkeypatch
     expected = few_step(
         denoise, schedule, contract.sampler(), noise, cond, lambda i: torch.randn(noise.shape, generator=fresh)
     )
-    factor = {"sd": 0.18215, "sdxl": 0.13025, "pixart_sigma": 0.13025, "sd3": 1.5305, "flux": 0.3611}.get(name, 0.18215)
-    shift = {"sd3": 0.0609, "flux": 0.1159}.get(name, 0.0)
-    difference = (factor * (got - shift) - expected).abs().max() / expected.abs().max()
+    difference = (by_scale(name, got) - expected).abs().max() / expected.abs().max()
     assert difference < 2e-4  # in float32, through sigma = 14.6
