@@ -75,6 +75,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "axes_dim": [4, 4, 4, 4], "theta": 2000, "patch_size": 1, "qkv_bias": False, "guidance_embed": False,
         "txt_ids_dims": [3], "global_modulation": True, "mlp_silu_act": True, "ops_bias": False,
     }),
+    "z_image": ("ZImage", {
+        "image_model": "lumina2", "in_channels": 16, "patch_size": 2, "dim": 1056, "cap_feat_dim": CONTEXT,
+        "n_layers": 1, "n_refiner_layers": 1, "n_heads": 22, "n_kv_heads": 22, "axes_dims": [16, 16, 16],
+        "axes_lens": [256, 64, 64], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "qk_norm": True,
+        "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
+    }),
 }  # fmt: skip
 # ComfyUI reads klein's original file alone; its table for LoRAs has the blocks
 KLEIN = {
@@ -86,7 +92,7 @@ KLEIN = {
     "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
     "single_stream_modulation.linear": "single_stream_modulation.lin",
 }
-KINDS = {"sd3": "SD3", "flux": "Flux", "pixart_alpha": "PixArtAlpha", "pixart_sigma": "PixArtSigma"}
+KINDS = {"sd3": "SD3", "pixart_alpha": "PixArtAlpha", "pixart_sigma": "PixArtSigma"}
 
 
 def model(family: str, net: nn.Module) -> comfy.model_patcher.ModelPatcher:
@@ -104,8 +110,11 @@ def model(family: str, net: nn.Module) -> comfy.model_patcher.ModelPatcher:
         converted = comfy.model_detection.convert_diffusers_mmdit(state)
         assert converted is not None and not state.keys() - {"pos_embed.pos_embed"}
         state = converted
-        config = comfy.model_detection.detect_unet_config(state, "")
-        kind, config = CONFIGS.get(family, (KINDS[config.get("image_model", "sd3")], config))
+        if family in CONFIGS:
+            kind, config = CONFIGS[family]
+        else:
+            config = comfy.model_detection.detect_unet_config(state, "")
+            kind = KINDS[config.get("image_model", "sd3")]
         if family.startswith("pixart"):
             config |= {"caption_channels": CONTEXT}
     settings = getattr(comfy.supported_models, kind)(config)

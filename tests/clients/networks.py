@@ -9,12 +9,13 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 
 CONTEXT, POOLED = 32, 64  # widths of a prompt's embeddings
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "klein", "pixart_alpha", "pixart_512", "pixart_sigma")
-FLOWS = ("sd3", "flux", "klein")
+FAMILIES = ("sd", "sdxl", "sd3", "flux", "klein", "z_image", "pixart_alpha", "pixart_512", "pixart_sigma")
+FLOWS = ("sd3", "flux", "klein", "z_image")
 
 
 def network(family: str) -> nn.Module:
@@ -85,6 +86,21 @@ def network(family: str) -> nn.Module:
                     guidance_embeds=False,
                 )
             )
+        case "z_image":  # ComfyUI makes the layers of its time as wide as the network, up to 1024
+            net = ZImageTransformer2DModel(
+                in_channels=16,
+                dim=1056,
+                n_layers=1,
+                n_refiner_layers=1,
+                n_heads=22,
+                n_kv_heads=22,
+                cap_feat_dim=CONTEXT,
+                axes_dims=[16, 16, 16],
+                axes_lens=[256, 64, 64],
+            )
+            for token in (net.x_pad_token, net.cap_pad_token):  # zeros at the start of training
+                token.data = 0.5 * torch.randn(token.shape)
+            return net
     # of the real width: ComfyUI's table of its names has it
     return PixArtTransformer2DModel(
         num_layers=1,
