@@ -51,6 +51,7 @@ NODES = {
     "EmptyLatentImage": ({"width", "height", "batch_size"}, ("LATENT",)),
     "EmptySD3LatentImage": ({"width", "height", "batch_size"}, ("LATENT",)),
     "EmptyFlux2LatentImage": ({"width", "height", "batch_size"}, ("LATENT",)),
+    "EmptyHunyuanLatentVideo": ({"width", "height", "batch_size", "length"}, ("LATENT",)),
     "SamplerCustomAdvanced": ({"noise", "guider", "sampler", "sigmas", "latent_image"}, ("LATENT", "LATENT")),
     "AddNoise": ({"model", "noise", "sigmas", "latent_image"}, ("LATENT",)),
     "LatentMultiply": ({"samples", "multiplier"}, ("LATENT",)),
@@ -234,7 +235,7 @@ def test_krea_2_s_parts_are_files_of_their_own_and_guidance_has_this_package_s_n
     nodes = workflow(replace(CONTRACTS["krea2"], guidance_scale=4.5), "x")
     assert nodes["clip"]["inputs"] == {"clip_name": "qwen3vl_4b_bf16.safetensors", "type": "krea2"}
     assert nodes["vae"]["inputs"] == {"vae_name": "qwen_image_vae.safetensors"}
-    assert nodes["latent"]["class_type"] == "EmptySD3LatentImage"  # of 16 channels
+    assert nodes["latent"]["class_type"] == "EmptyHunyuanLatentVideo" and nodes["latent"]["inputs"]["length"] == 1
     assert nodes["guider"]["inputs"]["cfg"] == 4.5  # ComfyUI's is `uncond + cfg (cond - uncond)`
 
 
@@ -256,7 +257,18 @@ def test_a_student_whose_guidance_comfyui_does_not_have_is_refused():
     nodes = workflow(replace(told, guidance_scale=1.0), "x")
     assert nodes["clip"]["inputs"] == {"clip_name": "qwen_2.5_vl_7b.safetensors", "type": "qwen_image"}
     assert nodes["vae"]["inputs"] == {"vae_name": "qwen_image_vae.safetensors"}
-    assert nodes["latent"]["class_type"] == "EmptySD3LatentImage" and nodes["decode"]["inputs"]["vae"] == ["vae", 0]
+    assert nodes["latent"]["class_type"] == "EmptyHunyuanLatentVideo" and nodes["latent"]["inputs"]["length"] == 1
+    assert nodes["decode"]["inputs"]["vae"] == ["vae", 0]
+
+
+def test_sizes_at_which_comfyui_counts_the_tokens_of_qwen_image_otherwise_are_told(tmp_path, caplog):
+    odd = {"resolution": (1024, 1024), "sizes": ((1024, 1024), (1328, 1328), (1024, 1040), (1040, 1024))}
+    for family in (QWEN, KREA2):
+        write_workflow(tmp_path, contract(**FLOW | {"family": family} | odd), "x")
+        assert ("at 1328 x 1328, 1040 x 1024, 1024 x 1040 (" in caplog.text) == (family == QWEN)
+        caplog.clear()
+    write_workflow(tmp_path, contract(**FLOW | {"family": QWEN}, resolution=(1328, 1024)), "x")
+    assert "at 1024 x 1328 (" in caplog.text
 
 
 # what ComfyUI draws with the nodes
@@ -289,18 +301,26 @@ def made(**changes) -> Contract:
     return replace(told, scheduler=told.scheduler | kind)
 
 
-CASES = {
-    f"{kind} {start} eta {eta:g} {'clean' if clean else 'edge'}": made(
-        prediction_type=kind, timesteps=STARTS[start], eta=eta, clean=clean, guidance_scale=scale
-    )
-    for kind, scale in (("epsilon", 3.0), ("v_prediction", 1.0), ("sample", 1.0))
-    for start in STARTS
-    for eta, clean in ((0.0, True), (0.0, False), (1.0, True))
-} | {
-    f"flow {times[0]:g} eta {eta:g}": made(**FLOW | {"timesteps": times, "eta": eta})
-    for times in ((1000.0, 750.0), (900.0, 500.0))
-    for eta in (0.0, 1.0)
-}
+CASES = (
+    {
+        f"{kind} {start} eta {eta:g} {'clean' if clean else 'edge'}": made(
+            prediction_type=kind, timesteps=STARTS[start], eta=eta, clean=clean, guidance_scale=scale
+        )
+        for kind, scale in (("epsilon", 3.0), ("v_prediction", 1.0), ("sample", 1.0))
+        for start in STARTS
+        for eta, clean in ((0.0, True), (0.0, False), (1.0, True))
+    }
+    | {
+        f"flow {times[0]:g} eta {eta:g}": made(**FLOW | {"timesteps": times, "eta": eta})
+        for times in ((1000.0, 750.0), (900.0, 500.0))
+        for eta in (0.0, 1.0)
+    }
+    | {
+        f"frames {times[0]:g} of {family['type']}": made(**FLOW | {"family": family, "timesteps": times, "eta": 1.0})
+        for times in ((1000.0, 750.0), (900.0, 500.0))
+        for family in (QWEN, KREA2)
+    }
+)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -310,9 +330,12 @@ def test_comfyui_draws_what_the_contract_says(name):
     noise, *fresh = torch.randn(5, 2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = by_contract(told, noise, fresh)
     flow = told.prediction_type == "flow"
-    comfy = Comfy("flow" if flow else "sd", toy, noise, lambda i: fresh[i])
+    kind = "frames" if name.startswith("frames") else "flow" if flow else "sd"
+    comfy = Comfy(kind, toy, noise, lambda i: fresh[i])
     nodes = json.loads(json.dumps(workflow(told, "x")))
     got = comfy.decoded(nodes) * comfy.scale
+    if kind == "frames":  # a video of one
+        got = got.squeeze(2)
     assert (got - expected).abs().max() < 2e-6 * expected.abs().max()
 
     def raw(x, t, cfg):

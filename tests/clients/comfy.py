@@ -31,6 +31,7 @@ import nodes  # noqa: E402
 from comfy_extras import (  # noqa: E402
     nodes_custom_sampler,
     nodes_flux,
+    nodes_hunyuan,
     nodes_latent,
     nodes_model_advanced,
     nodes_pixart,
@@ -81,6 +82,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "axes_lens": [256, 64, 64], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "qk_norm": True,
         "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
     }),
+    "qwen_image": ("QwenImage", {
+        "image_model": "qwen_image", "in_channels": 64, "out_channels": 16, "num_layers": 2, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": CONTEXT, "axes_dims_rope": (4, 6, 6),
+    }),
 }  # fmt: skip
 # ComfyUI reads klein's original file alone; its table for LoRAs has the blocks
 KLEIN = {
@@ -102,6 +107,8 @@ def model(family: str, net: nn.Module) -> comfy.model_patcher.ModelPatcher:
         kind, config = CONFIGS[family]
         names = comfy.utils.unet_to_diffusers(config)
         state = {names[key]: value for key, value in state.items()}
+    elif family == "qwen_image":  # Diffusers' names
+        kind, config = CONFIGS[family]
     elif family == "klein":
         kind, config = CONFIGS[family]
         ends = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in KLEIN.items()}
@@ -161,7 +168,8 @@ def loras_in(place: Path) -> None:
 
 def node(kind: str, inputs: dict[str, Any]) -> tuple:
     """The outputs of a node of ComfyUI's."""
-    rooms = (nodes, nodes_custom_sampler, nodes_flux, nodes_latent, nodes_model_advanced, nodes_pixart, nodes_sd3)
+    rooms = (nodes, nodes_custom_sampler, nodes_flux, nodes_hunyuan, nodes_latent)
+    rooms += (nodes_model_advanced, nodes_pixart, nodes_sd3)
     found = next(vars(room)[kind] for room in rooms if kind in vars(room))
     if "FUNCTION" in vars(found) or found in nodes.NODE_CLASS_MAPPINGS.values():
         return getattr(found(), found.FUNCTION)(**inputs)

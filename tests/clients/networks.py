@@ -7,6 +7,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
@@ -14,8 +15,8 @@ from diffusers import (
 from torch import nn
 
 CONTEXT, POOLED = 32, 64  # widths of a prompt's embeddings
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "klein", "z_image", "pixart_alpha", "pixart_512", "pixart_sigma")
-FLOWS = ("sd3", "flux", "klein", "z_image")
+FLOWS = ("sd3", "flux", "klein", "z_image", "qwen_image")
+FAMILIES = ("sd", "sdxl", *FLOWS, "pixart_alpha", "pixart_512", "pixart_sigma")
 
 
 def network(family: str) -> nn.Module:
@@ -101,6 +102,18 @@ def network(family: str) -> nn.Module:
             for token in (net.x_pad_token, net.cap_pad_token):  # zeros at the start of training
                 token.data = 0.5 * torch.randn(token.shape)
             return net
+        case "qwen_image":
+            return away(
+                QwenImageTransformer2DModel(
+                    in_channels=64,
+                    out_channels=16,
+                    num_layers=2,
+                    attention_head_dim=16,
+                    num_attention_heads=2,
+                    joint_attention_dim=CONTEXT,
+                    axes_dims_rope=(4, 6, 6),
+                )
+            )
     # of the real width: ComfyUI's table of its names has it
     return PixArtTransformer2DModel(
         num_layers=1,

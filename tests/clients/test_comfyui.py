@@ -16,6 +16,7 @@ import loras
 import pytest
 import tiny
 import torch
+from diffusers import AutoencoderKLQwenImage
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -129,6 +130,8 @@ def raw(patcher, name: str, x: Tensor, context: Tensor, pooled: Tensor) -> Tenso
             return net(x, t / 1000, context)
         case "z_image":
             return net(x, t / 1000, context, num_tokens=context.shape[1])
+        case "qwen_image":
+            return net(x[:, :, None], t / 1000, context)[:, :, 0]
     return net(x, t, context, c_size=torch.tensor([[side, side]]).float(), c_ar=torch.ones(1, 1))[:, :4]
 
 
@@ -152,6 +155,27 @@ def test_comfyui_s_network_with_the_file_gives_what_diffusers_gives(tmp_path, na
     expected = by_diffusers(fused(plain, name, state), name, **given)
     assert (expected - bare).abs().max() > 0.05
     torch.testing.assert_close(by_comfyui(loaded, name, **given), expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sides", [(8, 8), (10, 8), (6, 14)])
+def test_of_an_odd_number_of_tokens_comfyui_counts_qwen_image_s_places_from_another_middle(sides):
+    """`moved_sizes` warns of it, and it is all that differs."""
+    net, given = network("qwen_image"), inputs("qwen_image")
+    given["x"] = torch.randn(1, 16, *sides, generator=torch.Generator().manual_seed(3))
+    expected = by_diffusers(net, "qwen_image", **given)
+    client = comfy.model("qwen_image", net).model.diffusion_model
+
+    def moved_back(args: dict[str, Any]) -> dict[str, Any]:
+        args["img_ids"] -= torch.tensor([0, *(side // 2 % 2 for side in sides)])
+        return args
+
+    video, at, context = given["x"][:, :, None], torch.tensor([T / 1000]), given["context"]
+    found = client(video, at, context)[:, :, 0]
+    options = {"patches": {"post_input": [moved_back]}}
+    back = client(video, at, context, transformer_options=options)[:, :, 0]
+    assert ((found - expected).abs().max() > 0.05) == any(side % 4 for side in sides)
+    torch.testing.assert_close(back, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +286,7 @@ DRAWS = [(name, way) for name in FAMILIES for way in (FLOW_SAMPLERS if name in F
 DRAWS = [cell(name, way) for name, way in DRAWS if not name.startswith("pixart") or way == "below, LCM"]
 
 
+FRAMES = ("qwen_image",)  # whose latents in ComfyUI are a video of one frame
 SCALES = {  # factor and shift of ComfyUI's latents
     **{"sdxl": (0.13025, 0.0), "pixart_sigma": (0.13025, 0.0)},
     **{"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159), "klein": (1.0, 0.0), "z_image": (0.3611, 0.1159)},
@@ -270,6 +295,11 @@ SCALES = {  # factor and shift of ComfyUI's latents
 
 def by_scale(name: str, latents: Tensor) -> Tensor:
     """Latents of ComfyUI's as the network sees them."""
+    if name in FRAMES:
+        assert latents.shape[2] == 1
+        config: Any = AutoencoderKLQwenImage().config  # the published one
+        mean, std = (torch.tensor(config[key])[:, None, None] for key in ("latents_mean", "latents_std"))
+        return (latents[:, :, 0] - mean) / std
     factor, shift = SCALES.get(name, (0.18215, 0.0))
     return factor * (latents - shift)
 
@@ -287,7 +317,7 @@ def test_comfyui_s_own_nodes_sample_what_the_contract_says(tmp_path, monkeypatch
     given = inputs(name)
     side = (16 if name == "klein" else 8) * given["x"].shape[-1]
     times, eta, clean = (FLOW_SAMPLERS if name in FLOWS else SAMPLERS)[way]
-    scale = 2.0
+    scale = 1.0 if name == "qwen_image" else 2.0
     contract = told(name, timesteps=times, eta=eta, clean=clean, guidance_scale=scale, resolution=(side, side))
     contract = replace(contract, family=contract.family | {"teacher_loras": ["owner/style"] if style else []})
     monkeypatch.setattr(comfyui, "read_as_sigma", lambda _: name == "pixart_512")

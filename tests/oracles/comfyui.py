@@ -35,7 +35,7 @@ class Comfy:
     """ComfyUI with a network for its loaders.
 
     Args:
-        kind: what it takes the base for: a key of `SCALES`, or `flow`.
+        kind: what it takes the base for: a key of `SCALES`, `flow`, or `frames` for a flow whose latents are a video.
         network: the raw output for an input (B, C, H, W), a timestep and a prompt, which is "" for the negative one
             and None for zeros.
         noise: what the seed stands for, (B, C, H, W).
@@ -50,7 +50,13 @@ class Comfy:
     embedded: dict[str, float] = field(default_factory=dict)
 
     @property
-    def scale(self) -> float:
+    def flow(self) -> bool:
+        return self.kind in ("flow", "frames")
+
+    @property
+    def scale(self) -> float | Tensor:
+        if self.kind == "frames":  # one of each channel, with five dimensions whatever the latent has
+            return torch.linspace(0.5, 2.0, self.noise.shape[1]).double().view(1, -1, 1, 1, 1)
         return SCALES.get(self.kind, 1.0)
 
     def decoded(self, nodes: Mapping[str, Any]) -> Tensor:
@@ -70,7 +76,7 @@ class Comfy:
         return value(next(n for n in nodes.values() if n["class_type"] == "VAEDecode")["inputs"]["samples"])
 
     def CheckpointLoaderSimple(self, ckpt_name):
-        return {"sampling": "flow" if self.kind == "flow" else "eps"}
+        return {"sampling": "flow" if self.flow else "eps"}
 
     def UNETLoader(self, unet_name, weight_dtype):
         return self.CheckpointLoaderSimple(unet_name)
@@ -123,20 +129,26 @@ class Comfy:
 
     EmptySD3LatentImage = EmptyFlux2LatentImage = EmptyLatentImage
 
+    def EmptyHunyuanLatentVideo(self, width, height, batch_size, length):
+        return torch.stack([torch.zeros_like(self.noise)] * ((length - 1) // 4 + 1), dim=2)
+
     def LatentMultiply(self, samples, multiplier):
         return samples * multiplier
 
     def noised(self, sigma, noise, latent, highest=False):
-        if self.kind == "flow":
+        noise = noise.reshape(latent.shape)  # the same numbers, in the shape of the latent
+        if self.flow:
             return sigma * noise + (1 - sigma) * latent
         return (sqrt(1 + sigma**2) if highest else sigma) * noise + latent
 
     def AddNoise(self, model, noise, sigmas, latent_image):
         assert len(sigmas) == 1
-        return self.noised(sigmas[0], noise, latent_image * self.scale) / self.scale
+        return self.noised(sigmas[0], noise, latent_image) / self.scale  # an empty one is not scaled
 
     def SamplerCustomAdvanced(self, noise, guider, sampler, sigmas, latent_image):
-        highest = self.kind != "flow" and sigmas[0] >= levels(self.kind)[-1] * (1 - 1e-5)
+        if self.kind == "frames" and latent_image.ndim == 4:
+            latent_image = latent_image[:, :, None]
+        highest = not self.flow and sigmas[0] >= levels(self.kind)[-1] * (1 - 1e-5)
         x = self.noised(sigmas[0], noise, latent_image * self.scale, highest)
         for i in range(len(sigmas) - 1):
             denoised, then = guider(x, sigmas[i]), sigmas[i + 1]
@@ -145,7 +157,7 @@ class Comfy:
             else:
                 assert sampler == "lcm"
                 x = denoised if then == 0 else self.noised(then, self.fresh(i), denoised)
-        return (x / (1 - sigmas[-1]) if self.kind == "flow" else x) / self.scale
+        return (x / (1 - sigmas[-1]) if self.flow else x) / self.scale
 
     def guided(self, sampling, x, sigma, positive, negative, cfg):
         cond = self.denoised(sampling, x, sigma, positive)
@@ -156,7 +168,8 @@ class Comfy:
 
     def denoised(self, sampling, x, sigma, prompt):
         if sampling == "flow":
-            return x - sigma * self.network(x, 1000 * sigma, prompt)
+            seen = x[:, :, 0] if self.kind == "frames" else x
+            return x - (sigma * self.network(seen, 1000 * sigma, prompt)).reshape(x.shape)
         t = int(np.abs(np.log(levels(self.kind)) - np.log(sigma)).argmin())
         y = self.network(x / sqrt(1 + sigma**2), float(t), prompt)
         return {

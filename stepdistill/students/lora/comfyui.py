@@ -155,13 +155,13 @@ def workflow(contract: Contract, lora: str) -> dict[str, Node]:
         nodes["zero"] = _node("ConditioningZeroOut", "no negative prompt: zeros", conditioning=negative)
         negative = ["zero", 0]
     cfg = {"positive": positive, "negative": negative, "cfg": contract.guidance_scale}
-    kind = EMPTY.get(layout, "EmptyLatentImage")
+    empty, more = EMPTY.get(layout, ("EmptyLatentImage", {}))
     nodes |= {
         "guider": _node("CFGGuider", "guidance as trained", model=model, **cfg),
         "noise": _node("RandomNoise", "seed", noise_seed=0),
         "sampler": _node("KSamplerSelect", "sampler as trained", sampler_name="lcm" if contract.eta else "euler"),
         "sigmas": _levels("noise levels as trained", *sigmas(contract)),
-        "latent": _node(kind, _size_title(contract), width=width, height=height, batch_size=1),
+        "latent": _node(empty, _size_title(contract), width=width, height=height, batch_size=1, **more),
     }
     return nodes | _drawing(contract, model, ["vae", 0] if layout in APART else ["model", 2])
 
@@ -199,6 +199,13 @@ def _size_title(contract: Contract) -> str:
     return f"size; also trained at {sizes_in_words(others)}" if others else "size"
 
 
+def moved_sizes(contract: Contract) -> list[tuple[int, int]]:
+    """The sizes of which ComfyUI counts a Qwen-Image's tokens from another middle: with an odd number along a side."""
+    if PIPELINES[teacher(contract).pipeline_class.__name__] != "qwen_image":
+        return []
+    return [size for size in dict.fromkeys((contract.resolution, *contract.sizes)) if any(s % 32 for s in size)]
+
+
 def write_workflow(folder: Path, contract: Contract, lora: str) -> None:
     """Write `comfyui_workflow.json` into a folder. Raises ConfigError as `workflow` does."""
     (folder / WORKFLOW).write_text(json.dumps(workflow(contract, lora), indent=1) + "\n")
@@ -208,6 +215,9 @@ def write_workflow(folder: Path, contract: Contract, lora: str) -> None:
             "%s corrects them. In other workflows, add a LatentMultiply node with 0.715 before VAEDecode",
             WORKFLOW,
         )
+    if moved := moved_sizes(contract):
+        what = "ComfyUI moves the image by one token against the prompt at %s (no multiples of 32 pixels)"
+        logger.warning(what, sizes_in_words(moved))
 
 
 def read_workflow(folder: Path, contract: Contract) -> dict[str, Node]:

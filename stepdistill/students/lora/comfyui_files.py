@@ -22,6 +22,10 @@ APART: dict[str, tuple[str, str, dict[str, str], str]] = {
         *({"clip_name": "qwen_2.5_vl_7b.safetensors", "type": "qwen_image"}, "qwen_image_vae.safetensors"),
     ),
 }
-EMPTY = dict.fromkeys(("sd3", "flux", "z_image", "qwen_image", "krea2"), "EmptySD3LatentImage") | {
-    "klein": "EmptyFlux2LatentImage"
+# by layout: the node of the empty latent, and what it takes beside the size
+EMPTY: dict[str, tuple[str, dict[str, int]]] = {
+    **dict.fromkeys(("sd3", "flux", "z_image"), ("EmptySD3LatentImage", {})),
+    "klein": ("EmptyFlux2LatentImage", {}),
+    # latents of a video of one frame: `AddNoise` would make 16 frames of an image's 16 channels
+    **dict.fromkeys(("qwen_image", "krea2"), ("EmptyHunyuanLatentVideo", {"length": 1})),
 }
