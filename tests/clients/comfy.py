@@ -38,7 +38,7 @@ from comfy_extras import (  # noqa: E402
     nodes_sd3,
 )
 
-from clients.networks import CONTEXT, POOLED  # noqa: E402
+from clients.networks import CONTEXT, LAYERS, POOLED  # noqa: E402
 
 UNET = {
     "image_size": 32,
@@ -86,8 +86,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "image_model": "qwen_image", "in_channels": 64, "out_channels": 16, "num_layers": 2, "attention_head_dim": 16,
         "num_attention_heads": 2, "joint_attention_dim": CONTEXT, "axes_dims_rope": (4, 6, 6),
     }),
+    "krea2": ("Krea2", {
+        "image_model": "krea2", "features": 64, "channels": 16, "patch": 2, "layers": 2, "heads": 4, "kvheads": 2,
+        "tdim": 32, "txtdim": CONTEXT, "txtlayers": LAYERS, "txtheads": 2, "txtkvheads": 2,
+    }),
 }  # fmt: skip
-# ComfyUI reads klein's original file alone; its table for LoRAs has the blocks
+# of klein and Krea 2 ComfyUI reads the original files alone; its tables for LoRAs lack these names
 KLEIN = {
     "x_embedder": "img_in",
     "context_embedder": "txt_in",
@@ -96,6 +100,19 @@ KLEIN = {
     "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
     "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
     "single_stream_modulation.linear": "single_stream_modulation.lin",
+}
+KREA2 = {
+    "transformer_blocks.": "blocks.",
+    "text_fusion.": "txtfusion.",
+    "final_layer.scale_shift_table": "last.modulation.lin",
+    "final_layer.": "last.",
+    "scale_shift_table": "mod.lin",
+    "txt_in.norm.weight": "txtmlp.0.scale",
+    "norm1.weight": "prenorm.scale",
+    "norm2.weight": "postnorm.scale",
+    "norm_q.weight": "qknorm.qnorm.scale",
+    "norm_k.weight": "qknorm.knorm.scale",
+    "norm.weight": "norm.scale",
 }
 KINDS = {"sd3": "SD3", "pixart_alpha": "PixArtAlpha", "pixart_sigma": "PixArtSigma"}
 
@@ -113,6 +130,9 @@ def model(family: str, net: nn.Module) -> comfy.model_patcher.ModelPatcher:
         kind, config = CONFIGS[family]
         ends = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in KLEIN.items()}
         state = renamed(state, comfy.utils.flux_to_diffusers(config) | ends)
+    elif family == "krea2":
+        kind, config = CONFIGS[family]
+        state = krea2_state(state, comfy.utils.krea2_to_diffusers(config))
     else:
         converted = comfy.model_detection.convert_diffusers_mmdit(state)
         assert converted is not None and not state.keys() - {"pos_embed.pos_embed"}
@@ -130,6 +150,21 @@ def model(family: str, net: nn.Module) -> comfy.model_patcher.ModelPatcher:
     missing, unknown = made.diffusion_model.load_state_dict(state, strict=False)
     assert set(missing) <= {"y_embedder.y_embedding"} and not unknown
     return comfy.model_patcher.ModelPatcher(made, torch.device("cpu"), torch.device("cpu"))
+
+
+def krea2_state(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors of Krea 2 by the original names; `table` has the weights of its linear layers."""
+
+    def name(key: str) -> str:
+        weight = key.replace(".bias", ".weight")
+        if weight in table:
+            return table[weight].removesuffix("weight") + key.rpartition(".")[2]
+        for ours, theirs in KREA2.items():
+            key = key.replace(ours, theirs)
+        return key
+
+    named = {name(key): value for key, value in state.items()}
+    return {key: value.flatten() if key.endswith(".mod.lin") else value for key, value in named.items()}
 
 
 def renamed(state: dict[str, Tensor], table: dict[str, Any]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -15,7 +16,8 @@ from diffusers import (
 from torch import nn
 
 CONTEXT, POOLED = 32, 64  # widths of a prompt's embeddings
-FLOWS = ("sd3", "flux", "klein", "z_image", "qwen_image")
+LAYERS = 3  # of the text encoder that Krea 2 sees
+FLOWS = ("sd3", "flux", "klein", "z_image", "qwen_image", "krea2")
 FAMILIES = ("sd", "sdxl", *FLOWS, "pixart_alpha", "pixart_512", "pixart_sigma")
 
 
@@ -111,6 +113,24 @@ def network(family: str) -> nn.Module:
                     attention_head_dim=16,
                     num_attention_heads=2,
                     joint_attention_dim=CONTEXT,
+                    axes_dims_rope=(4, 6, 6),
+                )
+            )
+        case "krea2":  # ComfyUI makes the inner widths of the feed-forward parts multiples of 128
+            return away(
+                Krea2Transformer2DModel(
+                    in_channels=64,
+                    num_layers=2,
+                    attention_head_dim=16,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    intermediate_size=256,
+                    timestep_embed_dim=32,
+                    text_hidden_dim=CONTEXT,
+                    num_text_layers=LAYERS,
+                    text_num_attention_heads=2,
+                    text_num_key_value_heads=2,
+                    text_intermediate_size=128,
                     axes_dims_rope=(4, 6, 6),
                 )
             )

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clients import comfy
-from clients.networks import CONTEXT, FAMILIES, FLOWS, POOLED, network
+from clients.networks import CONTEXT, FAMILIES, FLOWS, LAYERS, POOLED, network
 from stepdistill.core.denoise import Condition, guided
 from stepdistill.core.prediction import Estimate, estimate
 from stepdistill.core.solvers import few_step
@@ -82,7 +82,8 @@ def inputs(name: str) -> dict[str, Tensor]:
     length = 12
     if name == "klein":  # patches of 32 channels, and every prompt is padded
         channels, length = 128, 512
-    sizes = {"x": (1, channels, side, side), "context": (1, length, CONTEXT), "pooled": (1, POOLED)}
+    width = LAYERS * CONTEXT if name == "krea2" else CONTEXT  # the layers of a token side by side
+    sizes = {"x": (1, channels, side, side), "context": (1, length, width), "pooled": (1, POOLED)}
     return {key: torch.randn(*size, generator=generator) for key, size in sizes.items()}
 
 
@@ -93,9 +94,9 @@ def family_of(name: str) -> Family:
     return tiny.FAMILIES["pixart_alpha" if name == "pixart_512" else name]
 
 
-def condition(context: Tensor, pooled: Tensor) -> Condition:
+def condition(name: str, context: Tensor, pooled: Tensor) -> Condition:
     return {
-        "states": context,
+        "states": context.unflatten(-1, (LAYERS, CONTEXT)) if name == "krea2" else context,
         "pooled": pooled,
         "mask": torch.ones(context.shape[:2], dtype=torch.bool),
         "scale": torch.full((1, 1), 8.0),
@@ -104,7 +105,7 @@ def condition(context: Tensor, pooled: Tensor) -> Condition:
 
 def by_diffusers(net: nn.Module, name: str, x: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
     """The raw output at the timestep T."""
-    return family_of(name).call(net, x, torch.tensor([T]), condition(context, pooled))
+    return family_of(name).call(net, x, torch.tensor([T]), condition(name, context, pooled))
 
 
 def by_comfyui(patcher, name: str, **given: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ def raw(patcher, name: str, x: Tensor, context: Tensor, pooled: Tensor) -> Tenso
             return net(x, t / 1000, context)
         case "z_image":
             return net(x, t / 1000, context, num_tokens=context.shape[1])
-        case "qwen_image":
+        case "qwen_image" | "krea2":
             return net(x[:, :, None], t / 1000, context)[:, :, 0]
     return net(x, t, context, c_size=torch.tensor([[side, side]]).float(), c_ar=torch.ones(1, 1))[:, :4]
 
@@ -286,7 +287,7 @@ DRAWS = [(name, way) for name in FAMILIES for way in (FLOW_SAMPLERS if name in F
 DRAWS = [cell(name, way) for name, way in DRAWS if not name.startswith("pixart") or way == "below, LCM"]
 
 
-FRAMES = ("qwen_image",)  # whose latents in ComfyUI are a video of one frame
+FRAMES = ("qwen_image", "krea2")  # whose latents in ComfyUI are a video of one frame
 SCALES = {  # factor and shift of ComfyUI's latents
     **{"sdxl": (0.13025, 0.0), "pixart_sigma": (0.13025, 0.0)},
     **{"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159), "klein": (1.0, 0.0), "z_image": (0.3611, 0.1159)},
@@ -347,9 +348,9 @@ def test_comfyui_s_own_nodes_sample_what_the_contract_says(tmp_path, monkeypatch
     def denoiser(x_t: Tensor, t: Tensor, cond: Condition) -> Estimate:
         return estimate(contract.prediction_type, family.call(taught, x_t, t, cond), x_t, t, schedule)
 
-    null = condition(*([0 * other[key] if name == "sdxl" else other[key] for key in ("context", "pooled")]))
+    null = condition(name, *([0 * other[key] if name == "sdxl" else other[key] for key in ("context", "pooled")]))
     denoise = guided(denoiser, null, scale)
-    cond = condition(given["context"], given["pooled"])
+    cond = condition(name, given["context"], given["pooled"])
     expected = few_step(
         denoise, schedule, contract.sampler(), noise, cond, lambda i: torch.randn(noise.shape, generator=fresh)
     )
