@@ -186,8 +186,8 @@ BUGS = {
     ),
     "noise added as if from clean data": Bug(
         sampling.transition,
-        "(sigma_s**2 - (alpha_s * ratio) ** 2)",
-        "(((sigma_s - sigma_l) / (1 - sigma_l)) ** 2)",
+        "added_std(alpha_s, sigma_s, ratio)",
+        "(sigma_s - sigma_l) / (1 - sigma_l)",
         test_sampling.test_renoising_a_flow_from_a_half_to_three_quarters,
     ),
     # samplers

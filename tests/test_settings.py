@@ -42,6 +42,7 @@ from stepdistill.methods.reward import RewardTerm
 from stepdistill.methods.scm import SCM
 from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.methods.slimflow import FlowGuided
+from stepdistill.methods.tdm import TDM
 from stepdistill.methods.vsd import VSD, ClipTerm
 from stepdistill.networks.lpips import Lpips
 
@@ -288,6 +289,20 @@ CHANGES = [
         **EMA,
     ),
     *changes(
+        TDM(critic_steps=2, num_inference_steps=2),
+        num_inference_steps=(1, "sampler loss"),
+        timesteps=((749.0, 399.0), "sampler loss"),
+        guidance_scale=(3.0, "guidance loss"),
+        separate=(False, "loss"),
+        gap=(50.0, "loss"),
+        t_min=(100.0, "loss"),
+        loss_type=("l2", "loss"),
+        huber_c=(0.5, "loss"),
+        critic_steps=(3, "turns"),
+        warmup_steps=(1, "turns"),
+        **EMA,
+    ),
+    *changes(
         TeacherScoreMatching(),
         width=(0.25, "roles"),
         guidance_scale=(3.0, "guidance loss"),
@@ -438,6 +453,7 @@ def test_a_value_that_another_leaves_without_effect_is_refused(kind, models):
     [
         (lambda: Consistency(loss_type="l2", huber_c=0.5), "huber_c is 0.5: .* only with loss_type 'huber'"),
         (lambda: Regression(huber_c=0.5), "huber_c is 0.5: .* only with loss_type 'huber'"),
+        (lambda: TDM(loss_type="l2", huber_c=0.5), "huber_c is 0.5: .* only with loss_type 'huber'"),
         (lambda: Consistency(end="clean", eta=0.7), "eta is 0.7: .* only with end 'any'"),
         (lambda: Consistency(end="edge", eta=0.0), "eta is 0.0: .* only with end 'any'"),
         (
@@ -453,6 +469,10 @@ def test_a_value_that_another_leaves_without_effect_is_refused(kind, models):
             "num_inference_steps is 2: .* only with timesteps none",
         ),
         (
+            lambda: TDM(timesteps=(399.0,), num_inference_steps=2),
+            "num_inference_steps is 2: .* only with timesteps none",
+        ),
+        (
             lambda: DMD2(gan=Ladd(max_time_probability=0.9)),
             "max_time_probability is 0.9: .* only with a method whose student starts from noised data",
         ),
@@ -461,6 +481,7 @@ def test_a_value_that_another_leaves_without_effect_is_refused(kind, models):
             lambda: FlowGuided(flow_weight=0.0, turn_range=(0.4, 0.5)),
             "turn_range is .* only with a flow_weight above 0",
         ),
+        (lambda: TDM(num_inference_steps=1, separate=False), "separate is False: .* only with several steps"),
         (lambda: DisBack(waypoints=1, backtracking_steps=2), "backtracking_steps is 2: .* only with several waypoints"),
         (lambda: ProgressiveHalving(steps=(4,), stage_steps=2), "stage_steps is 2: .* only with several stages"),
     ],
@@ -471,7 +492,7 @@ def test_what_has_no_effect_is_named_with_what_it_needs(make, said):
 
 
 def test_the_number_of_steps_may_be_said_beside_their_timesteps():
-    for kind in (DMD2, Regression):
+    for kind in (DMD2, Regression, TDM):
         both, one = kind(timesteps=(749.0, 399.0), num_inference_steps=2), kind(timesteps=(749.0, 399.0))
         assert both.sampler(SCHEDULES["table"]) == one.sampler(SCHEDULES["table"])
 

@@ -46,6 +46,7 @@ from stepdistill.methods.reward import RewardTerm
 from stepdistill.methods.scm import SCM
 from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.methods.slimflow import FlowGuided
+from stepdistill.methods.tdm import TDM
 from stepdistill.methods.vsd import VSD
 from stepdistill.networks.time_weight import TimeWeight
 
@@ -247,6 +248,14 @@ def cases(schedule: NoiseSchedule) -> dict[str, tuple[Method, dict[str, Law]]]:
     halves = {t: 0.1 for t in fine[2::2]}
     halves |= {t: halves.get(t, 0.0) + 0.2 for t in coarse[2::2]}
     half, quarter = STEPS // 2, STEPS // 4
+
+    def of_states(gap: float, lowest: float, overlapping: bool = False) -> dict[str, Law]:
+        """Each step's times: from its end, or the lowest, to `gap` below its start, or below the first one."""
+        steps = pairwise([*reversed(starts), 0.0])
+        laws = [dense(schedule, max(s, lowest), (starts[-1] if overlapping else t) - gap) for t, s in steps]
+        law = replace(mixed(laws), draws=SHARED)
+        return {"teacher": law, "fake": law, "fake, with a graph": law}
+
     mirrored = [low + high - t for t in fine]  # BOOT's network is told them; each update asks at the noisiest, too
     return {
         "lcm": (
@@ -276,6 +285,8 @@ def cases(schedule: NoiseSchedule) -> dict[str, tuple[Method, dict[str, Law]]]:
             SCM(time_mean=-0.5, time_std=0.5, difference=0.1),
             {TRAINED: lognormal(schedule, -0.5, 0.5), "teacher": lognormal(schedule, -0.5, 0.5)},
         ),
+        "tdm": (TDM(), {TRAINED: exits, "student": before, **of_states(10, 20)}),
+        "tdm, overlapping": (TDM(separate=False, gap=50.0, t_min=100.0), of_states(50, 100, overlapping=True)),
         "vsd": (VSD(), {TRAINED: weighted([high]), **matching}),
         "disback": (
             DisBack(matching=VSD(), waypoints=2, recording_steps=quarter, backtracking_steps=quarter),

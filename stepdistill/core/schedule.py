@@ -104,6 +104,24 @@ class NoiseSchedule(ABC):
         alpha_t, sigma_t = self(t)
         return expand(alpha_t, x0) * x0 + expand(sigma_t, x0) * eps
 
+    def renoise(self, x_s: Tensor, s: Tensor | None, r: Tensor, z: Tensor) -> Tensor:
+        """`alpha_r / alpha_s x_s + std z`: the forward process from s to the noisier r, z standard normal.
+
+        Args:
+            x_s: (B, ...), at the times s (B,); None is clean data.
+            r: (B,), nowhere below s.
+        """
+        if s is None:
+            return self.add_noise(x_s, z, r)
+        (alpha_s, sigma_s), (alpha_r, sigma_r) = self(s), self(r)
+        std = added_std(alpha_r, sigma_r, sigma_s / alpha_s)
+        return expand(alpha_r / alpha_s, x_s) * x_s + expand(std, x_s) * z
+
+
+def added_std(alpha_t: Tensor, sigma_t: Tensor, ratio: Tensor) -> Tensor:
+    """The std (B,) of the noise which the forward process adds up to t, from where sigma is `ratio` times alpha."""
+    return (sigma_t**2 - (alpha_t * ratio) ** 2).clamp(min=0).sqrt()
+
 
 class DiscreteVP(NoiseSchedule):
     """A scheduler's exact table of `alphas_cumprod`, interpolated in log-SNR between its entries.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepdistill.core.denoise import Condition, Denoise
 from stepdistill.core.prediction import Estimate
-from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
+from stepdistill.core.schedule import NoiseSchedule, added_std, expand, per_sample
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def transition(schedule: NoiseSchedule, sampler: Sampler, i: int, est: Estimate)
     else:
         alpha_l, sigma_l = schedule(per_sample(low, x0))
         ratio = sigma_l / alpha_l
-    std = (sigma_s**2 - (alpha_s * ratio) ** 2).clamp(min=0).sqrt()
+    std = added_std(alpha_s, sigma_s, ratio)
     return Transition(expand(alpha_s, x0) * (x0 + expand(ratio, x0) * est.eps), std)
 
 
