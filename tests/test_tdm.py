@@ -306,14 +306,22 @@ def test_other_numbers_of_steps_would_miss_the_distribution():
     assert found == [0.014, 0.155, 0.389, 0.5, 0.493, 0.517]
 
 
+def answer(method: TDM, schedule: NoiseSchedule, steps: int) -> str:
+    """Why the method is not sampled in these steps; "" where it is."""
+    try:
+        method.sampler(schedule, steps)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def refused() -> None:
     for schedule in SCHEDULES.values():
         for method, own in ((TDM(), 4), (TDM(timesteps=(899.0, 449.0)), 2)):
             assert len(method.sampler(schedule).timesteps) == own
             assert method.sampler(schedule, own) == method.sampler(schedule)
             for steps in {1, 2, 4, 8} - {own}:
-                with pytest.raises(ValueError, match=f"got {steps} sampling steps, expected {own}: where a step of"):
-                    method.sampler(schedule, steps)
+                assert f"got {steps} sampling steps, expected {own}: where a step" in answer(method, schedule, steps)
 
 
 def test_another_number_of_steps_is_refused():
@@ -647,4 +655,4 @@ BUGS = {
         schedules.added_std, "(sigma_t**2 - (alpha_t * ratio) ** 2)", "((sigma_t - alpha_t * ratio) ** 2)", renoised
     ),
 }
-test_without_a_bug_the_oracle_passes, test_the_bug_is_noticed = bug_tests(BUGS, RuntimeError, pytest.fail.Exception)
+test_without_a_bug_the_oracle_passes, test_the_bug_is_noticed = bug_tests(BUGS, RuntimeError)

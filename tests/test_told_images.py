@@ -20,6 +20,7 @@ from stepdistill.methods.base import Batch, Method, StepContext
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.finetune import score_matching_loss
 from stepdistill.methods.gan import Gan
+from stepdistill.methods.tdm import TDM
 from stepdistill.methods.vsd import VSD
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
@@ -29,6 +30,7 @@ FRAMES, SIDE = 3, 8  # of latents
 METHODS = {
     "dmd2": DMD2(num_inference_steps=2, guidance_scale=3.0, critic_steps=1, gan=Gan()),
     "weak to strong": DMD2(num_inference_steps=2, guidance_scale=3.0, critic_steps=1, weak=0.25),
+    "tdm": TDM(num_inference_steps=2, guidance_scale=3.0),
     "vsd": VSD(guidance_scale=3.0),
 }
 Given = tuple[str, tuple[Tensor, ...]]  # a role, and what its network is given of the images, for each row
