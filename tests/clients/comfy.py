@@ -28,6 +28,7 @@ import comfy.utils  # noqa: E402
 import comfy_extras.nodes_post_processing  # noqa: E402, F401  (before `nodes_latent`: they import one another)
 import folder_paths  # noqa: E402
 import nodes  # noqa: E402
+from comfy import text_encoders  # noqa: E402, F401  (the tests' too)
 from comfy_extras import (  # noqa: E402
     nodes_custom_sampler,
     nodes_flux,

@@ -10,13 +10,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import loras
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKLQwenImage
+from diffusers import AutoencoderKLFlux2, AutoencoderKLQwenImage
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -214,6 +215,22 @@ def test_of_a_kohya_file_of_z_image_comfyui_leaves_out_the_attention(tmp_path):
     exported(tmp_path / "x.safetensors", state, "z_image", "kohya")
     _, lost = comfy.with_lora(comfy.model("z_image", net), tmp_path / "x.safetensors")
     assert lost == 3 * sum(".attention." in key and "lora_A" in key for key in state) == 12
+
+
+@torch.no_grad()
+def test_comfyui_decodes_klein_s_latents_as_the_family_does():
+    """The order of the channels in a patch, and the norm; of the real shape, which ComfyUI takes for granted."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLFlux2().eval()
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    latents = torch.randn(1, 128, 2, 3)
+    expected = family_of("klein").decode(SimpleNamespace(vae=vae), latents)
+    found = comfy.comfy.sd.VAE(sd=dict(vae.state_dict()), device=torch.device("cpu"), dtype=torch.float32).decode(
+        latents
+    )
+    torch.testing.assert_close(2 * found.movedim(-1, 1) - 1, expected.clamp(-1, 1), rtol=1e-3, atol=1e-3)
+    assert expected.std() > 0.1
 
 
 # workflows
