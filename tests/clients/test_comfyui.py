@@ -217,6 +217,14 @@ def test_of_a_kohya_file_of_z_image_comfyui_leaves_out_the_attention(tmp_path):
     assert lost == 3 * sum(".attention." in key and "lora_A" in key for key in state) == 12
 
 
+def test_comfyui_reads_no_file_of_klein_or_krea_2_in_diffusers_names():
+    """As the guide says."""
+    load = comfy.comfy.sd.load_diffusion_model_state_dict
+    assert load(dict(network("krea2").state_dict())) is None
+    with pytest.raises(KeyError, match=r"x_embedder\.bias"):
+        load(dict(network("klein").state_dict()))
+
+
 @torch.no_grad()
 def test_comfyui_decodes_klein_s_latents_as_the_family_does():
     """The order of the channels in a patch, and the norm; of the real shape, which ComfyUI takes for granted."""
