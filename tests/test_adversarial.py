@@ -12,8 +12,9 @@ from oracles.fakes import Seen, Stage, batch, updates
 from torch import Tensor
 
 from stepdistill.core.losses import discriminator_loss, generator_loss
-from stepdistill.methods.dmd2 import DMD2, simulate
+from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.gan import Gan
+from stepdistill.methods.rollout import simulate
 
 SCHEDULES = {"table": stable_diffusion(), "flow": Flow(3.0)}
 PART = batch(3, 7, 8)
@@ -60,7 +61,7 @@ def logits(stage: Stage, gan: Gan, x0: Tensor, purpose: str, shake: float = 0.0)
 def sample(stage: Stage, method: DMD2) -> Tensor:
     """What the student makes, with its graph."""
     context = stage.context(0)
-    x_t, t = simulate(context, PART, method.sampler(stage.schedule), context.noise(PART, "start"))
+    x_t, t, _ = simulate(context, PART, method.sampler(stage.schedule), context.noise(PART, "start"))
     return context.denoiser("student")(x_t, t, PART.cond).x0
 
 

@@ -11,7 +11,7 @@ from test_distribution_updates import DMD
 
 from stepdistill.core import losses
 from stepdistill.core.schedule import DiscreteVP, Rectified
-from stepdistill.methods import dmd2, finetune, gan
+from stepdistill.methods import dmd2, finetune, gan, rollout
 from stepdistill.methods.disback import DisBack
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.vsd import VSD
@@ -72,7 +72,7 @@ BUGS = {
         STUDENT, "normalised(sample, fake, real, batch", "normalised(sample, fake, fake, batch", guidance
     ),
     "one norm for the batch": Bug(
-        dmd2.normalised, ".flatten(1).mean(1).reshape(-1, *[1] * (x0.ndim - 1))", ".mean()", starts
+        dmd2.normalised, ".mean(1).clamp(min=floor).reshape(-1, *[1] * (x0.ndim - 1))", ".mean()", starts
     ),
     "norm squared": Bug(
         dmd2.normalised,
@@ -146,25 +146,25 @@ BUGS = {
     ),
     "fake score told another time": Bug(finetune.score_matching_loss, ", eps, t), t,", ", eps, t), t / 2,", floor_dmd),
     "a flow's fake score on noise alone": Bug(Rectified.denoising_target, "eps - x0", "eps", floor_flow),
-    "fake score trained through the student": Bug(TOWARDS, "x0 = x0.detach()", "pass", trained),
+    "fake score trained through the student": Bug(TOWARDS, "x0 = est.x0.detach()", "x0 = est.x0", trained),
     "fake score never trained": Bug(TOWARDS, "loss = score_matching_loss(", "loss = 0 * score_matching_loss(", trained),
     "student at every step": Bug(TOWARDS, "turn % self.critic_steps == 0", "True", COUNT),
     "no warm-up": Bug(TOWARDS, "step - self.warmup_steps", "step", COUNT),
     # simulation
     "data in the place of simulation": Bug(
         TOWARDS,
-        "x_t, t = simulate(context, batch, self.sampler(context.student_schedule), start)",
-        "x_t, t = simulate(context, batch, self.sampler(context.student_schedule), start + 0 * batch.latents)",
+        "simulate(context, batch, sampler, start,",
+        "simulate(context, batch, sampler, start + 0 * batch.latents,",
         prompts_alone,
     ),
-    "one step too far": Bug(dmd2.reached, "taken=taken", "taken=taken + 1", simulated),
-    "always the first step": Bug(dmd2.reached, "taken=taken", "taken=0", simulated),
-    "the last start again": Bug(dmd2.reached, "sampler.timesteps[taken]", "sampler.timesteps[0]", simulated),
+    "one step too far": Bug(rollout.reached, "taken=taken", "taken=taken + 1", simulated),
+    "always the first step": Bug(rollout.reached, "taken=taken", "taken=0", simulated),
+    "the last start again": Bug(rollout.reached, "sampler.timesteps[taken]", "sampler.timesteps[0]", simulated),
     "old noise again": Bug(
-        dmd2.reached, 'context.noise(batch, f"again {i}")', 'context.noise(batch, "start") * 0', simulated
+        rollout.reached, 'context.noise(batch, f"again {i}")', 'context.noise(batch, "start") * 0', simulated
     ),
     "simulation with a graph": Bug(
-        dmd2.reached,
+        rollout.reached,
         "torch.no_grad()",
         "torch.enable_grad()",
         plumbing.test_only_the_last_call_of_the_student_has_a_graph,
@@ -173,9 +173,7 @@ BUGS = {
     "table's last time never drawn": Bug(
         DiscreteVP.random_times, "(high - low + 1)", "(high - low - 100)", lambda: spreads()
     ),
-    "a flow's shift forgotten": Bug(
-        Rectified.random_times, "1000 * self.shift * u / (1 + (self.shift - 1) * u)", "1000 * u", lambda: spreads()
-    ),
+    "a flow's shift forgotten": Bug(Rectified.random_times, "shift or self.shift", "shift or 1.0", lambda: spreads()),
     # the adversarial term
     "adversarial term uphill": Bug(losses.generator_loss, "softplus(-fake)", "softplus(fake)", judged),
     "head learns the reverse": Bug(

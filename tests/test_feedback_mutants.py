@@ -6,7 +6,7 @@ import test_feedback as closed_forms
 from oracles.planted import Bug, bug_tests
 from test_feedback import SD
 
-from stepdistill.methods import dmd2
+from stepdistill.methods import rollout
 from stepdistill.methods.base import Tuning
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.feedback import Feedback
@@ -69,9 +69,9 @@ BUGS = {
     "anchored to the batch's mean": Bug(UPDATES, "(x0 - held)", "(x0 - held.mean(0))", START),
     "a graph through the anchor": Bug(UPDATES, "torch.no_grad()", "torch.enable_grad()", CALLS),
     # the rollout
-    "one step too far": Bug(dmd2.reached, "taken=taken", "taken=taken + 1", CALLS),
-    "a graph through the rollout": Bug(dmd2.reached, "torch.no_grad()", "torch.enable_grad()", CALLS),
-    "the start's time": Bug(dmd2.reached, "sampler.timesteps[taken]", "sampler.timesteps[0]", CALLS),
+    "one step too far": Bug(rollout.reached, "taken=taken", "taken=taken + 1", CALLS),
+    "a graph through the rollout": Bug(rollout.reached, "torch.no_grad()", "torch.enable_grad()", CALLS),
+    "the start's time": Bug(rollout.reached, "sampler.timesteps[taken]", "sampler.timesteps[0]", CALLS),
     "not guided as it is sampled": Bug(
         Tuning.sampled, "self.few_steps(context.student_schedule).guidance_scale", "1.0", CALLS
     ),

@@ -25,8 +25,9 @@ from stepdistill.data import Prompts
 from stepdistill.methods import gan
 from stepdistill.methods.base import Batch, StepContext
 from stepdistill.methods.consistency import Consistency
-from stepdistill.methods.dmd2 import DMD2, simulate
+from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.gan import Gan, Ladd
+from stepdistill.methods.rollout import simulate
 from stepdistill.networks.roles import TEACHER
 from stepdistill.training.checks import check_needs
 from stepdistill.training.distill import distill
@@ -72,7 +73,7 @@ def sample(stage: Stage, method: Consistency | DMD2) -> Tensor:
     """What the student makes, with its graph."""
     context, schedule = stage.context(0), stage.schedule
     if isinstance(method, DMD2):
-        x_t, t = simulate(context, PART, method.sampler(schedule), context.noise(PART, "start"))
+        x_t, t, _ = simulate(context, PART, method.sampler(schedule), context.noise(PART, "start"))
     else:
         grid = schedule.grid(method.num_ddim_timesteps)
         t = grid[1 + (context.draw(PART, "gan input t") * method.num_ddim_timesteps).long()]

@@ -102,7 +102,7 @@ BUGS = {
         UPDATES, "expand(s == u, x_u), x_u, target", "expand(s <= u, x_u), x_u, target", TCD
     ),
     "average the wrong way round": Bug(Backbone.average, "1 - role.decay", "role.decay", averages),
-    "average of every step": Bug(Backbone.average, "and role.of in stepped", "", averages),
+    "average of every step": Bug(Backbone.average, "for of in stepped", "for of in self.declared", averages),
     # the student's jump
     "boundary head dropped": Bug(
         Consistency.jump,

@@ -7,13 +7,15 @@ are applied to the output itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from stepdistill.core.prediction import Estimate, Kind, estimate, output
 from stepdistill.core.schedule import NoiseSchedule, expand
+
+Norm = Literal["token", "image"]
 
 
 class Rule(Protocol):
@@ -85,6 +87,23 @@ class TokenNorm:
         power = y.square().sum(1).unflatten(2, (-1, self.patch)).unflatten(1, (-1, self.patch))
         norm = power.sum((2, 4), keepdim=True).sqrt().expand_as(power)
         return norm.flatten(3, 4).flatten(1, 2)[:, None]
+
+
+@dataclass(frozen=True)
+class ImageNorm:
+    """The linear rule, with the image then scaled to the norm that it has with the prompt: `y |cond| / |y|`."""
+
+    @property
+    def name(self) -> str:
+        return "image_norm"
+
+    @property
+    def equation(self) -> str:
+        return "y |cond| / |y| of the image, y = uncond + w (cond - uncond)"
+
+    def __call__(self, uncond: Tensor, cond: Tensor, scale: float | Tensor, t: Tensor) -> Tensor:
+        y = uncond + scale * (cond - uncond)
+        return y * expand(cond.flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1), y)
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,13 @@ class NoiseSchedule(ABC):
         """`n` starts, descending and evenly spaced in time, of which `first` is the first."""
 
     @abstractmethod
-    def random_times(self, u: Tensor, low: float, high: float) -> Tensor:
-        """Times (B,) in [low, high] from uniform draws (B,) in [0, 1): as dense there as the solver's grid is."""
+    def random_times(self, u: Tensor, low: float, high: float, shift: float | None = None) -> Tensor:
+        """Times (B,) in [low, high] from uniform draws (B,) in [0, 1): as dense there as the solver's grid is.
+
+        Args:
+            shift: s of `sigma = s v / (1 + (s - 1) v)`, sigma as a share of `alpha + sigma` and v uniform, by which
+                times are spread instead (Esser et al. 2024, https://arxiv.org/abs/2403.03206, section 5.3.2).
+        """
 
     @abstractmethod
     def time_of_sigma(self, sigma: float) -> float:
@@ -183,8 +188,13 @@ class DiscreteVP(NoiseSchedule):
     def even_starts(self, first: float, n: int) -> tuple[float, ...]:
         return tuple(float(int((first + 1) * (n - i) / n) - 1) for i in range(n))  # of 999: 999, 749, 499, 249
 
-    def random_times(self, u: Tensor, low: float, high: float) -> Tensor:
-        return (low + u * (high - low + 1)).floor().clamp(max=high)
+    def random_times(self, u: Tensor, low: float, high: float, shift: float | None = None) -> Tensor:
+        if shift is None:
+            return (low + u * (high - low + 1)).floor().clamp(max=high)
+        alpha_t, sigma_t = self(torch.tensor([low, high], dtype=torch.float64))
+        first, last = (sigma_t / (alpha_t + sigma_t)).tolist()
+        share = shifted_between(u, first, last, shift)
+        return self.time(((1 - share) / share).log()).round().clamp(low, high)
 
     def time_of_sigma(self, sigma: float) -> float:
         times = torch.arange(self.span[0], self.span[1] + 1)
@@ -233,11 +243,8 @@ class Rectified(NoiseSchedule):
     def even_starts(self, first: float, n: int) -> tuple[float, ...]:
         return tuple(first * (n - i) / n for i in range(n))
 
-    def random_times(self, u: Tensor, low: float, high: float) -> Tensor:
-        # the range in the grid's own uniform variable: clamping afterwards would heap draws on its ends
-        first, last = (t / (1000 * self.shift - (self.shift - 1) * t) for t in (low, high))
-        u = first + u * (last - first)
-        return 1000 * self.shift * u / (1 + (self.shift - 1) * u)
+    def random_times(self, u: Tensor, low: float, high: float, shift: float | None = None) -> Tensor:
+        return 1000 * shifted_between(u, low / 1000, high / 1000, shift or self.shift)
 
     def time_of_sigma(self, sigma: float) -> float:
         return 1000 * sigma
@@ -249,3 +256,13 @@ class Rectified(NoiseSchedule):
         odd = [t for t in times if not 0 <= t <= 1000]
         if odd:
             raise ValueError(f"timesteps {odd}: expected numbers in 0 ... 1000, which are 1000 sigma")
+
+
+def shifted_between(u: Tensor, low: float, high: float, shift: float) -> Tensor:
+    """`shift v / (1 + (shift - 1) v)` in [low, high] for v uniform, from uniform u (B,) in [0, 1).
+
+    The range is that of v: to clamp afterwards would heap draws on its ends.
+    """
+    first, last = (share / (shift - (shift - 1) * share) for share in (low, high))
+    v = first + u * (last - first)
+    return shift * v / (1 + (shift - 1) * v)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stepdistill.config.kinds import Decay
 from stepdistill.core.denoise import Condition, Denoise, RoleDenoise, guided
-from stepdistill.core.guidance import Combine, combine_linearly
+from stepdistill.core.guidance import Combine, Norm, combine_linearly
 from stepdistill.core.random import step_generator
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts, few_step, student_starts
@@ -148,6 +148,7 @@ class Method(ABC):
             method that guides its teacher declares it as a hyper-parameter; for any other it is None.
         sampling_guidance_scale: default guidance scale of the student, stored in the contract; None for a method
             without this choice.
+        guidance_norm: how the teacher's guided output is scaled in training; None is the rule of its pipeline.
         held_out: a reward that the student is never trained on, which scores it at each validation.
     """
 
@@ -155,6 +156,7 @@ class Method(ABC):
     takes_assistant: ClassVar[bool] = False  # whether `train.assistant` fits: not where a step of training samples
     guidance_scale: float | tuple[float, float] | None = field(init=False, default=None)
     sampling_guidance_scale: float | None = field(init=False, default=None)
+    guidance_norm: Norm | None = field(init=False, default=None)
     held_out: Reward | None = field(init=False, default=None)
 
     @property

@@ -10,28 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from stepdistill.config.kinds import Amount, Count, Whole
+from stepdistill.config.kinds import Amount, Count, Decay, Positive, Whole
 from stepdistill.core.denoise import Condition, Denoise, free_part, guided_by
+from stepdistill.core.guidance import Norm
 from stepdistill.core.losses import distance, surrogate
-from stepdistill.core.schedule import NoiseSchedule, per_sample
-from stepdistill.core.solvers import Sampler, check_range, few_step, student_starts
-from stepdistill.methods.base import (
-    Averaged,
-    Batch,
-    StepContext,
-    Update,
-    check_effect,
-    check_steps,
-)
+from stepdistill.core.prediction import Estimate
+from stepdistill.core.schedule import NoiseSchedule
+from stepdistill.core.solvers import Sampler, check_range, student_starts
+from stepdistill.methods.anchor import Anchor
+from stepdistill.methods.augmentation import Augmentation
+from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_effect, check_steps
 from stepdistill.methods.finetune import score_matching_loss
 from stepdistill.methods.gan import Gan, Ladd
 from stepdistill.methods.reward import RewardTerm, calibrated, reward_loss
+from stepdistill.methods.rollout import Lengths, default_eta, simulate
 from stepdistill.networks.rewards.base import MeasureReward, Reward
 from stepdistill.networks.roles import TEACHER, Lora, Role
+
+OFF_PATH_FLOOR = 0.1  # without guidance the teacher's estimate may be next to the sample; as published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,8 @@ class DMD2(Averaged):
         weak:    real = weak_c + (1 - weak) (w - 1) (c - u), c and u of the teacher with and without the prompt, and
                  weak_c the prediction with the prompt and the fake score's LoRA at the strength `weak`
         rewards: student + sum_d w_d mean relu(margin_d - r_d(decode(x0))), as `RewardTerm` has them
-        pairs:   student + lambda mean |x0 - x0'|^2, x_t the noise from which the teacher's solver made x0'
+        pairs:   student + lambda mean |x0 - x0'|^2, x_t from the noise that the teacher's solver made x0' of
+        off path: student + lambda_o (matching, at w = 1, of student(x_r, r).x0), x_r = alpha_r x0 + sigma_r eps_student
 
     References:
         Improved distribution matching distillation, Yin et al. 2024, https://arxiv.org/abs/2405.14867.
@@ -57,6 +59,8 @@ class DMD2(Averaged):
         MagicDistillation, Shao et al. 2025, https://arxiv.org/abs/2503.13319, for `weak`.
         Hyper-SD, Ren et al. 2024, https://arxiv.org/abs/2404.13686, section 3.4, for its one-step stage: one step with
         `rewards` and `regression_weight`, from 999 for the LoRA of all numbers of steps, from 800 for one step alone.
+        Continuous-time distribution matching, Liu et al. 2026, https://arxiv.org/abs/2605.06376, for `off_path`.
+        SenseFlow, 2025, https://arxiv.org/abs/2506.00523, for `fake_decay` (implicit distribution alignment).
 
     Args:
         num_inference_steps: steps of the student, evenly spaced from the noisiest time.
@@ -64,11 +68,29 @@ class DMD2(Averaged):
             spaces them evenly. At the noisiest timestep the x0 error of an epsilon network is many times larger (14.6
             times for Stable Diffusion), so a lower start is easier to learn. Sampling begins with pure noise in any
             case.
-        eta: share of each step that is renoised: 1 as published, 0 for a deterministic sampler.
+        lengths: numbers of steps that one student is trained for; none trains it for `timesteps` or
+            `num_inference_steps` alone, which the contract has in any case.
+        eta: share of each step that is renoised: 1 as published, 0 for a deterministic sampler; none is 0 for a flow
+            and 1 for a table. A student that is sampled with the other eta has another distribution: renoised, one of
+            deterministic steps loses variety, and the other way round it gains contrast.
         guidance_scale: w of the teacher's `uncond + w (cond - uncond)`; the fake score is never guided.
-        critic_steps: K, updates of the fake score for each update of the student.
+        guidance_norm: "token" or "image" scales the teacher's guided output to the norm that it has with the prompt,
+            in each token or in the whole image; none is the rule of the teacher's pipeline. It bounds what a high
+            `guidance_scale` does to the mean (saturated colours), and widens the distribution (grain).
+        augmentation: guidance at a noise level of its own; none guides at that of the scores.
+        anchor: a first step that follows the teacher's path, for variety; the scores then train the later steps alone.
+        off_path: lambda_o, weight of the matching, without guidance, at states off the student's path. 0 is off.
+        critic_steps: K, training steps of the fake score for each update of the student, each on a rollout of its own.
+        rollout_updates: updates of the fake score on each rollout, each with its own times and noise. A rollout of
+            many steps costs more than such an update.
         warmup_steps: training steps of the fake score alone, before the student's first update.
+        fake_decay: the fake score starts as a copy of the student's LoRA, and after each update of the student is moved
+            to `decay fake + (1 - decay) student`: worth `-ln(decay)` over its learning rate in updates. It is drawn
+            off its optimum, so the student's distribution becomes too narrow: by 1.5 % of its spread for 0.97 with
+            K = 5, by 3.5 % with K = 2. None is off.
         t_range: lowest and highest timestep at which the scores are compared.
+        renoise_shift: s of `sigma = s u / (1 + (s - 1) u)`, by which the times of the scores and of the fake score's
+            training are spread, for sigma as a share of `alpha + sigma`; none is as the solver's grid is.
         gan: adversarial term, which needs images; none trains on prompts alone. Without a `type` it is `Gan`, the
             paper's; `type: stepdistill.methods.gan.Ladd` reads several depths of the teacher.
         rewards: terms that score the student's samples, of one reward each.
@@ -79,17 +101,25 @@ class DMD2(Averaged):
             own, so that no further weights are held; with guidance the real score takes one more call of the network.
             0 is off.
         regression_weight: lambda, weight of the squared distance from the teacher's samples of the same noise, for a
-            student of one step; it needs pairs. The student then starts from their noise in every update. 0 disables
-            it.
+            student of one step or of deterministic ones; it needs pairs. The student then starts from their noise in
+            every update. 0 disables it.
     """
 
     num_inference_steps: Count = 4
     timesteps: tuple[Amount, ...] | None = None
-    eta: float = 1.0
+    lengths: Lengths | None = None
+    eta: float | None = None
     guidance_scale: Amount = 7.5
+    guidance_norm: Norm | None = None
+    augmentation: Augmentation | None = None
+    anchor: Anchor | None = None
+    off_path: Amount = 0.0
     critic_steps: int = 5
+    rollout_updates: Count = 1
     warmup_steps: Whole = 0
+    fake_decay: Decay | None = None
     t_range: tuple[float, float] = (20.0, 980.0)
+    renoise_shift: Positive | None = None
     gan: Gan | Ladd | None = None
     rewards: tuple[RewardTerm, ...] = ()
     weak: float = 0.0
@@ -99,7 +129,7 @@ class DMD2(Averaged):
         if self.critic_steps < 1:
             raise ValueError(f"critic_steps is {self.critic_steps}: expected at least 1, else the fake score is stale")
         check_range(self.t_range)
-        if self.eta not in (0, 1):
+        if self.eta not in (None, 0, 1):
             raise ValueError(f"eta is {self.eta}: expected 1 (renoise) or 0 (deterministic)")
         if not 0 <= self.weak < 1:
             raise ValueError(
@@ -107,13 +137,22 @@ class DMD2(Averaged):
                 "student has no gradient"
             )
         check_steps(self)
-        if self.regression_weight and len(self.timesteps or range(self.num_inference_steps)) > 1:
+        if self.anchor is not None and min(self.steps) == 1:
             raise ValueError(
-                f"regression_weight is {self.regression_weight}: expected 0 for a student of several steps, whose "
-                "samples do not follow from the noise of a pair alone; set timesteps to one, such as [999]"
+                "anchor with a student of 1 step: expected at least 2 in every case, since the anchored step is "
+                "trained by nothing else; remove the anchor, or train for more steps"
             )
+        if self.augmentation is not None:
+            check_effect(self, "weak", False, "guidance at the noise level of the scores (augmentation none)")
+        if self.gan is not None:
+            check_effect(self, "rollout_updates", False, "gan none, whose head is trained once for each rollout")
         if isinstance(self.gan, Ladd):
             check_effect(self.gan, "max_time_probability", False, "a method whose student starts from noised data")
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The numbers of steps that the student is trained for."""
+        return self.lengths.steps if self.lengths else (len(self.timesteps or range(self.num_inference_steps)),)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -127,43 +166,65 @@ class DMD2(Averaged):
 
     def roles(self) -> dict[str, Role]:
         head = {} if self.gan is None else self.gan.roles()
-        return {"student": Lora(), "fake": Lora(), **head, **self.average}
+        fake = Lora() if self.fake_decay is None else Lora(of="student", decay=self.fake_decay)
+        return {"student": Lora(), "fake": fake, **head, **self.average}
 
     def calibrate(self, measure: MeasureReward) -> DMD2:
         return replace(self, rewards=calibrated(self.rewards, measure))
 
     def check(self, schedule: NoiseSchedule) -> None:
-        schedule.check((*self.sampler(schedule).timesteps, *self.t_range))
+        for steps in {None, *self.steps}:
+            sampler = self.sampler(schedule, steps)
+            schedule.check((*sampler.timesteps, *self.t_range))
+            if self.anchor is not None:
+                self.anchor.check(schedule, sampler.timesteps[0])
+            if self.regression_weight and sampler.eta and len(sampler.timesteps) > 1:
+                raise ValueError(
+                    f"regression_weight is {self.regression_weight}: expected 0 for several steps with fresh noise, "
+                    "whose samples do not follow from the noise of a pair alone; set eta to 0, or timesteps to one, "
+                    "such as [999]"
+                )
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
-        return Sampler(student_starts(schedule, self.timesteps, self.num_inference_steps, steps), self.eta, clean=True)
+        starts = student_starts(schedule, self.timesteps, self.num_inference_steps, steps)
+        return Sampler(starts, default_eta(schedule, self.eta), clean=True)
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         return self.towards(TEACHER, context, batch, step)
 
     def towards(self, target: str, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         """The updates of one step, with the role `target` as the real score."""
-        student, turn = context.denoiser("student"), step - self.warmup_steps
+        student, turn, schedule = context.denoiser("student"), step - self.warmup_steps, context.student_schedule
+        sampler = self.sampler(schedule)
+        if self.lengths is not None:
+            sampler = self.lengths.drawn(context, partial(self.sampler, schedule))
         start = batch.pair[0] if self.regression_weight else context.noise(batch, "start")
-        x_t, t = simulate(context, batch, self.sampler(context.student_schedule), start)
+        x_t, t, taken = simulate(context, batch, sampler, start, first=0 if self.anchor is None else 1)
         if turn >= 0 and turn % self.critic_steps == 0:
-            x0 = student(x_t, t, batch.cond).x0
-            loss, logs = self.student_loss(target, context, batch, x0)
-            x0 = x0.detach()
+            est = student(x_t, t, batch.cond)
+            loss, logs = self.student_loss(target, context, batch, est, sampler.timesteps[taken])
+            if self.anchor is not None:
+                first = sampler.timesteps[0]
+                logs["loss_anchor"] = self.anchor.loss(context, batch, start, first, self.guidance_scale)
+                loss = loss + logs["loss_anchor"]
+            x0 = est.x0.detach()
             yield Update("student", loss, **logs)
         else:
             with torch.no_grad():
                 x0 = student(x_t, t, batch.cond).x0
-        loss = score_matching_loss(context, batch, "fake", x0)
-        if self.gan is None:
-            yield Update("fake", loss)
-        else:
-            judged = self.gan.head_loss(context, batch, x0)
-            total = loss + self.gan.discriminator_weight * judged
-            yield Update(("fake", "head"), total, loss_fake=loss, loss_head=judged)
+        for again in range(self.rollout_updates):
+            loss = score_matching_loss(context, batch, "fake", x0, self.renoise_shift, again)
+            if self.gan is None:
+                yield Update("fake", loss)
+            else:
+                judged = self.gan.head_loss(context, batch, x0)
+                total = loss + self.gan.discriminator_weight * judged
+                yield Update(("fake", "head"), total, loss_fake=loss, loss_head=judged)
 
     def real_score(self, target: str, context: StepContext) -> Denoise:
         """The guided role `target`, moved towards the fake score by `weak`."""
+        if self.augmentation is not None:
+            return context.denoiser(target)
         if not self.weak:
             return context.guided(target, self.guidance_scale)
         weak = context.denoiser("fake").at_strength(self.weak)
@@ -172,14 +233,20 @@ class DMD2(Averaged):
         return guided_by(weak, context.denoiser(target), context.null, scale, context.combine)
 
     def student_loss(
-        self, target: str, context: StepContext, batch: Batch, x0: Tensor
+        self, target: str, context: StepContext, batch: Batch, est: Estimate, start: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A loss whose gradient with respect to the sample is that of the matching and of all further terms."""
-        sample = x0.detach()
-        s = context.schedule.random_times(context.draw(batch, "score t"), *self.t_range)
-        x_s = context.schedule.add_noise(sample, context.noise(batch, "score eps"), s)
+        """A loss whose gradient with respect to the sample is that of the matching and of all further terms.
+
+        Args:
+            est: the student's, from the step that begins at the time `start`.
+        """
+        x0, sample = est.x0, est.x0.detach()
+        x_s, s = self.renoised(context, batch, sample, "score")
         with torch.no_grad():
             real = self.real_score(target, context)(x_s, s, batch.cond).x0
+            if self.augmentation is not None:
+                teacher, w = context.denoiser(target), self.guidance_scale
+                real = real + self.augmentation.move(context, batch, teacher, sample, w, start)
             fake = context.denoiser("fake")(x_s, s, batch.cond).x0
             gradient = normalised(sample, fake, real, batch.cond)
             if isinstance(self.gan, Gan):
@@ -193,39 +260,35 @@ class DMD2(Averaged):
         if self.regression_weight:
             logs["loss_pairs"] = distance("l2", x0, batch.pair[1])
             loss = loss + self.regression_weight * logs["loss_pairs"]
+        if self.off_path:
+            logs["loss_off_path"] = self.off_path_loss(target, context, batch, est)
+            loss = loss + self.off_path * logs["loss_off_path"]
         return loss, logs
 
+    def renoised(self, context: StepContext, batch: Batch, x0: Tensor, purpose: str) -> tuple[Tensor, Tensor]:
+        """A sample with noise (B, C, H, W), at random times (B,)."""
+        t = context.schedule.random_times(context.draw(batch, f"{purpose} t"), *self.t_range, self.renoise_shift)
+        return context.schedule.add_noise(x0, context.noise(batch, f"{purpose} eps"), t), t
 
-def simulate(context: StepContext, batch: Batch, sampler: Sampler, start: Tensor) -> tuple[Tensor, Tensor]:
-    """The input `(x_t, t)` of one of the student's steps, as sampling reaches it from pure noise `start` (B, C, H, W).
-
-    Backward simulation (DMD2, section 4.4). The step is drawn once for all samples and processes.
-    """
-    taken = int(context.shared("step") * len(sampler.timesteps))
-    return reached(context.denoiser("student"), context, batch, sampler, start, taken)
-
-
-def reached(
-    denoise: Denoise, context: StepContext, batch: Batch, sampler: Sampler, start: Tensor, taken: int
-) -> tuple[Tensor, Tensor]:
-    """The input `(x_t, t)` of the step after `taken` ones, which are sampled without a graph from noise `start`."""
-    with torch.no_grad():
-        x_t = few_step(
-            denoise,
-            context.schedule,
-            sampler,
-            start,
-            batch.cond,
-            lambda i: context.noise(batch, f"again {i}"),
-            taken=taken,
-        )
-    return x_t, per_sample(sampler.timesteps[taken], x_t)
+    def off_path_loss(self, target: str, context: StepContext, batch: Batch, est: Estimate) -> Tensor:
+        """Matching of what the student makes of states that its own estimate leads to, at any time."""
+        r = context.schedule.random_times(context.draw(batch, "off path t"), *self.t_range, self.renoise_shift)
+        x_r = context.schedule.add_noise(est.x0.detach(), est.eps.detach(), r)
+        x0 = context.denoiser("student")(x_r, r, batch.cond).x0
+        sample = x0.detach()
+        x_s, s = self.renoised(context, batch, sample, "off path score")
+        with torch.no_grad():
+            real, fake = (context.denoiser(role)(x_s, s, batch.cond).x0 for role in (target, "fake"))
+        return surrogate(x0, normalised(sample, fake, real, batch.cond, OFF_PATH_FLOOR))
 
 
-def normalised(x0: Tensor, fake: Tensor, real: Tensor, cond: Condition) -> Tensor:
+def normalised(x0: Tensor, fake: Tensor, real: Tensor, cond: Condition, floor: float = 0.0) -> Tensor:
     """`(fake - real) / mean |x0 - real|`, the mean over each sample; Yin et al. 2023, eq. 7 and 8. All (B, ...).
 
     Frames that `cond` holds are left out of the mean: they are equal in all three.
+
+    Args:
+        floor: the least that is divided by.
     """
-    n = free_part((x0 - real).abs(), cond).flatten(1).mean(1).reshape(-1, *[1] * (x0.ndim - 1))
+    n = free_part((x0 - real).abs(), cond).flatten(1).mean(1).clamp(min=floor).reshape(-1, *[1] * (x0.ndim - 1))
     return ((fake - real) / n).nan_to_num(0.0, 0.0, 0.0)  # a sample that equals its target has nowhere to go

@@ -16,8 +16,8 @@ import torch
 
 from stepdistill.config.kinds import Positive
 from stepdistill.methods.base import Batch, StepContext, Tuning, Update
-from stepdistill.methods.dmd2 import reached
 from stepdistill.methods.reward import RewardTerm, calibrated, reward_loss
+from stepdistill.methods.rollout import reached
 from stepdistill.networks.rewards.base import MeasureReward, Reward
 from stepdistill.networks.rewards.clip_score import ClipScore
 from stepdistill.networks.roles import TEACHER
@@ -76,7 +76,7 @@ class Feedback(Tuning):
         student, before = (self.sampled(context, role) for role in ("student", TEACHER))
         first = self.first_exit(count := len(sampler.timesteps))
         exit_at = first + int(context.shared("exit") * (count - first))
-        x_t, t = reached(student, context, batch, sampler, context.noise(batch, "start"), exit_at)
+        x_t, t, _ = reached(student, context, batch, sampler, context.noise(batch, "start"), exit_at)
         x0 = student(x_t, t, batch.cond).x0
         loss, logs = reward_loss(self.rewards, context, batch, x0)
         if self.anchor_shift is not None:

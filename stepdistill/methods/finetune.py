@@ -41,10 +41,18 @@ class FineTune(Tuning):
         yield Update("student", score_matching_loss(context, batch, "student", batch.x0))
 
 
-def score_matching_loss(context: StepContext, batch: Batch, role: str, x0: Tensor) -> Tensor:
-    """Denoising score matching of a role on samples `x0` (B, C, H, W), at any time of the schedule."""
-    t = context.schedule.random_times(context.draw(batch, f"{role} t"), *context.schedule.span)
-    eps = context.noise(batch, f"{role} eps")
+def score_matching_loss(
+    context: StepContext, batch: Batch, role: str, x0: Tensor, shift: float | None = None, again: int = 0
+) -> Tensor:
+    """Denoising score matching of a role on samples `x0` (B, C, H, W), at any time of the schedule.
+
+    Args:
+        shift: how times are spread, see `NoiseSchedule.random_times`.
+        again: how many losses the step has had on these samples; each has times and noise of its own.
+    """
+    name = f"{role} {again}" if again else role
+    t = context.schedule.random_times(context.draw(batch, f"{name} t"), *context.schedule.span, shift)
+    eps = context.noise(batch, f"{name} eps")
     est = context.denoiser(role)(context.schedule.add_noise(x0, eps, t), t, batch.cond)
     free = Estimate(*(free_part(part, batch.cond) for part in est))
     return denoising(free, free_part(x0, batch.cond), free_part(eps, batch.cond), context.schedule)

@@ -99,11 +99,9 @@ class Backbone(nn.Module):
                 raise ValueError(f"role {name!r} averages {of!r}, which is not declared before it")
             case Ema(of=of) if of in self.others:
                 self.others[name] = deepcopy(self.others[of]).requires_grad_(False)
-            case Ema(of=of):
-                self._add_adapter(name, self._config(of), trainable=False)
-                self.load_state(name, self.state(of))
-            case Lora():
-                self._add_adapter(name, self._config(name), trainable=True)
+            case Ema(of=of) | Lora(of=of):  # a copy has the rank and the layers of what it copies
+                self._add_adapter(name, self._config(of or name), trainable=isinstance(role, Lora))
+                self.load_state(name, self.state(of or name))
 
     def places(self, depths: Sequence[float] = ()) -> tuple[Tap, ...]:
         """Where the network's features are read: after these shares of its blocks, or with none halfway."""
@@ -273,11 +271,16 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def average(self, stepped: Sequence[str], step: int) -> None:
-        """Move the averages whose sources have just stepped in `step` (from 0)."""
-        for name, role in self.declared.items():
-            if isinstance(role, Ema) and role.of in stepped and (role.until is None or step < role.until):
-                means, values = (tuple(self.parameters_of(each).values()) for each in (name, role.of))
-                torch._foreach_lerp_(means, values, 1 - role.decay)
+        """Move the averages whose sources have just stepped in `step` (from 0), and what follows these."""
+        for of in stepped:
+            for name, role in self.copies_of(of).items():
+                if isinstance(role, Lora) or role.until is None or step < role.until:
+                    means, values = (tuple(self.parameters_of(each).values()) for each in (name, of))
+                    torch._foreach_lerp_(means, values, 1 - role.decay)
+
+    def copies_of(self, name: str) -> dict[str, Ema | Lora]:
+        """The roles that start as a copy of this one: its averages, and what follows it."""
+        return {key: role for key, role in self.declared.items() if isinstance(role, Ema | Lora) and role.of == name}
 
     def enable_checkpointing(self) -> None:
         """Trade time for memory: blocks are computed again in backward, under the role of their forward pass."""

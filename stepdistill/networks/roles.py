@@ -18,7 +18,17 @@ Arithmetic = Literal["auto", "merged", "apart"]
 
 @dataclass(frozen=True)
 class Lora:
-    """A trainable low-rank adapter. Its rank and alpha come from the config's `lora` section."""
+    """A trainable low-rank adapter. Its rank and alpha come from the config's `lora` section.
+
+    Args:
+        of: a LoRA that it starts as a copy of, and is moved towards after each optimizer step of that one; None is
+            a LoRA of its own. Both have one rank and the same layers. Since the factors A and B are moved one by one,
+            two that did not start equal would lose half of their size on the way.
+        decay: `value <- decay value + (1 - decay) value_of`, in [0, 1].
+    """
+
+    of: str | None = None
+    decay: float = 1.0
 
 
 @dataclass(frozen=True)

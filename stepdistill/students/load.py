@@ -13,7 +13,7 @@ from stepdistill.core.errors import StudentError, problem
 from stepdistill.data.routing import ROUTER
 from stepdistill.families.base import Family
 from stepdistill.networks.backbone import Backbone
-from stepdistill.networks.roles import Adapters, Ema
+from stepdistill.networks.roles import Adapters
 from stepdistill.students.contract import ADAPTERS, CONTRACT, LAST, STUDENTS, WEIGHTS, is_multi
 from stepdistill.students.several import load_several
 from stepdistill.students.single import load_adapters, load_network, load_one, load_state, network_state
@@ -58,7 +58,7 @@ def folder_of(place: str | Path) -> Path:
 
 
 def start_from(backbone: Backbone, source: str, family: Family, role: str = "student") -> None:
-    """Load the LoRA of a student folder, hub id or file into `role` and its averages, at the same strength.
+    """Load the LoRA of a student folder, hub id or file into `role` and its copies, at the same strength.
 
     A role that is a whole network takes the folder's network. A role of guidance adapters takes the folder's adapters.
 
@@ -72,6 +72,5 @@ def start_from(backbone: Backbone, source: str, family: Family, role: str = "stu
     else:
         config = backbone.lora_config(role)
         state = network_state(source, family, config["lora_alpha"] / config["r"])
-    averages = [key for key, other in backbone.declared.items() if isinstance(other, Ema) and other.of == role]
-    for name in [role, *averages]:
+    for name in [role, *backbone.copies_of(role)]:
         load_state(backbone, name, state, source)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from stepdistill.core.files import written_whole
+from stepdistill.families.rules import rule_with
 from stepdistill.networks.backbone import Backbone
 from stepdistill.training.recipe import Run
 
@@ -62,5 +63,6 @@ def banner(run: Run, backbone: Backbone, global_batch: int, start: int) -> str:
     }
     scale = run.method.guidance_scale
     if scale is not None:
-        rows["guidance"] = f"{run.family.rule.equation}, w = {scale}"
+        rule = rule_with(run.method.guidance_norm, run.family, backbone.net)
+        rows["guidance"] = f"{rule.equation}, w = {scale}"
     return "\n".join(["***** Running training *****", *(f"  {key:<10}{value}" for key, value in rows.items())])

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from stepdistill.core.errors import ConfigError, problem
+from stepdistill.core.guidance import Rule, on_estimates
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.data import BadSample, Source
 from stepdistill.families.controlled import Controlled, controlnet_of, with_control
 from stepdistill.families.lazy_pipeline import LazyPipeline
+from stepdistill.families.rules import rule_with
 from stepdistill.methods.base import Method, StepContext
 from stepdistill.networks import sharding
 from stepdistill.networks.backbone import Backbone
@@ -101,6 +103,11 @@ class Session:
         """The noise process at a height and width in pixels."""
         return self.run.family.schedule_at(self.pipe, self.pipe.scheduler, size)
 
+    @property
+    def rule(self) -> Rule:
+        """How the teacher is guided in training."""
+        return rule_with(self.run.method.guidance_norm, self.run.family, self.backbone.net)
+
     def denoiser(self, role: str) -> Denoiser:
         """A role as an estimator."""
         family = self.run.family
@@ -127,7 +134,7 @@ class Session:
             seed=self.run.train.seed,
             step=step,
             device=self.accelerator.device,
-            combine=self.run.family.combine(self.run.family.kind(self.pipe), self.schedule),
+            combine=on_estimates(self.rule, self.run.family.kind(self.pipe), self.schedule),
             first_schedule=self.schedule,
         )
 

@@ -1,0 +1,84 @@
+"""The diversity anchor: the student's first step follows the teacher's path, and is not trained by anything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepdistill.config.kinds import Amount, Count
+from stepdistill.core.denoise import free_part
+from stepdistill.core.losses import distance
+from stepdistill.core.schedule import NoiseSchedule, per_sample
+from stepdistill.core.solvers import chord, follow
+from stepdistill.methods.base import Batch, StepContext
+from stepdistill.networks.roles import TEACHER
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchor:
+    """Diversity-preserved distribution matching (DP-DMD): the first step goes where the teacher goes from that noise.
+
+    Distribution matching loses modes in the first step, at the highest noise. So it trains the later steps alone, from
+    the first one's result without a graph, and the first step learns the straight line from the noise to a state on the
+    teacher's guided path. A student of one step has no other step, so it cannot have an anchor.
+
+    Equation:
+        z_k: `steps` of `num_inference_steps` steps of the guided teacher's solver, from the noise eps to the time t_k
+        loss = weight E |student(eps, T) - y|^2, y the network output of the line through (eps, T) and (z_k, t_k)
+
+    The state that the student makes of its first step lies on the teacher's path only where its second step starts at
+    t_k or above: for four even steps that is a quarter of the teacher's.
+
+    References:
+        Diversity-preserved distribution matching distillation, 2026, https://arxiv.org/abs/2602.03139.
+
+    Args:
+        steps: of the teacher's steps, the number that lead to the anchor.
+        num_inference_steps: of the teacher's solver, from noise to clean data.
+        weight: of the loss, beside that of distribution matching.
+        guidance_scale: of the teacher; none is the method's.
+    """
+
+    steps: Count = 10
+    num_inference_steps: Count = 40
+    weight: Amount = 0.05
+    guidance_scale: Amount | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps > self.num_inference_steps:
+            raise ValueError(
+                f"anchor.steps is {self.steps} of num_inference_steps {self.num_inference_steps}: expected at most "
+                "all of the teacher's steps"
+            )
+
+    def times(self, schedule: NoiseSchedule) -> tuple[float, ...]:
+        """Those of the teacher's solver from noise to the anchor, both included, descending."""
+        return tuple(schedule.grid(self.num_inference_steps).flip(0)[: self.steps + 1].tolist())
+
+    def check(self, schedule: NoiseSchedule, first: float) -> None:
+        """Raise ValueError where the anchor does not lie below the student's first start."""
+        end = self.times(schedule)[-1]
+        if end >= first:
+            raise ValueError(
+                f"anchor.steps {self.steps} of {self.num_inference_steps} end at timestep {end:g}: expected one below "
+                f"{first:g}, where the student's first step starts; give the anchor more steps"
+            )
+
+    def loss(self, context: StepContext, batch: Batch, start: Tensor, first: float, scale: float) -> Tensor:
+        """The weighted loss of the student's first step.
+
+        Args:
+            start: (B, C, H, W) pure noise.
+            first: the time at which the student's steps start.
+            scale: the method's guidance scale.
+        """
+        schedule, student, t = context.schedule, context.denoiser("student"), per_sample(first, start)
+        times = self.times(schedule)
+        teacher = context.guided(TEACHER, scale if self.guidance_scale is None else self.guidance_scale)
+        with torch.no_grad():
+            state = follow(teacher, schedule, times, start, batch.cond)
+            line = student.native(chord(schedule, start, t, state, per_sample(times[-1], start)), t)
+        output = student.native(student(start, t, batch.cond), t)
+        return self.weight * distance("l2", free_part(output, batch.cond), free_part(line, batch.cond))
