@@ -21,6 +21,7 @@ from stepdistill.cli import main as cli
 from stepdistill.core.denoise import HELD, free_part, with_held
 from stepdistill.core.errors import ConfigError, DataError, EvaluationError, StudentError
 from stepdistill.core.pixels import to_uint8
+from stepdistill.core.prediction import Estimate
 from stepdistill.core.random import fresh_noise, noise_of
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.data import FixedCrops, ImageFolder, Prompts, Stream, TeacherSamples
@@ -183,7 +184,7 @@ def test_a_critic_is_not_trained_on_the_held_frame():
 def test_the_student_s_gradient_of_dmd2_is_zero_there():
     _, _, part, context = scene()
     x0 = with_held(noise(5), part.cond).requires_grad_()
-    loss, _ = DMD2(guidance_scale=3.0).student_loss("teacher", context, part, x0)
+    loss, _ = DMD2(guidance_scale=3.0).student_loss("teacher", context, part, Estimate(x0, x0), 999.0)
     loss.backward()
     assert x0.grad is not None and not x0.grad[:, :, :1].any() and x0.grad[:, :, 1:].abs().min() > 0
 

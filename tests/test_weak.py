@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stepdistill.core import denoise
 from stepdistill.core.denoise import guided
+from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import Rectified
 from stepdistill.methods.base import Batch, StepContext
 from stepdistill.methods.disback import DisBack
@@ -73,7 +74,7 @@ def test_the_gradient_is_smaller_and_has_its_fixed_point(weak, w, arithmetic):
     sample = torch.randn(4, *SHAPE)
     x0 = sample.clone().requires_grad_()
     with bone.unchanged():  # as in a run
-        loss, _ = method.student_loss(TEACHER, scene, part, x0)
+        loss, _ = method.student_loss(TEACHER, scene, part, Estimate(x0, x0), 999.0)
     loss.backward()
     s = scene.schedule.random_times(scene.draw(part, "score t"), 20.0, 980.0)
     x_s = scene.schedule.add_noise(sample, scene.noise(part, "score eps"), s)

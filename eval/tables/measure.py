@@ -265,6 +265,7 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "teachers": measure_teacher,
     "consistency": partial(measure_students, "consistency"),
     "distribution": partial(measure_students, "distribution"),
+    "multistep": partial(measure_students, "multistep"),
     "reflow": partial(measure_students, "reflow"),
     "guidance": measure_guidance,
     "negative": measure_negative,

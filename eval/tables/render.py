@@ -18,7 +18,9 @@ from tables.render_tuning import feedback_page, hyper_sd_page, new_images_page
 from tables.render_video import video_page
 
 STEPS = {"teachers": (1, 2, 4, 8), "consistency": (1, 2, 4, 8), "distribution": (1, 2, 4), "reflow": (1, 2, 4)}
-DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1, "reflow": 1}  # steps whose other figures are shown
+STEPS |= {"multistep": (1, 2, 4, 8)}
+# steps whose other figures are shown
+DETAILED = {"teachers": 4, "consistency": 4, "distribution": 1, "reflow": 1, "multistep": 4}
 LARGE_AT_1024 = {"z_image": "Z-Image", "qwen_image": "Qwen-Image", "krea2": "Krea 2"}
 MEMORY = {
     **{"sd15": "SD 1.5", "sdxl": "SDXL", "sd3": "SD 3 medium", "pixart": "PixArt-Sigma"},
@@ -277,6 +279,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "teachers": _teachers,
     "consistency": partial(_by_steps, "consistency"),
     "distribution": _distribution,
+    "multistep": partial(_by_steps, "multistep"),
     "reflow": _reflow,
     "guidance": _guidance,
     "negative": _negative,
