@@ -173,12 +173,13 @@ class DMD2(Averaged):
         return replace(self, rewards=calibrated(self.rewards, measure))
 
     def check(self, schedule: NoiseSchedule) -> None:
-        for steps in {None, *self.steps}:
+        even = self.steps if self.lengths is not None and self.lengths.spacing == "even" else ()
+        for steps in (None, *even):
             sampler = self.sampler(schedule, steps)
             schedule.check((*sampler.timesteps, *self.t_range))
             if self.anchor is not None:
                 self.anchor.check(schedule, sampler.timesteps[0])
-            if self.regression_weight and sampler.eta and len(sampler.timesteps) > 1:
+            if self.regression_weight and sampler.eta and max(self.steps) > 1:
                 raise ValueError(
                     f"regression_weight is {self.regression_weight}: expected 0 for several steps with fresh noise, "
                     "whose samples do not follow from the noise of a pair alone; set eta to 0, or timesteps to one, "

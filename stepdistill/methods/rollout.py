@@ -43,18 +43,19 @@ class Lengths:
             raise ValueError("lengths.steps is empty: expected numbers of sampling steps, such as [1, 2, 4]")
         check_range(self.t_range)
 
-    def drawn(self, context: StepContext, sampler_in: Callable[[int], Sampler]) -> Sampler:
+    def drawn(self, context: StepContext, sampler_in: Callable[[int | None], Sampler]) -> Sampler:
         """The sampler of a training step, the same for all samples and processes.
 
         Args:
-            sampler_in: the student's sampler in a number of steps.
+            sampler_in: the student's sampler in a number of steps, or in that of its contract.
         """
         n = self.steps[int(context.shared("length") * len(self.steps))]
-        sampler = sampler_in(n)
-        if self.spacing == "even" or n == 1:
-            return sampler
+        if self.spacing == "even":
+            return sampler_in(n)
+        sampler = sampler_in(None)
         first, (low, high) = sampler.timesteps[0], self.t_range
-        parts = torch.tensor([(i + context.shared(f"start {i}")) / (n - 1) for i in range(n - 1)], dtype=torch.float64)
+        shares = [(i + context.shared(f"start {i}")) / (n - 1) for i in range(n - 1)]
+        parts = torch.tensor(shares, dtype=torch.float64)
         times = context.student_schedule.random_times(parts, low, min(high, first - 1))
         return replace(sampler, timesteps=(first, *times.flip(0).tolist()))
 
