@@ -137,6 +137,12 @@ class DMD2(Averaged):
                 "student has no gradient"
             )
         check_steps(self)
+        sampled = len(self.timesteps or range(self.num_inference_steps))
+        if not min(self.steps) <= sampled <= max(self.steps):
+            raise ValueError(
+                f"lengths.steps are {list(self.steps)}: expected numbers around {sampled}, in which the student is "
+                "sampled under its contract; set num_inference_steps, or timesteps, to one that is trained"
+            )
         if self.anchor is not None and min(self.steps) == 1:
             raise ValueError(
                 "anchor with a student of 1 step: expected at least 2 in every case, since the anchored step is "

@@ -188,7 +188,12 @@ def check_roles(run: AnyRun) -> None:
     """Settings of single roles are of roles that the method has, and that take them."""
     roles = run.method.roles()
     for key, given, taking, what in (
-        ("lora.roles", run.lora.roles, [name for name, role in roles.items() if isinstance(role, Lora)], "a LoRA"),
+        (
+            "lora.roles",
+            run.lora.roles,
+            [name for name, role in roles.items() if isinstance(role, Lora) and role.of is None],
+            "a LoRA of its own",
+        ),
         (
             "train.optimizers",
             run.train.optimizers,
@@ -198,7 +203,7 @@ def check_roles(run: AnyRun) -> None:
     ):
         for name in sorted(set(given or ()) - set(taking)):
             got = f"{key}.{name} with {type(run.method).__name__}"
-            why = "an average has the settings of its role" if name in roles else "the method has no such role"
+            why = "a copy of a role has the settings of that role" if name in roles else "the method has no such role"
             raise ConfigError(problem(got, f"a role that is {what}: {taking}", why, "rename or remove it"))
 
 
