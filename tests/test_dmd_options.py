@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from oracles import close
 from oracles.context import Drawn, Flow, drawn, stable_diffusion
@@ -16,10 +17,11 @@ from test_distribution import Linear, gradient, prompts
 from torch import Tensor, nn
 
 from stepdistill.core.denoise import Condition
-from stepdistill.core.guidance import ImageNorm, TokenNorm
+from stepdistill.core.guidance import LINEAR, ImageNorm, TokenNorm
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand, shifted_between
 from stepdistill.core.solvers import few_step
+from stepdistill.families.rules import rule_with
 from stepdistill.methods import dmd2, finetune, rollout
 from stepdistill.methods.anchor import Anchor
 from stepdistill.methods.augmentation import Augmentation
@@ -469,6 +471,15 @@ def test_the_image_s_norm_is_that_with_the_prompt_and_a_token_s_that_of_one_toke
     close(found / y, (found / y)[:, :1, :1, :1].expand_as(y), 1e-9)
     one = y[:1, :, :1, :1], uncond[:1, :, :1, :1], cond[:1, :, :1, :1]
     close(ImageNorm()(one[1], one[2], 3.0, torch.zeros(1)), TokenNorm(1)(one[1], one[2], 3.0, torch.zeros(1)), 1e-9)
+
+
+@pytest.mark.parametrize(("name", "side"), [("sd", 1), ("sd3", 2), ("flux", 2)])
+def test_a_method_s_norm_takes_the_place_of_the_pipeline_s_rule(name, side):
+    family = tiny.FAMILIES[name]
+    net = family.network(tiny.pipeline(name))
+    assert rule_with("token", family, net) == TokenNorm(side)
+    assert rule_with("image", family, net) == ImageNorm()
+    assert rule_with(None, family, net) == family.rule == LINEAR
 
 
 # what is refused

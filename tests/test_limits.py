@@ -54,6 +54,8 @@ ZERO = {  # the fields that may be 0
     *(
         "regression_weight",
         "weak",
+        "off_path",
+        "fake_decay",
         "slope",
         "WhiteBorder.width",
         "weight",

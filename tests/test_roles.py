@@ -113,10 +113,14 @@ def test_a_role_takes_no_more_than_a_lora_s_shape():
 @pytest.mark.parametrize(
     ("lora", "train", "words"),
     [
-        ({"roles": {"critic": RoleLora(rank=2)}}, {}, r"lora.roles.critic with DMD2.*a LoRA: \['student', 'fake'\]"),
+        (
+            {"roles": {"critic": RoleLora(rank=2)}},
+            {},
+            r"lora.roles.critic with DMD2.*a LoRA of its own: \['student', 'fake'\]",
+        ),
         ({"roles": {"ema": RoleLora(rank=2)}}, {}, "lora.roles.ema.*a copy of a role has the settings"),
         ({}, {"optimizers": {"teacher": SGD}}, r"train.optimizers.teacher.*no such role"),
-        ({}, {"optimizers": {"ema": SGD}}, "train.optimizers.ema.*average"),
+        ({}, {"optimizers": {"ema": SGD}}, "train.optimizers.ema.*a copy of a role"),
         ({"roles": {"fake": RoleLora(rank=2)}}, {"optimizers": {"fake": SGD, "student": SGD}}, None),
     ],
 )

@@ -23,6 +23,8 @@ from stepdistill.core.solvers import Sampler
 from stepdistill.methods import reflow, vsd
 from stepdistill.methods.adapter import Assistant
 from stepdistill.methods.agd import AdapterGuidance
+from stepdistill.methods.anchor import Anchor
+from stepdistill.methods.augmentation import Augmentation
 from stepdistill.methods.base import Method
 from stepdistill.methods.boot import Boot
 from stepdistill.methods.consistency import Consistency
@@ -39,6 +41,7 @@ from stepdistill.methods.pso_online import PSOOnline
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.methods.reward import RewardTerm
+from stepdistill.methods.rollout import Lengths
 from stepdistill.methods.scm import SCM
 from stepdistill.methods.score_matching import TeacherScoreMatching
 from stepdistill.methods.slimflow import FlowGuided
@@ -137,7 +140,29 @@ CHANGES = [
         gan=(Gan(), "roles needs turns loss"),
         rewards=((TERM,), "rewards loss"),
         regression_weight=(0.5, "needs loss", {"num_inference_steps": 1}),
+        lengths=(Lengths(steps=(4,)), "loss"),
+        augmentation=(Augmentation(), "loss"),
+        anchor=(Anchor(steps=2, num_inference_steps=8), "loss"),
+        off_path=(0.5, "loss"),
+        rollout_updates=(2, "loss"),
+        fake_decay=(0.9, "roles"),
+        renoise_shift=(5.0, "loss"),
         **EMA,
+    ),
+    *changes(
+        DMD2(critic_steps=2, lengths=Lengths(steps=(4,))),
+        lengths__steps=((5, 2), "loss"),
+        lengths__spacing=("even", "loss"),
+        lengths__t_range=((300.0, 500.0), "loss"),
+    ),
+    *changes(
+        DMD2(critic_steps=2, augmentation=Augmentation(), anchor=Anchor(steps=2, num_inference_steps=8)),
+        augmentation__t_range=((300.0, 500.0), "loss"),
+        augmentation__below_start=(False, "loss"),
+        anchor__steps=(3, "loss"),
+        anchor__num_inference_steps=(5, "loss"),
+        anchor__weight=(0.5, "loss"),
+        anchor__guidance_scale=(3.0, "loss"),
     ),
     *changes(DMD2(critic_steps=2, rewards=(TERM, OTHER)), **OF_A_TERM),
     *changes(
@@ -331,6 +356,7 @@ ELSEWHERE = {
     "DMD2.gan.max_time_probability": "refused: its student starts from its own steps",
     "PSOOnline.labels": "refused: hard labels have no scale; what they do is in test_pso_online.py",
     "DMD2.rewards.slope": "of the anchor, which it does not have",
+    "DMD2.guidance_norm": "the session makes its rule; what it does is in test_dmd_options.py",
     "DMD2.weak": "it needs a LoRA at a strength of its own; what it does is in test_weak.py",
 }
 

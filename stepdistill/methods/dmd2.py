@@ -132,10 +132,8 @@ class DMD2(Averaged):
         if self.eta not in (None, 0, 1):
             raise ValueError(f"eta is {self.eta}: expected 1 (renoise) or 0 (deterministic)")
         if not 0 <= self.weak < 1:
-            raise ValueError(
-                f"weak is {self.weak}: expected at least 0 and below 1; at 1 the real score is the fake one, and the "
-                "student has no gradient"
-            )
+            why = "at 1 the real score is the fake one, and the student has no gradient"
+            raise ValueError(f"weak is {self.weak}: expected at least 0 and below 1; {why}")
         check_steps(self)
         sampled = len(self.timesteps or range(self.num_inference_steps))
         if not min(self.steps) <= sampled <= max(self.steps):

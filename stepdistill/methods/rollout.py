@@ -13,7 +13,7 @@ from stepdistill.config.kinds import Count
 from stepdistill.core.denoise import Denoise
 from stepdistill.core.schedule import NoiseSchedule, per_sample
 from stepdistill.core.solvers import Sampler, check_range, few_step
-from stepdistill.methods.base import Batch, StepContext
+from stepdistill.methods.base import Batch, StepContext, check_effect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class Lengths:
         if not self.steps:
             raise ValueError("lengths.steps is empty: expected numbers of sampling steps, such as [1, 2, 4]")
         check_range(self.t_range)
+        check_effect(self, "t_range", self.spacing == "random", "spacing 'random'")
 
     def drawn(self, context: StepContext, sampler_in: Callable[[int | None], Sampler]) -> Sampler:
         """The sampler of a training step, the same for all samples and processes.
