@@ -25,6 +25,7 @@ from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand
 from stepdistill.core.solvers import Sampler, few_step
 from stepdistill.data import Prompts
+from stepdistill.methods import rollout
 from stepdistill.methods.base import Batch, StepContext
 from stepdistill.methods.tdm import TDM
 from stepdistill.networks.roles import TEACHER, LoraSpec
@@ -639,12 +640,7 @@ BUGS = {
     ),
     "student in every step": Bug(TDM.updates, "turn % self.critic_steps == 0", "True", lambda: plumbing("sd")),
     "no warm-up": Bug(TDM.updates, "step - self.warmup_steps", "step", lambda: plumbing("sd")),
-    "a step too few": Bug(
-        TDM.updates,
-        'context.noise(batch, "start"), taken)',
-        'context.noise(batch, "start"), 0)',
-        lambda: sampled("flow"),
-    ),
+    "a step too few": Bug(rollout.reached, "taken=taken", "taken=0", lambda: sampled("flow")),
     "any number of steps": Bug(TDM.sampler, "steps not in (None, self.steps)", "False", refused),
     "renoised": Bug(TDM.sampler, "eta=0.0", "eta=1.0", test_steps_are_deterministic_and_end_at_clean_data),
     "noise added in full": Bug(

@@ -24,7 +24,8 @@ from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule, expand, per_sample
 from stepdistill.core.solvers import Sampler, student_starts, transition
 from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_effect, check_steps
-from stepdistill.methods.dmd2 import normalised, reached
+from stepdistill.methods.dmd2 import normalised
+from stepdistill.methods.rollout import simulate
 from stepdistill.networks.roles import TEACHER, Lora, Role
 
 MOST_SNR = 5.0  # of the fake score's weight, as published
@@ -123,8 +124,7 @@ class TDM(Averaged):
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         student, turn = context.denoiser("student"), step - self.warmup_steps
         sampler = self.sampler(context.student_schedule)
-        taken = int(context.shared("step") * len(sampler.timesteps))
-        x_t, t = reached(student, context, batch, sampler, context.noise(batch, "start"), taken)
+        x_t, t, taken = simulate(context, batch, sampler, context.noise(batch, "start"))
         if turn >= 0 and turn % self.critic_steps == 0:
             est = student(x_t, t, batch.cond)
             loss = self.student_loss(context, batch, sampler, taken, est)
