@@ -32,8 +32,9 @@ from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
 from stepdistill.networks.roles import Ema, Lora, Module
 from stepdistill.students import load, proof
-from stepdistill.students.card import is_non_commercial, licence_of, warn_of_licence, write_card
+from stepdistill.students.card import write_card
 from stepdistill.students.contract import CONTRACT, FORMAT, WEIGHTS, read_contract, scheduler_class
+from stepdistill.students.licence import is_non_commercial, licence_of, warn_of_licence
 from stepdistill.students.load import load_student, start_from
 from stepdistill.students.verify import verify_student
 from stepdistill.students.write import keep_proof, write_student

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from stepdistill.cli.convert import add_folder_commands
 from stepdistill.cli.dialect import quieten, spelled
 from stepdistill.cli.eval import add_eval_commands
+from stepdistill.cli.extract import add_extract_command
 from stepdistill.cli.generate import add_generate_command
 from stepdistill.cli.train import add_run_commands
 from stepdistill.cli.view import add_view_command
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_run_commands(commands)
     add_folder_commands(commands)
+    add_extract_command(commands)
     add_generate_command(commands)
     add_view_command(commands)
     add_eval_commands(commands)

@@ -16,8 +16,8 @@ from stepdistill.core.errors import StudentError, problem
 from stepdistill.decoding.janus import Janus, TokenTeacher
 from stepdistill.decoding.method import DistilledDecoding
 from stepdistill.students.base_model import absolute_path
-from stepdistill.students.card import licence_of
 from stepdistill.students.contract import CONTRACT, DECODER, SCHEMA, kind_of, read_as
+from stepdistill.students.licence import licence_of
 from stepdistill.students.write import LIBRARIES
 
 

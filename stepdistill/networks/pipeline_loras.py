@@ -124,8 +124,13 @@ def keys_of(net: nn.Module, name: str) -> set[str]:
 
 def target_keys(net: nn.Module, targets: Collection[str]) -> set[str]:
     """The names of the tensors that a LoRA on these targets has, which are whole names of layers or their ends."""
+    return _tensor_names(target_layers(net, targets))
+
+
+def target_layers(net: nn.Module, targets: Collection[str]) -> list[str]:
+    """The names of the layers that targets, which are whole names or their ends, stand for."""
     ends = tuple(f".{target}" for target in targets)
-    return _tensor_names([name for name, _ in net.named_modules() if f".{name}".endswith(ends)])
+    return [name for name, _ in net.named_modules() if f".{name}".endswith(ends)]
 
 
 def _tensor_names(layers: Iterable[str]) -> set[str]:

@@ -14,7 +14,7 @@ from stepdistill.families.base import Family
 from stepdistill.families.controlled import Controlled, controlnet_of
 from stepdistill.families.location import BUNDLED_NAMES
 from stepdistill.networks.quantize import dense
-from stepdistill.students.card import licence_of
+from stepdistill.students.licence import licence_of
 from stepdistill.students.proof import TOLERANCE
 
 SAMPLED = 1024  # values of each tensor that go into the base's hash

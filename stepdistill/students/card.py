@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
-from yaml import YAMLError, safe_dump
+from yaml import safe_dump
 
-from stepdistill.families.base import Family
+from stepdistill.config.schema import dotted
 from stepdistill.families.location import BUNDLED_NAMES
 from stepdistill.networks.lora.names import PIPELINES
 from stepdistill.networks.lora.tensors import FAMILIES
 from stepdistill.students.contract import STUDENTS, Contract, MultiContract, read_contract, teacher
+from stepdistill.students.extracted import Extracted
 from stepdistill.students.sizes import size_rows
 from stepdistill.students.snippets import multi_snippet, snippet
-
-logger = logging.getLogger(__name__)
 
 # the hub refuses any other value of `license:`, which then is `other` with a `license_name`
 HUB_LICENCES = re.compile(
@@ -40,8 +38,14 @@ training only: leave it out where images are generated.
 {%- else -%}
 # {{ name }} in {{ steps }}
 
+{% if extracted -%}
+{{ what }} extracted with stepdistill from the few-step model `{{ extracted }}`, as its difference from {{ base }}. It
+was not trained. It generates {{ output }} in {{ steps }}. Load it with {{ loader }}. The licence of `{{ extracted }}`
+applies to it, too.
+{%- else -%}
 {{ what }} distilled from {{ base }} with stepdistill, by the method `{{ method }}`. The student generates
 {{ output }} in {{ steps }}. Load it with {{ loader }}.
+{%- endif %}
 {%- endif %}
 {% if grid %}
 ![Images of the teacher and of the student from the same prompts and seeds](samples/grid.png)
@@ -72,7 +76,7 @@ its alpha and some of its layers without an error. Use a file that ends in `_com
 {% endif %}
 ## Sampling contract
 
-The student was trained for these values. Its images are worse with another sampler or with other timesteps.
+{{ subject }} was trained for these values. Its images are worse with another sampler or with other timesteps.
 `distill_config.json` holds the same values for programs.
 
 | | |
@@ -80,14 +84,14 @@ The student was trained for these values. Its images are worse with another samp
 {% for key, value in rows %}| {{ key }} | {{ value }} |
 {% endfor %}
 {% if difference is not none %}
-The output of this folder in a plain Diffusers pipeline was compared with the output of the trained student. The largest
-difference is {{ "%.1e" | format(difference) }}, relative to the teacher's largest value.
+The output of this folder in a plain Diffusers pipeline was compared with the output of the {{ kind }} student. The
+largest difference is {{ "%.1e" | format(difference) }}, relative to the teacher's largest value.
 {% else %}
-**This folder has not been compared with the trained student.**
+**This folder has not been compared with the {{ kind }} student.**
 {% endif %}
 {{ terms }}
 
-## Training
+## {{ "Extraction" if extracted else "Training" }}
 
 ```yaml
 {{ recipe }}
@@ -147,6 +151,7 @@ def write_card(folder: Path, contract: Contract, address: str | None = None) -> 
     """
     n, layout = len(contract.timesteps), PIPELINES.get(teacher(contract).pipeline_class.__name__)
     drawn = contract.kind == "lora" and contract.use == "sampling"
+    extracted = contract.method["tuned"] if contract.method["type"] == dotted(Extracted) else None
     card = ModelCard.from_template(
         _front_matter(contract),
         template_str=TEMPLATE,
@@ -157,6 +162,9 @@ def write_card(folder: Path, contract: Contract, address: str | None = None) -> 
         stages=_stages(contract),
         lora=drawn and layout in FAMILIES["comfyui"],
         loader="stepdistill" if contract.adapters else "plain Diffusers",
+        extracted=extracted,
+        kind="extracted" if extracted else "trained",
+        subject="The few-step model" if extracted else "The student",
         method=str(contract.method["type"]).rpartition(".")[2],
         grid=(folder / "samples" / "grid.png").exists(),
         snippet=snippet(contract, address or folder.resolve()),
@@ -262,36 +270,3 @@ def _weights(contract: Contract) -> tuple[str, str]:
         size = f"{adapters.parameters / 1e6:.2f} million parameters"
         return "guidance adapters", f"{adapters.arch}, width {adapters.width}, {size}"
     return "network", f"`{net.class_name}`, {net.parameters / 1e6:.2f} million parameters" if net else ""
-
-
-def licence_of(where: str) -> str | None:
-    """The licence in the model card of a folder or hub id; None if there is no card or no licence in it."""
-    readme = Path(where) / "README.md"
-    if Path(where).exists() and not readme.exists():
-        return None
-    try:
-        # a local card is a file; anything else is a hub id
-        data = ModelCard.load(str(readme) if readme.exists() else where, ignore_metadata_errors=True).data
-    except (OSError, ValueError, YAMLError) as error:
-        logger.warning("cannot read the licence in the model card of %s: %s", where, error)
-        return None
-    licence = data.get("license_name") if data.get("license") == "other" else data.get("license")
-    return ", ".join(licence) if isinstance(licence, list) else licence
-
-
-def is_non_commercial(licence: str) -> bool:
-    """Whether the identifier or name of a licence excludes commercial use, or allows research only."""
-    words = re.sub(r"[\s_]+", "-", licence.lower())
-    return re.search(r"(^|[^a-z])nc($|[^a-z])|non-?commercial|research|academic", words) is not None
-
-
-def warn_of_licence(family: Family) -> None:
-    """Warn if the licence of the teacher, which applies to its students, excludes commercial use."""
-    licence = licence_of(family.location())
-    if licence is not None and is_non_commercial(licence):
-        logger.warning(
-            "the licence of the teacher %s is %s, which excludes commercial use: a student is derived from its "
-            "teacher, so that licence applies to it",
-            family.pretrained_teacher_model,
-            licence,
-        )

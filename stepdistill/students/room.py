@@ -8,9 +8,10 @@ from pathlib import Path
 from stepdistill.core.files import remove
 from stepdistill.core.outputs import check_output_tree
 from stepdistill.data.routing import ROUTER
-from stepdistill.students.contract import CONTRACT, STUDENTS
+from stepdistill.students.contract import CONTRACT, STUDENTS, WEIGHTS
 
 WHOLE = {CONTRACT, STUDENTS, ROUTER, "README.md", "scheduler", "unet", "transformer"}  # of fused and joined students
+EXTRACTION = "extraction.json"  # of an extracted student, with its weights
 
 
 def check_student_room(folder: Path, inputs: Iterable[Path | str], overwrite: bool) -> None:
@@ -21,7 +22,8 @@ def check_student_room(folder: Path, inputs: Iterable[Path | str], overwrite: bo
         overwrite: whether an earlier student may be replaced. A run's folder is none: it holds more than its student.
     """
     names = {place.name for place in folder.iterdir()} if folder.is_dir() else set[str]()
-    check_output_tree(folder, ["*"], inputs, CONTRACT in names and names <= WHOLE, overwrite)
+    own = CONTRACT in names and names - WHOLE in (set[str](), {EXTRACTION, WEIGHTS})
+    check_output_tree(folder, ["*"], inputs, own, overwrite)
 
 
 def emptied(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from stepdistill.core.errors import StudentError, problem
 from stepdistill.families.base import Family
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.guidance_adapters import Attachment, GuidedCall, build
+from stepdistill.networks.lora.tensors import Lora as LoraTensors
 from stepdistill.networks.lora.tensors import peft_state
 from stepdistill.networks.pipeline_loras import adapters_on, attach, same_keys, switch_on, target_keys
 from stepdistill.networks.roles import ASSISTANT, Adapters, Copy, Lora, LoraSpec
@@ -161,10 +162,11 @@ def into_pipeline(
 
 
 def load_network(folder: Path, family: Family, like: nn.Module) -> nn.Module:
-    """The whole network in a student folder, on the device and in the precision of `like`."""
+    """The whole network in a student folder, or in one of its own, on the device and in the precision of `like`."""
     kind: Any = type(like)
+    place = folder if (folder / "config.json").is_file() else folder / family.network_name
     try:
-        net, info = kind.from_pretrained(folder, subfolder=family.network_name, output_loading_info=True)
+        net, info = kind.from_pretrained(place, output_loading_info=True)
         odd = [*info["missing_keys"], *info["unexpected_keys"]]  # of which Diffusers only warns
         if odd:
             matched = len(net.state_dict()) - len(info["missing_keys"])
@@ -174,7 +176,7 @@ def load_network(folder: Path, family: Family, like: nn.Module) -> nn.Module:
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         expected, todo = "a network saved by Diffusers", "pass the folder of a student that is a whole network"
-        raise StudentError(problem(f"unreadable {folder / family.network_name}", expected, str(error), todo)) from error
+        raise StudentError(problem(f"unreadable {place}", expected, str(error), todo)) from error
     parameter = next(like.parameters())
     return nn.Module.to(net, parameter.device, parameter.dtype)  # the network's own `to` warns of layers in float32
 
@@ -210,7 +212,12 @@ def network_state(source: Path | str, family: Family, scale: float | None = None
 
     Those of other networks stay among them under their names, so that no network takes the file.
     """
-    tensors = peft_state(family.read_lora(source), scale)
+    return role_state(family.read_lora(source), family, scale)
+
+
+def role_state(lora: LoraTensors, family: Family, scale: float | None = None) -> dict[str, Tensor]:
+    """The same of a LoRA that is read."""
+    tensors = peft_state(lora, scale)
     return {key.removeprefix(f"{family.network_name}."): value for key, value in tensors.items()}
 
 

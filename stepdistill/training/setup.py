@@ -33,8 +33,8 @@ from stepdistill.networks.pipeline_loras import assist
 from stepdistill.networks.roles import Adapters
 from stepdistill.networks.sharding import ShardedNetwork
 from stepdistill.students.base_model import Base, base_of
-from stepdistill.students.card import warn_of_licence
 from stepdistill.students.chain import Start, fuse_start, read_assistant
+from stepdistill.students.licence import warn_of_licence
 from stepdistill.students.sizes import shown_sizes
 from stepdistill.training.batches import Batches
 from stepdistill.training.cache.keys import Keys, family_keys
