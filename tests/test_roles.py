@@ -105,9 +105,9 @@ def test_a_role_s_numbers_are_checked(wrong):
         RoleLora(**wrong)
 
 
-def test_a_role_takes_no_more_than_a_lora_s_shape():
-    with pytest.raises(ConfigError, match="lora.roles.fake.init_from"):
-        load_config(Run, None, ["lora.roles.fake.init_from=folder"])
+def test_a_role_takes_no_more_than_a_lora_s_shape_and_start():
+    with pytest.raises(ConfigError, match="lora.roles.fake.arithmetic"):
+        load_config(Run, None, ["lora.roles.fake.arithmetic=apart"])
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.regression import Regression
-from stepdistill.networks.roles import Ema, Lora, Module
+from stepdistill.networks.backbone import Backbone
+from stepdistill.networks.roles import Ema, Lora, LoraSpec, Module
 from stepdistill.students import load, proof
 from stepdistill.students.card import write_card
 from stepdistill.students.contract import CONTRACT, FORMAT, WEIGHTS, read_contract, scheduler_class
@@ -527,10 +528,17 @@ def test_training_goes_on_from_a_student_at_the_same_strength(families, written)
         load_student(plain, written["sd3"])
         assert proof.prove(contract, family, plain, pipe, bone, role, 0).difference < 1e-5
 
-    wide = tiny.backbone("sd3", family.load(), 2 * RANK)
+    pipe, plain = family.load(), family.load()
+    wide = tiny.backbone("sd3", pipe, 2 * RANK)
     wide.add("student", Lora())
+    start_from(wide, str(written["sd3"] / WEIGHTS), family)
+    load_student(plain, written["sd3"])
+    assert proof.prove(contract, family, plain, pipe, wide, "student", 0).difference < 1e-5
+
+    few = Backbone(family.load().transformer, LoraSpec(rank=RANK, target_modules=("to_q",)), ())
+    few.add("student", Lora())
     with pytest.raises(StudentError, match=WEIGHTS):
-        start_from(wide, str(written["sd3"] / WEIGHTS), family)
+        start_from(few, str(written["sd3"] / WEIGHTS), family)
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3"])

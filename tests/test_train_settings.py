@@ -286,7 +286,7 @@ LORA = {
 
 def test_every_field_of_lora_is_here():
     assert sorted(fields(LoraSpec)) == sorted(LORA)
-    assert set(fields(RoleLora)) == set(LORA) - {"roles", "init_from", "arithmetic"}
+    assert set(fields(RoleLora)) == set(LORA) - {"roles", "arithmetic"}
 
 
 def wanted(spec: LoraSpec, monkeypatch: Patch) -> dict[str, Any]:
@@ -299,6 +299,7 @@ def wanted(spec: LoraSpec, monkeypatch: Patch) -> dict[str, Any]:
     begun = Log()
     session: Any = SimpleNamespace(backbone=bone, shards=None, batches=SimpleNamespace(save=lambda: None))
     session.accelerator = SimpleNamespace(end_training=lambda: None)
+    session.base = SimpleNamespace(hashes={})
     session.scaler = torch.amp.GradScaler("cpu", enabled=False)
     for name in ("check_run", "find_source", "check_loaded", "check_same", "make_data"):
         monkeypatch.setattr(distill, name, lambda *_: None)
@@ -322,3 +323,4 @@ def test_a_field_of_lora_changes_what_it_is_said_to(name, monkeypatch):
     if name in fields(RoleLora):
         own = wanted(replace(base, roles={"fake": RoleLora(**{name: LORA[name]})}), monkeypatch)
         assert own["student"] == before["student"] and own["fake"] == after["fake"]
+        assert own["start"] == ([("start", "folder", "fake")] if name == "init_from" else [])

@@ -44,7 +44,7 @@ from stepdistill.methods.base import Method, Update
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.regression import Regression
 from stepdistill.networks import lora_layers
-from stepdistill.networks.roles import Lora
+from stepdistill.networks.roles import Lora, RoleLora
 from stepdistill.students.draw.call import PipelineCall
 from stepdistill.training import checkpoint, finish
 from stepdistill.training import loop as trainer
@@ -350,7 +350,8 @@ def test_a_student_that_no_scheduler_samples_is_refused_before_training(teacher,
 
 @pytest.mark.parametrize(
     ("lora", "said"),
-    [({"rank": 8}, "size mismatch"), ({"target_modules": ("to_q",)}, "do not, the first")],
+    [({"roles": {"student": RoleLora(target_modules=("to_v",))}}, "role 'student' holds.*do not, the first")]
+    + [({"target_modules": ("to_q",)}, "do not, the first")],
 )
 def test_a_start_that_does_not_fit_is_refused_in_a_dry_run_as_well(teacher, samples, whole, tmp_path, lora, said):
     run = make(teacher, samples, tmp_path / "out")

@@ -92,8 +92,8 @@ def places(value: Value, hint: Hint = Any) -> Iterator[str]:
             yield from places(getattr(value, name), of_field)
     elif isinstance(value, str):
         yield from [value] if any(Place in (arm, *get_args(arm)) for arm in arms(hint)) else ()
-    elif isinstance(value, list | tuple):
-        for item in value:
+    elif isinstance(value, list | tuple | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from places(item, hint)
 
 

@@ -87,8 +87,9 @@ def check_settings(run: DecodingRun) -> None:
             got, why = f"train.{one.name}={value}", "it has no effect on the training of a decoder"
             raise ConfigError(problem(got, "its default", why, "leave it out"))
     check_training_precision(run.train.mixed_precision or "no")
-    if run.lora.init_from:
-        got, why = f"lora.init_from={run.lora.init_from}", "a student of Distilled Decoding has layers beside its LoRA"
+    for role, source in run.lora.starts().items():
+        key = "lora.init_from" if run.lora.init_from else f"lora.roles.{role}.init_from"
+        got, why = f"{key}={source}", "a student of Distilled Decoding has layers beside its LoRA"
         raise ConfigError(problem(got, "none", why, "resume with train.resume_from_checkpoint, or leave it out"))
     if run.method.whole and run.lora != LoraSpec():
         got, why = "settings of a LoRA with method.whole=true", "the language model is trained itself"

@@ -144,11 +144,14 @@ class RoleLora:
         rank: rank of the LoRA, at least 1; none takes the section's.
         alpha: the update is scaled by `alpha / rank`; none takes the section's.
         target_modules: names of layers, matched as in PEFT; none takes the section's.
+        init_from: student folder or LoRA file that the role starts from, cut or padded to its rank; none starts it as
+            the base, and the student as the section says.
     """
 
     rank: int | None = None
     alpha: float | None = None
     target_modules: tuple[str, ...] | None = None
+    init_from: Place | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
@@ -165,8 +168,8 @@ class LoraSpec(RoleLora):
         rank: rank of the LoRA, at least 1.
         alpha: the update is scaled by `alpha / rank`; none takes `rank`, a scale of 1.
         target_modules: names of layers, matched as in PEFT; none takes the family's list.
-        init_from: student folder or LoRA file that the student starts from.
-        roles: rank, alpha and targets of single roles, by role name; an average has those of its role.
+        init_from: student folder or LoRA file that the student starts from, cut or padded to its rank; no other role.
+        roles: rank, alpha, targets and start of single roles, by role name; an average has those of its role.
         arithmetic: how a layer with a LoRA is computed. `merged` adds the LoRA to the weight first; `apart` computes
             both and adds the outputs, as PEFT does; `auto` takes what is cheaper for the layer's shape and batch. In
             half precision, under autocast, and in layers that are quantised or no plain Linear or Conv2d, `apart` is
@@ -174,7 +177,6 @@ class LoraSpec(RoleLora):
     """
 
     rank: int = 64
-    init_from: Place | None = None
     roles: dict[str, RoleLora] | None = None
     arithmetic: Arithmetic = "auto"
 
@@ -182,3 +184,13 @@ class LoraSpec(RoleLora):
         """The spec of one role."""
         given = vars((self.roles or {}).get(role, RoleLora()))
         return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+    def starts(self) -> dict[str, str]:
+        """The student folder or LoRA file that a role starts from, by role name."""
+        student = {} if self.init_from is None else {"student": self.init_from}
+        return student | {name: role.init_from for name, role in (self.roles or {}).items() if role.init_from}
+
+    def without_starts(self) -> LoraSpec:
+        """The same, with every role started as the base."""
+        roles = self.roles and {name: replace(role, init_from=None) for name, role in self.roles.items()}
+        return replace(self, init_from=None, roles=roles)

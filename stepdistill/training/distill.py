@@ -29,8 +29,10 @@ def distill(run: Run) -> Path:
     check_loaded(session)
     check_same(session, source)
     optimizers = Optimizers(session.backbone, run.train, session.scaler).declare(run.method).build()
-    if run.lora.init_from and source is None:  # it may not fit: before the teacher works for hours
-        start_from(session.backbone, run.lora.init_from, run.family)
+    for role, place in run.lora.starts().items() if source is None else ():
+        # it may not fit: before the teacher works for hours. The rounding of a quantized base is in its hashes.
+        base = session.base.hashes if run.family.quantization is None else None
+        start_from(session.backbone, place, run.family, role, base)
     make_data(session)
     finished = training_loop(session, optimizers, source)
     session.batches.save()
@@ -68,4 +70,4 @@ def dry_run(run: Run) -> str:
     run = run.resolved()
     resumed = find_source(run) is not None
     check_run(run)
-    return str(predict(replace(run, lora=replace(run.lora, init_from=None)) if resumed else run))
+    return str(predict(replace(run, lora=run.lora.without_starts()) if resumed else run))

@@ -21,13 +21,14 @@ def check_loras(run: Run) -> None:
     if run.train.resume_from_checkpoint:
         return
     read_teacher_loras(run.family)
-    for source in (run.start_from, run.lora.init_from):
+    for source in (run.start_from, *run.lora.starts().values()):
         if source and (Path(source) / CONTRACT).is_file() and kind_of(source) == DECODER:
             read_contract(source)  # it says what the folder is, which holds no LoRA
     if run.start_from:
         start_lora(run.start_from, run.family)
-    if run.lora.init_from and isinstance(run.method.roles().get("student"), Lora):
-        run.family.read_lora(run.lora.init_from)
+    for role, source in run.lora.starts().items():
+        if isinstance(run.method.roles().get(role), Lora):
+            run.family.read_lora(source)
 
 
 def check_start_from(run: Run) -> None:

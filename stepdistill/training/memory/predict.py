@@ -57,15 +57,16 @@ def predict(run: Run) -> Prediction:
 
 
 def check_start(run: Run, rehearsal: Rehearsal) -> None:
-    """Raise StudentError where the student of `lora.init_from` has other tensors than the run's: it is loaded as the
-    run does, into roles on the meta device."""
-    if run.lora.init_from:
+    """Raise StudentError where what a role starts from has other tensors than the role: it is loaded as the run does,
+    into roles on the meta device."""
+    if run.lora.starts():
         optimizers = deepcopy(rehearsal.optimizers)
         with torch.device("meta"):
             optimizers.declare(run.method)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")  # it compares names and shapes
-            start_from(optimizers.backbone, run.lora.init_from, run.family)
+            for role, source in run.lora.starts().items():
+                start_from(optimizers.backbone, source, run.family, role)
 
 
 def _remarks(run: Run) -> Iterator[str]:
