@@ -36,6 +36,7 @@ from stepdistill.training.watch.rules import Yardstick
 from tables.benchmark import N, Results, data_features, figures, places, prompts, reference
 from tables.control import measure_control
 from tables.decoding import measure_decoding
+from tables.extraction import measure_extraction
 from tables.feedback import measure_feedback
 from tables.guidance import measure_guidance
 from tables.hybrid import measure_hybrid
@@ -267,6 +268,7 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "distribution": partial(measure_students, "distribution"),
     "multistep": partial(measure_students, "multistep"),
     "reflow": partial(measure_students, "reflow"),
+    "extraction": measure_extraction,
     "guidance": measure_guidance,
     "negative": measure_negative,
     "control": measure_control,

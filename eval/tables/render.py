@@ -11,6 +11,7 @@ from statistics import mean
 from typing import Any
 
 from tables.cells import excess_cell
+from tables.extraction import extraction_page
 from tables.matrix import matrix
 from tables.render_decoding import decoding_page
 from tables.render_sizes import sizes_page
@@ -281,6 +282,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "distribution": _distribution,
     "multistep": partial(_by_steps, "multistep"),
     "reflow": _reflow,
+    "extraction": extraction_page,
     "guidance": _guidance,
     "negative": _negative,
     "watch": _watch,
