@@ -537,7 +537,7 @@ BUGS = {
         Lengths.drawn, '(i + context.shared(f"start {i}")) / (n - 1)', 'context.shared(f"start {i}")', PARTS
     ),
     "lengths not drawn": Bug(Lengths.drawn, 'context.shared("length")', "0.0", PARTS),
-    "the contract's steps in the place of the drawn ones": Bug(DMD2.towards, "self.lengths is not None", "False", ROLL),
+    "the contract's steps in the place of the drawn ones": Bug(DMD2.towards, "self.lengths is None", "True", ROLL),
     "eta turned round": Bug(
         rollout.default_eta,
         "0.0 if schedule.straight else 1.0",
@@ -569,8 +569,10 @@ BUGS = {
     ),
     "the student's grid for the anchor": Bug(Anchor.times, "self.num_inference_steps", "4", SLOPE),
     "anchor's sign": Bug(Anchor.loss, "chord(schedule, start, t, state,", "chord(schedule, start, t, -state,", SLOPE),
-    "anchor at another time": Bug(Anchor.loss, "per_sample(times[-1], start)", "per_sample(times[-2], start)", SLOPE),
-    "unguided anchor": Bug(Anchor.loss, "scale if self.guidance_scale is None else self.guidance_scale", "1.0", GUIDED),
+    "anchor at another time": Bug(Anchor.path, "per_sample(times[-1], start)", "per_sample(times[-2], start)", SLOPE),
+    "unguided anchor": Bug(
+        Anchor.scale, "of_method if self.guidance_scale is None", "1.0 if self.guidance_scale is None", GUIDED
+    ),
     "off-path states with a graph": Bug(DMD2.off_path_loss, "est.x0.detach()", "est.x0", OFF),
     "off-path guided": Bug(
         DMD2.off_path_loss,

@@ -163,6 +163,7 @@ CHANGES = [
         anchor__num_inference_steps=(5, "loss"),
         anchor__weight=(0.5, "loss"),
         anchor__guidance_scale=(3.0, "loss"),
+        anchor__stored=(True, "needs loss"),
     ),
     *changes(DMD2(critic_steps=2, rewards=(TERM, OTHER)), **OF_A_TERM),
     *changes(

@@ -20,12 +20,16 @@ from stepdistill.core.errors import ConfigError, DataError
 from stepdistill.core.solvers import Sampler, follow
 from stepdistill.data import Partition, Prompts, Trajectories, check_source, inside, trajectories
 from stepdistill.data import made as chunks
+from stepdistill.data.base import GuidedState
 from stepdistill.methods.agd import AdapterGuidance
+from stepdistill.methods.anchor import Anchor
+from stepdistill.methods.base import Batch
 from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.guided_lora import GuidedLora
 from stepdistill.networks.roles import TEACHER
 from stepdistill.students.draw.call import scheduled, teacher_call
-from stepdistill.training.checks import check_guidance_range
+from stepdistill.training.checks import check_anchor, check_guidance_range
 from stepdistill.training.distill import distill, make_data
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import prepare
@@ -93,6 +97,36 @@ def test_a_state_is_on_its_guided_trajectory_and_its_output_is_the_guided_one(pl
             y = teacher.native(denoise(state.x_t[None], state.t[None], cond), state.t[None])
         assert (x_t - state.x_t).abs().max() < 1e-2 * x_t.abs().max()  # states are rounded to half precision
         assert (y - state.output).abs().max() < 1e-3 * y.abs().max()  # of the state as it is stored
+    session.accelerator.end_training()
+
+
+def test_listed_steps_are_kept_with_the_noise_that_an_anchor_starts_from(place, tmp_path, monkeypatch):
+    """The stored anchor is the live one, up to half precision; after the last kept step the teacher is not called."""
+    term = Anchor(steps=2, num_inference_steps=4, stored=True)
+    method = DMD2(num_inference_steps=4, guidance_scale=3.0, anchor=term)
+    kept = {"kept_steps": (2,), "guidance_range": (3.0, 3.0), "guidance_hole": None, "count": 2}
+    data = source(tmp_path / "states", **kept)
+    session, calls = stage_of(place, data, "sd3", method), []
+    whole_call = type(session.run.family).call
+    monkeypatch.setattr(type(session.run.family), "call", lambda *given: calls.append(1) or whole_call(*given))
+    make_data(session)
+    assert len(calls) == 3 and len(data) == 2 and data.name(1).startswith("state 0 of trajectory 1")
+    context = session.context(0)
+    for i in range(2):
+        sample = data.sample(i, random.Random(0))
+        cond = session.batches.condition([sample.prompt])
+        state = GuidedState(*(part[None] for part in sample.state))
+        batch = Batch((i,), cond, (4, 8, 8), noise=sample.noise[None], state=state)
+        start, x_k, t_k = term.path(context, batch, torch.zeros(1, 4, 8, 8), 3.0)
+        live = replace(term, stored=False).path(context, batch, start, 3.0)
+        assert torch.equal(start, trajectories.noise_of(0, i, (4, 8, 8))[None]) and torch.equal(live[0], start)
+        assert torch.equal(t_k, live[2]) and (x_k - live[1]).abs().max() < 1e-2 * x_k.abs().max()
+    assert method.needs == {"trajectories"}
+    check_anchor(session.run)
+    for other in (replace(term, steps=1), replace(term, guidance_scale=2.0)):
+        run = replace(session.run, method=replace(method, anchor=other))
+        with pytest.raises(ConfigError, match=r"kept_steps, num_inference_steps and guidance_range \(\(2,\), 4"):
+            check_anchor(run)
     session.accelerator.end_training()
 
 
@@ -239,6 +273,9 @@ def test_odd_settings_and_files_are_refused(tmp_path, whole):
         ({"guidance_range": (8.0, 1.0)}, "low <= high"),
         ({"guidance_hole": (0.5, 2.0)}, "the hole strictly inside"),
         ({"kept_steps": 5}, "kept_steps 5 of num_inference_steps 4"),
+        ({"kept_steps": (2, 1)}, "ascending steps, 0 to 3"),
+        ({"kept_steps": (4,)}, "ascending steps, 0 to 3"),
+        ({"kept_steps": ()}, "ascending steps, 0 to 3"),
         ({"proportion_empty_prompts": 0.1}, "set it on data.source"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -53,7 +53,7 @@ class Sample:
         prompt: the caption; empty where it was dropped.
         pixels: (3, H, W) float32 in [-1, 1]; (3, F, H, W) of a clip.
         latents: (C, h, w), already in the network's scale; (C, F', h, w) of a clip.
-        noise: (C, h, w), what the teacher made the latents from.
+        noise: (C, h, w), what the teacher made the latents or the trajectory from.
         state: of a guided trajectory.
         tokens: (n,), of an autoregressive teacher.
         item: index of the item that was read; it differs from the requested one if that was unusable.

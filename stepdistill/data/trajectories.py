@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stepdistill.config.kinds import Amount, Count, Seed
+from stepdistill.config.kinds import Amount, Count, Seed, Whole
 from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import GuidedState, Sample
@@ -33,7 +33,8 @@ class Trajectories(TeacherMade):
             refused where they are not. A generation that was cut goes on where it was; more may be added by `count`.
         count: number of trajectories.
         num_inference_steps: N, deterministic solver steps of a trajectory (DDIM; Euler for a flow).
-        kept_steps: states kept of each, 1 to N.
+        kept_steps: states kept of each: a number of random ones, 1 to N; or a list of the steps that start there, 0
+            (noise) to N - 1, after the last of which the teacher is not called.
         guidance_range: w of `uncond + w (cond - uncond)` is uniform between these two, ...
         guidance_hole: ... but never in here: scales to test on. None leaves nothing out.
         seed: of noises, scales, and which steps are kept.
@@ -45,7 +46,7 @@ class Trajectories(TeacherMade):
     stored: ClassVar[str] = "trajectories.json"
     count: SampleCount = 512
     num_inference_steps: Count = 50
-    kept_steps: int = 10
+    kept_steps: int | tuple[Whole, ...] = 10
     guidance_range: tuple[Amount, Amount] = (1.0, 12.0)
     guidance_hole: tuple[float, float] | None = None
     seed: Seed = 0
@@ -56,7 +57,12 @@ class Trajectories(TeacherMade):
             got = f"guidance_range {list(self.guidance_range)} with guidance_hole {hole and list(hole)}"
             why = "scales are drawn between the range's ends, and outside of the hole"
             raise ConfigError(problem(got, "low <= high, and the hole strictly inside", why, "correct the numbers"))
-        if not 1 <= self.kept_steps <= self.num_inference_steps or self.count < 1:
+        kept, last = self.kept_steps, self.num_inference_steps - 1
+        listed = isinstance(kept, tuple) and (list(kept) != sorted(set(kept)) or not kept or kept[-1] > last)
+        if listed:
+            got, expected = f"kept_steps {list(kept)}", f"ascending steps, 0 to {last}"
+            raise ConfigError(problem(got, expected, "they are steps of the teacher's solver", "correct the list"))
+        if not 1 <= self.states <= self.num_inference_steps or self.count < 1:
             got = f"count {self.count}, kept_steps {self.kept_steps} of num_inference_steps {self.num_inference_steps}"
             why = "there would be no states, or some twice"
             raise ConfigError(problem(got, "count >= 1 and 1 <= kept_steps <= steps", why, "correct the numbers"))
@@ -78,6 +84,8 @@ class Trajectories(TeacherMade):
         start, end = self.guidance_hole or (high, high)
         scale = low + rng.random() * (high - low - (end - start))
         scale += end - start if scale >= start else 0.0
+        if isinstance(self.kept_steps, tuple):
+            return scale, list(self.kept_steps)
         return scale, sorted(rng.sample(range(self.num_inference_steps), self.kept_steps))
 
     def prompt_of(self, i: int) -> str:
@@ -97,13 +105,18 @@ class Trajectories(TeacherMade):
         return {"prompts": sha256("\n".join(map(self.prompt_of, ids)).encode()).hexdigest()[:16]}
 
     def __len__(self) -> int:
-        return self.count * self.kept_steps
+        return self.count * self.states
+
+    @property
+    def states(self) -> int:
+        """The number of states kept of each trajectory."""
+        return len(self.kept_steps) if isinstance(self.kept_steps, tuple) else self.kept_steps
 
     def captions(self, i: int) -> Sequence[str]:
-        return [self.prompt_of(i // self.kept_steps)]
+        return [self.prompt_of(i // self.states)]
 
     def sample(self, i: int, rng: random.Random) -> Sample:
-        j, k = divmod(i, self.kept_steps)
+        j, k = divmod(i, self.states)
         try:
             with safe_open(self._chunk(j // self.chunk), "pt") as file:  # a slice reads no more than itself
                 rows = {name: file.get_slice(name)[j % self.chunk, k].float() for name in GuidedState._fields}
@@ -111,10 +124,11 @@ class Trajectories(TeacherMade):
             todo = "let the run make them, or `stepdistill data make`"
             got = f"no readable {self._chunk(j // self.chunk)} ({error})"
             raise DataError(problem(got, "guided states", "they are trained on", todo)) from error
-        return Sample(prompt=self.prompt_of(j), state=GuidedState(**rows), item=i)
+        noise = noise_of(self.seed, j, tuple(rows["x_t"].shape))
+        return Sample(prompt=self.prompt_of(j), noise=noise, state=GuidedState(**rows), item=i)
 
     def name(self, i: int) -> str:
-        return f"state {i % self.kept_steps} of trajectory {i // self.kept_steps} in {self.path}"
+        return f"state {i % self.states} of trajectory {i // self.states} in {self.path}"
 
     def stamp(self, i: int) -> str:
-        return self.prompt_of(i // self.kept_steps)
+        return self.prompt_of(i // self.states)

@@ -39,12 +39,15 @@ class Anchor:
         num_inference_steps: of the teacher's solver, from noise to clean data.
         weight: of the loss, beside that of distribution matching.
         guidance_scale: of the teacher; none is the method's.
+        stored: take noise and state from the data, which are then `data.Trajectories` of this guidance that keep this
+            one step; else the teacher makes them in every update of the student.
     """
 
     steps: Count = 10
     num_inference_steps: Count = 40
     weight: Amount = 0.05
     guidance_scale: Amount | None = None
+    stored: bool = False
 
     def __post_init__(self) -> None:
         if self.steps > self.num_inference_steps:
@@ -70,15 +73,29 @@ class Anchor:
         """The weighted loss of the student's first step.
 
         Args:
-            start: (B, C, H, W) pure noise.
+            start: (B, C, H, W) pure noise; not used where noise is stored.
             first: the time at which the student's steps start.
             scale: the method's guidance scale.
         """
         schedule, student, t = context.schedule, context.denoiser("student"), per_sample(first, start)
-        times = self.times(schedule)
-        teacher = context.guided(TEACHER, scale if self.guidance_scale is None else self.guidance_scale)
+        start, state, end = self.path(context, batch, start, scale)
         with torch.no_grad():
-            state = follow(teacher, schedule, times, start, batch.cond)
-            line = student.native(chord(schedule, start, t, state, per_sample(times[-1], start)), t)
+            line = student.native(chord(schedule, start, t, state, end), t)
         output = student.native(student(start, t, batch.cond), t)
         return self.weight * distance("l2", free_part(output, batch.cond), free_part(line, batch.cond))
+
+    @torch.no_grad()
+    def path(self, context: StepContext, batch: Batch, start: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise (B, C, H, W), the state that the guided teacher makes of it, and its time (B,)."""
+        if self.stored:
+            state, noise = batch.guided_state, batch.noise
+            if noise is None:
+                raise ValueError("the anchor is stored, and the batch has no noise of the trajectory: use Trajectories")
+            return noise, state.x_t, state.t
+        schedule, times = context.schedule, self.times(context.schedule)
+        teacher = context.guided(TEACHER, self.scale(scale))
+        return start, follow(teacher, schedule, times, start, batch.cond), per_sample(times[-1], start)
+
+    def scale(self, of_method: float) -> float:
+        """The teacher's guidance scale."""
+        return of_method if self.guidance_scale is None else self.guidance_scale

@@ -47,7 +47,7 @@ class Batch:
         cond: the family's embeddings, B rows each.
         shape: (C, H, W) of one latent.
         latents: (B, C, H, W) clean latents in the network's scale, where the data has them.
-        noise: (B, C, H, W) the starting noise that the teacher turned into `latents`, where the data are pairs.
+        noise: (B, C, H, W) the starting noise of the teacher, where the data are pairs or guided trajectories.
         prompts: what `cond` embeds, B of them.
         state: of B guided trajectories, where the data are such.
     """

@@ -162,6 +162,8 @@ class DMD2(Averaged):
     def needs(self) -> frozenset[str]:
         if self.regression_weight:
             return frozenset({"pairs"})
+        if self.anchor is not None and self.anchor.stored:
+            return frozenset({"trajectories"})
         return frozenset({"prompts"} if self.gan is None else {"latents"})
 
     @property
@@ -200,9 +202,8 @@ class DMD2(Averaged):
     def towards(self, target: str, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         """The updates of one step, with the role `target` as the real score."""
         student, turn, schedule = context.denoiser("student"), step - self.warmup_steps, context.student_schedule
-        sampler = self.sampler(schedule)
-        if self.lengths is not None:
-            sampler = self.lengths.drawn(context, partial(self.sampler, schedule))
+        own = partial(self.sampler, schedule)
+        sampler = own() if self.lengths is None else self.lengths.drawn(context, own)
         start = batch.pair[0] if self.regression_weight else context.noise(batch, "start")
         x_t, t, taken = simulate(context, batch, sampler, start, first=0 if self.anchor is None else 1)
         if turn >= 0 and turn % self.critic_steps == 0:

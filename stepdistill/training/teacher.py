@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class TeacherSampler:
         x_t, scales_ = noise.to(context.device), scales.to(context.device)
         denoise, cond = context.guided(TEACHER, scales_), self.session.batches.condition(prompts)
         states, outputs = [], []
-        for t, s in each_step(times.tolist(), x_t):
+        for t, s in islice(each_step(times.tolist(), x_t), int(kept.max()) + 1):
             x_t = x_t.half().float()  # as it will be stored: the output belongs to that state
             est = denoise(x_t, t, cond)
             states.append(x_t.cpu())
