@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stepdistill.students.extract import extract_student
-from stepdistill.students.extracted import Extracted
-
 from stepdistill.config.dump import config_digest
 from stepdistill.config.load import load_config
 from stepdistill.students.contract import CONTRACT, read_contract
 from stepdistill.students.draw.call import student_call
+from stepdistill.students.extract import extract_student
+from stepdistill.students.extracted import Extracted
 from stepdistill.students.load import load_student
 from stepdistill.students.lora.fuse import fuse_student
 from stepdistill.training.recipe import Run
