@@ -58,8 +58,7 @@ class Trajectories(TeacherMade):
             why = "scales are drawn between the range's ends, and outside of the hole"
             raise ConfigError(problem(got, "low <= high, and the hole strictly inside", why, "correct the numbers"))
         kept, last = self.kept_steps, self.num_inference_steps - 1
-        listed = isinstance(kept, tuple) and (list(kept) != sorted(set(kept)) or not kept or kept[-1] > last)
-        if listed:
+        if isinstance(kept, tuple) and (not kept or list(kept) != sorted(set(kept)) or kept[-1] > last):
             got, expected = f"kept_steps {list(kept)}", f"ascending steps, 0 to {last}"
             raise ConfigError(problem(got, expected, "they are steps of the teacher's solver", "correct the list"))
         if not 1 <= self.states <= self.num_inference_steps or self.count < 1:
