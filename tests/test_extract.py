@@ -372,12 +372,17 @@ def test_the_command_extracts_and_reports(place: Path, tmp_path: Path, capsys: A
 
 
 def test_the_base_of_a_config(place: Path, tmp_path: Path, capsys: Any) -> None:
-    main(["init", "dmd2", "sd", "prompts"])
-    text = capsys.readouterr().out
-    (tmp_path / "run.yaml").write_text(text)
-    given = ["--config", str(tmp_path / "run.yaml"), "--steps", "2", "-o", str(tmp_path / "out")]
+    """With the settings that its family has there."""
+    (tmp_path / "run.yaml").write_text(
+        f"family: {{type: stepdistill.families.sd3.StableDiffusion3, pretrained_teacher_model: {place / 'sd3'}, "
+        "max_sequence_length: 16}\nmethod: {type: stepdistill.methods.dmd2.DMD2}\n"
+        "data: {type: stepdistill.data.Prompts, prompts: [rose]}\ntrain: {output_dir: unused}\n"
+    )
+    given = ["--config", str(tmp_path / "run.yaml"), "--steps", "1", "-o", str(tmp_path / "out"), "--rank", "2"]
+    main(["extract", str(place / "sd3-tuned"), "--eta", "0", "--device", "cpu", "--size", "32x32", *given])
+    assert read_contract(tmp_path / "out").family["max_sequence_length"] == 16
     with pytest.raises(SystemExit):
-        command(place, *given, "--family", "sd")
+        command(place, *given, "--family", "sd3")
     assert "the config names the family" in capsys.readouterr().err
 
 
