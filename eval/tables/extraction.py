@@ -62,8 +62,8 @@ def extraction_page(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """A row of the student, and one for each extract."""
     heads = ["excess [95 %]", "paired", "diversity", "least energy of a layer", "x0 gap left, by step"]
     lines = [f"| in {STEPS} steps | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
-    for key, row in rows.items():
-        _, _, label = key.partition("/")
+    for key in sorted(rows, key=lambda key: (rows[key].get("rank", 0), key)):
+        row, (_, _, label) = rows[key], key.partition("/")
         cut, _, rank = label.partition("/")
         title = f"rank {rank}, by {cut}" if rank else "the student, rank 64"
         energy = f"{row['energy']:.1%}" if rank else ""
