@@ -17,7 +17,8 @@ from stepdistill.core.outputs import check_output_file, expanded
 SHARED = (
     *("base", "unet", "vp", "flow", "pixart", "schedulers", "prompt_limits", "lazy_pipeline", "location", "parts"),
     *("control", "controlled", "sizes", "gan", "reward", "shift_terminal", "image_to_video", "read"),
-    *("video", "held_image", "wan_base", "ltx_base", "packed", "qwen_vae", "channel_scale"),
+    *("video", "held_image", "wan_base", "ltx_base", "packed", "qwen_vae", "channel_scale", "rules"),
+    *("anchor", "augmentation", "rollout"),
 )
 
 DECODING = "decoding"  # a method for teachers that are no pipelines
