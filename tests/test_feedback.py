@@ -286,7 +286,7 @@ def test_several_terms_are_added_on_one_decoding():
         (lambda: Feedback(rewards=(RewardTerm(reward=Brightness()),), held_out=Brightness()), "never trained on"),
         (lambda: RewardTerm(reward=Brightness(), mean=1.0), "only mean given"),
         (lambda: Feedback(sampling=Sampler((249.0, 999.0))), "descending"),
-        (lambda: DMD2(num_inference_steps=2, regression_weight=0.5), "regression_weight is 0.5"),
+        (lambda: DMD2(num_inference_steps=2, regression_weight=0.5).check(SD), "regression_weight is 0.5"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(make, words):

@@ -455,6 +455,8 @@ IDLE = [
     *changes(ProgressiveHalving(), steps=((20,), "")),
 ]
 SAID_TWICE = {"DMD2.timesteps DMD2.num_inference_steps", "Regression.timesteps Regression.num_inference_steps"}
+# what is stored must be of these, see test_trajectories.py
+SAID_TWICE |= {f"DMD2.anchor.stored DMD2.anchor.{name}" for name in ("steps", "num_inference_steps", "guidance_scale")}
 
 
 @pytest.mark.parametrize("kind", sorted({type(change.method) for change in CHANGES}, key=lambda kind: kind.__name__))

@@ -29,7 +29,7 @@ from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.guided_lora import GuidedLora
 from stepdistill.networks.roles import TEACHER
 from stepdistill.students.draw.call import scheduled, teacher_call
-from stepdistill.training.checks import check_anchor, check_guidance_range
+from stepdistill.training.checks import check_guidance_range, check_stored
 from stepdistill.training.distill import distill, make_data
 from stepdistill.training.recipe import Run, TrainSpec
 from stepdistill.training.setup import prepare
@@ -122,11 +122,11 @@ def test_listed_steps_are_kept_with_the_noise_that_an_anchor_starts_from(place, 
         assert torch.equal(start, trajectories.noise_of(0, i, (4, 8, 8))[None]) and torch.equal(live[0], start)
         assert torch.equal(t_k, live[2]) and (x_k - live[1]).abs().max() < 1e-2 * x_k.abs().max()
     assert method.needs == {"trajectories"}
-    check_anchor(session.run)
+    check_stored(session.run)
     for other in (replace(term, steps=1), replace(term, guidance_scale=2.0)):
         run = replace(session.run, method=replace(method, anchor=other))
         with pytest.raises(ConfigError, match=r"kept_steps, num_inference_steps and guidance_range \(\(2,\), 4"):
-            check_anchor(run)
+            check_stored(run)
     session.accelerator.end_training()
 
 

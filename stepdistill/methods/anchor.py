@@ -9,9 +9,12 @@ from torch import Tensor
 
 from stepdistill.config.kinds import Amount, Count
 from stepdistill.core.denoise import free_part
+from stepdistill.core.errors import ConfigError, problem
 from stepdistill.core.losses import distance
 from stepdistill.core.schedule import NoiseSchedule, per_sample
 from stepdistill.core.solvers import chord, follow
+from stepdistill.data.base import Source
+from stepdistill.data.trajectories import Trajectories
 from stepdistill.methods.base import Batch, StepContext
 from stepdistill.networks.roles import TEACHER
 
@@ -68,6 +71,17 @@ class Anchor:
                 f"anchor.steps {self.steps} of {self.num_inference_steps} end at timestep {end:g}: expected one below "
                 f"{first:g}, where the student's first step starts; give the anchor more steps"
             )
+
+    def check_data(self, data: Source, scale: float) -> None:
+        """Raise ConfigError for trajectories that do not hold this anchor, at the guidance scale of the method."""
+        if not self.stored or not isinstance(data, Trajectories):
+            return
+        w, names = self.scale(scale), "kept_steps, num_inference_steps and guidance_range"
+        wanted = ((self.steps,), self.num_inference_steps, (w, w))
+        held = (data.kept_steps, data.num_inference_steps, data.guidance_range)
+        if held != wanted:
+            why, todo = "the anchor is one state of the teacher's path, at one guidance", "set them in data"
+            raise ConfigError(problem(f"data with {names} {held}", wanted, why, todo))
 
     def loss(self, context: StepContext, batch: Batch, start: Tensor, first: float, scale: float) -> Tensor:
         """The weighted loss of the student's first step.

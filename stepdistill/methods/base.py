@@ -16,7 +16,7 @@ from stepdistill.core.guidance import Combine, Norm, combine_linearly
 from stepdistill.core.random import step_generator
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts, few_step, student_starts
-from stepdistill.data.base import GuidedState
+from stepdistill.data.base import GuidedState, Source
 from stepdistill.networks.rewards.base import MeasureReward, Reward
 from stepdistill.networks.roles import TEACHER, Ema, Lora, Role
 
@@ -192,6 +192,9 @@ class Method(ABC):
         """Raise ValueError where this method cannot run on this noise process; called before any training."""
         schedule.check(self.sampler(schedule).timesteps)
 
+    def check_data(self, data: Source) -> None:  # noqa: B027
+        """Raise ConfigError for a source that has what the method needs, but not of the kind that it trains on."""
+
     @property
     def trained_rewards(self) -> tuple[Reward, ...]:
         """The rewards that the student is trained on. They score it at each validation, as `held_out` does."""
@@ -202,11 +205,8 @@ class Method(ABC):
         return self
 
     def finalize(self, straightness: Callable[[], float]) -> Method:
-        """The method as it is written into the contract after training.
-
-        Args:
-            straightness: measures that of the student's paths, over their transport cost.
-        """
+        """The method as it is written into the contract after training. `straightness` measures that of the student's
+        paths, over their transport cost."""
         return self
 
 
@@ -282,11 +282,8 @@ class Tuning(Averaged):
 
 
 def check_effect(settings: Any, name: str, effective: bool, needs: str) -> None:  # noqa: ANN401
-    """Raise ValueError where a setting has another value than its default, and no effect beside the other settings.
-
-    Args:
-        needs: what it would need to have one.
-    """
+    """Raise ValueError where a setting has another value than its default, and no effect beside the other settings;
+    `needs` is what it would need to have one."""
     value, default = vars(settings)[name], type(settings).__dataclass_fields__[name].default
     if not effective and value != default:
         raise ValueError(f"{name} is {value}: it has an effect only with {needs}; leave it out, or set that")

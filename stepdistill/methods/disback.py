@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
+from stepdistill.data.base import Source
 from stepdistill.methods.base import Batch, Method, StepContext, Update, check_effect
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.vsd import VSD
@@ -78,6 +79,9 @@ class DisBack(Method):
 
     def check(self, schedule: NoiseSchedule) -> None:
         self.matching.check(schedule)
+
+    def check_data(self, data: Source) -> None:
+        self.matching.check_data(data)
 
     @property
     def trained_rewards(self) -> tuple[Reward, ...]:

@@ -22,6 +22,7 @@ from stepdistill.core.losses import distance, surrogate
 from stepdistill.core.prediction import Estimate
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_range, student_starts
+from stepdistill.data.base import Source
 from stepdistill.methods.anchor import Anchor
 from stepdistill.methods.augmentation import Augmentation
 from stepdistill.methods.base import Averaged, Batch, StepContext, Update, check_effect, check_steps
@@ -68,15 +69,13 @@ class DMD2(Averaged):
             spaces them evenly. At the noisiest timestep the x0 error of an epsilon network is many times larger (14.6
             times for Stable Diffusion), so a lower start is easier to learn. Sampling begins with pure noise in any
             case.
-        lengths: numbers of steps that one student is trained for; none trains it for `timesteps` or
-            `num_inference_steps` alone, which the contract has in any case.
+        lengths: numbers of steps that one student is trained for; none is the number of the contract alone.
         eta: share of each step that is renoised: 1 as published, 0 for a deterministic sampler; none is 0 for a flow
             and 1 for a table. A student that is sampled with the other eta has another distribution: renoised, one of
             deterministic steps loses variety, and the other way round it gains contrast.
         guidance_scale: w of the teacher's `uncond + w (cond - uncond)`; the fake score is never guided.
         guidance_norm: "token" or "image" scales the teacher's guided output to the norm that it has with the prompt,
-            in each token or in the whole image; none is the rule of the teacher's pipeline. It bounds what a high
-            `guidance_scale` does to the mean (saturated colours), and widens the distribution (grain).
+            there; none is the rule of its pipeline. It bounds the mean (saturated colours) and adds grain.
         augmentation: guidance at a noise level of its own; none guides at that of the scores.
         anchor: a first step that follows the teacher's path, for variety; the scores then train the later steps alone.
         off_path: lambda_o, weight of the matching, without guidance, at states off the student's path. 0 is off.
@@ -85,9 +84,8 @@ class DMD2(Averaged):
             many steps costs more than such an update.
         warmup_steps: training steps of the fake score alone, before the student's first update.
         fake_decay: the fake score starts as a copy of the student's LoRA, and after each update of the student is moved
-            to `decay fake + (1 - decay) student`: worth `-ln(decay)` over its learning rate in updates. It is drawn
-            off its optimum, so the student's distribution becomes too narrow: by 1.5 % of its spread for 0.97 with
-            K = 5, by 3.5 % with K = 2. None is off.
+            to `decay fake + (1 - decay) student`. It lags less, and is drawn off its optimum, so that the student's
+            distribution becomes too narrow: for 0.97 by about 1.5 % of its spread with K = 5. None is off.
         t_range: lowest and highest timestep at which the scores are compared.
         renoise_shift: s of `sigma = s u / (1 + (s - 1) u)`, by which the times of the scores and of the fake score's
             training are spread, for sigma as a share of `alpha + sigma`; none is as the solver's grid is.
@@ -186,11 +184,13 @@ class DMD2(Averaged):
             if self.anchor is not None:
                 self.anchor.check(schedule, sampler.timesteps[0])
             if self.regression_weight and sampler.eta and max(self.steps) > 1:
-                raise ValueError(
-                    f"regression_weight is {self.regression_weight}: expected 0 for several steps with fresh noise, "
-                    "whose samples do not follow from the noise of a pair alone; set eta to 0, or timesteps to one, "
-                    "such as [999]"
-                )
+                why = "whose samples do not follow from the noise of a pair alone"
+                got, todo = f"regression_weight is {self.regression_weight}", "set eta to 0, or timesteps to [999]"
+                raise ValueError(f"{got}: expected 0 for several steps with fresh noise, {why}; {todo}")
+
+    def check_data(self, data: Source) -> None:
+        if self.anchor is not None:
+            self.anchor.check_data(data, self.guidance_scale)
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         starts = student_starts(schedule, self.timesteps, self.num_inference_steps, steps)

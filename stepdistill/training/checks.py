@@ -18,8 +18,6 @@ from stepdistill.data.made import TeacherMade
 from stepdistill.families.controlled import Controlled
 from stepdistill.families.image_to_video import ImageToVideo
 from stepdistill.methods.base import Method
-from stepdistill.methods.disback import DisBack
-from stepdistill.methods.dmd2 import DMD2
 from stepdistill.networks.lora.names import OUTSIDE
 from stepdistill.networks.lora.tensors import FAMILIES
 from stepdistill.networks.roles import Copy, Ema, Lora
@@ -237,6 +235,12 @@ def check_held_out(run: Run) -> None:
         raise ConfigError(problem(got, "a run that is watched", why, todo))
 
 
+def check_stored(run: Run) -> None:
+    """Each part of the data is of the kind that the method trains on."""
+    for source in inside(run.data):
+        run.method.check_data(source)
+
+
 def check_unused(run: Run) -> None:
     """Warn of images and latents that the method does not train on."""
     unused = provided(run.data) & {"images", "latents", "trajectories"}
@@ -261,22 +265,6 @@ def check_guidance_range(data: Source, sampler: Sampler) -> None:
             raise ConfigError(problem(got, f"that of the method, {list(promised)}", why, todo))
 
 
-def check_anchor(run: Run) -> None:
-    """Stored trajectories are those that the anchor of distribution matching is trained on."""
-    method = run.method.matching if isinstance(run.method, DisBack) else run.method
-    if not isinstance(method, DMD2) or method.anchor is None or not method.anchor.stored:
-        return
-    anchor, w = method.anchor, method.anchor.scale(method.guidance_scale)
-    wanted = ((anchor.steps,), anchor.num_inference_steps, (w, w))
-    for data in inside(run.data):
-        if isinstance(data, Trajectories):
-            held = (data.kept_steps, data.num_inference_steps, data.guidance_range)
-            if held != wanted:
-                names = "kept_steps, num_inference_steps and guidance_range"
-                why, todo = "the anchor is one state of the teacher's path, at one guidance", "set them in data"
-                raise ConfigError(problem(f"data with {names} {held}", wanted, why, todo))
-
-
 def check_teacher(run: Run) -> None:
     """The teacher is a pipeline of the family."""
     run.family.check_files()
@@ -296,5 +284,5 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     ),
     *(check_reference_file, check_export_formats, check_loras, check_start_from, check_assistant, check_output_dir),
     *(check_data_folders, check_quantized_roles, check_roles, check_attention, check_guidance_scale, check_held_out),
-    *(check_control, check_unused, check_anchor),
+    *(check_control, check_unused, check_stored),
 )
