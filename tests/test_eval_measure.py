@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import t as student_t
 
-from stepdistill.evaluation.measure import Reference, Sampled, measured
-from stepdistill.evaluation.metrics.frechet import frechet, frechet_terms
+from stepdistill.evaluation.measure import Reference, Sampled, measured, without_interval
+from stepdistill.evaluation.metrics.frechet import feature_diversity, frechet, frechet_terms
 from stepdistill.evaluation.metrics.identity import FID_WEIGHTS, INCEPTION, Identity
 from stepdistill.evaluation.metrics.jackknife import difference_of_means, noise_floor
 from stepdistill.evaluation.metrics.kernel import cmmd, kid
@@ -120,8 +121,61 @@ def test_clip_scores_are_compared_at_equal_prompts():
 def test_diversity_is_within_prompts_and_over_the_teacher_s():
     made, index = rows(200, 0.0), torch.arange(200) % 50
     found = measured(made, against(features(200, 3), True), "fd", ("diversity",), index)
-    assert found[2]["metrics"]["diversity_vs_teacher"] == pytest.approx(1)
-    assert found[1]["metrics"]["diversity_vs_teacher"] == pytest.approx(0.9)
+    same, less = (found[i]["metrics"]["diversity_vs_teacher"] for i in (2, 1))
+    assert same["value"] == pytest.approx(1) and same["ci95"] == pytest.approx([1, 1])  # what is shared cancels
+    assert less["value"] == pytest.approx(0.9) and less["ci95"] == pytest.approx([0.9, 0.9])
+    assert "diversity_vs_teacher" not in found[0]["metrics"]
+
+
+@pytest.mark.parametrize("index", [torch.arange(123) % 41, torch.arange(123).flip(0) % 40])
+def test_the_interval_of_diversity_is_that_of_a_jackknife_by_hand(index):
+    """Everything made anew without each of 20 runs of images, of the student and of the teacher."""
+    teacher, student = (replace(row, features=features(123, k) + row.features) for k, row in enumerate(rows(123)[:2]))
+    found = measured([teacher, student], against(features(123, 3), True), "fd", ("diversity",), index)[1]["metrics"]
+    parts = [torch.arange(0), *torch.arange(123).tensor_split(20)]
+    kept = [torch.ones(123, dtype=torch.bool).index_fill(0, part, False) for part in parts]
+    full, *less = (
+        feature_diversity(student.features[k], index[k]) / feature_diversity(teacher.features[k], index[k])
+        for k in kept
+    )
+    h = [123 / len(part) for part in parts[1:]]
+    pseudo = [one * full - (one - 1) * value for one, value in zip(h, less, strict=True)]
+    centre = 20 * full - sum((1 - 1 / one) * value for one, value in zip(h, less, strict=True))
+    variance = sum((p - centre) ** 2 / (one - 1) for one, p in zip(h, pseudo, strict=True)) / 20
+    half = student_t.ppf(0.975, 19) * variance**0.5
+    told = found["diversity_vs_teacher"]
+    assert told["value"] == pytest.approx(full, rel=1e-9) and told["ci_method"] == "jackknife-20"
+    assert told["ci95"] == pytest.approx([full - half, full + half], rel=1e-4) and half > 0.001
+    assert found["diversity"] == pytest.approx(feature_diversity(student.features, index), rel=1e-9)
+
+
+def test_the_interval_of_diversity_covers_its_law():
+    """Teacher and student of unit normals and 0.8 of other ones: 0.8 is the quotient of what is expected."""
+    index, covered = torch.arange(120) % 12, 0
+    for seed in range(100):
+        x, y = (torch.randn(120, 6, generator=torch.Generator().manual_seed(seed + part)) for part in (0, 1000))
+        made = [Sampled(name=role, role=role, features=z) for role, z in (("teacher", x), ("student", 0.8 * y))]
+        low, high = measured(made, against(x + y, True), "fd", ("diversity",), index)[1]["metrics"][
+            "diversity_vs_teacher"
+        ]["ci95"]
+        covered += low <= 0.8 <= high
+    assert 0.89 <= covered / 100 <= 0.99
+
+
+def test_of_two_images_a_prompt_diversity_has_no_interval():
+    """A block has one of both, and the other alone has no distance."""
+    for n, prompts, fewest in ((200, 100, 1), (200, 67, 1), (60, 20, 2)):
+        index = torch.arange(n) % prompts
+        found = measured(rows(n), against(features(n, 3), True), "fd", ("diversity",), index)
+        told = found[1]["metrics"]["diversity_vs_teacher"]
+        expected = [feature_diversity(row.features, index) for row in rows(n)[:2]]
+        assert told["value"] == pytest.approx(expected[1] / expected[0])
+        words = without_interval(("diversity",), index)
+        assert (told["ci95"] is None) == bool(words) == (fewest < 2)
+        assert without_interval(("kid",), index) == without_interval(("diversity",), None) == []
+    assert without_interval(("diversity",), torch.arange(200) % 100) == [
+        "interval of diversity: without one of its 20 blocks a prompt keeps 1 image, and needs two"
+    ]
 
 
 def test_numbers_that_json_cannot_hold_are_null():

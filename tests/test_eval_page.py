@@ -20,6 +20,7 @@ from images import noise
 from PIL import Image, ImageDraw
 
 from stepdistill.core.errors import DataError
+from stepdistill.evaluation.compare import compare_evaluations
 from stepdistill.evaluation.report.chart import Point, against_clip, against_cost, front
 from stepdistill.evaluation.report.fields import FIELDS
 from stepdistill.evaluation.report.page import page
@@ -430,6 +431,38 @@ def test_cells_are_where_their_headings_are(one):
         "Speed-up": "12.5",
         "compares": "no",
     }
+
+
+def test_diversity_stands_beside_the_excess_with_its_interval(tmp_path):
+    """With one, without one, and as a bare number, which files had before it had an interval."""
+    found = facts()
+    told = ({"value": 0.912, "ci95": [0.893, 0.931]}, {"value": 0.8, "ci95": None}, 0.75)
+    for one, value in zip(found["rows"][1:], (*told, {"value": None, "ci95": [None, None]}), strict=True):
+        one["metrics"]["diversity_vs_teacher"] = value
+    path = folder(tmp_path / "e", found)
+    html = Structure(page([read_evaluation(path)], "t"))
+    table = html.tables[1]
+    assert table[1][:3] == ["fd", "Excess", "Diversity / teacher's"]
+    cells = [line[3] for line in table[2:]]
+    assert cells == ["–", "0.912[0.893, 0.931]", "0.800", "0.750", "–"]
+    assert "1 is the teacher's variety among images of one prompt" in html.text
+    assert "Its images of one prompt vary 0.912 [0.893, 0.931] times as much as the teacher's. Its speed" in html.text
+    compare_evaluations([path], tmp_path / "page.html", tmp_path / "rows.csv")
+    assert "0.912<small>[0.893, 0.931]</small>" in (tmp_path / "page.html").read_text()
+    with (tmp_path / "rows.csv").open(newline="") as stream:
+        back = list(csv.DictReader(stream))
+    names = [f"diversity_vs_teacher{end}" for end in ("", "_low", "_high")]
+    assert [[line[name] for name in names] for line in back] == [
+        ["", "", ""],
+        ["0.912", "0.893", "0.931"],
+        ["0.8", "", ""],
+        ["0.75", "", ""],
+        ["", "", ""],
+    ]
+
+
+def test_without_diversity_nothing_is_said_of_it(one):
+    assert "Diversity / teacher's" not in page([one], "t") and "images of one prompt" not in page([one], "t")
 
 
 @pytest.mark.parametrize(

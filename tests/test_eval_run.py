@@ -42,6 +42,7 @@ from stepdistill.evaluation.metrics.image_scores import clip_scores
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.plan import SamplingPlan, family_of, sampling_plans
 from stepdistill.evaluation.read import cropped
+from stepdistill.evaluation.results import summary_lines
 from stepdistill.evaluation.run import evaluate, extractor_of, score_images, write_statistics
 from stepdistill.evaluation.spec import SEED_A, SEED_B, EvalRun, EvalSpec
 from stepdistill.evaluation.store import Store
@@ -162,6 +163,11 @@ def test_one_command_makes_the_report(asked, capsys):
         assert stats["mu"].shape == stats["sigma"][0].shape
     printed = capsys.readouterr().out
     assert "near, 4 steps" in printed and "excess" in printed
+    told = found["rows"][3]["metrics"]["diversity_vs_teacher"]
+    value, low, high = (f"{one:.4g}" for one in (told["value"], *told["ci95"]))
+    (line,) = (line for line in printed.splitlines() if line.startswith("near, 4 steps"))
+    assert f"  diversity / teacher's {value} [{low}, {high}]  " in line and low < value < high
+    assert "left out" not in printed
     words = re.sub(r"data:image/png;base64,[^\"]*", "", (out / "report.html").read_text())
     assert "FID" not in printed + words
 
@@ -468,6 +474,13 @@ def test_a_metric_that_cannot_be_is_named(asked):
     other = replace(asked, metrics=("diversity",), num=40, students=(), prompts=few, output_dir=few.with_name("b"))
     found = evaluate(other)
     assert found["left_out"] == ["diversity: no prompt has two images"]
+    few.write_text("\n".join(f"prompt {i}" for i in range(20)))
+    found = evaluate(replace(other, output_dir=few.with_name("c"), students=asked.students[:1]))
+    (words,) = found["left_out"]
+    assert words.startswith("interval of diversity: ") and f"left out: {words}" in summary_lines(found)
+    told = found["rows"][-1]["metrics"]["diversity_vs_teacher"]
+    assert told["ci95"] is None
+    assert f"  diversity / teacher's {told['value']:.4g}  calls" in summary_lines(found)[-1]
 
 
 def test_guidance_is_swept_by_the_call_and_by_adapters(asked, teachers, tmp_path):

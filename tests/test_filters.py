@@ -249,11 +249,12 @@ def test_a_teacher_of_one_image_is_refused_and_a_student_of_one_is_no_good():
     assert good["comparable"] is True and good["metrics"]["prdc"]["precision"] > 0.5
     assert bad["comparable_reasons"] == ["too few", "all 60 images are alike"] and not bad["comparable"]
     assert bad["metrics"]["prdc"] == {"precision": None, "recall": 0, "density": None, "coverage": 0, "k": 5}
-    assert bad["metrics"]["vendi"] == 1 and bad["metrics"]["diversity_vs_teacher"] == 0
+    assert bad["metrics"]["vendi"] == 1 and bad["metrics"]["diversity_vs_teacher"]["value"] == 0
     assert bad["metrics"]["fd"]["value"] > 9 and bad["metrics"]["delta_vs_teacher"]["fd"]["value"] > 9
     alike = features(20, 8).repeat(3, 1)  # of each prompt one image
     _, row = measured([replace(rows[0], features=alike), rows[1]], reference(features(60)), "fd", metrics, index)
-    assert row["metrics"]["diversity_vs_teacher"] is None
+    told = row["metrics"]["diversity_vs_teacher"]
+    assert told["value"] is None and told["ci95"] == [None, None]
 
 
 def folder(place: Path, images: list[Image.Image]) -> Path:

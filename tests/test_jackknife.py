@@ -8,9 +8,9 @@ import pytest
 import torch
 from oracles.excess import excess
 from scipy.stats import t as student_t
-from tables.diversity import diversity_replicates
 from torch import Tensor
 
+from stepdistill.evaluation.metrics.diversity import diversity_replicates, fewest_outside
 from stepdistill.evaluation.metrics.frechet import (
     feature_diversity,
     frechet,
@@ -272,6 +272,10 @@ def test_diversity_without_each_block_is_made_anew():
     assert same.abs().max() == 0  # equal images
     shuffled = torch.randperm(7, generator=torch.Generator().manual_seed(0))[index]  # other numbers for the prompts
     torch.testing.assert_close(diversity_replicates(x, shuffled, 5), diversity_replicates(x, index, 5))
+    for blocks in (5, 20):
+        parts = torch.arange(61).tensor_split(blocks)
+        outside = [((index == p).sum() - (index[part] == p).sum()).item() for p in range(7) for part in parts]
+        assert fewest_outside(index, blocks) == min(outside)
     with pytest.raises(ValueError, match="1 samples of prompt 3 outside of block 1"):
         diversity_replicates(x, torch.tensor([3, *[0] * 59, 3]), 5)
 

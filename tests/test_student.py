@@ -483,6 +483,38 @@ def test_the_front_matter_is_what_the_hub_reads(written, tmp_path):
     assert "from_pretrained('owner/base', revision='v2')" in card.text
     assert "student = 'me/student'" in card.text
     assert "![" in card.text and "samples/grid.png" in card.text and "999, 759, 499, 259" in card.text
+    assert "Beside the teacher" not in card.text
+
+
+def measured_row(name: str, nfe: float, excess: list[float], **more: dict) -> dict:
+    delta = {"fd": {"value": excess[0], "ci95": excess[1:]}}
+    return {"name": name, "cost": {"nfe": nfe}, "metrics": {"delta_vs_teacher": delta} | more}
+
+
+def test_the_card_shows_diversity_beside_the_excess(written, tmp_path):
+    folder = copied(written, "sd", tmp_path)
+    row = measured_row("student, 4 steps", 4, [12.34, 10.0, 14.5])
+    teacher = {"name": "teacher, 25 steps", "cost": {"nfe": 50}, "metrics": {}}
+    found = {"features": {"id": "net@1", "key": "fd"}, "reference": {"n": 256}, "rows": [teacher, row]}
+
+    def shown() -> str:
+        (folder / "eval.json").write_text(json.dumps(found))
+        write_card(folder, read_contract(folder))
+        return (folder / "README.md").read_text()
+
+    text = shown()
+    assert "| | network evaluations | excess [95 %] |\n| --- | --- | --- |\n" in text
+    assert "| student, 4 steps | 4 | 12.3 [10.0, 14.5] |\n\nEach row is measured on 256 images" in text
+    assert "teacher, 25 steps |" not in text and "iversity" not in text and "`net@1`" in text
+    spreads = {"a": ({"value": 0.93, "ci95": [0.912, 0.95]}, "0.930 [0.912, 0.950]")}
+    spreads |= {"b": ({"value": 0.93, "ci95": None}, "0.930"), "c": ({"value": None, "ci95": [None, None]}, "–")}
+    more = {name: measured_row(name, 2, [1.0, 0.0, 2.0], diversity_vs_teacher=v) for name, (v, _) in spreads.items()}
+    found["rows"] = [teacher, *more.values()]
+    text = shown()
+    assert "| | network evaluations | excess [95 %] | diversity [95 %] |\n| --- | --- | --- | --- |\n" in text
+    for name, (_, cell) in spreads.items():
+        assert f"| {name} | 2 | 1.0 [0.0, 2.0] | {cell} |\n" in text
+    assert "1 is the teacher's variety.\n" in text and "for one.\n\n## Base model and licence\n" in text
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -35,7 +36,7 @@ from stepdistill.core.progress import progress
 from stepdistill.core.random import noise_of
 from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.data import made as chunks
-from stepdistill.evaluation.metrics.frechet import frechet
+from stepdistill.evaluation.metrics.frechet import feature_diversity, frechet
 from stepdistill.evaluation.metrics.identity import Identity
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.spec import SEED_B
@@ -406,7 +407,7 @@ def test_another_teacher_s_reference_is_refused_before_training(teacher, samples
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_measures_its_student_under_the_noises_of_the_floor(monkeypatch, teacher, samples, tmp_path):
+def test_a_run_measures_its_student_under_the_noises_of_the_floor(monkeypatch, teacher, samples, tmp_path, capsys):
     """Not those of the reference, beside which a student would look better than its teacher."""
     reference, floor, few, student = (
         torch.randn(80, 3, generator=torch.Generator().manual_seed(i)) + i for i in range(4)
@@ -437,6 +438,24 @@ def test_a_run_measures_its_student_under_the_noises_of_the_floor(monkeypatch, t
         assert row["metrics"]["fd"]["value"] == pytest.approx(expected, rel=1e-6)
         assert (row["cost"]["calls"], row["cost"]["nfe"], row["cost"]["seconds_per_image"]) == (50, 400 / n, 5.0 / n)
     assert [row["role"] for row in found["rows"]] == ["teacher", "teacher", "student"]
+    assert found["left_out"] == ["diversity: some prompt has a single image"]
+    for count, words in ((7, []), (35, ["interval of diversity"])):  # prompts, of which each has several seeds
+        again = replace(stored, prompts=[f"prompt {i % count}" for i in range(80)])
+        found = finish.measure(run, again, *pipes, calls, [calls["own"]])
+        index = torch.arange(70) % count
+        spread = [feature_diversity(own[:70], index) for own in (floor, student)]
+        told = found["rows"][2]["metrics"]["diversity_vs_teacher"]
+        assert told["value"] == pytest.approx(spread[1] / spread[0], rel=1e-6)
+        assert (told["ci95"] is None) == bool(words) and [text.split(":")[0] for text in found["left_out"]] == words
+        with monkeypatch.context() as patch:
+            patch.setattr(finish, "read_contract", Mock())
+            patch.setattr(finish, "snippet", Mock(return_value=""))
+            finish._print(tmp_path, found | {"proof": 0.0})
+        printed = capsys.readouterr().out
+        low, high = told["ci95"] or (None, None)
+        value = f"{told['value']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+        assert re.search(rf"own .*  excess .*  diversity / teacher's {re.escape(value)}\n", printed)
+        assert ("left out: interval of diversity" in printed) == bool(words)
 
 
 def test_samples_go_on_where_they_were_cut_and_are_shared_out(tmp_path):

@@ -120,7 +120,7 @@ def judged(student_features: Tensor, cost: Cost, ref: StoredFeatures) -> dict[st
         "excess": metrics["delta_vs_teacher"][key]["value"],
         "ci95": metrics["delta_vs_teacher"][key]["ci95"],
         "paired": metrics["paired"]["features"],
-        "diversity": metrics["diversity_vs_teacher"],
+        "diversity": metrics["diversity_vs_teacher"]["value"],
         "calls": cost.calls / cost.batches,
         "nfe": cost.rows / n,
         "seconds_per_image": cost.seconds / n,

@@ -14,6 +14,7 @@ from torch import Tensor
 from stepdistill.config.dump import config_digest
 from stepdistill.config.load import load_config
 from stepdistill.core.cost import Cost
+from stepdistill.evaluation.metrics.diversity import diversity_replicates
 from stepdistill.evaluation.metrics.jackknife import block_sizes, interval
 from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.students.draw.base_first import base_first
@@ -21,7 +22,6 @@ from stepdistill.students.draw.call import student_call
 from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, drawn, judged, places, reference, spans
-from tables.diversity import diversity_replicates
 from tables.recipes import recipes, trained
 
 TABLES = {"tiny-sd": {"dmd2": "distribution", "disback": "distribution", "tscd": "consistency", "lcm": "consistency"}}

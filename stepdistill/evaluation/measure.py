@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.errors import EvaluationError, problem
+from stepdistill.evaluation.metrics.diversity import diversity_replicates, fewest_outside
 from stepdistill.evaluation.metrics.frechet import feature_diversity, paired
 from stepdistill.evaluation.metrics.jackknife import (
     Interval,
@@ -123,6 +124,7 @@ def measured(
     distances = _distances([row.features for row in rows], ref)
     first = next((i for i, row in enumerate(rows) if row.role == "teacher"), None)
     moved = _of_motion(rows, reference, first, motions)
+    varied = _within_prompts(rows, first, metrics, prompt_index)
     if not reference.paired:
         floor = noise_floor(reference.stats, len(rows[0].features))
     else:  # what the teacher has by chance
@@ -141,9 +143,9 @@ def measured(
             "cov_term": distance.value - shift,
             "noise_floor": floor,
         }
-        figures = {key: value} | _of_features(row, reference, metrics, prompt_index) | _of_scores(row)
+        figures = {key: value} | _of_features(row, reference, metrics) | varied[i] | _of_scores(row)
         if first is not None and i != first:
-            figures |= _beside(row, rows[first], metrics, prompt_index)
+            figures |= _beside(row, rows[first], metrics)
             excess = interval(distances[i] - distances[first], sizes)
             figures["delta_vs_teacher"] = {key: interval_facts(excess)} | moved[i].pop("delta_vs_teacher")
             for score in MEANS.keys() & row.scores.keys():
@@ -207,9 +209,36 @@ def _of_motion(
     return figures
 
 
-def _of_features(
-    row: Sampled, reference: Reference, metrics: Collection[str], prompt_index: Tensor | None
-) -> dict[str, Any]:
+def _within_prompts(
+    rows: Sequence[Sampled], first: int | None, metrics: Collection[str], prompt_index: Tensor | None
+) -> list[dict[str, Any]]:
+    """How much the images of one prompt vary, and that over the teacher's, with an interval where there is one."""
+    if prompt_index is None or "diversity" not in metrics:
+        return [{} for _ in rows]
+    sizes = block_sizes(len(prompt_index), BLOCKS)
+    if sure := not without_interval(metrics, prompt_index):
+        table = torch.stack([diversity_replicates(row.features, prompt_index, BLOCKS) for row in rows])
+    else:
+        table = torch.tensor([[feature_diversity(row.features, prompt_index)] for row in rows], dtype=torch.float64)
+    figures: list[dict[str, Any]] = [{"diversity": row[0].item()} for row in table]
+    for i, known in enumerate(figures):
+        if first is not None and i != first:
+            ratio = table[i] / table[first]
+            facts = interval_facts(interval(ratio, sizes)) if sure else {"value": ratio[0].item(), "ci95": None}
+            known["diversity_vs_teacher"] = facts
+    return figures
+
+
+def without_interval(metrics: Collection[str], prompt_index: Tensor | None) -> list[str]:
+    """Why `diversity_vs_teacher` has no interval, in words; empty where it has one, or is not measured."""
+    if prompt_index is None or "diversity" not in metrics:
+        return []
+    fewest = fewest_outside(prompt_index, BLOCKS)
+    kept = f"without one of its {BLOCKS} blocks a prompt keeps {fewest} image{'s' * (fewest != 1)}, and needs two"
+    return [] if fewest >= 2 else [f"interval of diversity: {kept}"]
+
+
+def _of_features(row: Sampled, reference: Reference, metrics: Collection[str]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if reference.features is not None and "kid" in metrics:
         size = min(SUBSET, len(row.features) // 2, len(reference.features) // 2)
@@ -221,8 +250,6 @@ def _of_features(
         figures["cmmd"] = cmmd(row.features, reference.features)
     if "vendi" in metrics:
         figures["vendi"] = 1.0 if all_alike(row.features) else vendi(row.features)  # black pixels have no direction
-    if prompt_index is not None and "diversity" in metrics:
-        figures["diversity"] = feature_diversity(row.features, prompt_index)
     return figures
 
 
@@ -235,16 +262,12 @@ def _of_scores(row: Sampled) -> dict[str, Any]:
     return figures
 
 
-def _beside(row: Sampled, teacher: Sampled, metrics: Collection[str], prompt_index: Tensor | None) -> dict[str, Any]:
-    """What compares each image, or each prompt's images, with the teacher's."""
+def _beside(row: Sampled, teacher: Sampled, metrics: Collection[str]) -> dict[str, Any]:
+    """What compares each image with the teacher's."""
     pairs = {name: row.scores[name].mean().item() for name in ("psnr", "ssim", "lpips") if name in row.scores}
     if "paired" in metrics:
         pairs["features"] = paired(row.features, teacher.features)
-    figures: dict[str, Any] = {"paired": pairs} if pairs else {}
-    if prompt_index is not None and "diversity" in metrics:
-        spread = feature_diversity(row.features, prompt_index), feature_diversity(teacher.features, prompt_index)
-        figures["diversity_vs_teacher"] = spread[0] / spread[1] if spread[1] else math.nan
-    return figures
+    return {"paired": pairs} if pairs else {}
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401

@@ -206,8 +206,9 @@ def summary_lines(contents: Mapping[str, Any]) -> list[str]:
                 parts.append(f"{name} {_brief(metrics[name])}")
             if name in metrics.get("delta_vs_teacher", {}):
                 parts.append(f"excess {_brief(metrics['delta_vs_teacher'][name])}")
-        if metrics.get("motion_ratio", {}).get("value") is not None:
-            parts.append(f"motion ratio {_brief(metrics['motion_ratio'])}")
+        for label, name in (("motion ratio", "motion_ratio"), ("diversity / teacher's", "diversity_vs_teacher")):
+            if metrics.get(name, {}).get("value") is not None:
+                parts.append(f"{label} {_brief(metrics[name])}")
         for label, name in (("clip", "clip_score"), ("log p", "log_likelihood")):
             if name in metrics:
                 parts.append(f"{label} {_brief(metrics[name])}")
@@ -219,5 +220,5 @@ def summary_lines(contents: Mapping[str, Any]) -> list[str]:
 
 
 def _brief(value: Mapping[str, Any]) -> str:
-    low, high = value["ci95"]
-    return f"{value['value']:.4g} [{low:.4g}, {high:.4g}]"
+    low, high = value["ci95"] or (None, None)
+    return f"{value['value']:.4g}" + ("" if None in (low, high) else f" [{low:.4g}, {high:.4g}]")

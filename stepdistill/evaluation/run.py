@@ -23,7 +23,7 @@ from stepdistill.evaluation.draw import RowDrawer
 from stepdistill.evaluation.first_frames import first_frame_files
 from stepdistill.evaluation.images import Images
 from stepdistill.evaluation.inputs import FACTS, TEACHER, check_draws, check_npz, check_score, enough, prompts_of_images
-from stepdistill.evaluation.measure import Reference, Sampled, check_images_differ, measured
+from stepdistill.evaluation.measure import Reference, Sampled, check_images_differ, measured, without_interval
 from stepdistill.evaluation.metrics.extractors import extractor_named
 from stepdistill.evaluation.metrics.features import Extractor
 from stepdistill.evaluation.metrics.identity import Identity
@@ -114,7 +114,7 @@ def evaluate_rows(
         prompts={"source": str(spec.prompts or "bundled"), "n": len(records), "sha256": prompts_digest(each)},
         eval_res=spec.side,
         grids=write_sheets(spec, others, each),
-        left_out=[*left_out, *without, *undrawn],
+        left_out=[*left_out, *without_interval(metrics, index), *without, *undrawn],
     )
     named = {plan.name: store for plan, store in others.items()}
     write_samples(named, each, spec.seed, spec.output_dir / "per_sample.jsonl")

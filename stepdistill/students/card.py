@@ -15,6 +15,7 @@ from stepdistill.networks.lora.names import PIPELINES
 from stepdistill.networks.lora.tensors import FAMILIES
 from stepdistill.students.contract import STUDENTS, Contract, MultiContract, read_contract, teacher
 from stepdistill.students.extracted import Extracted
+from stepdistill.students.measured import measured_section
 from stepdistill.students.sizes import size_rows
 from stepdistill.students.snippets import multi_snippet, snippet
 
@@ -89,7 +90,7 @@ largest difference is {{ "%.1e" | format(difference) }}, relative to the teacher
 {% else %}
 **This folder has not been compared with the {{ kind }} student.**
 {% endif %}
-{{ terms }}
+{{ figures }}{{ terms }}
 
 ## {{ "Extraction" if extracted else "Training" }}
 
@@ -144,7 +145,7 @@ its licence applies to them, too. Check it before you use or share them.
 
 
 def write_card(folder: Path, contract: Contract, address: str | None = None) -> None:
-    """Write `README.md` into a student folder. It shows `samples/grid.png` if the folder has one.
+    """Write `README.md` into a student folder. It shows `samples/grid.png` and `eval.json` if the folder has them.
 
     Args:
         address: where the code loads the student from, such as a hub id; None is the folder itself.
@@ -173,6 +174,7 @@ def write_card(folder: Path, contract: Contract, address: str | None = None) -> 
         tunable=drawn,
         rows=_rows(contract),
         difference=contract.proof.difference if contract.proof else None,
+        figures=measured_section(folder),
         recipe=safe_dump(contract.method, sort_keys=False).strip(),
     )
     card.save(folder / "README.md")

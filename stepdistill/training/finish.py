@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
@@ -19,7 +21,7 @@ from stepdistill.core.random import VALIDATION
 from stepdistill.data import Partition, inside
 from stepdistill.data.bundled import bundled
 from stepdistill.data.routing import ROUTER, Routing
-from stepdistill.evaluation.measure import Reference, Sampled, measured
+from stepdistill.evaluation.measure import Reference, Sampled, measured, without_interval
 from stepdistill.evaluation.metrics.features import efficientnet_lite0
 from stepdistill.evaluation.metrics.stats import Stats
 from stepdistill.evaluation.protocol import PROTOCOLS
@@ -34,6 +36,7 @@ from stepdistill.students.contract import read_contract
 from stepdistill.students.draw.call import PipelineCall, generate, student_calls, teacher_call
 from stepdistill.students.draw.sheet import image_grid
 from stepdistill.students.load import load_student
+from stepdistill.students.measured import with_interval
 from stepdistill.students.snippets import snippet
 from stepdistill.students.verify import export_formats, remove_formats
 from stepdistill.students.write import write_student
@@ -52,6 +55,7 @@ def finish_run(session: Session) -> None:
     )
     run, out = session.run, Path(session.run.train.output_dir)
     spec = run.train
+    (out / "eval.json").unlink(missing_ok=True)  # of this run before it went on: the card would show it
     difference = write_student(
         out,
         family=run.family,
@@ -116,6 +120,7 @@ def _show(session: Session, out: Path) -> dict[str, Any]:
     reference = load_reference(run, session.base.hashes["float32"])
     document = measure(run, reference, teacher, plain, {"full": full, "few": few}, rows)
     (out / "eval.json").write_text(json.dumps(document, indent=1) + "\n")
+    write_card(out, read_contract(out))  # again, now that there are figures
     return document
 
 
@@ -155,8 +160,8 @@ def measure(
     taught: Mapping[str, PipelineCall],
     rows_of_student: list[PipelineCall],
 ) -> dict[str, Any]:
-    """The contents of `eval.json`: distance, excess over the teacher's full steps with its interval, and cost, at
-    `eval_samples` images.
+    """The contents of `eval.json`: distance, excess over the teacher's full steps and diversity over it, with their
+    intervals, and cost, at `eval_samples` images.
 
     The teacher's full rows come from the stored reference; the few-step rows are drawn here.
     """
@@ -174,7 +179,9 @@ def measure(
     facts = {"kind": "teacher", "path": file.name, "sha256": file_digest(file), "n": n}
     compared = Reference(stats=Stats.of(ref), features=ref, paired=True, facts=facts)
     protocol, reasons = protocol_facts(PROTOCOLS["none"], extractor.identity, n, None, facts)
-    scores = measured([replace(row, reasons=reasons) for row in rows], compared, extractor.identity.key)
+    index = torch.tensor([prompts.index(prompt) for prompt in prompts])
+    metrics = ("diversity",) if min(Counter(prompts).values()) > 1 else ()
+    scores = measured([replace(row, reasons=reasons) for row in rows], compared, extractor.identity.key, metrics, index)
     scale, hashed = run.teacher_guidance_scale, stored.facts["teacher_sha256"]
     return document(
         extractor.identity,
@@ -185,6 +192,7 @@ def measure(
         eval_res=None,
         teacher={"id": run.family.pretrained_teacher_model, "steps": steps, "guidance": scale, "sha256": hashed},
         prompts={"source": file.name, "n": len(set(prompts)), "sha256": prompts_digest(prompts)},
+        left_out=without_interval(metrics, index) if metrics else ["diversity: some prompt has a single image"],
     )
 
 
@@ -197,14 +205,17 @@ def _print(out: Path, summary: Mapping[str, Any]) -> None:
     contract = read_contract(out)
     print(f"\nStudent: {out}   (plain Diffusers differs from it by {summary['proof']:.1e})")
     for row in summary.get("rows", []):
-        cost, excess = row["cost"], ""
-        if "delta_vs_teacher" in row["metrics"]:
-            delta = row["metrics"]["delta_vs_teacher"][summary["features"]["key"]]
-            excess = f"  excess {delta['value']:7.1f} [{delta['ci95'][0]:.1f}, {delta['ci95'][1]:.1f}]"
+        cost, metrics, beside = row["cost"], row["metrics"], ""
+        if "delta_vs_teacher" in metrics:
+            beside += f"  excess {with_interval(metrics['delta_vs_teacher'][summary['features']['key']], 1):<22}"
+        if "diversity_vs_teacher" in metrics:
+            beside += f"  diversity / teacher's {with_interval(metrics['diversity_vs_teacher'], 3)}"
         print(
             f"  {row['name']:<20} calls {cost['calls']:4.0f}  nfe {cost['nfe']:5.0f}  "
-            f"{1000 * cost['seconds_per_image']:7.2f} ms an image{excess}"
+            f"{1000 * cost['seconds_per_image']:7.2f} ms an image{beside}".rstrip()
         )
+    for text in summary.get("left_out", []):
+        print(f"  left out: {text}")
     for key, scores in reward_scores(read_metrics(out / "metrics.jsonl")).items():
         print(f"  {reward_sentence(key, scores)}, on the validation prompts")
     print("\nSample with it:\n\n" + snippet(contract, out.resolve()))

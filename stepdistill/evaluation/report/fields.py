@@ -28,6 +28,7 @@ MEASURED = {
     **_interval("distance", "metrics.{key}"),
     **{name: f"metrics.{{key}}.{name}" for name in ("bias_corrected", "mean_term", "cov_term", "noise_floor")},
     **_interval("excess", "metrics.delta_vs_teacher.{key}"),
+    **_interval("diversity_vs_teacher", "metrics.diversity_vs_teacher"),
     **_interval("motion", "metrics.fd_motion"),
     **_interval("motion_excess", "metrics.delta_vs_teacher.fd_motion"),
     **_interval("by_motion_excess", "metrics.delta_vs_teacher.fd_by_motion"),
@@ -39,7 +40,7 @@ MEASURED = {
     "kid": "metrics.kid.value",
     "kid_std": "metrics.kid.std",
     **{name: f"metrics.prdc.{name}" for name in ("precision", "recall", "density", "coverage")},
-    **{name: f"metrics.{name}" for name in ("cmmd", "vendi", "diversity", "diversity_vs_teacher")},
+    **{name: f"metrics.{name}" for name in ("cmmd", "vendi", "diversity")},
     "clip_score": "metrics.clip_score.value",
     "clip_stderr": "metrics.clip_score.stderr",
     "clip_model": "metrics.clip_score.model",
@@ -62,6 +63,7 @@ CSV_MARK = ",".join(FIELDS[:6]).encode()  # by which a file of `write_csv` is kn
 DISTANCE = {
     "{title}": "distance",
     "Excess": "excess",
+    "Diversity / teacher's": "diversity_vs_teacher",
     "fd of motion": "motion",
     "Excess of motion": "motion_excess",
     "Excess by motion": "by_motion_excess",
@@ -87,7 +89,6 @@ FEATURES = {
     "CMMD": "cmmd",
     "Vendi": "vendi",
     "Diversity": "diversity",
-    "Diversity / teacher's": "diversity_vs_teacher",
     "Paired distance": "paired_features",
 }
 PIXELS = {"PSNR (dB)": "psnr", "SSIM": "ssim", "LPIPS": "lpips"}
@@ -101,6 +102,6 @@ RUN = {
     "Peak memory (MiB)": "peak_mem_mib",
 }
 INTERVALS = ("distance", "excess", "motion", "motion_excess", "by_motion_excess", "motion_ratio", "clip_delta")
-INTERVALS += ("log_likelihood", "log_likelihood_delta")
+INTERVALS += ("diversity_vs_teacher", "log_likelihood", "log_likelihood_delta")
 SPREAD = {"kid": ["kid_std"], "clip_score": ["clip_stderr"]}  # what is ± a value; others have an interval, or nothing
 SPREAD |= {name: [f"{name}_low", f"{name}_high"] for name in INTERVALS}

@@ -131,6 +131,8 @@ def _at(value: Any, path: str) -> Any:  # noqa: ANN401
                 value = value.get(step)
             case [low, high]:  # the ends of an interval
                 value = (low, high)[int(step)]
+            case float() if step == "value":  # of a file from before that value had an interval
+                pass
             case _:
                 return None
     return value

@@ -17,6 +17,9 @@ READING = {
     "excess": "Excess is the distance of a row minus the distance of the teacher with the same prompts and seeds. Its "
     "interval is a 20-block jackknife of the difference, in which errors that both share cancel: compare excess rather "
     "than distances.",
+    "diversity_vs_teacher": "Diversity / teacher's is the mean distance between features of images of one prompt, over "
+    "the teacher's. 1 is the teacher's variety among images of one prompt. Below it they are more alike. Without "
+    "brackets some prompt has too few images for an interval.",
     "distance_low": "Brackets are 95 % intervals.",
     "motion": "The fd of motion is on the differences of adjacent frames, averaged over a clip; that of frames is on "
     "one frame a clip, and cannot see a clip that is frozen, slow or shuffled.",
@@ -58,7 +61,7 @@ def summary(key: ComparisonKey, rows: Iterable[Row]) -> str:
     text = f"{among} (N {key.n}, features {key.features_id}): {best['name']}, {_with_interval(best, 'distance')}"
     if best["nfe"] is not None:
         text += f" in {best['nfe']:g} network evaluation{'s' * (best['nfe'] != 1)} per image"
-    parts = [text, *([_excess(best), _speed(best)] if students else [])]
+    parts = [text, *([_excess(best), _variety(best), _speed(best)] if students else [])]
     if best["comparable"] is False:
         parts.append("It is not comparable with published values; see the notes")
     return ". ".join(filter(None, parts)) + "."
@@ -140,6 +143,12 @@ def _excess(row: Row) -> str:
     if low > 0:
         return f"Its excess over the teacher is {value}: it is farther from the reference than the teacher"
     return f"Its excess over the teacher is {value}: it is closer to the reference than the teacher"
+
+
+def _variety(row: Row) -> str:
+    if row["diversity_vs_teacher"] is None:
+        return ""
+    return f"Its images of one prompt vary {_with_interval(row, 'diversity_vs_teacher')} times as much as the teacher's"
 
 
 def _speed(row: Row) -> str:
