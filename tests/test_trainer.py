@@ -47,7 +47,7 @@ from stepdistill.methods.regression import Regression
 from stepdistill.networks import lora_layers
 from stepdistill.networks.roles import Lora, RoleLora
 from stepdistill.students.draw.call import PipelineCall
-from stepdistill.training import checkpoint, finish
+from stepdistill.training import checkpoint, checks, finish
 from stepdistill.training import loop as trainer
 from stepdistill.training.checks import check_run
 from stepdistill.training.distill import distill, dry_run
@@ -456,6 +456,22 @@ def test_a_run_measures_its_student_under_the_noises_of_the_floor(monkeypatch, t
         value = f"{told['value']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
         assert re.search(rf"own .*  excess .*  diversity / teacher's {re.escape(value)}\n", printed)
         assert ("left out: interval of diversity" in printed) == bool(words)
+
+
+def test_the_card_shows_what_the_end_of_the_run_measured(monkeypatch, teacher, samples, whole, tmp_path):
+    """And not what was measured before the run went on."""
+    reference, floor = (torch.rand(40, 1280, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    stored = StoredFeatures({"reference": reference, "floor": floor}, ["rose", "octopus"] * 20, {"teacher_sha256": "0"})
+    stored.save(tmp_path / "reference.safetensors")
+    for module in (finish, checks):
+        monkeypatch.setattr(module, "load_reference", lambda *_: stored)
+    out = shutil.copytree(whole, tmp_path / "out")
+    (out / "eval.json").write_text("{}")
+    given = {"eval_reference": str(tmp_path / "reference.safetensors"), "eval_samples": 40, "teacher_steps": 2}
+    distill(make(teacher, samples, out, resume_from_checkpoint="latest", **given))
+    row = json.loads((out / "eval.json").read_text())["rows"][-1]
+    low, high = row["metrics"]["diversity_vs_teacher"]["ci95"]
+    assert low < high and f" [{low:.3f}, {high:.3f}] |\n" in (out / "README.md").read_text()
 
 
 def test_samples_go_on_where_they_were_cut_and_are_shared_out(tmp_path):

@@ -28,7 +28,9 @@ def measured_section(folder: Path) -> str:
     for row in rows:
         excess = with_interval(row["metrics"]["delta_vs_teacher"][found["features"]["key"]], 1)
         cells = [row["name"], f"{row['cost']['nfe']:.0f}", excess]
-        lines.append(_line(cells + [with_interval(row["metrics"]["diversity_vs_teacher"], 3)] * various))
+        if various:
+            cells.append(with_interval(row["metrics"]["diversity_vs_teacher"], 3))
+        lines.append(_line(cells))
     note = NOTE.format(n=found["reference"]["n"], features=found["features"]["id"])
     return "\n".join([*lines, "", note, *[VARIETY] * various, "", ""])
 
