@@ -491,7 +491,7 @@ def measured_row(name: str, nfe: float, excess: list[float], **more: dict) -> di
     return {"name": name, "cost": {"nfe": nfe}, "metrics": {"delta_vs_teacher": delta} | more}
 
 
-def test_the_card_shows_diversity_beside_the_excess(written, tmp_path):
+def test_the_card_shows_what_was_measured(written, tmp_path):
     folder = copied(written, "sd", tmp_path)
     row = measured_row("student, 4 steps", 4, [12.34, 10.0, 14.5])
     teacher = {"name": "teacher, 25 steps", "cost": {"nfe": 50}, "metrics": {}}
