@@ -94,7 +94,7 @@ BAD = [
     (["train.mixed_precision=fp16"], "mixed precision fp16, expected bf16 or no"),
     (["lora.init_from=owner/name"], "lora.init_from=owner/name, expected none"),
     (["lora.target_modules=[to_q]"], "lora.target_modules with to_q"),
-    (["lora.roles.fake.rank=3"], "lora.roles.fake with DistilledDecoding, expected a role that is a LoRA: .'student'."),
+    (["lora.roles.fake.rank=3"], "lora.roles.fake with DistilledDecoding, expected .* of its own: .'student'."),
     (["train.optimizers.x.type=torch.optim.SGD"], "expected a role that is trained: .'student', 'heads'."),
     (["teacher.pretrained_teacher_model=nowhere"], "'nowhere', which does not exist, expected the folder of a Janus"),
     (["teacher.pretrained_teacher_model=/"], "which holds no model"),
