@@ -266,7 +266,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bone = backbone("z_image", pipe)
     bone.add("student", Lora())
     awake(bone, "student")
-    method = DMD2(timesteps=(1000, 937.5, 833.25, 600), ema_decay=None)
+    method = DMD2(timesteps=(1000, 937.5, 833.25, 600), eta=1, ema_decay=None)
     options: dict[str, Any] = {"role": "student", "method": method, "resolution": (32, 48)}
     assert write_student(folder, family=family, pipe=pipe, backbone=bone, **options) < 1e-5
     return folder
