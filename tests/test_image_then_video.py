@@ -51,7 +51,7 @@ def written(name: str, family: Family, size: tuple[int, int], gain: float, steps
     bone = Backbone(net, LoraSpec(rank=4, alpha=2), family.lora_targets(net))
     bone.add("student", Lora())
     tiny.awake(bone, "student", gain)
-    flow = DMD2(num_inference_steps=steps) if isinstance(family, Wan | WanImageToVideo) else None
+    flow = DMD2(num_inference_steps=steps, eta=1) if isinstance(family, Wan | WanImageToVideo) else None
     method = flow or Regression(num_inference_steps=steps, ema_decay=None)
     options: Any = {"family": family, "pipe": pipe, "backbone": bone, "role": "student", "method": method}
     write_student(folder, **options, resolution=size)

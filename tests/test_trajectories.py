@@ -273,9 +273,11 @@ def test_odd_settings_and_files_are_refused(tmp_path, whole):
         ({"guidance_range": (8.0, 1.0)}, "low <= high"),
         ({"guidance_hole": (0.5, 2.0)}, "the hole strictly inside"),
         ({"kept_steps": 5}, "kept_steps 5 of num_inference_steps 4"),
-        ({"kept_steps": (2, 1)}, "ascending steps, 0 to 3"),
-        ({"kept_steps": (4,)}, "ascending steps, 0 to 3"),
-        ({"kept_steps": ()}, "ascending steps, 0 to 3"),
+        ({"kept_steps": 0}, "kept_steps 0 of num_inference_steps 4"),
+        ({"kept_steps": (2, 1)}, "ascending numbers of steps, 1 to 3"),
+        ({"kept_steps": (0, 1)}, "ascending numbers of steps, 1 to 3"),
+        ({"kept_steps": (4,)}, "ascending numbers of steps, 1 to 3"),
+        ({"kept_steps": ()}, "ascending numbers of steps, 1 to 3"),
         ({"proportion_empty_prompts": 0.1}, "set it on data.source"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stepdistill.config.kinds import Amount, Count, Seed, Whole
+from stepdistill.config.kinds import Amount, Count, Seed
 from stepdistill.core.errors import ConfigError, DataError, problem
 from stepdistill.core.random import noise_of, sample_rng
 from stepdistill.data.base import GuidedState, Sample
@@ -33,8 +33,8 @@ class Trajectories(TeacherMade):
             refused where they are not. A generation that was cut goes on where it was; more may be added by `count`.
         count: number of trajectories.
         num_inference_steps: N, deterministic solver steps of a trajectory (DDIM; Euler for a flow).
-        kept_steps: states kept of each: a number of random ones, 1 to N; or a list of the steps that start there, 0
-            (noise) to N - 1, after the last of which the teacher is not called.
+        kept_steps: states kept of each: a number of random ones, 1 to N; or a list of numbers of steps, 1 to N - 1,
+            after which they are kept. Beyond the last one the teacher is not called.
         guidance_range: w of `uncond + w (cond - uncond)` is uniform between these two, ...
         guidance_hole: ... but never in here: scales to test on. None leaves nothing out.
         seed: of noises, scales, and which steps are kept.
@@ -46,7 +46,7 @@ class Trajectories(TeacherMade):
     stored: ClassVar[str] = "trajectories.json"
     count: SampleCount = 512
     num_inference_steps: Count = 50
-    kept_steps: int | tuple[Whole, ...] = 10
+    kept_steps: int | tuple[Count, ...] = 10
     guidance_range: tuple[Amount, Amount] = (1.0, 12.0)
     guidance_hole: tuple[float, float] | None = None
     seed: Seed = 0
@@ -58,8 +58,8 @@ class Trajectories(TeacherMade):
             why = "scales are drawn between the range's ends, and outside of the hole"
             raise ConfigError(problem(got, "low <= high, and the hole strictly inside", why, "correct the numbers"))
         kept, last = self.kept_steps, self.num_inference_steps - 1
-        if isinstance(kept, tuple) and (not kept or list(kept) != sorted(set(kept)) or kept[-1] > last):
-            got, expected = f"kept_steps {list(kept)}", f"ascending steps, 0 to {last}"
+        if isinstance(kept, tuple) and (not kept or list(kept) != sorted(set(kept)) or kept[-1] > last or kept[0] < 1):
+            got, expected = f"kept_steps {list(kept)}", f"ascending numbers of steps, 1 to {last}"
             raise ConfigError(problem(got, expected, "they are steps of the teacher's solver", "correct the list"))
         if not 1 <= self.states <= self.num_inference_steps or self.count < 1:
             got = f"count {self.count}, kept_steps {self.kept_steps} of num_inference_steps {self.num_inference_steps}"
