@@ -473,6 +473,15 @@ def test_the_image_s_norm_is_that_with_the_prompt_and_a_token_s_that_of_one_toke
     close(ImageNorm()(one[1], one[2], 3.0, torch.zeros(1)), TokenNorm(1)(one[1], one[2], 3.0, torch.zeros(1)), 1e-9)
 
 
+def test_a_token_of_a_video_is_in_one_frame():
+    """An odd number of frames, which patches of frames would not divide, and of another size than the rest."""
+    uncond, cond = (torch.randn(2, 3, 5, 4, 6, dtype=torch.float64) for _ in range(2))
+    found = TokenNorm(2)(uncond, cond, 3.0, torch.zeros(2))
+    for frame in range(5):
+        alone = TokenNorm(2)(uncond[:, :, frame], cond[:, :, frame], 3.0, torch.zeros(2))
+        close(found[:, :, frame], alone, 1e-12)
+
+
 @pytest.mark.parametrize(("name", "side"), [("sd", 1), ("sd3", 2), ("flux", 2)])
 def test_a_method_s_norm_takes_the_place_of_the_pipeline_s_rule(name, side):
     family = tiny.FAMILIES[name]

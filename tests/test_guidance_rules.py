@@ -321,7 +321,7 @@ def lengths_of() -> None:
 
 BUGS = {
     "a norm of one channel": Bug(TokenNorm._norm, "y.square().sum(1)", "y.square()[:, 0]", tokens),
-    "a norm of rows": Bug(TokenNorm._norm, "(2, 4), keepdim", "(2,), keepdim", tokens),
+    "a norm of rows": Bug(TokenNorm._norm, "(-3, -1), keepdim", "(-3,), keepdim", tokens),
     "no norm": Bug(TokenNorm.__call__, "self._norm(cond) / self._norm(y)", "1", tokens),
     "a cap that scales up": Bug(Capped.__call__, "norm > most", "norm > 0", caps),
     "a cap where there is no guidance": Bug(Capped.__call__, "scale == 1, cond,", "scale == 1, capped,", caps),

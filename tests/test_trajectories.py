@@ -110,6 +110,7 @@ def test_listed_steps_are_kept_with_the_noise_that_an_anchor_starts_from(place, 
     whole_call = type(session.run.family).call
     monkeypatch.setattr(type(session.run.family), "call", lambda *given: calls.append(1) or whole_call(*given))
     make_data(session)
+    make_data(session)  # what lies there is used
     assert len(calls) == 3 and len(data) == 2 and data.name(1).startswith("state 0 of trajectory 1")
     context = session.context(0)
     for i in range(2):

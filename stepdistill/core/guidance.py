@@ -83,10 +83,10 @@ class TokenNorm:
         return y * (self._norm(cond) / self._norm(y))
 
     def _norm(self, y: Tensor) -> Tensor:
-        """(B, 1, H, W): at each place that of its token."""
-        power = y.square().sum(1).unflatten(2, (-1, self.patch)).unflatten(1, (-1, self.patch))
-        norm = power.sum((2, 4), keepdim=True).sqrt().expand_as(power)
-        return norm.flatten(3, 4).flatten(1, 2)[:, None]
+        """(B, 1, H, W), or (B, 1, F, H, W) of a video: at each place that of its token, which is in one frame."""
+        power = y.square().sum(1).unflatten(-1, (-1, self.patch)).unflatten(-3, (-1, self.patch))
+        norm = power.sum((-3, -1), keepdim=True).sqrt().expand_as(power)
+        return norm.flatten(-2).flatten(-3, -2)[:, None]
 
 
 @dataclass(frozen=True)
