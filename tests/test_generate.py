@@ -23,7 +23,9 @@ from stepdistill.data import Prompts, TeacherSamples
 from stepdistill.families.prompt_limits import lost, warn_of_cut
 from stepdistill.methods.boot import Boot
 from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.regression import Regression
+from stepdistill.methods.rollout import Lengths
 from stepdistill.networks.pipeline_loras import fuse_loras
 from stepdistill.networks.roles import Lora, LoraSpec
 from stepdistill.students.contract import CONTRACT, WEIGHTS
@@ -184,6 +186,18 @@ def test_other_steps_times_and_guidance_are_those_asked_for_and_warned_of(folder
     assert visited(drawer, DrawOptions()) == own  # nothing stays of what was asked before
     flow = StudentPipeline.load(folders["sd3"])
     assert visited(flow, DrawOptions(sigmas=(1.0, 0.25)))[0] == pytest.approx([1000, 250])
+
+
+def test_no_warning_for_a_number_of_steps_that_was_trained_beside_the_contract_s(tmp_path, caplog):
+    method = DMD2(timesteps=(799.0,), lengths=Lengths(steps=(1, 2, 4), spacing="even"), eta=0, ema_decay=None)
+    drawer = StudentPipeline.load(folder_of("sd", tmp_path, method))
+    for steps in (None, 1, 2, 4):
+        drawer.call(DrawOptions(steps=steps))
+    assert not [record for record in caplog.records if record.name.startswith("stepdistill")]
+    for told in (DrawOptions(steps=3), DrawOptions(steps=2, eta=1.0), DrawOptions(timesteps=(799.0, 300.0))):
+        caplog.clear()
+        drawer.call(told)
+        assert "but the student was trained for [799.0] with eta 0" in caplog.text
 
 
 def test_another_eta_is_another_sampler(quiet):

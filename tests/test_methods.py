@@ -58,6 +58,19 @@ def test_the_first_role_is_the_student_whose_learning_rate_is_logged(method):
     assert next(iter(method().roles())) == "student"
 
 
+def test_a_method_around_another_hands_on_all_that_the_inner_one_says():
+    """Else an option of the inner method has no effect, without an error."""
+    around = 0
+    for outer in concrete(methods, Method):
+        inner = [value for value in vars(outer()).values() if isinstance(value, Method)]
+        around += len(inner)
+        for one in inner:
+            said = {name for kind in type(one).__mro__[:-1] if kind is not Method for name in vars(kind)}
+            missing = {name for name in said & {*vars(Method)} - {*vars(outer)} if not name.startswith("_")}
+            assert not missing, (outer.__name__, type(one).__name__, missing)
+    assert around
+
+
 def data(method: Method, folder: Path) -> Source:
     """What the teacher makes for a method."""
     options = {"source": Prompts(prompts=("rose", "octopus")), "count": 4, "num_inference_steps": 2}

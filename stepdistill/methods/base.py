@@ -140,8 +140,7 @@ class StepContext:
 class Method(ABC):
     """A distillation method. Subclasses are final, hold nothing but hyper-parameters, and cite their paper.
 
-    A method must say what its data are (`needs`), how its student is sampled (`sampler`) and how it is trained
-    (`updates`); the rest has defaults.
+    A method must say its data (`needs`), how its student is sampled (`sampler`) and trained (`updates`).
 
     Args:
         guidance_scale: guidance scale of the teacher in training: one scale, or the range that it is drawn from. A
@@ -174,6 +173,11 @@ class Method(ABC):
     @abstractmethod
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         """How the student is sampled in `steps` steps (None: as many as it is trained for)."""
+
+    @property
+    def trained_steps(self) -> tuple[int, ...]:
+        """Numbers of sampling steps that are trained beside the contract's, as `sampler` spaces them."""
+        return ()
 
     @abstractmethod
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from stepdistill.core.guidance import Norm
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler
 from stepdistill.data.base import Source
@@ -65,6 +66,10 @@ class DisBack(Method):
         return self.matching.guidance_scale
 
     @property
+    def guidance_norm(self) -> Norm | None:
+        return self.matching.guidance_norm
+
+    @property
     def needs(self) -> frozenset[str]:
         return self.matching.needs
 
@@ -92,6 +97,10 @@ class DisBack(Method):
 
     def sampler(self, schedule: NoiseSchedule, steps: int | None = None) -> Sampler:
         return self.matching.sampler(schedule, steps)
+
+    @property
+    def trained_steps(self) -> tuple[int, ...]:
+        return self.matching.trained_steps
 
     def updates(self, context: StepContext, batch: Batch, step: int) -> Iterator[Update]:
         recording = replace(self.matching, warmup_steps=self.waypoints * self.recording_steps)

@@ -134,12 +134,12 @@ class DMD2(Averaged):
             raise ValueError(f"weak is {self.weak}: expected at least 0 and below 1; {why}")
         check_steps(self)
         sampled = len(self.timesteps or range(self.num_inference_steps))
-        if not min(self.steps) <= sampled <= max(self.steps):
+        if not min(self.trained_steps) <= sampled <= max(self.trained_steps):
             raise ValueError(
-                f"lengths.steps are {list(self.steps)}: expected numbers around {sampled}, in which the student is "
+                f"lengths.steps are {list(self.trained_steps)}: expected numbers around {sampled}, in which the student is "
                 "sampled under its contract; set num_inference_steps, or timesteps, to one that is trained"
             )
-        if self.anchor is not None and min(self.steps) == 1:
+        if self.anchor is not None and min(self.trained_steps) == 1:
             raise ValueError(
                 "anchor with a student of 1 step: expected at least 2 in every case, since the anchored step is "
                 "trained by nothing else; remove the anchor, or train for more steps"
@@ -152,8 +152,8 @@ class DMD2(Averaged):
             check_effect(self.gan, "max_time_probability", False, "a method whose student starts from noised data")
 
     @property
-    def steps(self) -> tuple[int, ...]:
-        """The numbers of steps that the student is trained for."""
+    def trained_steps(self) -> tuple[int, ...]:
+        """The numbers of steps that the student is trained for, its contract's among them or between them."""
         return self.lengths.steps if self.lengths else (len(self.timesteps or range(self.num_inference_steps)),)
 
     @property
@@ -177,13 +177,13 @@ class DMD2(Averaged):
         return replace(self, rewards=calibrated(self.rewards, measure))
 
     def check(self, schedule: NoiseSchedule) -> None:
-        even = self.steps if self.lengths is not None and self.lengths.spacing == "even" else ()
+        even = self.trained_steps if self.lengths is not None and self.lengths.spacing == "even" else ()
         for steps in (None, *even):
             sampler = self.sampler(schedule, steps)
             schedule.check((*sampler.timesteps, *self.t_range))
             if self.anchor is not None:
                 self.anchor.check(schedule, sampler.timesteps[0])
-            if self.regression_weight and sampler.eta and max(self.steps) > 1:
+            if self.regression_weight and sampler.eta and max(self.trained_steps) > 1:
                 why = "whose samples do not follow from the noise of a pair alone"
                 got, todo = f"regression_weight is {self.regression_weight}", "set eta to 0, or timesteps to [999]"
                 raise ValueError(f"{got}: expected 0 for several steps with fresh noise, {why}; {todo}")

@@ -56,3 +56,12 @@ def changed_sampler(contract: Contract, schedule: NoiseSchedule, options: DrawOp
             raise ValueError(f"guidance_scale is {options.guidance_scale:g}: expected 1 (no guidance) or more")
         sampler = replace(sampler, guidance_scale=options.guidance_scale)
     return sampler if options.eta is None else replace(sampler, eta=options.eta)
+
+
+def is_trained(contract: Contract, schedule: NoiseSchedule, sampler: Sampler) -> bool:
+    """Whether these are the contract's steps, or those of another number that the student's method trained it for."""
+    if (sampler.timesteps, sampler.eta) == (contract.timesteps, contract.eta):
+        return True  # of a method that is not installed, too
+    method = read_node(Method, contract.method, "the method of the student")
+    known = [method.sampler(schedule, steps) for steps in method.trained_steps]
+    return any((sampler.timesteps, sampler.eta) == (one.timesteps, one.eta) for one in known)

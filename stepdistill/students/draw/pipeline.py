@@ -29,7 +29,7 @@ from stepdistill.students.draw.call import PipelineCall, generate, scheduled, te
 from stepdistill.students.draw.filters import DrawnImage, safety_flags
 from stepdistill.students.draw.loras import load_style, weigh_loras
 from stepdistill.students.draw.negative_prompt import Mode, negative_prompt
-from stepdistill.students.draw.options import AS_TRAINED, DrawOptions, changed_sampler
+from stepdistill.students.draw.options import AS_TRAINED, DrawOptions, changed_sampler, is_trained
 from stepdistill.students.load import folder_of, load_student
 from stepdistill.students.several import Students
 from stepdistill.students.sizes import warn_of_size
@@ -196,8 +196,9 @@ class StudentPipeline:
             return PipelineCall(STUDENT, self.pipe.scheduler, {}, self.family)
         (call,) = self.calls(options)
         warn_of_size(contract, (call.arguments["height"], call.arguments["width"]))
-        sampler = changed_sampler(contract, self._schedule(contract), replace(options, guidance_scale=None))
-        if sampler.timesteps != contract.timesteps or sampler.eta != contract.eta:
+        schedule = self._schedule(contract)
+        sampler = changed_sampler(contract, schedule, replace(options, guidance_scale=None))
+        if not is_trained(contract, schedule, sampler):
             logger.warning(
                 "sampling at timesteps %s with eta %g, but the student was trained for %s with eta %g",
                 *([round(t, 2) for t in sampler.timesteps], sampler.eta),
