@@ -44,6 +44,7 @@ from tables.hyper_sd import measure_hyper_sd
 from tables.lcm_study import measure_lcm
 from tables.matrix import measure_families
 from tables.memory_at_size import cycle_of, figures_of_cycle, prediction_of_cycle
+from tables.multistep import measure_differences
 from tables.negative import measure_negative
 from tables.new_images import measure_new_images
 from tables.recipes import recipes, seconds, step_seconds, trained, warm_start
@@ -155,6 +156,12 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
             results.once(f"{name}/{method}/paths", partial(bends, run, pipe), **facts)
 
 
+def measure_multistep(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
+    """The students of several steps, and what options change."""
+    measure_students("multistep", name, results, work, rows)
+    measure_differences(name, results, work, rows)
+
+
 def bends(run: Run, pipe: DiffusionPipeline) -> dict[str, Any]:
     """How straight the paths are of the teacher that was followed, and of its student in `pipe`."""
     before, count = run.family.load(), 128
@@ -191,11 +198,11 @@ def early_row(run: Run, pipe: DiffusionPipeline, start: float) -> PipelineCall:
 
 
 def measure_time(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
-    """Excess at one step as a student trains on: one run a method, at a constant rate, measured on its way."""
+    """Excess as a student trains on: one run a method, at a constant rate, measured on its way."""
     for method, counts in TIMES.get(name, {}).items():
         if rows and method not in rows:
             continue
-        file = recipes(name, "distribution")[method]
+        file = (recipes(name, "distribution") | recipes(name, "multistep"))[method]
         for count in counts:
             out = work / "time" / file.stem
             overrides = [f"train.output_dir={out}", f"train.max_train_steps={count}", "train.lr_scheduler=constant"]
@@ -206,7 +213,10 @@ def measure_time(name: str, results: Results, work: Path, rows: Sequence[str]) -
 
 
 def measure_later(run: Run, ref: StoredFeatures) -> dict[str, Any]:
-    """Train a run on to its last step, and draw in one: as its contract says, and from an earlier time."""
+    """Train a run on to its last step, and draw in one: as its contract says, and from an earlier time.
+
+    Then in the other numbers of steps that its student is trained for.
+    """
     warm_start(run)
     out = distill(run)
     pipe = run.family.load()
@@ -214,7 +224,9 @@ def measure_later(run: Run, ref: StoredFeatures) -> dict[str, Any]:
     pipe.fuse_lora()
     early = figures(pipe, early_row(run, pipe, EARLY["distribution"]), ref)
     row = figures(pipe, student_call(run.family, run.method, pipe, 1), ref)
-    return row | {"early": early["excess"], "early_ci95": early["ci95"]}
+    others = student_calls(run.family, run.method, pipe, sorted({*run.method.trained_steps} - {1}))
+    several = {str(steps): figures(pipe, call, ref) for steps, call in others.items()}
+    return row | {"early": early["excess"], "early_ci95": early["ci95"], "several": several}
 
 
 def pace(file: Path) -> dict[str, float]:
@@ -266,7 +278,7 @@ TABLES: dict[str, Callable[[str, Results, Path, Sequence[str]], None]] = {
     "teachers": measure_teacher,
     "consistency": partial(measure_students, "consistency"),
     "distribution": partial(measure_students, "distribution"),
-    "multistep": partial(measure_students, "multistep"),
+    "multistep": measure_multistep,
     "reflow": partial(measure_students, "reflow"),
     "extraction": measure_extraction,
     "guidance": measure_guidance,

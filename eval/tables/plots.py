@@ -37,7 +37,7 @@ def draw_paths(samplers: Mapping[str, Paths], file: Path) -> None:
 
 
 def plot_time(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """Draw excess at one step against minutes of training, with intervals, a line a method, into a PNG."""
+    """Draw excess against minutes of training, with intervals, into a PNG: a line a method and number of steps."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -53,12 +53,15 @@ def plot_time(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         if row["early"] != row["excess"]:  # a student whose own start is another
             line = lines.setdefault(f"{method}, from {EARLY['distribution']:g}", [])
             line.append((minutes, row["early"], row["early_ci95"]))
+        for steps, other in row.get("several", {}).items():
+            line = lines.setdefault(f"{method}, {steps} steps", [])
+            line.append((minutes, other["excess"], other["ci95"]))
     for label, points in sorted(lines.items()):
         minutes, values, spans = zip(*sorted(points), strict=True)
         errors = [[v - low for v, (low, _) in zip(values, spans, strict=True)]]
         errors += [[high - v for v, (_, high) in zip(values, spans, strict=True)]]
         axes.errorbar(minutes, values, errors, marker="o", markersize=4, capsize=2, label=label)
-    axes.set(xscale="log", xlabel="minutes of training, one core", ylabel="excess at one step", ylim=(0, None))
+    axes.set(xscale="log", xlabel="minutes of training, one core", ylabel="excess (at one step, unless another number is named)", ylim=(0, None))
     axes.set_xticks([2.5, 5, 10, 20, 40], ["2.5", "5", "10", "20", "40"], minor=False)
     axes.minorticks_off()
     axes.legend(frameon=False)

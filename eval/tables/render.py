@@ -13,6 +13,7 @@ from typing import Any
 from tables.cells import excess_cell
 from tables.extraction import extraction_page
 from tables.matrix import matrix
+from tables.multistep import differences_page
 from tables.render_decoding import decoding_page
 from tables.render_sizes import sizes_page
 from tables.render_tuning import feedback_page, hyper_sd_page, new_images_page
@@ -111,6 +112,12 @@ def _distribution(rows: Mapping[str, Mapping[str, Any]]) -> str:
     table = _by_steps("distribution", {key: row for key, row in rows.items() if key not in plain})
     teachers = [f"{key.split('/')[0]} {excess_cell(row)} in {key.split('/')[2]} steps" for key, row in plain.items()]
     return f"{table}\n\nThe teachers themselves, without guidance: {'; '.join(teachers)}." if teachers else table
+
+
+def _multistep(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    compared = {key: row for key, row in rows.items() if "than" in row}
+    table = _by_steps("multistep", {key: row for key, row in rows.items() if key not in compared})
+    return f"{table}\n\n{differences_page(compared)}" if compared else table
 
 
 def _reflow(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -280,7 +287,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "teachers": _teachers,
     "consistency": partial(_by_steps, "consistency"),
     "distribution": _distribution,
-    "multistep": partial(_by_steps, "multistep"),
+    "multistep": _multistep,
     "reflow": _reflow,
     "extraction": extraction_page,
     "guidance": _guidance,
