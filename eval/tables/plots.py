@@ -61,7 +61,12 @@ def plot_time(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         errors = [[v - low for v, (low, _) in zip(values, spans, strict=True)]]
         errors += [[high - v for v, (_, high) in zip(values, spans, strict=True)]]
         axes.errorbar(minutes, values, errors, marker="o", markersize=4, capsize=2, label=label)
-    axes.set(xscale="log", xlabel="minutes of training, one core", ylabel="excess (at one step, unless another number is named)", ylim=(0, None))
+    axes.set(
+        xscale="log",
+        xlabel="minutes of training, one core",
+        ylabel="excess (at one step, unless another number is named)",
+        ylim=(0, None),
+    )
     axes.set_xticks([2.5, 5, 10, 20, 40], ["2.5", "5", "10", "20", "40"], minor=False)
     axes.minorticks_off()
     axes.legend(frameon=False)

@@ -136,8 +136,8 @@ class DMD2(Averaged):
         sampled = len(self.timesteps or range(self.num_inference_steps))
         if not min(self.trained_steps) <= sampled <= max(self.trained_steps):
             raise ValueError(
-                f"lengths.steps are {list(self.trained_steps)}: expected numbers around {sampled}, in which the student is "
-                "sampled under its contract; set num_inference_steps, or timesteps, to one that is trained"
+                f"lengths.steps are {list(self.trained_steps)}: expected numbers around {sampled}, in which the "
+                "student is sampled under its contract; set num_inference_steps, or timesteps, to one that is trained"
             )
         if self.anchor is not None and min(self.trained_steps) == 1:
             raise ValueError(

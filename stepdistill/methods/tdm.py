@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -44,13 +44,15 @@ class TDM(Averaged):
         x_s = alpha_s x0 + sigma_s eps, (x0, eps) = student(x_t, t), where its own steps lead to x_t, and one more to s
         x_r = alpha_r / alpha_s x_s + std z, the forward process from s to r
         student: d loss / d x0 ~ (fake(x_r, r).x0 - real) / mean |x0 - real|, real = teacher(x_r, r).x0 guided by w
-        fake:    loss = E min(SNR_r, 5) exp((|z|^2 - |eps_r|^2) / 2) |fake(x_r, r).x0 - x0|^2, with means over
+        fake:    loss = E |std / sigma_r fake(x_r, r).eps - z|^2, whose optimum is the score of the noised states; or
+                 as published (`fake_target` x0)
+                 loss = E min(SNR_r, 5) exp((|z|^2 - |eps_r|^2) / 2) |fake(x_r, r).x0 - x0|^2, with means over
                  dimensions as norms, and eps_r the noise of x0 in x_r = alpha_r x0 + sigma_r eps_r
 
     The exponential is the ratio of `q(x_r | x0)` and `q(x_r | x_s)`, but for its means. With sums in their place, the
     fake score would learn the denoiser of x0 noised from clean data, and the student would end where DMD2 does. With
-    means it is nearly constant on latents, and the fake score learns the mean of x0 given x_r. The student then ends
-    between DMD2 and exact scores, at the exact distribution in its last step.
+    means it is nearly constant on latents, and the fake score learns the mean of x0 given x_r, which is not the score
+    of the states. The student then ends between DMD2 and exact scores, at the exact distribution in its last step.
 
     References:
         Learning few-step diffusion models by trajectory distribution matching, Luo et al. 2025,
@@ -68,6 +70,8 @@ class TDM(Averaged):
         loss_type: `huber`, a pseudo-Huber loss on the student's x0, whose gradient is bounded by that of its sign; or
             `l2`, the whole difference of the scores.
         huber_c: constant c of the pseudo-Huber loss, in latent units.
+        fake_target: what the fake score is trained on: `noise`, that which is added to a state; or `x0`, the student's
+            estimate, as published.
         critic_steps: K, updates of the fake score for each update of the student.
         warmup_steps: training steps of the fake score alone, before the student's first update.
     """
@@ -82,6 +86,7 @@ class TDM(Averaged):
     t_min: Positive = 20.0
     loss_type: Distance = "huber"
     huber_c: Positive = 1e-3
+    fake_target: Literal["noise", "x0"] = "noise"
     critic_steps: Count = 1
     warmup_steps: Whole = 0
 
@@ -138,7 +143,7 @@ class TDM(Averaged):
     def student_loss(self, context: StepContext, batch: Batch, sampler: Sampler, taken: int, est: Estimate) -> Tensor:
         """A loss whose gradient with respect to the student's x0 is that of the matching."""
         with torch.no_grad():
-            x_r, r, _ = self.renoised(context, batch, sampler, taken, est, "score")
+            x_r, r, *_ = self.renoised(context, batch, sampler, taken, est, "score")
             real = context.guided(TEACHER, self.guidance_scale)(x_r, r, batch.cond).x0
             pull = context.denoiser("fake")(x_r, r, batch.cond).x0 - real
             if self.loss_type == "huber":  # the derivative of `losses.pseudo_huber` at x0, for the target x0 - pull
@@ -147,22 +152,27 @@ class TDM(Averaged):
         return surrogate(est.x0, gradient)
 
     def fake_loss(self, context: StepContext, batch: Batch, sampler: Sampler, taken: int, est: Estimate) -> Tensor:
-        """The fake score's regression on the student's x0 at a noised state."""
-        x_r, r, z = self.renoised(context, batch, sampler, taken, est, "fake")
+        """The fake score's regression at a noised state: on the noise that was added, or on the student's x0."""
+        x_r, r, z, std = self.renoised(context, batch, sampler, taken, est, "fake")
         alpha_r, sigma_r = context.schedule(r)
+        fake = context.denoiser("fake")(x_r, r, batch.cond)
+        if self.fake_target == "noise":
+            share = std / expand(sigma_r, x_r)
+            return free_part(share * fake.eps - z, batch.cond).square().mean()
         mixed = (x_r - expand(alpha_r, x_r) * est.x0) / expand(sigma_r, x_r)
-        error = context.denoiser("fake")(x_r, r, batch.cond).x0 - est.x0
+        error = fake.x0 - est.x0
         new, old, squared = (free_part(part.square(), batch.cond).flatten(1).mean(1) for part in (z, mixed, error))
         weight = (alpha_r / sigma_r).square().clamp(max=MOST_SNR) * ((new - old) / 2).exp()
         return (weight * squared).mean()
 
     def renoised(
         self, context: StepContext, batch: Batch, sampler: Sampler, taken: int, est: Estimate, purpose: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`x_r`, r (B,) and z: the state that a step leads to by its estimate, noised further."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`x_r`, r (B,), z and std: the state that a step leads to by its estimate, noised further."""
         schedule, last = context.schedule, taken + 1 == len(sampler.timesteps)
         x_s, _ = transition(schedule, sampler, taken, est)
         s = None if last else per_sample(sampler.timesteps[taken + 1], x_s)
         r = schedule.random_times(context.draw(batch, f"{purpose} t"), *self.levels(sampler, taken))
         z = context.noise(batch, f"{purpose} eps")
-        return schedule.renoise(x_s, s, r, z), r, z
+        std = schedule.renoise(torch.zeros_like(z), s, r, torch.ones_like(z))
+        return schedule.renoise(x_s, s, r, z), r, z, std
