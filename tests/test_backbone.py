@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -94,7 +94,7 @@ def gradients(method: Method, name: str, pipe, bones, micro_batches: int) -> dic
         number += 1
 
 
-def shared_and_separate(method: Method, name: str, checkpointing: bool):
+def shared_and_separate(method: Method, name: str):
     pipe = pipeline(name)
     net = FAMILIES[name].network(pipe)
     separate = {TEACHER: backbone(name, _with(pipe, name, deepcopy(net)))}
@@ -109,30 +109,31 @@ def shared_and_separate(method: Method, name: str, checkpointing: bool):
             for p in separate[role].parameters_of(role).values():
                 p.requires_grad_(False)
         separate[role].load_state(role, shared.state(role))
-    if checkpointing:
-        for bone in [shared, *separate.values()]:
-            bone.enable_checkpointing()
     return pipe, shared, separate
 
 
 def _with(pipe, name: str, net: nn.Module):
-    other = deepcopy(pipe)
+    other = copy(pipe)
     other.register_modules(**{FAMILIES[name].network_name: net})
     return other
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", list(FAMILIES))
-@pytest.mark.parametrize(("key", "micro_batches"), [("lcm", 1), *((key, 2) for key in METHODS)])
-def test_roles_equal_copies(key, name, micro_batches, checkpointing):
+@pytest.mark.parametrize("key", METHODS)
+def test_roles_equal_copies(key, name):
+    """In one micro-batch and in two, without checkpointing and with it."""
     method = METHODS[key]
-    pipe, shared, separate = shared_and_separate(method, name, checkpointing)
-    ours = gradients(method, name, pipe, shared, micro_batches)
-    theirs = gradients(method, name, pipe, separate, micro_batches)
-    assert ours.keys() == theirs.keys() and len(ours) > 20
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    # while all logits are within the hinge's margins, real and fake pull equally at the bias that they share
-    assert all(value.abs().sum() > 0 for key, value in ours.items() if not key.endswith("last.bias"))
+    pipe, shared, separate = shared_and_separate(method, name)
+    for micro_batches, checkpointing in ((1, False), (2, False), (2, True))[key != "lcm" :]:
+        if checkpointing:
+            for bone in [shared, *separate.values()]:
+                bone.enable_checkpointing()
+        ours = gradients(method, name, pipe, shared, micro_batches)
+        theirs = gradients(method, name, pipe, separate, micro_batches)
+        assert ours.keys() == theirs.keys() and len(ours) > 20
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        # while all logits are within the hinge's margins, real and fake pull equally at the bias that they share
+        assert all(value.abs().sum() > 0 for key, value in ours.items() if not key.endswith("last.bias"))
 
 
 def test_switching_away_before_backward_loses_no_gradient():
