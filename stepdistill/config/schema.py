@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -56,7 +57,8 @@ class Factory:
         return locate(self.type)(*args, **{**kwargs, **self.kwargs})
 
 
-def fields(cls: type) -> dict[str, Hint]:
+@functools.cache
+def fields(cls: type) -> Mapping[str, Hint]:
     """Annotation by name of every field that a config may set."""
     hints = get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
