@@ -8,10 +8,15 @@ import pkgutil
 import re
 from pathlib import Path
 
-from tables import render
+import pytest
+import torch
+from tables import multistep, render
 
 from stepdistill import methods
 from stepdistill.decoding.run import read_run
+from stepdistill.evaluation.metrics.frechet import feature_diversity, frechet
+from stepdistill.evaluation.metrics.stats import Stats
+from stepdistill.evaluation.stored_features import StoredFeatures
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,6 +57,22 @@ def test_hybrids_and_styles_are_told_with_their_intervals():
     made = render.RENDERERS["transfer"]({"tiny-sd/grey, learnt on m/m/1": row}).split("\n")[2]
     cells = "1 | -0.200 [-0.210, -0.190] | -0.100 [-0.110, -0.090] | 0.50 [0.49, 0.51]"
     assert made == f"| tiny-sd: grey, learnt on m; m, 1 step | {cells} |"
+
+
+def test_what_an_option_changes_is_told_with_intervals():
+    ours, others, taught = (torch.randn(60, 3, generator=torch.manual_seed(k)) * (1 + k) for k in range(3))
+    ref = StoredFeatures({"floor": taught, "reference": taught + 1}, ["a", "b", "c"] * 20, {})
+    row = multistep.difference(ours, others, ref)
+    index = torch.arange(60) % 3
+    spread = [feature_diversity(each, index) for each in (ours, others, taught)]
+    assert row["diversity"] == pytest.approx(spread[0] / spread[2])
+    assert row["gain"] == pytest.approx((spread[0] - spread[1]) / spread[2])
+    near, far = (frechet(Stats.of(each), Stats.of(taught + 1)) for each in (ours, others))
+    assert row["excess_change"] == pytest.approx(near - far)
+    assert all(row[f"{key}_ci95"][0] < row[key] < row[f"{key}_ci95"][1] for key in ("gain", "excess_change"))
+    page = multistep.differences_page({"tiny-sd/anchor/than four": row | {"than": "four"}}).split("\n")[2]
+    assert page.startswith(f"| tiny-sd: anchor, beside four | {row['diversity']:.3f} [")
+    assert page.endswith(f"{round(row['excess_change_ci95'][1])}] |")
 
 
 def test_every_method_cites_its_paper():

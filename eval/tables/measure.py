@@ -60,6 +60,7 @@ TIMES = {  # steps that take about 2.5, 5, 10, 20 and 40 minutes, with the stude
         "vsd": (85, 320, 800, 1750),
     }
 }
+SEVERAL = "dmd2_several"  # a row of distribution matching, and of several steps
 WATCHED = {  # runs of DMD2's recipe and of others, and what is wrong with them
     "dmd2": ("dmd2", []),
     "dmd2, critic off": ("dmd2", ["train.optimizers.fake.lr=1e-6"]),
@@ -130,7 +131,10 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
     """Train each student that is missing, and sample it in few steps through plain Diffusers."""
     if table == "distribution" and not rows:
         measure_unguided(name, results, work)
-    for method, file in recipes(name, table).items():
+    files = recipes(name, table)
+    if table == "multistep":
+        files[SEVERAL] = recipes(name, "distribution")[SEVERAL]
+    for method, file in files.items():
         if rows and method not in rows:
             continue
         run, out = load_config(Run, file, []), trained(file)
@@ -202,7 +206,7 @@ def measure_time(name: str, results: Results, work: Path, rows: Sequence[str]) -
     for method, counts in TIMES.get(name, {}).items():
         if rows and method not in rows:
             continue
-        file = (recipes(name, "distribution") | recipes(name, "multistep"))[method]
+        file = recipes(name, "distribution")[method]
         for count in counts:
             out = work / "time" / file.stem
             overrides = [f"train.output_dir={out}", f"train.max_train_steps={count}", "train.lr_scheduler=constant"]
