@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from pydantic import TypeAdapter
 from torch import nn
 
 from stepdistill.config.dump import to_node
@@ -34,6 +33,7 @@ from stepdistill.students.contract import (
     LoraWeights,
     Network,
     Proof,
+    family_form,
     write_contract,
 )
 from stepdistill.students.proof import prove
@@ -168,7 +168,7 @@ def _contract(
     scheduler, call = family.scheduler(pipe, sampler)
     scale, (height, width) = sampler.guidance_scale, resolution
     stored = absolute(family)
-    arguments = TypeAdapter(type(stored)).dump_python(stored, mode="json")
+    arguments = family_form(type(stored)).dump_python(stored, mode="json")
     return Contract(
         kind=KINDS[type(weights)],
         use=method.use,
