@@ -50,7 +50,7 @@ def plot_time(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         pace = rows[f"{teacher}/{method}/pace"]
         minutes = (pace["start_seconds"] + int(count) * pace["step_seconds"]) / 60
         lines.setdefault(method, []).append((minutes, row["excess"], row["ci95"]))
-        if row["early"] != row["excess"]:  # a student whose own start is another
+        if row.get("early", row["excess"]) != row["excess"]:  # a student whose own start is another
             line = lines.setdefault(f"{method}, from {EARLY['distribution']:g}", [])
             line.append((minutes, row["early"], row["early_ci95"]))
         for steps, other in row.get("several", {}).items():
