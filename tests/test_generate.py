@@ -190,14 +190,21 @@ def test_other_steps_times_and_guidance_are_those_asked_for_and_warned_of(folder
 
 def test_no_warning_for_a_number_of_steps_that_was_trained_beside_the_contract_s(tmp_path, caplog):
     method = DMD2(timesteps=(799.0,), lengths=Lengths(steps=(1, 2, 4), spacing="even"), eta=0, ema_decay=None)
-    drawer = StudentPipeline.load(folder_of("sd", tmp_path, method))
+    folder = folder_of("sd", tmp_path, method)
+    drawer = StudentPipeline.load(folder)
     for steps in (None, 1, 2, 4):
         drawer.call(DrawOptions(steps=steps))
     assert not [record for record in caplog.records if record.name.startswith("stepdistill")]
     for told in (DrawOptions(steps=3), DrawOptions(steps=2, eta=1.0), DrawOptions(timesteps=(799.0, 300.0))):
         caplog.clear()
         drawer.call(told)
-        assert "but the student was trained for [799.0] with eta 0" in caplog.text
+        assert "but the student's contract has [799.0] with eta 0" in caplog.text
+    contract = json.loads((folder / CONTRACT).read_text())
+    contract["method"] = {"type": "not.installed.Method"}
+    (folder / CONTRACT).write_text(json.dumps(contract))
+    caplog.clear()
+    StudentPipeline.load(folder).call(DrawOptions(eta=1.0))
+    assert "but the student's contract has [799.0] with eta 0" in caplog.text
 
 
 def test_another_eta_is_another_sampler(quiet):

@@ -485,7 +485,7 @@ def test_what_the_fake_score_learns_depends_on_the_number_of_dimensions(name):
 
 
 def learned(name: str) -> None:
-    """Trained on the noise, it is the denoiser of the noised states, in one dimension as in many."""
+    """Trained on the noise, it is the denoiser of the noised states."""
     schedule = SCHEDULES[name]
     for of_x0 in (False, True):
         student = matched(schedule, of_x0)
@@ -656,8 +656,8 @@ BUGS = {
     ),
     "the fake score learns x0 with plain noise": Bug(
         FAKE,
-        "mixed = (x_r",
-        "x_r = context.schedule.add_noise(est.x0, z, r)\n    mixed = (x_r",
+        "fake = context",
+        "x_r = context.schedule.add_noise(est.x0, z, r)\n    fake = context",
         lambda: weighted("flow"),
     ),
     "no importance": Bug(FAKE, " * ((new - old) / 2).exp()", "", lambda: weighted("table")),
@@ -667,7 +667,7 @@ BUGS = {
     ),
     "the added noise taken for all of it": Bug(FAKE, "share * fake.eps - z", "fake.eps - z", lambda: learned("flow")),
     "the whole noise in place of the added": Bug(
-        RENOISED,
+        FAKE,
         "schedule.renoise(torch.zeros_like(z), s, r,",
         "schedule.renoise(torch.zeros_like(z), None, r,",
         lambda: learned("table"),

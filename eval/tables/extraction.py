@@ -12,7 +12,7 @@ from stepdistill.config.dump import config_digest
 from stepdistill.config.load import load_config
 from stepdistill.students.contract import CONTRACT, read_contract
 from stepdistill.students.draw.call import student_call
-from stepdistill.students.extract import extract_student
+from stepdistill.students.extract import Extraction, extract_student
 from stepdistill.students.extracted import Extracted
 from stepdistill.students.load import load_student
 from stepdistill.students.lora.fuse import fuse_student
@@ -21,6 +21,7 @@ from tables.benchmark import Results, figures, prompts, reference
 from tables.cells import excess_cell
 from tables.recipes import CONFIGS, trained
 
+FILE = CONFIGS / "consistency" / "tiny_sd_tscd.yaml"  # of the student that extracts are cut from
 RANKS = (4, 8, 16, 64)
 CUT = {"weights": False, "outputs": True}  # by the error of what, and whether inputs are collected for it
 STEPS, PROMPTS = 4, 16
@@ -30,11 +31,8 @@ def measure_extraction(name: str, results: Results, work: Path, rows: Sequence[s
     """Images of the student and of each extract in 4 steps, and what is left of the way from base to student."""
     if name != "tiny-sd":
         return
-    file = CONFIGS / "consistency" / "tiny_sd_tscd.yaml"
-    run, student, whole = load_config(Run, file, []), trained(file), work / "extraction" / "whole"
-    if not (whole / CONTRACT).exists():
-        fuse_student(student, whole)
-    ref, contract, facts = reference(name, run, work), read_contract(student), {"config": config_digest(run)}
+    run, student = load_config(Run, FILE, []), trained(FILE)
+    ref, facts = reference(name, run, work), {"config": config_digest(run)}
 
     def drawn(folder: Path) -> dict[str, Any]:
         pipe = run.family.load()
@@ -42,12 +40,7 @@ def measure_extraction(name: str, results: Results, work: Path, rows: Sequence[s
         return figures(pipe, student_call(run.family, run.method, pipe, STEPS), ref)
 
     def extract(rank: int, whitened: bool) -> dict[str, Any]:
-        folder = work / "extraction" / f"{rank}-{whitened}"
-        times = {"timesteps": contract.timesteps, "num_inference_steps": len(contract.timesteps)}
-        method = Extracted(tuned="", sha256="", whitened=whitened, eta=contract.eta, **times)
-        made = extract_student(
-            str(whole), run.family, folder, method=method, rank=rank, prompts=prompts(PROMPTS), overwrite=True
-        )
+        folder, made = extracted(work, rank, whitened)
         energy = [layer.energy for layer in made.layers.values()]
         return drawn(folder) | {"gap_left": list(asdict(made)["gap_left"].values()), "energy": min(energy)}
 
@@ -56,6 +49,24 @@ def measure_extraction(name: str, results: Results, work: Path, rows: Sequence[s
         for label, whitened in CUT.items():
             if not rows or label in rows:
                 results.once(f"{name}/{label}/{rank}", partial(extract, rank, whitened), rank=rank, **facts)
+
+
+def extracted(work: Path, rank: int, whitened: bool) -> tuple[Path, Extraction]:
+    """The folder of a LoRA that is cut from the fused network of the TSCD student, made anew, and what was cut."""
+    run, student, whole = load_config(Run, FILE, []), trained(FILE), work / "extraction" / "whole"
+    if not (whole / CONTRACT).exists():
+        fuse_student(student, whole)
+    contract, folder = read_contract(student), folder_of(work, rank, whitened)
+    times = {"timesteps": contract.timesteps, "num_inference_steps": len(contract.timesteps)}
+    method = Extracted(tuned="", sha256="", whitened=whitened, eta=contract.eta, **times)
+    captions = prompts(PROMPTS)
+    made = extract_student(str(whole), run.family, folder, method=method, rank=rank, prompts=captions, overwrite=True)
+    return folder, made
+
+
+def folder_of(work: Path, rank: int, whitened: bool) -> Path:
+    """The folder of an extract."""
+    return work / "extraction" / f"{rank}-{whitened}"
 
 
 def extraction_page(rows: Mapping[str, Mapping[str, Any]]) -> str:

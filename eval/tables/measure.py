@@ -26,6 +26,7 @@ from stepdistill.evaluation.stored_features import StoredFeatures
 from stepdistill.networks.backbone import Backbone
 from stepdistill.networks.denoiser import Denoiser
 from stepdistill.networks.roles import TEACHER, Copy, LoraSpec
+from stepdistill.students.contract import CONTRACT
 from stepdistill.students.draw.call import PipelineCall, student_call, student_calls, teacher_call
 from stepdistill.students.load import load_student
 from stepdistill.students.several import Students
@@ -36,7 +37,7 @@ from stepdistill.training.watch.rules import Yardstick
 from tables.benchmark import N, Results, data_features, figures, places, prompts, reference
 from tables.control import measure_control
 from tables.decoding import measure_decoding
-from tables.extraction import measure_extraction
+from tables.extraction import extracted, folder_of, measure_extraction
 from tables.feedback import measure_feedback
 from tables.guidance import measure_guidance
 from tables.hybrid import measure_hybrid
@@ -62,6 +63,7 @@ TIMES = {  # steps that take about 2.5, 5, 10, 20 and 40 minutes, with the stude
         "vsd": (85, 320, 800, 1750),
     }
 }
+WARM = (16, False)  # rank of the extract that a student starts from, and whether it is whitened
 WATCHED = {  # runs of DMD2's recipe and of others, and what is wrong with them
     "dmd2": ("dmd2", []),
     "dmd2, critic off": ("dmd2", ["train.optimizers.fake.lr=1e-6"]),
@@ -163,6 +165,8 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
 
 def measure_multistep(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
     """The students of several steps, and what options change."""
+    if name == "tiny-sd" and not (folder_of(work, *WARM) / CONTRACT).exists():
+        extracted(work, *WARM)  # the start of one of them
     measure_students("multistep", name, results, work, rows)
     measure_differences(name, results, work, rows)
 
@@ -220,7 +224,7 @@ def measure_time(name: str, results: Results, work: Path, rows: Sequence[str]) -
 def measure_later(run: Run, ref: StoredFeatures) -> dict[str, Any]:
     """Train a run on to its last step, and draw in one, as its contract says.
 
-    Then from an earlier time, or of a student of several numbers of steps in the largest.
+    Then once more: a student of several numbers of steps in the largest, any other from an earlier time.
     """
     warm_start(run)
     out = distill(run)

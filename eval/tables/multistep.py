@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.config.dump import config_digest
@@ -19,7 +19,7 @@ from stepdistill.students.load import load_student
 from stepdistill.training.recipe import Run
 from tables.benchmark import Results, drawn, places, reference, spans
 from tables.cells import span_cell
-from tables.recipes import recipes, trained
+from tables.recipes import recipes, seconds, trained
 
 WITHOUT = {"anchor": "four", "warm": "cold"}  # by student, the one without its option
 STEPS = 4
@@ -29,29 +29,28 @@ def measure_differences(name: str, results: Results, work: Path, rows: Sequence[
     """Diversity over the teacher's and excess in 4 steps, each less that of the student without the option."""
     for method, plain in WITHOUT.items():
         files = recipes(name, "multistep")
-        if (rows and method not in rows) or not {method, plain} <= files.keys():
-            continue
-        runs = {each: load_config(Run, files[each], []) for each in (method, plain)}
-        facts = {"teacher": name, "configs": [config_digest(run) for run in runs.values()], "than": plain}
-        ref = reference(name, runs[method], work)
-
-        def made() -> dict[str, Any]:
-            kept = work / "multistep"
-            return difference(*(features(runs[each], trained(files[each]), ref, kept) for each in runs), ref)  # noqa: B023
-
-        results.once(f"{name}/{method}/than {plain}", made, **facts, steps=STEPS)
+        if (not rows or method in rows) and {method, plain} <= files.keys():
+            runs = [load_config(Run, files[each], []) for each in (method, plain)]
+            folders = [trained(files[each]) for each in (method, plain)]
+            facts = {"teacher": name, "configs": [config_digest(run) for run in runs], "than": plain}
+            facts["train_seconds"] = [round(seconds(folder)) for folder in folders]
+            made = partial(compared, runs, folders, reference(name, runs[0], work))
+            results.once(f"{name}/{method}/than {plain}", made, **facts, steps=STEPS)
 
 
-def features(run: Run, out: Path, ref: StoredFeatures, kept: Path) -> Tensor:
-    """Features of the student's images in 4 steps, once for each of its configs."""
-    file = kept / f"{out.name}-{config_digest(run)}.safetensors"
-    if not file.exists():
-        pipe = run.family.load()
-        (call,) = student_calls(run.family, run.method, pipe, (STEPS,)).values()
-        load_student(pipe, out)
-        pipe.fuse_lora()
-        save_file({"features": drawn(pipe, call, ref)[0]}, file)
-    return load_file(file)["features"]
+def compared(runs: Sequence[Run], folders: Sequence[Path], ref: StoredFeatures) -> dict[str, Any]:
+    """What is different of the images of two students."""
+    ours, others = (features(run, out, ref) for run, out in zip(runs, folders, strict=True))
+    return difference(ours, others, ref)
+
+
+def features(run: Run, out: Path, ref: StoredFeatures) -> Tensor:
+    """Features of a student's images in 4 steps."""
+    pipe = run.family.load()
+    (call,) = student_calls(run.family, run.method, pipe, (STEPS,)).values()
+    load_student(pipe, out)
+    pipe.fuse_lora()
+    return drawn(pipe, call, ref)[0]
 
 
 def difference(ours: Tensor, others: Tensor, ref: StoredFeatures) -> dict[str, Any]:

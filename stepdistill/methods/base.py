@@ -140,7 +140,7 @@ class StepContext:
 class Method(ABC):
     """A distillation method. Subclasses are final, hold nothing but hyper-parameters, and cite their paper.
 
-    A method must say its data (`needs`), how its student is sampled (`sampler`) and trained (`updates`).
+    A method must say its data (`needs`), its `sampler` and its `updates`; the rest has defaults.
 
     Args:
         guidance_scale: guidance scale of the teacher in training: one scale, or the range that it is drawn from. A
@@ -176,7 +176,7 @@ class Method(ABC):
 
     @property
     def trained_steps(self) -> tuple[int, ...]:
-        """Numbers of sampling steps that are trained beside the contract's, as `sampler` spaces them."""
+        """Numbers of sampling steps that it is trained for; empty stands for the contract's alone."""
         return ()
 
     @abstractmethod

@@ -153,7 +153,7 @@ class DMD2(Averaged):
 
     @property
     def trained_steps(self) -> tuple[int, ...]:
-        """The numbers of steps that the student is trained for, its contract's among them or between them."""
+        """The numbers of steps that the student is trained for; the contract's is one of them, or between them."""
         return self.lengths.steps if self.lengths else (len(self.timesteps or range(self.num_inference_steps)),)
 
     @property

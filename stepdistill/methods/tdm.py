@@ -44,8 +44,8 @@ class TDM(Averaged):
         x_s = alpha_s x0 + sigma_s eps, (x0, eps) = student(x_t, t), where its own steps lead to x_t, and one more to s
         x_r = alpha_r / alpha_s x_s + std z, the forward process from s to r
         student: d loss / d x0 ~ (fake(x_r, r).x0 - real) / mean |x0 - real|, real = teacher(x_r, r).x0 guided by w
-        fake:    loss = E |std / sigma_r fake(x_r, r).eps - z|^2, whose optimum is the score of the noised states; or
-                 as published (`fake_target` x0)
+        fake:    loss = E |std / sigma_r fake(x_r, r).eps - z|^2, whose optimum is the score of the noised states, at a
+                 weight of (std / sigma_r)^2, which is 0 at r = s; or as published (`fake_target` x0)
                  loss = E min(SNR_r, 5) exp((|z|^2 - |eps_r|^2) / 2) |fake(x_r, r).x0 - x0|^2, with means over
                  dimensions as norms, and eps_r the noise of x0 in x_r = alpha_r x0 + sigma_r eps_r
 
@@ -64,7 +64,7 @@ class TDM(Averaged):
             `DMD2.timesteps`.
         guidance_scale: w of the teacher's `uncond + w (cond - uncond)`; the fake score is never guided.
         separate: compare the scores of each step below its own start, so that no two steps share a noise level. Else
-            they are compared up to the first start, and the fake score learns a mixture of the steps' states.
+            they are compared up to the first start, and the fake score learns a mean of the steps' scores.
         gap: timesteps from the highest noise level of the comparison up to the start below which it lies.
         t_min: lowest timestep of the comparison; in steps that end above it, the step's end is.
         loss_type: `huber`, a pseudo-Huber loss on the student's x0, whose gradient is bounded by that of its sign; or
@@ -153,10 +153,11 @@ class TDM(Averaged):
 
     def fake_loss(self, context: StepContext, batch: Batch, sampler: Sampler, taken: int, est: Estimate) -> Tensor:
         """The fake score's regression at a noised state: on the noise that was added, or on the student's x0."""
-        x_r, r, z, std = self.renoised(context, batch, sampler, taken, est, "fake")
+        x_r, r, z, s = self.renoised(context, batch, sampler, taken, est, "fake")
         alpha_r, sigma_r = context.schedule(r)
         fake = context.denoiser("fake")(x_r, r, batch.cond)
         if self.fake_target == "noise":
+            std = context.schedule.renoise(torch.zeros_like(z), s, r, torch.ones_like(z))
             share = std / expand(sigma_r, x_r)
             return free_part(share * fake.eps - z, batch.cond).square().mean()
         mixed = (x_r - expand(alpha_r, x_r) * est.x0) / expand(sigma_r, x_r)
@@ -167,12 +168,11 @@ class TDM(Averaged):
 
     def renoised(
         self, context: StepContext, batch: Batch, sampler: Sampler, taken: int, est: Estimate, purpose: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`x_r`, r (B,), z and std: the state that a step leads to by its estimate, noised further."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`x_r`, r (B,), z, and s (B,) or None of clean data: the state that a step leads to, noised further."""
         schedule, last = context.schedule, taken + 1 == len(sampler.timesteps)
         x_s, _ = transition(schedule, sampler, taken, est)
         s = None if last else per_sample(sampler.timesteps[taken + 1], x_s)
         r = schedule.random_times(context.draw(batch, f"{purpose} t"), *self.levels(sampler, taken))
         z = context.noise(batch, f"{purpose} eps")
-        std = schedule.renoise(torch.zeros_like(z), s, r, torch.ones_like(z))
-        return schedule.renoise(x_s, s, r, z), r, z, std
+        return schedule.renoise(x_s, s, r, z), r, z, s

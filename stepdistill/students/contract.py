@@ -216,6 +216,7 @@ class MultiContract:
 
 FORMAT = TypeAdapter(Contract)
 MULTI = TypeAdapter(MultiContract)
+FAMILY = functools.cache(TypeAdapter)  # of a family's class: a card alone asks for the same one ten times
 T = TypeVar("T")
 
 
@@ -263,8 +264,9 @@ def _parse(folder: Path | str) -> tuple[dict[str, Any], str]:
 
 def read_as(folder: Path | str, form: TypeAdapter[T]) -> T:
     """The contract of a folder in one form. Raises as `read_contract` does."""
-    (fields, text), path = _parse(folder), Path(folder) / CONTRACT
-    if (version := fields.get("schema_version")) != SCHEMA:
+    fields, text = _parse(folder)
+    path, version = Path(folder) / CONTRACT, fields.get("schema_version")
+    if version != SCHEMA:
         why, todo = "the meaning of its fields may have changed", "install the version of stepdistill that wrote it"
         raise StudentError(problem(f"schema version {version} in {path}", str(SCHEMA), why, todo))
     try:
@@ -285,13 +287,7 @@ def teacher(contract: Contract | MultiContract) -> Family:
     """The family that a contract names, with its arguments. Raises ConfigError if there is no such family."""
     node = dict(contract.family)
     family: type[Family] = pick([Family], node.pop("type", None))
-    return family_form(family).validate_python(node)
-
-
-@functools.cache
-def family_form(family: type[Family]) -> TypeAdapter[Family]:
-    """What reads and writes the arguments of a family, made once: a card alone asks ten times."""
-    return TypeAdapter(family)
+    return FAMILY(family).validate_python(node)
 
 
 def scheduler_class(contract: Contract) -> Any:  # noqa: ANN401

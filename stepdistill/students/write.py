@@ -27,13 +27,13 @@ from stepdistill.students.card import write_card
 from stepdistill.students.chain import Start, chained
 from stepdistill.students.contract import (
     ADAPTERS,
+    FAMILY,
     LAST,
     Contract,
     GuidanceAdapters,
     LoraWeights,
     Network,
     Proof,
-    family_form,
     write_contract,
 )
 from stepdistill.students.proof import prove
@@ -168,7 +168,7 @@ def _contract(
     scheduler, call = family.scheduler(pipe, sampler)
     scale, (height, width) = sampler.guidance_scale, resolution
     stored = absolute(family)
-    arguments = family_form(type(stored)).dump_python(stored, mode="json")
+    arguments = FAMILY(type(stored)).dump_python(stored, mode="json")
     return Contract(
         kind=KINDS[type(weights)],
         use=method.use,

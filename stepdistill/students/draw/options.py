@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from stepdistill.config.load import read_node
+from stepdistill.core.errors import ConfigError
 from stepdistill.core.schedule import NoiseSchedule
 from stepdistill.core.solvers import Sampler, check_starts
 from stepdistill.methods.base import Method
@@ -61,7 +62,10 @@ def changed_sampler(contract: Contract, schedule: NoiseSchedule, options: DrawOp
 def is_trained(contract: Contract, schedule: NoiseSchedule, sampler: Sampler) -> bool:
     """Whether these are the contract's steps, or those of another number that the student's method trained it for."""
     if (sampler.timesteps, sampler.eta) == (contract.timesteps, contract.eta):
-        return True  # of a method that is not installed, too
-    method = read_node(Method, contract.method, "the method of the student")
+        return True
+    try:
+        method = read_node(Method, contract.method, "the method of the student")
+    except ConfigError:  # a method that is not installed: nothing is known but the contract
+        return False
     known = [method.sampler(schedule, steps) for steps in method.trained_steps]
     return any((sampler.timesteps, sampler.eta) == (one.timesteps, one.eta) for one in known)

@@ -200,7 +200,7 @@ class StudentPipeline:
         sampler = changed_sampler(contract, schedule, replace(options, guidance_scale=None))
         if not is_trained(contract, schedule, sampler):
             logger.warning(
-                "sampling at timesteps %s with eta %g, but the student was trained for %s with eta %g",
+                "sampling at timesteps %s with eta %g, but the student's contract has %s with eta %g",
                 *([round(t, 2) for t in sampler.timesteps], sampler.eta),
                 *([round(t, 2) for t in contract.timesteps], contract.eta),
             )
