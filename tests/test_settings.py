@@ -324,7 +324,7 @@ CHANGES = [
         t_min=(100.0, "loss"),
         loss_type=("l2", "loss"),
         huber_c=(0.5, "loss"),
-        fake_target=("x0", "loss"),
+        fake_target=("noise", "loss"),
         critic_steps=(3, "turns"),
         warmup_steps=(1, "turns"),
         **EMA,

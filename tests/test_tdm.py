@@ -37,7 +37,7 @@ MEAN, STD = 0.8, 0.5  # of the data
 SCHEDULES = {"flow": Flow(3.0), "table": stable_diffusion()}
 BOTH = pytest.mark.parametrize("name", SCHEDULES)
 STEPS = range(4)
-SQUARED = TDM(guidance_scale=1.0, loss_type="l2")
+SQUARED = TDM(guidance_scale=1.0, loss_type="l2", fake_target="noise")
 PUBLISHED = replace(SQUARED, fake_target="x0")
 
 
