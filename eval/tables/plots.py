@@ -64,12 +64,12 @@ def plot_time(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     axes.set(
         xscale="log",
         xlabel="minutes of training, one core",
-        ylabel="excess (at one step, unless another number is named)",
+        ylabel="excess",
         ylim=(0, None),
     )
     axes.set_xticks([2.5, 5, 10, 20, 40], ["2.5", "5", "10", "20", "40"], minor=False)
     axes.minorticks_off()
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(file, dpi=110)
 
 
