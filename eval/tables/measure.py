@@ -165,7 +165,8 @@ def measure_students(table: str, name: str, results: Results, work: Path, rows: 
 
 def measure_multistep(name: str, results: Results, work: Path, rows: Sequence[str]) -> None:
     """The students of several steps, and what options change."""
-    if name == "tiny-sd" and not (folder_of(work, *WARM) / CONTRACT).exists():
+    wanted = name == "tiny-sd" and (not rows or "warm" in rows)
+    if wanted and not (folder_of(work, *WARM) / CONTRACT).exists():
         extracted(work, *WARM)  # the start of one of them
     measure_students("multistep", name, results, work, rows)
     measure_differences(name, results, work, rows)
